@@ -1,0 +1,14 @@
+// Entry points of the CPU kernels.
+#pragma once
+
+#include "mlstm_params.h"
+#include "pointwise_params.h"
+
+namespace flash_xlstm::cpu {
+
+void mlstm_forward(const MlstmForward& params);
+void mlstm_backward(const MlstmBackward& params);
+void mlstm_step(const MlstmStep& params);
+void soft_cap(const SoftCap& params);
+
+}  // namespace flash_xlstm::cpu

@@ -1,0 +1,137 @@
+// Checks of op arguments, run before anything is allocated or launched. A ValueError or TypeError names the
+// argument, what it was and what it must be. They live here, not in Python, so that eager, compiled and direct
+// torch.ops calls all meet the same ones.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "mlstm_params.h"
+
+namespace flash_xlstm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Defined beside the pybind11 module: throws what Python sees as a TypeError.
+[[noreturn]] void throw_type_error(const std::string& message);
+
+template <typename... Args>
+std::string join_text(const Args&... args) {
+  std::ostringstream out;
+  (out << ... << args);
+  return out.str();
+}
+
+// std::invalid_argument is what Python sees as a ValueError.
+template <typename... Args>
+[[noreturn]] void value_error(const Args&... args) {
+  throw std::invalid_argument(join_text(args...));
+}
+
+template <typename... Args>
+[[noreturn]] void type_error(const Args&... args) {
+  throw_type_error(join_text(args...));
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline std::string dtype_text(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return join_text("dtype code ", static_cast<int>(t));
+  }
+}
+
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  if (t.is_cuda()) return join_text("cuda:", t.get_device_index());
+  return "another device";
+}
+
+inline bool is_op_dtype(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
+}
+
+inline DType to_dtype(ScalarType t) {
+  return t == ScalarType::Float ? DType::float32 : t == ScalarType::BFloat16 ? DType::bfloat16 : DType::float16;
+}
+
+// `want` describes the shape in words, e.g. "(batch, seq, heads, dqk)"; -1 in `sizes` matches anything.
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, const char* want) {
+  bool good = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; good && d < sizes.size(); ++d) good = sizes[d] < 0 || t.size(d) == sizes[d];
+  if (good) return;
+  std::ostringstream out;
+  out << name << " has shape " << shape_text(t) << "; it must be " << want;
+  bool known = false;
+  for (int64_t s : sizes) known |= s >= 0;
+  if (known) {
+    out << " = (";
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      if (d) out << ", ";
+      if (sizes[d] < 0) out << "any"; else out << sizes[d];
+    }
+    out << ")";
+  }
+  throw std::invalid_argument(out.str());
+}
+
+inline void check_device(const char* name, const Tensor& t, const Tensor& like) {
+  if (t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
+      (t.is_cpu() || t.get_device_index() == like.get_device_index())) {
+    return;
+  }
+  value_error(name, " is on ", device_text(t), "; it must be on the device of q, ", device_text(like));
+}
+
+inline void check_op_dtype(const char* name, ScalarType t) {
+  if (is_op_dtype(t)) return;
+  type_error(name, " has dtype ", dtype_text(t), "; it must be float32, bfloat16 or float16",
+             t == ScalarType::Double ? " (for float64 use flash_xlstm.reference)" : "");
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType want, const char* why = "") {
+  if (t.scalar_type() == want) return;
+  type_error(name, " has dtype ", dtype_text(t.scalar_type()), "; it must be ", dtype_text(want), why);
+}
+
+inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) <= 1 || t.stride(last) == 1) return;
+  value_error(name, " has stride ", t.stride(last), " in its last dimension; it must be 1: call ", name,
+              ".contiguous()");
+}
+
+inline void check_contiguous(const char* name, const Tensor& t) {
+  if (!t.is_contiguous()) value_error(name, " must be contiguous: it is updated in place");
+}
+
+inline Strided strided_4d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+inline Strided strided_3d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+}  // namespace flash_xlstm

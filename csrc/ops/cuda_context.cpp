@@ -1,0 +1,43 @@
+#include "ops/cuda_context.h"
+
+#include <dlfcn.h>
+
+#include <array>
+#include <atomic>
+
+namespace flash_xlstm {
+
+cudaStream_t current_stream(int32_t device) {
+  // Looked up at first use: linking libtorch_cuda would tie the module to a CUDA build of torch, and Python loads
+  // torch's libraries with local visibility, so that a weak symbol would stay null.
+  using Get = int32_t (*)(int32_t, void**);
+  static const Get get = [] {
+    void* lib = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return lib ? reinterpret_cast<Get>(dlsym(lib, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  if (!get || get(device, &stream) != 0) {
+    throw std::runtime_error("flash_xlstm: could not get torch's current CUDA stream (is this a CUDA build of torch?)");
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(join_text(what, ": ", cudaGetErrorString(status)));
+}
+
+void check_device_supported(int32_t device) {
+  constexpr int max_devices = 64;
+  static std::array<std::atomic<bool>, max_devices> known_good{};
+  if (device < max_devices && known_good[device].load(std::memory_order_relaxed)) return;
+  int major = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "flash_xlstm");
+  if (major < 8) {
+    throw std::runtime_error(join_text("flash_xlstm: cuda:", device, " has compute capability ", major,
+                                       ".x; the kernels need 8.0 (Ampere) or later"));
+  }
+  if (device < max_devices) known_good[device].store(true, std::memory_order_relaxed);
+}
+
+}  // namespace flash_xlstm

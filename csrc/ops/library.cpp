@@ -1,0 +1,39 @@
+// Every operator of the namespace flash_xlstm: schemas and their implementations. Importing the module registers
+// them; fake kernels and autograd are registered in python/flash_xlstm/ops.
+#include "ops/ops.h"
+
+// `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `chunk_size=0` lets the kernel choose.
+// Returned states are empty where they were not asked for.
+STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
+  lib.def(
+      "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, int chunk_size, bool return_final_state) "
+      "-> (Tensor h, Tensor s, Tensor m_seq, Tensor c_last, Tensor n_last, Tensor m_last)");
+  lib.def(
+      "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
+      "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
+      "Tensor h, Tensor s, Tensor m_seq, float? scale, float eps, int chunk_size) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
+  lib.def(
+      "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
+      "Tensor? state_indices, float? scale, float eps) -> Tensor");
+  lib.def("soft_cap(Tensor x, float cap) -> Tensor");
+  lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
+  lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
+  lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
+  lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
+  lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
+}
+
+// Registered in a CPU-only build too: there the ops say that CUDA kernels were not built.
+STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
+  lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
+  lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
+  lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
+  lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
+}

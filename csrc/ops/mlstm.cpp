@@ -1,0 +1,258 @@
+#include "ops/ops.h"
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "ops/cuda_context.h"
+#ifdef FLASH_XLSTM_WITH_CUDA
+#include "cuda/mlstm/launch.h"
+#endif
+
+namespace flash_xlstm {
+namespace {
+
+constexpr int64_t max_chunk_size = 4096;
+
+// On the CPU the offsets can be read: 0 first, seq last, never decreasing. On CUDA the kernels clamp them instead,
+// since reading them would wait for the device.
+void check_cu_seqlens_values(const Tensor& cu, int64_t seq) {
+  const auto* offsets = static_cast<const int32_t*>(cu.data_ptr());
+  const int64_t count = cu.size(0);
+  if (offsets[0] != 0) value_error("cu_seqlens[0] is ", offsets[0], "; it must be 0");
+  for (int64_t n = 1; n < count; ++n) {
+    if (offsets[n] < offsets[n - 1]) {
+      value_error("cu_seqlens[", n, "] = ", offsets[n], " is less than cu_seqlens[", n - 1, "] = ", offsets[n - 1],
+                  "; the offsets must not decrease");
+    }
+  }
+  if (offsets[count - 1] != seq) {
+    value_error("cu_seqlens[-1] is ", offsets[count - 1], "; it must be seq = ", seq);
+  }
+}
+
+// Keeps alive what the problem points to.
+struct CheckedProblem {
+  MlstmProblem p;
+  std::vector<Tensor> held;
+};
+
+const float* hold_float32(CheckedProblem& checked, const Tensor& t) {
+  Tensor dense = torch::stable::contiguous(t);
+  checked.held.push_back(dense);
+  return static_cast<const float*>(dense.data_ptr());
+}
+
+void check_gate(const char* name, const Tensor& gate, const Tensor& q, ScalarType gate_dtype) {
+  check_shape(name, gate, {q.size(0), q.size(1), q.size(2)}, "(batch, seq, heads)");
+  check_device(name, gate, q);
+  if (gate.scalar_type() != ScalarType::Float && gate.scalar_type() != q.scalar_type()) {
+    type_error(name, " has dtype ", dtype_text(gate.scalar_type()), "; it must be float32 or the dtype of q, ",
+               dtype_text(q.scalar_type()));
+  }
+  if (gate.scalar_type() != gate_dtype) {
+    type_error(name, " has dtype ", dtype_text(gate.scalar_type()), "; it must be that of i, ",
+               dtype_text(gate_dtype));
+  }
+}
+
+void check_state(const char* name, const Tensor& t, const Tensor& q, const std::vector<int64_t>& sizes,
+                 const char* want) {
+  check_shape(name, t, sizes, want);
+  check_device(name, t, q);
+  check_dtype(name, t, ScalarType::Float);
+}
+
+CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
+                             const OptTensor& c, const OptTensor& n, const OptTensor& m, const OptTensor& cu_seqlens,
+                             std::optional<double> scale, double eps, int64_t chunk_size) {
+  CheckedProblem checked{};
+  MlstmProblem& p = checked.p;
+  check_shape("q", q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
+  check_op_dtype("q", q.scalar_type());
+  p.batch = q.size(0), p.seq = q.size(1), p.heads = q.size(2), p.dqk = q.size(3);
+  if (p.seq < 1) value_error("q has seq ", p.seq, "; it must be at least 1");
+  if (p.dqk < 1) value_error("q has dqk ", p.dqk, "; it must be at least 1");
+  check_shape("k", k, {p.batch, p.seq, p.heads, p.dqk}, "(batch, seq, heads, dqk)");
+  check_shape("v", v, {p.batch, p.seq, p.heads, -1}, "(batch, seq, heads, dv)");
+  p.dv = v.size(3);
+  if (p.dv < 1) value_error("v has dv ", p.dv, "; it must be at least 1");
+  check_dtype("k", k, q.scalar_type(), ", as q");
+  check_dtype("v", v, q.scalar_type(), ", as q");
+  check_device("k", k, q);
+  check_device("v", v, q);
+  check_last_dim_contiguous("q", q);
+  check_last_dim_contiguous("k", k);
+  check_last_dim_contiguous("v", v);
+  check_gate("i", i, q, i.scalar_type());
+  check_gate("f", f, q, i.scalar_type());
+
+  p.num_seqs = p.batch;
+  if (cu_seqlens) {
+    if (p.batch != 1) value_error("q has batch ", p.batch, "; with cu_seqlens it must be 1");
+    check_shape("cu_seqlens", *cu_seqlens, {-1}, "(num_seqs + 1,)");
+    check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
+    check_device("cu_seqlens", *cu_seqlens, q);
+    if (cu_seqlens->size(0) < 2) {
+      value_error("cu_seqlens has ", cu_seqlens->size(0), " offsets; it must have at least 2");
+    }
+    if (cu_seqlens->size(0) > 1 && cu_seqlens->stride(0) != 1) {
+      value_error("cu_seqlens has stride ", cu_seqlens->stride(0), "; it must be contiguous");
+    }
+    if (cu_seqlens->is_cpu()) check_cu_seqlens_values(*cu_seqlens, p.seq);
+    p.num_seqs = cu_seqlens->size(0) - 1;
+    p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
+  }
+  if (c.has_value() != n.has_value() || c.has_value() != m.has_value()) {
+    value_error("initial_state must be None or all of (c, n, m)");
+  }
+  if (c) {
+    check_state("initial_state c", *c, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
+    check_state("initial_state n", *n, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)");
+    check_state("initial_state m", *m, q, {p.num_seqs, p.heads}, "(batch, heads)");
+    p.c0 = hold_float32(checked, *c);
+    p.n0 = hold_float32(checked, *n);
+    p.m0 = hold_float32(checked, *m);
+  }
+  const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
+  if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
+  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
+  if (chunk_size < 0 || chunk_size > max_chunk_size) {
+    value_error("chunk_size is ", chunk_size, "; it must be None or from 1 to ", max_chunk_size);
+  }
+  p.dtype = to_dtype(q.scalar_type());
+  p.gate_dtype = to_dtype(i.scalar_type());
+  p.scale = static_cast<float>(scale_value);
+  p.eps = static_cast<float>(eps);
+  p.chunk_size = chunk_size;
+  p.q = strided_4d(q), p.k = strided_4d(k), p.v = strided_4d(v);
+  p.i = strided_3d(i), p.f = strided_3d(f);
+  return checked;
+}
+
+float* float_data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+#ifdef FLASH_XLSTM_WITH_CUDA
+// Runs a CUDA launch function with a scratch buffer of the size it asks for.
+template <typename Params>
+void launch_cuda(const Tensor& q, const Params& params, int64_t (*workspace_bytes)(const Params&),
+                 cudaError_t (*launch)(const Params&, void*, cudaStream_t), const char* op) {
+  const int32_t device = q.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  check_device_supported(device);
+  Tensor workspace = new_empty(q, {workspace_bytes(params)}, ScalarType::Byte);
+  check_cuda(launch(params, workspace.data_ptr(), current_stream(device)), op);
+}
+#endif
+
+}  // namespace
+
+Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+               OptTensor cu_seqlens, std::optional<double> scale, double eps, int64_t chunk_size,
+               bool return_final_state) {
+  CheckedProblem checked = check_problem(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size);
+  const MlstmProblem& p = checked.p;
+  Tensor h = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type());
+  Tensor s = new_empty(q, {p.batch, p.seq, p.heads}, ScalarType::Float);
+  Tensor m_seq = new_empty(q, {p.batch, p.seq, p.heads}, ScalarType::Float);
+  const int64_t states = return_final_state ? p.num_seqs : 0;
+  Tensor c_last = new_empty(q, {states, p.heads, p.dqk, p.dv}, ScalarType::Float);
+  Tensor n_last = new_empty(q, {states, p.heads, p.dqk}, ScalarType::Float);
+  Tensor m_last = new_empty(q, {states, p.heads}, ScalarType::Float);
+
+  MlstmForward params{};
+  params.p = p;
+  params.h = h.data_ptr();
+  params.s = float_data(s);
+  params.m = float_data(m_seq);
+  if (return_final_state) {
+    params.c_last = float_data(c_last);
+    params.n_last = float_data(n_last);
+    params.m_last = float_data(m_last);
+  }
+  if (p.batch > 0 && p.heads > 0) {
+    if (q.is_cpu()) {
+      cpu::mlstm_forward(params);
+    } else {
+#ifdef FLASH_XLSTM_WITH_CUDA
+      launch_cuda(q, params, cuda::mlstm_forward_workspace_bytes, cuda::mlstm_forward, "mlstm");
+#else
+      no_cuda_build("mlstm");
+#endif
+    }
+  }
+  return {h, s, m_seq, c_last, n_last, m_last};
+}
+
+Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
+                        Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                        Tensor h, Tensor s, Tensor m_seq, std::optional<double> scale, double eps,
+                        int64_t chunk_size) {
+  CheckedProblem checked = check_problem(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size);
+  const MlstmProblem& p = checked.p;
+  const std::vector<int64_t> gate_shape{p.batch, p.seq, p.heads};
+  check_shape("h", h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
+  check_dtype("h", h, q.scalar_type(), ", as q");
+  check_shape("s", s, gate_shape, "(batch, seq, heads)");
+  check_shape("m_seq", m_seq, gate_shape, "(batch, seq, heads)");
+  check_dtype("s", s, ScalarType::Float);
+  check_dtype("m_seq", m_seq, ScalarType::Float);
+  h = torch::stable::contiguous(h);
+  s = torch::stable::contiguous(s);
+  m_seq = torch::stable::contiguous(m_seq);
+
+  MlstmBackward params{};
+  params.p = p;
+  if (dh) {
+    check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
+    check_dtype("dh", *dh, q.scalar_type(), ", as q");
+    check_device("dh", *dh, q);
+    if (p.dv > 1 && dh->stride(3) != 1) dh = torch::stable::contiguous(*dh);
+    params.dh = strided_4d(*dh);
+  }
+  if (dc_last) {
+    check_state("dc_last", *dc_last, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
+    params.dc_last = hold_float32(checked, *dc_last);
+  }
+  if (dn_last) {
+    check_state("dn_last", *dn_last, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)");
+    params.dn_last = hold_float32(checked, *dn_last);
+  }
+  if (dm_last) {
+    check_state("dm_last", *dm_last, q, {p.num_seqs, p.heads}, "(batch, heads)");
+    params.dm_last = hold_float32(checked, *dm_last);
+  }
+  params.h = h.data_ptr();
+  params.s = float_data(s);
+  params.m = float_data(m_seq);
+
+  Tensor dq = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
+  Tensor dk = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
+  Tensor dv = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type());
+  Tensor di = new_empty(q, gate_shape, i.scalar_type());
+  Tensor df = new_empty(q, gate_shape, i.scalar_type());
+  const int64_t states = c ? p.num_seqs : 0;
+  Tensor dc = new_empty(q, {states, p.heads, p.dqk, p.dv}, ScalarType::Float);
+  Tensor dn = new_empty(q, {states, p.heads, p.dqk}, ScalarType::Float);
+  Tensor dm = new_empty(q, {states, p.heads}, ScalarType::Float);
+  params.dq = dq.data_ptr(), params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
+  params.di = di.data_ptr(), params.df = df.data_ptr();
+  if (c) {
+    params.dc0 = float_data(dc);
+    params.dn0 = float_data(dn);
+    params.dm0 = float_data(dm);
+  }
+  if (p.batch > 0 && p.heads > 0) {
+    if (q.is_cpu()) {
+      cpu::mlstm_backward(params);
+    } else {
+#ifdef FLASH_XLSTM_WITH_CUDA
+      launch_cuda(q, params, cuda::mlstm_backward_workspace_bytes, cuda::mlstm_backward, "mlstm_backward");
+#else
+      no_cuda_build("mlstm_backward");
+#endif
+    }
+  }
+  return {dq, dk, dv, di, df, dc, dn, dm};
+}
+
+}  // namespace flash_xlstm

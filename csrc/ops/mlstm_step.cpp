@@ -1,0 +1,119 @@
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "ops/cuda_context.h"
+#include "ops/ops.h"
+#ifdef FLASH_XLSTM_WITH_CUDA
+#include "cuda/mlstm/launch.h"
+#endif
+
+namespace flash_xlstm {
+namespace {
+
+void check_step_gate(const char* name, const Tensor& gate, const Tensor& q, ScalarType want) {
+  check_shape(name, gate, {q.size(0), q.size(1)}, "(batch, heads)");
+  check_device(name, gate, q);
+  if (gate.scalar_type() != ScalarType::Float && gate.scalar_type() != q.scalar_type()) {
+    type_error(name, " has dtype ", dtype_text(gate.scalar_type()), "; it must be float32 or the dtype of q, ",
+               dtype_text(q.scalar_type()));
+  }
+  if (gate.scalar_type() != want) {
+    type_error(name, " has dtype ", dtype_text(gate.scalar_type()), "; it must be that of i, ", dtype_text(want));
+  }
+}
+
+void check_indices(const Tensor& indices, int64_t num_slots) {
+  const auto* slots = static_cast<const int32_t*>(indices.data_ptr());
+  std::vector<bool> used(num_slots, false);
+  for (int64_t b = 0; b < indices.size(0); ++b) {
+    if (slots[b] == -1) continue;
+    if (slots[b] < -1 || slots[b] >= num_slots) {
+      value_error("state_indices[", b, "] is ", slots[b], "; it must be -1 or from 0 to ", num_slots - 1);
+    }
+    if (used[slots[b]]) value_error("state_indices[", b, "] = ", slots[b], " appears twice; slots must be distinct");
+    used[slots[b]] = true;
+  }
+}
+
+}  // namespace
+
+Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                  OptTensor state_indices, std::optional<double> scale, double eps) {
+  MlstmStep p{};
+  check_shape("q", q, {-1, -1, -1}, "(batch, heads, dqk)");
+  check_op_dtype("q", q.scalar_type());
+  p.batch = q.size(0), p.heads = q.size(1), p.dqk = q.size(2);
+  if (p.dqk < 1) value_error("q has dqk ", p.dqk, "; it must be at least 1");
+  check_shape("k", k, {p.batch, p.heads, p.dqk}, "(batch, heads, dqk)");
+  check_shape("v", v, {p.batch, p.heads, -1}, "(batch, heads, dv)");
+  p.dv = v.size(2);
+  if (p.dv < 1) value_error("v has dv ", p.dv, "; it must be at least 1");
+  for (auto [name, t] : {std::pair{"k", &k}, {"v", &v}}) {
+    check_dtype(name, *t, q.scalar_type(), ", as q");
+    check_device(name, *t, q);
+  }
+  check_last_dim_contiguous("q", q);
+  check_last_dim_contiguous("k", k);
+  check_last_dim_contiguous("v", v);
+  check_step_gate("i", i, q, i.scalar_type());
+  check_step_gate("f", f, q, i.scalar_type());
+
+  p.num_slots = p.batch;
+  if (state_indices) {
+    check_shape("state_indices", *state_indices, {p.batch}, "(batch,)");
+    check_dtype("state_indices", *state_indices, ScalarType::Int);
+    check_device("state_indices", *state_indices, q);
+    if (p.batch > 1 && state_indices->stride(0) != 1) value_error("state_indices must be contiguous");
+    p.num_slots = c.dim() > 0 ? c.size(0) : 0;
+    if (state_indices->is_cpu()) check_indices(*state_indices, p.num_slots);
+    p.state_indices = static_cast<const int32_t*>(state_indices->data_ptr());
+  }
+  check_shape("state c", c, {p.num_slots, p.heads, p.dqk, p.dv}, "(batch or slots, heads, dqk, dv)");
+  check_shape("state n", n, {p.num_slots, p.heads, p.dqk}, "(batch or slots, heads, dqk)");
+  check_shape("state m", m, {p.num_slots, p.heads}, "(batch or slots, heads)");
+  if (c.scalar_type() != ScalarType::Float && c.scalar_type() != ScalarType::BFloat16) {
+    type_error("state c has dtype ", dtype_text(c.scalar_type()), "; it must be float32 or bfloat16");
+  }
+  check_dtype("state n", n, ScalarType::Float);
+  check_dtype("state m", m, ScalarType::Float);
+  for (auto [name, t] : {std::pair{"state c", &c}, {"state n", &n}, {"state m", &m}}) {
+    check_device(name, *t, q);
+    check_contiguous(name, *t);
+  }
+  const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
+  if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
+  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
+
+  Tensor h = new_empty(q, {p.batch, p.heads, p.dv}, q.scalar_type());
+  p.dtype = to_dtype(q.scalar_type());
+  p.gate_dtype = to_dtype(i.scalar_type());
+  p.state_dtype = to_dtype(c.scalar_type());
+  p.scale = static_cast<float>(scale_value);
+  p.eps = static_cast<float>(eps);
+  p.q = {q.data_ptr(), q.stride(0), 0, q.stride(1)};
+  p.k = {k.data_ptr(), k.stride(0), 0, k.stride(1)};
+  p.v = {v.data_ptr(), v.stride(0), 0, v.stride(1)};
+  p.i = {i.data_ptr(), i.stride(0), 0, i.stride(1)};
+  p.f = {f.data_ptr(), f.stride(0), 0, f.stride(1)};
+  p.c = c.data_ptr();
+  p.n = static_cast<float*>(n.data_ptr());
+  p.m = static_cast<float*>(m.data_ptr());
+  p.h = h.data_ptr();
+  if (p.batch > 0 && p.heads > 0) {
+    if (q.is_cpu()) {
+      cpu::mlstm_step(p);
+    } else {
+#ifdef FLASH_XLSTM_WITH_CUDA
+      const int32_t device = q.get_device_index();
+      torch::stable::accelerator::DeviceGuard guard(device);
+      check_device_supported(device);
+      check_cuda(cuda::mlstm_step(p, current_stream(device)), "mlstm_step");
+#else
+      no_cuda_build("mlstm_step");
+#endif
+    }
+  }
+  return h;
+}
+
+}  // namespace flash_xlstm

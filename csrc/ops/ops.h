@@ -1,0 +1,29 @@
+// The operators' entry points, one for CPU and CUDA: each checks its arguments, allocates its outputs and
+// dispatches to a kernel. Schemas: library.cpp.
+#pragma once
+
+#include <tuple>
+
+#include "ops/checks.h"
+
+namespace flash_xlstm {
+
+using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+               OptTensor cu_seqlens, std::optional<double> scale, double eps, int64_t chunk_size,
+               bool return_final_state);
+
+Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
+                        Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                        Tensor h, Tensor s, Tensor m_seq, std::optional<double> scale, double eps,
+                        int64_t chunk_size);
+
+Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                  OptTensor state_indices, std::optional<double> scale, double eps);
+
+Tensor soft_cap(Tensor x, double cap);
+Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);
+
+}  // namespace flash_xlstm

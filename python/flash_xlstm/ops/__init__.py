@@ -1,0 +1,6 @@
+"""Torch ops of the xLSTM. Each is backed by operators of the namespace ``torch.ops.flash_xlstm``."""
+
+from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
+from flash_xlstm.ops.pointwise import soft_cap
+
+__all__ = ["MlstmState", "mlstm", "mlstm_step", "soft_cap"]

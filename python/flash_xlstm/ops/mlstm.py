@@ -1,0 +1,195 @@
+"""The mLSTM: matrix memory with exponential gates (xLSTM, arXiv 2405.04517), chunkwise (arXiv 2503.14376)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_xlstm.ops import _common
+
+MlstmState = tuple[Tensor, Tensor, Tensor]
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    initial_state: MlstmState | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, MlstmState]:
+    """The mLSTM over a sequence, with exact gradients.
+
+    Per head, with ``lf = logsigmoid(f)`` (equations 19 to 27 of arXiv 2405.04517, stabilized)::
+
+        m_t = max(lf_t + m_{t-1}, i_t)
+        c_t = exp(lf_t + m_{t-1} - m_t) c_{t-1} + exp(i_t - m_t) k_t v_t^T
+        n_t = exp(lf_t + m_{t-1} - m_t) n_{t-1} + exp(i_t - m_t) k_t
+        h_t = scale q_t^T c_t / (max(|scale q_t . n_t|, exp(-m_t)) + eps)
+
+    Args:
+        q, k: (batch, seq, heads, dqk); float32, bfloat16 or float16; CPU or CUDA. Any strides, as long as the last
+            dimension is contiguous.
+        v: (batch, seq, heads, dv), dtype and layout as q.
+        i, f: (batch, seq, heads) pre-activations of the input and forget gates; float32 or the dtype of q (both the
+            same); any strides. A token with ``i = -inf`` and ``f = +inf`` is padding: the state passes through it
+            unchanged and its own k, v, i, f get zero gradients. ``f = -inf`` is not a defined input.
+        initial_state: ``(c, n, m)`` before the first token: c (batch, heads, dqk, dv) float32 or bfloat16, n (batch,
+            heads, dqk) float32, m (batch, heads) float32. Default: zeros.
+        scale: factor of q; default ``dqk ** -0.5``.
+        eps: added to the normalizer after the maximum.
+        chunk_size: tokens processed together, 1 to 4096; None lets the kernel choose. It changes speed, not results
+            beyond rounding; the CUDA kernels have a fixed tile and use it as they see fit.
+        cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, on the device of q: sequence s is tokens
+            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of batch row 0 (batch must be 1); states then have num_seqs in
+            place of batch. On CUDA the values are not read on the host: wrong ones give wrong results, never an
+            access outside the tensors.
+        return_final_state: also return the state after the last token.
+
+    Returns:
+        h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n, m))``, where c has the
+        dtype of the initial c (float32 without one).
+
+    Under autocast q, k, v are cast to the autocast dtype; gates and states keep theirs.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
+            runs and naming the argument.
+    """
+    q, k, v = _common.autocast(q, k, v)
+    c, n, m = (None, None, None) if initial_state is None else initial_state
+    state_dtype = torch.float32 if c is None else c.dtype
+    if c is not None and state_dtype == torch.bfloat16:
+        c = c.float()
+    h, _, _, c_last, n_last, m_last = torch.ops.flash_xlstm.mlstm(
+        q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size or 0, return_final_state
+    )
+    if not return_final_state:
+        return h
+    return h, (c_last.to(state_dtype), n_last, m_last)
+
+
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MlstmState,
+    *,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One token of the mLSTM for every row of a batch; updates `state` in place.
+
+    The recurrence is that of :func:`mlstm`.
+
+    Args:
+        q, k: (batch, heads, dqk); v: (batch, heads, dv). float32, bfloat16 or float16; CPU or CUDA; last dimension
+            contiguous.
+        i, f: (batch, heads) gate pre-activations; float32 or the dtype of q.
+        state: ``(c, n, m)``, contiguous: c (batch, heads, dqk, dv) float32 or bfloat16, n (batch, heads, dqk)
+            float32, m (batch, heads) float32. **Written in place.**
+        state_indices: (batch,) int32: `state` is a pool with any number of slots in place of batch, and row b uses
+            slot ``state_indices[b]``; -1 leaves a row out (its h is 0). Slots must be distinct. On CUDA an index
+            outside the pool touches no memory and gives NaN.
+        scale: factor of q; default ``dqk ** -0.5``.
+        eps: added to the normalizer after the maximum.
+
+    Returns:
+        h (batch, heads, dv) in the dtype of q.
+
+    Raises:
+        ValueError, TypeError: as :func:`mlstm`; the state is untouched then.
+        RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`mlstm` with
+            seq 1 and ``return_final_state=True``.
+    """
+    q, k, v = _common.autocast(q, k, v)
+    c, n, m = state
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, c, n, m)):
+        raise RuntimeError(
+            "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+            "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+        )
+    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps)
+
+
+# The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
+# compiled call should end there too.
+def _size(t: Tensor, dim: int):
+    return t.shape[dim] if t.dim() > dim else 1
+
+
+def _num_seqs(q: Tensor, cu_seqlens: Tensor | None):
+    return _size(q, 0) if cu_seqlens is None else _size(cu_seqlens, 0) - 1
+
+
+@torch.library.register_fake("flash_xlstm::mlstm")
+def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size, return_final_state):
+    batch, seq, heads, dqk = (_size(q, d) for d in range(4))
+    dv = _size(v, 3)
+    states = _num_seqs(q, cu_seqlens) if return_final_state else 0
+    gates = (batch, seq, heads)
+    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    return (
+        q.new_empty((batch, seq, heads, dv)),
+        new(*gates),
+        new(*gates),
+        new(states, heads, dqk, dv),
+        new(states, heads, dqk),
+        new(states, heads),
+    )
+
+
+@torch.library.register_fake("flash_xlstm::mlstm_backward")
+def _(dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq, scale, eps, chunk_size):
+    states = 0 if c is None else _num_seqs(q, cu_seqlens)
+    heads, dqk, dv = q.shape[2], q.shape[3], v.shape[3]
+    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(k.shape),
+        q.new_empty(v.shape),
+        i.new_empty(i.shape),
+        i.new_empty(f.shape),
+        new(states, heads, dqk, dv),
+        new(states, heads, dqk),
+        new(states, heads),
+    )
+
+
+@torch.library.register_fake("flash_xlstm::mlstm_step")
+def _(q, k, v, i, f, c, n, m, state_indices, scale, eps):
+    return q.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, i, f, c, n, m, cu_seqlens, ctx.scale, ctx.eps, ctx.chunk_size, ctx.return_final_state = inputs
+    h, s, m_seq, *_ = output
+    ctx.mark_non_differentiable(s, m_seq)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq)
+
+
+def _backward(ctx, dh, _ds, _dm_seq, dc_last, dn_last, dm_last):
+    q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq = ctx.saved_tensors
+    if not ctx.return_final_state:
+        dc_last = dn_last = dm_last = None
+    dq, dk, dv, di, df, dc, dn, dm = torch.ops.flash_xlstm.mlstm_backward(
+        dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq,
+        ctx.scale, ctx.eps, ctx.chunk_size,
+    )  # fmt: skip
+    if c is None:
+        dc = dn = dm = None
+    return dq, dk, dv, di, df, dc, dn, dm, None, None, None, None, None
+
+
+torch.library.register_autograd("flash_xlstm::mlstm", _backward, setup_context=_setup_context)
+_common.no_double_backward("mlstm_backward")

@@ -1,0 +1,169 @@
+"""Plain PyTorch forms of the mLSTM: recurrent, parallel and chunkwise.
+
+All take (batch, seq, heads, dim) tensors like :func:`flash_xlstm.ops.mlstm`. Products run in the dtype of q; gates,
+states and everything between the products run in float32, or in float64 when q is float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _prepare(q, k, v, i, f, initial_state, scale):
+    """Heads before seq, log gates in the wide dtype, the initial state, the scale."""
+    wide = _wide(q.dtype)
+    batch, _, heads, dqk = q.shape
+    q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))
+    if initial_state is None:
+        state = (
+            torch.zeros(batch, heads, dqk, v.shape[-1], dtype=wide, device=q.device),
+            torch.zeros(batch, heads, dqk, dtype=wide, device=q.device),
+            torch.zeros(batch, heads, dtype=wide, device=q.device),
+        )
+    else:
+        c, n, m = initial_state
+        state = (c.to(wide), n.to(wide), m.to(wide))
+    return q, k, v, i.to(wide), F.logsigmoid(f.to(wide)), state, dqk**-0.5 if scale is None else scale
+
+
+def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, **options):
+    """Applies `form` to each packed sequence on its own."""
+    offsets = cu_seqlens.tolist()
+    hidden, states = [], []
+    for s, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        first = None if initial_state is None else tuple(t[s : s + 1] for t in initial_state)
+        h, state = form(*(t[:, start:stop] for t in (q, k, v, i, f)), initial_state=first, **options)
+        hidden.append(h)
+        states.append(state)
+    return torch.cat(hidden, 1), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+
+
+def _run(form, q, k, v, i, f, cu_seqlens, return_final_state, **options):
+    if cu_seqlens is None:
+        h, state = form(q, k, v, i, f, **options)
+    else:
+        h, state = _packed(form, q, k, v, i, f, cu_seqlens, **options)
+    return (h, state) if return_final_state else h
+
+
+def _update(k, v, i, lf, state: State) -> State:
+    c, n, m = state
+    m_next = torch.maximum(lf + m, i)
+    keep, take = torch.exp(lf + m - m_next), torch.exp(i - m_next)
+    kt = take[..., None] * k.to(c.dtype)
+    return keep[..., None, None] * c + kt[..., :, None] * v.to(c.dtype)[..., None, :], keep[..., None] * n + kt, m_next
+
+
+def _read(q, state: State, scale: float, eps: float) -> Tensor:
+    c, n, m = state
+    qs = scale * q.to(c.dtype)
+    s = (qs * n).sum(-1)
+    d = torch.maximum(s.abs(), torch.exp(-m)) + eps
+    return (qs[..., None, :] @ c)[..., 0, :] / d[..., None]
+
+
+def _recurrent(q, k, v, i, f, *, initial_state, scale, eps):
+    dtype = q.dtype
+    q, k, v, i, lf, state, scale = _prepare(q, k, v, i, f, initial_state, scale)
+    hidden = []
+    for t in range(q.shape[2]):
+        state = _update(k[:, :, t], v[:, :, t], i[:, :, t], lf[:, :, t], state)
+        hidden.append(_read(q[:, :, t], state, scale, eps))
+    return torch.stack(hidden, 1).to(dtype), state
+
+
+def _chunk(q, k, v, i, lf, state: State, scale: float, eps: float) -> tuple[Tensor, State]:
+    """The parallel form over one chunk, (batch, heads, length, dim), from the state at its start."""
+    c, n, m0 = state
+    wide, dtype, length = c.dtype, q.dtype, q.shape[2]
+    b = lf.cumsum(-1)
+    causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    log_d = (b[..., :, None] - b[..., None, :] + i[..., None, :]).masked_fill(~causal, -torch.inf)
+    m = torch.maximum(log_d.amax(-1), b + m0[..., None])
+    w = scale * (q @ k.transpose(-1, -2)).to(wide) * torch.exp(log_d - m[..., None])
+    g = torch.exp(b + m0[..., None] - m)
+    s = w.sum(-1) + scale * g * (q.to(wide) @ n[..., None])[..., 0]
+    d = torch.maximum(s.abs(), torch.exp(-m)) + eps
+    numerator = (w.to(dtype) @ v).to(wide) + scale * g[..., None] * (q @ c.to(dtype)).to(wide)
+    h = numerator / d[..., None]
+
+    m_last = m[..., -1]
+    keep = torch.exp(b[..., -1] + m0 - m_last)
+    take = torch.exp(b[..., -1:] - b + i - m_last[..., None])
+    kw = take[..., None] * k.to(wide)
+    c = keep[..., None, None] * c + (kw.to(dtype).transpose(-1, -2) @ v).to(wide)
+    n = keep[..., None] * n + kw.sum(-2)
+    return h.to(dtype), (c, n, m_last)
+
+
+def _chunkwise(q, k, v, i, f, *, initial_state, scale, eps, chunk_size):
+    q, k, v, i, lf, state, scale = _prepare(q, k, v, i, f, initial_state, scale)
+    hidden = []
+    for start in range(0, q.shape[2], chunk_size):
+        part = slice(start, start + chunk_size)
+        h, state = _chunk(q[:, :, part], k[:, :, part], v[:, :, part], i[:, :, part], lf[:, :, part], state, scale, eps)
+        hidden.append(h)
+    return torch.cat(hidden, 2).transpose(1, 2), state
+
+
+def mlstm_recurrent(
+    q, k, v, i, f, *, initial_state=None, scale=None, eps=1e-6, cu_seqlens=None, return_final_state=False
+):
+    """The mLSTM token by token: the definition. Arguments and results as :func:`flash_xlstm.ops.mlstm`, any float
+    dtype; states come back in float32 (float64 for float64)."""
+    options = {"initial_state": initial_state, "scale": scale, "eps": eps}
+    return _run(_recurrent, q, k, v, i, f, cu_seqlens, return_final_state, **options)
+
+
+def mlstm_parallel(
+    q, k, v, i, f, *, initial_state=None, scale=None, eps=1e-6, cu_seqlens=None, return_final_state=False
+):
+    """The mLSTM as one chunk, quadratic in seq. Arguments and results as :func:`mlstm_recurrent`."""
+    options = {"initial_state": initial_state, "scale": scale, "eps": eps, "chunk_size": q.shape[1]}
+    return _run(_chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, **options)
+
+
+def mlstm_chunkwise(
+    q,
+    k,
+    v,
+    i,
+    f,
+    *,
+    initial_state=None,
+    scale=None,
+    eps=1e-6,
+    chunk_size=64,
+    cu_seqlens=None,
+    return_final_state=False,
+):
+    """The mLSTM chunk by chunk, linear in seq. Arguments and results as :func:`mlstm_recurrent`."""
+    options = {"initial_state": initial_state, "scale": scale, "eps": eps, "chunk_size": chunk_size or 64}
+    return _run(_chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, **options)
+
+
+def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6):
+    """One token, q (batch, heads, dqk). Updates `state` in place and returns h, as
+    :func:`flash_xlstm.ops.mlstm_step`."""
+    c, n, m = state
+    wide = _wide(q.dtype)
+    rows = torch.arange(q.shape[0], device=q.device)
+    slots = rows if state_indices is None else state_indices.long()
+    rows = rows[slots >= 0]
+    slots = slots[rows]
+    current = (c[slots].to(wide), n[slots].to(wide), m[slots].to(wide))
+    lf = F.logsigmoid(f[rows].to(wide))
+    current = _update(k[rows], v[rows], i[rows].to(wide), lf, current)
+    h = torch.zeros(v.shape, dtype=q.dtype, device=q.device)
+    h[rows] = _read(q[rows], current, q.shape[-1] ** -0.5 if scale is None else scale, eps).to(q.dtype)
+    for whole, part in zip((c, n, m), current, strict=True):
+        whole[slots] = part.to(whole.dtype)
+    return h
