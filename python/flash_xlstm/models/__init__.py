@@ -1,0 +1,31 @@
+"""The xLSTM as a Hugging Face model. Needs transformers: ``pip install "flash-xlstm[hf]"``."""
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "flash_xlstm.models needs transformers, which could not be imported. Install it with: "
+        'pip install "flash-xlstm[hf]"'
+    ) from error
+
+from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.models.configuration_xlstm import xLSTMConfig
+from flash_xlstm.models.modeling_xlstm import (
+    xLSTMCausalLMOutput,
+    xLSTMForCausalLM,
+    xLSTMModel,
+    xLSTMOutput,
+    xLSTMPreTrainedModel,
+)
+from flash_xlstm.models.registration import register
+
+__all__ = [
+    "register",
+    "xLSTMCache",
+    "xLSTMCausalLMOutput",
+    "xLSTMConfig",
+    "xLSTMForCausalLM",
+    "xLSTMModel",
+    "xLSTMOutput",
+    "xLSTMPreTrainedModel",
+]

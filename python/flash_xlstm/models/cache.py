@@ -1,0 +1,164 @@
+"""The recurrent states of an xLSTM model between forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_xlstm.models.configuration_xlstm import xLSTMConfig
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+class xLSTMCache:
+    """What an xLSTM remembers of the tokens it has seen; its size does not depend on their number.
+
+    A forward pass that is given a cache continues from it and advances it. Without gradients the tensors are
+    written in place, so their addresses stay; with gradients they are replaced, and what autograd saved stays
+    intact.
+
+    Args:
+        config: the model's configuration.
+        max_batch_size: the batch size.
+        dtype: of the matrix memory; default ``config.inference_state_dtype``. The rest is float32.
+        device: default: torch's.
+
+    Attributes:
+        rnn_state: for each layer ``(c, n, m)``: matrix memory c (batch, heads, qk_head_dim, v_head_dim),
+            normalizer n (batch, heads, qk_head_dim), stabilizer m (batch, heads).
+
+    Example::
+
+        cache = xLSTMCache(model.config, max_batch_size=1, device=model.device)
+        out = model(input_ids, cache_params=cache)
+        out = model(next_ids, cache_params=cache)  # continues
+    """
+
+    is_compileable = False  # read by GenerationMixin
+
+    def __init__(
+        self,
+        config: xLSTMConfig,
+        max_batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.dtype = getattr(torch, config.inference_state_dtype) if dtype is None else dtype
+        c_shape = (max_batch_size, config.num_heads, config.qk_head_dim, config.v_head_dim)
+        self.rnn_state: dict[int, State] = {
+            layer: (
+                torch.zeros(c_shape, dtype=self.dtype, device=device),
+                torch.zeros(c_shape[:3], dtype=torch.float32, device=device),
+                torch.zeros(c_shape[:2], dtype=torch.float32, device=device),
+            )
+            for layer in range(config.num_hidden_layers)
+        }
+        self._seq_length = 0
+
+    @classmethod
+    def from_states(cls, states: Iterable[State], dtype: torch.dtype, seq_length: int) -> xLSTMCache:
+        """A cache that takes over the states of all layers, after `seq_length` tokens."""
+        cache = cls.__new__(cls)
+        cache.dtype = dtype
+        cache.rnn_state = {layer: (c.to(dtype), n, m) for layer, (c, n, m) in enumerate(states)}
+        cache._seq_length = seq_length
+        return cache
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows."""
+        return self.rnn_state[0][0].shape[0]
+
+    @property
+    def seqlen_offset(self) -> int:
+        """The number of tokens seen, padding included."""
+        return self._seq_length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens seen, padding included; the same for every layer."""
+        return self._seq_length
+
+    def check(self, config: xLSTMConfig, batch_size: int) -> None:
+        """Checks that the cache fits a model and a batch.
+
+        Raises:
+            ValueError: it does not.
+        """
+        expected = (batch_size, config.num_heads, config.qk_head_dim, config.v_head_dim)
+        found = tuple(self.rnn_state[0][0].shape)
+        if found != expected or len(self.rnn_state) != config.num_hidden_layers:
+            raise ValueError(
+                f"cache_params has {len(self.rnn_state)} layers of shape {found}; for this model and batch "
+                f"it must have {config.num_hidden_layers} of shape {expected}"
+            )
+
+    def layer_states(self, devices: Iterable[torch.device]) -> list[State]:
+        """The states of all layers, on its layer's device; safe to write in place where gradients are off."""
+        for layer, device in enumerate(devices):
+            self.rnn_state[layer] = _map(lambda t, d=device: _writable(t.to(d)), self.rnn_state[layer])
+        return [self.rnn_state[layer] for layer in range(len(self.rnn_state))]
+
+    def update(self, states: Iterable[State], num_tokens: int) -> None:
+        """Takes the states of all layers after `num_tokens` more tokens."""
+        for layer, new in enumerate(states):
+            old = self.rnn_state[layer]
+            if torch.is_grad_enabled():
+                self.rnn_state[layer] = (new[0].to(self.dtype), new[1], new[2])
+            elif new is not old:
+                for target, source in zip(old, new, strict=True):
+                    target.copy_(source)
+        self._seq_length += num_tokens
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._apply(torch.zeros_like)
+        self._seq_length = 0
+
+    def clone(self) -> xLSTMCache:
+        """A copy that shares no memory with this cache."""
+        states = (_map(torch.clone, state) for state in self.rnn_state.values())
+        return xLSTMCache.from_states(states, self.dtype, self._seq_length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes a copy of row ``beam_idx[b]``, as beam search needs; beam_idx (batch,) integers."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows `indices`, in their order."""
+        self._apply(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes `repeats` copies of every row, next to each other."""
+        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def to(self, device: torch.device | str) -> xLSTMCache:
+        """Moves the states to a device."""
+        self._apply(lambda t: t.to(device))
+        return self
+
+    def _apply(self, function: Any) -> None:
+        self.rnn_state = {layer: _map(function, state) for layer, state in self.rnn_state.items()}
+
+    def __repr__(self) -> str:
+        c = self.rnn_state[0][0]
+        return (
+            f"xLSTMCache(layers={len(self.rnn_state)}, c={tuple(c.shape)}, dtype={self.dtype}, "
+            f"device={c.device}, seq_length={self._seq_length})"
+        )
+
+
+def _map(function: Any, state: State) -> State:
+    c, n, m = state
+    return function(c), function(n), function(m)
+
+
+def _writable(t: Tensor) -> Tensor:
+    """`t`, or a copy where writing into it would break autograd or torch.inference_mode's rules."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return t
+    frozen = t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled())
+    return t.detach().clone() if frozen or not t.is_contiguous() else t

@@ -1,0 +1,97 @@
+"""Which weight mode a checkpoint is in, and the form in which checkpoints are saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from flash_xlstm.nn import FusableProjections, convert_weight_mode
+
+_HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder",
+)  # fmt: skip
+
+
+def weight_modes(config_class: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
+    """The weight mode a checkpoint is in, and the one its model shall have.
+
+    Args:
+        config_class: reads the configuration where `config` is none.
+        path: a folder or a name on the hub; None where ``kwargs["state_dict"]`` holds the weights.
+        config: a configuration, a path to one, or None for the one at `path`.
+        kwargs: what ``from_pretrained`` was given besides.
+    """
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    if not hasattr(config, "weight_mode"):
+        config = config_class.from_pretrained(path if config is None else config, **hub)
+        wanted = kwargs.get("weight_mode", config.weight_mode)
+    else:
+        wanted = config.weight_mode
+    if kwargs.get("state_dict") is not None:
+        names: Iterable[str] = kwargs["state_dict"]
+    else:
+        names = _weight_names(path, kwargs.get("variant"), hub)
+    return _mode_of(names) or wanted, wanted
+
+
+def _mode_of(names: Iterable[str]) -> str | None:
+    for name in names:
+        if name.endswith("mlstm_layer.qkv_opreact.weight"):
+            return "fused"
+        if name.endswith("mlstm_layer.q.weight"):
+            return "single"
+    return None
+
+
+def _weight_names(path: Any, variant: str | None, hub: dict[str, Any]) -> list[str]:
+    """Names of the tensors in a safetensors checkpoint; nothing where there is none to be found."""
+    for file_name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if variant is not None:
+            stem, extension = file_name.split(".", 1)
+            file_name = f"{stem}.{variant}.{extension}" if "index" not in extension else _index_name(variant)
+        try:
+            found = cached_file(path, file_name, **hub)
+        except OSError:
+            continue
+        if found is None:
+            continue
+        if file_name.endswith(".json"):
+            with open(found, encoding="utf-8") as file:
+                return list(json.load(file)["weight_map"])
+        with safe_open(os.fspath(found), framework="pt") as tensors:
+            return list(tensors.keys())
+    return []
+
+
+def _index_name(variant: str) -> str:
+    stem, *rest = SAFE_WEIGHTS_INDEX_NAME.split(".")  # model, safetensors, index, json
+    return ".".join([stem, *rest[:-1], variant, rest[-1]])
+
+
+def portable_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor] | None:
+    """A state dict that every library reads: projections apart, and a tied LM head with a tensor of its own.
+
+    None where the model's own state dict is that already.
+    """
+    layers = {
+        f"{name}.": module
+        for name, module in model.named_modules()
+        if isinstance(module, FusableProjections) and module.weight_mode == "fused"
+    }
+    tied = bool(getattr(model.config, "tie_word_embeddings", False)) and hasattr(model, "lm_head")
+    if not layers and not tied:
+        return state_dict
+    portable = dict(model.state_dict() if state_dict is None else state_dict)
+    for prefix, module in layers.items():
+        convert_weight_mode(portable, prefix, module.projection_groups, "single")
+    if tied and "lm_head.weight" in portable:
+        portable["lm_head.weight"] = portable["lm_head.weight"].clone()
+    return portable

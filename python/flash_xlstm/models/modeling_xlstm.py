@@ -1,0 +1,451 @@
+"""The xLSTM model: embeddings, mLSTM blocks, output norm, language-modelling head."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from flash_xlstm import ops
+from flash_xlstm import reference as plain
+from flash_xlstm.models import checkpoints
+from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
+from flash_xlstm.models.generation import xLSTMGenerationMixin
+from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, mLSTMBlock, mLSTMLayer
+
+# The default chunk_size leaves the choice to the compiled kernels.
+_DEFAULT_CHUNK_SIZE = 64
+
+
+@dataclass
+class xLSTMOutput(ModelOutput):
+    """What :class:`xLSTMModel` returns.
+
+    Attributes:
+        last_hidden_state: (batch, seq, hidden_size), behind the output norm.
+        cache_params: the states after the last token.
+        hidden_states: with `output_hidden_states`, num_hidden_layers + 1 tensors (batch, seq, hidden_size):
+            the embeddings, then what each block puts out; the last one is behind the output norm.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cache_params: xLSTMCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class xLSTMCausalLMOutput(ModelOutput):
+    """What :class:`xLSTMForCausalLM` returns.
+
+    Attributes:
+        loss: with `labels`, the mean cross entropy of the next token, a float32 scalar.
+        logits: (batch, seq or logits_to_keep, vocab_size), float32.
+        cache_params, hidden_states: as in :class:`xLSTMOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache_params: xLSTMCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
+    """:class:`flash_xlstm.nn.mLSTMBlock` built from a configuration, with gradient checkpointing."""
+
+    def __init__(self, config: xLSTMConfig) -> None:
+        force_float32 = config.norm_reduction_force_float32
+        mlstm_layer = mLSTMLayer(
+            config.hidden_size,
+            config.num_heads,
+            qk_dim=config.qk_dim,
+            v_dim=config.v_dim,
+            use_bias=config.use_bias,
+            gate_soft_cap=config.gate_soft_cap,
+            eps=config.eps,
+            norm_eps=config.norm_eps,
+            norm_force_float32=force_float32,
+            weight_mode=config.weight_mode,
+            kernel=CHUNKWISE_KERNELS[config.chunkwise_kernel],
+            step_kernel=STEP_KERNELS[config.step_kernel],
+            chunk_size=None if config.chunk_size == _DEFAULT_CHUNK_SIZE else config.chunk_size,
+            autocast_kernel_dtype=getattr(torch, config.autocast_kernel_dtype),
+        )
+        ffn = FeedForward(
+            config.hidden_size, config.ffn_dim, use_bias=config.use_bias, weight_mode=config.weight_mode
+        )
+        super().__init__(
+            config.hidden_size,
+            mlstm_layer,
+            ffn,
+            norm_eps=config.norm_eps,
+            use_bias=config.use_bias,
+            norm_force_float32=force_float32,
+        )
+
+
+class xLSTMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialization, common to the models."""
+
+    config_class = xLSTMConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["xLSTMBlock"]  # noqa: RUF012
+    _is_stateful = True
+
+    def __init__(self, config: xLSTMConfig) -> None:
+        if not isinstance(config, xLSTMConfig):  # transformers' own, say
+            if getattr(config, "model_type", None) != xLSTMConfig.model_type:
+                raise TypeError(f"config is a {type(config).__name__}; it must be an xLSTMConfig")
+            config = xLSTMConfig.from_dict(config.to_dict())
+        config.check()
+        super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The xLSTM 7B's: small init (std sqrt(2 / (5 d))), Wang's for what writes into the residual stream
+        # (2 / layers / sqrt(d)), and gates that do not look at the input at first: input gates nearly closed,
+        # forget gates from half-lives of about 15 to about 280 tokens.
+        if isinstance(module, FusableProjections):
+            self._init_gates(module)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=(2 / (5 * self.config.hidden_size)) ** 0.5)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def _init_gates(self, module: FusableProjections) -> None:
+        """Initializes what differs from a plain linear layer; children come before their parent."""
+        out = module.proj_down if isinstance(module, FeedForward) else module.out_proj
+        init.normal_(out.weight, mean=0.0, std=2 / self.config.num_hidden_layers / out.in_features**0.5)
+        if not isinstance(module, mLSTMLayer):
+            return
+        heads = module.num_heads
+        igate = torch.full((heads,), -10.0)
+        fgate = torch.linspace(3.0, 6.0, heads)
+        if module.weight_mode == "fused":
+            whole = module.qkv_opreact
+            weight = whole.weight.clone()
+            weight[-module.v_dim :] = 0.0
+            init.copy_(whole.weight, weight)
+            gates = {module.ifgate_preact: torch.cat([igate, fgate])}
+        else:
+            init.zeros_(module.ogate_preact.weight)
+            gates = {module.igate_preact: igate, module.fgate_preact: fgate}
+        for layer, bias in gates.items():
+            init.zeros_(layer.weight)
+            init.copy_(layer.bias, bias.to(layer.bias))
+
+    def set_weight_mode(self, mode: str) -> None:
+        """Stacks ("fused") or splits ("single") parallel linear layers in place; results stay the same up to
+        rounding.
+
+        Parameters become new objects: call it before making an optimizer.
+        """
+        for module in self.modules():
+            if isinstance(module, FusableProjections):
+                module.set_weight_mode(mode)
+        self.config.weight_mode = mode
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``PreTrainedModel.from_pretrained``. A checkpoint in the other weight mode than the
+        configuration's is converted once it is loaded."""
+        found, wanted = checkpoints.weight_modes(
+            cls.config_class, pretrained_model_name_or_path, config, kwargs
+        )
+        if found == wanted:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        if hasattr(config, "weight_mode"):
+            config = copy.deepcopy(config)
+            config.weight_mode = found
+        else:
+            kwargs = {**kwargs, "weight_mode": found}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_weight_mode(wanted)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As ``PreTrainedModel.save_pretrained``. Weights are written in single form, with the LM head even
+        where it is tied to the embeddings, so that transformers' own xLSTM loads the directory too."""
+        state_dict = checkpoints.portable_state_dict(self, state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+
+class xLSTMModel(xLSTMPreTrainedModel):
+    """The xLSTM without a head: embeddings, mLSTM blocks, output norm."""
+
+    def __init__(self, config: xLSTMConfig) -> None:
+        super().__init__(config)
+        config = self.config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList([xLSTMBlock(config) for _ in range(config.num_hidden_layers)])
+        self.out_norm = (
+            RMSNorm(config.hidden_size, config.norm_eps, force_float32=config.norm_reduction_force_float32)
+            if config.add_out_norm
+            else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: xLSTMCache | None = None,
+        use_cache: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> xLSTMOutput | tuple:
+        """Hidden states of a batch of sequences.
+
+        Args:
+            input_ids: (batch, seq) token ids; or instead
+            inputs_embeds: (batch, seq, hidden_size) embeddings.
+            cache_params: continue from this cache, and advance it.
+            use_cache: return a cache. Default: yes if `cache_params` is given; else what the configuration
+                says, but not in training (training mode with gradients on).
+            attention_mask: (batch, seq or longer), nonzero where there is a token; of a longer mask the last
+                seq columns count. Padding, on whichever side, leaves the states alone; what comes out there
+                means nothing.
+            output_hidden_states: return those of every layer.
+            return_dict: False for a tuple without the entries that are None.
+
+        Raises:
+            ValueError: arguments that contradict each other or do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self._resolve_use_cache(use_cache, cache_params)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        padding = _padding(attention_mask, x)
+
+        states: list[Any] = [None] * len(self.blocks)
+        if cache_params is not None:
+            cache_params.check(self.config, x.shape[0])
+            states = cache_params.layer_states(block.norm_mlstm.weight.device for block in self.blocks)
+        x, new_states, hidden_states = self._run(x, states, padding, use_cache, output_hidden_states)
+        if use_cache:
+            if cache_params is None:
+                dtype = getattr(torch, self.config.inference_state_dtype)
+                cache_params = xLSTMCache.from_states(new_states, dtype, x.shape[1])
+            else:
+                cache_params.update(new_states, x.shape[1])
+
+        output = xLSTMOutput(
+            last_hidden_state=x,
+            cache_params=cache_params if use_cache else None,
+            hidden_states=hidden_states,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _resolve_use_cache(self, use_cache: bool | None, cache: xLSTMCache | None) -> bool:
+        available = self.config.mode == "inference" or self.config.return_last_states
+        if use_cache is None:
+            training = self.training and torch.is_grad_enabled()
+            return available and (cache is not None or (self.config.use_cache and not training))
+        if use_cache and not available:
+            raise ValueError(
+                f"use_cache is True, but config.mode is {self.config.mode!r} and config.return_last_states "
+                "is False; set mode to 'inference' or return_last_states to True"
+            )
+        return use_cache
+
+    def _run(
+        self, x: Tensor, states: list[Any], padding: Tensor | None, use_cache: bool, keep_hidden: bool
+    ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
+        """All blocks and the output norm; long inputs in pieces where no gradient is needed."""
+        seq, piece = x.shape[1], self.config.max_inference_chunksize
+        inplace = use_cache and not torch.is_grad_enabled()  # else the caller's cache stays as it is
+        if torch.is_grad_enabled() or seq <= piece:
+            return self._run_piece(x, states, padding, use_cache, inplace, keep_hidden)
+        outputs, hidden = [], []
+        for start in range(0, seq, piece):
+            part = slice(start, min(start + piece, seq))
+            part_padding = None if padding is None else padding[:, part]
+            return_states = use_cache or part.stop < seq
+            y, states, layers = self._run_piece(
+                x[:, part], states, part_padding, return_states, inplace, keep_hidden
+            )
+            outputs.append(y)
+            hidden.append(layers)
+        joined = tuple(torch.cat(parts, 1) for parts in zip(*hidden, strict=True)) if keep_hidden else None
+        return torch.cat(outputs, 1), states, joined
+
+    def _run_piece(
+        self,
+        x: Tensor,
+        states: list[Any],
+        padding: Tensor | None,
+        return_states: bool,
+        inplace: bool,
+        keep_hidden: bool,
+    ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
+        hidden = []
+        new_states = []
+        for block, state in zip(self.blocks, states, strict=True):
+            if keep_hidden:
+                hidden.append(x)
+            x, state = block(x, state, padding, return_states, inplace)
+            new_states.append(state)
+        x = self.out_norm(x)
+        return x, new_states, (*hidden, x) if keep_hidden else None
+
+
+class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
+    """The xLSTM with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: xLSTMConfig) -> None:
+        super().__init__(config)
+        config = self.config
+        self.backbone = xLSTMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: xLSTMCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> xLSTMCausalLMOutput | tuple:
+        """Logits, and with `labels` the loss.
+
+        Args:
+            input_ids, inputs_embeds, cache_params, attention_mask, output_hidden_states, return_dict: as in
+                :meth:`xLSTMModel.forward`.
+            labels: (batch, seq) token ids, normally `input_ids` again: position t is compared with the logits
+                of position t - 1. Those of -100, those at padding and those whose predecessor is padding do
+                not count.
+            use_cache: as in :meth:`xLSTMModel.forward`; with labels and gradients the default is no.
+            logits_to_keep: logits of the last so many positions only (0: all), or of the positions a 1-D
+                tensor holds.
+            kwargs: ``num_items_in_batch`` divides the summed loss by this instead of the number of labels.
+
+        Raises:
+            ValueError: arguments that contradict each other or do not fit.
+        """
+        if kwargs.get("num_logits_to_keep") is not None:
+            logits_to_keep = kwargs.pop("num_logits_to_keep")
+        if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
+            use_cache = False
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        outputs = self.backbone(
+            input_ids,
+            inputs_embeds,
+            cache_params,
+            use_cache,
+            attention_mask,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self._logits(hidden)
+
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels has shape {tuple(labels.shape)}; it must be that of the logits, "
+                    f"{tuple(logits.shape[:2])}"
+                )
+            labels = _mask_labels(labels, attention_mask)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+
+        output = xLSTMCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        if logits.dtype == torch.float64:
+            return plain.soft_cap(logits, self.config.output_logit_soft_cap)
+        return ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)
+
+
+def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Where a token must leave the states alone: (batch, seq) bool."""
+    if attention_mask is None:
+        return None
+    batch, seq = x.shape[:2]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch}, {seq}), or longer "
+            "where it covers tokens the cache has seen"
+        )
+    return attention_mask[:, -seq:].to(x.device) == 0
+
+
+def _mask_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`labels` with -100 where the token itself or the one that predicts it is padding."""
+    if attention_mask is None:
+        return labels
+    real = attention_mask[:, -labels.shape[1] :].to(labels.device) != 0
+    counted = torch.cat([real[:, :1], real[:, 1:] & real[:, :-1]], dim=1)
+    return labels.masked_fill(~counted, -100)

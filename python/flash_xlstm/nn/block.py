@@ -1,0 +1,50 @@
+"""One residual block: the mLSTM layer, then the feed-forward layer, each behind a norm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flash_xlstm.nn.feedforward import FeedForward
+from flash_xlstm.nn.mlstm import State, mLSTMLayer
+from flash_xlstm.nn.norm import RMSNorm
+
+
+class mLSTMBlock(nn.Module):
+    """``x += mlstm_layer(norm_mlstm(x)); x += ffn(norm_ffn(x))``.
+
+    Args:
+        hidden_size: size of input and output.
+        mlstm_layer, ffn: the two layers, of that size.
+        norm_eps, use_bias, norm_force_float32: of the two norms in front of them.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        mlstm_layer: mLSTMLayer,
+        ffn: FeedForward,
+        *,
+        norm_eps: float = 1e-6,
+        use_bias: bool = False,
+        norm_force_float32: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm_mlstm = RMSNorm(hidden_size, norm_eps, use_bias=use_bias, force_float32=norm_force_float32)
+        self.mlstm_layer = mlstm_layer
+        self.norm_ffn = RMSNorm(hidden_size, norm_eps, use_bias=use_bias, force_float32=norm_force_float32)
+        self.ffn = ffn
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        padding: Tensor | None = None,
+        return_state: bool = False,
+        inplace: bool = False,
+    ) -> tuple[Tensor, State | None]:
+        """Arguments and results as :meth:`mLSTMLayer.forward`."""
+        y, state = self.mlstm_layer(
+            self.norm_mlstm(x), state, padding, return_state=return_state, inplace=inplace
+        )
+        x = x + y
+        return x + self.ffn(self.norm_ffn(x)), state
