@@ -107,7 +107,8 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
       const int32_t device = q.get_device_index();
       torch::stable::accelerator::DeviceGuard guard(device);
       check_device_supported(device);
-      check_cuda(cuda::mlstm_step(p, current_stream(device)), "mlstm_step");
+      Tensor workspace = new_empty(q, {cuda::mlstm_step_workspace_bytes(p)}, ScalarType::Byte);
+      check_cuda(cuda::mlstm_step(p, workspace.data_ptr(), current_stream(device)), "mlstm_step");
 #else
       no_cuda_build("mlstm_step");
 #endif

@@ -1,0 +1,353 @@
+// Everything of the mLSTM that is one number per token: log forget gates, stabilizer, the backward's u, delta, e and
+// the gate gradients. Arithmetic in float64 where sums are long; a warp handles one chunk of one head, two tokens a
+// lane, except where a warp walks a whole sequence chunk by chunk.
+#include <cfloat>
+#include <cmath>
+
+#include "cuda/mlstm/portable/kernels.h"
+
+namespace flash_xlstm::cuda::portable {
+namespace {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int warps_per_block = 4;
+static_assert(chunk_tokens == 64, "two tokens a lane");
+
+__device__ __forceinline__ double negative_infinity() { return -static_cast<double>(INFINITY); }
+
+// The (chunk, head) of this warp; false past the end.
+__device__ bool warp_item(const Layout& layout, Chunk& chunk, int& head, int64_t& item) {
+  item = static_cast<int64_t>(blockIdx.x) * warps_per_block + threadIdx.x / 32;
+  if (item >= layout.max_chunks * layout.heads) return false;
+  head = static_cast<int>(item % layout.heads);
+  return layout.locate(item / layout.heads, chunk);
+}
+
+__device__ __forceinline__ double prefix_sum(double x, int lane) {
+  for (int d = 1; d < 32; d *= 2) {
+    const double other = __shfl_up_sync(all_lanes, x, d);
+    if (lane >= d) x += other;
+  }
+  return x;
+}
+
+__device__ __forceinline__ double suffix_sum(double x, int lane) {
+  for (int d = 1; d < 32; d *= 2) {
+    const double other = __shfl_down_sync(all_lanes, x, d);
+    if (lane + d < 32) x += other;
+  }
+  return x;
+}
+
+__device__ __forceinline__ double prefix_max(double x, int lane) {
+  for (int d = 1; d < 32; d *= 2) {
+    const double other = __shfl_up_sync(all_lanes, x, d);
+    if (lane >= d) x = fmax(x, other);
+  }
+  return x;
+}
+
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(all_lanes, x, d);
+  return x;
+}
+
+// One thread: sequences are few and this is nothing beside the rest. Offsets are clamped to [0, seq] and kept from
+// decreasing, so that wrong ones cannot lead outside the tensors.
+__global__ void chunk_table_kernel(const __grid_constant__ Work w) {
+  const Layout& l = w.layout;
+  if (threadIdx.x == 0) {
+    int64_t token = 0, chunk = 0;
+    for (int64_t s = 0; s < l.num_seqs; ++s) {
+      const int64_t start = min(max(static_cast<int64_t>(w.p.cu_seqlens[s]), token), l.seq);
+      const int64_t stop = min(max(static_cast<int64_t>(w.p.cu_seqlens[s + 1]), start), l.seq);
+      w.scratch.first_token[s] = start;
+      w.scratch.first_chunk[s] = chunk;
+      chunk += (stop - start + chunk_tokens - 1) / chunk_tokens;
+      token = stop;
+    }
+    w.scratch.first_token[l.num_seqs] = token;
+    w.scratch.first_chunk[l.num_seqs] = chunk;
+  }
+  __syncthreads();
+  for (int64_t s = threadIdx.x; s < l.num_seqs; s += blockDim.x) {
+    for (int64_t c = w.scratch.first_chunk[s]; c < w.scratch.first_chunk[s + 1]; ++c) {
+      w.scratch.seq_of_chunk[c] = static_cast<int32_t>(s);
+    }
+  }
+}
+
+// b, i within the chunk; its sum of log forget gates and its largest log weight at the end.
+__global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
+  Chunk chunk;
+  int head;
+  int64_t item;
+  if (!warp_item(w.layout, chunk, head, item)) return;
+  const int lane = threadIdx.x % 32;
+  double lf[2];
+  float i[2];
+  for (int x = 0; x < 2; ++x) {
+    const int t = lane * 2 + x;
+    const bool inside = t < chunk.length;
+    const int64_t token = chunk.first + t;
+    const Strided &gi = w.p.i, &gf = w.p.f;
+    i[x] = inside ? load_as_float(gi.data, chunk.row * gi.batch + token * gi.seq + head * gi.head, w.p.gate_dtype)
+                  : -INFINITY;
+    lf[x] = inside ? log_sigmoid(load_as_float(gf.data, chunk.row * gf.batch + token * gf.seq + head * gf.head,
+                                               w.p.gate_dtype))
+                   : 0.0f;
+  }
+  const double through = prefix_sum(lf[0] + lf[1], lane);
+  const double b[2] = {through - lf[1], through};
+  const double b_end = __shfl_sync(all_lanes, through, 31);
+  double largest = negative_infinity();
+  for (int x = 0; x < 2; ++x) {
+    const int64_t at = item * chunk_tokens + lane * 2 + x;
+    const float high = static_cast<float>(b[x]);
+    w.scratch.b[at] = make_float2(high, static_cast<float>(b[x] - high));
+    w.scratch.i[at] = i[x];
+    largest = fmax(largest, b_end - b[x] + i[x]);
+  }
+  for (int d = 16; d > 0; d /= 2) largest = fmax(largest, __shfl_xor_sync(all_lanes, largest, d));
+  if (lane == 0) {
+    w.scratch.chunk_b[item] = b_end;
+    w.scratch.chunk_max[item] = largest;
+  }
+}
+
+// m at every chunk boundary: m' = max(b_chunk + m, max_chunk), scanned 32 chunks at a time by one warp a sequence.
+__global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float* m_last) {
+  const Layout& l = w.layout;
+  const int64_t seq = blockIdx.x / l.heads;
+  const int head = static_cast<int>(blockIdx.x % l.heads);
+  const int lane = threadIdx.x;
+  int64_t begin, end;
+  l.chunk_range(seq, begin, end);
+  double m = w.p.m0 == nullptr ? 0.0 : w.p.m0[seq * l.heads + head];
+  if (lane == 0) w.scratch.m_slot[(begin + seq) * l.heads + head] = static_cast<float>(m);
+  for (int64_t base = begin; base < end; base += 32) {
+    const int64_t chunk = base + lane;
+    const bool inside = chunk < end;
+    double sum = inside ? w.scratch.chunk_b[chunk * l.heads + head] : 0.0;
+    double top = inside ? w.scratch.chunk_max[chunk * l.heads + head] : negative_infinity();
+    for (int d = 1; d < 32; d *= 2) {  // compose (sum, top): m -> max(sum + m, top)
+      const double before_sum = __shfl_up_sync(all_lanes, sum, d), before_top = __shfl_up_sync(all_lanes, top, d);
+      if (lane >= d) {
+        top = fmax(sum + before_top, top);
+        sum += before_sum;
+      }
+    }
+    const double m_end = fmax(sum + m, top);
+    if (inside) w.scratch.m_slot[(chunk + 1 + seq) * l.heads + head] = static_cast<float>(m_end);
+    m = __shfl_sync(all_lanes, m_end, 31);
+  }
+  if (lane == 0 && m_last != nullptr) m_last[seq * l.heads + head] = static_cast<float>(m);
+}
+
+__global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m_out) {
+  Chunk chunk;
+  int head;
+  int64_t item;
+  if (!warp_item(w.layout, chunk, head, item)) return;
+  const int lane = threadIdx.x % 32;
+  const double m_start = w.scratch.m_slot[chunk.slot * w.layout.heads + head];
+  double b[2], over[2];  // i - b: what a token brings to the maximum
+  for (int x = 0; x < 2; ++x) {
+    const int64_t at = item * chunk_tokens + lane * 2 + x;
+    const float2 parts = w.scratch.b[at];
+    b[x] = static_cast<double>(parts.x) + parts.y;
+    over[x] = w.scratch.i[at] - b[x];
+  }
+  const double through = prefix_max(fmax(over[0], over[1]), lane);
+  double before = __shfl_up_sync(all_lanes, through, 1);
+  before = lane == 0 ? m_start : fmax(before, m_start);
+  for (int x = 0; x < 2; ++x) {
+    const int t = lane * 2 + x;
+    const int64_t at = item * chunk_tokens + t;
+    w.scratch.reset[at] = over[x] >= before;
+    before = fmax(before, over[x]);
+    const float m = static_cast<float>(b[x] + before);
+    w.scratch.m[at] = m;
+    if (m_out != nullptr && t < chunk.length) {
+      m_out[(chunk.row * w.layout.seq + chunk.first + t) * w.layout.heads + head] = m;
+    }
+  }
+}
+
+template <typename T>
+__global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided dh, const T* h, const float* s) {
+  const Layout& l = w.layout;
+  const int64_t item = blockIdx.x;
+  const int head = static_cast<int>(item % l.heads);
+  Chunk chunk;
+  if (!l.locate(item / l.heads, chunk)) return;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  for (int t = threadIdx.x / 32; t < chunk_tokens; t += warps) {
+    const int64_t at = item * chunk_tokens + t;
+    float inv_d = 0.0f, delta = 0.0f, e = 0.0f;
+    if (t < chunk.length) {
+      const int64_t token = (chunk.row * l.seq + chunk.first + t) * l.heads + head;
+      float u = 0.0f;
+      if (dh.data != nullptr) {
+        const T* dh_row = static_cast<const T*>(dh.data) + chunk.row * dh.batch + (chunk.first + t) * dh.seq +
+                          head * dh.head;
+        const T* h_row = h + token * l.dv;
+        for (int64_t x = lane; x < l.dv; x += 32) u += to_float(dh_row[x]) * to_float(h_row[x]);
+        for (int d = 16; d > 0; d /= 2) u += __shfl_xor_sync(all_lanes, u, d);
+      }
+      const float sum = s[token], floor = expf(-w.scratch.m[at]);
+      inv_d = 1.0f / (fmaxf(fabsf(sum), floor) + w.p.eps);
+      if (fabsf(sum) >= floor) delta = -u * inv_d * copysignf(1.0f, sum);
+      e = -u * w.p.eps * inv_d;
+    }
+    if (lane == 0) {
+      w.scratch.inv_d[at] = inv_d;
+      w.scratch.delta[at] = delta;
+      w.scratch.e[at] = e;
+    }
+  }
+}
+
+// The stabilizer's path: walking back, a += e_t, and a token whose m took the input gate's branch takes a and clears
+// it. Here: what is carried into the last token of every chunk.
+__global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const float* dm_last, float* dm0,
+                                        bool final_gradients, int state_tiles) {
+  const Layout& l = w.layout;
+  const int64_t seq = blockIdx.x / l.heads;
+  const int head = static_cast<int>(blockIdx.x % l.heads);
+  const int lane = threadIdx.x;
+  int64_t begin, end;
+  l.chunk_range(seq, begin, end);
+  const auto inner_at = [&](int64_t slot) {
+    double sum = 0.0;
+    for (int t = lane; t < state_tiles; t += 32) sum += w.scratch.inner[(slot * l.heads + head) * state_tiles + t];
+    return warp_sum(sum);
+  };
+  double a = dm_last == nullptr ? 0.0 : dm_last[seq * l.heads + head];
+  if (final_gradients) a -= inner_at(end + seq);
+  for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
+    const int64_t item = chunk * l.heads + head;
+    if (lane == 0) w.scratch.stabilizer[item] = static_cast<float>(a);
+    const int64_t at = item * chunk_tokens + lane * 2;
+    // The tokens before the chunk's first reset keep their e for the chunk before.
+    const unsigned resets0 = __ballot_sync(all_lanes, w.scratch.reset[at] != 0);
+    const unsigned resets1 = __ballot_sync(all_lanes, w.scratch.reset[at + 1] != 0);
+    const int first0 = resets0 ? 2 * (__ffs(resets0) - 1) : chunk_tokens;
+    const int first1 = resets1 ? 2 * (__ffs(resets1) - 1) + 1 : chunk_tokens;
+    const int first = min(first0, first1);
+    double kept = 0.0;
+    for (int x = 0; x < 2; ++x) {
+      if (lane * 2 + x < first) kept += w.scratch.e[at + x];
+    }
+    kept = warp_sum(kept);
+    a = first < chunk_tokens ? kept : a + kept;
+  }
+  if (dm0 != nullptr) {
+    const double inner = inner_at(begin + seq);
+    if (lane == 0) dm0[seq * l.heads + head] = static_cast<float>(a + inner);
+  }
+}
+
+__global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int q_tiles, int k_tiles,
+                                      int state_tiles) {
+  Chunk chunk;
+  int head;
+  int64_t item;
+  const Layout& l = w.layout;
+  if (!warp_item(l, chunk, head, item)) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t items = l.max_chunks * l.heads;
+
+  double inner = 0.0;  // <c, dc> + <n, dn> at the chunk's end: the reverse sum of all later tokens
+  for (int t = lane; t < state_tiles; t += 32) {
+    inner += w.scratch.inner[((chunk.slot + 1) * l.heads + head) * state_tiles + t];
+  }
+  inner = warp_sum(inner);
+
+  double kdk[2], difference[2], e[2];
+  bool reset[2];
+  for (int x = 0; x < 2; ++x) {
+    const int64_t at = item * chunk_tokens + lane * 2 + x;
+    double qdq = 0.0;
+    kdk[x] = 0.0;
+    if (lane * 2 + x < chunk.length) {
+      for (int t = 0; t < q_tiles; ++t) qdq += w.scratch.q_dq[t * items * chunk_tokens + at];
+      for (int t = 0; t < k_tiles; ++t) kdk[x] += w.scratch.k_dk[t * items * chunk_tokens + at];
+    }
+    difference[x] = qdq - kdk[x];
+    e[x] = w.scratch.e[at];
+    reset[x] = w.scratch.reset[at] != 0;
+  }
+  const double from = suffix_sum(difference[0] + difference[1], lane) + inner;
+  const double dlf_sum[2] = {from, from - difference[0]};
+
+  // a arriving at each token, itself included: a segmented suffix sum, with the carry behind the last token.
+  double a_after = suffix_sum(e[0] + e[1], lane);                  // e of tokens >= 2 lane
+  const unsigned resets0 = __ballot_sync(all_lanes, reset[0]), resets1 = __ballot_sync(all_lanes, reset[1]);
+  const double carried = w.scratch.stabilizer[item];
+  for (int x = 0; x < 2; ++x) {
+    const int t = lane * 2 + x;
+    const double e_from_t = x == 0 ? a_after : a_after - e[0];     // e of tokens >= t
+    // The nearest reset after t cuts the sum: it took everything from itself on.
+    const unsigned later = lane == 31 ? 0u : all_lanes << (lane + 1);
+    const unsigned later0 = resets0 & later;
+    const unsigned later1 = resets1 & (x == 0 ? later | (1u << lane) : later);
+    const int next0 = later0 ? 2 * (__ffs(later0) - 1) : chunk_tokens;
+    const int next1 = later1 ? 2 * (__ffs(later1) - 1) + 1 : chunk_tokens;
+    const int next = min(next0, next1);
+    // e of tokens >= next, from the lane that holds it.
+    const double other0 = __shfl_sync(all_lanes, a_after, (next / 2) % 32);
+    const double other_e0 = __shfl_sync(all_lanes, e[0], (next / 2) % 32);
+    const double e_from_next = next == chunk_tokens ? -carried : next % 2 == 0 ? other0 : other0 - other_e0;
+    const double a = e_from_t - e_from_next;
+    if (t >= chunk.length) continue;
+    const Strided& gf = w.p.f;
+    const int64_t token = chunk.first + t;
+    const float f = load_as_float(gf.data, chunk.row * gf.batch + token * gf.seq + head * gf.head, w.p.gate_dtype);
+    const int64_t out = (chunk.row * l.seq + token) * l.heads + head;
+    const double dlf = dlf_sum[x] + (reset[x] ? 0.0 : a);
+    const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
+    store_from_float(di, out, w.p.gate_dtype, static_cast<float>(kdk[x] + (reset[x] ? a : 0.0)));
+    store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(dlf) * slope);
+  }
+}
+
+int warp_blocks(const Work& w) {
+  return static_cast<int>(ceil_div(w.layout.max_chunks * w.layout.heads, warps_per_block));
+}
+
+}  // namespace
+
+cudaError_t build_chunk_table(const Work& w, cudaStream_t stream) {
+  chunk_table_kernel<<<1, 256, 0, stream>>>(w);
+  return cudaGetLastError();
+}
+
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
+  const int sequences = static_cast<int>(w.layout.num_seqs * w.layout.heads);
+  chunk_gates_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w);
+  boundary_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, m_last);
+  token_stabilizer_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, m_out);
+  return cudaGetLastError();
+}
+
+cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  const int blocks = static_cast<int>(w.layout.max_chunks * w.layout.heads);
+  return dispatch_dtype(w.p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    token_gradients_kernel<T><<<blocks, 256, 0, stream>>>(w, params.dh, static_cast<const T*>(params.h), params.s);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, int q_tiles, int k_tiles, int state_tiles,
+                           cudaStream_t stream) {
+  const int sequences = static_cast<int>(w.layout.num_seqs * w.layout.heads);
+  const bool final_gradients = params.dc_last != nullptr || params.dn_last != nullptr;
+  carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, final_gradients, state_tiles);
+  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, q_tiles,
+                                                                            k_tiles, state_tiles);
+  return cudaGetLastError();
+}
+
+}  // namespace flash_xlstm::cuda::portable

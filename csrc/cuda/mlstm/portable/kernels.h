@@ -1,0 +1,48 @@
+// The portable path's steps: host functions that launch one kernel each (or a few small ones).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/mlstm/portable/layout.cuh"
+
+namespace flash_xlstm::cuda::portable {
+
+// What every kernel gets.
+struct Work {
+  MlstmProblem p;
+  Layout layout;
+  Scratch scratch;
+  int64_t dv_pitch;  // row pitch of scratch.c, a multiple of 16 bytes
+};
+
+// gates.cu
+cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
+// Fills b, i, m, reset, m_slot; m_out (batch, seq, heads) and m_last where they are not null.
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
+// Fills inv_d, delta, e from the forward's h, s, m and dh.
+cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+// di, df, dm0 from q_dq, k_dk, inner, e.
+cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, int q_tiles, int k_tiles, int state_tiles,
+                           cudaStream_t stream);
+
+// states.cu
+// State at every chunk boundary into c and n (the last boundary too with keep_last), final state where not null.
+cudaError_t forward_states(const Work& w, float* c_last, float* n_last, bool keep_last, cudaStream_t stream);
+// Replaces every slot's state, from the end, by the gradient of that state; fills inner; dc0, dn0 where not null.
+cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+int state_tiles(const MlstmProblem& p);
+
+// outputs.cuh, one translation unit per output and dtype
+enum class Output { h, dq, dk, dv };
+struct OutputArgs {
+  Work w;
+  Strided dh;
+  void* out;      // contiguous (batch, seq, heads, columns)
+  float* s_out;   // Output::h only
+  float* partial; // q_dq or k_dk, [column tiles][N][64]
+};
+template <Output output, typename T>
+cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream);
+int column_tiles(int64_t columns);
+
+}  // namespace flash_xlstm::cuda::portable

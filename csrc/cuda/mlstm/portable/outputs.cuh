@@ -1,0 +1,328 @@
+// The four outputs that have a row per token, by one kernel: h, dq, dk, dv of one chunk of one head.
+//
+//   output  rows   A   B   T = A B^T        state S (at the chunk's)   Z    out row
+//   h       t      q   k   q_t . k_j        c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) / d_t
+//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    sum_j P_tj k_j + a_t (S-term) + delta n
+//   dk      j      v   dh  dh_t . v_j       dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
+//   dv      j      k   q   q_t . k_j        dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
+//
+// where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = scale D T (h);  scale D (T / d_t + delta_t) (dq, dk);
+// scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
+//
+// A block of four warps (two by two) makes 64 rows by 64 columns of the output. First loop: over the inner dimension
+// of T (dqk or dv) in steps of tile_k, two cp.async stages of A, B and S, both products at once. Then P from T in
+// registers, rounded into shared memory, and the product with Z. Row sums (s_t of h; q . dq and k . dk for the gates)
+// come from the float32 accumulators.
+#pragma once
+
+#include "cuda/mlstm/portable/kernels.h"
+#include "cuda/mlstm/portable/tiles.cuh"
+
+namespace flash_xlstm::cuda::portable {
+
+constexpr int tile_n = 64;
+
+template <Output output, typename T>
+struct OutputShared {
+  using E = typename Arithmetic<T>::Element;
+  static constexpr bool state_rows_are_k = output == Output::h || output == Output::dv;  // S lies as [k][n]
+  static constexpr int tile_k = std::is_same_v<E, float> ? 32 : 64;
+  static constexpr int ab_pitch = Arithmetic<T>::pitch_k(tile_k);
+  static constexpr int s_pitch = state_rows_are_k ? Arithmetic<T>::pitch_mn(tile_n) : Arithmetic<T>::pitch_k(tile_k);
+  static constexpr int s_rows = state_rows_are_k ? tile_k : tile_n;
+  static constexpr int s_cols = state_rows_are_k ? tile_n : tile_k;
+  static constexpr int p_pitch = Arithmetic<T>::pitch_k(chunk_tokens);
+  static constexpr int z_pitch = Arithmetic<T>::pitch_mn(tile_n);
+  struct Stage {
+    E a[chunk_tokens * ab_pitch];
+    E b[chunk_tokens * ab_pitch];
+    E s[s_rows * s_pitch];
+  };
+  struct Tail {
+    E p[chunk_tokens * p_pitch];
+    E z[chunk_tokens * z_pitch];
+  };
+  union {
+    Stage stage[2];
+    Tail tail;
+  };
+  float2 b[chunk_tokens];
+  float i[chunk_tokens], m[chunk_tokens];
+  float row_scale[chunk_tokens];  // of the state's term
+  float inv_d[chunk_tokens], delta[chunk_tokens];
+  float n[tile_k];                // h: the slice of n beside S
+  float row_sum[2][chunk_tokens];
+  float q_n[chunk_tokens];
+};
+
+template <Output output, typename T>
+__global__ void __launch_bounds__(threads_per_block)
+    outputs_kernel(const __grid_constant__ OutputArgs args, const Strided ta, const Strided tb, const Strided tz,
+                   bool a_vectors, bool b_vectors, bool z_vectors) {
+  using E = typename Arithmetic<T>::Element;
+  using Shared = OutputShared<output, T>;
+  constexpr bool rows_are_t = output == Output::h || output == Output::dq;
+  constexpr bool inner_is_dqk = output == Output::h || output == Output::dv;
+  constexpr int tile_k = Shared::tile_k;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  Shared& sh = *reinterpret_cast<Shared*>(shared_bytes);
+
+  const Work& w = args.w;
+  const Layout& l = w.layout;
+  const int64_t inner = inner_is_dqk ? l.dqk : l.dv;
+  const int64_t columns = inner_is_dqk ? l.dv : l.dqk;
+  const int tiles = static_cast<int>((columns + tile_n - 1) / tile_n);
+  const int tile = static_cast<int>(blockIdx.x % tiles);
+  const int64_t item = blockIdx.x / tiles;
+  const int head = static_cast<int>(item % l.heads);
+  Chunk chunk;
+  if (!l.locate(item / l.heads, chunk)) return;
+  const int64_t col0 = static_cast<int64_t>(tile) * tile_n;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_row = (warp / 2) * 32, warp_col = (warp % 2) * 32;
+  const int group = lane / 4, pos = lane % 4;
+
+  const Matrix<T> a = chunk_rows<T>(ta, a_vectors, chunk.row, chunk.first, head, chunk.length, inner);
+  const Matrix<T> b = chunk_rows<T>(tb, b_vectors, chunk.row, chunk.first, head, chunk.length, inner);
+  const Matrix<T> z = chunk_rows<T>(tz, z_vectors, chunk.row, chunk.first, head, chunk.length, columns);
+  const int64_t slot = (rows_are_t ? chunk.slot : chunk.slot + 1) * l.heads + head;
+  const Matrix<E> state{static_cast<const E*>(w.scratch.c) + slot * l.dqk * w.dv_pitch, w.dv_pitch,
+                        static_cast<int>(l.dqk), l.dv, true};
+  const float* n = w.scratch.n + slot * l.dqk;
+
+  if (threadIdx.x < chunk_tokens) {
+    const int t = threadIdx.x;
+    const int64_t at = item * chunk_tokens + t;
+    const float2 bt = w.scratch.b[at];
+    const float it = w.scratch.i[at], mt = w.scratch.m[at];
+    sh.b[t] = bt;
+    sh.i[t] = it;
+    sh.m[t] = mt;
+    if constexpr (output != Output::h) {
+      sh.inv_d[t] = w.scratch.inv_d[at];
+      sh.delta[t] = w.scratch.delta[at];
+    }
+    if constexpr (rows_are_t) {
+      const float g = w.p.scale * expf(bt.x + (w.scratch.m_slot[slot] - mt) + bt.y);
+      sh.row_scale[t] = g;
+    } else {
+      const float2 b_end = w.scratch.b[item * chunk_tokens + chunk_tokens - 1];
+      sh.row_scale[t] = expf((b_end.x - bt.x) + (b_end.y - bt.y) + (it - w.scratch.m_slot[slot]));
+    }
+  }
+
+  const auto fetch = [&](int64_t k, int stage_index) {
+    if (k < inner) {
+      auto& stage = sh.stage[stage_index];
+      load_tile<chunk_tokens, tile_k, Shared::ab_pitch>(stage.a, a, 0, k);
+      load_tile<chunk_tokens, tile_k, Shared::ab_pitch>(stage.b, b, 0, k);
+      if constexpr (Shared::state_rows_are_k) {
+        load_tile<Shared::s_rows, Shared::s_cols, Shared::s_pitch>(stage.s, state, k, col0);
+      } else {
+        load_tile<Shared::s_rows, Shared::s_cols, Shared::s_pitch>(stage.s, state, col0, k);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  float product[2][4][4], out[2][4][4];
+#pragma unroll
+  for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+    for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) product[mt][nt][r] = out[mt][nt][r] = 0.0f;
+
+  float q_n = 0.0f;  // h: half a row of q . n for each thread
+  fetch(0, 0);
+  int stage_index = 0;
+  for (int64_t k = 0; k < inner; k += tile_k, stage_index ^= 1) {
+    if constexpr (output == Output::h) {
+      if (threadIdx.x < tile_k) sh.n[threadIdx.x] = k + threadIdx.x < inner ? n[k + threadIdx.x] : 0.0f;
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    fetch(k + tile_k, stage_index ^ 1);
+    const auto& stage = sh.stage[stage_index];
+    warp_mma<T, false, false>(product, stage.a + warp_row * Shared::ab_pitch, Shared::ab_pitch,
+                              stage.b + warp_col * Shared::ab_pitch, Shared::ab_pitch, 0, tile_k);
+    warp_mma<T, false, Shared::state_rows_are_k>(
+        out, stage.a + warp_row * Shared::ab_pitch, Shared::ab_pitch,
+        Shared::state_rows_are_k ? stage.s + warp_col : stage.s + warp_col * Shared::s_pitch, Shared::s_pitch, 0,
+        tile_k);
+    if constexpr (output == Output::h) {
+      const E* row = stage.a + (threadIdx.x / 2) * Shared::ab_pitch + (threadIdx.x % 2) * (tile_k / 2);
+      const float* n_half = sh.n + (threadIdx.x % 2) * (tile_k / 2);
+#pragma unroll 8
+      for (int x = 0; x < tile_k / 2; ++x) q_n += to_float(row[x]) * n_half[x];
+    }
+    __syncthreads();
+  }
+
+  auto& tail = sh.tail;
+  load_tile<chunk_tokens, tile_n, Shared::z_pitch>(tail.z, z, 0, col0);
+  ptx::cp_async_commit();
+
+  // P, masked to j <= t; a weight of exactly 0 gives 0, whatever k or v hold there.
+  float row_sum[2][2] = {};
+#pragma unroll
+  for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const int row = warp_row + mt * 16 + group + half_row * 8;
+#pragma unroll
+      for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const int col = warp_col + nt * 8 + pos * 2 + x;
+          const int t = rows_are_t ? row : col, j = rows_are_t ? col : row;
+          float p = 0.0f;
+          if (j <= t) {
+            const float decay = expf((sh.b[t].x - sh.b[j].x) + (sh.b[t].y - sh.b[j].y) + (sh.i[j] - sh.m[t]));
+            const float value = product[mt][nt][half_row * 2 + x];
+            float weighted = value;
+            if constexpr (output == Output::dq || output == Output::dk) weighted = value * sh.inv_d[t] + sh.delta[t];
+            if constexpr (output == Output::dv) weighted = value * sh.inv_d[t];
+            p = decay == 0.0f ? 0.0f : w.p.scale * decay * weighted;
+          }
+          row_sum[mt][half_row] += p;
+          tail.p[row * Shared::p_pitch + col] = to_operand<T>(p);
+        }
+    }
+  if constexpr (output == Output::h) {
+    q_n += __shfl_xor_sync(0xffffffffu, q_n, 1);
+    if (threadIdx.x % 2 == 0) sh.q_n[threadIdx.x / 2] = q_n;
+#pragma unroll
+    for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        float sum = row_sum[mt][half_row];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (pos == 0) sh.row_sum[warp % 2][warp_row + mt * 16 + group + half_row * 8] = sum;
+      }
+  }
+  // The state's term, and dn's and n's.
+#pragma unroll
+  for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const int row = warp_row + mt * 16 + group + half_row * 8;
+      float scale = sh.row_scale[row], n_scale = scale;
+      if constexpr (output == Output::dq) n_scale = scale * sh.delta[row], scale *= sh.inv_d[row];
+#pragma unroll
+      for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          float& o = out[mt][nt][half_row * 2 + x];
+          o = scale == 0.0f ? 0.0f : o * scale;
+          if constexpr (output == Output::dq || output == Output::dk) {
+            const int64_t col = col0 + warp_col + nt * 8 + pos * 2 + x;
+            if (col < columns && n_scale != 0.0f) o += n_scale * n[col];
+          }
+        }
+    }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+
+  // A product takes 0 times NaN or infinity as NaN, so a token of Z that is not finite would reach rows that do not
+  // depend on it. Such tiles are rare: they take plain sums over the tokens that count.
+  bool odd = false;
+  for (int x = threadIdx.x; x < chunk_tokens * tile_n; x += threads_per_block) {
+    const float value = to_float(tail.z[x / tile_n * Shared::z_pitch + x % tile_n]);
+    odd |= !(fabsf(value) <= 3.4e38f);
+  }
+  if (!__syncthreads_or(odd)) {
+    const int k_begin = rows_are_t ? 0 : warp_row, k_end = rows_are_t ? warp_row + 32 : chunk_tokens;
+    warp_mma<T, false, true>(out, tail.p + warp_row * Shared::p_pitch, Shared::p_pitch, tail.z + warp_col,
+                             Shared::z_pitch, k_begin, k_end);
+  } else {
+    for (int mt = 0; mt < 2; ++mt)
+      for (int nt = 0; nt < 4; ++nt)
+        for (int r = 0; r < 4; ++r) {
+          const int row = warp_row + mt * 16 + group + (r / 2) * 8, col = warp_col + nt * 8 + pos * 2 + r % 2;
+          float sum = 0.0f;
+          for (int x = rows_are_t ? 0 : row; x < (rows_are_t ? row + 1 : chunk_tokens); ++x) {
+            const float p = to_float(tail.p[row * Shared::p_pitch + x]);
+            if (p != 0.0f) sum += p * to_float(tail.z[x * Shared::z_pitch + col]);
+          }
+          // Selected with constants so that `out` stays in registers.
+#pragma unroll
+          for (int m2 = 0; m2 < 2; ++m2)
+#pragma unroll
+            for (int n2 = 0; n2 < 4; ++n2)
+#pragma unroll
+              for (int r2 = 0; r2 < 4; ++r2)
+                if (m2 == mt && n2 == nt && r2 == r) out[m2][n2][r2] += sum;
+        }
+  }
+
+  T* const result = static_cast<T*>(args.out);
+  const Strided& other = output == Output::dq ? w.p.q : w.p.k;  // for q . dq and k . dk
+  constexpr bool gate_sums = output == Output::dq || output == Output::dk;
+#pragma unroll
+  for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const int row = warp_row + mt * 16 + group + half_row * 8;
+      const bool inside = row < chunk.length;
+      const int64_t token = chunk.row * l.seq + chunk.first + row;
+      float factor = 1.0f;
+      if constexpr (output == Output::h) {
+        const float s = sh.row_sum[0][row] + sh.row_sum[1][row] + sh.row_scale[row] * sh.q_n[row];
+        factor = 1.0f / (fmaxf(fabsf(s), expf(-sh.m[row])) + w.p.eps);
+        if (tile == 0 && warp % 2 == 0 && pos == 0 && inside) args.s_out[token * l.heads + head] = s;
+      }
+      float sum = 0.0f;
+      if (inside) {
+        T* to = result + (token * l.heads + head) * columns;
+        const T* with = gate_sums ? static_cast<const T*>(other.data) + chunk.row * other.batch +
+                                        (chunk.first + row) * other.seq + head * other.head
+                                  : nullptr;
+#pragma unroll
+        for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const int64_t col = col0 + warp_col + nt * 8 + pos * 2 + x;
+            const float value = out[mt][nt][half_row * 2 + x] * factor;
+            if (col < columns) {
+              if constexpr (gate_sums) sum += value * to_float(with[col]);
+              to[col] = from_float<T>(value);
+            }
+          }
+      }
+      if constexpr (gate_sums) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (pos == 0) sh.row_sum[warp % 2][row] = sum;
+      }
+    }
+  if constexpr (gate_sums) {
+    __syncthreads();
+    if (threadIdx.x < chunk_tokens) {
+      const int64_t items = l.max_chunks * l.heads;
+      args.partial[(tile * items + item) * chunk_tokens + threadIdx.x] =
+          sh.row_sum[0][threadIdx.x] + sh.row_sum[1][threadIdx.x];
+    }
+  }
+}
+
+template <Output output, typename T>
+cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream) {
+  const MlstmProblem& p = args.w.p;
+  const Strided a = output == Output::h ? p.q : output == Output::dq ? args.dh : output == Output::dk ? p.v : p.k;
+  const Strided b = output == Output::h ? p.k : output == Output::dq ? p.v : output == Output::dk ? args.dh : p.q;
+  const Strided z = output == Output::h ? p.v : output == Output::dq ? p.k : output == Output::dk ? p.q : args.dh;
+  const int64_t columns = output == Output::h || output == Output::dv ? p.dv : p.dqk;
+  const auto kernel = outputs_kernel<output, T>;
+  const int bytes = sizeof(OutputShared<output, T>);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  const int64_t blocks = args.w.layout.max_chunks * p.heads * column_tiles(columns);
+  kernel<<<static_cast<unsigned>(blocks), threads_per_block, bytes, stream>>>(
+      args, a, b, z, can_vectorize(a, sizeof(T)), can_vectorize(b, sizeof(T)), can_vectorize(z, sizeof(T)));
+  return cudaGetLastError();
+}
+
+}  // namespace flash_xlstm::cuda::portable

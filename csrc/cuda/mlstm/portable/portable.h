@@ -1,0 +1,16 @@
+// The portable mLSTM: right on any GPU from compute capability 8.0 on, for every dtype and size.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "mlstm_params.h"
+
+namespace flash_xlstm::cuda::portable {
+
+int64_t forward_workspace_bytes(const MlstmForward& params);
+cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream);
+
+int64_t backward_workspace_bytes(const MlstmBackward& params);
+cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t stream);
+
+}  // namespace flash_xlstm::cuda::portable

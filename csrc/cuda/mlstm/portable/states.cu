@@ -1,0 +1,259 @@
+// States at chunk boundaries, forward (c, n) and backward (dc, dn), by one kernel in two directions.
+//
+//   forward   c <- g c + sum_j w_j k_j v_j^T          w_j = exp(b_end - b_j + i_j - m_end)
+//   backward  dc <- g dc + sum_t w_t q_t dh_t^T       w_t = scale exp(b_t + m_start - m_t) / d_t
+//   with g = exp(b_end + m_start - m_end); n and dn likewise with 1 for v and delta_t d_t for dh.
+//
+// A block of four warps owns a 64 x tile_dv piece of one head's state, keeps it in float32 registers as the product's
+// accumulator, and walks the chunks of one sequence; k and v (q and dh) come through a two-stage cp.async ring. Each
+// chunk: write the piece to its slot, weight the k rows in shared memory (the float32 weighted rows also make n), then
+// one 64 x tile_dv x 64 product. The backward direction reads the slot's c before it writes dc there, for <c, dc>.
+// Blocks of the first dv tile also carry n.
+#include "cuda/mlstm/portable/kernels.h"
+#include "cuda/mlstm/portable/tiles.cuh"
+
+namespace flash_xlstm::cuda::portable {
+namespace {
+
+constexpr int tile_dqk = 64;
+constexpr int tile_dv = 64;
+constexpr int row_groups = threads_per_block / 32;  // warps, each weights 16 tokens
+
+struct StateArgs {
+  Work w;
+  Strided x, y;        // k and v, or q and dh
+  bool x_vectors, y_vectors;
+  const float* c_in;   // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
+  const float* n_in;
+  float* c_out;        // c_last, or dc0; nullptr: not wanted
+  float* n_out;
+  bool keep_last;      // forward: write the last boundary's slot too
+};
+
+template <typename T>
+struct StateShared {
+  using E = typename Arithmetic<T>::Element;
+  static constexpr int x_pitch = Arithmetic<T>::pitch_mn(tile_dqk);
+  static constexpr int y_pitch = Arithmetic<T>::pitch_mn(tile_dv);
+  struct Stage {
+    E x[chunk_tokens * x_pitch];
+    E y[chunk_tokens * y_pitch];
+  };
+  alignas(16) Stage stage[2];
+  float weight[2][chunk_tokens];    // of the x y^T product
+  float weight_n[2][chunk_tokens];  // of the n sum
+  float keep[2];                    // g
+  float n_part[row_groups][tile_dqk];
+  float inner[threads_per_block / 32];
+};
+
+template <typename T, bool backward>
+__global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_constant__ StateArgs args) {
+  using E = typename Arithmetic<T>::Element;
+  using Shared = StateShared<T>;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  Shared& sh = *reinterpret_cast<Shared*>(shared_bytes);
+
+  const Work& w = args.w;
+  const Layout& l = w.layout;
+  const int dqk_tiles = static_cast<int>((l.dqk + tile_dqk - 1) / tile_dqk);
+  const int dv_tiles = static_cast<int>((l.dv + tile_dv - 1) / tile_dv);
+  int64_t block = blockIdx.x;
+  const int tile_v = static_cast<int>(block % dv_tiles);
+  block /= dv_tiles;
+  const int tile_k = static_cast<int>(block % dqk_tiles);
+  block /= dqk_tiles;
+  const int head = static_cast<int>(block % l.heads);
+  const int64_t seq = block / l.heads;
+  const int64_t row0 = tile_k * tile_dqk, col0 = tile_v * tile_dv;
+  const bool has_n = tile_v == 0;
+  const int tiles = dqk_tiles * dv_tiles, tile = tile_k * dv_tiles + tile_v;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_row = (warp / 2) * 32, warp_col = (warp % 2) * 32;
+  const int group = lane / 4, pos = lane % 4;
+
+  int64_t begin, end;
+  l.chunk_range(seq, begin, end);
+  const int64_t count = end - begin;
+
+  // Element (mt, nt, r) of the accumulator.
+  float acc[2][4][4];
+  const auto row_of = [&](int mt, int r) { return row0 + warp_row + mt * 16 + group + (r / 2) * 8; };
+  const auto col_of = [&](int nt, int r) { return col0 + warp_col + nt * 8 + pos * 2 + r % 2; };
+  const auto for_each = [&](auto&& f) {
+#pragma unroll
+    for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int64_t row = row_of(mt, r), col = col_of(nt, r);
+          if (row < l.dqk && col < l.dv) f(acc[mt][nt][r], row, col);
+        }
+  };
+  const int64_t state = seq * l.heads + head;
+#pragma unroll
+  for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+    for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) acc[mt][nt][r] = 0.0f;
+  if (args.c_in != nullptr) {
+    for_each([&](float& a, int64_t row, int64_t col) { a = args.c_in[(state * l.dqk + row) * l.dv + col]; });
+  }
+  const bool n_lane = has_n && threadIdx.x < tile_dqk && row0 + threadIdx.x < l.dqk;
+  float n = n_lane && args.n_in != nullptr ? args.n_in[state * l.dqk + row0 + threadIdx.x] : 0.0f;
+
+  E* const slots = static_cast<E*>(w.scratch.c);
+  // At a boundary: (backward) this tile's share of <c, dc> + <n, dn>, then the slot takes what is in registers.
+  const auto at_boundary = [&](int64_t slot, bool write) {
+    const int64_t base = (slot * l.heads + head) * l.dqk;
+    float inner = 0.0f;
+    for_each([&](float& a, int64_t row, int64_t col) {
+      E* at = slots + (base + row) * w.dv_pitch + col;
+      if (backward) inner += a * to_float(*at);
+      if (write) *at = to_operand<T>(a);
+    });
+    if (n_lane) {
+      float* at = w.scratch.n + base + row0 + threadIdx.x;
+      if (backward) inner += n * *at;
+      if (write) *at = n;
+    }
+    if (backward) {
+      for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+      if (lane == 0) sh.inner[warp] = inner;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        float sum = 0.0f;
+        for (int x = 0; x < threads_per_block / 32; ++x) sum += sh.inner[x];
+        w.scratch.inner[(slot * l.heads + head) * tiles + tile] = sum;
+      }
+    }
+  };
+
+  const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
+  const auto fetch = [&](int64_t step) {
+    if (step < count) {
+      Chunk chunk;
+      l.locate(chunk_at(step), chunk);
+      auto& stage = sh.stage[step % 2];
+      load_tile<chunk_tokens, tile_dqk, Shared::x_pitch>(
+          stage.x, chunk_rows<T>(args.x, args.x_vectors, chunk.row, chunk.first, head, chunk.length, l.dqk), 0, row0);
+      load_tile<chunk_tokens, tile_dv, Shared::y_pitch>(
+          stage.y, chunk_rows<T>(args.y, args.y_vectors, chunk.row, chunk.first, head, chunk.length, l.dv), 0, col0);
+      if (threadIdx.x < chunk_tokens) {
+        const int t = threadIdx.x;
+        const int64_t item = chunk.chunk * l.heads + head, at = item * chunk_tokens + t;
+        const float2 b = w.scratch.b[at], b_end = w.scratch.b[item * chunk_tokens + chunk_tokens - 1];
+        const float m_start = w.scratch.m_slot[chunk.slot * l.heads + head];
+        const float m_end = w.scratch.m_slot[(chunk.slot + 1) * l.heads + head];
+        if (backward) {
+          const float g = w.p.scale * expf(b.x + (m_start - w.scratch.m[at]) + b.y);
+          sh.weight[step % 2][t] = g * w.scratch.inv_d[at];
+          sh.weight_n[step % 2][t] = g * w.scratch.delta[at];
+        } else {
+          const float weight = expf((b_end.x - b.x) + (b_end.y - b.y) + (w.scratch.i[at] - m_end));
+          sh.weight[step % 2][t] = weight;
+          sh.weight_n[step % 2][t] = weight;
+        }
+        if (t == 0) sh.keep[step % 2] = expf(b_end.x + (m_start - m_end) + b_end.y);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  fetch(0);
+  for (int64_t step = 0; step < count; ++step) {
+    const int64_t slot = chunk_at(step) + seq + (backward ? 1 : 0);
+    at_boundary(slot, true);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this step's stage is in; the other stage's readers are done
+    fetch(step + 1);
+    auto& stage = sh.stage[step % 2];
+    const float* weight = sh.weight[step % 2];
+    const float* weight_n = sh.weight_n[step % 2];
+
+    // Warp `warp` weights tokens [16 warp, 16 warp + 16), lane the columns 2 lane and 2 lane + 1. A token of weight
+    // 0 is taken out whole, whatever its k and v hold.
+    float part[2] = {0.0f, 0.0f};
+    for (int x = 0; x < chunk_tokens / row_groups; ++x) {
+      const int t = warp * (chunk_tokens / row_groups) + x;
+      E* at = stage.x + t * Shared::x_pitch + lane * 2;
+      const float wt = weight[t], wn = weight_n[t];
+      for (int y = 0; y < 2; ++y) {
+        const float raw = to_float(at[y]);
+        part[y] += wn == 0.0f ? 0.0f : wn * raw;
+        at[y] = to_operand<T>(wt == 0.0f ? 0.0f : wt * raw);
+      }
+      if (wt == 0.0f) {
+        for (int y = lane; y < tile_dv; y += 32) stage.y[t * Shared::y_pitch + y] = to_operand<T>(0.0f);
+      }
+    }
+    const float keep = sh.keep[step % 2];
+    if (has_n) {
+      sh.n_part[warp][lane * 2] = part[0];
+      sh.n_part[warp][lane * 2 + 1] = part[1];
+    }
+    __syncthreads();
+    if (n_lane) {
+      n *= keep;
+      for (int x = 0; x < row_groups; ++x) n += sh.n_part[x][threadIdx.x];
+    }
+#pragma unroll
+    for (int mt = 0; mt < 2; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < 4; ++nt)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) acc[mt][nt][r] *= keep;
+    warp_mma<T, true, true>(acc, stage.x + warp_row, Shared::x_pitch, stage.y + warp_col, Shared::y_pitch, 0,
+                            chunk_tokens);
+  }
+
+  const int64_t last = backward ? begin + seq : end + seq;
+  if (backward) at_boundary(last, false);
+  else if (args.keep_last) at_boundary(last, true);
+  if (args.c_out != nullptr) {
+    for_each([&](float& a, int64_t row, int64_t col) { args.c_out[(state * l.dqk + row) * l.dv + col] = a; });
+  }
+  if (args.n_out != nullptr && n_lane) args.n_out[state * l.dqk + row0 + threadIdx.x] = n;
+}
+
+template <bool backward>
+cudaError_t launch(const StateArgs& args, cudaStream_t stream) {
+  const Layout& l = args.w.layout;
+  return dispatch_dtype(args.w.p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int bytes = sizeof(StateShared<T>);
+    const auto kernel = states_kernel<T, backward>;
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+    const int64_t blocks = l.num_seqs * l.heads * state_tiles(args.w.p);
+    kernel<<<static_cast<unsigned>(blocks), threads_per_block, bytes, stream>>>(args);
+    return cudaGetLastError();
+  });
+}
+
+int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+}  // namespace
+
+int state_tiles(const MlstmProblem& p) {
+  return static_cast<int>(ceil_div(p.dqk, tile_dqk) * ceil_div(p.dv, tile_dv));
+}
+
+cudaError_t forward_states(const Work& w, float* c_last, float* n_last, bool keep_last, cudaStream_t stream) {
+  const int bytes = element_bytes(w.p.dtype);
+  const StateArgs args{w, w.p.k, w.p.v, can_vectorize(w.p.k, bytes), can_vectorize(w.p.v, bytes), w.p.c0, w.p.n0,
+                       c_last, n_last, keep_last};
+  return launch<false>(args, stream);
+}
+
+cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  const int bytes = element_bytes(w.p.dtype);
+  const StateArgs args{w, w.p.q, params.dh, can_vectorize(w.p.q, bytes), can_vectorize(params.dh, bytes),
+                       params.dc_last, params.dn_last, params.dc0, params.dn0, false};
+  return launch<true>(args, stream);
+}
+
+}  // namespace flash_xlstm::cuda::portable

@@ -1,0 +1,62 @@
+// Element types of the CUDA kernels: loads to float, rounded stores.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "mlstm_params.h"
+
+namespace flash_xlstm::cuda {
+
+using bf16 = __nv_bfloat16;
+using half = __half;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ __forceinline__ half from_float<half>(float x) { return __float2half_rn(x); }
+
+// One element of a tensor whose dtype is known only at run time (gates).
+__device__ __forceinline__ float load_as_float(const void* data, int64_t index, DType dtype) {
+  switch (dtype) {
+    case DType::float32: return static_cast<const float*>(data)[index];
+    case DType::bfloat16: return to_float(static_cast<const bf16*>(data)[index]);
+    default: return to_float(static_cast<const half*>(data)[index]);
+  }
+}
+
+__device__ __forceinline__ void store_from_float(void* data, int64_t index, DType dtype, float x) {
+  switch (dtype) {
+    case DType::float32: static_cast<float*>(data)[index] = x; break;
+    case DType::bfloat16: static_cast<bf16*>(data)[index] = from_float<bf16>(x); break;
+    default: static_cast<half*>(data)[index] = from_float<half>(x);
+  }
+}
+
+// log(sigmoid(x)) to float32 rounding at both ends; 0 at +inf.
+__device__ __forceinline__ float log_sigmoid(float x) {
+  return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));
+}
+
+// Calls f with a value of the element type that `dtype` names.
+template <typename F>
+auto dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::bfloat16: return f(bf16{});
+    default: return f(half{});
+  }
+}
+
+}  // namespace flash_xlstm::cuda

@@ -1,0 +1,35 @@
+"""Which kernel an op takes on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_xlstm._build import build_info
+
+_OPS = ("mlstm", "mlstm_step", "soft_cap")
+
+
+def kernel_for(op: str, device: torch.device | str) -> str:
+    """The kernel that `op` takes on `device`, in words; for people, not for programs.
+
+    Args:
+        op: ``"mlstm"``, ``"mlstm_step"`` or ``"soft_cap"``.
+        device: a CPU or CUDA device.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op is {op!r}; it must be one of {', '.join(_OPS)}")
+    device = torch.device(device)
+    if device.type == "cpu":
+        return f"CPU, {build_info()['cpu_isa']}"
+    if device.type != "cuda":
+        return "none: flash-xlstm has kernels for CPU and CUDA"
+    if not build_info()["cuda"]:
+        return "none: built without CUDA kernels"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "none: the CUDA kernels need compute capability 8.0 or later"
+    if op == "mlstm":
+        return "CUDA, portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)"
+    return "CUDA, portable"
