@@ -74,9 +74,7 @@ def _index_name(variant: str) -> str:
     return ".".join([stem, *rest[:-1], variant, rest[-1]])
 
 
-def portable_state_dict(
-    model: nn.Module, state_dict: dict[str, Tensor] | None = None
-) -> dict[str, Tensor] | None:
+def portable_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor] | None:
     """A state dict that every library reads: projections apart, and a tied LM head with a tensor of its own.
 
     None where the model's own state dict is that already.

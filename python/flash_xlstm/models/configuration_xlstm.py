@@ -270,9 +270,7 @@ class xLSTMConfig(PreTrainedConfig):
             "weight_mode": WEIGHT_MODES,
         }.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}")
         for name in ("qk_dim", "v_dim"):
             size = getattr(self, name)
             if size < 1 or size % self.num_heads:

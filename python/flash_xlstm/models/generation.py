@@ -50,8 +50,8 @@ class xLSTMGenerationMixin(GenerationMixin):
                 covered = "none" if mask is None else mask.shape[1]
                 raise ValueError(
                     f"{name} has {length} tokens and attention_mask {covered}, but cache_params has seen "
-                    f"{seen}; pass the whole sequence, which must be longer than that, or only the new tokens "
-                    "with an attention_mask that covers both"
+                    f"{seen}; pass the whole sequence, which must be longer than that, or only the new "
+                    "tokens with an attention_mask that covers both"
                 )
         return super().generate(inputs, *args, **kwargs)
 
@@ -76,12 +76,9 @@ class xLSTMGenerationMixin(GenerationMixin):
         if cache_params is not None and use_cache and not is_first_iteration:
             return {"input_ids": input_ids[:, -1:].to(self.device), **kwargs}  # a new token is never padding
 
-        if inputs_embeds is None:
-            name, inputs = "input_ids", input_ids
-        elif is_first_iteration:
-            name, inputs = "inputs_embeds", inputs_embeds
-        else:
-            raise ValueError("generate() from inputs_embeds needs its cache: do not pass use_cache=False")
+        # From embeddings, generate() always uses a cache: later passes see token ids only.
+        embeds = inputs_embeds if is_first_iteration else None
+        name, inputs = ("input_ids", input_ids) if embeds is None else ("inputs_embeds", embeds)
         inputs = inputs[:, cached_tokens:].to(self.device)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -inputs.shape[1] :]

@@ -25,6 +25,17 @@ from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, mLSTMBlock,
 # The default chunk_size leaves the choice to the compiled kernels.
 _DEFAULT_CHUNK_SIZE = 64
 
+# Linear layers whose outputs are the input and forget gates.
+_GATES = {
+    "igate_preact": ("input",),
+    "fgate_preact": ("forget",),
+    "ifgate_preact": ("input", "forget"),
+}
+
+
+def _gate_bias(gate: str, num_heads: int) -> Tensor:
+    return torch.full((num_heads,), -10.0) if gate == "input" else torch.linspace(3.0, 6.0, num_heads)
+
 
 @dataclass
 class xLSTMOutput(ModelOutput):
@@ -79,9 +90,7 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
             chunk_size=None if config.chunk_size == _DEFAULT_CHUNK_SIZE else config.chunk_size,
             autocast_kernel_dtype=getattr(torch, config.autocast_kernel_dtype),
         )
-        ffn = FeedForward(
-            config.hidden_size, config.ffn_dim, use_bias=config.use_bias, weight_mode=config.weight_mode
-        )
+        ffn = FeedForward(config.hidden_size, config.ffn_dim, use_bias=config.use_bias, weight_mode=config.weight_mode)
         super().__init__(
             config.hidden_size,
             mlstm_layer,
@@ -90,6 +99,9 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
             use_bias=config.use_bias,
             norm_force_float32=force_float32,
         )
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                module.init_role = name.rpartition(".")[2]  # read by _init_weights
 
 
 class xLSTMPreTrainedModel(PreTrainedModel):
@@ -111,39 +123,28 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The xLSTM 7B's: small init (std sqrt(2 / (5 d))), Wang's for what writes into the residual stream
+        # As the xLSTM 7B: small init (std sqrt(2 / (5 d))), Wang's for what writes into the residual stream
         # (2 / layers / sqrt(d)), and gates that do not look at the input at first: input gates nearly closed,
-        # forget gates from half-lives of about 15 to about 280 tokens.
-        if isinstance(module, FusableProjections):
-            self._init_gates(module)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, mean=0.0, std=(2 / (5 * self.config.hidden_size)) ** 0.5)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        else:
+        # forget gates that keep a state for about 20 to 400 tokens.
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
             super()._init_weights(module)
-
-    def _init_gates(self, module: FusableProjections) -> None:
-        """Initializes what differs from a plain linear layer; children come before their parent."""
-        out = module.proj_down if isinstance(module, FeedForward) else module.out_proj
-        init.normal_(out.weight, mean=0.0, std=2 / self.config.num_hidden_layers / out.in_features**0.5)
-        if not isinstance(module, mLSTMLayer):
             return
-        heads = module.num_heads
-        igate = torch.full((heads,), -10.0)
-        fgate = torch.linspace(3.0, 6.0, heads)
-        if module.weight_mode == "fused":
-            whole = module.qkv_opreact
-            weight = whole.weight.clone()
-            weight[-module.v_dim :] = 0.0
-            init.copy_(whole.weight, weight)
-            gates = {module.ifgate_preact: torch.cat([igate, fgate])}
-        else:
-            init.zeros_(module.ogate_preact.weight)
-            gates = {module.igate_preact: igate, module.fgate_preact: fgate}
-        for layer, bias in gates.items():
-            init.zeros_(layer.weight)
-            init.copy_(layer.bias, bias.to(layer.bias))
+        config, role = self.config, getattr(module, "init_role", None)
+        std = (2 / (5 * config.hidden_size)) ** 0.5
+        if role in ("out_proj", "proj_down"):
+            std = 2 / config.num_hidden_layers / module.in_features**0.5
+        bias = torch.zeros_like(module.bias) if getattr(module, "bias", None) is not None else None
+        if role in _GATES:
+            std = 0.0
+            bias = torch.cat([_gate_bias(gate, config.num_heads) for gate in _GATES[role]])
+        weight = torch.empty_like(module.weight).normal_(0.0, std) if std else torch.zeros_like(module.weight)
+        if role == "ogate_preact":
+            weight.zero_()
+        elif role == "qkv_opreact":
+            weight[-config.v_dim :].zero_()  # the output gate's rows
+        init.copy_(module.weight, weight)
+        if bias is not None:
+            init.copy_(module.bias, bias.to(module.bias))
 
     def set_weight_mode(self, mode: str) -> None:
         """Stacks ("fused") or splits ("single") parallel linear layers in place; results stay the same up to
@@ -166,9 +167,7 @@ class xLSTMPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As ``PreTrainedModel.from_pretrained``. A checkpoint in the other weight mode than the
         configuration's is converted once it is loaded."""
-        found, wanted = checkpoints.weight_modes(
-            cls.config_class, pretrained_model_name_or_path, config, kwargs
-        )
+        found, wanted = checkpoints.weight_modes(cls.config_class, pretrained_model_name_or_path, config, kwargs)
         if found == wanted:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         if hasattr(config, "weight_mode"):
@@ -299,9 +298,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
             part = slice(start, min(start + piece, seq))
             part_padding = None if padding is None else padding[:, part]
             return_states = use_cache or part.stop < seq
-            y, states, layers = self._run_piece(
-                x[:, part], states, part_padding, return_states, inplace, keep_hidden
-            )
+            y, states, layers = self._run_piece(x[:, part], states, part_padding, return_states, inplace, keep_hidden)
             outputs.append(y)
             hidden.append(layers)
         joined = tuple(torch.cat(parts, 1) for parts in zip(*hidden, strict=True)) if keep_hidden else None
@@ -406,13 +403,10 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         if labels is not None:
             if labels.shape != logits.shape[:2]:
                 raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}; it must be that of the logits, "
-                    f"{tuple(logits.shape[:2])}"
+                    f"labels has shape {tuple(labels.shape)}; it must be that of the logits, {tuple(logits.shape[:2])}"
                 )
             labels = _mask_labels(labels, attention_mask)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
         output = xLSTMCausalLMOutput(
             loss=loss,

@@ -43,8 +43,6 @@ class mLSTMBlock(nn.Module):
         inplace: bool = False,
     ) -> tuple[Tensor, State | None]:
         """Arguments and results as :meth:`mLSTMLayer.forward`."""
-        y, state = self.mlstm_layer(
-            self.norm_mlstm(x), state, padding, return_state=return_state, inplace=inplace
-        )
+        y, state = self.mlstm_layer(self.norm_mlstm(x), state, padding, return_state=return_state, inplace=inplace)
         x = x + y
         return x + self.ffn(self.norm_ffn(x)), state

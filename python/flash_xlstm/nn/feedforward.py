@@ -21,9 +21,7 @@ class FeedForward(FusableProjections):
     Shape: (..., hidden_size) in and out.
     """
 
-    def __init__(
-        self, hidden_size: int, up_dim: int, *, use_bias: bool = False, weight_mode: str = "single"
-    ) -> None:
+    def __init__(self, hidden_size: int, up_dim: int, *, use_bias: bool = False, weight_mode: str = "single") -> None:
         super().__init__(weight_mode)
         self._build_projections(
             hidden_size,

@@ -80,9 +80,7 @@ class mLSTMLayer(FusableProjections):
         v_dim = hidden_size if v_dim is None else v_dim
         for name, size in (("qk_dim", qk_dim), ("v_dim", v_dim)):
             if size < num_heads or size % num_heads:
-                raise ValueError(
-                    f"{name} is {size}; it must be a positive multiple of num_heads, which is {num_heads}"
-                )
+                raise ValueError(f"{name} is {size}; it must be a positive multiple of num_heads, which is {num_heads}")
         if step_kernel not in STEP_KERNELS:
             raise ValueError(f"step_kernel is {step_kernel!r}; it must be one of {', '.join(STEP_KERNELS)}")
         self.num_heads = num_heads
@@ -150,9 +148,7 @@ class mLSTMLayer(FusableProjections):
     def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Soft-capped pre-activations, (batch, seq, heads), in float32 (float64 for float64)."""
         gates = self._project(x, "ifgate_preact")
-        i, f = (
-            self._soft_cap(t if t.dtype == torch.float64 else t.float(), self.gate_soft_cap) for t in gates
-        )
+        i, f = (self._soft_cap(t if t.dtype == torch.float64 else t.float(), self.gate_soft_cap) for t in gates)
         if padding is not None:  # after the cap, which would make an infinite gate finite
             i = i.masked_fill(padding[..., None], -torch.inf)
             f = f.masked_fill(padding[..., None], torch.inf)
@@ -171,6 +167,9 @@ class mLSTMLayer(FusableProjections):
     ) -> tuple[Tensor, State | None]:
         if state is None:
             return self._sequence(q, k, v, i, f, None, return_state)
+        if not all(t.is_contiguous() for t in state):  # from a reference kernel, say
+            c, n, m = state
+            state = (c.contiguous(), n.contiguous(), m.contiguous())
         c, n, m = state
         wide = c.float() if c.dtype == torch.float16 else c
         q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,7 @@ def convert_weight_mode(
                 del state_dict[whole]
                 # Clones: slices would share storage, which savers refuse and which keeps the whole alive.
                 state_dict.update(
-                    (name, t.clone())
-                    for name, t in zip(names, stacked.split(list(parts.values())), strict=True)
+                    (name, t.clone()) for name, t in zip(names, stacked.split(list(parts.values())), strict=True)
                 )
 
 
@@ -53,9 +52,6 @@ class FusableProjections(nn.Module):
         weight_mode: "single" or "fused".
     """
 
-    # Which initialization a layer takes (see flash_xlstm.models); the fused ones follow their parts.
-    init_roles: ClassVar[dict[str, str]] = {}
-
     def __init__(self, weight_mode: str) -> None:
         super().__init__()
         if weight_mode not in WEIGHT_MODES:
@@ -64,9 +60,7 @@ class FusableProjections(nn.Module):
         self.projection_groups: dict[str, dict[str, int]] = {}
         self.register_load_state_dict_pre_hook(_convert_on_load)
 
-    def _build_projections(
-        self, in_features: int, groups: dict[str, dict[str, int]], biases: dict[str, bool]
-    ) -> None:
+    def _build_projections(self, in_features: int, groups: dict[str, dict[str, int]], biases: dict[str, bool]) -> None:
         self.projection_groups = groups
         for fused, parts in groups.items():
             layers = {fused: sum(parts.values())} if self.weight_mode == "fused" else parts
@@ -96,9 +90,7 @@ class FusableProjections(nn.Module):
                 (list(parts), {fused: sum(parts.values())}) if mode == "fused" else ([fused], dict(parts))
             )
             old = {name: self.get_submodule(name) for name in old_names}
-            tensors = {
-                f"{n}.{kind}": t.data for n, layer in old.items() for kind, t in layer.named_parameters()
-            }
+            tensors = {f"{n}.{kind}": t.data for n, layer in old.items() for kind, t in layer.named_parameters()}
             if any(t.is_meta for t in tensors.values()):
                 raise ValueError(
                     f"the weights of {', '.join(old_names)} are offloaded (on the meta device); they must be "

@@ -1,0 +1,624 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers.models.xlstm import xLSTMConfig as StockConfig
+
+from flash_xlstm.models import xLSTMCache, xLSTMCausalLMOutput, xLSTMConfig, xLSTMForCausalLM, xLSTMModel, xLSTMOutput
+
+SHAPES = [
+    pytest.param({}, 37, id="odd-length"),
+    pytest.param({}, 1, id="one-token"),
+    pytest.param({"num_heads": 4, "use_bias": True}, 16, id="4-heads-biases"),
+    pytest.param({"num_heads": 1, "qk_dim_factor": 1.0, "v_dim_factor": 2.0}, 33, id="1-head-wide"),
+    pytest.param({"weight_mode": "fused", "use_bias": True}, 19, id="fused"),
+    pytest.param({"hidden_size": 192, "num_heads": 3, "qk_dim_factor": 1.0, "gate_soft_cap": 2.0}, 20, id="3-heads"),
+    pytest.param({"norm_eps": 1e-3, "eps": 1e-2, "ffn_proj_factor": 1.3, "output_logit_soft_cap": 2.0}, 18, id="eps"),
+]
+
+
+def _double(model):
+    """The same model in float64 with the reference kernels."""
+    config = copy.deepcopy(model.config)
+    config.chunkwise_kernel, config.step_kernel = "chunkwise--reference", "reference"
+    double = type(model)(config).double().eval()
+    double.load_state_dict(model.state_dict())
+    return double
+
+
+def _gradients(model, ids, **kwargs):
+    model.zero_grad()
+    output = model(ids, labels=ids, use_cache=False, **kwargs)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters()}
+
+
+def _states(cache):
+    return [t for layer in cache.rnn_state.values() for t in layer]
+
+
+# --- against transformers ---
+
+
+@pytest.mark.parametrize(("config", "seq"), SHAPES)
+def test_logits_loss_and_gradients_match_transformers(make_ours, make_stock, tokens, rel, config, seq):
+    ours = make_ours(**config)
+    theirs = make_stock(ours)
+    ids = tokens(2, seq)
+    if seq == 1:  # no next token, no loss
+        assert rel(ours(ids).logits, theirs(ids, use_cache=False).logits) < 1e-5
+        return
+    exact, exact_gradients = _gradients(_double(ours), ids)
+    a, a_gradients = _gradients(ours, ids)
+    b, b_gradients = _gradients(theirs, ids)
+    assert rel(a.logits, b.logits) < 1e-5
+    assert rel(a.logits, exact.logits) < 1e-5
+    assert abs(a.loss - b.loss) < 1e-4 * abs(b.loss)
+    assert a_gradients.keys() == b_gradients.keys()
+    for name in a_gradients:
+        # Sums over all tokens cancel in the gate biases; there transformers' own float32 error sets the scale.
+        noise = rel(b_gradients[name], exact_gradients[name])
+        assert rel(a_gradients[name], b_gradients[name]) < max(1e-4, 4 * noise), name
+        assert rel(a_gradients[name], exact_gradients[name]) < max(1e-4, 2 * noise), name
+
+
+@pytest.mark.parametrize("config", [{}, {"num_heads": 4, "use_bias": True, "weight_mode": "fused"}])
+def test_continuing_from_a_cache_matches_transformers(make_ours, make_stock, tokens, rel, config):
+    ours = make_ours(**config)
+    theirs = make_stock(ours)
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        a = ours(ids[:, :21])
+        b = theirs(ids[:, :21], use_cache=True)
+        for part in (slice(21, 28), slice(28, 29), slice(29, 30)):
+            a = ours(ids[:, part], cache_params=a.cache_params)
+            b = theirs(ids[:, part], cache_params=b.cache_params, use_cache=True)
+            assert rel(a.logits, b.logits) < 1e-5
+        whole = ours(ids)
+    assert rel(a.logits[:, -1], whole.logits[:, -1]) < 1e-5
+    for mine, other in zip(_states(a.cache_params), _states(b.cache_params), strict=True):
+        assert rel(mine, other.reshape(mine.shape)) < 1e-5
+    assert a.cache_params.get_seq_length() == 30
+
+
+def test_hidden_states_match_transformers(make_ours, make_stock, tokens, rel):
+    ours = make_ours()
+    ids = tokens(2, 9)
+    a = ours(ids, output_hidden_states=True).hidden_states
+    b = make_stock(ours)(ids, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(a) == len(b) == 3
+    for mine, other in zip(a, b, strict=True):
+        assert rel(mine, other) < 1e-5
+
+
+def test_accepts_transformers_config(tokens):
+    model = xLSTMForCausalLM(StockConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_heads=2))
+    assert isinstance(model.config, xLSTMConfig)
+    assert model(tokens(1, 3)).logits.shape == (1, 3, 61)
+    with pytest.raises(TypeError, match="config is a dict"):
+        xLSTMModel({"hidden_size": 64})
+
+
+# --- kernels, dtypes ---
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["parallel--native_autograd", "chunkwise--reference", "recurrent--reference", "chunkwise--triton_xl_chunk"],
+)
+def test_kernels_agree(make_ours, tokens, rel, kernel):
+    ids = tokens(2, 21)
+    step = "triton" if "triton" in kernel else "reference"
+    with torch.no_grad():
+        expected = make_ours()(ids)
+        other = make_ours(chunkwise_kernel=kernel, step_kernel=step)
+        actual = other(ids)
+        assert rel(actual.logits, expected.logits) < 1e-5
+        first = other(ids[:, :20])
+        assert rel(other(ids[:, 20:], cache_params=first.cache_params).logits, expected.logits[:, 20:]) < 1e-5
+
+
+def test_chunk_size_changes_speed_only(make_ours, tokens, rel):
+    ids = tokens(2, 50)
+    expected = make_ours(chunk_size=64)(ids).logits
+    assert rel(make_ours(chunk_size=7)(ids).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
+def test_half_precision_weights_keep_float32_states(make_ours, tokens, rel, dtype, tolerance):
+    model = make_ours()
+    ids = tokens(2, 24)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.to(dtype)
+        output = model(ids)
+        assert output.logits.dtype == torch.float32
+        assert rel(output.logits, expected) < tolerance
+        assert all(t.dtype == torch.float32 for t in _states(output.cache_params))
+        step = model(ids[:, -1:], cache_params=model(ids[:, :-1]).cache_params)
+        assert rel(step.logits[:, -1], expected[:, -1]) < tolerance
+        assert all(t.dtype == torch.float32 for t in _states(step.cache_params))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_inference_state_dtype(make_ours, tokens, rel, name):
+    model = make_ours(inference_state_dtype=name)
+    ids = tokens(2, 24)
+    with torch.no_grad():
+        expected = make_ours()(ids).logits
+        cache = None
+        for part in (slice(0, 10), slice(10, 23), slice(23, 24)):
+            output = model(ids[:, part], cache_params=cache)
+            cache = output.cache_params
+            for c, n, m in cache.rnn_state.values():
+                assert (c.dtype, n.dtype, m.dtype) == (getattr(torch, name), torch.float32, torch.float32)
+    assert rel(output.logits[:, -1], expected[:, -1]) < 2e-2
+
+
+def test_autocast_runs_kernels_in_autocast_kernel_dtype(make_ours, tokens, rel):
+    ids = tokens(2, 24)
+    expected = make_ours()(ids).logits
+    seen = []
+    for name in ("bfloat16", "float32"):
+        model = make_ours(autocast_kernel_dtype=name)
+        layer = model.backbone.blocks[0].mlstm_layer
+        original = layer._mlstm
+        layer._mlstm = lambda q, *a, original=original, **k: (seen.append(q.dtype), original(q, *a, **k))[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(ids, labels=ids)
+        output.loss.backward()
+        assert rel(output.logits, expected) < 6e-2
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_norm_reduction_force_float32_is_more_exact(make_ours, tokens):
+    layer = make_ours(hidden_size=512).backbone.blocks[0].norm_mlstm.bfloat16()
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = torch.nn.functional.rms_norm(x.double(), (512,), layer.weight.double(), layer.eps)
+    assert (layer(x).double() - exact).norm() / exact.norm() < 2e-3  # one rounding: 2**-9 at most
+
+
+# --- padding ---
+
+
+def _padded(prompts, side):
+    length = max(p.shape[1] for p in prompts)
+    ids = torch.full((len(prompts), length), 1)
+    mask = torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, p in enumerate(prompts):
+        where = slice(length - p.shape[1], length) if side == "left" else slice(0, p.shape[1])
+        ids[row, where], mask[row, where] = p[0], 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_every_row_as_if_alone(make_ours, tokens, rel, side):
+    model = make_ours()
+    prompts = [tokens(1, n, seed=n) for n in (5, 19, 33)]
+    ids, mask = _padded(prompts, side)
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask)
+        for row, prompt in enumerate(prompts):
+            alone = model(prompt)
+            assert rel(together.logits[row][mask[row] == 1], alone.logits[0]) < 1e-5
+            for mine, other in zip(_states(together.cache_params), _states(alone.cache_params), strict=True):
+                assert rel(mine[row], other[0]) < 1e-5
+    assert torch.isfinite(together.logits).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_train(make_ours, tokens, rel, side):
+    model = make_ours().train()
+    prompts = [tokens(1, n, seed=n) for n in (5, 19)]
+    ids, mask = _padded(prompts, side)
+    output, gradients = _gradients(model, ids, attention_mask=mask)
+
+    model.zero_grad()
+    counts = [p.shape[1] - 1 for p in prompts]
+    losses = [model(p, labels=p).loss for p in prompts]
+    expected = sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts)
+    expected.backward()
+    assert abs(output.loss - expected) < 1e-5 * expected
+    scale = max(float(p.grad.norm()) for p in model.parameters())
+    for name, p in model.named_parameters():
+        error = (gradients[name] - p.grad).norm()
+        assert error < 1e-4 * p.grad.norm() + 1e-6 * scale, name
+
+    other = torch.where(mask == 1, ids, torch.full_like(ids, 7))
+    again, gradients_again = _gradients(model, other, attention_mask=mask)
+    assert torch.equal(again.loss, output.loss)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+def test_one_padded_token_leaves_the_cache_alone(make_ours, tokens):
+    model = make_ours()
+    with torch.no_grad():
+        cache = model(tokens(2, 6)).cache_params
+        before = [t.clone() for t in _states(cache)]
+        model(tokens(2, 1), cache_params=cache, attention_mask=torch.tensor([[0], [1]]))
+    for old, new in zip(before, _states(cache), strict=True):
+        assert torch.equal(old[0], new[0])
+        assert not torch.equal(old[1], new[1])
+
+
+# --- cache ---
+
+
+def test_pieces_equal_the_whole(make_ours, tokens, rel):
+    whole, pieces = make_ours(), make_ours(max_inference_chunksize=7)
+    ids = tokens(2, 23)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        a = whole(ids, attention_mask=mask, output_hidden_states=True)
+        b = pieces(ids, attention_mask=mask, output_hidden_states=True)
+        no_cache = pieces(ids, attention_mask=mask, use_cache=False)
+    real = mask == 1
+    assert rel(b.logits[real], a.logits[real]) < 1e-5
+    assert rel(no_cache.logits[real], a.logits[real]) < 1e-5
+    assert no_cache.cache_params is None
+    for mine, other in zip(b.hidden_states, a.hidden_states, strict=True):
+        assert mine.shape == other.shape
+        assert rel(mine[real], other[real]) < 1e-5
+    for mine, other in zip(_states(b.cache_params), _states(a.cache_params), strict=True):
+        assert rel(mine, other) < 1e-5
+    assert b.cache_params.get_seq_length() == 23
+
+
+def test_pieces_do_not_cut_gradients(make_ours, tokens):
+    model = make_ours(max_inference_chunksize=4)
+    output = model(tokens(1, 11), labels=tokens(1, 11))
+    output.loss.backward()
+    assert model.backbone.embeddings.weight.grad.abs().sum() > 0
+
+
+def test_cache_only_where_asked_for(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(1, 5)
+    assert model(ids).cache_params is not None
+    assert model(ids, use_cache=False).cache_params is None
+    assert model(ids, labels=ids).cache_params is None
+    with torch.no_grad():
+        assert model(ids, labels=ids).cache_params is not None
+    model.train()
+    assert model(ids).cache_params is None
+    assert model.backbone(ids).cache_params is None
+    asked = model(ids, labels=ids, use_cache=True)
+    assert asked.cache_params is not None
+    asked.loss.backward()
+    model.config.use_cache = False
+    assert model.eval()(ids).cache_params is None
+    assert model(ids, cache_params=xLSTMCache(model.config, 1)).cache_params is not None
+
+
+def test_use_cache_false_leaves_the_given_cache_alone(make_ours, tokens):
+    model = make_ours(max_inference_chunksize=2)
+    with torch.no_grad():
+        cache = model(tokens(1, 4)).cache_params
+        before = [t.clone() for t in _states(cache)]
+        for seq in (1, 3):
+            output = model(tokens(1, seq), cache_params=cache, use_cache=False)
+            assert output.cache_params is None
+    assert all(torch.equal(a, b) for a, b in zip(before, _states(cache), strict=True))
+    assert cache.get_seq_length() == 4
+
+
+def test_without_gradients_the_cache_is_written_in_place(make_ours, tokens):
+    model = make_ours()
+    with torch.no_grad():
+        cache = xLSTMCache(model.config, 2)
+        addresses = [t.data_ptr() for t in _states(cache)]
+        for seq in (5, 1):
+            assert model(tokens(2, seq), cache_params=cache).cache_params is cache
+    assert [t.data_ptr() for t in _states(cache)] == addresses
+    assert cache.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("cut", [6, 10])  # the second part has several tokens, or one
+def test_gradients_flow_through_the_cache(make_ours, tokens, rel, cut):
+    model = make_ours()
+    ids = tokens(2, 11)
+    model(ids).logits.square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    first = model(ids[:, :cut])
+    tensors = _states(first.cache_params)
+    values = [t.detach().clone() for t in tensors]
+    second = model(ids[:, cut:], cache_params=first.cache_params)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+    torch.cat([first.logits, second.logits], 1).square().mean().backward()
+    scale = max(float(g.norm()) for g in expected.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).norm() < 1e-4 * expected[name].norm() + 1e-6 * scale, name
+
+
+def test_cache_from_a_differentiated_pass_can_be_decoded_from(make_ours, tokens, rel):
+    model = make_ours()
+    ids = tokens(1, 8)
+    first = model(ids[:, :7])
+    with torch.no_grad():
+        second = model(ids[:, 7:], cache_params=first.cache_params)
+        assert rel(second.logits, model(ids).logits[:, 7:]) < 1e-5
+    first.logits.sum().backward()  # nothing it saved was overwritten
+
+
+def test_cache_made_in_inference_mode_can_be_used_outside(make_ours, tokens, rel):
+    model = make_ours()
+    ids = tokens(1, 8)
+    with torch.inference_mode():
+        cache = model(ids[:, :7]).cache_params
+    with torch.no_grad():
+        output = model(ids[:, 7:], cache_params=cache)
+        assert rel(output.logits, model(ids).logits[:, 7:]) < 1e-5
+
+
+# --- modes ---
+
+
+@pytest.mark.parametrize("mode", ["train", "train_with_padding", "inference"])
+def test_modes_take_any_length_and_agree(make_ours, tokens, rel, mode):
+    ids = tokens(2, 23)
+    with torch.no_grad():
+        expected = make_ours()(ids)
+        output = make_ours(mode=mode)(ids)
+        assert rel(output.logits, expected.logits) < 1e-6
+        assert output.cache_params is not None
+        model = make_ours(mode=mode, return_last_states=False)
+        if mode == "inference":
+            assert model(ids).cache_params is not None
+        else:
+            assert model(ids).cache_params is None
+            with pytest.raises(ValueError, match="return_last_states"):
+                model(ids, use_cache=True)
+
+
+# --- the rest of the interface ---
+
+
+def test_return_dict(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(1, 4)
+    output = model(ids, labels=ids, output_hidden_states=True, use_cache=True)
+    assert isinstance(output, xLSTMCausalLMOutput)
+    loss, logits, cache, hidden = model(ids, labels=ids, output_hidden_states=True, use_cache=True, return_dict=False)
+    assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
+    assert isinstance(cache, xLSTMCache) and len(hidden) == 3
+    assert isinstance(model.backbone(ids), xLSTMOutput)
+    (last,) = model.backbone(ids, use_cache=False, return_dict=False)
+    assert torch.equal(last, output.hidden_states[-1])
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+
+
+def test_logits_to_keep(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 6)
+    logits = model(ids).logits
+    assert torch.allclose(model(ids, logits_to_keep=2).logits, logits[:, -2:], atol=1e-6)
+    assert torch.allclose(model(ids, num_logits_to_keep=1).logits, logits[:, -1:], atol=1e-6)
+    which = torch.tensor([0, 3])
+    assert torch.allclose(model(ids, logits_to_keep=which).logits, logits[:, which], atol=1e-6)
+
+
+def test_num_items_in_batch_divides_the_loss(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 6)
+    mean, total = model(ids, labels=ids).loss, model(ids, labels=ids, num_items_in_batch=1).loss
+    assert torch.allclose(total, mean * 10)
+
+
+def test_labels_of_minus_100_do_not_count(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(1, 8)
+    labels = ids.clone()
+    labels[:, 5:] = -100
+    assert torch.allclose(model(ids, labels=labels).loss, model(ids[:, :5], labels=ids[:, :5]).loss)
+
+
+def test_inputs_embeds(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 5)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(make_ours, tokens, reentrant):
+    model = make_ours().train()
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected, gradients = _gradients(model, ids, attention_mask=mask)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    layer = model.backbone.blocks[0].mlstm_layer
+    layer.register_forward_hook(lambda *a: calls.append(1))
+    output, again = _gradients(model, ids, attention_mask=mask)
+    assert len(calls) == 2  # forward, and once more in backward
+    assert torch.equal(output.loss, expected.loss)
+    for name, gradient in gradients.items():
+        assert torch.allclose(again[name], gradient, rtol=1e-5, atol=1e-7), name
+    if not reentrant:
+        model(ids, labels=ids, use_cache=True).loss.backward()  # a cache does not get in the way
+
+
+def test_resize_token_embeddings(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        before = model(ids).logits
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70
+    output = model(ids, labels=ids + 9)
+    assert output.logits.shape == (2, 5, 70)
+    assert torch.allclose(output.logits[..., :61], before, atol=1e-5)
+    output.loss.backward()
+
+
+def test_tied_embeddings(make_ours, tokens):
+    model = make_ours(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.resize_token_embeddings(64)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert make_ours().lm_head.weight is not make_ours().get_input_embeddings().weight
+
+
+def test_add_out_norm(make_ours, tokens):
+    with_norm, without = make_ours(), make_ours(add_out_norm=False)
+    assert set(with_norm.state_dict()) - set(without.state_dict()) == {"backbone.out_norm.weight"}
+    ids = tokens(1, 4)
+    block = without.backbone.blocks[-1]
+    seen = []
+    block.register_forward_hook(lambda m, a, output: seen.append(output[0]))
+    assert torch.equal(without.backbone(ids).last_hidden_state, seen[0])
+
+
+def test_soft_caps(make_ours, tokens):
+    ids = tokens(2, 9)
+    assert make_ours(output_logit_soft_cap=0.5)(ids).logits.abs().max() <= 0.5
+    uncapped = make_ours(output_logit_soft_cap=None, gate_soft_cap=None)(ids).logits
+    assert torch.isfinite(uncapped).all()
+
+
+@pytest.mark.parametrize("mode", ["single", "fused"])
+def test_initialization(mode):
+    torch.manual_seed(0)
+    config = xLSTMConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=4, num_heads=4, use_bias=True, weight_mode=mode
+    )
+    model = xLSTMForCausalLM(config)
+    model.set_weight_mode("single")
+    small = (2 / (5 * 256)) ** 0.5
+    assert abs(model.backbone.embeddings.weight.std() / small - 1) < 0.05
+    assert abs(model.lm_head.weight.std() / small - 1) < 0.05
+    for block in model.backbone.blocks:
+        layer, ffn = block.mlstm_layer, block.ffn
+        assert torch.equal(layer.igate_preact.bias, torch.full((4,), -10.0))
+        assert torch.allclose(layer.fgate_preact.bias, torch.linspace(3, 6, 4))
+        for gate in (layer.igate_preact, layer.fgate_preact, layer.ogate_preact):
+            assert not gate.weight.any()
+        for linear in (layer.q, layer.k, layer.v, ffn.proj_up_gate, ffn.proj_up):
+            assert abs(linear.weight.std() / small - 1) < 0.05
+            assert not linear.bias.any()
+        for linear in (layer.out_proj, ffn.proj_down):
+            assert abs(linear.weight.std() / (2 / 4 / linear.in_features**0.5) - 1) < 0.05
+        assert torch.equal(layer.multihead_norm.weight, torch.ones(256))
+    ids = torch.randint(0, 512, (2, 16))
+    assert abs(model(ids, labels=ids).loss - torch.tensor(512.0).log()) < 1.0
+
+
+def test_a_few_steps_of_training_reduce_the_loss(tokens):
+    torch.manual_seed(0)
+    model = xLSTMForCausalLM(xLSTMConfig(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_heads=2)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = tokens(2, 20)
+    losses = []
+    for _ in range(30):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+def test_compiles_whole_in_training(make_ours, tokens, weight_mode):
+    model = make_ours(weight_mode=weight_mode).train()
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, 9:] = 0
+    expected, gradients = _gradients(model, tokens(2, 13), attention_mask=mask)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    output = compiled(tokens(2, 13), labels=tokens(2, 13), attention_mask=mask)
+    output.loss.backward()
+    assert torch.allclose(output.loss, expected.loss, rtol=1e-6)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_compiled_training_does_not_recompile_for_each_length(make_ours, tokens):
+    model = make_ours().train()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for seq in (9, 14, 23, 31):
+        compiled(tokens(2, seq), labels=tokens(2, seq)).loss.backward()
+    assert counter.frame_count == 1
+
+
+def test_errors(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 4)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=torch.zeros(2, 4, 128))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
+        model(ids, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, attention_mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 4\)"):
+        model(ids, labels=ids, logits_to_keep=1)
+    with pytest.raises(ValueError, match=r"cache_params has 2 layers of shape \(3, "):
+        model(ids, cache_params=xLSTMCache(model.config, 3))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+def test_cuda_matches_cpu(make_ours, tokens, rel, weight_mode):
+    model = make_ours(weight_mode=weight_mode)
+    ids = tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    expected, gradients = _gradients(model, ids, attention_mask=mask)
+    cuda = copy.deepcopy(model).cuda()
+    output, cuda_gradients = _gradients(cuda, ids.cuda(), attention_mask=mask.cuda())
+    assert rel(output.logits.cpu()[mask == 1], expected.logits[mask == 1]) < 1e-5
+    scale = max(float(g.norm()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        error = (cuda_gradients[name].cpu() - gradient).norm()
+        assert error < 1e-4 * gradient.norm() + 1e-6 * scale, name
+    with torch.no_grad():
+        cache = cuda(ids[:, :69].cuda()).cache_params
+        assert cache.rnn_state[0][0].device.type == "cuda"
+        step = cuda(ids[:, 69:].cuda(), cache_params=cache).logits
+        assert rel(step.cpu(), model(ids).logits[:, 69:]) < 1e-5
+
+
+@pytest.mark.cuda
+def test_cuda_bfloat16_training(make_ours, tokens, rel):
+    model = make_ours().train()
+    ids = tokens(2, 70)
+    expected, gradients = _gradients(model, ids)
+    half = copy.deepcopy(model).cuda().bfloat16()
+    output, half_gradients = _gradients(half, ids.cuda())
+    assert rel(output.logits.cpu(), expected.logits) < 6e-2
+    for name in ("backbone.embeddings.weight", "backbone.blocks.0.mlstm_layer.v.weight", "lm_head.weight"):
+        assert rel(half_gradients[name].cpu(), gradients[name]) < 5e-2, name
+
+
+@pytest.mark.cuda
+def test_cuda_decoding_in_a_graph(make_ours, tokens, rel):
+    model = make_ours().cuda()
+    ids = tokens(2, 9).cuda()
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = model(ids[:, :5]).cache_params
+        token = ids[:, 5:6].clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm up on a copy: capture itself runs nothing
+            model(token, cache_params=cache.clone())
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, cache_params=cache).logits
+        for position in range(5, 9):
+            token.copy_(ids[:, position : position + 1])
+            graph.replay()
+            assert rel(logits[:, 0], expected[:, position]) < 1e-5

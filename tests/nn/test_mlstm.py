@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_xlstm import reference
+from flash_xlstm.nn import FeedForward, mLSTMBlock, mLSTMLayer
+
+
+def _layer(**options):
+    torch.manual_seed(0)
+    layer = mLSTMLayer(24, 2, qk_dim=12, v_dim=20, **options)
+    for name, p in layer.named_parameters():
+        if "gate" in name:
+            torch.nn.init.normal_(p)
+    return layer
+
+
+def _x(batch, seq, size=24):
+    return torch.randn(batch, seq, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_is_projections_op_norm_and_gate():
+    layer = _layer(gate_soft_cap=3.0, eps=1e-2).double()
+    x = _x(2, 9).double()
+    q, k, v = (proj(x).view(2, 9, 2, -1) for proj in (layer.q, layer.k, layer.v))
+    i, f = (3.0 * torch.tanh(proj(x) / 3.0) for proj in (layer.igate_preact, layer.fgate_preact))
+    h = reference.mlstm_recurrent(q, k, v, i, f, eps=1e-2)
+    expected = layer.out_proj(torch.sigmoid(layer.ogate_preact(x)) * layer.multihead_norm(h))
+    for kernel in ("chunkwise", "parallel", "recurrent"):
+        other = _layer(gate_soft_cap=3.0, eps=1e-2, kernel=kernel).double()
+        y, state = other(x)
+        assert state is None
+        assert torch.allclose(y, expected, rtol=1e-10, atol=1e-12)
+    y, _ = _layer(gate_soft_cap=3.0, eps=1e-2)(x.float())
+    assert torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"step_kernel": "reference", "kernel": "recurrent"}])
+def test_state_and_step(options):
+    layer, x = _layer(**options), _x(2, 9)
+    whole, last = layer(x, return_state=True)
+    first, state = layer(x[:, :8], return_state=True)
+    kept = tuple(t.detach().clone() for t in state)
+    second, new = layer(x[:, 8:], state, return_state=True, inplace=True)  # gradients on: not in place
+    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+    with torch.no_grad():
+        stepped, written = layer(x[:, 8:], kept, return_state=True, inplace=True)
+        assert layer(x[:, 8:], state)[1] is None
+    if options == {}:
+        assert written is kept
+    for y in (second, stepped):
+        assert torch.allclose(torch.cat([first, y], 1), whole, atol=1e-5)
+    for a, b, c in zip(last, new, written, strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
+
+
+def test_padding_leaves_the_state_alone():
+    layer, x = _layer(), _x(2, 9)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[0, :4] = True
+    padding[1, 6:] = True
+    y, state = layer(x, None, padding, return_state=True)
+    first, first_state = layer(x[:1, 4:], return_state=True)
+    second, second_state = layer(x[1:, :6], return_state=True)
+    assert torch.allclose(y[0, 4:], first[0], atol=1e-6) and torch.allclose(y[1, :6], second[0], atol=1e-6)
+    for a, b, c in zip(state, first_state, second_state, strict=True):
+        assert torch.allclose(a[0], b[0], atol=1e-6) and torch.allclose(a[1], c[0], atol=1e-6)
+    assert torch.isfinite(y).all()
+
+
+def test_float16_state_is_kept():
+    layer, x = _layer(), _x(1, 5)
+    with torch.no_grad():
+        expected, _ = layer(x)
+        _, (c, n, m) = layer(x[:, :4], return_state=True)
+        half = c.half()
+        y, state = layer(x[:, 4:], (half, n, m), return_state=True, inplace=True)
+    assert state[0] is half and torch.allclose(y, expected[:, 4:], atol=1e-2)
+
+
+def test_block_is_residual():
+    layer = _layer()
+    block = mLSTMBlock(24, layer, FeedForward(24, 48), use_bias=True)
+    x = _x(1, 5)
+    y, _ = block(x)
+    middle = x + layer(block.norm_mlstm(x))[0]
+    assert torch.allclose(y, middle + block.ffn(block.norm_ffn(middle)), atol=1e-6)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"qk_dim is 10.*multiple of num_heads, which is 4"):
+        mLSTMLayer(20, 4)
+    with pytest.raises(ValueError, match="v_dim is 3"):
+        mLSTMLayer(8, 4, v_dim=3)
+    with pytest.raises(ValueError, match=r"kernel is 'fast'.*flash, chunkwise"):
+        mLSTMLayer(8, 4, kernel="fast")
+    with pytest.raises(ValueError, match="step_kernel is 'fast'"):
+        mLSTMLayer(8, 4, step_kernel="fast")
+    with pytest.raises(ValueError, match="weight_mode is 'both'"):
+        mLSTMLayer(8, 4, weight_mode="both")
