@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 transformers = pytest.importorskip("transformers")
@@ -47,9 +49,23 @@ def make_ours():
     return make
 
 
+@functools.cache
+def _stock_runs() -> bool:
+    """The first releases of transformers 5 fail on any sequence of at least one chunk."""
+    config = transformers.models.xlstm.xLSTMConfig(**TINY)
+    try:
+        with torch.no_grad():
+            stock.xLSTMModel(config)(torch.zeros(1, 16, dtype=torch.long), use_cache=False)
+    except TypeError:
+        return False
+    return True
+
+
 @pytest.fixture
 def make_stock():
     """``make_stock(ours)``: transformers' model with our model's configuration and weights."""
+    if not _stock_runs():
+        pytest.skip(f"the xLSTM of transformers {transformers.__version__} does not run")
 
     def make(ours: xLSTMForCausalLM):
         values = {k: v for k, v in ours.config.to_dict().items() if k not in ("dtype", "architectures")}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from transformers.models.xlstm import xLSTMConfig as StockConfig
 
 from flash_xlstm.models import xLSTMCache, xLSTMCausalLMOutput, xLSTMConfig, xLSTMForCausalLM, xLSTMModel, xLSTMOutput
@@ -173,7 +174,7 @@ def test_autocast_runs_kernels_in_autocast_kernel_dtype(make_ours, tokens, rel):
     assert seen == [torch.bfloat16, torch.float32]
 
 
-def test_norm_reduction_force_float32_is_more_exact(make_ours, tokens):
+def test_norms_reduce_in_float32(make_ours, tokens):
     layer = make_ours(hidden_size=512).backbone.blocks[0].norm_mlstm.bfloat16()
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = torch.nn.functional.rms_norm(x.double(), (512,), layer.weight.double(), layer.eps)
@@ -371,8 +372,9 @@ def test_modes_take_any_length_and_agree(make_ours, tokens, rel, mode):
             assert model(ids).cache_params is not None
         else:
             assert model(ids).cache_params is None
-            with pytest.raises(ValueError, match="return_last_states"):
-                model(ids, use_cache=True)
+            for options in ({"use_cache": True}, {"cache_params": xLSTMCache(model.config, 2)}):
+                with pytest.raises(ValueError, match="return_last_states"):
+                    model(ids, **options)
 
 
 # --- the rest of the interface ---
@@ -549,6 +551,21 @@ def test_compiled_training_does_not_recompile_for_each_length(make_ours, tokens)
     for seq in (9, 14, 23, 31):
         compiled(tokens(2, seq), labels=tokens(2, seq)).loss.backward()
     assert counter.frame_count == 1
+
+
+def test_compiled_decoding_takes_any_position(make_ours, tokens, rel):
+    model = make_ours()
+    ids = tokens(2, 9)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = model(ids[:, :3]).cache_params
+        for position in range(3, 9):
+            logits = compiled(ids[:, position : position + 1].clone(), cache_params=cache).logits
+            assert rel(logits[:, 0], expected[:, position]) < 1e-5
+    assert counter.frame_count <= 2  # the count of tokens seen becomes dynamic
 
 
 def test_errors(make_ours, tokens):

@@ -99,7 +99,11 @@ class xLSTMCache:
     def layer_states(self, devices: Iterable[torch.device]) -> list[State]:
         """The states of all layers, on its layer's device; safe to write in place where gradients are off."""
         for layer, device in enumerate(devices):
-            self.rnn_state[layer] = _map(lambda t, d=device: _writable(t.to(d)), self.rnn_state[layer])
+            state = self.rnn_state[layer]
+            if state[0].device != device:
+                self.rnn_state[layer] = state = _map(lambda t, d=device: t.to(d), state)
+            if any(map(_frozen, state)):
+                self.rnn_state[layer] = _map(lambda t: t.detach().clone(), state)
         return [self.rnn_state[layer] for layer in range(len(self.rnn_state))]
 
     def update(self, states: Iterable[State], num_tokens: int) -> None:
@@ -108,9 +112,10 @@ class xLSTMCache:
             old = self.rnn_state[layer]
             if torch.is_grad_enabled():
                 self.rnn_state[layer] = (new[0].to(self.dtype), new[1], new[2])
-            elif new is not old:
+            else:
                 for target, source in zip(old, new, strict=True):
-                    target.copy_(source)
+                    if target is not source:
+                        target.copy_(source)
         self._seq_length += num_tokens
 
     def reset(self) -> None:
@@ -156,9 +161,8 @@ def _map(function: Any, state: State) -> State:
     return function(c), function(n), function(m)
 
 
-def _writable(t: Tensor) -> Tensor:
-    """`t`, or a copy where writing into it would break autograd or torch.inference_mode's rules."""
+def _frozen(t: Tensor) -> bool:
+    """Whether writing into `t` would break autograd or torch.inference_mode's rules."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return t
-    frozen = t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled())
-    return t.detach().clone() if frozen or not t.is_contiguous() else t
+        return False
+    return t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled())

@@ -28,11 +28,13 @@ def weight_modes(config_class: Any, path: Any, config: Any, kwargs: dict[str, An
         kwargs: what ``from_pretrained`` was given besides.
     """
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-    if not hasattr(config, "weight_mode"):
-        config = config_class.from_pretrained(path if config is None else config, **hub)
-        wanted = kwargs.get("weight_mode", config.weight_mode)
-    else:
-        wanted = config.weight_mode
+    wanted = getattr(config, "weight_mode", None)
+    if wanted is None:
+        try:
+            read = config_class.from_pretrained(path if config is None else config, **hub)
+        except OSError:  # an adapter's folder, say, or nothing at all: from_pretrained knows more
+            return "single", "single"
+        wanted = kwargs.get("weight_mode", read.weight_mode)
     if kwargs.get("state_dict") is not None:
         names: Iterable[str] = kwargs["state_dict"]
     else:
@@ -89,6 +91,8 @@ def portable_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None =
         return state_dict
     portable = dict(model.state_dict() if state_dict is None else state_dict)
     for prefix, module in layers.items():
+        for name in [f"{prefix}{fused}.weight" for fused in module.projection_groups]:
+            portable[name] = portable[name].cpu()  # there is room for a second copy there
         convert_weight_mode(portable, prefix, module.projection_groups, "single")
     if tied and "lm_head.weight" in portable:
         portable["lm_head.weight"] = portable["lm_head.weight"].clone()

@@ -74,7 +74,7 @@ class xLSTMConfig(PreTrainedConfig):
         num_heads: heads of each mLSTM layer; must divide the sizes of queries, keys and values.
         use_bias: biases in linear layers and norms (the input and forget gates always have one, the output
             norm and the LM head never).
-        norm_reduction_force_float32: norms in float32 whatever the dtype of the weights.
+        norm_reduction_force_float32: accepted for compatibility; norms always reduce in float32.
         tie_word_embeddings: the LM head uses the embedding's weight.
         add_out_norm: a norm behind the last block.
         norm_eps: epsilon of the norms.

@@ -73,7 +73,6 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
     """:class:`flash_xlstm.nn.mLSTMBlock` built from a configuration, with gradient checkpointing."""
 
     def __init__(self, config: xLSTMConfig) -> None:
-        force_float32 = config.norm_reduction_force_float32
         mlstm_layer = mLSTMLayer(
             config.hidden_size,
             config.num_heads,
@@ -83,7 +82,6 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
             gate_soft_cap=config.gate_soft_cap,
             eps=config.eps,
             norm_eps=config.norm_eps,
-            norm_force_float32=force_float32,
             weight_mode=config.weight_mode,
             kernel=CHUNKWISE_KERNELS[config.chunkwise_kernel],
             step_kernel=STEP_KERNELS[config.step_kernel],
@@ -97,7 +95,6 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
             ffn,
             norm_eps=config.norm_eps,
             use_bias=config.use_bias,
-            norm_force_float32=force_float32,
         )
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -168,17 +165,26 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         """As ``PreTrainedModel.from_pretrained``. A checkpoint in the other weight mode than the
         configuration's is converted once it is loaded."""
         found, wanted = checkpoints.weight_modes(cls.config_class, pretrained_model_name_or_path, config, kwargs)
-        if found == wanted:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        if hasattr(config, "weight_mode"):
-            config = copy.deepcopy(config)
-            config.weight_mode = found
-        else:
-            kwargs = {**kwargs, "weight_mode": found}
+        if found != wanted:
+            if hasattr(config, "weight_mode"):
+                config = copy.deepcopy(config)
+                config.weight_mode = found
+            else:
+                kwargs = {**kwargs, "weight_mode": found}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.set_weight_mode(wanted)
+        if found != wanted:
+            model.set_weight_mode(wanted)
+        model._tie_equal_weights()
         return loaded
+
+    def _tie_equal_weights(self) -> None:
+        """Ties what the configuration ties. Older transformers leave it untied if a checkpoint holds both weights."""
+        head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
+        if head is None or not self.config.tie_word_embeddings or head.weight is embeddings.weight:
+            return
+        if not head.weight.is_meta and not embeddings.weight.is_meta and torch.equal(head.weight, embeddings.weight):
+            head.weight = embeddings.weight
 
     def save_pretrained(
         self,
@@ -202,11 +208,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         config = self.config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([xLSTMBlock(config) for _ in range(config.num_hidden_layers)])
-        self.out_norm = (
-            RMSNorm(config.hidden_size, config.norm_eps, force_float32=config.norm_reduction_force_float32)
-            if config.add_out_norm
-            else nn.Identity()
-        )
+        self.out_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.add_out_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -277,7 +279,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         available = self.config.mode == "inference" or self.config.return_last_states
         if use_cache is None:
             training = self.training and torch.is_grad_enabled()
-            return available and (cache is not None or (self.config.use_cache and not training))
+            use_cache = cache is not None or (available and self.config.use_cache and not training)
         if use_cache and not available:
             raise ValueError(
                 f"use_cache is True, but config.mode is {self.config.mode!r} and config.return_last_states "

@@ -15,7 +15,7 @@ class mLSTMBlock(nn.Module):
     Args:
         hidden_size: size of input and output.
         mlstm_layer, ffn: the two layers, of that size.
-        norm_eps, use_bias, norm_force_float32: of the two norms in front of them.
+        norm_eps, use_bias: of the two norms in front of them.
     """
 
     def __init__(
@@ -26,12 +26,11 @@ class mLSTMBlock(nn.Module):
         *,
         norm_eps: float = 1e-6,
         use_bias: bool = False,
-        norm_force_float32: bool = True,
     ) -> None:
         super().__init__()
-        self.norm_mlstm = RMSNorm(hidden_size, norm_eps, use_bias=use_bias, force_float32=norm_force_float32)
+        self.norm_mlstm = RMSNorm(hidden_size, norm_eps, use_bias=use_bias)
         self.mlstm_layer = mlstm_layer
-        self.norm_ffn = RMSNorm(hidden_size, norm_eps, use_bias=use_bias, force_float32=norm_force_float32)
+        self.norm_ffn = RMSNorm(hidden_size, norm_eps, use_bias=use_bias)
         self.ffn = ffn
 
     def forward(

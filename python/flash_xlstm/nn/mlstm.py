@@ -43,7 +43,6 @@ class mLSTMLayer(FusableProjections):
         gate_soft_cap: cap of both gates' pre-activations, or None.
         eps: added to the mLSTM's normalizer.
         norm_eps: added to the variance in the head-wise norm.
-        norm_force_float32: norm in float32 whatever the input's dtype.
         weight_mode: "single" or "fused" (``qkv_opreact`` stacks q, k, v, ogate_preact; ``ifgate_preact`` the
             gates).
         kernel: "flash", the compiled op; or a plain PyTorch form in any float dtype, float64 included:
@@ -68,7 +67,6 @@ class mLSTMLayer(FusableProjections):
         gate_soft_cap: float | None = 15.0,
         eps: float = 1e-6,
         norm_eps: float = 1e-6,
-        norm_force_float32: bool = True,
         weight_mode: str = "single",
         kernel: str = "flash",
         step_kernel: str = "flash",
@@ -103,9 +101,7 @@ class mLSTMLayer(FusableProjections):
             },
             {"qkv_opreact": use_bias, "ifgate_preact": True},
         )
-        self.multihead_norm = MultiHeadLayerNorm(
-            num_heads, v_dim // num_heads, norm_eps, use_bias=use_bias, force_float32=norm_force_float32
-        )
+        self.multihead_norm = MultiHeadLayerNorm(num_heads, v_dim // num_heads, norm_eps, use_bias=use_bias)
         self.out_proj = nn.Linear(v_dim, hidden_size, bias=use_bias)
 
     def forward(
@@ -147,12 +143,17 @@ class mLSTMLayer(FusableProjections):
 
     def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Soft-capped pre-activations, (batch, seq, heads), in float32 (float64 for float64)."""
-        gates = self._project(x, "ifgate_preact")
-        i, f = (self._soft_cap(t if t.dtype == torch.float64 else t.float(), self.gate_soft_cap) for t in gates)
+        if self.weight_mode == "fused":
+            i, f = self._cap(self.ifgate_preact(x)).split(self.num_heads, dim=-1)
+        else:
+            i, f = self._cap(self.igate_preact(x)), self._cap(self.fgate_preact(x))
         if padding is not None:  # after the cap, which would make an infinite gate finite
             i = i.masked_fill(padding[..., None], -torch.inf)
             f = f.masked_fill(padding[..., None], torch.inf)
         return i, f
+
+    def _cap(self, gate: Tensor) -> Tensor:
+        return self._soft_cap(gate if gate.dtype == torch.float64 else gate.float(), self.gate_soft_cap)
 
     def _sequence(
         self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool

@@ -1,14 +1,10 @@
-"""Normalization layers."""
+"""Normalization layers. Whatever the input's dtype, they reduce in float32 at least and round once."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def _widen(x: Tensor, force_float32: bool) -> Tensor:
-    return x.float() if force_float32 and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class RMSNorm(nn.Module):
@@ -18,26 +14,20 @@ class RMSNorm(nn.Module):
         num_features: size of the last dimension.
         eps: added to the mean square.
         use_bias: whether there is a bias.
-        force_float32: compute bfloat16 and float16 inputs in float32, weight included, and round once.
 
     Shape: (..., num_features) in and out; the dtype is kept.
     """
 
-    def __init__(
-        self, num_features: int, eps: float = 1e-6, *, use_bias: bool = False, force_float32: bool = True
-    ) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-6, *, use_bias: bool = False) -> None:
         super().__init__()
         self.eps = eps
-        self.force_float32 = force_float32
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features)) if use_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = _widen(x, self.force_float32)
-        y = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype)
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        y = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
@@ -50,39 +40,28 @@ class MultiHeadLayerNorm(nn.Module):
         num_heads, head_dim: the last two dimensions of the input.
         eps: added to the variance.
         use_bias: whether there is a bias.
-        force_float32: compute bfloat16 and float16 inputs in float32, weight included, and round once.
 
     Shape: (batch, seq, num_heads, head_dim) in, (batch, seq, num_heads * head_dim) out; the dtype is kept.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        eps: float = 1e-6,
-        *,
-        use_bias: bool = False,
-        force_float32: bool = True,
-    ) -> None:
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, use_bias: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.eps = eps
-        self.force_float32 = force_float32
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
         self.bias = nn.Parameter(torch.zeros(num_heads * head_dim)) if use_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != (self.num_heads, self.head_dim):
+        if x.dim() != 4 or x.shape[2:] != (self.num_heads, self.head_dim):
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; its last two dimensions must be {self.num_heads} heads of "
-                f"{self.head_dim}"
+                f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.num_heads} heads of {self.head_dim})"
             )
-        y = F.layer_norm(_widen(x, self.force_float32), (self.head_dim,), eps=self.eps).flatten(-2)
-        y = y * self.weight
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype)
+        # A group norm of single positions: one pass with the weight inside, against two for layer norm and product.
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = F.group_norm(x.to(dtype).flatten(2).flatten(0, 1), self.num_heads, self.weight.to(dtype), bias, self.eps)
+        return y.view(*x.shape[:2], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, {self.head_dim}, eps={self.eps}, bias={self.bias is not None}"
