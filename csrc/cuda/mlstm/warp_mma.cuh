@@ -3,7 +3,7 @@
 //   float16   float32 tiles holding tf32 values, mma m16n8k8: tf32 has float16's 10 bits (so loads are exact) and
 //             float32's exponent range, which states, dc and 1/d need and float16 lacks
 //   float32   float32 tiles, each operand split into two tf32 halves, three mma per product (the product of the two
-//             low halves, 2^-22 of the whole, is left out): float32 precision, not TF32
+//             low halves, 2^-22 of the whole, is left out) and a float32 sum: float32 precision, not TF32
 #pragma once
 
 #include <type_traits>
@@ -43,88 +43,115 @@ __device__ __forceinline__ typename Arithmetic<T>::Element to_operand(float x) {
   }
 }
 
-// acc (m_tiles * 16 rows, n_tiles * 8 columns) += A B over k in [k_begin, k_end), multiples of mma_k.
-//   a_across: A lies as [k][m], else [m][k];  b_across: B lies as [k][n], else [n][k].
-// a and b point at the warp's first row (column) of m (n). Thread `lane` holds, of each 16 x 8 tile, the rows
-// lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the next.
+// Two neighbouring elements, as a thread of an accumulator holds them; 8 bytes (float32) or 4.
+template <typename E>
+struct alignas(2 * sizeof(E)) Pair {
+  E x, y;
+};
+
+// The rows of A that a warp holds for one k step: m_tiles * 16 rows, mma_k columns.
+template <typename T, int m_tiles>
+struct FragmentA {
+  uint32_t high[m_tiles][4];
+  uint32_t low[Arithmetic<T>::split ? m_tiles : 1][4];
+};
+
+// across: A lies in shared memory as [k][m], else as [m][k]. `a` points at the warp's first row.
+template <typename T, bool across, int m_tiles>
+__device__ __forceinline__ void load_a(FragmentA<T, m_tiles>& f, const typename Arithmetic<T>::Element* a, int pitch,
+                                       int k) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int mt = 0; mt < m_tiles; ++mt) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      const int matrix = lane / 8, row = lane % 8;
+      const bf16* at = across ? a + (k + row + (matrix / 2) * 8) * pitch + mt * 16 + (matrix % 2) * 8
+                              : a + (mt * 16 + row + (matrix % 2) * 8) * pitch + k + (matrix / 2) * 8;
+      ptx::ldmatrix_x4<across>(f.high[mt], at);
+    } else {
+      const int group = lane / 4, pos = lane % 4;
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int m = mt * 16 + group + (r % 2) * 8, kk = k + pos + (r / 2) * 4;
+        const float x = across ? a[kk * pitch + m] : a[m * pitch + kk];
+        if constexpr (Arithmetic<T>::split) {
+          f.high[mt][r] = ptx::round_tf32(x);
+          f.low[mt][r] = ptx::round_tf32(x - __uint_as_float(f.high[mt][r]));
+        } else {
+          f.high[mt][r] = __float_as_uint(x);
+        }
+      }
+    }
+  }
+}
+
+// acc (m_tiles * 16 rows, n_tiles * 8 columns) += A B for one k step.
+// across: B lies in shared memory as [k][n], else as [n][k]. `b` points at the warp's first column.
+// Thread `lane` holds, of each 16 x 8 tile, rows lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the next.
+template <typename T, bool across, int m_tiles, int n_tiles>
+__device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], const FragmentA<T, m_tiles>& f,
+                                         const typename Arithmetic<T>::Element* b, int pitch, int k) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (std::is_same_v<T, bf16>) {
+    static_assert(n_tiles % 2 == 0);
+    const int matrix = lane / 8, row = lane % 8;
+#pragma unroll
+    for (int nt = 0; nt < n_tiles; nt += 2) {
+      uint32_t fb[4];
+      const bf16* at = across ? b + (k + row + (matrix % 2) * 8) * pitch + nt * 8 + (matrix / 2) * 8
+                              : b + (nt * 8 + row + (matrix / 2) * 8) * pitch + k + (matrix % 2) * 8;
+      ptx::ldmatrix_x4<across>(fb, at);
+#pragma unroll
+      for (int mt = 0; mt < m_tiles; ++mt) {
+        ptx::mma_bf16(acc[mt][nt], f.high[mt], fb[0], fb[1]);
+        ptx::mma_bf16(acc[mt][nt + 1], f.high[mt], fb[2], fb[3]);
+      }
+    }
+  } else {
+    const int group = lane / 4, pos = lane % 4;
+#pragma unroll
+    for (int nt = 0; nt < n_tiles; ++nt) {
+      uint32_t high[2], low[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int n = nt * 8 + group, kk = k + pos + r * 4;
+        const float x = across ? b[kk * pitch + n] : b[n * pitch + kk];
+        if constexpr (Arithmetic<T>::split) {
+          high[r] = ptx::round_tf32(x);
+          low[r] = ptx::round_tf32(x - __uint_as_float(high[r]));
+        } else {
+          high[r] = __float_as_uint(x);
+        }
+      }
+#pragma unroll
+      for (int mt = 0; mt < m_tiles; ++mt) {
+        if constexpr (Arithmetic<T>::split) {
+          // Summed outside: the tensor core truncates as it accumulates, a bias that grows with k.
+          float step[4] = {};
+          ptx::mma_tf32(step, f.low[mt], high[0], high[1]);
+          ptx::mma_tf32(step, f.high[mt], low[0], low[1]);
+          ptx::mma_tf32(step, f.high[mt], high[0], high[1]);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) acc[mt][nt][r] += step[r];
+        } else {
+          ptx::mma_tf32(acc[mt][nt], f.high[mt], high[0], high[1]);
+        }
+      }
+    }
+  }
+}
+
+// acc += A B over k in [k_begin, k_end), multiples of mma_k; layouts as in load_a and multiply.
 template <typename T, bool a_across, bool b_across, int m_tiles, int n_tiles>
 __device__ __forceinline__ void warp_mma(float (&acc)[m_tiles][n_tiles][4],
                                          const typename Arithmetic<T>::Element* a, int a_pitch,
                                          const typename Arithmetic<T>::Element* b, int b_pitch, int k_begin,
                                          int k_end) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (std::is_same_v<T, bf16>) {
-    static_assert(n_tiles % 2 == 0);
-    const int matrix = lane / 8, row = lane % 8;
-#pragma unroll 2
-    for (int k = k_begin; k < k_end; k += 16) {
-      uint32_t fa[m_tiles][4];
-#pragma unroll
-      for (int mt = 0; mt < m_tiles; ++mt) {
-        if constexpr (a_across) {
-          ptx::ldmatrix_x4<true>(fa[mt], a + (k + row + (matrix / 2) * 8) * a_pitch + mt * 16 + (matrix % 2) * 8);
-        } else {
-          ptx::ldmatrix_x4<false>(fa[mt], a + (mt * 16 + row + (matrix % 2) * 8) * a_pitch + k + (matrix / 2) * 8);
-        }
-      }
-#pragma unroll
-      for (int nt = 0; nt < n_tiles; nt += 2) {
-        uint32_t fb[4];
-        if constexpr (b_across) {
-          ptx::ldmatrix_x4<true>(fb, b + (k + row + (matrix % 2) * 8) * b_pitch + nt * 8 + (matrix / 2) * 8);
-        } else {
-          ptx::ldmatrix_x4<false>(fb, b + (nt * 8 + row + (matrix / 2) * 8) * b_pitch + k + (matrix % 2) * 8);
-        }
-#pragma unroll
-        for (int mt = 0; mt < m_tiles; ++mt) {
-          ptx::mma_bf16(acc[mt][nt], fa[mt], fb[0], fb[1]);
-          ptx::mma_bf16(acc[mt][nt + 1], fa[mt], fb[2], fb[3]);
-        }
-      }
-    }
-  } else {
-    const int group = lane / 4, pos = lane % 4;
 #pragma unroll 1
-    for (int k = k_begin; k < k_end; k += 8) {
-      uint32_t hi[m_tiles][4], lo[m_tiles][4];
-#pragma unroll
-      for (int mt = 0; mt < m_tiles; ++mt) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int m = mt * 16 + group + (r % 2) * 8, kk = k + pos + (r / 2) * 4;
-          const float x = a_across ? a[kk * a_pitch + m] : a[m * a_pitch + kk];
-          if constexpr (Arithmetic<T>::split) {
-            hi[mt][r] = ptx::round_tf32(x);
-            lo[mt][r] = ptx::round_tf32(x - __uint_as_float(hi[mt][r]));
-          } else {
-            hi[mt][r] = __float_as_uint(x);
-          }
-        }
-      }
-#pragma unroll
-      for (int nt = 0; nt < n_tiles; ++nt) {
-        uint32_t bh[2], bl[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int n = nt * 8 + group, kk = k + pos + r * 4;
-          const float x = b_across ? b[kk * b_pitch + n] : b[n * b_pitch + kk];
-          if constexpr (Arithmetic<T>::split) {
-            bh[r] = ptx::round_tf32(x);
-            bl[r] = ptx::round_tf32(x - __uint_as_float(bh[r]));
-          } else {
-            bh[r] = __float_as_uint(x);
-          }
-        }
-#pragma unroll
-        for (int mt = 0; mt < m_tiles; ++mt) {
-          if constexpr (Arithmetic<T>::split) {
-            ptx::mma_tf32(acc[mt][nt], lo[mt], bh[0], bh[1]);
-            ptx::mma_tf32(acc[mt][nt], hi[mt], bl[0], bl[1]);
-          }
-          ptx::mma_tf32(acc[mt][nt], hi[mt], bh[0], bh[1]);
-        }
-      }
-    }
+  for (int k = k_begin; k < k_end; k += Arithmetic<T>::mma_k) {
+    FragmentA<T, m_tiles> f;
+    load_a<T, a_across>(f, a, a_pitch, k);
+    multiply<T, b_across>(acc, f, b, b_pitch, k);
   }
 }
 

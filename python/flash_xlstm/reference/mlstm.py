@@ -6,6 +6,8 @@ states and everything between the products run in float32, or in float64 when q 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,20 +19,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _initial(q, v, initial_state) -> State:
+    wide = _wide(q.dtype)
+    if initial_state is None:
+        batch, _, heads, dqk = q.shape
+        shapes = (batch, heads, dqk, v.shape[-1]), (batch, heads, dqk), (batch, heads)
+        return tuple(torch.zeros(shape, dtype=wide, device=q.device) for shape in shapes)
+    return tuple(t.to(wide) for t in initial_state)
+
+
 def _prepare(q, k, v, i, f, initial_state, scale):
     """Heads before seq, log gates in the wide dtype, the initial state, the scale."""
     wide = _wide(q.dtype)
-    batch, _, heads, dqk = q.shape
+    state = _initial(q, v, initial_state)
+    dqk = q.shape[-1]
     q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))
-    if initial_state is None:
-        state = (
-            torch.zeros(batch, heads, dqk, v.shape[-1], dtype=wide, device=q.device),
-            torch.zeros(batch, heads, dqk, dtype=wide, device=q.device),
-            torch.zeros(batch, heads, dtype=wide, device=q.device),
-        )
-    else:
-        c, n, m = initial_state
-        state = (c.to(wide), n.to(wide), m.to(wide))
     return q, k, v, i.to(wide), F.logsigmoid(f.to(wide)), state, dqk**-0.5 if scale is None else scale
 
 
@@ -38,9 +41,13 @@ def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, **options):
     """Applies `form` to each packed sequence on its own."""
     offsets = cu_seqlens.tolist()
     hidden, states = [], []
-    for s, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
         first = None if initial_state is None else tuple(t[s : s + 1] for t in initial_state)
-        h, state = form(*(t[:, start:stop] for t in (q, k, v, i, f)), initial_state=first, **options)
+        part = [t[:, start:stop] for t in (q, k, v, i, f)]
+        if start == stop:
+            h, state = part[2], _initial(q, v, first)
+        else:
+            h, state = form(*part, initial_state=first, **options)
         hidden.append(h)
         states.append(state)
     return torch.cat(hidden, 1), tuple(torch.cat(parts) for parts in zip(*states, strict=True))

@@ -124,7 +124,7 @@ __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
   double m = w.p.m0 == nullptr ? 0.0 : w.p.m0[seq * l.heads + head];
-  if (lane == 0) w.scratch.m_slot[(begin + seq) * l.heads + head] = static_cast<float>(m);
+  if (lane == 0) w.scratch.m_boundary[(begin + seq) * l.heads + head] = static_cast<float>(m);
   for (int64_t base = begin; base < end; base += 32) {
     const int64_t chunk = base + lane;
     const bool inside = chunk < end;
@@ -138,7 +138,7 @@ __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float
       }
     }
     const double m_end = fmax(sum + m, top);
-    if (inside) w.scratch.m_slot[(chunk + 1 + seq) * l.heads + head] = static_cast<float>(m_end);
+    if (inside) w.scratch.m_boundary[(chunk + 1 + seq) * l.heads + head] = static_cast<float>(m_end);
     m = __shfl_sync(all_lanes, m_end, 31);
   }
   if (lane == 0 && m_last != nullptr) m_last[seq * l.heads + head] = static_cast<float>(m);
@@ -150,7 +150,7 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
   int64_t item;
   if (!warp_item(w.layout, chunk, head, item)) return;
   const int lane = threadIdx.x % 32;
-  const double m_start = w.scratch.m_slot[chunk.slot * w.layout.heads + head];
+  const double m_start = w.scratch.m_boundary[chunk.boundary * w.layout.heads + head];
   double b[2], over[2];  // i - b: what a token brings to the maximum
   for (int x = 0; x < 2; ++x) {
     const int64_t at = item * chunk_tokens + lane * 2 + x;
@@ -218,9 +218,9 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
   const int lane = threadIdx.x;
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
-  const auto inner_at = [&](int64_t slot) {
+  const auto inner_at = [&](int64_t boundary) {
     double sum = 0.0;
-    for (int t = lane; t < state_tiles; t += 32) sum += w.scratch.inner[(slot * l.heads + head) * state_tiles + t];
+    for (int t = lane; t < state_tiles; t += 32) sum += w.scratch.inner[(boundary * l.heads + head) * state_tiles + t];
     return warp_sum(sum);
   };
   double a = dm_last == nullptr ? 0.0 : dm_last[seq * l.heads + head];
@@ -260,7 +260,7 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
 
   double inner = 0.0;  // <c, dc> + <n, dn> at the chunk's end: the reverse sum of all later tokens
   for (int t = lane; t < state_tiles; t += 32) {
-    inner += w.scratch.inner[((chunk.slot + 1) * l.heads + head) * state_tiles + t];
+    inner += w.scratch.inner[((chunk.boundary + 1) * l.heads + head) * state_tiles + t];
   }
   inner = warp_sum(inner);
 

@@ -17,7 +17,7 @@ struct Work {
 
 // gates.cu
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
-// Fills b, i, m, reset, m_slot; m_out (batch, seq, heads) and m_last where they are not null.
+// Fills b, i, m, reset, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
 // Fills inv_d, delta, e from the forward's h, s, m and dh.
 cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
@@ -26,8 +26,9 @@ cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, int q_til
                            cudaStream_t stream);
 
 // states.cu
-// State at every chunk boundary into c and n (the last boundary too with keep_last), final state where not null.
-cudaError_t forward_states(const Work& w, float* c_last, float* n_last, bool keep_last, cudaStream_t stream);
+// States of the layout's range into c and n; final state where not null and its sequence ends within the range.
+// range_index: which range this is, for the carried state.
+cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream);
 // Replaces every slot's state, from the end, by the gradient of that state; fills inner; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
@@ -43,6 +44,8 @@ struct OutputArgs {
 };
 template <Output output, typename T>
 cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream);
-int column_tiles(int64_t columns);
+// Width of a block's column tile, and how many make a row. Narrow rows take the narrow tile: less of it is padding.
+inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : 128; }
+inline int column_tiles(int64_t columns) { return static_cast<int>(ceil_div(columns, column_tile(columns))); }
 
 }  // namespace flash_xlstm::cuda::portable

@@ -1,8 +1,10 @@
 // How the portable mLSTM kernels cut a problem into chunks, and the scratch arrays they share.
 //
 // A chunk is up to 64 consecutive tokens of one sequence and never spans two sequences. Chunks are numbered over all
-// sequences. Each sequence has one state slot more than it has chunks: slot = chunk + sequence is the chunk's start,
-// slot + 1 its end.
+// sequences. A sequence has one boundary more than it has chunks: boundary chunk + sequence is the chunk's start, the
+// next its end. States are large, so they are kept for a range of chunks only: the forward works through the chunks
+// range by range and needs the state at each chunk's start (slot = chunk - range_begin); the backward takes all chunks
+// as one range and needs every boundary's (slot = boundary).
 // Per-token scratch is chunk-major, [chunk][head][64], so that a chunk's gates are one contiguous read.
 #pragma once
 
@@ -15,16 +17,18 @@ constexpr int chunk_tokens = 64;
 
 // One chunk of one head.
 struct Chunk {
-  int64_t chunk, seq, slot, row;  // row: batch index into the tensors
-  int64_t first;                  // first token within the row
-  int length;                     // 1 to 64
-  bool is_first, is_last;         // within its sequence
+  int64_t chunk, seq, row;  // row: batch index into the tensors
+  int64_t boundary;         // of its start
+  int64_t first;            // first token within the row
+  int length;               // 1 to 64
 };
 
 struct Layout {
   int64_t batch, seq, heads, dqk, dv, num_seqs;
   int64_t max_chunks;      // chunks, or a bound on them when packed
   int64_t chunks_per_seq;  // not packed only
+  int64_t range_begin, range_end;  // the chunks whose states are kept
+  bool every_boundary;             // slot = boundary, else chunk - range_begin
   // Packed only, built on the device: first chunk of each sequence (num_seqs + 1), first token of each sequence
   // (num_seqs + 1), sequence of each chunk (max_chunks).
   const int64_t* first_chunk;
@@ -37,17 +41,20 @@ struct Layout {
       out.seq = chunk / chunks_per_seq;
       out.row = out.seq;
       const int64_t index = chunk - out.seq * chunks_per_seq;
-      set_tokens(out, index, index * chunk_tokens, seq);
+      set_tokens(out, index * chunk_tokens, seq);
     } else {
       if (chunk >= first_chunk[num_seqs]) return false;
       out.seq = seq_of_chunk[chunk];
       out.row = 0;
       const int64_t index = chunk - first_chunk[out.seq];
-      set_tokens(out, index, first_token[out.seq] + index * chunk_tokens, first_token[out.seq + 1]);
+      set_tokens(out, first_token[out.seq] + index * chunk_tokens, first_token[out.seq + 1]);
     }
-    out.slot = chunk + out.seq;
+    out.boundary = chunk + out.seq;
     return true;
   }
+
+  // Where the state at a chunk's start is kept.
+  __device__ int64_t slot(int64_t chunk, int64_t s) const { return every_boundary ? chunk + s : chunk - range_begin; }
 
   // Chunks of sequence s: [begin, end).
   __device__ void chunk_range(int64_t s, int64_t& begin, int64_t& end) const {
@@ -56,12 +63,10 @@ struct Layout {
   }
 
  private:
-  __device__ static void set_tokens(Chunk& out, int64_t index, int64_t first, int64_t stop) {
+  __device__ static void set_tokens(Chunk& out, int64_t first, int64_t stop) {
     out.first = first;
     const int64_t left = stop - first;
     out.length = left < chunk_tokens ? static_cast<int>(left) : chunk_tokens;
-    out.is_first = index == 0;
-    out.is_last = left <= chunk_tokens;
   }
 };
 
@@ -74,17 +79,19 @@ struct Scratch {
   uint8_t* reset;     // [N][64] 1 where m_t took the input gate's branch
   double* chunk_b;    // [N] b at the chunk's end
   double* chunk_max;  // [N] max_j (b_end - b_j + i_j)
-  float* m_slot;      // [slots * heads] stabilizer at chunk boundaries
-  void* c;            // [slots * heads][dqk][dv_pitch] state at chunk boundaries; in the backward each slot is
-                      // overwritten by the state's gradient once its last reader is done
+  float* m_boundary;  // [boundaries * heads] stabilizer at chunk boundaries
+  void* c;            // [slots * heads][dqk][dv_pitch] states; in the backward each slot is overwritten by the state's
+                      // gradient once its last reader is done
   float* n;           // [slots * heads][dqk], likewise
+  float* c_carry[2];  // forward: [heads][dqk][dv] and n's [heads][dqk], the state of the one sequence that a range's
+  float* n_carry[2];  // end cuts; ranges alternate between the two
   // Backward only.
   float* inv_d;       // [N][64] 1 / d_t
   float* delta;       // [N][64] gradient into s_t
   float* e;           // [N][64] gradient into m_t through eps
   float* q_dq;        // [tiles][N][64] partial sums of q . dq over column tiles
   float* k_dk;        // [tiles][N][64]
-  float* inner;       // [slots * heads][tiles of c] partial sums of <c, dc> + <n, dn>
+  float* inner;       // [boundaries * heads][tiles of c] partial sums of <c, dc> + <n, dn>
   float* stabilizer;  // [N] gradient carried into the chunk's last m
   int64_t* first_chunk;  // packed only
   int64_t* first_token;

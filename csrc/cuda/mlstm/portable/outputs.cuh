@@ -9,8 +9,9 @@
 // where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = scale D T (h);  scale D (T / d_t + delta_t) (dq, dk);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
 //
-// A block of four warps (two by two) makes 64 rows by 64 columns of the output. First loop: over the inner dimension
-// of T (dqk or dv) in steps of tile_k, two cp.async stages of A, B and S, both products at once. Then P from T in
+// A block of four warps (two by two) makes 64 rows by tile_n columns of the output. First loop: over the inner
+// dimension of T (dqk or dv) in steps of tile_k, three cp.async stages of A, B and S, both products at once, sharing
+// the fragments of A; column tiles of the same rows compute T again. Then P from T in
 // registers, rounded into shared memory, and the product with Z. Row sums (s_t of h; q . dq and k . dk for the gates)
 // come from the float32 accumulators.
 #pragma once
@@ -20,13 +21,13 @@
 
 namespace flash_xlstm::cuda::portable {
 
-constexpr int tile_n = 64;
+constexpr int num_stages = 3;
 
-template <Output output, typename T>
+template <Output output, typename T, int tile_n>
 struct OutputShared {
   using E = typename Arithmetic<T>::Element;
   static constexpr bool state_rows_are_k = output == Output::h || output == Output::dv;  // S lies as [k][n]
-  static constexpr int tile_k = std::is_same_v<E, float> ? 32 : 64;
+  static constexpr int tile_k = 64 / sizeof(E);
   static constexpr int ab_pitch = Arithmetic<T>::pitch_k(tile_k);
   static constexpr int s_pitch = state_rows_are_k ? Arithmetic<T>::pitch_mn(tile_n) : Arithmetic<T>::pitch_k(tile_k);
   static constexpr int s_rows = state_rows_are_k ? tile_k : tile_n;
@@ -43,24 +44,24 @@ struct OutputShared {
     E z[chunk_tokens * z_pitch];
   };
   union {
-    Stage stage[2];
+    Stage stage[num_stages];
     Tail tail;
   };
   float2 b[chunk_tokens];
   float i[chunk_tokens], m[chunk_tokens];
   float row_scale[chunk_tokens];  // of the state's term
   float inv_d[chunk_tokens], delta[chunk_tokens];
-  float n[tile_k];                // h: the slice of n beside S
+  float n[2][tile_k];             // h: the slice of n beside S
   float row_sum[2][chunk_tokens];
   float q_n[chunk_tokens];
 };
 
-template <Output output, typename T>
-__global__ void __launch_bounds__(threads_per_block)
+template <Output output, typename T, int tile_n>
+__global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && tile_n == 128 ? 2 : 3)
     outputs_kernel(const __grid_constant__ OutputArgs args, const Strided ta, const Strided tb, const Strided tz,
                    bool a_vectors, bool b_vectors, bool z_vectors) {
   using E = typename Arithmetic<T>::Element;
-  using Shared = OutputShared<output, T>;
+  using Shared = OutputShared<output, T, tile_n>;
   constexpr bool rows_are_t = output == Output::h || output == Output::dq;
   constexpr bool inner_is_dqk = output == Output::h || output == Output::dv;
   constexpr int tile_k = Shared::tile_k;
@@ -73,20 +74,23 @@ __global__ void __launch_bounds__(threads_per_block)
   const int64_t columns = inner_is_dqk ? l.dv : l.dqk;
   const int tiles = static_cast<int>((columns + tile_n - 1) / tile_n);
   const int tile = static_cast<int>(blockIdx.x % tiles);
-  const int64_t item = blockIdx.x / tiles;
+  const int64_t item = blockIdx.x / tiles + l.range_begin * l.heads;  // over all chunks and heads
   const int head = static_cast<int>(item % l.heads);
   Chunk chunk;
   if (!l.locate(item / l.heads, chunk)) return;
   const int64_t col0 = static_cast<int64_t>(tile) * tile_n;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_row = (warp / 2) * 32, warp_col = (warp % 2) * 32;
+  constexpr int n_tiles = tile_n / 16;  // of the output, a warp
+  const int warp_row = (warp / 2) * 32;
+  const int warp_col = (warp % 2) * 32;              // of T
+  const int warp_out = (warp % 2) * (tile_n / 2);    // of the output
   const int group = lane / 4, pos = lane % 4;
 
   const Matrix<T> a = chunk_rows<T>(ta, a_vectors, chunk.row, chunk.first, head, chunk.length, inner);
   const Matrix<T> b = chunk_rows<T>(tb, b_vectors, chunk.row, chunk.first, head, chunk.length, inner);
   const Matrix<T> z = chunk_rows<T>(tz, z_vectors, chunk.row, chunk.first, head, chunk.length, columns);
-  const int64_t slot = (rows_are_t ? chunk.slot : chunk.slot + 1) * l.heads + head;
+  const int64_t slot = (l.slot(chunk.chunk, chunk.seq) + (rows_are_t ? 0 : 1)) * l.heads + head;
   const Matrix<E> state{static_cast<const E*>(w.scratch.c) + slot * l.dqk * w.dv_pitch, w.dv_pitch,
                         static_cast<int>(l.dqk), l.dv, true};
   const float* n = w.scratch.n + slot * l.dqk;
@@ -94,6 +98,7 @@ __global__ void __launch_bounds__(threads_per_block)
   if (threadIdx.x < chunk_tokens) {
     const int t = threadIdx.x;
     const int64_t at = item * chunk_tokens + t;
+    const float m_boundary = w.scratch.m_boundary[(chunk.boundary + (rows_are_t ? 0 : 1)) * l.heads + head];
     const float2 bt = w.scratch.b[at];
     const float it = w.scratch.i[at], mt = w.scratch.m[at];
     sh.b[t] = bt;
@@ -104,11 +109,11 @@ __global__ void __launch_bounds__(threads_per_block)
       sh.delta[t] = w.scratch.delta[at];
     }
     if constexpr (rows_are_t) {
-      const float g = w.p.scale * expf(bt.x + (w.scratch.m_slot[slot] - mt) + bt.y);
+      const float g = w.p.scale * expf(bt.x + (m_boundary - mt) + bt.y);
       sh.row_scale[t] = g;
     } else {
       const float2 b_end = w.scratch.b[item * chunk_tokens + chunk_tokens - 1];
-      sh.row_scale[t] = expf((b_end.x - bt.x) + (b_end.y - bt.y) + (it - w.scratch.m_slot[slot]));
+      sh.row_scale[t] = expf((b_end.x - bt.x) + (b_end.y - bt.y) + (it - m_boundary));
     }
   }
 
@@ -126,39 +131,53 @@ __global__ void __launch_bounds__(threads_per_block)
     ptx::cp_async_commit();
   };
 
-  float product[2][4][4], out[2][4][4];
+  float product[2][4][4], out[2][n_tiles][4];
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
-    for (int nt = 0; nt < 4; ++nt)
+    for (int r = 0; r < 4; ++r) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) product[mt][nt][r] = out[mt][nt][r] = 0.0f;
+      for (int nt = 0; nt < 4; ++nt) product[mt][nt][r] = 0.0f;
+#pragma unroll
+      for (int nt = 0; nt < n_tiles; ++nt) out[mt][nt][r] = 0.0f;
+    }
 
   float q_n = 0.0f;  // h: half a row of q . n for each thread
-  fetch(0, 0);
-  int stage_index = 0;
-  for (int64_t k = 0; k < inner; k += tile_k, stage_index ^= 1) {
+  for (int x = 0; x < num_stages - 1; ++x) fetch(static_cast<int64_t>(x) * tile_k, x);
+  int step = 0;
+  for (int64_t k = 0; k < inner; k += tile_k, ++step) {
     if constexpr (output == Output::h) {
-      if (threadIdx.x < tile_k) sh.n[threadIdx.x] = k + threadIdx.x < inner ? n[k + threadIdx.x] : 0.0f;
+      if (threadIdx.x < tile_k) sh.n[step % 2][threadIdx.x] = k + threadIdx.x < inner ? n[k + threadIdx.x] : 0.0f;
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    fetch(k + tile_k, stage_index ^ 1);
-    const auto& stage = sh.stage[stage_index];
-    warp_mma<T, false, false>(product, stage.a + warp_row * Shared::ab_pitch, Shared::ab_pitch,
-                              stage.b + warp_col * Shared::ab_pitch, Shared::ab_pitch, 0, tile_k);
-    warp_mma<T, false, Shared::state_rows_are_k>(
-        out, stage.a + warp_row * Shared::ab_pitch, Shared::ab_pitch,
-        Shared::state_rows_are_k ? stage.s + warp_col : stage.s + warp_col * Shared::s_pitch, Shared::s_pitch, 0,
-        tile_k);
+    ptx::cp_async_wait<num_stages - 2>();
+    __syncthreads();  // this stage is in, and every warp is done with the one that is fetched over next
+    fetch(k + (num_stages - 1) * tile_k, (step + num_stages - 1) % num_stages);
+    const auto& stage = sh.stage[step % num_stages];
+    const E* const state_columns =
+        Shared::state_rows_are_k ? stage.s + warp_out : stage.s + warp_out * Shared::s_pitch;
+#pragma unroll 1
+    for (int kk = 0; kk < tile_k; kk += Arithmetic<T>::mma_k) {
+      FragmentA<T, 2> rows;
+      load_a<T, false>(rows, stage.a + warp_row * Shared::ab_pitch, Shared::ab_pitch, kk);
+      multiply<T, false>(product, rows, stage.b + warp_col * Shared::ab_pitch, Shared::ab_pitch, kk);
+      multiply<T, Shared::state_rows_are_k>(out, rows, state_columns, Shared::s_pitch, kk);
+    }
     if constexpr (output == Output::h) {
-      const E* row = stage.a + (threadIdx.x / 2) * Shared::ab_pitch + (threadIdx.x % 2) * (tile_k / 2);
-      const float* n_half = sh.n + (threadIdx.x % 2) * (tile_k / 2);
-#pragma unroll 8
-      for (int x = 0; x < tile_k / 2; ++x) q_n += to_float(row[x]) * n_half[x];
+      constexpr int width = 16 / sizeof(E);
+      struct alignas(16) Group {
+        E value[width];
+      };
+      const int half = (threadIdx.x % 2) * (tile_k / 2);
+#pragma unroll
+      for (int x = 0; x < tile_k / 2; x += width) {
+        const Group part = *reinterpret_cast<const Group*>(stage.a + (threadIdx.x / 2) * Shared::ab_pitch + half + x);
+#pragma unroll
+        for (int y = 0; y < width; ++y) q_n += to_float(part.value[y]) * sh.n[step % 2][half + x + y];
+      }
     }
-    __syncthreads();
   }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
 
   auto& tail = sh.tail;
   load_tile<chunk_tokens, tile_n, Shared::z_pitch>(tail.z, z, 0, col0);
@@ -212,13 +231,13 @@ __global__ void __launch_bounds__(threads_per_block)
       float scale = sh.row_scale[row], n_scale = scale;
       if constexpr (output == Output::dq) n_scale = scale * sh.delta[row], scale *= sh.inv_d[row];
 #pragma unroll
-      for (int nt = 0; nt < 4; ++nt)
+      for (int nt = 0; nt < n_tiles; ++nt)
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float& o = out[mt][nt][half_row * 2 + x];
           o = scale == 0.0f ? 0.0f : o * scale;
           if constexpr (output == Output::dq || output == Output::dk) {
-            const int64_t col = col0 + warp_col + nt * 8 + pos * 2 + x;
+            const int64_t col = col0 + warp_out + nt * 8 + pos * 2 + x;
             if (col < columns && n_scale != 0.0f) o += n_scale * n[col];
           }
         }
@@ -235,13 +254,13 @@ __global__ void __launch_bounds__(threads_per_block)
   }
   if (!__syncthreads_or(odd)) {
     const int k_begin = rows_are_t ? 0 : warp_row, k_end = rows_are_t ? warp_row + 32 : chunk_tokens;
-    warp_mma<T, false, true>(out, tail.p + warp_row * Shared::p_pitch, Shared::p_pitch, tail.z + warp_col,
+    warp_mma<T, false, true>(out, tail.p + warp_row * Shared::p_pitch, Shared::p_pitch, tail.z + warp_out,
                              Shared::z_pitch, k_begin, k_end);
   } else {
     for (int mt = 0; mt < 2; ++mt)
-      for (int nt = 0; nt < 4; ++nt)
+      for (int nt = 0; nt < n_tiles; ++nt)
         for (int r = 0; r < 4; ++r) {
-          const int row = warp_row + mt * 16 + group + (r / 2) * 8, col = warp_col + nt * 8 + pos * 2 + r % 2;
+          const int row = warp_row + mt * 16 + group + (r / 2) * 8, col = warp_out + nt * 8 + pos * 2 + r % 2;
           float sum = 0.0f;
           for (int x = rows_are_t ? 0 : row; x < (rows_are_t ? row + 1 : chunk_tokens); ++x) {
             const float p = to_float(tail.p[row * Shared::p_pitch + x]);
@@ -251,7 +270,7 @@ __global__ void __launch_bounds__(threads_per_block)
 #pragma unroll
           for (int m2 = 0; m2 < 2; ++m2)
 #pragma unroll
-            for (int n2 = 0; n2 < 4; ++n2)
+            for (int n2 = 0; n2 < n_tiles; ++n2)
 #pragma unroll
               for (int r2 = 0; r2 < 4; ++r2)
                 if (m2 == mt && n2 == nt && r2 == r) out[m2][n2][r2] += sum;
@@ -261,6 +280,7 @@ __global__ void __launch_bounds__(threads_per_block)
   T* const result = static_cast<T*>(args.out);
   const Strided& other = output == Output::dq ? w.p.q : w.p.k;  // for q . dq and k . dk
   constexpr bool gate_sums = output == Output::dq || output == Output::dk;
+  const bool paired = columns % 2 == 0;  // `result` is an allocation of its own
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
@@ -281,16 +301,18 @@ __global__ void __launch_bounds__(threads_per_block)
                                         (chunk.first + row) * other.seq + head * other.head
                                   : nullptr;
 #pragma unroll
-        for (int nt = 0; nt < 4; ++nt)
-#pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            const int64_t col = col0 + warp_col + nt * 8 + pos * 2 + x;
-            const float value = out[mt][nt][half_row * 2 + x] * factor;
-            if (col < columns) {
-              if constexpr (gate_sums) sum += value * to_float(with[col]);
-              to[col] = from_float<T>(value);
-            }
+        for (int nt = 0; nt < n_tiles; ++nt) {
+          const int64_t col = col0 + warp_out + nt * 8 + pos * 2;
+          const float* value = &out[mt][nt][half_row * 2];
+          if (gate_sums && col < columns) sum += value[0] * to_float(with[col]);
+          if (gate_sums && col + 1 < columns) sum += value[1] * to_float(with[col + 1]);
+          if (paired && col < columns) {
+            *reinterpret_cast<Pair<T>*>(to + col) = {from_float<T>(value[0] * factor), from_float<T>(value[1] * factor)};
+          } else {
+            if (col < columns) to[col] = from_float<T>(value[0] * factor);
+            if (col + 1 < columns) to[col + 1] = from_float<T>(value[1] * factor);
           }
+        }
       }
       if constexpr (gate_sums) {
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
@@ -308,21 +330,28 @@ __global__ void __launch_bounds__(threads_per_block)
   }
 }
 
-template <Output output, typename T>
-cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream) {
+template <Output output, typename T, int tile_n>
+cudaError_t launch_outputs(const OutputArgs& args, int64_t columns, cudaStream_t stream) {
   const MlstmProblem& p = args.w.p;
   const Strided a = output == Output::h ? p.q : output == Output::dq ? args.dh : output == Output::dk ? p.v : p.k;
   const Strided b = output == Output::h ? p.k : output == Output::dq ? p.v : output == Output::dk ? args.dh : p.q;
   const Strided z = output == Output::h ? p.v : output == Output::dq ? p.k : output == Output::dk ? p.q : args.dh;
-  const int64_t columns = output == Output::h || output == Output::dv ? p.dv : p.dqk;
-  const auto kernel = outputs_kernel<output, T>;
-  const int bytes = sizeof(OutputShared<output, T>);
+  const auto kernel = outputs_kernel<output, T, tile_n>;
+  const int bytes = sizeof(OutputShared<output, T, tile_n>);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  const int64_t blocks = args.w.layout.max_chunks * p.heads * column_tiles(columns);
+  const Layout& l = args.w.layout;
+  const int64_t blocks = (l.range_end - l.range_begin) * p.heads * ceil_div(columns, tile_n);
   kernel<<<static_cast<unsigned>(blocks), threads_per_block, bytes, stream>>>(
       args, a, b, z, can_vectorize(a, sizeof(T)), can_vectorize(b, sizeof(T)), can_vectorize(z, sizeof(T)));
   return cudaGetLastError();
+}
+
+template <Output output, typename T>
+cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream) {
+  const int64_t columns = output == Output::h || output == Output::dv ? args.w.p.dv : args.w.p.dqk;
+  return column_tile(columns) == 64 ? launch_outputs<output, T, 64>(args, columns, stream)
+                                    : launch_outputs<output, T, 128>(args, columns, stream);
 }
 
 }  // namespace flash_xlstm::cuda::portable

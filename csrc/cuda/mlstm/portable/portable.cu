@@ -1,7 +1,10 @@
-// The portable mLSTM, step by step. Forward: gate scan, states at chunk boundaries, h. Backward: gate scan and states
+// The portable mLSTM, step by step. Forward: gate scan, then range by range of chunks the states and h. Backward: gate scan and states
 // again (keeping the states of every layer would cost more memory than q, k, v, h together), then u, delta and e, dq,
 // the states' gradients in place of the states, dk, dv, and last the gates.
 #include "cuda/mlstm/portable/portable.h"
+
+#include <algorithm>
+#include <cstddef>
 
 #include "cuda/mlstm/portable/kernels.h"
 
@@ -9,6 +12,12 @@ namespace flash_xlstm::cuda::portable {
 namespace {
 
 constexpr int64_t alignment = 256;
+
+// The forward keeps the states of as many chunks as fit in half of h's size, and at least in this much, so that small
+// problems are one range.
+constexpr int64_t least_state_bytes = 16 << 20;
+
+int64_t state_element_bytes(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
 
 // Hands out consecutive aligned pieces; with a null base it only counts.
 class Carver {
@@ -32,30 +41,30 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   Scratch& s = w.scratch;
   w.p = p;
   const bool packed = p.cu_seqlens != nullptr;
-  l = Layout{p.batch, p.seq, p.heads, p.dqk, p.dv, p.num_seqs, 0, ceil_div(p.seq, chunk_tokens), nullptr, nullptr,
-             nullptr};
+  l = Layout{};
+  l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;
+  l.chunks_per_seq = ceil_div(p.seq, chunk_tokens);
   l.max_chunks = packed ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
   w.dv_pitch = ceil_div(p.dv, 8) * 8;
+  const int64_t slot_bytes = p.heads * p.dqk * w.dv_pitch * state_element_bytes(p.dtype);
+  const int64_t h_bytes = p.batch * p.seq * p.heads * p.dv * (p.dtype == DType::float32 ? 4 : 2);
+  l.range_end = backward ? l.max_chunks
+                         : std::clamp(std::max(h_bytes / 2, least_state_bytes) / slot_bytes, int64_t{1}, l.max_chunks);
+  l.every_boundary = backward;
 
   const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
-  const int64_t slots = (l.max_chunks + p.num_seqs) * p.heads;
+  const int64_t boundaries = (l.max_chunks + p.num_seqs) * p.heads;
+  const int64_t slots = backward ? boundaries : l.range_end * p.heads;
   carver.take(s.b, tokens);
   carver.take(s.i, tokens);
   carver.take(s.m, tokens);
   carver.take(s.reset, tokens);
   carver.take(s.chunk_b, items);
   carver.take(s.chunk_max, items);
-  carver.take(s.m_slot, slots);
-  const int64_t state_elements = slots * p.dqk * w.dv_pitch;
-  if (p.dtype == DType::bfloat16) {
-    bf16* c;
-    carver.take(c, state_elements);
-    s.c = c;
-  } else {
-    float* c;
-    carver.take(c, state_elements);
-    s.c = c;
-  }
+  carver.take(s.m_boundary, boundaries);
+  std::byte* c;
+  carver.take(c, slots * p.dqk * w.dv_pitch * state_element_bytes(p.dtype));
+  s.c = c;
   carver.take(s.n, slots * p.dqk);
   if (packed) {
     carver.take(s.first_chunk, p.num_seqs + 1);
@@ -65,13 +74,19 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     l.first_token = s.first_token;
     l.seq_of_chunk = s.seq_of_chunk;
   }
+  if (l.range_end < l.max_chunks) {
+    for (int x = 0; x < 2; ++x) {
+      carver.take(s.c_carry[x], p.heads * p.dqk * p.dv);
+      carver.take(s.n_carry[x], p.heads * p.dqk);
+    }
+  }
   if (backward) {
     carver.take(s.inv_d, tokens);
     carver.take(s.delta, tokens);
     carver.take(s.e, tokens);
     carver.take(s.q_dq, tokens * column_tiles(p.dqk));
     carver.take(s.k_dk, tokens * column_tiles(p.dqk));
-    carver.take(s.inner, slots * state_tiles(p));
+    carver.take(s.inner, boundaries * state_tiles(p));
     carver.take(s.stabilizer, items);
   }
   return carver.used();
@@ -91,8 +106,6 @@ cudaError_t outputs(const OutputArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-int column_tiles(int64_t columns) { return static_cast<int>(ceil_div(columns, 64)); }
-
 int64_t forward_workspace_bytes(const MlstmForward& params) {
   Work w{};
   return carve(params.p, false, nullptr, w);
@@ -103,8 +116,14 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
   carve(params.p, false, workspace, w);
   if (params.p.cu_seqlens != nullptr) RETURN_IF_FAILED(build_chunk_table(w, stream));
   RETURN_IF_FAILED(scan_gates(w, params.m, params.m_last, stream));
-  RETURN_IF_FAILED(forward_states(w, params.c_last, params.n_last, false, stream));
-  return outputs<Output::h>({w, {}, params.h, params.s, nullptr}, stream);
+  const int64_t count = w.layout.range_end;
+  for (int64_t range = 0; range * count < w.layout.max_chunks; ++range) {
+    w.layout.range_begin = range * count;
+    w.layout.range_end = std::min(w.layout.range_begin + count, w.layout.max_chunks);
+    RETURN_IF_FAILED(forward_states(w, params.c_last, params.n_last, range, stream));
+    RETURN_IF_FAILED(outputs<Output::h>({w, {}, params.h, params.s, nullptr}, stream));
+  }
+  return cudaSuccess;
 }
 
 int64_t backward_workspace_bytes(const MlstmBackward& params) {
@@ -117,7 +136,7 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   carve(params.p, true, workspace, w);
   if (params.p.cu_seqlens != nullptr) RETURN_IF_FAILED(build_chunk_table(w, stream));
   RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
-  RETURN_IF_FAILED(forward_states(w, nullptr, nullptr, true, stream));
+  RETURN_IF_FAILED(forward_states(w, nullptr, nullptr, 0, stream));
   RETURN_IF_FAILED(token_gradients(w, params, stream));
   RETURN_IF_FAILED(outputs<Output::dq>({w, params.dh, params.dq, nullptr, w.scratch.q_dq}, stream));
   RETURN_IF_FAILED(backward_states(w, params, stream));

@@ -8,7 +8,8 @@
 // accumulator, and walks the chunks of one sequence; k and v (q and dh) come through a two-stage cp.async ring. Each
 // chunk: write the piece to its slot, weight the k rows in shared memory (the float32 weighted rows also make n), then
 // one 64 x tile_dv x 64 product. The backward direction reads the slot's c before it writes dc there, for <c, dc>.
-// Blocks of the first dv tile also carry n.
+// Blocks of the first dv tile also carry n. Where the forward's range of chunks ends within a sequence, that sequence's
+// state goes on to the next launch in float32.
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 
@@ -27,7 +28,8 @@ struct StateArgs {
   const float* n_in;
   float* c_out;        // c_last, or dc0; nullptr: not wanted
   float* n_out;
-  bool keep_last;      // forward: write the last boundary's slot too
+  int carry_in;        // forward: which of the carried states to read
+  int64_t first_seq;   // forward: of the first block
 };
 
 template <typename T>
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
   const int tile_k = static_cast<int>(block % dqk_tiles);
   block /= dqk_tiles;
   const int head = static_cast<int>(block % l.heads);
-  const int64_t seq = block / l.heads;
+  const int64_t seq = block / l.heads + args.first_seq;
   const int64_t row0 = tile_k * tile_dqk, col0 = tile_v * tile_dv;
   const bool has_n = tile_v == 0;
   const int tiles = dqk_tiles * dv_tiles, tile = tile_k * dv_tiles + tile_v;
@@ -75,22 +77,32 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
 
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
+  const int64_t seq_begin = begin, seq_end = end;
+  begin = max(begin, l.range_begin), end = min(end, l.range_end);
   const int64_t count = end - begin;
+  const bool empty = seq_begin == seq_end;  // handled with the first range
+  if (empty ? l.range_begin > 0 : count <= 0) return;
 
-  // Element (mt, nt, r) of the accumulator.
   float acc[2][4][4];
-  const auto row_of = [&](int mt, int r) { return row0 + warp_row + mt * 16 + group + (r / 2) * 8; };
-  const auto col_of = [&](int nt, int r) { return col0 + warp_col + nt * 8 + pos * 2 + r % 2; };
-  const auto for_each = [&](auto&& f) {
+  // Calls f(first of two neighbouring accumulators, row, column) for those inside the (padded) state.
+  const auto for_each_pair = [&](auto&& f) {
 #pragma unroll
     for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
       for (int nt = 0; nt < 4; ++nt)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int64_t row = row_of(mt, r), col = col_of(nt, r);
-          if (row < l.dqk && col < l.dv) f(acc[mt][nt][r], row, col);
+        for (int r = 0; r < 4; r += 2) {
+          const int64_t row = row0 + warp_row + mt * 16 + group + (r / 2) * 8;
+          const int64_t col = col0 + warp_col + nt * 8 + pos * 2;
+          if (row < l.dqk && col < w.dv_pitch) f(&acc[mt][nt][r], row, col);
         }
+  };
+  // The same for single elements of an unpadded state.
+  const auto for_each = [&](auto&& f) {
+    for_each_pair([&](float* a, int64_t row, int64_t col) {
+      if (col < l.dv) f(a[0], row, col);
+      if (col + 1 < l.dv) f(a[1], row, col + 1);
+    });
   };
   const int64_t state = seq * l.heads + head;
 #pragma unroll
@@ -99,21 +111,35 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
     for (int nt = 0; nt < 4; ++nt)
 #pragma unroll
       for (int r = 0; r < 4; ++r) acc[mt][nt][r] = 0.0f;
-  if (args.c_in != nullptr) {
-    for_each([&](float& a, int64_t row, int64_t col) { a = args.c_in[(state * l.dqk + row) * l.dv + col]; });
-  }
   const bool n_lane = has_n && threadIdx.x < tile_dqk && row0 + threadIdx.x < l.dqk;
-  float n = n_lane && args.n_in != nullptr ? args.n_in[state * l.dqk + row0 + threadIdx.x] : 0.0f;
+  float n = 0.0f;
+  const auto read_state = [&](const float* c_from, const float* n_from, int64_t index) {
+    if (c_from != nullptr) {
+      for_each([&](float& a, int64_t row, int64_t col) { a = c_from[(index * l.dqk + row) * l.dv + col]; });
+    }
+    if (n_from != nullptr && n_lane) n = n_from[index * l.dqk + row0 + threadIdx.x];
+  };
+  const auto write_state = [&](float* c_to, float* n_to, int64_t index) {
+    if (c_to != nullptr) {
+      for_each([&](float& a, int64_t row, int64_t col) { c_to[(index * l.dqk + row) * l.dv + col] = a; });
+    }
+    if (n_to != nullptr && n_lane) n_to[index * l.dqk + row0 + threadIdx.x] = n;
+  };
+  if (begin > seq_begin) {
+    read_state(w.scratch.c_carry[args.carry_in], w.scratch.n_carry[args.carry_in], head);
+  } else {
+    read_state(args.c_in, args.n_in, state);
+  }
 
   E* const slots = static_cast<E*>(w.scratch.c);
   // At a boundary: (backward) this tile's share of <c, dc> + <n, dn>, then the slot takes what is in registers.
-  const auto at_boundary = [&](int64_t slot, bool write) {
-    const int64_t base = (slot * l.heads + head) * l.dqk;
+  const auto at_boundary = [&](int64_t chunk, bool write) {
+    const int64_t base = (l.slot(chunk, seq) * l.heads + head) * l.dqk;
     float inner = 0.0f;
-    for_each([&](float& a, int64_t row, int64_t col) {
-      E* at = slots + (base + row) * w.dv_pitch + col;
-      if (backward) inner += a * to_float(*at);
-      if (write) *at = to_operand<T>(a);
+    for_each_pair([&](float* a, int64_t row, int64_t col) {
+      auto* at = reinterpret_cast<Pair<E>*>(slots + (base + row) * w.dv_pitch + col);
+      if (backward) inner += a[0] * to_float(at->x) + a[1] * to_float(at->y);
+      if (write) *at = {to_operand<T>(a[0]), to_operand<T>(a[1])};
     });
     if (n_lane) {
       float* at = w.scratch.n + base + row0 + threadIdx.x;
@@ -127,7 +153,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
       if (threadIdx.x == 0) {
         float sum = 0.0f;
         for (int x = 0; x < threads_per_block / 32; ++x) sum += sh.inner[x];
-        w.scratch.inner[(slot * l.heads + head) * tiles + tile] = sum;
+        w.scratch.inner[((chunk + seq) * l.heads + head) * tiles + tile] = sum;
       }
     }
   };
@@ -146,8 +172,8 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
         const int t = threadIdx.x;
         const int64_t item = chunk.chunk * l.heads + head, at = item * chunk_tokens + t;
         const float2 b = w.scratch.b[at], b_end = w.scratch.b[item * chunk_tokens + chunk_tokens - 1];
-        const float m_start = w.scratch.m_slot[chunk.slot * l.heads + head];
-        const float m_end = w.scratch.m_slot[(chunk.slot + 1) * l.heads + head];
+        const float m_start = w.scratch.m_boundary[chunk.boundary * l.heads + head];
+        const float m_end = w.scratch.m_boundary[(chunk.boundary + 1) * l.heads + head];
         if (backward) {
           const float g = w.p.scale * expf(b.x + (m_start - w.scratch.m[at]) + b.y);
           sh.weight[step % 2][t] = g * w.scratch.inv_d[at];
@@ -165,8 +191,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
 
   fetch(0);
   for (int64_t step = 0; step < count; ++step) {
-    const int64_t slot = chunk_at(step) + seq + (backward ? 1 : 0);
-    at_boundary(slot, true);
+    at_boundary(chunk_at(step) + (backward ? 1 : 0), true);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's stage is in; the other stage's readers are done
     fetch(step + 1);
@@ -210,25 +235,27 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
                             chunk_tokens);
   }
 
-  const int64_t last = backward ? begin + seq : end + seq;
-  if (backward) at_boundary(last, false);
-  else if (args.keep_last) at_boundary(last, true);
-  if (args.c_out != nullptr) {
-    for_each([&](float& a, int64_t row, int64_t col) { args.c_out[(state * l.dqk + row) * l.dv + col] = a; });
+  if (backward) {
+    at_boundary(begin, false);
+  } else if (l.every_boundary) {
+    at_boundary(end, true);
   }
-  if (args.n_out != nullptr && n_lane) args.n_out[state * l.dqk + row0 + threadIdx.x] = n;
+  if (end < seq_end) {
+    write_state(w.scratch.c_carry[args.carry_in ^ 1], w.scratch.n_carry[args.carry_in ^ 1], head);
+  } else {
+    write_state(args.c_out, args.n_out, state);
+  }
 }
 
 template <bool backward>
-cudaError_t launch(const StateArgs& args, cudaStream_t stream) {
-  const Layout& l = args.w.layout;
+cudaError_t launch(const StateArgs& args, int64_t num_seqs, cudaStream_t stream) {
   return dispatch_dtype(args.w.p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int bytes = sizeof(StateShared<T>);
     const auto kernel = states_kernel<T, backward>;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
-    const int64_t blocks = l.num_seqs * l.heads * state_tiles(args.w.p);
+    const int64_t blocks = num_seqs * args.w.layout.heads * state_tiles(args.w.p);
     kernel<<<static_cast<unsigned>(blocks), threads_per_block, bytes, stream>>>(args);
     return cudaGetLastError();
   });
@@ -242,18 +269,23 @@ int state_tiles(const MlstmProblem& p) {
   return static_cast<int>(ceil_div(p.dqk, tile_dqk) * ceil_div(p.dv, tile_dv));
 }
 
-cudaError_t forward_states(const Work& w, float* c_last, float* n_last, bool keep_last, cudaStream_t stream) {
+cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream) {
   const int bytes = element_bytes(w.p.dtype);
+  const Layout& l = w.layout;
+  // The sequences that the range meets; packed ones are known on the device only.
+  const bool packed = l.first_chunk != nullptr;
+  const int64_t first = packed ? 0 : l.range_begin / l.chunks_per_seq;
+  const int64_t stop = packed ? l.num_seqs : ceil_div(l.range_end, l.chunks_per_seq);
   const StateArgs args{w, w.p.k, w.p.v, can_vectorize(w.p.k, bytes), can_vectorize(w.p.v, bytes), w.p.c0, w.p.n0,
-                       c_last, n_last, keep_last};
-  return launch<false>(args, stream);
+                       c_last, n_last, static_cast<int>(range_index % 2), first};
+  return launch<false>(args, stop - first, stream);
 }
 
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   const int bytes = element_bytes(w.p.dtype);
   const StateArgs args{w, w.p.q, params.dh, can_vectorize(w.p.q, bytes), can_vectorize(params.dh, bytes),
-                       params.dc_last, params.dn_last, params.dc0, params.dn0, false};
-  return launch<true>(args, stream);
+                       params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
+  return launch<true>(args, w.layout.num_seqs, stream);
 }
 
 }  // namespace flash_xlstm::cuda::portable
