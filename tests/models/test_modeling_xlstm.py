@@ -608,15 +608,16 @@ def test_cuda_matches_cpu(make_ours, tokens, rel, weight_mode):
 
 
 @pytest.mark.cuda
-def test_cuda_bfloat16_training(make_ours, tokens, rel):
+def test_cuda_bfloat16_training_is_no_less_exact_than_transformers(make_ours, make_stock, tokens, rel):
     model = make_ours().train()
     ids = tokens(2, 70)
     expected, gradients = _gradients(model, ids)
-    half = copy.deepcopy(model).cuda().bfloat16()
-    output, half_gradients = _gradients(half, ids.cuda())
-    assert rel(output.logits.cpu(), expected.logits) < 6e-2
-    for name in ("backbone.embeddings.weight", "backbone.blocks.0.mlstm_layer.v.weight", "lm_head.weight"):
-        assert rel(half_gradients[name].cpu(), gradients[name]) < 5e-2, name
+    ours, theirs = (copy.deepcopy(m).cuda().bfloat16() for m in (model, make_stock(model)))
+    a, a_gradients = _gradients(ours, ids.cuda())
+    b, b_gradients = _gradients(theirs, ids.cuda())
+    assert rel(a.logits.cpu(), expected.logits) < 1.2 * rel(b.logits.cpu(), expected.logits)
+    for name, exact in gradients.items():
+        assert rel(a_gradients[name].cpu(), exact) < 1.5 * rel(b_gradients[name].cpu(), exact) + 1e-2, name
 
 
 @pytest.mark.cuda

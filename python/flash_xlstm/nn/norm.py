@@ -1,4 +1,4 @@
-"""Normalization layers. Whatever the input's dtype, they reduce in float32 at least and round once."""
+"""Normalization layers. Whatever the input's dtype, they reduce in float32 at least."""
 
 from __future__ import annotations
 
@@ -57,10 +57,15 @@ class MultiHeadLayerNorm(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.num_heads} heads of {self.head_dim})"
             )
-        # A group norm of single positions: one pass with the weight inside, against two for layer norm and product.
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        y = F.group_norm(x.to(dtype).flatten(2).flatten(0, 1), self.num_heads, self.weight.to(dtype), bias, self.eps)
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        if x.is_cuda:
+            y = F.layer_norm(x.to(dtype), (self.head_dim,), eps=self.eps).flatten(2) * weight
+            y = y if bias is None else y + bias
+        else:
+            # A group norm of single positions is one pass with the weight inside: half the time on CPU. On an H200 it
+            # takes 2.5 times as long as the two passes above (954 against 376 us, 16,384 tokens of 8 x 512, bfloat16).
+            y = F.group_norm(x.to(dtype).flatten(2).flatten(0, 1), self.num_heads, weight, bias, self.eps)
         return y.view(*x.shape[:2], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
