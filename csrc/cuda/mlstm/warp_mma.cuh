@@ -1,7 +1,7 @@
 // Warp-level products of shared-memory tiles for the portable kernels, one interface for three arithmetics:
 //   bfloat16  bf16 tiles, mma m16n8k16
-//   float16   float32 tiles holding tf32 values, mma m16n8k8: tf32 has float16's 10 bits (so loads are exact) and
-//             float32's exponent range, which states, dc and 1/d need and float16 lacks
+//   float16   float32 tiles, rounded to tf32 as they are read, mma m16n8k8: tf32 has float16's 10 bits (so inputs stay
+//             exact) and float32's exponent range, which states, dc and 1/d need and float16 lacks
 //   float32   float32 tiles, each operand split into two tf32 halves, three mma per product (the product of the two
 //             low halves, 2^-22 of the whole, is left out) and a float32 sum: float32 precision, not TF32
 #pragma once
@@ -34,13 +34,7 @@ struct Arithmetic<bf16> {
 // A computed float32 value as a product operand.
 template <typename T>
 __device__ __forceinline__ typename Arithmetic<T>::Element to_operand(float x) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    return from_float<bf16>(x);
-  } else if constexpr (std::is_same_v<T, half>) {
-    return __uint_as_float(ptx::round_tf32(x));
-  } else {
-    return x;
-  }
+  return from_float<typename Arithmetic<T>::Element>(x);
 }
 
 // Two neighbouring elements, as a thread of an accumulator holds them; 8 bytes (float32) or 4.
@@ -74,12 +68,8 @@ __device__ __forceinline__ void load_a(FragmentA<T, m_tiles>& f, const typename 
       for (int r = 0; r < 4; ++r) {
         const int m = mt * 16 + group + (r % 2) * 8, kk = k + pos + (r / 2) * 4;
         const float x = across ? a[kk * pitch + m] : a[m * pitch + kk];
-        if constexpr (Arithmetic<T>::split) {
-          f.high[mt][r] = ptx::round_tf32(x);
-          f.low[mt][r] = ptx::round_tf32(x - __uint_as_float(f.high[mt][r]));
-        } else {
-          f.high[mt][r] = __float_as_uint(x);
-        }
+        f.high[mt][r] = ptx::round_tf32(x);
+        if constexpr (Arithmetic<T>::split) f.low[mt][r] = ptx::round_tf32(x - __uint_as_float(f.high[mt][r]));
       }
     }
   }
@@ -116,12 +106,8 @@ __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], cons
       for (int r = 0; r < 2; ++r) {
         const int n = nt * 8 + group, kk = k + pos + r * 4;
         const float x = across ? b[kk * pitch + n] : b[n * pitch + kk];
-        if constexpr (Arithmetic<T>::split) {
-          high[r] = ptx::round_tf32(x);
-          low[r] = ptx::round_tf32(x - __uint_as_float(high[r]));
-        } else {
-          high[r] = __float_as_uint(x);
-        }
+        high[r] = ptx::round_tf32(x);
+        if constexpr (Arithmetic<T>::split) low[r] = ptx::round_tf32(x - __uint_as_float(high[r]));
       }
 #pragma unroll
       for (int mt = 0; mt < m_tiles; ++mt) {

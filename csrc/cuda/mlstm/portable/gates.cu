@@ -211,7 +211,7 @@ __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided d
 // The stabilizer's path: walking back, a += e_t, and a token whose m took the input gate's branch takes a and clears
 // it. Here: what is carried into the last token of every chunk.
 __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const float* dm_last, float* dm0,
-                                        bool final_gradients, int state_tiles) {
+                                        bool final_gradients, int inner_tiles) {
   const Layout& l = w.layout;
   const int64_t seq = blockIdx.x / l.heads;
   const int head = static_cast<int>(blockIdx.x % l.heads);
@@ -220,7 +220,7 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
   l.chunk_range(seq, begin, end);
   const auto inner_at = [&](int64_t boundary) {
     double sum = 0.0;
-    for (int t = lane; t < state_tiles; t += 32) sum += w.scratch.inner[(boundary * l.heads + head) * state_tiles + t];
+    for (int t = lane; t < inner_tiles; t += 32) sum += w.scratch.inner[(boundary * l.heads + head) * inner_tiles + t];
     return warp_sum(sum);
   };
   double a = dm_last == nullptr ? 0.0 : dm_last[seq * l.heads + head];
@@ -248,8 +248,8 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
   }
 }
 
-__global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int q_tiles, int k_tiles,
-                                      int state_tiles) {
+__global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int sum_tiles,
+                                      int inner_tiles) {
   Chunk chunk;
   int head;
   int64_t item;
@@ -259,8 +259,8 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
   const int64_t items = l.max_chunks * l.heads;
 
   double inner = 0.0;  // <c, dc> + <n, dn> at the chunk's end: the reverse sum of all later tokens
-  for (int t = lane; t < state_tiles; t += 32) {
-    inner += w.scratch.inner[((chunk.boundary + 1) * l.heads + head) * state_tiles + t];
+  for (int t = lane; t < inner_tiles; t += 32) {
+    inner += w.scratch.inner[((chunk.boundary + 1) * l.heads + head) * inner_tiles + t];
   }
   inner = warp_sum(inner);
 
@@ -271,8 +271,10 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
     double qdq = 0.0;
     kdk[x] = 0.0;
     if (lane * 2 + x < chunk.length) {
-      for (int t = 0; t < q_tiles; ++t) qdq += w.scratch.q_dq[t * items * chunk_tokens + at];
-      for (int t = 0; t < k_tiles; ++t) kdk[x] += w.scratch.k_dk[t * items * chunk_tokens + at];
+      for (int t = 0; t < sum_tiles; ++t) {
+        qdq += w.scratch.q_dq[t * items * chunk_tokens + at];
+        kdk[x] += w.scratch.k_dk[t * items * chunk_tokens + at];
+      }
     }
     difference[x] = qdq - kdk[x];
     e[x] = w.scratch.e[at];
@@ -340,13 +342,13 @@ cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStre
   });
 }
 
-cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, int q_tiles, int k_tiles, int state_tiles,
-                           cudaStream_t stream) {
+cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  const int sum_tiles = column_tiles(w.p.dqk) + 1, inner_tiles = state_tiles(w.p);
   const int sequences = static_cast<int>(w.layout.num_seqs * w.layout.heads);
   const bool final_gradients = params.dc_last != nullptr || params.dn_last != nullptr;
-  carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, final_gradients, state_tiles);
-  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, q_tiles,
-                                                                            k_tiles, state_tiles);
+  carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, final_gradients, inner_tiles);
+  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, sum_tiles,
+                                                                            inner_tiles);
   return cudaGetLastError();
 }
 

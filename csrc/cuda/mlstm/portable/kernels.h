@@ -22,8 +22,7 @@ cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t 
 // Fills inv_d, delta, e from the forward's h, s, m and dh.
 cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, inner, e.
-cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, int q_tiles, int k_tiles, int state_tiles,
-                           cudaStream_t stream);
+cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
 // states.cu
 // States of the layout's range into c and n; final state where not null and its sequence ends within the range.
@@ -33,6 +32,10 @@ cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t 
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
 
+// gate_sums.cu
+// The shares of q . dq and k . dk that come from within the chunks, into the last tile of q_dq and k_dk.
+cudaError_t chunk_gate_sums(const Work& w, const Strided& dh, cudaStream_t stream);
+
 // outputs.cuh, one translation unit per output and dtype
 enum class Output { h, dq, dk, dv };
 struct OutputArgs {
@@ -40,12 +43,12 @@ struct OutputArgs {
   Strided dh;
   void* out;      // contiguous (batch, seq, heads, columns)
   float* s_out;   // Output::h only
-  float* partial; // q_dq or k_dk, [column tiles][N][64]
+  float* partial; // q_dq or k_dk
 };
 template <Output output, typename T>
 cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream);
 // Width of a block's column tile, and how many make a row. Narrow rows take the narrow tile: less of it is padding.
-inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : 128; }
-inline int column_tiles(int64_t columns) { return static_cast<int>(ceil_div(columns, column_tile(columns))); }
+__host__ __device__ inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : 128; }
+__host__ __device__ inline int column_tiles(int64_t columns) { return static_cast<int>(ceil_div(columns, column_tile(columns))); }
 
 }  // namespace flash_xlstm::cuda::portable

@@ -82,6 +82,7 @@ struct Scratch {
   float* m_boundary;  // [boundaries * heads] stabilizer at chunk boundaries
   void* c;            // [slots * heads][dqk][dv_pitch] states; in the backward each slot is overwritten by the state's
                       // gradient once its last reader is done
+  bf16* c_low;        // backward, bfloat16: what rounding took from c, so that <c, dc> sees it to 16 bits
   float* n;           // [slots * heads][dqk], likewise
   float* c_carry[2];  // forward: [heads][dqk][dv] and n's [heads][dqk], the state of the one sequence that a range's
   float* n_carry[2];  // end cuts; ranges alternate between the two
@@ -89,8 +90,9 @@ struct Scratch {
   float* inv_d;       // [N][64] 1 / d_t
   float* delta;       // [N][64] gradient into s_t
   float* e;           // [N][64] gradient into m_t through eps
-  float* q_dq;        // [tiles][N][64] partial sums of q . dq over column tiles
-  float* k_dk;        // [tiles][N][64]
+  float* q_dq;        // [tiles + 1][N][64] shares of q . dq: one from each column tile of dq (the state's term), one
+                      // from within the chunk
+  float* k_dk;        // [tiles + 1][N][64]
   float* inner;       // [boundaries * heads][tiles of c] partial sums of <c, dc> + <n, dn>
   float* stabilizer;  // [N] gradient carried into the chunk's last m
   int64_t* first_chunk;  // packed only
@@ -98,6 +100,6 @@ struct Scratch {
   int32_t* seq_of_chunk;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace flash_xlstm::cuda::portable

@@ -12,8 +12,8 @@
 // A block of four warps (two by two) makes 64 rows by tile_n columns of the output. First loop: over the inner
 // dimension of T (dqk or dv) in steps of tile_k, three cp.async stages of A, B and S, both products at once, sharing
 // the fragments of A; column tiles of the same rows compute T again. Then P from T in
-// registers, rounded into shared memory, and the product with Z. Row sums (s_t of h; q . dq and k . dk for the gates)
-// come from the float32 accumulators.
+// registers, rounded into shared memory, and the product with Z. Row sums come from the float32 accumulators: s_t of h,
+// and for the gates the share of q . dq and k . dk that the state's term has (gate_sums.cu has the other share).
 #pragma once
 
 #include "cuda/mlstm/portable/kernels.h"
@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       }
   }
   // The state's term, and dn's and n's.
+  constexpr bool gate_sums = output == Output::dq || output == Output::dk;
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
@@ -230,17 +231,29 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       const int row = warp_row + mt * 16 + group + half_row * 8;
       float scale = sh.row_scale[row], n_scale = scale;
       if constexpr (output == Output::dq) n_scale = scale * sh.delta[row], scale *= sh.inv_d[row];
+      const Strided& other = output == Output::dq ? w.p.q : w.p.k;
+      const bool inside = row < chunk.length;
+      const T* with = gate_sums ? static_cast<const T*>(other.data) + chunk.row * other.batch +
+                                      (chunk.first + row) * other.seq + head * other.head
+                                : nullptr;
+      float sum = 0.0f;
 #pragma unroll
       for (int nt = 0; nt < n_tiles; ++nt)
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float& o = out[mt][nt][half_row * 2 + x];
           o = scale == 0.0f ? 0.0f : o * scale;
-          if constexpr (output == Output::dq || output == Output::dk) {
+          if constexpr (gate_sums) {
             const int64_t col = col0 + warp_out + nt * 8 + pos * 2 + x;
             if (col < columns && n_scale != 0.0f) o += n_scale * n[col];
+            if (col < columns && inside && o != 0.0f) sum += o * to_float(with[col]);
           }
         }
+      if constexpr (gate_sums) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (pos == 0) sh.row_sum[warp % 2][row] = sum;
+      }
     }
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -278,50 +291,35 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   }
 
   T* const result = static_cast<T*>(args.out);
-  const Strided& other = output == Output::dq ? w.p.q : w.p.k;  // for q . dq and k . dk
-  constexpr bool gate_sums = output == Output::dq || output == Output::dk;
   const bool paired = columns % 2 == 0;  // `result` is an allocation of its own
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       const int row = warp_row + mt * 16 + group + half_row * 8;
-      const bool inside = row < chunk.length;
+      if (row >= chunk.length) continue;
       const int64_t token = chunk.row * l.seq + chunk.first + row;
       float factor = 1.0f;
       if constexpr (output == Output::h) {
         const float s = sh.row_sum[0][row] + sh.row_sum[1][row] + sh.row_scale[row] * sh.q_n[row];
         factor = 1.0f / (fmaxf(fabsf(s), expf(-sh.m[row])) + w.p.eps);
-        if (tile == 0 && warp % 2 == 0 && pos == 0 && inside) args.s_out[token * l.heads + head] = s;
+        if (tile == 0 && warp % 2 == 0 && pos == 0) args.s_out[token * l.heads + head] = s;
       }
-      float sum = 0.0f;
-      if (inside) {
-        T* to = result + (token * l.heads + head) * columns;
-        const T* with = gate_sums ? static_cast<const T*>(other.data) + chunk.row * other.batch +
-                                        (chunk.first + row) * other.seq + head * other.head
-                                  : nullptr;
+      T* to = result + (token * l.heads + head) * columns;
 #pragma unroll
-        for (int nt = 0; nt < n_tiles; ++nt) {
-          const int64_t col = col0 + warp_out + nt * 8 + pos * 2;
-          const float* value = &out[mt][nt][half_row * 2];
-          if (gate_sums && col < columns) sum += value[0] * to_float(with[col]);
-          if (gate_sums && col + 1 < columns) sum += value[1] * to_float(with[col + 1]);
-          if (paired && col < columns) {
-            *reinterpret_cast<Pair<T>*>(to + col) = {from_float<T>(value[0] * factor), from_float<T>(value[1] * factor)};
-          } else {
-            if (col < columns) to[col] = from_float<T>(value[0] * factor);
-            if (col + 1 < columns) to[col + 1] = from_float<T>(value[1] * factor);
-          }
+      for (int nt = 0; nt < n_tiles; ++nt) {
+        const int64_t col = col0 + warp_out + nt * 8 + pos * 2;
+        const Pair<T> value{from_float<T>(out[mt][nt][half_row * 2] * factor),
+                            from_float<T>(out[mt][nt][half_row * 2 + 1] * factor)};
+        if (paired && col < columns) {
+          *reinterpret_cast<Pair<T>*>(to + col) = value;
+        } else {
+          if (col < columns) to[col] = value.x;
+          if (col + 1 < columns) to[col + 1] = value.y;
         }
-      }
-      if constexpr (gate_sums) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (pos == 0) sh.row_sum[warp % 2][row] = sum;
       }
     }
   if constexpr (gate_sums) {
-    __syncthreads();
     if (threadIdx.x < chunk_tokens) {
       const int64_t items = l.max_chunks * l.heads;
       args.partial[(tile * items + item) * chunk_tokens + threadIdx.x] =

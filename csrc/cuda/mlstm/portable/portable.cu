@@ -15,7 +15,7 @@ constexpr int64_t alignment = 256;
 
 // The forward keeps the states of as many chunks as fit in half of h's size, and at least in this much, so that small
 // problems are one range.
-constexpr int64_t least_state_bytes = 16 << 20;
+constexpr int64_t least_state_bytes = 2 << 20;
 
 int64_t state_element_bytes(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
 
@@ -65,6 +65,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   std::byte* c;
   carver.take(c, slots * p.dqk * w.dv_pitch * state_element_bytes(p.dtype));
   s.c = c;
+  if (backward && p.dtype == DType::bfloat16) carver.take(s.c_low, slots * p.dqk * w.dv_pitch);
   carver.take(s.n, slots * p.dqk);
   if (packed) {
     carver.take(s.first_chunk, p.num_seqs + 1);
@@ -84,8 +85,8 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     carver.take(s.inv_d, tokens);
     carver.take(s.delta, tokens);
     carver.take(s.e, tokens);
-    carver.take(s.q_dq, tokens * column_tiles(p.dqk));
-    carver.take(s.k_dk, tokens * column_tiles(p.dqk));
+    carver.take(s.q_dq, tokens * (column_tiles(p.dqk) + 1));
+    carver.take(s.k_dk, tokens * (column_tiles(p.dqk) + 1));
     carver.take(s.inner, boundaries * state_tiles(p));
     carver.take(s.stabilizer, items);
   }
@@ -142,8 +143,8 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   RETURN_IF_FAILED(backward_states(w, params, stream));
   RETURN_IF_FAILED(outputs<Output::dk>({w, params.dh, params.dk, nullptr, w.scratch.k_dk}, stream));
   RETURN_IF_FAILED(outputs<Output::dv>({w, params.dh, params.dv, nullptr, nullptr}, stream));
-  const int tiles = column_tiles(params.p.dqk);
-  return gate_gradients(w, params, tiles, tiles, state_tiles(params.p), stream);
+  RETURN_IF_FAILED(chunk_gate_sums(w, params.dh, stream));
+  return gate_gradients(w, params, stream);
 }
 
 }  // namespace flash_xlstm::cuda::portable

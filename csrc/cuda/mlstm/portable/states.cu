@@ -53,6 +53,7 @@ template <typename T, bool backward>
 __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_constant__ StateArgs args) {
   using E = typename Arithmetic<T>::Element;
   using Shared = StateShared<T>;
+  constexpr bool has_low = std::is_same_v<T, bf16> && backward;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes);
 
@@ -94,12 +95,12 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
         for (int r = 0; r < 4; r += 2) {
           const int64_t row = row0 + warp_row + mt * 16 + group + (r / 2) * 8;
           const int64_t col = col0 + warp_col + nt * 8 + pos * 2;
-          if (row < l.dqk && col < w.dv_pitch) f(&acc[mt][nt][r], row, col);
+          if (row < l.dqk && col < w.dv_pitch) f(&acc[mt][nt][r], row, col, mt, nt, r / 2);
         }
   };
   // The same for single elements of an unpadded state.
   const auto for_each = [&](auto&& f) {
-    for_each_pair([&](float* a, int64_t row, int64_t col) {
+    for_each_pair([&](float* a, int64_t row, int64_t col, int, int, int) {
       if (col < l.dv) f(a[0], row, col);
       if (col + 1 < l.dv) f(a[1], row, col + 1);
     });
@@ -131,31 +132,55 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
     read_state(args.c_in, args.n_in, state);
   }
 
+  // A boundary's slot. Backward: c is read (early, so that its latency hides behind the weighting) for this tile's
+  // share of <c, dc> + <n, dn>; then the slot takes what is in registers.
   E* const slots = static_cast<E*>(w.scratch.c);
-  // At a boundary: (backward) this tile's share of <c, dc> + <n, dn>, then the slot takes what is in registers.
-  const auto at_boundary = [&](int64_t chunk, bool write) {
-    const int64_t base = (l.slot(chunk, seq) * l.heads + head) * l.dqk;
-    float inner = 0.0f;
-    for_each_pair([&](float* a, int64_t row, int64_t col) {
-      auto* at = reinterpret_cast<Pair<E>*>(slots + (base + row) * w.dv_pitch + col);
-      if (backward) inner += a[0] * to_float(at->x) + a[1] * to_float(at->y);
-      if (write) *at = {to_operand<T>(a[0]), to_operand<T>(a[1])};
+  bf16* const low_parts = w.scratch.c_low;
+  const auto pair_at = [&](auto* data, int64_t base, int64_t row, int64_t col) {
+    using Value = std::remove_pointer_t<decltype(data)>;
+    return reinterpret_cast<Pair<Value>*>(data + (base + row) * w.dv_pitch + col);
+  };
+  const auto base_of = [&](int64_t chunk) { return (l.slot(chunk, seq) * l.heads + head) * l.dqk; };
+  Pair<E> high[2][4][2];
+  Pair<bf16> low[2][4][2];
+  float n_read = 0.0f;
+  const auto read_slot = [&](int64_t chunk) {
+    const int64_t base = base_of(chunk);
+    for_each_pair([&](float*, int64_t row, int64_t col, int mt, int nt, int half_row) {
+      high[mt][nt][half_row] = *pair_at(slots, base, row, col);
+      if constexpr (has_low) low[mt][nt][half_row] = *pair_at(low_parts, base, row, col);
     });
-    if (n_lane) {
-      float* at = w.scratch.n + base + row0 + threadIdx.x;
-      if (backward) inner += n * *at;
-      if (write) *at = n;
-    }
-    if (backward) {
-      for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
-      if (lane == 0) sh.inner[warp] = inner;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        float sum = 0.0f;
-        for (int x = 0; x < threads_per_block / 32; ++x) sum += sh.inner[x];
-        w.scratch.inner[((chunk + seq) * l.heads + head) * tiles + tile] = sum;
+    if (n_lane) n_read = w.scratch.n[base + row0 + threadIdx.x];
+  };
+  const auto inner_share = [&] {
+    float inner = n_lane ? n * n_read : 0.0f;
+    for_each_pair([&](float* a, int64_t, int64_t, int mt, int nt, int half_row) {
+      float x = to_float(high[mt][nt][half_row].x), y = to_float(high[mt][nt][half_row].y);
+      if constexpr (has_low) x += to_float(low[mt][nt][half_row].x), y += to_float(low[mt][nt][half_row].y);
+      inner += a[0] * x + a[1] * y;
+    });
+    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+    if (lane == 0) sh.inner[warp] = inner;
+  };
+  const auto store_inner = [&](int64_t chunk) {  // after a barrier
+    if (threadIdx.x != 0) return;
+    float sum = 0.0f;
+    for (int x = 0; x < threads_per_block / 32; ++x) sum += sh.inner[x];
+    w.scratch.inner[((chunk + seq) * l.heads + head) * tiles + tile] = sum;
+  };
+  const auto write_slot = [&](int64_t chunk) {
+    const int64_t base = base_of(chunk);
+    for_each_pair([&](float* a, int64_t row, int64_t col, int, int, int) {
+      const Pair<E> rounded{to_operand<T>(a[0]), to_operand<T>(a[1])};
+      *pair_at(slots, base, row, col) = rounded;
+      if constexpr (std::is_same_v<T, bf16> && !backward) {
+        if (low_parts != nullptr) {
+          *pair_at(low_parts, base, row, col) = {from_float<bf16>(a[0] - to_float(rounded.x)),
+                                                 from_float<bf16>(a[1] - to_float(rounded.y))};
+        }
       }
-    }
+    });
+    if (n_lane) w.scratch.n[base + row0 + threadIdx.x] = n;
   };
 
   const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
@@ -191,7 +216,8 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
 
   fetch(0);
   for (int64_t step = 0; step < count; ++step) {
-    at_boundary(chunk_at(step) + (backward ? 1 : 0), true);
+    const int64_t boundary_chunk = chunk_at(step) + (backward ? 1 : 0);
+    if constexpr (backward) read_slot(boundary_chunk);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's stage is in; the other stage's readers are done
     fetch(step + 1);
@@ -215,12 +241,15 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
         for (int y = lane; y < tile_dv; y += 32) stage.y[t * Shared::y_pitch + y] = to_operand<T>(0.0f);
       }
     }
+    if constexpr (backward) inner_share();
+    write_slot(boundary_chunk);
     const float keep = sh.keep[step % 2];
     if (has_n) {
       sh.n_part[warp][lane * 2] = part[0];
       sh.n_part[warp][lane * 2 + 1] = part[1];
     }
     __syncthreads();
+    if constexpr (backward) store_inner(boundary_chunk);
     if (n_lane) {
       n *= keep;
       for (int x = 0; x < row_groups; ++x) n += sh.n_part[x][threadIdx.x];
@@ -235,10 +264,14 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
                             chunk_tokens);
   }
 
-  if (backward) {
-    at_boundary(begin, false);
+  if constexpr (backward) {
+    read_slot(begin);
+    __syncthreads();
+    inner_share();
+    __syncthreads();
+    store_inner(begin);
   } else if (l.every_boundary) {
-    at_boundary(end, true);
+    write_slot(end);
   }
   if (end < seq_end) {
     write_state(w.scratch.c_carry[args.carry_in ^ 1], w.scratch.n_carry[args.carry_in ^ 1], head);
