@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -73,6 +74,20 @@ def make_stock():
             model = stock.xLSTMForCausalLM(transformers.models.xlstm.xLSTMConfig(**values))
         model.load_state_dict(ours.state_dict())
         return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def in_double():
+    """``in_double(model)``: the same model on the CPU in float64, with the reference kernels."""
+
+    def make(model: xLSTMForCausalLM):
+        config = copy.deepcopy(model.config)
+        config.chunkwise_kernel, config.step_kernel = "chunkwise--reference", "reference"
+        double = type(model)(config).double().eval()
+        double.load_state_dict(model.state_dict())
+        return double
 
     return make
 

@@ -175,13 +175,12 @@ def test_prompts_longer_than_a_piece(make_ours, tokens):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_cuda_generates_what_the_cpu_does(make_ours, tokens, num_beams):
+def test_cuda_generates_what_float64_does(make_ours, in_double, tokens, num_beams):
     model = make_ours()
     ids = tokens(3, 21)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     options = {"max_new_tokens": 24, "num_beams": num_beams, **GREEDY}
-    expected = model.generate(ids, attention_mask=mask, **options)
-    model.cuda()
-    actual = model.generate(ids.cuda(), attention_mask=mask.cuda(), **options)
+    expected = in_double(model).generate(ids, attention_mask=mask, **options)
+    actual = model.cuda().generate(ids.cuda(), attention_mask=mask.cuda(), **options)
     assert torch.equal(actual.cpu(), expected)

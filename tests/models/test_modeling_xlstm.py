@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -20,15 +18,6 @@ SHAPES = [
 ]
 
 
-def _double(model):
-    """The same model in float64 with the reference kernels."""
-    config = copy.deepcopy(model.config)
-    config.chunkwise_kernel, config.step_kernel = "chunkwise--reference", "reference"
-    double = type(model)(config).double().eval()
-    double.load_state_dict(model.state_dict())
-    return double
-
-
 def _gradients(model, ids, **kwargs):
     model.zero_grad()
     output = model(ids, labels=ids, use_cache=False, **kwargs)
@@ -44,14 +33,14 @@ def _states(cache):
 
 
 @pytest.mark.parametrize(("config", "seq"), SHAPES)
-def test_logits_loss_and_gradients_match_transformers(make_ours, make_stock, tokens, rel, config, seq):
+def test_logits_loss_and_gradients_match_transformers(make_ours, make_stock, in_double, tokens, rel, config, seq):
     ours = make_ours(**config)
     theirs = make_stock(ours)
     ids = tokens(2, seq)
     if seq == 1:  # no next token, no loss
         assert rel(ours(ids).logits, theirs(ids, use_cache=False).logits) < 1e-5
         return
-    exact, exact_gradients = _gradients(_double(ours), ids)
+    exact, exact_gradients = _gradients(in_double(ours), ids)
     a, a_gradients = _gradients(ours, ids)
     b, b_gradients = _gradients(theirs, ids)
     assert rel(a.logits, b.logits) < 1e-5
@@ -587,33 +576,34 @@ def test_errors(make_ours, tokens):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("weight_mode", ["single", "fused"])
-def test_cuda_matches_cpu(make_ours, tokens, rel, weight_mode):
+def test_cuda_matches_float64(make_ours, in_double, tokens, rel, weight_mode):
     model = make_ours(weight_mode=weight_mode)
+    exact = in_double(model)
     ids = tokens(2, 70)
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
-    expected, gradients = _gradients(model, ids, attention_mask=mask)
-    cuda = copy.deepcopy(model).cuda()
-    output, cuda_gradients = _gradients(cuda, ids.cuda(), attention_mask=mask.cuda())
+    expected, gradients = _gradients(exact, ids, attention_mask=mask)
+    model.cuda()
+    output, cuda_gradients = _gradients(model, ids.cuda(), attention_mask=mask.cuda())
     assert rel(output.logits.cpu()[mask == 1], expected.logits[mask == 1]) < 1e-5
     scale = max(float(g.norm()) for g in gradients.values())
     for name, gradient in gradients.items():
         error = (cuda_gradients[name].cpu() - gradient).norm()
         assert error < 1e-4 * gradient.norm() + 1e-6 * scale, name
     with torch.no_grad():
-        cache = cuda(ids[:, :69].cuda()).cache_params
+        cache = model(ids[:, :69].cuda()).cache_params
         assert cache.rnn_state[0][0].device.type == "cuda"
-        step = cuda(ids[:, 69:].cuda(), cache_params=cache).logits
-        assert rel(step.cpu(), model(ids).logits[:, 69:]) < 1e-5
+        step = model(ids[:, 69:].cuda(), cache_params=cache).logits
+        assert rel(step.cpu(), exact(ids).logits[:, 69:]) < 1e-5
 
 
 @pytest.mark.cuda
-def test_cuda_bfloat16_training_is_no_less_exact_than_transformers(make_ours, make_stock, tokens, rel):
+def test_cuda_bfloat16_training_is_no_less_exact_than_transformers(make_ours, make_stock, in_double, tokens, rel):
     model = make_ours().train()
     ids = tokens(2, 70)
-    expected, gradients = _gradients(model, ids)
-    ours, theirs = (copy.deepcopy(m).cuda().bfloat16() for m in (model, make_stock(model)))
-    a, a_gradients = _gradients(ours, ids.cuda())
+    expected, gradients = _gradients(in_double(model), ids)
+    theirs = make_stock(model).cuda().bfloat16()
+    a, a_gradients = _gradients(model.cuda().bfloat16(), ids.cuda())
     b, b_gradients = _gradients(theirs, ids.cuda())
     assert rel(a.logits.cpu(), expected.logits) < 1.2 * rel(b.logits.cpu(), expected.logits)
     for name, exact in gradients.items():
@@ -640,3 +630,20 @@ def test_cuda_decoding_in_a_graph(make_ours, tokens, rel):
             token.copy_(ids[:, position : position + 1])
             graph.replay()
             assert rel(logits[:, 0], expected[:, position]) < 1e-5
+
+
+@pytest.mark.cuda
+def test_cuda_compiled_training(make_ours, tokens):
+    model = make_ours().train().cuda()
+    ids = tokens(2, 40).cuda()
+    expected, gradients = _gradients(model, ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    model.zero_grad()
+    output = compiled(ids, labels=ids)
+    output.loss.backward()
+    assert torch.allclose(output.loss, expected.loss, rtol=1e-5)
+    scale = max(float(g.norm()) for g in gradients.values())
+    for name, p in model.named_parameters():
+        error = (p.grad - gradients[name]).norm()
+        assert error < 1e-4 * gradients[name].norm() + 1e-6 * scale, name
