@@ -208,23 +208,36 @@ __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided d
   }
 }
 
+// Sums of one token's shares of q . dq or k . dk that cross the chunk's boundary (all tiles but the last).
+__device__ __forceinline__ double crossing(const float* shares, int64_t at, int64_t stride, int column_tiles) {
+  double sum = 0.0;
+  for (int t = 0; t < column_tiles; ++t) sum += shares[t * stride + at];
+  return sum;
+}
+
 // The stabilizer's path: walking back, a += e_t, and a token whose m took the input gate's branch takes a and clears
-// it. Here: what is carried into the last token of every chunk.
+// it. Here: what is carried into the last token of every chunk. <c, dc> + <n, dn> at a sequence's ends is put together
+// from the same sums that the gates get, so that what cancels between them cancels exactly.
 __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const float* dm_last, float* dm0,
-                                        bool final_gradients, int inner_tiles) {
+                                        int column_tiles, int state_tiles) {
   const Layout& l = w.layout;
   const int64_t seq = blockIdx.x / l.heads;
   const int head = static_cast<int>(blockIdx.x % l.heads);
   const int lane = threadIdx.x;
+  const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
-  const auto inner_at = [&](int64_t boundary) {
+  const auto inner_at = [&](int64_t chunk, const float* shares) {
+    const int64_t item = chunk * l.heads + head;
     double sum = 0.0;
-    for (int t = lane; t < inner_tiles; t += 32) sum += w.scratch.inner[(boundary * l.heads + head) * inner_tiles + t];
+    for (int t = lane; t < state_tiles; t += 32) sum += w.scratch.through[item * state_tiles + t];
+    for (int t = lane; t < chunk_tokens; t += 32) {
+      sum += crossing(shares, item * chunk_tokens + t, stride, column_tiles);
+    }
     return warp_sum(sum);
   };
   double a = dm_last == nullptr ? 0.0 : dm_last[seq * l.heads + head];
-  if (final_gradients) a -= inner_at(end + seq);
+  if (begin < end) a -= inner_at(end - 1, w.scratch.k_dk);
   for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
     const int64_t item = chunk * l.heads + head;
     if (lane == 0) w.scratch.stabilizer[item] = static_cast<float>(a);
@@ -243,64 +256,61 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
     a = first < chunk_tokens ? kept : a + kept;
   }
   if (dm0 != nullptr) {
-    const double inner = inner_at(begin + seq);
-    if (lane == 0) dm0[seq * l.heads + head] = static_cast<float>(a + inner);
+    if (begin < end) a += inner_at(begin, w.scratch.q_dq);
+    if (lane == 0) dm0[seq * l.heads + head] = static_cast<float>(a);
   }
 }
 
-__global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int sum_tiles,
-                                      int inner_tiles) {
+// dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
+// before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
+// cancels but inside, where the sums are exact to float32.
+__global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int column_tiles,
+                                      int state_tiles) {
   Chunk chunk;
   int head;
   int64_t item;
   const Layout& l = w.layout;
   if (!warp_item(l, chunk, head, item)) return;
   const int lane = threadIdx.x % 32;
-  const int64_t items = l.max_chunks * l.heads;
+  const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
 
-  double inner = 0.0;  // <c, dc> + <n, dn> at the chunk's end: the reverse sum of all later tokens
-  for (int t = lane; t < inner_tiles; t += 32) {
-    inner += w.scratch.inner[((chunk.boundary + 1) * l.heads + head) * inner_tiles + t];
-  }
-  inner = warp_sum(inner);
+  double through = 0.0;
+  for (int t = lane; t < state_tiles; t += 32) through += w.scratch.through[item * state_tiles + t];
+  through = warp_sum(through);
 
-  double kdk[2], difference[2], e[2];
+  double qdq[2], kdk[2], inside_k[2], inside[2], e[2];
   bool reset[2];
   for (int x = 0; x < 2; ++x) {
-    const int64_t at = item * chunk_tokens + lane * 2 + x;
-    double qdq = 0.0;
-    kdk[x] = 0.0;
-    if (lane * 2 + x < chunk.length) {
-      for (int t = 0; t < sum_tiles; ++t) {
-        qdq += w.scratch.q_dq[t * items * chunk_tokens + at];
-        kdk[x] += w.scratch.k_dk[t * items * chunk_tokens + at];
-      }
-    }
-    difference[x] = qdq - kdk[x];
+    const int64_t at = item * chunk_tokens + lane * 2 + x, last = column_tiles * stride + at;
+    qdq[x] = crossing(w.scratch.q_dq, at, stride, column_tiles);
+    kdk[x] = crossing(w.scratch.k_dk, at, stride, column_tiles);
+    inside_k[x] = w.scratch.k_dk[last];
+    inside[x] = w.scratch.q_dq[last] - inside_k[x];
     e[x] = w.scratch.e[at];
     reset[x] = w.scratch.reset[at] != 0;
   }
-  const double from = suffix_sum(difference[0] + difference[1], lane) + inner;
-  const double dlf_sum[2] = {from, from - difference[0]};
+  const double later = suffix_sum(qdq[0] + inside[0] + qdq[1] + inside[1], lane);
+  const double earlier = prefix_sum(kdk[0] + kdk[1], lane) - (kdk[0] + kdk[1]);
+  const double dlf_sum[2] = {through + later + earlier, through + later - (qdq[0] + inside[0]) + earlier + kdk[0]};
 
   // a arriving at each token, itself included: a segmented suffix sum, with the carry behind the last token.
-  double a_after = suffix_sum(e[0] + e[1], lane);                  // e of tokens >= 2 lane
+  const double e_after = suffix_sum(e[0] + e[1], lane);  // e of tokens >= 2 lane
   const unsigned resets0 = __ballot_sync(all_lanes, reset[0]), resets1 = __ballot_sync(all_lanes, reset[1]);
   const double carried = w.scratch.stabilizer[item];
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
-    const double e_from_t = x == 0 ? a_after : a_after - e[0];     // e of tokens >= t
+    const double e_from_t = x == 0 ? e_after : e_after - e[0];
     // The nearest reset after t cuts the sum: it took everything from itself on.
-    const unsigned later = lane == 31 ? 0u : all_lanes << (lane + 1);
-    const unsigned later0 = resets0 & later;
-    const unsigned later1 = resets1 & (x == 0 ? later | (1u << lane) : later);
+    const unsigned later_lanes = lane == 31 ? 0u : all_lanes << (lane + 1);
+    const unsigned later0 = resets0 & later_lanes;
+    const unsigned later1 = resets1 & (x == 0 ? later_lanes | (1u << lane) : later_lanes);
     const int next0 = later0 ? 2 * (__ffs(later0) - 1) : chunk_tokens;
     const int next1 = later1 ? 2 * (__ffs(later1) - 1) + 1 : chunk_tokens;
     const int next = min(next0, next1);
-    // e of tokens >= next, from the lane that holds it.
-    const double other0 = __shfl_sync(all_lanes, a_after, (next / 2) % 32);
+    const double other_e_after = __shfl_sync(all_lanes, e_after, (next / 2) % 32);
     const double other_e0 = __shfl_sync(all_lanes, e[0], (next / 2) % 32);
-    const double e_from_next = next == chunk_tokens ? -carried : next % 2 == 0 ? other0 : other0 - other_e0;
+    const double e_from_next =
+        next == chunk_tokens ? -carried : next % 2 == 0 ? other_e_after : other_e_after - other_e0;
     const double a = e_from_t - e_from_next;
     if (t >= chunk.length) continue;
     const Strided& gf = w.p.f;
@@ -309,7 +319,7 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
     const int64_t out = (chunk.row * l.seq + token) * l.heads + head;
     const double dlf = dlf_sum[x] + (reset[x] ? 0.0 : a);
     const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
-    store_from_float(di, out, w.p.gate_dtype, static_cast<float>(kdk[x] + (reset[x] ? a : 0.0)));
+    store_from_float(di, out, w.p.gate_dtype, static_cast<float>(kdk[x] + inside_k[x] + (reset[x] ? a : 0.0)));
     store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(dlf) * slope);
   }
 }
@@ -343,12 +353,10 @@ cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStre
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  const int sum_tiles = column_tiles(w.p.dqk) + 1, inner_tiles = state_tiles(w.p);
+  const int columns = column_tiles(w.p.dqk), states = state_tiles(w.p);
   const int sequences = static_cast<int>(w.layout.num_seqs * w.layout.heads);
-  const bool final_gradients = params.dc_last != nullptr || params.dn_last != nullptr;
-  carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, final_gradients, inner_tiles);
-  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, sum_tiles,
-                                                                            inner_tiles);
+  carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, columns, states);
+  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, columns, states);
   return cudaGetLastError();
 }
 

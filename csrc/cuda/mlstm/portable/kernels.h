@@ -21,14 +21,14 @@ cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed on
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
 // Fills inv_d, delta, e from the forward's h, s, m and dh.
 cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
-// di, df, dm0 from q_dq, k_dk, inner, e.
+// di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
 // states.cu
 // States of the layout's range into c and n; final state where not null and its sequence ends within the range.
 // range_index: which range this is, for the carried state.
 cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream);
-// Replaces every slot's state, from the end, by the gradient of that state; fills inner; dc0, dn0 where not null.
+// Replaces every slot's state, from the end, by the gradient of that state; fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
 

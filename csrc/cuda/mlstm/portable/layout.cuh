@@ -82,7 +82,6 @@ struct Scratch {
   float* m_boundary;  // [boundaries * heads] stabilizer at chunk boundaries
   void* c;            // [slots * heads][dqk][dv_pitch] states; in the backward each slot is overwritten by the state's
                       // gradient once its last reader is done
-  bf16* c_low;        // backward, bfloat16: what rounding took from c, so that <c, dc> sees it to 16 bits
   float* n;           // [slots * heads][dqk], likewise
   float* c_carry[2];  // forward: [heads][dqk][dv] and n's [heads][dqk], the state of the one sequence that a range's
   float* n_carry[2];  // end cuts; ranges alternate between the two
@@ -93,7 +92,7 @@ struct Scratch {
   float* q_dq;        // [tiles + 1][N][64] shares of q . dq: one from each column tile of dq (the state's term), one
                       // from within the chunk
   float* k_dk;        // [tiles + 1][N][64]
-  float* inner;       // [boundaries * heads][tiles of c] partial sums of <c, dc> + <n, dn>
+  float* through;     // [N][tiles of c] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
   float* stabilizer;  // [N] gradient carried into the chunk's last m
   int64_t* first_chunk;  // packed only
   int64_t* first_token;

@@ -65,7 +65,6 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   std::byte* c;
   carver.take(c, slots * p.dqk * w.dv_pitch * state_element_bytes(p.dtype));
   s.c = c;
-  if (backward && p.dtype == DType::bfloat16) carver.take(s.c_low, slots * p.dqk * w.dv_pitch);
   carver.take(s.n, slots * p.dqk);
   if (packed) {
     carver.take(s.first_chunk, p.num_seqs + 1);
@@ -87,7 +86,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     carver.take(s.e, tokens);
     carver.take(s.q_dq, tokens * (column_tiles(p.dqk) + 1));
     carver.take(s.k_dk, tokens * (column_tiles(p.dqk) + 1));
-    carver.take(s.inner, boundaries * state_tiles(p));
+    carver.take(s.through, items * state_tiles(p));
     carver.take(s.stabilizer, items);
   }
   return carver.used();

@@ -7,8 +7,9 @@
 // A block of four warps owns a 64 x tile_dv piece of one head's state, keeps it in float32 registers as the product's
 // accumulator, and walks the chunks of one sequence; k and v (q and dh) come through a two-stage cp.async ring. Each
 // chunk: write the piece to its slot, weight the k rows in shared memory (the float32 weighted rows also make n), then
-// one 64 x tile_dv x 64 product. The backward direction reads the slot's c before it writes dc there, for <c, dc>.
-// Blocks of the first dv tile also carry n. Where the forward's range of chunks ends within a sequence, that sequence's
+// one 64 x tile_dv x 64 product. The backward direction writes dc at a chunk's end over the c that stood there, and
+// reads the c at its start for g (<c, dc> + <n, dn>): what the forget gates of the chunk get from the pairs that only
+// pass through it. Blocks of the first dv tile also carry n. Where the forward's range of chunks ends within a sequence, that sequence's
 // state goes on to the next launch in float32.
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
@@ -53,7 +54,6 @@ template <typename T, bool backward>
 __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_constant__ StateArgs args) {
   using E = typename Arithmetic<T>::Element;
   using Shared = StateShared<T>;
-  constexpr bool has_low = std::is_same_v<T, bf16> && backward;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes);
 
@@ -132,55 +132,33 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
     read_state(args.c_in, args.n_in, state);
   }
 
-  // A boundary's slot. Backward: c is read (early, so that its latency hides behind the weighting) for this tile's
-  // share of <c, dc> + <n, dn>; then the slot takes what is in registers.
   E* const slots = static_cast<E*>(w.scratch.c);
-  bf16* const low_parts = w.scratch.c_low;
-  const auto pair_at = [&](auto* data, int64_t base, int64_t row, int64_t col) {
-    using Value = std::remove_pointer_t<decltype(data)>;
-    return reinterpret_cast<Pair<Value>*>(data + (base + row) * w.dv_pitch + col);
-  };
   const auto base_of = [&](int64_t chunk) { return (l.slot(chunk, seq) * l.heads + head) * l.dqk; };
-  Pair<E> high[2][4][2];
-  Pair<bf16> low[2][4][2];
-  float n_read = 0.0f;
-  const auto read_slot = [&](int64_t chunk) {
-    const int64_t base = base_of(chunk);
-    for_each_pair([&](float*, int64_t row, int64_t col, int mt, int nt, int half_row) {
-      high[mt][nt][half_row] = *pair_at(slots, base, row, col);
-      if constexpr (has_low) low[mt][nt][half_row] = *pair_at(low_parts, base, row, col);
-    });
-    if (n_lane) n_read = w.scratch.n[base + row0 + threadIdx.x];
-  };
-  const auto inner_share = [&] {
-    float inner = n_lane ? n * n_read : 0.0f;
-    for_each_pair([&](float* a, int64_t, int64_t, int mt, int nt, int half_row) {
-      float x = to_float(high[mt][nt][half_row].x), y = to_float(high[mt][nt][half_row].y);
-      if constexpr (has_low) x += to_float(low[mt][nt][half_row].x), y += to_float(low[mt][nt][half_row].y);
-      inner += a[0] * x + a[1] * y;
-    });
-    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
-    if (lane == 0) sh.inner[warp] = inner;
-  };
-  const auto store_inner = [&](int64_t chunk) {  // after a barrier
-    if (threadIdx.x != 0) return;
-    float sum = 0.0f;
-    for (int x = 0; x < threads_per_block / 32; ++x) sum += sh.inner[x];
-    w.scratch.inner[((chunk + seq) * l.heads + head) * tiles + tile] = sum;
-  };
   const auto write_slot = [&](int64_t chunk) {
     const int64_t base = base_of(chunk);
     for_each_pair([&](float* a, int64_t row, int64_t col, int, int, int) {
-      const Pair<E> rounded{to_operand<T>(a[0]), to_operand<T>(a[1])};
-      *pair_at(slots, base, row, col) = rounded;
-      if constexpr (std::is_same_v<T, bf16> && !backward) {
-        if (low_parts != nullptr) {
-          *pair_at(low_parts, base, row, col) = {from_float<bf16>(a[0] - to_float(rounded.x)),
-                                                 from_float<bf16>(a[1] - to_float(rounded.y))};
-        }
-      }
+      *reinterpret_cast<Pair<E>*>(slots + (base + row) * w.dv_pitch + col) = {to_operand<T>(a[0]), to_operand<T>(a[1])};
     });
     if (n_lane) w.scratch.n[base + row0 + threadIdx.x] = n;
+  };
+  // Backward: the state at a chunk's start, read early so that its latency hides behind the weighting, and this tile's
+  // share of <c, dc> + <n, dn> with the gradient at the chunk's end.
+  Pair<E> start[2][4][2];
+  float n_start = 0.0f;
+  const auto read_slot = [&](int64_t chunk) {
+    const int64_t base = base_of(chunk);
+    for_each_pair([&](float*, int64_t row, int64_t col, int mt, int nt, int half_row) {
+      start[mt][nt][half_row] = *reinterpret_cast<const Pair<E>*>(slots + (base + row) * w.dv_pitch + col);
+    });
+    if (n_lane) n_start = w.scratch.n[base + row0 + threadIdx.x];
+  };
+  const auto inner_share = [&] {
+    float inner = n_lane ? n * n_start : 0.0f;
+    for_each_pair([&](float* a, int64_t, int64_t, int mt, int nt, int half_row) {
+      inner += a[0] * to_float(start[mt][nt][half_row].x) + a[1] * to_float(start[mt][nt][half_row].y);
+    });
+    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+    if (lane == 0) sh.inner[warp] = inner;
   };
 
   const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
@@ -216,8 +194,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
 
   fetch(0);
   for (int64_t step = 0; step < count; ++step) {
-    const int64_t boundary_chunk = chunk_at(step) + (backward ? 1 : 0);
-    if constexpr (backward) read_slot(boundary_chunk);
+    if constexpr (backward) read_slot(chunk_at(step));
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's stage is in; the other stage's readers are done
     fetch(step + 1);
@@ -242,14 +219,18 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
       }
     }
     if constexpr (backward) inner_share();
-    write_slot(boundary_chunk);
+    write_slot(chunk_at(step) + (backward ? 1 : 0));
     const float keep = sh.keep[step % 2];
     if (has_n) {
       sh.n_part[warp][lane * 2] = part[0];
       sh.n_part[warp][lane * 2 + 1] = part[1];
     }
     __syncthreads();
-    if constexpr (backward) store_inner(boundary_chunk);
+    if (backward && threadIdx.x == 0) {
+      float sum = 0.0f;
+      for (int x = 0; x < threads_per_block / 32; ++x) sum += sh.inner[x];
+      w.scratch.through[(chunk_at(step) * l.heads + head) * tiles + tile] = keep * sum;
+    }
     if (n_lane) {
       n *= keep;
       for (int x = 0; x < row_groups; ++x) n += sh.n_part[x][threadIdx.x];
@@ -264,15 +245,6 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
                             chunk_tokens);
   }
 
-  if constexpr (backward) {
-    read_slot(begin);
-    __syncthreads();
-    inner_share();
-    __syncthreads();
-    store_inner(begin);
-  } else if (l.every_boundary) {
-    write_slot(end);
-  }
   if (end < seq_end) {
     write_state(w.scratch.c_carry[args.carry_in ^ 1], w.scratch.n_carry[args.carry_in ^ 1], head);
   } else {
