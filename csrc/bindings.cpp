@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "cpu/vector_kernels.h"
+
 namespace py = pybind11;
 
 namespace flash_xlstm {
@@ -24,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
         info["cuda"] = FLASH_XLSTM_CUDA_VERSION;
         info["architectures"] = FLASH_XLSTM_ARCHS;
         info["compiler"] = FLASH_XLSTM_COMPILER;
+        info["cpu_isa"] = flash_xlstm::cpu::isa_name();
         info["torch_built"] = FLASH_XLSTM_TORCH_BUILT;
         return info;
       },

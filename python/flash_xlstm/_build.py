@@ -12,7 +12,8 @@ def build_info() -> dict[str, str]:
 
     Returns:
         A dict with ``version``, ``commit`` (of the source, ``unknown`` outside a git checkout), ``cuda`` (the CUDA
-        compiler's version, empty in a CPU-only build), ``architectures``, ``compiler``, ``torch_built`` (the torch
-        whose headers were used) and ``torch_running``.
+        compiler's version, empty in a CPU-only build), ``architectures``, ``compiler``, ``cpu_isa`` (the instruction
+        set that the CPU kernels use on this machine), ``torch_built`` (the torch whose headers were used) and
+        ``torch_running``.
     """
     return {**_C.build_info(), "torch_running": torch.__version__}

@@ -1,0 +1,44 @@
+#include "cpu/vector_kernels.h"
+
+namespace flash_xlstm::cpu {
+
+#define DECLARE_ISA(isa)                    \
+  namespace isa {                           \
+  extern const VectorKernels vector_kernels; \
+  }
+DECLARE_ISA(baseline)
+#ifdef FLASH_XLSTM_X86_ISAS
+DECLARE_ISA(avx2)
+DECLARE_ISA(avx512)
+#endif
+
+namespace {
+
+struct Choice {
+  const VectorKernels* kernels;
+  const char* name;
+};
+
+Choice choose() {
+#ifdef FLASH_XLSTM_X86_ISAS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    return {&avx512::vector_kernels, "AVX-512"};
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {&avx2::vector_kernels, "AVX2"};
+#endif
+  return {&baseline::vector_kernels, "baseline"};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const VectorKernels& vector_kernels() { return *choice().kernels; }
+const char* isa_name() { return choice().name; }
+
+}  // namespace flash_xlstm::cpu

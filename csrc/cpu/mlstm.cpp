@@ -1,0 +1,649 @@
+// The chunkwise mLSTM on the CPU: BLAS (torch's batched product) for everything quadratic, vectorised loops
+// (vector_kernels.inl) for what lies between, threads over chunks or rows of the state.
+//
+// A lane is one head of one sequence. An item is one chunk of one lane, padded to `length` tokens that change nothing;
+// items are numbered lane by lane, and worked through in segments of a bounded number of them, so that scratch memory
+// does not grow with the sequence. A segment's end cuts at most one lane, whose state is carried over. The backward
+// first walks forward for the states at the segments' starts, then takes the segments from the last to the first.
+// Inputs are converted to float32 once; the sums that gates and stabilizer form run in float64.
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/vector_kernels.h"
+
+namespace flash_xlstm::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t default_chunk = 64;
+constexpr int64_t segment_bytes = int64_t{24} << 20;  // scratch of a segment: about what stays in a last-level cache
+
+// A batch of matrices in memory.
+struct Matrices {
+  float* data;
+  int64_t batch_stride, rows, columns, row_stride, column_stride;
+  Matrices transposed() const { return {data, batch_stride, columns, rows, column_stride, row_stride}; }
+};
+
+Matrices dense(float* data, int64_t rows, int64_t columns) { return {data, rows * columns, rows, columns, columns, 1}; }
+
+Tensor as_tensor(const Matrices& m, int64_t count) {
+  const std::array<int64_t, 3> sizes{count, m.rows, m.columns};
+  const std::array<int64_t, 3> strides{m.batch_stride, m.row_stride, m.column_stride};
+  return torch::stable::from_blob(m.data, {sizes.data(), 3}, {strides.data(), 3},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
+}
+
+// out = a b for each of `count` matrices. The out overload: autocast leaves it alone.
+void multiply(const Matrices& out, const Matrices& a, const Matrices& b, int64_t count) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(as_tensor(a, count)),
+                                    torch::stable::detail::from(as_tensor(b, count)),
+                                    torch::stable::detail::from(as_tensor(out, count))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+}
+
+template <typename F>
+void parallel(int64_t count, F&& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t x = begin; x < end; ++x) f(x);
+  });
+}
+
+// Float32 scratch from torch's allocator, handed out in pieces.
+class Scratch {
+ public:
+  void reserve(float** piece, int64_t count) {
+    pieces_.push_back({piece, used_});
+    used_ += (count + 15) / 16 * 16;
+  }
+  void allocate() {
+    const std::array<int64_t, 1> size{used_};
+    memory_ = torch::stable::empty({size.data(), 1}, ScalarType::Float);
+    float* base = static_cast<float*>(memory_.data_ptr());
+    for (const auto& [piece, offset] : pieces_) *piece = base + offset;
+  }
+
+ private:
+  struct Piece {
+    float** piece;
+    int64_t offset;
+  };
+  std::vector<Piece> pieces_;
+  int64_t used_ = 0;
+  Tensor memory_;
+};
+
+float load_gate(const Strided& gate, DType dtype, int64_t index) {
+  if (dtype == DType::float32) return static_cast<const float*>(gate.data)[index];
+  float value;
+  vector_kernels().pack(&value, static_cast<const uint16_t*>(gate.data) + index, dtype, 1, 1, 1, 1);
+  return value;
+}
+
+double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
+
+struct Item {
+  int64_t lane, seq, head, row, first, tokens;
+  bool lane_begin, lane_end;
+};
+
+// Items of consecutive chunks of one lane within a segment.
+struct Run {
+  int64_t begin, count;  // relative to the segment
+};
+
+// The chunks of a problem and their gates.
+struct Plan {
+  MlstmProblem p;
+  int64_t length;
+  std::vector<Item> items;
+  std::vector<int64_t> lane_begin;  // first item of each lane, and the end
+  std::vector<float> b_high, b_low, i, m;  // [items][length]
+  std::vector<float> m_start, m_end, keep;  // [items]; keep: what the state at the start is worth at the end
+  std::vector<char> reset;                  // [items][length]: m took the input gate's branch
+
+  explicit Plan(const MlstmProblem& problem) : p(problem) {
+    const auto bounds = [&](int64_t s) {
+      return p.cu_seqlens == nullptr ? std::pair<int64_t, int64_t>{0, p.seq}
+                                     : std::pair<int64_t, int64_t>{p.cu_seqlens[s], p.cu_seqlens[s + 1]};
+    };
+    int64_t longest = 1;
+    for (int64_t s = 0; s < p.num_seqs; ++s) longest = std::max(longest, bounds(s).second - bounds(s).first);
+    length = std::min(p.chunk_size > 0 ? p.chunk_size : default_chunk, longest);
+    for (int64_t s = 0; s < p.num_seqs; ++s) {
+      const auto [start, stop] = bounds(s);
+      for (int64_t head = 0; head < p.heads; ++head) {
+        lane_begin.push_back(static_cast<int64_t>(items.size()));
+        for (int64_t first = start; first < stop; first += length) {
+          items.push_back({s * p.heads + head, s, head, p.cu_seqlens == nullptr ? s : 0, first,
+                           std::min(length, stop - first), first == start, first + length >= stop});
+        }
+      }
+    }
+    lane_begin.push_back(static_cast<int64_t>(items.size()));
+    scan_gates();
+  }
+
+  int64_t lanes() const { return p.num_seqs * p.heads; }
+  int64_t gate_index(const Strided& gate, const Item& item, int64_t t) const {
+    return item.row * gate.batch + (item.first + t) * gate.seq + item.head * gate.head;
+  }
+  ChunkGates gates(int64_t item) const {
+    const int64_t at = item * length;
+    return {length, &b_high[at], &b_low[at], &i[at], &m[at], m_start[item], m_end[item]};
+  }
+  float last_m(int64_t lane) const {
+    const int64_t begin = lane_begin[lane], end = lane_begin[lane + 1];
+    return begin < end ? m_end[end - 1] : p.m0 == nullptr ? 0.0f : p.m0[lane];
+  }
+  std::vector<Run> runs(int64_t begin, int64_t end) const {
+    std::vector<Run> result;
+    for (int64_t x = begin; x < end; ++x) {
+      if (x == begin || items[x].lane_begin) result.push_back({x - begin, 0});
+      ++result.back().count;
+    }
+    return result;
+  }
+  // Where an item's rows of a (batch, seq, heads, dim) tensor start.
+  const void* rows(const Strided& t, const Item& item) const {
+    const int64_t offset = item.row * t.batch + item.first * t.seq + item.head * t.head;
+    return static_cast<const char*>(t.data) + offset * (p.dtype == DType::float32 ? 4 : 2);
+  }
+  // The same for an output, contiguous.
+  void* output_rows(void* t, const Item& item, int64_t dim) const {
+    const int64_t offset = ((item.row * p.seq + item.first) * p.heads + item.head) * dim;
+    return static_cast<char*>(t) + offset * (p.dtype == DType::float32 ? 4 : 2);
+  }
+
+ private:
+  void scan_gates() {
+    const int64_t count = static_cast<int64_t>(items.size());
+    for (auto* v : {&b_high, &b_low, &i, &m}) v->resize(count * length);
+    for (auto* v : {&m_start, &m_end, &keep}) v->resize(count);
+    reset.resize(count * length);
+    parallel(lanes(), [&](int64_t lane) {
+      double stabilizer = p.m0 == nullptr ? 0.0 : p.m0[lane];
+      for (int64_t x = lane_begin[lane]; x < lane_begin[lane + 1]; ++x) {
+        const Item& item = items[x];
+        m_start[x] = static_cast<float>(stabilizer);
+        double b = 0.0;
+        for (int64_t t = 0; t < length; ++t) {
+          const int64_t at = x * length + t;
+          float input = -std::numeric_limits<float>::infinity();
+          double forget = 0.0;
+          if (t < item.tokens) {
+            input = load_gate(p.i, p.gate_dtype, gate_index(p.i, item, t));
+            forget = log_sigmoid(load_gate(p.f, p.gate_dtype, gate_index(p.f, item, t)));
+          }
+          b += forget;
+          const double carried = forget + stabilizer;
+          reset[at] = input >= carried;
+          stabilizer = input >= carried ? input : carried;
+          b_high[at] = static_cast<float>(b);
+          b_low[at] = static_cast<float>(b - b_high[at]);
+          i[at] = input;
+          m[at] = static_cast<float>(stabilizer);
+        }
+        m_end[x] = static_cast<float>(stabilizer);
+        keep[x] = static_cast<float>(std::exp(b + m_start[x] - m_end[x]));
+      }
+    });
+  }
+};
+
+// Scratch that both directions need for the states at the chunks' starts.
+struct StateScratch {
+  float *k, *weighted_k, *update, *n_update, *n_start, *carry_c[2], *carry_n[2];
+  std::vector<char> finite;
+
+  void reserve(Scratch& scratch, const MlstmProblem& p, int64_t length, int64_t items) {
+    scratch.reserve(&k, items * length * p.dqk);
+    scratch.reserve(&weighted_k, items * length * p.dqk);
+    scratch.reserve(&update, items * p.dqk * p.dv);
+    scratch.reserve(&n_update, items * p.dqk);
+    scratch.reserve(&n_start, items * p.dqk);
+    for (int x = 0; x < 2; ++x) {
+      scratch.reserve(&carry_c[x], p.dqk * p.dv);
+      scratch.reserve(&carry_n[x], p.dqk);
+    }
+    finite.resize(items);
+  }
+};
+
+// y (rows of `to`) += p^T z or p z where z is not finite everywhere and p's zeros must stay zeros.
+void guarded_update(float* to, const float* weighted, const float* z, int64_t length, int64_t dqk, int64_t dv) {
+  std::memset(to, 0, sizeof(float) * dqk * dv);
+  for (int64_t t = 0; t < length; ++t) {
+    for (int64_t r = 0; r < dqk; ++r) {
+      const float weight = weighted[t * dqk + r];
+      if (weight == 0.0f) continue;
+      for (int64_t c = 0; c < dv; ++c) to[r * dv + c] += weight * z[t * dv + c];
+    }
+  }
+}
+
+// The states at the starts of the segment's items into `slots` (c, slot_stride apart), from the items' k and v. The
+// lane that the segment's start cuts begins with carry_in, the one that its end cuts leaves its state in carry_out.
+void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t end, const Matrices& v, float* slots,
+                    int64_t slot_stride, int carry_in, float* c_last, float* n_last) {
+  const MlstmProblem& p = plan.p;
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t count = end - begin, length = plan.length, state = p.dqk * p.dv;
+  parallel(count, [&](int64_t x) {
+    const Item& item = plan.items[begin + x];
+    float* k = s.k + x * length * p.dqk;
+    const bool k_finite =
+        kernels.pack(k, plan.rows(p.k, item), p.dtype, p.k.seq, item.tokens, p.dqk, length);
+    float* rows = v.data + x * v.batch_stride;
+    const bool v_finite =
+        kernels.pack(rows, plan.rows(p.v, item), p.dtype, p.v.seq, item.tokens, p.dv, length);
+    s.finite[x] = k_finite && v_finite;
+    std::vector<float> weight(length);
+    kernels.end_weights(weight.data(), plan.gates(begin + x));
+    float* n_update = s.n_update + x * p.dqk;
+    std::memset(n_update, 0, sizeof(float) * p.dqk);
+    kernels.weight_rows(s.weighted_k + x * length * p.dqk, p.dqk, k, weight.data(), weight.data(), n_update, length,
+                        p.dqk);
+  });
+  multiply(dense(s.update, p.dqk, p.dv), dense(s.weighted_k, length, p.dqk).transposed(), v, count);
+  for (int64_t x = 0; x < count; ++x) {
+    if (s.finite[x]) continue;
+    guarded_update(s.update + x * state, s.weighted_k + x * length * p.dqk, v.data + x * v.batch_stride, length, p.dqk,
+                   p.dv);
+  }
+
+  const std::vector<Run> runs = plan.runs(begin, end);
+  const int carry_out = carry_in ^ 1;
+  parallel(static_cast<int64_t>(runs.size()) * p.dqk, [&](int64_t task) {
+    const Run& run = runs[task / p.dqk];
+    const int64_t r = task % p.dqk;
+    const Item &first = plan.items[begin + run.begin], &last = plan.items[begin + run.begin + run.count - 1];
+    std::vector<float> row(p.dv, 0.0f);
+    if (!first.lane_begin) {
+      std::copy_n(s.carry_c[carry_in] + r * p.dv, p.dv, row.data());
+    } else if (p.c0 != nullptr) {
+      std::copy_n(p.c0 + first.lane * state + r * p.dv, p.dv, row.data());
+    }
+    kernels.scan_row(row.data(), slots + run.begin * slot_stride + r * p.dv, slot_stride,
+                     s.update + run.begin * state + r * p.dv, state, &plan.keep[begin + run.begin], run.count, p.dv);
+    if (!last.lane_end) {
+      std::copy_n(row.data(), p.dv, s.carry_c[carry_out] + r * p.dv);
+    } else if (c_last != nullptr) {
+      std::copy_n(row.data(), p.dv, c_last + first.lane * state + r * p.dv);
+    }
+  });
+  for (const Run& run : runs) {
+    const Item &first = plan.items[begin + run.begin], &last = plan.items[begin + run.begin + run.count - 1];
+    std::vector<float> n(p.dqk, 0.0f);
+    if (!first.lane_begin) {
+      std::copy_n(s.carry_n[carry_in], p.dqk, n.data());
+    } else if (p.n0 != nullptr) {
+      std::copy_n(p.n0 + first.lane * p.dqk, p.dqk, n.data());
+    }
+    kernels.scan_row(n.data(), s.n_start + run.begin * p.dqk, p.dqk, s.n_update + run.begin * p.dqk, p.dqk,
+                     &plan.keep[begin + run.begin], run.count, p.dqk);
+    if (!last.lane_end) {
+      std::copy_n(n.data(), p.dqk, s.carry_n[carry_out]);
+    } else if (n_last != nullptr) {
+      std::copy_n(n.data(), p.dqk, n_last + first.lane * p.dqk);
+    }
+  }
+}
+
+int64_t items_per_segment(int64_t floats_per_item, int64_t items) {
+  const int64_t fit = segment_bytes / static_cast<int64_t>(sizeof(float)) / floats_per_item;
+  return std::clamp(fit, std::min<int64_t>(items, 2 * torch::stable::get_num_threads()), std::max<int64_t>(items, 1));
+}
+
+}  // namespace
+
+void mlstm_forward(const MlstmForward& params) {
+  const Plan plan(params.p);
+  const MlstmProblem& p = plan.p;
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t length = plan.length, count = static_cast<int64_t>(plan.items.size());
+  const int64_t inner = length + p.dqk;  // h = [W | weighted q] [v; c]
+  const int64_t per_segment =
+      items_per_segment(3 * length * p.dqk + 2 * length * inner + 2 * inner * p.dv + 2 * p.dqk, count);
+
+  StateScratch states;
+  Scratch scratch;
+  float *q, *qk, *left, *right, *h, *s, *inv_d;
+  states.reserve(scratch, p, length, per_segment);
+  scratch.reserve(&q, per_segment * length * p.dqk);
+  scratch.reserve(&qk, per_segment * length * length);
+  scratch.reserve(&left, per_segment * length * inner);
+  scratch.reserve(&right, per_segment * inner * p.dv);
+  scratch.reserve(&h, per_segment * length * p.dv);
+  scratch.reserve(&s, per_segment * length);
+  scratch.reserve(&inv_d, per_segment * length);
+  scratch.allocate();
+
+  int carry_in = 0;
+  for (int64_t begin = 0; begin < count; begin += per_segment, carry_in ^= 1) {
+    const int64_t end = std::min(begin + per_segment, count), items = end - begin;
+    const Matrices v{right, inner * p.dv, length, p.dv, p.dv, 1};
+    segment_states(plan, states, begin, end, v, right + length * p.dv, inner * p.dv, carry_in, params.c_last,
+                   params.n_last);
+    parallel(items, [&](int64_t x) {
+      const Item& item = plan.items[begin + x];
+      kernels.pack(q + x * length * p.dqk, plan.rows(p.q, item), p.dtype, p.q.seq, item.tokens, p.dqk, length);
+    });
+    multiply(dense(qk, length, length), dense(q, length, p.dqk), dense(states.k, length, p.dqk).transposed(), items);
+    parallel(items, [&](int64_t x) {
+      const ChunkGates gates = plan.gates(begin + x);
+      std::vector<float> weight(length);
+      const std::vector<float> none(length, 0.0f);
+      kernels.start_weights(weight.data(), gates);
+      for (float& w : weight) w *= p.scale;
+      float* a = left + x * length * inner;
+      const float* rows = q + x * length * p.dqk;
+      kernels.weight_rows(a + length, inner, rows, weight.data(), none.data(), nullptr, length, p.dqk);
+      kernels.forward_tile(a, inner, qk + x * length * length, gates, p.scale, p.eps, weight.data(), rows,
+                           states.n_start + x * p.dqk, p.dqk, s + x * length, inv_d + x * length);
+    });
+    multiply(dense(h, length, p.dv), dense(left, length, inner), dense(right, inner, p.dv), items);
+    parallel(items, [&](int64_t x) {
+      const Item& item = plan.items[begin + x];
+      float* rows = h + x * length * p.dv;
+      if (!states.finite[x]) {
+        const float *a = left + x * length * inner, *z = right + x * inner * p.dv;
+        kernels.guarded_product(rows, a, inner, z, false, length, p.dv);
+        for (int64_t t = 0; t < length; ++t) {
+          for (int64_t r = 0; r < p.dqk; ++r) {
+            const float weight = a[t * inner + length + r];
+            if (weight == 0.0f) continue;
+            for (int64_t c = 0; c < p.dv; ++c) rows[t * p.dv + c] += weight * z[(length + r) * p.dv + c];
+          }
+        }
+      }
+      kernels.unpack(plan.output_rows(params.h, item, p.dv), p.dtype, p.heads * p.dv, rows, inv_d + x * length,
+                     item.tokens, p.dv);
+      for (int64_t t = 0; t < item.tokens; ++t) {
+        const int64_t at = (item.row * p.seq + item.first + t) * p.heads + item.head;
+        params.s[at] = s[x * length + t];
+        params.m[at] = plan.m[(begin + x) * length + t];
+      }
+    });
+  }
+  if (params.c_last == nullptr) return;
+  for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
+    params.m_last[lane] = plan.last_m(lane);
+    if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;  // an empty sequence keeps its state
+    const int64_t state = p.dqk * p.dv;
+    if (p.c0 != nullptr) {
+      std::copy_n(p.c0 + lane * state, state, params.c_last + lane * state);
+      std::copy_n(p.n0 + lane * p.dqk, p.dqk, params.n_last + lane * p.dqk);
+    } else {
+      std::fill_n(params.c_last + lane * state, state, 0.0f);
+      std::fill_n(params.n_last + lane * p.dqk, p.dqk, 0.0f);
+    }
+  }
+}
+
+namespace {
+
+// Per token sums that the gates' gradients are made of, [items][length]; q_dq and k_dk are the shares that cross the
+// chunk's boundary, row and column the shares from within it.
+struct GateSums {
+  std::vector<float> q_dq, k_dk, row, column, e;
+  std::vector<double> through;  // [items] keep (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
+
+  explicit GateSums(const Plan& plan) : through(plan.items.size(), 0.0) {
+    for (auto* v : {&q_dq, &k_dk, &row, &column, &e}) v->resize(plan.items.size() * plan.length);
+  }
+};
+
+void store_gate(void* gate, DType dtype, int64_t index, double value) {
+  const float x = static_cast<float>(value);
+  if (dtype == DType::float32) {
+    static_cast<float*>(gate)[index] = x;
+  } else {
+    vector_kernels().unpack(static_cast<uint16_t*>(gate) + index, dtype, 1, &x, nullptr, 1, 1);
+  }
+}
+
+// dlf_t sums X S over the pairs j < t <= u by where they lie: both outside the chunk (through), j before it (q . dq
+// from t on), u behind it (k . dk before t), both within. The stabilizer's path walks back over the whole lane.
+void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward& params) {
+  const MlstmProblem& p = plan.p;
+  const int64_t length = plan.length;
+  parallel(plan.lanes(), [&](int64_t lane) {
+    const int64_t begin = plan.lane_begin[lane], end = plan.lane_begin[lane + 1];
+    double a = params.dm_last == nullptr ? 0.0 : params.dm_last[lane];
+    for (int64_t x = end - 1; x >= begin; --x) {
+      const Item& item = plan.items[x];
+      const int64_t at = x * length;
+      double crossing_k = 0.0;
+      for (int64_t t = 0; t < length; ++t) crossing_k += sums.k_dk[at + t];
+      if (x == end - 1) a -= sums.through[x] + crossing_k;  // <c, dc> + <n, dn> of the final state
+      double later = sums.through[x], earlier = crossing_k;
+      for (int64_t t = length - 1; t >= 0; --t) {
+        later += static_cast<double>(sums.q_dq[at + t]) + sums.row[at + t] - sums.column[at + t];
+        earlier -= sums.k_dk[at + t];
+        a += sums.e[at + t];
+        double di = static_cast<double>(sums.k_dk[at + t]) + sums.column[at + t], dlf = later + earlier;
+        if (plan.reset[at + t]) {
+          di += a;
+          a = 0.0;
+        } else {
+          dlf += a;
+        }
+        if (t >= item.tokens) continue;
+        const int64_t out = (item.row * p.seq + item.first + t) * p.heads + item.head;
+        const float f = load_gate(p.f, p.gate_dtype, plan.gate_index(p.f, item, t));
+        const double slope = 1.0 / (1.0 + std::exp(static_cast<double>(f)));
+        store_gate(params.di, p.gate_dtype, out, di);
+        store_gate(params.df, p.gate_dtype, out, slope == 0.0 ? 0.0 : dlf * slope);
+      }
+      if (x == begin) {  // <c, dc> + <n, dn> of the initial state
+        a += sums.through[x];
+        for (int64_t t = 0; t < length; ++t) a += sums.q_dq[at + t];
+      }
+    }
+    if (params.dm0 != nullptr) params.dm0[lane] = static_cast<float>(a);
+  });
+}
+
+}  // namespace
+
+void mlstm_backward(const MlstmBackward& params) {
+  const Plan plan(params.p);
+  const MlstmProblem& p = plan.p;
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t length = plan.length, count = static_cast<int64_t>(plan.items.size()), state = p.dqk * p.dv;
+  const int64_t tile = length * length;
+  const int64_t per_segment = items_per_segment(7 * length * p.dqk + 4 * length * p.dv + 4 * tile + 3 * state, count);
+  const int64_t segments = count == 0 ? 0 : (count + per_segment - 1) / per_segment;
+
+  StateScratch states;
+  Scratch scratch;
+  float *q, *v, *dh, *c, *dc, *qk, *gv, *x_tile, *w_tile, *c_dh, *x_k, *x_q, *dc_v, *w_dh, *dc_k, *dn_end, *dn_update;
+  float *carry_dc[2], *carry_dn[2];
+  states.reserve(scratch, p, length, per_segment);
+  for (float** rows : {&q, &c_dh, &x_k, &x_q, &dc_v}) scratch.reserve(rows, per_segment * length * p.dqk);
+  for (float** rows : {&v, &dh, &w_dh, &dc_k}) scratch.reserve(rows, per_segment * length * p.dv);
+  for (float** tiles : {&qk, &gv, &x_tile, &w_tile}) scratch.reserve(tiles, per_segment * tile);
+  for (float** matrices : {&c, &dc}) scratch.reserve(matrices, per_segment * state);
+  for (float** vectors : {&dn_end, &dn_update}) scratch.reserve(vectors, per_segment * p.dqk);
+  for (int x = 0; x < 2; ++x) {
+    scratch.reserve(&carry_dc[x], state);
+    scratch.reserve(&carry_dn[x], p.dqk);
+  }
+  // Per token of the segment: weights of the state's terms, 1 / d, delta.
+  float *end_weight, *start_weight, *start_over_d, *start_delta, *inv_d, *delta, *s;
+  for (float** tokens : {&end_weight, &start_weight, &start_over_d, &start_delta, &inv_d, &delta, &s}) {
+    scratch.reserve(tokens, per_segment * length);
+  }
+  scratch.allocate();
+  const Matrices v_rows = dense(v, length, p.dv), dh_rows = dense(dh, length, p.dv), c_slots = dense(c, p.dqk, p.dv),
+                 dc_slots = dense(dc, p.dqk, p.dv), k_rows = dense(states.k, length, p.dqk),
+                 q_rows = dense(q, length, p.dqk);
+
+  // States at the segments' starts.
+  std::vector<float> saved(std::max<int64_t>(segments - 1, 0) * (state + p.dqk));
+  for (int64_t segment = 0; segment + 1 < segments; ++segment) {
+    const int carry_in = segment % 2;
+    const int64_t begin = segment * per_segment;
+    segment_states(plan, states, begin, begin + per_segment, v_rows, c, state, carry_in, nullptr, nullptr);
+    float* to = saved.data() + segment * (state + p.dqk);
+    std::copy_n(states.carry_c[carry_in ^ 1], state, to);
+    std::copy_n(states.carry_n[carry_in ^ 1], p.dqk, to + state);
+  }
+
+  GateSums sums(plan);
+  std::vector<char> finite(per_segment);
+  int carry_in = 0;
+  for (int64_t segment = segments - 1; segment >= 0; --segment, carry_in ^= 1) {
+    const int64_t begin = segment * per_segment, end = std::min(begin + per_segment, count), items = end - begin;
+    if (segment > 0) {
+      const float* from = saved.data() + (segment - 1) * (state + p.dqk);
+      std::copy_n(from, state, states.carry_c[0]);
+      std::copy_n(from + state, p.dqk, states.carry_n[0]);
+    }
+    segment_states(plan, states, begin, end, v_rows, c, state, 0, nullptr, nullptr);
+    parallel(items, [&](int64_t x) {
+      const Item& item = plan.items[begin + x];
+      const bool q_finite =
+          kernels.pack(q + x * length * p.dqk, plan.rows(p.q, item), p.dtype, p.q.seq, item.tokens, p.dqk, length);
+      const bool dh_finite = kernels.pack(dh + x * length * p.dv, plan.rows(params.dh, item), p.dtype, params.dh.seq,
+                                          params.dh.data == nullptr ? 0 : item.tokens, p.dv, length);
+      finite[x] = states.finite[x] && q_finite && dh_finite;
+    });
+    multiply(dense(qk, length, length), q_rows, k_rows.transposed(), items);
+    multiply(dense(gv, length, length), dh_rows, v_rows.transposed(), items);
+    multiply(dense(c_dh, length, p.dqk), dh_rows, c_slots.transposed(), items);
+
+    parallel(items, [&](int64_t x) {
+      const Item& item = plan.items[begin + x];
+      const ChunkGates gates = plan.gates(begin + x);
+      const int64_t at = x * length, global = (begin + x) * length;
+      for (int64_t t = 0; t < length; ++t) {
+        const int64_t token = (item.row * p.seq + item.first + t) * p.heads + item.head;
+        const bool inside = t < item.tokens;
+        s[at + t] = inside ? params.s[token] : 0.0f;
+        const float floor = std::exp(-plan.m[global + t]);
+        inv_d[at + t] = !inside ? 0.0f : 1.0f / (std::max(floor, std::fabs(s[at + t])) + p.eps);
+        if (std::isnan(s[at + t])) inv_d[at + t] = s[at + t];
+      }
+      kernels.end_weights(end_weight + at, gates);
+      kernels.start_weights(start_weight + at, gates);
+      std::vector<float> across(length);
+      kernels.row_dots(across.data(), q + at * p.dqk, c_dh + at * p.dqk, length, p.dqk);
+      for (int64_t t = 0; t < length; ++t) {
+        start_weight[at + t] *= p.scale;
+        start_over_d[at + t] = start_weight[at + t] * inv_d[at + t];
+        across[t] = start_over_d[at + t] == 0.0f ? 0.0f : start_over_d[at + t] * across[t];
+      }
+      kernels.backward_tile(x_tile + x * tile, w_tile + x * tile, qk + x * tile, gv + x * tile, gates, p.scale, p.eps,
+                            inv_d + at, s + at, across.data(), delta + at, &sums.e[global], &sums.row[global],
+                            &sums.column[global]);
+      for (int64_t t = 0; t < length; ++t) start_delta[at + t] = start_weight[at + t] * delta[at + t];
+      float* n_update = dn_update + x * p.dqk;
+      std::memset(n_update, 0, sizeof(float) * p.dqk);
+      kernels.weight_rows(states.weighted_k + at * p.dqk, p.dqk, q + at * p.dqk, start_over_d + at, start_delta + at,
+                          n_update, length, p.dqk);
+    });
+
+    // The states' gradients at the chunks' ends, from the last to the first.
+    multiply(dense(states.update, p.dqk, p.dv), dense(states.weighted_k, length, p.dqk).transposed(), dh_rows, items);
+    const std::vector<Run> runs = plan.runs(begin, end);
+    std::vector<double> through(items * p.dqk, 0.0);  // [row][item]
+    const int carry_out = carry_in ^ 1;
+    parallel(static_cast<int64_t>(runs.size()) * p.dqk, [&](int64_t task) {
+      const Run& run = runs[task / p.dqk];
+      const int64_t r = task % p.dqk;
+      const Item &first = plan.items[begin + run.begin], &last = plan.items[begin + run.begin + run.count - 1];
+      std::vector<float> row(p.dv, 0.0f);
+      if (!last.lane_end) {
+        std::copy_n(carry_dc[carry_in] + r * p.dv, p.dv, row.data());
+      } else if (params.dc_last != nullptr) {
+        std::copy_n(params.dc_last + last.lane * state + r * p.dv, p.dv, row.data());
+      }
+      const int64_t offset = run.begin * state + r * p.dv;
+      kernels.scan_row_back(row.data(), dc + offset, state, states.update + offset, state,
+                            &plan.keep[begin + run.begin], c + offset, state, &through[r * items + run.begin],
+                            run.count, p.dv);
+      if (!first.lane_begin) {
+        std::copy_n(row.data(), p.dv, carry_dc[carry_out] + r * p.dv);
+      } else if (params.dc0 != nullptr) {
+        std::copy_n(row.data(), p.dv, params.dc0 + first.lane * state + r * p.dv);
+      }
+    });
+    for (const Run& run : runs) {
+      const Item &first = plan.items[begin + run.begin], &last = plan.items[begin + run.begin + run.count - 1];
+      std::vector<float> n(p.dqk, 0.0f);
+      if (!last.lane_end) {
+        std::copy_n(carry_dn[carry_in], p.dqk, n.data());
+      } else if (params.dn_last != nullptr) {
+        std::copy_n(params.dn_last + last.lane * p.dqk, p.dqk, n.data());
+      }
+      const int64_t offset = run.begin * p.dqk;
+      kernels.scan_row_back(n.data(), dn_end + offset, p.dqk, dn_update + offset, p.dqk, &plan.keep[begin + run.begin],
+                            states.n_start + offset, p.dqk, &sums.through[begin + run.begin], run.count, p.dqk);
+      if (!first.lane_begin) {
+        std::copy_n(n.data(), p.dqk, carry_dn[carry_out]);
+      } else if (params.dn0 != nullptr) {
+        std::copy_n(n.data(), p.dqk, params.dn0 + first.lane * p.dqk);
+      }
+    }
+    for (int64_t r = 0; r < p.dqk; ++r) {
+      for (int64_t x = 0; x < items; ++x) sums.through[begin + x] += through[r * items + x];
+    }
+
+    multiply(dense(x_k, length, p.dqk), dense(x_tile, length, length), k_rows, items);
+    multiply(dense(x_q, length, p.dqk), dense(x_tile, length, length).transposed(), q_rows, items);
+    multiply(dense(dc_v, length, p.dqk), v_rows, dc_slots.transposed(), items);
+    multiply(dense(w_dh, length, p.dv), dense(w_tile, length, length).transposed(), dh_rows, items);
+    multiply(dense(dc_k, length, p.dv), k_rows, dc_slots, items);
+    parallel(items, [&](int64_t x) {
+      const Item& item = plan.items[begin + x];
+      const int64_t at = x * length, global = (begin + x) * length;
+      const std::vector<float> none(std::max({length, p.dqk, p.dv}), 0.0f);
+      std::vector<float> unused(length);
+      float *dq_rows = x_k + at * p.dqk, *dk_rows = x_q + at * p.dqk, *dv_rows = w_dh + at * p.dv;
+      const float *q_item = q + at * p.dqk, *k_item = states.k + at * p.dqk, *dh_item = dh + at * p.dv;
+      if (!finite[x]) {
+        kernels.guarded_product(dq_rows, x_tile + x * tile, length, k_item, false, length, p.dqk);
+        kernels.guarded_product(dk_rows, x_tile + x * tile, length, q_item, true, length, p.dqk);
+        kernels.guarded_product(dv_rows, w_tile + x * tile, length, dh_item, true, length, p.dv);
+      }
+      kernels.add_state_term(dq_rows, c_dh + at * p.dqk, start_over_d + at, start_delta + at,
+                             states.n_start + x * p.dqk, q_item, &sums.q_dq[global], length, p.dqk);
+      kernels.add_state_term(dk_rows, dc_v + at * p.dqk, end_weight + at, end_weight + at, dn_end + x * p.dqk, k_item,
+                             &sums.k_dk[global], length, p.dqk);
+      kernels.add_state_term(dv_rows, dc_k + at * p.dv, end_weight + at, none.data(), none.data(), dv_rows,
+                             unused.data(), length, p.dv);
+      kernels.unpack(plan.output_rows(params.dq, item, p.dqk), p.dtype, p.heads * p.dqk, dq_rows, nullptr, item.tokens,
+                     p.dqk);
+      kernels.unpack(plan.output_rows(params.dk, item, p.dqk), p.dtype, p.heads * p.dqk, dk_rows, nullptr, item.tokens,
+                     p.dqk);
+      kernels.unpack(plan.output_rows(params.dv, item, p.dv), p.dtype, p.heads * p.dv, dv_rows, nullptr, item.tokens,
+                     p.dv);
+    });
+  }
+  gate_gradients(plan, sums, params);
+  if (params.dc0 == nullptr) return;
+  for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
+    if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;  // an empty sequence passes its gradient on
+    const auto pass = [&](float* to, const float* from, int64_t size) {
+      if (from != nullptr) std::copy_n(from + lane * size, size, to + lane * size);
+      else std::fill_n(to + lane * size, size, 0.0f);
+    };
+    pass(params.dc0, params.dc_last, state);
+    pass(params.dn0, params.dn_last, p.dqk);
+  }
+}
+
+}  // namespace flash_xlstm::cpu

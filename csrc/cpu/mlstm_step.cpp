@@ -1,0 +1,31 @@
+// One token of the mLSTM on the CPU: a task for each row and head, which reads and writes its state once.
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/vector_kernels.h"
+
+namespace flash_xlstm::cpu {
+
+void mlstm_step(const MlstmStep& p) {
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t element_bytes = p.dtype == DType::float32 ? 4 : 2;
+  // At least 16k state elements a thread: below that, waking a thread costs more than it brings.
+  const int64_t grain = 1 + (int64_t{1} << 14) / (p.dqk * p.dv);
+  torch::stable::parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * (p.dqk + p.dv));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / p.heads, head = item % p.heads;
+      const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
+      if (slot < 0) {
+        std::memset(static_cast<char*>(p.h) + item * p.dv * element_bytes, 0, p.dv * element_bytes);
+      } else {
+        kernels.step(p, row, head, slot, scratch.data());
+      }
+    }
+  });
+}
+
+}  // namespace flash_xlstm::cpu
