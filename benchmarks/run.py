@@ -23,7 +23,17 @@ import torch
 
 import flash_xlstm
 
-SUBJECTS = ("mlstm",)
+SUBJECTS = ("mlstm", "cpu_vs_transformers")
+
+
+def _cpu_name() -> str:
+    """As the kernel calls it, where it says; else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, object]:
@@ -33,6 +43,7 @@ def environment() -> dict[str, object]:
         "flash_xlstm": flash_xlstm.build_info(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
     }
     for name in ("triton", "transformers", "numpy"):

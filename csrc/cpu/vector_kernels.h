@@ -9,12 +9,14 @@
 
 namespace flash_xlstm::cpu {
 
-// A chunk's gates, one entry a token, `length` of them (padded with tokens that change nothing).
+// A chunk's gates, one entry a token, `length` of them (padded with tokens that change nothing). The log weight of
+// token j at token t is row_t + column_j, with row = b - m and column = i - b. Each is in two parts, so that sums of
+// large terms which nearly cancel keep float32 precision.
 struct ChunkGates {
   int64_t length;
-  const float *b_high, *b_low;  // cumulative log forget gate, in two parts so that differences keep float32 precision
-  const float *i, *m;
-  float m_start, m_end;
+  const float *row_high, *row_low, *column_high, *column_low;
+  const float* m;
+  float m_start;
 };
 
 struct VectorKernels {
@@ -26,40 +28,48 @@ struct VectorKernels {
   void (*unpack)(void* to, DType dtype, int64_t stride, const float* from, const float* factor, int64_t rows,
                  int64_t columns);
 
-  // weight_j = exp(b_end - b_j + i_j - m_end): what token j adds to the state at the chunk's end.
+  // weight_j = D_Tj, T the chunk's last token: what token j adds to the state at the chunk's end.
   void (*end_weights)(float* weight, const ChunkGates& g);
   // start_t = exp(b_t + m_start - m_t): what the state at the chunk's start is worth at token t.
   void (*start_weights)(float* start, const ChunkGates& g);
-  // to = weight[row] * from (a weight of 0 gives 0 whatever is there); sum (columns) += sum of sum_weight[row] * from.
-  void (*weight_rows)(float* to, int64_t to_stride, const float* from, const float* weight, const float* sum_weight,
-                      float* sum, int64_t rows, int64_t columns);
+  // to = weight[row] * from (a weight of 0 gives 0 whatever is there).
+  void (*weight_rows)(float* to, int64_t to_stride, const float* from, const float* weight, int64_t rows,
+                      int64_t columns);
+  // sum (columns) = sum over the rows of weight[row] * from.
+  void (*weighted_sum)(float* sum, const float* from, const float* weight, int64_t rows, int64_t columns);
 
-  // Forward tile. In: qk = q k^T (length x length), state_weight_t = scale start_t, q, n. Out: a_t = W_tj, in rows of
-  // a_stride; s; inv_d = 1 / (max(|s|, exp(-m)) + eps).
-  void (*forward_tile)(float* a, int64_t a_stride, const float* qk, const ChunkGates& g, float scale, float eps,
-                       const float* state_weight, const float* q, const float* n, int64_t dqk, float* s, float* inv_d);
+  // n, in float64, through the chunk's tokens; s_t = scale q_t . n_t where q is given. s is a cancelling sum that
+  // divides everything; this way its error is that of its inputs. `weights` holds 2 length doubles.
+  void (*normalizer)(double* n, float* s, const float* q, const float* k, const ChunkGates& g, double scale,
+                     int64_t dqk, double* weights);
+  // inv_d = 1 / (max(|s|, exp(-m)) + eps).
+  void (*inverse_normalizer)(float* inv_d, const float* s, const float* m, float eps, int64_t count);
 
-  // Backward tile. In: qk, gv = dh v^T, inv_d, s, and across_t = scale start_t / d_t q_t . (c dh_t), the part of u that
-  // comes through the state. Out: x_tj = scale D (gv / d + delta), w_tj = scale D qk / d, both zero above the diagonal;
-  // delta, e; row_sum, col_sum of x qk.
+  // qk = q k^T (length x length) becomes W_tj in rows of w_stride, zero above the diagonal.
+  void (*forward_tile)(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale);
+
+  // Backward tile. In: qk, gv = dh v^T, inv_d, s, and what comes through the state at the chunk's start:
+  // across_t = scale start_t / d_t q_t . (c dh_t), its part of u, and across_n_t = scale start_t / d_t q_t . n, its
+  // part of s / d. Out: x_tj = scale D (gv / d + delta), w_tj = scale D qk / d, both zero above the diagonal; delta, e;
+  // within_t = sum of x qk over the pairs j < t <= u, column_j = sum over u >= j.
   void (*backward_tile)(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale,
-                        float eps, const float* inv_d, const float* s, const float* across, float* delta, float* e,
-                        float* row_sum, float* col_sum);
+                        float eps, const float* inv_d, const float* s, const float* across, const float* across_n,
+                        float* delta, float* e, float* within, float* column);
 
-  // sums[row] = sum over columns of a * b.
-  void (*row_dots)(float* sums, const float* a, const float* b, int64_t rows, int64_t columns);
+  // sums[row] = sum over columns of a * b, rows of b b_stride apart.
+  void (*row_dots)(float* sums, const float* a, const float* b, int64_t b_stride, int64_t rows, int64_t columns);
   // y[row] += weight[row] * x[row] + n_weight[row] * n;  sums[row] = with[row] . (what was added).
   void (*add_state_term)(float* y, const float* x, const float* weight, const float* n_weight, const float* n,
                          const float* with, float* sums, int64_t rows, int64_t columns);
 
-  // One row of the state through `count` chunks: slot[r] (slot_stride apart) = state; state = keep[r] state + update[r].
-  void (*scan_row)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-                   const float* keep, int64_t count, int64_t columns);
+  // A piece of the state through `count` chunks: slot[r] (slot_stride apart) = state; state = keep[r] state + update[r].
+  void (*scan)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
+               const double* keep, int64_t count, int64_t size);
   // The same from the last chunk to the first, for the state's gradient; through[r] += keep[r] <start[r], state>
   // before the update, start[r] being the state at chunk r's start.
-  void (*scan_row_back)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-                        const float* keep, const float* start, int64_t start_stride, double* through, int64_t count,
-                        int64_t columns);
+  void (*scan_back)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
+                    const double* keep, const float* start, int64_t start_stride, double* through, int64_t count,
+                    int64_t size);
 
   // y[row] = sum over the columns c of `p` that count (c <= row, or c >= row with upper) and are not 0 of
   // p[row][c] z[c]: the product for a z that is not finite everywhere.

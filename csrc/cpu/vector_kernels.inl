@@ -45,6 +45,32 @@ inline float exponential(float x) {
   return x != x ? x : x > 88.73f ? infinity : y;
 }
 
+// exp in float64, to a few units in the 14th place, for x <= 1; 0 below -700.
+inline double exponential(double x) {
+  constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the integer in the low bits
+  const double shifted = x < -700.0 ? -700.0 : x;
+  const double biased = shifted * 1.4426950408889634 + to_integer;
+  int64_t n;
+  std::memcpy(&n, &biased, 8);
+  const double r = (shifted - (biased - to_integer) * 0.6931471803691238) - (biased - to_integer) * 1.9082149292705877e-10;
+  double p = 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  const uint64_t bits = (static_cast<uint64_t>(n) + 1023u) << 52;
+  double power;
+  std::memcpy(&power, &bits, 8);
+  return x != x ? x : x < -700.0 ? 0.0 : p * power;
+}
+
 inline float hyperbolic_tangent(float x) {
   const float a = absolute(x), square = x * x;
   float p = -5.70498872745e-3f;
@@ -166,21 +192,22 @@ void unpack(void* to, DType dtype, int64_t stride, const float* from, const floa
 
 // --- gates ---------------------------------------------------------------------------------------------------------
 
-void end_weights(float* weight, const ChunkGates& g) {
-  const float high = g.b_high[g.length - 1], low = g.b_low[g.length - 1], m = g.m_end;
-  for (int64_t j = 0; j < g.length; ++j) {
-    weight[j] = exponential((high - g.b_high[j]) + (low - g.b_low[j]) + (g.i[j] - m));
-  }
+// Row t of D for the first `count` tokens.
+inline void decay_row(float* d, const ChunkGates& g, int64_t t, int64_t count) {
+  const float high = g.row_high[t], low = g.row_low[t];
+  for (int64_t j = 0; j < count; ++j) d[j] = exponential((high + g.column_high[j]) + (low + g.column_low[j]));
 }
+
+void end_weights(float* weight, const ChunkGates& g) { decay_row(weight, g, g.length - 1, g.length); }
 
 void start_weights(float* start, const ChunkGates& g) {
-  for (int64_t t = 0; t < g.length; ++t) start[t] = exponential(g.b_high[t] + (g.m_start - g.m[t]) + g.b_low[t]);
+  const float m_start = g.m_start;
+  for (int64_t t = 0; t < g.length; ++t) start[t] = exponential((g.row_high[t] + m_start) + g.row_low[t]);
 }
 
-void weight_rows(float* to, int64_t to_stride, const float* from, const float* weight, const float* sum_weight,
-                 float* sum, int64_t rows, int64_t columns) {
+void weight_rows(float* to, int64_t to_stride, const float* from, const float* weight, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float w = weight[r], s = sum_weight[r];
+    const float w = weight[r];
     float* out = to + r * to_stride;
     const float* in = from + r * columns;
     if (w == 0.0f) {
@@ -188,92 +215,161 @@ void weight_rows(float* to, int64_t to_stride, const float* from, const float* w
     } else {
       for (int64_t c = 0; c < columns; ++c) out[c] = w * in[c];
     }
-    if (s != 0.0f) {
-      for (int64_t c = 0; c < columns; ++c) sum[c] += s * in[c];
-    }
   }
 }
 
-// Row t of D: exp(b_t - b_j + i_j - m_t) for j <= t.
-inline void decay_row(float* d, const ChunkGates& g, int64_t t) {
-  const float high = g.b_high[t], low = g.b_low[t], m = g.m[t];
-  for (int64_t j = 0; j <= t; ++j) d[j] = exponential((high - g.b_high[j]) + (low - g.b_low[j]) + (g.i[j] - m));
+void weighted_sum(float* sum, const float* from, const float* weight, int64_t rows, int64_t columns) {
+  std::memset(sum, 0, sizeof(float) * columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float w = weight[r];
+    if (w == 0.0f) continue;
+    const float* in = from + r * columns;
+    for (int64_t c = 0; c < columns; ++c) sum[c] += w * in[c];
+  }
 }
 
-void forward_tile(float* a, int64_t a_stride, const float* qk, const ChunkGates& g, float scale, float eps,
-                  const float* state_weight, const float* q, const float* n, int64_t dqk, float* s, float* inv_d) {
-  const int64_t length = g.length;
-  for (int64_t t = 0; t < length; ++t) {
-    float* row = a + t * a_stride;
-    const float* product = qk + t * length;
-    decay_row(row, g, t);
-    LaneSum sum;
+// --- the normalizer ------------------------------------------------------------------------------------------------
+
+void normalizer(double* n, float* s, const float* q, const float* k, const ChunkGates& g, double scale, int64_t dqk,
+                double* weights) {
+  double *keep = weights, *take = weights + g.length;
+  const auto row = [&](int64_t t) { return static_cast<double>(g.row_high[t]) + g.row_low[t]; };
+  keep[0] = exponential(row(0) + static_cast<double>(g.m_start));
+  for (int64_t t = 1; t < g.length; ++t) keep[t] = exponential(row(t) - row(t - 1));
+  for (int64_t t = 0; t < g.length; ++t) {
+    take[t] = exponential(row(t) + (static_cast<double>(g.column_high[t]) + g.column_low[t]));
+  }
+  constexpr int width = 8;
+  for (int64_t t = 0; t < g.length; ++t) {
+    const double keep_t = keep[t], take_t = take[t];
+    const float* k_row = k + t * dqk;
+    if (take_t == 0.0) {
+      if (keep_t != 1.0) {
+        for (int64_t c = 0; c < dqk; ++c) n[c] *= keep_t;
+      }
+    } else {
+      for (int64_t c = 0; c < dqk; ++c) n[c] = keep_t * n[c] + take_t * static_cast<double>(k_row[c]);
+    }
+    if (q == nullptr) continue;
+    const float* q_row = q + t * dqk;
+    double lane[width] = {};
+    int64_t c = 0;
+    for (; c + width <= dqk; c += width) {
+      for (int x = 0; x < width; ++x) lane[x] += static_cast<double>(q_row[c + x]) * n[c + x];
+    }
+    double sum = 0.0;
+    for (; c < dqk; ++c) sum += static_cast<double>(q_row[c]) * n[c];
+    for (int x = 0; x < width; ++x) sum += lane[x];
+    s[t] = static_cast<float>(scale * sum);
+  }
+}
+
+void inverse_normalizer(float* inv_d, const float* s, const float* m, float eps, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) {
+    const float floor = exponential(-m[t]), size = absolute(s[t]);
+    const float inverse = 1.0f / ((size >= floor ? size : floor) + eps);
+    inv_d[t] = s[t] != s[t] ? s[t] : inverse;
+  }
+}
+
+// --- tiles ---------------------------------------------------------------------------------------------------------
+
+void forward_tile(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale) {
+  for (int64_t t = 0; t < g.length; ++t) {
+    float* row = w + t * w_stride;
+    const float* product = qk + t * g.length;
+    decay_row(row, g, t, t + 1);
     for (int64_t j = 0; j <= t; ++j) row[j] = row[j] == 0.0f ? 0.0f : scale * row[j] * product[j];
-    int64_t j = 0;
-    for (; j + lanes <= t + 1; j += lanes) {
-      for (int x = 0; x < lanes; ++x) sum.lane[x] += row[j + x];
-    }
-    float tail = 0.0f;
-    for (; j <= t; ++j) tail += row[j];
-    std::memset(row + t + 1, 0, sizeof(float) * (length - t - 1));
-    const float weight = state_weight[t];
-    const float across = weight == 0.0f ? 0.0f : weight * dot(q + t * dqk, n, dqk);
-    s[t] = sum.total() + tail + across;
-    const float floor = exponential(-g.m[t]), size = absolute(s[t]);
-    inv_d[t] = 1.0f / ((size >= floor ? size : floor) + eps);
-    if (s[t] != s[t]) inv_d[t] = s[t];
+    std::memset(row + t + 1, 0, sizeof(float) * (g.length - t - 1));
   }
+}
+
+// The sum of a (b - shift) where a is not 0, and the sum of the terms' sizes.
+struct SumAndSize {
+  float sum, size;
+};
+inline SumAndSize shifted_dot(const float* a, const float* b, float shift, int64_t count) {
+  LaneSum sum, size;
+  int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) {
+    for (int x = 0; x < lanes; ++x) {
+      const float term = a[c + x] == 0.0f ? 0.0f : a[c + x] * (b[c + x] - shift);
+      sum.lane[x] += term;
+      size.lane[x] += absolute(term);
+    }
+  }
+  float tail = 0.0f, tail_size = 0.0f;
+  for (; c < count; ++c) {
+    const float term = a[c] == 0.0f ? 0.0f : a[c] * (b[c] - shift);
+    tail += term;
+    tail_size += absolute(term);
+  }
+  return {sum.total() + tail, size.total() + tail_size};
 }
 
 void backward_tile(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale, float eps,
-                   const float* inv_d, const float* s, const float* across, float* delta, float* e, float* row_sum,
-                   float* col_sum) {
+                   const float* inv_d, const float* s, const float* across, const float* across_n, float* delta,
+                   float* e, float* within, float* column) {
   const int64_t length = g.length;
-  std::memset(col_sum, 0, sizeof(float) * length);
   for (int64_t t = 0; t < length; ++t) {
-    float* x_row = x + t * length;
-    float* w_row = w + t * length;
+    float *x_row = x + t * length, *w_row = w + t * length;
     const float *qk_row = qk + t * length, *gv_row = gv + t * length;
-    decay_row(x_row, g, t);
-    const float d = inv_d[t];
-    LaneSum sum;
-    float tail = 0.0f;
-    int64_t j = 0;
-    for (int64_t c = 0; c <= t; ++c) {
-      const float weight = scale * x_row[c];
-      w_row[c] = weight == 0.0f ? 0.0f : weight * d * qk_row[c];
+    const float factor = scale * inv_d[t];
+    decay_row(x_row, g, t, t + 1);
+    for (int64_t j = 0; j <= t; ++j) {
+      x_row[j] = x_row[j] == 0.0f ? 0.0f : x_row[j] * factor;
+      w_row[j] = x_row[j] == 0.0f ? 0.0f : x_row[j] * qk_row[j];
     }
-    for (; j + lanes <= t + 1; j += lanes) {
-      for (int y = 0; y < lanes; ++y) sum.lane[y] += w_row[j + y] == 0.0f ? 0.0f : w_row[j + y] * gv_row[j + y];
-    }
-    for (; j <= t; ++j) tail += w_row[j] == 0.0f ? 0.0f : w_row[j] * gv_row[j];
-    const float u = sum.total() + tail + across[t];  // dh_t . h_t
+    const SumAndSize plain = shifted_dot(w_row, gv_row, 0.0f, t + 1);
+    float u = plain.sum + across[t];  // dh_t . h_t
     const float floor = exponential(-g.m[t]), size = absolute(s[t]);
-    const float slope = -u * d;
-    delta[t] = size >= floor ? (s[t] < 0.0f ? -slope : slope) : 0.0f;
-    e[t] = slope * eps;
-    const float dt = delta[t];
-    LaneSum sums;
-    tail = 0.0f;
-    for (int64_t c = 0; c <= t; ++c) {
-      const float weight = scale * x_row[c];
-      const float value = weight == 0.0f ? 0.0f : weight * (gv_row[c] * d + dt);
-      x_row[c] = value;
-      const float y = value == 0.0f ? 0.0f : value * qk_row[c];
-      col_sum[c] += y;
+    float shift = 0.0f, rest = 0.0f;
+    if (size >= floor) {
+      const float sign = s[t] < 0.0f ? -1.0f : 1.0f;
+      shift = sign * u;
+      // gv - sign(s) u cancels where one token dominates. What u lacks for that to come out right is found from the
+      // differences themselves: the weights w and across_n sum to s / d = sign(s) (1 - eps / d). Only there: where s
+      // is the small difference of large weights, that sum is known less well than u.
+      const SumAndSize shifted = shifted_dot(w_row, gv_row, shift, t + 1);
+      const float across_shifted = across[t] - shift * across_n[t];
+      if (shifted.size + absolute(across_shifted) < plain.size + absolute(across[t])) {
+        const float correction = shifted.sum + across_shifted - u * eps * inv_d[t];
+        rest = sign * correction;
+        u += correction;
+      }
+      delta[t] = -sign * u * inv_d[t];
+    } else {
+      delta[t] = size == size ? 0.0f : size;
     }
-    for (j = 0; j + lanes <= t + 1; j += lanes) {
-      for (int y = 0; y < lanes; ++y) sums.lane[y] += x_row[j + y] == 0.0f ? 0.0f : x_row[j + y] * qk_row[j + y];
-    }
-    for (; j <= t; ++j) tail += x_row[j] == 0.0f ? 0.0f : x_row[j] * qk_row[j];
-    row_sum[t] = sums.total() + tail;
+    e[t] = -u * inv_d[t] * eps;
+    for (int64_t j = 0; j <= t; ++j) x_row[j] = x_row[j] == 0.0f ? 0.0f : x_row[j] * ((gv_row[j] - shift) - rest);
     std::memset(x_row + t + 1, 0, sizeof(float) * (length - t - 1));
     std::memset(w_row + t + 1, 0, sizeof(float) * (length - t - 1));
   }
+  // Rows from the last: column_j holds the sum over the rows seen.
+  std::memset(column, 0, sizeof(float) * length);
+  for (int64_t t = length - 1; t >= 0; --t) {
+    const float *x_row = x + t * length, *qk_row = qk + t * length;
+    LaneSum sum;
+    int64_t j = 0;
+    for (; j + lanes <= t; j += lanes) {
+      for (int y = 0; y < lanes; ++y) {
+        column[j + y] += x_row[j + y] == 0.0f ? 0.0f : x_row[j + y] * qk_row[j + y];
+        sum.lane[y] += column[j + y];
+      }
+    }
+    float tail = 0.0f;
+    for (; j < t; ++j) {
+      column[j] += x_row[j] == 0.0f ? 0.0f : x_row[j] * qk_row[j];
+      tail += column[j];
+    }
+    column[t] += x_row[t] == 0.0f ? 0.0f : x_row[t] * qk_row[t];
+    within[t] = sum.total() + tail;
+  }
 }
 
-void row_dots(float* sums, const float* a, const float* b, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) sums[r] = dot(a + r * columns, b + r * columns, columns);
+void row_dots(float* sums, const float* a, const float* b, int64_t b_stride, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) sums[r] = dot(a + r * columns, b + r * b_stride, columns);
 }
 
 void add_state_term(float* y, const float* x, const float* weight, const float* n_weight, const float* n,
@@ -307,28 +403,28 @@ void add_state_term(float* y, const float* x, const float* weight, const float* 
 
 // --- states --------------------------------------------------------------------------------------------------------
 
-void scan_row(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-              const float* keep, int64_t count, int64_t columns) {
+void scan(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
+          const double* keep, int64_t count, int64_t size) {
   for (int64_t r = 0; r < count; ++r) {
     float* to = slot + r * slot_stride;
     const float* add = update + r * update_stride;
-    const float g = keep[r];
-    for (int64_t c = 0; c < columns; ++c) {
+    const float g = static_cast<float>(keep[r]);
+    for (int64_t c = 0; c < size; ++c) {
       to[c] = state[c];
       state[c] = g * state[c] + add[c];
     }
   }
 }
 
-void scan_row_back(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-                   const float* keep, const float* start, int64_t start_stride, double* through, int64_t count,
-                   int64_t columns) {
+void scan_back(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
+               const double* keep, const float* start, int64_t start_stride, double* through, int64_t count,
+               int64_t size) {
   for (int64_t r = count - 1; r >= 0; --r) {
     float* to = slot + r * slot_stride;
     const float *add = update + r * update_stride, *from = start + r * start_stride;
-    const float g = keep[r];
-    if (g != 0.0f) through[r] += static_cast<double>(g) * dot(from, state, columns);
-    for (int64_t c = 0; c < columns; ++c) {
+    const float g = static_cast<float>(keep[r]);
+    if (g != 0.0f) through[r] += static_cast<double>(g) * dot(from, state, size);
+    for (int64_t c = 0; c < size; ++c) {
       to[c] = state[c];
       state[c] = g * state[c] + add[c];
     }
@@ -439,8 +535,9 @@ void soft_cap(const SoftCap& p, int64_t begin, int64_t end) {
 
 extern const VectorKernels vector_kernels;
 const VectorKernels vector_kernels = {
-    pack,          unpack,   end_weights,    start_weights, weight_rows,   forward_tile,    backward_tile,
-    row_dots,      add_state_term, scan_row, scan_row_back, guarded_product, step,          soft_cap,
+    pack,         unpack,        end_weights, start_weights,  weight_rows, weighted_sum, normalizer, inverse_normalizer,
+    forward_tile, backward_tile, row_dots,    add_state_term, scan,        scan_back,    guarded_product,
+    step,         soft_cap,
 };
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA
