@@ -53,7 +53,7 @@ void multiply(const Matrices& out, const Matrices& a, const Matrices& b, int64_t
   std::array<StableIValue, 3> stack{torch::stable::detail::from(as_tensor(a, count)),
                                     torch::stable::detail::from(as_tensor(b, count)),
                                     torch::stable::detail::from(as_tensor(out, count))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
 }
 
@@ -490,7 +490,8 @@ void mlstm_backward(const MlstmBackward& params) {
 
   StateScratch states;
   Scratch scratch;
-  float *q, *v, *dh, *c, *dc, *qk, *gv, *x_tile, *w_tile, *c_dh, *x_k, *x_q, *dc_v, *w_dh, *dc_k, *dn_end, *dn_update, *n_start;
+  float *q, *v, *dh, *c, *dc, *qk, *gv, *x_tile, *w_tile;
+  float *c_dh, *x_k, *x_q, *dc_v, *w_dh, *dc_k, *dn_end, *dn_update, *n_start;
   float *carry_dc[2], *carry_dn[2];
   states.reserve(scratch, p, length, per_segment);
   for (float** rows : {&q, &c_dh, &x_k, &x_q, &dc_v}) scratch.reserve(rows, per_segment * length * p.dqk);

@@ -62,7 +62,8 @@ struct VectorKernels {
   void (*add_state_term)(float* y, const float* x, const float* weight, const float* n_weight, const float* n,
                          const float* with, float* sums, int64_t rows, int64_t columns);
 
-  // A piece of the state through `count` chunks: slot[r] (slot_stride apart) = state; state = keep[r] state + update[r].
+  // A piece of the state through `count` chunks: slot[r] (slot_stride apart) = state;
+  // state = keep[r] state + update[r].
   void (*scan)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
                const double* keep, int64_t count, int64_t size);
   // The same from the last chunk to the first, for the state's gradient; through[r] += keep[r] <start[r], state>

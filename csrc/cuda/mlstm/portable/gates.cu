@@ -174,8 +174,7 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
   }
 }
 
-template <typename T>
-__global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided dh, const T* h, const float* s) {
+__global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided dh, const float* h, const float* s) {
   const Layout& l = w.layout;
   const int64_t item = blockIdx.x;
   const int head = static_cast<int>(item % l.heads);
@@ -184,27 +183,20 @@ __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided d
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   for (int t = threadIdx.x / 32; t < chunk_tokens; t += warps) {
     const int64_t at = item * chunk_tokens + t;
-    float inv_d = 0.0f, delta = 0.0f, e = 0.0f;
-    if (t < chunk.length) {
-      const int64_t token = (chunk.row * l.seq + chunk.first + t) * l.heads + head;
-      float u = 0.0f;
-      if (dh.data != nullptr) {
-        const T* dh_row = static_cast<const T*>(dh.data) + chunk.row * dh.batch + (chunk.first + t) * dh.seq +
-                          head * dh.head;
-        const T* h_row = h + token * l.dv;
-        for (int64_t x = lane; x < l.dv; x += 32) u += to_float(dh_row[x]) * to_float(h_row[x]);
-        for (int d = 16; d > 0; d /= 2) u += __shfl_xor_sync(all_lanes, u, d);
-      }
-      const float sum = s[token], floor = expf(-w.scratch.m[at]);
-      inv_d = 1.0f / (fmaxf(fabsf(sum), floor) + w.p.eps);
-      if (fabsf(sum) >= floor) delta = -u * inv_d * copysignf(1.0f, sum);
-      e = -u * w.p.eps * inv_d;
+    if (t >= chunk.length) {
+      if (lane == 0) store_no_gradients(w, at);
+      continue;
     }
-    if (lane == 0) {
-      w.scratch.inv_d[at] = inv_d;
-      w.scratch.delta[at] = delta;
-      w.scratch.e[at] = e;
+    const int64_t token = (chunk.row * l.seq + chunk.first + t) * l.heads + head;
+    float u = 0.0f;
+    if (dh.data != nullptr) {
+      const float* dh_row = static_cast<const float*>(dh.data) + chunk.row * dh.batch + (chunk.first + t) * dh.seq +
+                            head * dh.head;
+      const float* h_row = h + token * l.dv;
+      for (int64_t x = lane; x < l.dv; x += 32) u += dh_row[x] * h_row[x];
+      for (int d = 16; d > 0; d /= 2) u += __shfl_xor_sync(all_lanes, u, d);
     }
+    if (lane == 0) store_token_gradients(w, at, Normalizer(s[token], w.scratch.m[at], w.p.eps), u);
   }
 }
 
@@ -343,13 +335,10 @@ cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t 
   return cudaGetLastError();
 }
 
-cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   const int blocks = static_cast<int>(w.layout.max_chunks * w.layout.heads);
-  return dispatch_dtype(w.p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    token_gradients_kernel<T><<<blocks, 256, 0, stream>>>(w, params.dh, static_cast<const T*>(params.h), params.s);
-    return cudaGetLastError();
-  });
+  token_gradients_kernel<<<blocks, 256, 0, stream>>>(w, params.dh, static_cast<const float*>(params.h), params.s);
+  return cudaGetLastError();
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {

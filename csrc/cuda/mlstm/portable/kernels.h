@@ -15,12 +15,34 @@ struct Work {
   int64_t dv_pitch;  // row pitch of scratch.c, a multiple of 16 bytes
 };
 
+#ifdef __CUDACC__
+// 1 / d_t, and the share of s_t in it.
+struct Normalizer {
+  float inverse, sign;  // sign: of s_t where it decides d_t, else 0
+  __device__ Normalizer(float s, float m, float eps) {
+    const float floor = expf(-m);
+    inverse = 1.0f / (fmaxf(fabsf(s), floor) + eps);
+    sign = fabsf(s) >= floor ? copysignf(1.0f, s) : 0.0f;
+  }
+};
+
+// u = dh_t . h_t
+__device__ __forceinline__ void store_token_gradients(const Work& w, int64_t at, const Normalizer& d, float u) {
+  w.scratch.inv_d[at] = d.inverse;
+  w.scratch.delta[at] = d.sign == 0.0f ? 0.0f : -u * d.inverse * d.sign;
+  w.scratch.e[at] = -u * w.p.eps * d.inverse;
+}
+__device__ __forceinline__ void store_no_gradients(const Work& w, int64_t at) {
+  w.scratch.inv_d[at] = w.scratch.delta[at] = w.scratch.e[at] = 0.0f;
+}
+#endif
+
 // gates.cu
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
 // Fills b, i, m, reset, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
-// Fills inv_d, delta, e from the forward's h, s, m and dh.
-cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+// Fills inv_d, delta, e from the forward's h, s, m and dh; for float32 only, where h is not rounded.
+cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
@@ -32,7 +54,9 @@ cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t 
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
 
-// gate_sums.cu
+// chunk_sums.cu
+// Fills inv_d, delta, e.
+cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 // The shares of q . dq and k . dk that come from within the chunks, into the last tile of q_dq and k_dk.
 cudaError_t chunk_gate_sums(const Work& w, const Strided& dh, cudaStream_t stream);
 
@@ -49,6 +73,8 @@ template <Output output, typename T>
 cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream);
 // Width of a block's column tile, and how many make a row. Narrow rows take the narrow tile: less of it is padding.
 __host__ __device__ inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : 128; }
-__host__ __device__ inline int column_tiles(int64_t columns) { return static_cast<int>(ceil_div(columns, column_tile(columns))); }
+__host__ __device__ inline int column_tiles(int64_t columns) {
+  return static_cast<int>(ceil_div(columns, column_tile(columns)));
+}
 
 }  // namespace flash_xlstm::cuda::portable

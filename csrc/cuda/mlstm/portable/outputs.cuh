@@ -13,7 +13,7 @@
 // dimension of T (dqk or dv) in steps of tile_k, three cp.async stages of A, B and S, both products at once, sharing
 // the fragments of A; column tiles of the same rows compute T again. Then P from T in
 // registers, rounded into shared memory, and the product with Z. Row sums come from the float32 accumulators: s_t of h,
-// and for the gates the share of q . dq and k . dk that the state's term has (gate_sums.cu has the other share).
+// and for the gates the share of q . dq and k . dk that the state's term has (chunk_sums.cu has the other share).
 #pragma once
 
 #include "cuda/mlstm/portable/kernels.h"
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       float factor = 1.0f;
       if constexpr (output == Output::h) {
         const float s = sh.row_sum[0][row] + sh.row_sum[1][row] + sh.row_scale[row] * sh.q_n[row];
-        factor = 1.0f / (fmaxf(fabsf(s), expf(-sh.m[row])) + w.p.eps);
+        factor = Normalizer(s, sh.m[row], w.p.eps).inverse;
         if (tile == 0 && warp % 2 == 0 && pos == 0) args.s_out[token * l.heads + head] = s;
       }
       T* to = result + (token * l.heads + head) * columns;

@@ -1,6 +1,6 @@
-// The portable mLSTM, step by step. Forward: gate scan, then range by range of chunks the states and h. Backward: gate scan and states
-// again (keeping the states of every layer would cost more memory than q, k, v, h together), then u, delta and e, dq,
-// the states' gradients in place of the states, dk, dv, and last the gates.
+// The portable mLSTM, step by step. Forward: gate scan, then range by range of chunks the states and h. Backward: gate
+// scan and states again (keeping the states of every layer would cost more memory than q, k, v, h together), then u,
+// delta and e, dq, the states' gradients in place of the states, dk, dv, and last the gates.
 #include "cuda/mlstm/portable/portable.h"
 
 #include <algorithm>

@@ -9,8 +9,8 @@
 // chunk: write the piece to its slot, weight the k rows in shared memory (the float32 weighted rows also make n), then
 // one 64 x tile_dv x 64 product. The backward direction writes dc at a chunk's end over the c that stood there, and
 // reads the c at its start for g (<c, dc> + <n, dn>): what the forget gates of the chunk get from the pairs that only
-// pass through it. Blocks of the first dv tile also carry n. Where the forward's range of chunks ends within a sequence, that sequence's
-// state goes on to the next launch in float32.
+// pass through it. Blocks of the first dv tile also carry n. Where the forward's range of chunks ends within a
+// sequence, that sequence's state goes on to the next launch in float32.
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 
