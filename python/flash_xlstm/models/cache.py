@@ -78,6 +78,11 @@ class xLSTMCache:
         """The number of tokens seen, padding included."""
         return self._seq_length
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """For each layer, that its state does not grow with the sequence; read by GenerationMixin."""
+        return [True] * len(self.rnn_state)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens seen, padding included; the same for every layer."""
         return self._seq_length
@@ -154,6 +159,17 @@ class xLSTMCache:
             f"xLSTMCache(layers={len(self.rnn_state)}, c={tuple(c.shape)}, dtype={self.dtype}, "
             f"device={c.device}, seq_length={self._seq_length})"
         )
+
+
+def one_cache(cache_params: xLSTMCache | None, cache: xLSTMCache | None) -> xLSTMCache | None:
+    """The cache given under either of its names.
+
+    Raises:
+        ValueError: two different ones.
+    """
+    if cache is not None and cache_params is not None and cache is not cache_params:
+        raise ValueError("cache and cache_params are two names of one argument; give one of them")
+    return cache_params if cache is None else cache
 
 
 def _map(function: Any, state: State) -> State:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin
 
-from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.models.cache import one_cache, xLSTMCache
 
 # What generate() passes along for models with a key-value cache.
 _UNUSED = ("past_key_values", "next_sequence_length", "cache_position", "position_ids", "token_type_ids")
+
+# What generate() calls the cache: since transformers 5.24 "cache", for every model.
+_NEW_NAME = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE = "cache" if _NEW_NAME else "cache_params"
+_CACHE_NAMES = ("cache_params", "past_key_values", "cache")
 
 
 class xLSTMGenerationMixin(GenerationMixin):
@@ -27,10 +33,12 @@ class xLSTMGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the cache and the inputs do not fit.
         """
-        if isinstance(kwargs.get("past_key_values"), xLSTMCache):
-            kwargs["cache_params"] = kwargs.pop("past_key_values")
-        cache = kwargs.get("cache_params")
+        cache = None
+        for name in _CACHE_NAMES:
+            if isinstance(kwargs.get(name), xLSTMCache):
+                cache = one_cache(cache, kwargs.pop(name))
         if cache is not None:
+            kwargs[_CACHE] = cache
             name, given = next(
                 (name, t)
                 for name, t in (
@@ -64,6 +72,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         use_cache: bool | None = None,
         is_first_iteration: bool | None = False,
         cached_tokens: int = 0,
+        cache: xLSTMCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward pass.
@@ -71,6 +80,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         Args:
             cached_tokens: how many tokens at the beginning of the inputs the user's cache had seen.
         """
+        cache_params = one_cache(cache_params, cache)
         kwargs = {name: value for name, value in kwargs.items() if name not in _UNUSED}
         kwargs.update(cache_params=cache_params, use_cache=use_cache)
         if cache_params is not None and use_cache and not is_first_iteration:
@@ -97,9 +107,9 @@ class xLSTMGenerationMixin(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        # Beam search in older transformers reorders a cache of this name only.
+        # Beam search reorders a cache of these names only.
         if outputs.cache_params is not None:
-            model_kwargs["past_key_values"] = outputs.cache_params
+            model_kwargs["cache" if _NEW_NAME else "past_key_values"] = outputs.cache_params
         return model_kwargs
 
     @classmethod

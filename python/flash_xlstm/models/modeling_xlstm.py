@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from flash_xlstm import ops
 from flash_xlstm import reference as plain
 from flash_xlstm.models import checkpoints
-from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
 from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, mLSTMBlock, mLSTMLayer
@@ -37,8 +37,31 @@ def _gate_bias(gate: str, num_heads: int) -> Tensor:
     return torch.full((num_heads,), -10.0) if gate == "input" else torch.linspace(3.0, 6.0, num_heads)
 
 
+class _StateOutput(ModelOutput):
+    """An output with `cache_params`, which also goes by the name `cache`, as transformers 5.24 calls it."""
+
+    @property
+    def cache(self) -> xLSTMCache | None:
+        return self.cache_params
+
+    @property
+    def past_key_values(self) -> xLSTMCache | None:
+        return self.cache_params
+
+    def _replace_old_cache_name(self, key: str) -> str:  # called by transformers 5.24, whose own turns it round
+        return "cache_params" if key in ("cache", "past_key_values") else key
+
+
+def _keep_names(output: type) -> type:
+    """Undoes transformers 5.24's wrapping of an output's constructor, which renames `cache_params`."""
+    init = vars(output)["__init__"]
+    type.__setattr__(output, "__init__", getattr(init, "__wrapped__", init))
+    return output
+
+
+@_keep_names
 @dataclass
-class xLSTMOutput(ModelOutput):
+class xLSTMOutput(_StateOutput):
     """What :class:`xLSTMModel` returns.
 
     Attributes:
@@ -53,8 +76,9 @@ class xLSTMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@_keep_names
 @dataclass
-class xLSTMCausalLMOutput(ModelOutput):
+class xLSTMCausalLMOutput(_StateOutput):
     """What :class:`xLSTMForCausalLM` returns.
 
     Attributes:
@@ -227,6 +251,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: xLSTMCache | None = None,
         **kwargs: Any,
     ) -> xLSTMOutput | tuple:
         """Hidden states of a batch of sequences.
@@ -242,10 +267,12 @@ class xLSTMModel(xLSTMPreTrainedModel):
                 means nothing.
             output_hidden_states: return those of every layer.
             return_dict: False for a tuple without the entries that are None.
+            cache: what transformers 5.24 calls `cache_params`.
 
         Raises:
             ValueError: arguments that contradict each other or do not fit.
         """
+        cache_params = one_cache(cache_params, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -361,13 +388,14 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: xLSTMCache | None = None,
         **kwargs: Any,
     ) -> xLSTMCausalLMOutput | tuple:
         """Logits, and with `labels` the loss.
 
         Args:
-            input_ids, inputs_embeds, cache_params, attention_mask, output_hidden_states, return_dict: as in
-                :meth:`xLSTMModel.forward`.
+            input_ids, inputs_embeds, cache_params, cache, attention_mask, output_hidden_states, return_dict: as
+                in :meth:`xLSTMModel.forward`.
             labels: (batch, seq) token ids, normally `input_ids` again: position t is compared with the logits
                 of position t - 1. Those of -100, those at padding and those whose predecessor is padding do
                 not count.
@@ -379,6 +407,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         Raises:
             ValueError: arguments that contradict each other or do not fit.
         """
+        cache_params = one_cache(cache_params, cache)
         if kwargs.get("num_logits_to_keep") is not None:
             logits_to_keep = kwargs.pop("num_logits_to_keep")
         if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
