@@ -11,10 +11,25 @@ import flash_xlstm._build  # noqa: F401  (registers the operators)
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating-point tensors to the autocast dtype of their device, where autocast is on."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast for meta
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+
+
+def unpack_state(name: str, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The three parts of the argument `name`."""
+    if not isinstance(state, (tuple, list)) or len(state) != 3:
+        was = f"{len(state)} values" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
+        raise TypeError(f"{name} is {was}; it must be a tuple of 3 tensors, (c, n, m)")
+    return tuple(state)
+
+
+def no_mixed_meta(q: Tensor, **others: Tensor | None) -> None:
+    """For the fakes: a meta tensor among others brings a real call here too, past the operator's own checks."""
+    for name, t in others.items():
+        if t is not None and (t.device.type == "meta") != (q.device.type == "meta"):
+            raise ValueError(f"{name} is on {t.device}; it must be on the device of q, {q.device}")
 
 
 def no_double_backward(op: str) -> None:

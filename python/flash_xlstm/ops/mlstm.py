@@ -63,10 +63,12 @@ def mlstm(
             runs and naming the argument.
     """
     q, k, v = _common.autocast(q, k, v)
-    c, n, m = (None, None, None) if initial_state is None else initial_state
+    c, n, m = (None, None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state)
     state_dtype = torch.float32 if c is None else c.dtype
     if c is not None and state_dtype == torch.bfloat16:
         c = c.float()
+    if chunk_size == 0:  # to the operator, 0 is None
+        raise ValueError("chunk_size is 0; it must be None or from 1 to 4096")
     h, _, _, c_last, n_last, m_last = torch.ops.flash_xlstm.mlstm(
         q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size or 0, return_final_state
     )
@@ -112,7 +114,10 @@ def mlstm_step(
             seq 1 and ``return_final_state=True``.
     """
     q, k, v = _common.autocast(q, k, v)
-    c, n, m = state
+    c, n, m = _common.unpack_state("state", state)
+    if c is None or n is None or m is None:
+        missing = next(name for name, t in (("c", c), ("n", n), ("m", m)) if t is None)
+        raise TypeError(f"state {missing} is None; it must be a tensor")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, c, n, m)):
         raise RuntimeError(
             "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
@@ -133,6 +138,10 @@ def _num_seqs(q: Tensor, cu_seqlens: Tensor | None):
 
 @torch.library.register_fake("flash_xlstm::mlstm")
 def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size, return_final_state):
+    _common.no_mixed_meta(
+        q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens,
+        **{"initial_state c": c, "initial_state n": n, "initial_state m": m},
+    )  # fmt: skip
     batch, seq, heads, dqk = (_size(q, d) for d in range(4))
     dv = _size(v, 3)
     states = _num_seqs(q, cu_seqlens) if return_final_state else 0
@@ -150,23 +159,28 @@ def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size, return_final_s
 
 @torch.library.register_fake("flash_xlstm::mlstm_backward")
 def _(dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq, scale, eps, chunk_size):
-    states = 0 if c is None else _num_seqs(q, cu_seqlens)
-    heads, dqk, dv = q.shape[2], q.shape[3], v.shape[3]
-    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    heads, dqk, dv = _size(q, 2), _size(q, 3), _size(v, 3)
+
+    def of_state(t, *shape):
+        return q.new_empty((0, heads, *shape) if t is None else t.shape, dtype=torch.float32)
+
     return (
         q.new_empty(q.shape),
         q.new_empty(k.shape),
         q.new_empty(v.shape),
         i.new_empty(i.shape),
         i.new_empty(f.shape),
-        new(states, heads, dqk, dv),
-        new(states, heads, dqk),
-        new(states, heads),
+        of_state(c, dqk, dv),
+        of_state(n, dqk),
+        of_state(m),
     )
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_step")
 def _(q, k, v, i, f, c, n, m, state_indices, scale, eps):
+    _common.no_mixed_meta(
+        q, k=k, v=v, i=i, f=f, state_indices=state_indices, **{"state c": c, "state n": n, "state m": m}
+    )  # fmt: skip
     return q.new_empty(v.shape)
 
 
@@ -186,8 +200,7 @@ def _backward(ctx, dh, _ds, _dm_seq, dc_last, dn_last, dm_last):
         dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq,
         ctx.scale, ctx.eps, ctx.chunk_size,
     )  # fmt: skip
-    if c is None:
-        dc = dn = dm = None
+    dc, dn, dm = (g if t is not None else None for g, t in ((dc, c), (dn, n), (dm, m)))
     return dq, dk, dv, di, df, dc, dn, dm, None, None, None, None, None
 
 
