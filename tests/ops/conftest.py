@@ -1,0 +1,218 @@
+"""Random mLSTM problems, their outputs and gradients, and how far these may be from float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_xlstm import reference
+
+STATE = ("c", "n", "m")
+_GATES = ("di", "df", "dm")
+
+
+@dataclasses.dataclass
+class Problem:
+    """Inputs by name (q, k, v, i, f and, with an initial state, c, n, m), options of the op, and gradients of its
+    results: h and the final "last c", "last n", "last m"."""
+
+    inputs: dict[str, Tensor]
+    cotangents: dict[str, Tensor]
+    options: dict
+
+    def __call__(self, form, through=("h", "last c", "last n", "last m"), dtype=None, **options) -> dict[str, Tensor]:
+        """Results of `form` and the gradients of the inputs ("dq", ...) through the results `through`; with `dtype`,
+        computed from the inputs converted to it."""
+        inputs = {}
+        for name, t in self.inputs.items():
+            # What matters of the layout is kept: detach() shares the memory.
+            inputs[name] = (t.detach() if dtype is None else t.to(dtype)).requires_grad_()
+        state = tuple(inputs[name] for name in STATE) if "c" in inputs else None
+        h, last = form(
+            *(inputs[name] for name in "qkvif"),
+            initial_state=state,
+            return_final_state=True,
+            **{**self.options, **options},
+        )
+        results = {"h": h, **{f"last {name}": t for name, t in zip(STATE, last, strict=True)}}
+        gradients = torch.autograd.grad(
+            [results[name] for name in through],
+            list(inputs.values()),
+            [self.cotangents[name].to(results[name].dtype) for name in through],
+            allow_unused=True,
+        )
+        values = {name: t.detach() for name, t in results.items()}
+        for (name, t), g in zip(inputs.items(), gradients, strict=True):
+            values[f"d{name}"] = torch.zeros_like(t) if g is None else g
+        return values
+
+    def reference(self, **call) -> dict[str, Tensor]:
+        call.setdefault("chunk_size", 64)
+        return self(reference.mlstm_chunkwise, dtype=torch.float64, **call)
+
+    def conditioning(self, expected, through) -> dict[str, float]:
+        """How far the float64 results move when the inputs do by a rounding of float32: what no float32 kernel can be
+        held to."""
+        moved = dict.fromkeys(expected, 0.0)
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            noise = lambda t: torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device)  # noqa: B023, E731
+            inputs = {name: t.double() * (1 + (2 * noise(t) - 1) * 2**-24) for name, t in self.inputs.items()}
+            values = Problem(inputs, self.cotangents, self.options).reference(through=through)
+            moved = {name: max(was, relative_error(values[name], expected[name])) for name, was in moved.items()}
+        return moved
+
+    def shared(self, expected, through) -> float:
+        """The size of the sums dh . h, <c, dc> + <n, dn> and dm, which the gates' gradients share out among them."""
+        per_state = lambda t: t.flatten(2).sum(-1) if t.dim() > 2 else t  # noqa: E731
+        parts = []
+        if "h" in through:
+            parts.append((self.cotangents["h"].double() * expected["h"]).sum(-1))
+        for name in ("last c", "last n"):
+            if name in through:
+                parts.append(per_state(self.cotangents[name].double() * expected[name]))
+        if "last m" in through:
+            parts.append(self.cotangents["last m"].double())
+        return torch.cat([part.flatten() for part in parts]).norm().item()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|a - b| / |b|, in float64; 0 of nothing."""
+    difference, size = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
+    return difference / max(size, 1e-300)
+
+
+def _draw(device, batch, seq, heads, dqk, dv, dtype, gate_dtype, gates, layout, state, num_states, seed):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+
+    def laid_out(t: Tensor, dtype: torch.dtype) -> Tensor:
+        t = t.to(device, dtype)
+        if layout == "contiguous":
+            return t
+        if layout == "heads first":  # (batch, heads, seq, dim) in memory
+            return t.transpose(1, 2).contiguous().transpose(1, 2)
+        assert layout == "slice"  # of a wider tensor; odd offset and strides
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=dtype, device=device)
+        wide[..., 1:-2] = t
+        return wide[..., 1:-2]
+
+    def gate() -> Tensor:
+        shape = (batch, seq, heads)
+        if gates == "spread":  # over the range of a cap of 15
+            return torch.rand(shape, generator=generator) * 30 - 15
+        return normal(*shape) * {"small": 0.1, "normal": 1.0}[gates]
+
+    inputs = {
+        name: laid_out(normal(batch, seq, heads, dim), dtype) for name, dim in (("q", dqk), ("k", dqk), ("v", dv))
+    }
+    for name in "if":
+        inputs[name] = laid_out(gate(), gate_dtype or torch.float32)
+    shapes = {"c": (num_states, heads, dqk, dv), "n": (num_states, heads, dqk), "m": (num_states, heads)}
+    if state:
+        inputs.update({name: normal(*shape).to(device) for name, shape in shapes.items()})
+    cotangents = {"h": normal(batch, seq, heads, dv).to(device, dtype)}
+    cotangents.update({f"last {name}": normal(*shape).to(device) for name, shape in shapes.items()})
+    return inputs, cotangents
+
+
+@pytest.fixture
+def make_problem(device):
+    """``make_problem(seq, dqk, dv, ...)``: a random Problem on the device."""
+
+    def make(
+        seq, dqk, dv, *, batch=2, heads=2, dtype=torch.float32, gate_dtype=None, gates="normal", layout="contiguous",
+        state=True, seed=0, cu_seqlens=None, **options,
+    ) -> Problem:  # fmt: skip
+        num_states = batch
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+            num_states = len(cu_seqlens) - 1
+        sizes = (batch, seq, heads, dqk, dv)
+        return Problem(*_draw(device, *sizes, dtype, gate_dtype, gates, layout, state, num_states, seed), options)
+
+    return make
+
+
+def _float32_excess(problem, actual, expected, through, strict) -> list[str]:
+    wrong = []
+    conditioning = functools.cache(lambda: problem.conditioning(expected, through))
+    shared = problem.shared(expected, through)
+    for name, want in expected.items():
+        assert actual[name].shape == want.shape, name
+        size, error = want.norm().item(), relative_error(actual[name], want)
+        # The whole of a gradient may be what rounding leaves of 0, or lie below float32.
+        if error <= 1e-5 or error * size <= 1e-15 * shared + 1e-37:
+            continue
+        # A gate's gradient may be the small remainder of the sums that all gates share out among them.
+        if not strict and name in _GATES and error * size <= 1e-6 * shared:
+            continue
+        if not strict and error <= 4 * conditioning()[name]:
+            continue
+        wrong.append(f"{name}: error {error:.1e} of {size:.1e}, from sums of {shared:.1e}")
+    return wrong
+
+
+@pytest.fixture
+def assert_float32_exact():
+    """``assert_float32_exact(problem, form, through, strict=True)``: within 1e-5 of float64, tensor by tensor.
+
+    Not strict is for gates over the whole range of a cap, where random inputs come close to singular ones (s_t = 0
+    divides everything) and where some gates' gradients all but cancel: up to 4 times what a rounding of the inputs
+    does to the float64 result, and for gates' gradients up to 1e-6 of the sums that they are the remainder of.
+    """
+
+    def check(problem, form, through=("h", "last c", "last n", "last m"), strict=True):
+        expected = problem.reference(through=through)
+        wrong = _float32_excess(problem, problem(form, through), expected, through, strict)
+        assert not wrong, "; ".join(wrong)
+
+    return check
+
+
+@pytest.fixture
+def assert_16_bit_exact():
+    """``assert_16_bit_exact(problem, form, through)``: at most 1.5 times the error of the plain chunkwise form in the
+    same dtype, and at most 1e-2; up to 1e-5, the bound of float32, where the plain form stays in float32."""
+
+    def check(problem, form, through=("h", "last c", "last n", "last m")):
+        expected = problem.reference(through=through)
+        actual = problem(form, through)
+        plain = problem(reference.mlstm_chunkwise, through, chunk_size=64)
+        shared = problem.shared(expected, through)
+        wrong = []
+        for name, want in expected.items():
+            assert actual[name].shape == want.shape, name
+            largest = torch.finfo(actual[name].dtype).max
+            fits = want.abs() <= largest * (1 - 2e-3)
+            # Beyond the dtype, infinite or next to it.
+            assert (actual[name][~fits].abs() >= largest * (1 - 4e-3)).all(), name
+            ours, bound = (relative_error(t[name][fits], want[fits]) for t in (actual, plain))
+            bound = max(1e-5, min(1e-2, 1.5 * bound if bound == bound else 1.0))
+            if ours <= bound or ours * want.norm().item() <= 1e-15 * shared + 1e-37:
+                continue
+            wrong.append(f"{name}: error {ours:.1e}, bound {bound:.1e}")
+        assert not wrong, "; ".join(wrong)
+
+    return check
+
+
+@pytest.fixture
+def nan_memory():
+    """``with nan_memory():`` memory that is allocated and not written holds NaN; what an op fails to write, shows."""
+
+    class Filled:
+        def __enter__(self):
+            self.before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(True)
+            assert torch.utils.deterministic.fill_uninitialized_memory
+            assert torch.empty(3).isnan().all()
+
+        def __exit__(self, *exception):
+            torch.use_deterministic_algorithms(self.before)
+
+    return Filled

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_xlstm import build_info
+from flash_xlstm.ops import kernel_for
+
+OPS = ("mlstm", "mlstm_step", "soft_cap")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_names_the_instruction_set_on_the_cpu(op):
+    assert kernel_for(op, "cpu") == f"CPU, {build_info()['cpu_isa']}"
+    assert kernel_for(op, torch.device("cpu")) == kernel_for(op, "cpu")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_says_where_there_is_none(op):
+    assert kernel_for(op, "meta").startswith("none: flash-xlstm has kernels for CPU and CUDA")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_says_when_cuda_was_not_built(op, monkeypatch):
+    facts = {**build_info(), "cuda": ""}
+    monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)
+    assert kernel_for(op, "cuda") == "none: built without CUDA kernels"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_needs_ampere(op, capability, has, monkeypatch):
+    facts = {**build_info(), "cuda": "13.0"}
+    monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    kernel = kernel_for(op, "cuda")
+    assert kernel.startswith("CUDA, ") if has else kernel.startswith("none: ") and "8.0" in kernel
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", OPS)
+def test_names_a_kernel_on_this_gpu(op):
+    assert kernel_for(op, "cuda").startswith("CUDA, ")
+
+
+@pytest.mark.parametrize("op", ["mlstm_backward", "", None])
+def test_unknown_op(op):
+    with pytest.raises(ValueError, match="it must be one of mlstm, mlstm_step, soft_cap"):
+        kernel_for(op, "cpu")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import torch
+
+import flash_xlstm
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints; its messages on failure."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_build_info():
+    info = flash_xlstm.build_info()
+    assert set(info) == {
+        "version", "commit", "cuda", "architectures", "compiler", "cpu_isa", "torch_built", "torch_running",
+    }  # fmt: skip
+    assert all(isinstance(value, str) for value in info.values())
+    assert info["version"] == flash_xlstm.__version__ == importlib.metadata.version("flash-xlstm")
+    assert info["torch_running"] == torch.__version__
+    assert info["compiler"] and info["cpu_isa"] and info["torch_built"] and info["commit"]
+    assert bool(info["cuda"]) == bool(info["architectures"])
+    info["version"] = "changed"
+    assert flash_xlstm.build_info()["version"] != "changed"
+
+
+def test_every_operator_has_cpu_and_cuda_kernels_and_a_fake():
+    # The CUDA entry is there in a CPU-only build too, where it says that there are no kernels.
+    for name in ("mlstm", "mlstm_backward", "mlstm_step", "soft_cap", "soft_cap_backward"):
+        for key in ("CPU", "CUDA", "Meta"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_xlstm::{name}", key), (name, key)
+
+
+def test_core_needs_only_torch_and_numpy():
+    """A forward, a backward and a step with every optional package blocked."""
+    print(
+        run("""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"transformers", "safetensors", "tokenizers", "tqdm", "matplotlib", "pytest"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+import torch, flash_xlstm
+from flash_xlstm import nn, ops, reference
+q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
+i, f = (torch.randn(1, 9, 2, requires_grad=True) for _ in range(2))
+h, state = ops.mlstm(q, k, v, i, f, return_final_state=True)
+h.sum().backward()
+with torch.no_grad():
+    ops.mlstm_step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], tuple(t.detach() for t in state))
+flash_xlstm.build_info()
+assert not {"transformers", "tqdm", "matplotlib"} & set(sys.modules)
+""")
+    )
+
+
+def test_works_where_no_gpu_can_be_seen():
+    """A package with CUDA kernels neither needs a driver nor wakes one."""
+    assert run(
+        """
+import torch
+from flash_xlstm import ops
+print(ops.soft_cap(torch.ones(3), 1.0).sum().item() > 2.2, torch.cuda.is_initialized())
+""",
+        CUDA_VISIBLE_DEVICES="",
+    ) == "True False"  # fmt: skip
+
+
+def test_import_is_light():
+    """Neither the model nor the compiler comes with it."""
+    loaded = "[name for name in ('transformers', 'torch._inductor', 'flash_xlstm.models') if name in sys.modules]"
+    assert run(f"import sys, flash_xlstm; print({loaded})") == "[]"
+
+
+def test_is_typed():
+    files = importlib.metadata.files("flash-xlstm") or []
+    package = os.path.dirname(flash_xlstm.__file__)
+    assert os.path.exists(os.path.join(package, "py.typed")) or any(str(f).endswith("py.typed") for f in files)
