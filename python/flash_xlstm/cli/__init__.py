@@ -1,0 +1,210 @@
+"""The command line: ``flash-xlstm info | train | generate | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from flash_xlstm.cli.errors import CommandError, Interrupted, reason
+from flash_xlstm.cli.settings import RunOptions, TrainSettings, flag
+
+_TRAIN_HELP = """
+Trains a language model and writes a Hugging Face checkpoint folder, OUT/checkpoint-STEP: config.json and
+model.safetensors, which transformers' own xLSTMForCausalLM loads too, and trainer_state.pt, from which --resume
+goes on. Beside it are loss.png and metrics.csv. Checkpoints appear whole or not at all; only the newest is kept.
+
+Without --tokenizer the tokens are bytes: a vocabulary of 256, each byte its own id, no special tokens. Files
+follow one another without an end-of-text token, and generation goes on to its token limit. With --tokenizer,
+files get the special tokens that the tokenizer's own post-processor adds, if any.
+
+--resume takes all settings from the newest checkpoint in OUT. Settings given again must be the same; only --out,
+--device, --threads, --time-limit and the --...-every options may differ. On the CPU, a run that was killed and
+resumed has bit for bit the weights of one that was not (with as many threads, on the same kind of machine).
+
+On the CPU, threads wait for one another by spinning: where other programs keep a core busy, fewer --threads can be
+many times as fast.
+"""
+_DATA_HELP = (
+    "file, or folder of files; default: the source of Python's standard library on this machine, without its tests"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments; default: the process's.
+
+    Returns:
+        The exit code: 0; 2 for an error, told in one line; 130 if interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return _import(args.command).run(args)
+    except CommandError as error:
+        print(f"flash-xlstm: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"flash-xlstm: interrupted: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\nflash-xlstm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, head say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError):
+            text = reason(error)
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            text = "not enough memory; try a smaller --batch-size (and --accumulate more of them)"
+        else:
+            raise
+        print(f"flash-xlstm: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _import(command: str) -> ModuleType:
+    """A command's module; only `info` can do with torch alone."""
+    try:
+        return importlib.import_module(f"flash_xlstm.cli.{command}")
+    except ImportError as error:
+        cause = error
+        while cause.name is None and isinstance(cause.__cause__, ImportError):
+            cause = cause.__cause__
+        missing = (cause.name or str(error)).partition(".")[0]
+        raise CommandError(
+            f'{command} needs {missing}, which cannot be imported; install it with: pip install "flash-xlstm[cli]"'
+        ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flash-xlstm", description="Fast and exact xLSTM.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="the build, the GPUs seen, and the kernel each op takes there")
+    _add_train(commands)
+    _add_generate(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a language model",
+        description=_TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data = _Options(parser.add_argument_group("data"), TrainSettings)
+    data.add("data", str, _DATA_HELP, metavar="PATH")
+    data.add("tokenizer", str, "tokenizer.json of the tokenizers library; default: bytes", metavar="FILE")
+    data.add("held_out", _positive_int, "bytes at the end of the data to hold out, at most a tenth of it")
+
+    model = _Options(parser.add_argument_group("model"), TrainSettings)
+    model.add("config", str, "xLSTMConfig as JSON, instead of the sizes below", metavar="FILE")
+    model.add("hidden_size", _positive_int, "width of the residual stream")
+    model.add("layers", _positive_int, "number of blocks")
+    model.add("heads", _positive_int, "heads of each block")
+
+    course = _Options(parser.add_argument_group("training"), TrainSettings)
+    course.add("steps", _positive_int, "optimizer steps")
+    course.add("sequence_length", _positive_int, "tokens of a training sequence")
+    course.add("batch_size", _positive_int, "sequences of a batch")
+    course.add("accumulate", _positive_int, "batches whose gradients make one step")
+    course.add("learning_rate", _positive_float, "peak learning rate of AdamW")
+    course.add("final_learning_rate", _fraction, "what the cosine ends at, as a fraction of the peak")
+    course.add("warmup", _whole_number, "steps of linear warm-up")
+    course.add("weight_decay", _not_negative_float, "of matrices; biases and norms have none")
+    course.add("clip", _positive_float, "largest norm of the gradient")
+    course.add("seed", _whole_number, "of initialization and data order")
+    course.add("dtype", str, "auto: bfloat16 on a GPU, else float32", choices=["auto", "float32", "bfloat16"])
+    course.switch("compile", "torch.compile the model")
+
+    run = _Options(parser.add_argument_group("run"), RunOptions)
+    run.add("out", str, "folder for checkpoints, metrics and the loss curve", metavar="FOLDER")
+    run.switch("resume", "go on from the newest checkpoint in OUT")
+    run.add("device", str, "cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+    run.add("threads", _positive_int, "CPU threads; default: one a core")
+    run.add("time_limit", _positive_float, "save and stop after so many seconds", metavar="SECONDS")
+    run.add("save_every", _positive_int, "steps between checkpoints")
+    run.add("eval_every", _whole_number, "steps between evaluations on held-out data; 0: first and last only")
+    run.add("log_every", _positive_int, "steps between points of the loss curve")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue a prompt", description="Continues a prompt.")
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint folder, or folder of a training run: its newest checkpoint")
+    add("prompt", help="text to continue")
+    add("--max-new-tokens", type=_positive_int, default=256, metavar="N", help="(default: %(default)s)")
+    add(
+        "--temperature", type=_not_negative_float, default=0.8, metavar="T",
+        help="0: always the likeliest token (default: %(default)s)",
+    )  # fmt: skip
+    add("--top-k", type=_positive_int, metavar="K", help="sample from the K likeliest tokens only")
+    add("--top-p", type=_fraction, metavar="P", help="sample from the likeliest tokens that make up P only")
+    add("--seed", type=_whole_number, metavar="N", help="makes sampling repeatable")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small model for about two minutes, sample from it, check it against transformers",
+        description="Trains a small byte-level model on the source of Python's standard library, prints held-out bits "
+        "per byte beside those of xz, prints a sample, and checks that transformers' own xLSTM loads the checkpoint "
+        "and gives the same logits.",
+    )
+    add = parser.add_argument
+    add("--out", default="demo", metavar="FOLDER", help="a checkpoint there is replaced (default: %(default)s)")
+    add("--data", metavar="PATH", help=_DATA_HELP)
+    add("--seconds", type=_positive_float, metavar="S", help="training time (default: 105 on the CPU, 20 on a GPU)")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+
+
+class _Options:
+    """Adds options that are fields of a dataclass. Those not given stay out of the namespace, so that it can be
+    told what the user asked for."""
+
+    def __init__(self, group: Any, settings: type) -> None:
+        self.group = group
+        self.settings = settings
+
+    def add(self, name: str, kind: Callable[[str], Any], text: str, **extra: Any) -> None:
+        default = getattr(self.settings, name)
+        if default is not None:
+            text += f" (default: {default})"
+        if "choices" not in extra:
+            extra.setdefault("metavar", "X" if isinstance(default, float) else "N")
+        self.group.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, help=text, **extra)
+
+    def switch(self, name: str, text: str) -> None:
+        self.group.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+def _number(kind: type, low: float, text: str, *, above: bool = False, high: float = math.inf) -> Callable[[str], Any]:
+    def parse(value: str) -> Any:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = math.nan
+        if not (low < number if above else low <= number) or not (number <= high and number < math.inf):
+            raise argparse.ArgumentTypeError(f"{value!r} is not {text}")
+        return number
+
+    return parse
+
+
+_positive_int = _number(int, 1, "a whole number of at least 1")
+_whole_number = _number(int, 0, "a whole number of at least 0")
+_positive_float = _number(float, 0, "a number greater than 0", above=True)
+_not_negative_float = _number(float, 0, "a number of at least 0")
+_fraction = _number(float, 0, "a number from 0 to 1", high=1)

@@ -1,0 +1,275 @@
+"""Checkpoint folders that are there whole or not at all.
+
+A run's folder holds one ``checkpoint-STEP``. A new one is written under a hidden name, flushed to the disk and
+renamed; only then does the old one go. A process killed at any instant leaves a whole checkpoint, and at most a
+hidden folder that the next save removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from flash_xlstm.cli.data import BYTES, load_tokenizer
+from flash_xlstm.cli.errors import CommandError, reason
+from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
+
+STATE = "trainer_state.pt"
+_TOKENIZER = "tokenizer.json"
+_PARTIAL = ".partial"
+
+# A command's output is its own: no advice and no progress bars of the library's.
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint of the highest step in a run's folder."""
+    found = {}
+    for path in run.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return found[max(found)] if found else None
+
+
+def locate(path: str) -> Path:
+    """The checkpoint folder meant by a path: the folder itself, or the newest checkpoint of a run.
+
+    Raises:
+        CommandError: there is none.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    found = newest(folder)
+    if found is None:
+        raise CommandError(f"no checkpoint: {path} " + ("holds none" if folder.is_dir() else "does not exist"))
+    return found
+
+
+def open_run(run: Path) -> None:
+    """Makes a run's folder, and sees to it that it can be written.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write to {run}: {reason(error)}") from error
+
+
+def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
+    """Writes ``checkpoint-STEP`` into a run's folder, then removes older ones.
+
+    Raises:
+        CommandError: it could not be written; what was there before still is.
+    """
+    folder = run / f"checkpoint-{step}"
+    if folder.exists():
+        return folder
+
+    def write(partial: Path) -> None:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
+        with open(partial / STATE, "wb") as file:  # given a path, torch.save hides why it cannot write
+            torch.save(state, file)
+
+    with _whole(folder):
+        partial = _partial(folder)
+        _remove(partial)  # of a run that was killed
+        partial.mkdir()
+        write(partial)
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        os.replace(partial, folder)
+        _flush(run)
+    _remove_others(run, folder)
+    return folder
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replaces a file at one go.
+
+    Raises:
+        CommandError: it could not be written.
+    """
+    with _whole(path):
+        partial = _partial(path)
+        partial.write_bytes(content)
+        _flush(partial)
+        os.replace(partial, path)
+
+
+def discard(run: Path) -> None:
+    """Removes a run's checkpoints."""
+    with contextlib.suppress(FileNotFoundError):
+        _remove_others(run, None)
+
+
+def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
+    """Reads a model, in evaluation mode.
+
+    Args:
+        folder: a checkpoint folder.
+        options: for ``from_pretrained``.
+
+    Raises:
+        CommandError: the checkpoint is not whole.
+    """
+    with _readable(folder):
+        model, report = xLSTMForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise CommandError(f"corrupt checkpoint {folder}: weights do not fit config.json, among them {wrong[0]}")
+    return model
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Reads the trainer's state.
+
+    Raises:
+        CommandError: it is not there, or not whole.
+    """
+    if not (folder / STATE).is_file():
+        raise CommandError(f"cannot resume: {folder} has no {STATE}")
+    with _readable(folder):
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+
+
+def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """A checkpoint's tokenizer; None if its tokens are bytes.
+
+    Raises:
+        CommandError: it cannot be read, or does not fit the model.
+    """
+    path = folder / _TOKENIZER
+    if path.is_file():
+        tokenizer = load_tokenizer(path)
+        check_vocabulary(vocab_size, tokenizer, str(folder))
+        return tokenizer
+    if vocab_size != BYTES:
+        raise CommandError(
+            f"the vocabulary does not match: {folder} has no {_TOKENIZER}, and its vocab_size of {vocab_size} is not "
+            f"the {BYTES} of bytes"
+        )
+    return None
+
+
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: str) -> None:
+    """Checks that a model has an embedding for every token, and for bytes no others.
+
+    Raises:
+        CommandError: it does not.
+    """
+    if tokenizer is None and vocab_size != BYTES:
+        raise CommandError(
+            f"the vocabulary does not match: {where} has vocab_size {vocab_size}; bytes need {BYTES} "
+            "(give --tokenizer for another)"
+        )
+    if tokenizer is not None and vocab_size < tokenizer.get_vocab_size():
+        raise CommandError(
+            f"the vocabulary does not match: {where} has vocab_size {vocab_size}, but the tokenizer has "
+            f"{tokenizer.get_vocab_size()} tokens"
+        )
+
+
+def read_config(path: Path) -> xLSTMConfig:
+    """Reads an xLSTMConfig from a JSON file.
+
+    Raises:
+        CommandError: it cannot be read, or its values are wrong.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it must hold a JSON object")
+        return xLSTMConfig.from_dict(values)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"cannot use the configuration {path}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Removes what was written of `path` unless all of it was."""
+    try:
+        yield
+    except BaseException as error:
+        _remove(_partial(path))
+        # torch.save and safetensors tell of a failed write in their own ways.
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            kept = newest(path.parent)
+            rest = f"; {kept} is whole" if kept else ""
+            raise CommandError(f"cannot write {path}: {reason(_first_os_error(error))}{rest}") from error
+        raise
+
+
+def _first_os_error(error: BaseException) -> BaseException:
+    """The system's error behind a library's, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading a folder, its contents are to blame."""
+    try:
+        yield
+    except Exception as error:
+        raise CommandError(f"corrupt checkpoint {folder}: {reason(error)}") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PARTIAL}")
+
+
+def _remove_others(run: Path, keep: Path | None) -> None:
+    for path in run.glob("checkpoint-*"):
+        if path != keep and re.fullmatch(r"checkpoint-\d+", path.name):
+            # Renamed first: half a checkpoint must never bear a checkpoint's name.
+            os.replace(path, _partial(path))
+    for path in run.glob(f".checkpoint-*{_PARTIAL}"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    if path.is_dir() and os.name == "nt":  # cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

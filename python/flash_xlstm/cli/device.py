@@ -1,0 +1,31 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_xlstm import ops
+from flash_xlstm.cli.errors import CommandError, reason
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for "auto" a GPU if there is one with kernels, else the CPU.
+
+    Raises:
+        CommandError: there is no such device, or there are no kernels for it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() and _has_kernels("cuda") else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name}: {reason(error)}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs")
+    if not _has_kernels(device):
+        raise CommandError(f"--device {name}: {ops.kernel_for('mlstm', device)}")
+    return device
+
+
+def _has_kernels(device: torch.device | str) -> bool:
+    return not ops.kernel_for("mlstm", device).startswith("none")

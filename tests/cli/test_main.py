@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flash_xlstm
+from flash_xlstm.cli import main
+from flash_xlstm.ops import kernel_for
+
+EXTRAS = ("transformers", "tokenizers", "safetensors", "tqdm", "matplotlib")
+
+
+def _without(packages, *arguments):
+    code = (
+        f"import sys\nfor name in {packages!r}: sys.modules[name] = None\n"
+        "from flash_xlstm.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+def test_info_prints_the_build_and_the_kernels(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name, value in flash_xlstm.build_info().items():
+        assert any(name.replace("_", " ") in line and value in line for line in out.splitlines()), name
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        table = out.split(f"kernels on {device}\n")[1]
+        for op in ("mlstm", "mlstm_step", "soft_cap"):
+            assert any(line.split() == [op, *kernel_for(op, device).split()] for line in table.splitlines()), op
+    if len(devices) == 1:
+        assert "GPUs: none seen" in out
+
+
+@pytest.mark.cuda
+def test_cuda_info_names_the_gpu(capsys):
+    main(["info"])
+    assert torch.cuda.get_device_properties(0).name in capsys.readouterr().out
+
+
+def test_info_needs_torch_only():
+    result = _without(EXTRAS, "info")
+    assert result.returncode == 0, result.stderr
+    assert "kernels on cpu" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [("train", "transformers"), ("train", "tqdm"), ("demo", "matplotlib"), ("generate", "tokenizers")],
+)
+def test_a_missing_extra_is_named(command, package):
+    result = _without([package], command, *(["folder", "prompt"] if command == "generate" else []))
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"flash-xlstm: error: {command} needs {package}, which cannot be imported; "
+        'install it with: pip install "flash-xlstm[cli]"\n'
+    )
+
+
+def test_wrong_usage_ends_with_2(capsys):
+    for arguments in ([], ["nonsense"], ["train", "--steps", "0"], ["train", "--learning-rate", "nan"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    capsys.readouterr()
+
+
+def test_help_tells_what_bytes_mean(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "vocabulary of 256" in out and "without an end-of-text token" in out
+    assert "--hidden-size" in out and "(default: 256)" in out
