@@ -16,16 +16,6 @@ struct Work {
 };
 
 #ifdef __CUDACC__
-// 1 / d_t, and the share of s_t in it.
-struct Normalizer {
-  float inverse, sign;  // sign: of s_t where it decides d_t, else 0
-  __device__ Normalizer(float s, float m, float eps) {
-    const float floor = expf(-m);
-    inverse = 1.0f / (fmaxf(fabsf(s), floor) + eps);
-    sign = fabsf(s) >= floor ? copysignf(1.0f, s) : 0.0f;
-  }
-};
-
 // u = dh_t . h_t
 __device__ __forceinline__ void store_token_gradients(const Work& w, int64_t at, const Normalizer& d, float u) {
   w.scratch.inv_d[at] = d.inverse;

@@ -1,13 +1,10 @@
-// How the portable mLSTM kernels cut a problem into chunks, and the scratch arrays they share.
-//
-// A chunk is up to 64 consecutive tokens of one sequence and never spans two sequences. Chunks are numbered over all
-// sequences. A sequence has one boundary more than it has chunks: boundary chunk + sequence is the chunk's start, the
-// next its end. States are large, so they are kept for a range of chunks only: the forward works through the chunks
-// range by range and needs the state at each chunk's start (slot = chunk - range_begin); the backward takes all chunks
-// as one range and needs every boundary's (slot = boundary).
+// The scratch arrays that the portable mLSTM kernels share. States are large, so they are kept for a range of chunks
+// only: the forward works through the chunks range by range and needs the state at each chunk's start (slot = chunk -
+// range_begin); the backward takes all chunks as one range and needs every boundary's (slot = boundary).
 // Per-token scratch is chunk-major, [chunk][head][64], so that a chunk's gates are one contiguous read.
 #pragma once
 
+#include "cuda/mlstm/chunk_layout.cuh"
 #include "cuda/numeric.cuh"
 #include "mlstm_params.h"
 
@@ -15,60 +12,7 @@ namespace flash_xlstm::cuda::portable {
 
 constexpr int chunk_tokens = 64;
 
-// One chunk of one head.
-struct Chunk {
-  int64_t chunk, seq, row;  // row: batch index into the tensors
-  int64_t boundary;         // of its start
-  int64_t first;            // first token within the row
-  int length;               // 1 to 64
-};
-
-struct Layout {
-  int64_t batch, seq, heads, dqk, dv, num_seqs;
-  int64_t max_chunks;      // chunks, or a bound on them when packed
-  int64_t chunks_per_seq;  // not packed only
-  int64_t range_begin, range_end;  // the chunks whose states are kept
-  bool every_boundary;             // slot = boundary, else chunk - range_begin
-  // Packed only, built on the device: first chunk of each sequence (num_seqs + 1), first token of each sequence
-  // (num_seqs + 1), sequence of each chunk (max_chunks).
-  const int64_t* first_chunk;
-  const int64_t* first_token;
-  const int32_t* seq_of_chunk;
-
-  __device__ bool locate(int64_t chunk, Chunk& out) const {
-    out.chunk = chunk;
-    if (first_chunk == nullptr) {
-      out.seq = chunk / chunks_per_seq;
-      out.row = out.seq;
-      const int64_t index = chunk - out.seq * chunks_per_seq;
-      set_tokens(out, index * chunk_tokens, seq);
-    } else {
-      if (chunk >= first_chunk[num_seqs]) return false;
-      out.seq = seq_of_chunk[chunk];
-      out.row = 0;
-      const int64_t index = chunk - first_chunk[out.seq];
-      set_tokens(out, first_token[out.seq] + index * chunk_tokens, first_token[out.seq + 1]);
-    }
-    out.boundary = chunk + out.seq;
-    return true;
-  }
-
-  // Where the state at a chunk's start is kept.
-  __device__ int64_t slot(int64_t chunk, int64_t s) const { return every_boundary ? chunk + s : chunk - range_begin; }
-
-  // Chunks of sequence s: [begin, end).
-  __device__ void chunk_range(int64_t s, int64_t& begin, int64_t& end) const {
-    begin = first_chunk == nullptr ? s * chunks_per_seq : first_chunk[s];
-    end = first_chunk == nullptr ? begin + chunks_per_seq : first_chunk[s + 1];
-  }
-
- private:
-  __device__ static void set_tokens(Chunk& out, int64_t first, int64_t stop) {
-    out.first = first;
-    const int64_t left = stop - first;
-    out.length = left < chunk_tokens ? static_cast<int>(left) : chunk_tokens;
-  }
-};
+using Layout = ChunkLayout<chunk_tokens>;
 
 // Scratch arrays, all float32 unless said; N = max_chunks * heads.
 struct Scratch {
@@ -98,7 +42,5 @@ struct Scratch {
   int64_t* first_token;
   int32_t* seq_of_chunk;
 };
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace flash_xlstm::cuda::portable

@@ -11,29 +11,11 @@
 namespace flash_xlstm::cuda::portable {
 namespace {
 
-constexpr int64_t alignment = 256;
-
 // The forward keeps the states of as many chunks as fit in half of h's size, and at least in this much, so that small
 // problems are one range.
 constexpr int64_t least_state_bytes = 2 << 20;
 
 int64_t state_element_bytes(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
-
-// Hands out consecutive aligned pieces; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  void take(T*& out, int64_t count) {
-    out = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), alignment) * alignment;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   Carver carver(workspace);

@@ -1,0 +1,310 @@
+// Everything that is one number per token. A block owns one head of one sequence and walks it in steps of 4,096 tokens,
+// eight consecutive ones a thread, so that a chunk is 16 lanes; scans over threads run in float64.
+#include <cmath>
+
+#include "cuda/mlstm/hopper/work.h"
+
+namespace flash_xlstm::cuda::hopper {
+namespace {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int tokens_per_thread = 8;
+constexpr int threads_per_block = 512;
+constexpr int lanes_per_chunk = chunk_tokens / tokens_per_thread;
+constexpr int num_warps = threads_per_block / 32;
+static_assert(lanes_per_chunk == 16, "a chunk is half a warp");
+
+__device__ __forceinline__ double negative_infinity() { return -static_cast<double>(INFINITY); }
+
+// The block's sequence. Packed: its place among the chunks, from the offsets clamped to [0, seq] and kept from
+// decreasing, so that wrong ones cannot lead outside the tensors; blocks of head 0 write the table for later kernels.
+struct Sequence {
+  int64_t seq, row, first_token, length, first_chunk;
+  int head;
+};
+
+__device__ Sequence find_sequence(const Work& w) {
+  const Layout& l = w.layout;
+  Sequence out;
+  out.seq = blockIdx.x / l.heads;
+  out.head = static_cast<int>(blockIdx.x % l.heads);
+  if (w.p.cu_seqlens == nullptr) {
+    out.row = out.seq, out.first_token = 0, out.length = l.seq, out.first_chunk = out.seq * l.chunks_per_seq;
+    return out;
+  }
+  __shared__ int64_t found[3];
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x;
+    const auto offset = [&](int64_t s) { return min(max(static_cast<int64_t>(w.p.cu_seqlens[s]), int64_t{0}), l.seq); };
+    int64_t start = offset(0), chunks = 0, stop = start;
+    for (int64_t base = 0; base <= out.seq; base += 32) {
+      const int64_t s = base + lane;
+      int64_t end = s <= out.seq ? offset(s + 1) : 0;
+      for (int d = 1; d < 32; d *= 2) {
+        const int64_t other = __shfl_up_sync(all_lanes, end, d);
+        if (lane >= d) end = max(end, other);
+      }
+      end = max(end, stop);
+      int64_t begin = __shfl_up_sync(all_lanes, end, 1);
+      if (lane == 0) begin = stop;
+      int64_t count = s < out.seq ? (end - begin + chunk_tokens - 1) / chunk_tokens : 0;
+      for (int d = 16; d > 0; d /= 2) count += __shfl_xor_sync(all_lanes, count, d);
+      chunks += count;
+      const int last = static_cast<int>(min(out.seq - base, int64_t{31}));
+      start = __shfl_sync(all_lanes, begin, last);
+      stop = __shfl_sync(all_lanes, end, last);
+    }
+    if (lane == 0) found[0] = start, found[1] = stop, found[2] = chunks;
+  }
+  __syncthreads();
+  out.row = 0, out.first_token = found[0], out.length = found[1] - found[0], out.first_chunk = found[2];
+  return out;
+}
+
+__device__ void write_table(const Work& w, const Sequence& s) {
+  const int64_t count = (s.length + chunk_tokens - 1) / chunk_tokens;
+  for (int64_t c = threadIdx.x; c < count; c += threads_per_block) {
+    w.seq_of_chunk[s.first_chunk + c] = static_cast<int32_t>(s.seq);
+  }
+  if (threadIdx.x == 0) {
+    w.first_chunk[s.seq] = s.first_chunk;
+    w.first_token[s.seq] = s.first_token;
+    if (s.seq == w.layout.num_seqs - 1) {
+      w.first_chunk[s.seq + 1] = s.first_chunk + count;
+      w.first_token[s.seq + 1] = s.first_token + s.length;
+    }
+  }
+}
+
+// What a run of tokens does to m: m -> max(m + sum, top).
+struct Transform {
+  double sum, top;
+  __device__ Transform then(const Transform& next) const { return {sum + next.sum, fmax(top + next.sum, next.top)}; }
+};
+
+__device__ __forceinline__ Transform shuffle_up(const Transform& x, int d) {
+  return {__shfl_up_sync(all_lanes, x.sum, d), __shfl_up_sync(all_lanes, x.top, d)};
+}
+
+__global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __grid_constant__ Work w, float* m_out,
+                                                                       float* m_last) {
+  __shared__ Transform warp_total[num_warps];
+  const Sequence s = find_sequence(w);
+  if (w.p.cu_seqlens != nullptr && s.head == 0) write_table(w, s);
+  const Layout& l = w.layout;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Strided &gi = w.p.i, &gf = w.p.f;
+  const int64_t i_base = s.row * gi.batch + s.first_token * gi.seq + s.head * gi.head;
+  const int64_t f_base = s.row * gf.batch + s.first_token * gf.seq + s.head * gf.head;
+  double m_in = w.p.m0 == nullptr ? 0.0 : w.p.m0[s.seq * l.heads + s.head];
+
+  for (int64_t base = 0; base < s.length; base += threads_per_block * tokens_per_thread) {
+    const int64_t first = base + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
+    float i[tokens_per_thread], lf[tokens_per_thread];
+#pragma unroll
+    for (int x = 0; x < tokens_per_thread; ++x) {
+      const int64_t t = first + x;
+      const bool inside = t < s.length;
+      i[x] = inside ? load_as_float(gi.data, i_base + t * gi.seq, w.p.gate_dtype) : -INFINITY;
+      lf[x] = inside ? load_as_float(gf.data, f_base + t * gf.seq, w.p.gate_dtype) : INFINITY;
+    }
+    Transform mine{0.0, negative_infinity()};
+#pragma unroll
+    for (int x = 0; x < tokens_per_thread; ++x) {
+      lf[x] = log_sigmoid(lf[x]);
+      mine = mine.then({lf[x], i[x]});
+    }
+    Transform through = mine;
+    for (int d = 1; d < 32; d *= 2) {
+      const Transform before = shuffle_up(through, d);
+      if (lane >= d) through = before.then(through);
+    }
+    if (lane == 31) warp_total[warp] = through;
+    Transform before = shuffle_up(through, 1);
+    if (lane == 0) before = {0.0, negative_infinity()};
+    __syncthreads();
+    Transform start{0.0, negative_infinity()}, all = start;
+    for (int x = 0; x < num_warps; ++x) {
+      if (x == warp) start = all;
+      all = all.then(warp_total[x]);
+    }
+    const double b_chunk = __shfl_sync(all_lanes, before.sum, lane & lanes_per_chunk);
+    double b = before.sum - b_chunk;
+    before = start.then(before);
+    double m = fmax(m_in + before.sum, before.top);
+    m_in = fmax(m_in + all.sum, all.top);
+
+    const int64_t chunk = s.first_chunk + first / chunk_tokens;
+    const bool kept = first / chunk_tokens < (s.length + chunk_tokens - 1) / chunk_tokens;
+    const int64_t item = chunk * l.heads + s.head;
+    const int64_t at = item * chunk_tokens + first % chunk_tokens;
+    if (kept && lane % lanes_per_chunk == 0) w.m_start[item] = static_cast<float>(m) * log2_e;
+    float alpha[tokens_per_thread], beta[tokens_per_thread];
+#pragma unroll
+    for (int x = 0; x < tokens_per_thread; ++x) {
+      const double carried = lf[x] + m;
+      const bool reset = i[x] >= carried;
+      m = fmax(carried, static_cast<double>(i[x]));
+      b += lf[x];
+      alpha[x] = static_cast<float>((b - m) * log2_e);
+      beta[x] = static_cast<float>((b - i[x]) * log2_e);
+      if (kept && w.reset != nullptr) w.reset[at + x] = reset;
+      if (first + x < s.length && m_out != nullptr) {
+        m_out[(s.row * l.seq + s.first_token + first + x) * l.heads + s.head] = static_cast<float>(m);
+      }
+    }
+    if (kept) {
+#pragma unroll
+      for (int x = 0; x < tokens_per_thread; x += 4) {
+        *reinterpret_cast<float4*>(w.alpha + at + x) = make_float4(alpha[x], alpha[x + 1], alpha[x + 2], alpha[x + 3]);
+        *reinterpret_cast<float4*>(w.beta + at + x) = make_float4(beta[x], beta[x + 1], beta[x + 2], beta[x + 3]);
+      }
+    }
+    __syncthreads();  // warp_total is read before the next step writes it
+  }
+  if (threadIdx.x == 0 && m_last != nullptr) m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
+}
+
+// What a run of tokens, walked from the last to the first, does to the stabilizer's gradient a: the sum of e joins it,
+// unless a token took all that came before (reset).
+struct Walk {
+  double sum;
+  int reset;
+  __device__ Walk then(const Walk& earlier) const { return {earlier.reset ? earlier.sum : sum + earlier.sum, reset | earlier.reset}; }
+};
+
+// dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
+// before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
+// cancels but inside.
+__global__ void __launch_bounds__(threads_per_block)
+    gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
+                          int column_tiles, int state_tiles) {
+  __shared__ Walk warp_total[num_warps];
+  __shared__ double inner_end;
+  const Sequence s = find_sequence(w);
+  const Layout& l = w.layout;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % lanes_per_chunk;
+  const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
+  const int64_t step = threads_per_block * tokens_per_thread;
+  const int64_t steps = (s.length + step - 1) / step;
+  const int64_t chunks = (s.length + chunk_tokens - 1) / chunk_tokens;
+  double a_in = dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head];
+
+  for (int64_t index = steps - 1; index >= 0; --index) {
+    const int64_t first = index * step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
+    const int64_t chunk = first / chunk_tokens;
+    const bool kept = chunk < chunks;
+    const int64_t item = (s.first_chunk + chunk) * l.heads + s.head;
+    const int64_t at = item * chunk_tokens + first % chunk_tokens;
+    float qdq[tokens_per_thread] = {}, kdk[tokens_per_thread] = {}, in_q[tokens_per_thread] = {},
+          in_k[tokens_per_thread] = {}, e[tokens_per_thread] = {};
+    unsigned resets = 0;
+    double through = 0.0;
+    if (kept) {
+      const auto add = [&](float(&to)[tokens_per_thread], const float* from) {
+#pragma unroll
+        for (int x = 0; x < tokens_per_thread; x += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(from + at + x);
+          to[x] += four.x, to[x + 1] += four.y, to[x + 2] += four.z, to[x + 3] += four.w;
+        }
+      };
+      for (int c = 0; c < column_tiles; ++c) {
+        add(qdq, w.q_dq + c * stride);
+        add(in_q, w.q_dq + (column_tiles + c) * stride);
+        add(kdk, w.k_dk + c * stride);
+        add(in_k, w.k_dk + (column_tiles + c) * stride);
+      }
+      add(e, w.e);
+#pragma unroll
+      for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
+      for (int t = part; t < state_tiles; t += lanes_per_chunk) through += w.through[item * state_tiles + t];
+    }
+    double later = 0.0, earlier = 0.0;  // this thread's sums
+#pragma unroll
+    for (int x = 0; x < tokens_per_thread; ++x) {
+      later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
+      earlier += kdk[x];
+    }
+    const double own_earlier = earlier, own_later = later;
+    double cross_q = 0.0;
+#pragma unroll
+    for (int x = 0; x < tokens_per_thread; ++x) cross_q += qdq[x];
+    for (int d = 1; d < lanes_per_chunk; d *= 2) {
+      const double after = __shfl_down_sync(all_lanes, later, d, lanes_per_chunk);
+      const double before = __shfl_up_sync(all_lanes, earlier, d, lanes_per_chunk);
+      if (part + d < lanes_per_chunk) later += after;
+      if (part >= d) earlier += before;
+      cross_q += __shfl_xor_sync(all_lanes, cross_q, d);
+      through += __shfl_xor_sync(all_lanes, through, d);
+    }
+    const double cross_k = __shfl_sync(all_lanes, earlier, lanes_per_chunk - 1, lanes_per_chunk);
+    later -= own_later, earlier -= own_earlier;
+
+    // a arriving at this thread's last token.
+    if (index == steps - 1) {
+      if (kept && chunk == chunks - 1 && part == 0) inner_end = through + cross_k;
+      __syncthreads();
+      a_in -= inner_end;
+    }
+    Walk mine{0.0, 0};
+#pragma unroll
+    for (int x = tokens_per_thread - 1; x >= 0; --x) mine = mine.then({e[x], 0}), mine = resets >> x & 1 ? Walk{0.0, 1} : mine;
+    Walk from = mine;
+    for (int d = 1; d < 32; d *= 2) {
+      const Walk after{__shfl_down_sync(all_lanes, from.sum, d), __shfl_down_sync(all_lanes, from.reset, d)};
+      if (lane + d < 32) from = after.then(from);
+    }
+    if (lane == 0) warp_total[warp] = from;
+    Walk after{__shfl_down_sync(all_lanes, from.sum, 1), __shfl_down_sync(all_lanes, from.reset, 1)};
+    if (lane == 31) after = {0.0, 0};
+    __syncthreads();
+    Walk start{0.0, 0}, all = start;
+    for (int x = num_warps - 1; x >= 0; --x) {
+      if (x == warp) start = all;
+      all = all.then(warp_total[x]);
+    }
+    after = start.then(after);
+    double a = after.reset ? after.sum : a_in + after.sum;
+    a_in = all.reset ? all.sum : a_in + all.sum;
+    if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in + through + cross_q);
+
+    double before = own_earlier + earlier;  // k . dk across, of tokens up to x
+#pragma unroll
+    for (int x = tokens_per_thread - 1; x >= 0; --x) {
+      a += e[x];
+      before -= kdk[x];
+      later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
+      const bool reset = resets >> x & 1;
+      const int64_t t = first + x;
+      if (t < s.length) {
+        const Strided& gf = w.p.f;
+        const int64_t token = s.first_token + t;
+        const float f = load_as_float(gf.data, s.row * gf.batch + token * gf.seq + s.head * gf.head, w.p.gate_dtype);
+        const int64_t out = (s.row * l.seq + token) * l.heads + s.head;
+        const double dlf = through + later + before + (reset ? 0.0 : a);
+        const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
+        store_from_float(di, out, w.p.gate_dtype, static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + (reset ? a : 0.0)));
+        store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(dlf) * slope);
+      }
+      if (reset) a = 0.0;
+    }
+    __syncthreads();
+  }
+  if (s.length == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in);
+}
+
+}  // namespace
+
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
+  scan_gates_kernel<<<static_cast<unsigned>(w.layout.num_seqs * w.layout.heads), threads_per_block, 0, stream>>>(
+      w, m_out, m_last);
+  return cudaGetLastError();
+}
+
+cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  gate_gradients_kernel<<<static_cast<unsigned>(w.layout.num_seqs * w.layout.heads), threads_per_block, 0, stream>>>(
+      w, params.dm_last, params.di, params.df, params.dm0, column_tiles(w.p.dqk), state_tiles(w.p));
+  return cudaGetLastError();
+}
+
+}  // namespace flash_xlstm::cuda::hopper

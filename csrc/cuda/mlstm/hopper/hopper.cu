@@ -1,0 +1,193 @@
+// The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
+// again (keeping the states of every layer would cost more memory than q, k, v, h together), dq with u, delta and e,
+// the states' gradients in place of the states, dk, dv, and last the gates.
+#include "cuda/mlstm/hopper/hopper.h"
+
+#include <cuda.h>
+
+#include <array>
+#include <atomic>
+
+#include "cuda/mlstm/hopper/work.h"
+
+namespace flash_xlstm::cuda::hopper {
+namespace {
+
+// Whether the current device is a Hopper GPU.
+bool device_is_hopper() {
+  constexpr int max_devices = 64;
+  static std::array<std::atomic<int>, max_devices> known{};  // 0 unknown, 1 no, 2 yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return false;
+  if (const int value = known[device].load(std::memory_order_relaxed)) return value == 2;
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return false;
+  }
+  const bool yes = major == 9 && minor == 0;
+  known[device].store(yes ? 2 : 1, std::memory_order_relaxed);
+  return yes;
+}
+
+// Looked up at first use, so that nothing links the driver's library.
+auto encode_function() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return function;
+}
+
+template <int rank>
+cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t, rank>& sizes,
+                   const std::array<uint64_t, rank - 1>& strides, const std::array<uint32_t, rank>& boxes) {
+  const std::array<uint32_t, rank> ones = [] {
+    std::array<uint32_t, rank> x;
+    x.fill(1);
+    return x;
+  }();
+  const CUresult status = encode_function()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes.data(), strides.data(),
+      boxes.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+bool mappable(const Strided& t, const MlstmProblem& p) {
+  const auto good = [](int64_t stride, int64_t size) { return size == 1 || (stride > 0 && stride % 8 == 0); };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && good(t.batch, p.batch) && good(t.seq, p.seq) &&
+         good(t.head, p.heads);
+}
+
+cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
+  // The stride of a dimension of size 1 is never followed, but it is checked.
+  const auto bytes = [&](int64_t stride, int64_t size) { return static_cast<uint64_t>((size == 1 ? dim : stride) * 2); };
+  return encode<4>(map, t.data,
+                   {static_cast<uint64_t>(dim), static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.seq),
+                    static_cast<uint64_t>(p.batch)},
+                   {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
+}
+
+bool serves_problem(const MlstmProblem& p) {
+  return p.dtype == DType::bfloat16 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 &&
+         p.dqk <= 1024 && p.dv <= 1024 && mappable(p.q, p) && mappable(p.k, p) && mappable(p.v, p) &&
+         device_is_hopper() && encode_function() != nullptr;
+}
+
+int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
+  Carver carver(workspace);
+  w = Work{};
+  w.p = p;
+  Layout& l = w.layout;
+  const bool packed = p.cu_seqlens != nullptr;
+  l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;
+  l.chunks_per_seq = ceil_div(p.seq, chunk_tokens);
+  l.max_chunks = packed ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
+  l.range_end = l.max_chunks;
+  w.dqk_pitch = ceil_div(p.dqk, 8) * 8;
+  w.dv_pitch = ceil_div(p.dv, 8) * 8;
+
+  const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
+  carver.take(w.alpha, tokens);
+  carver.take(w.beta, tokens);
+  carver.take(w.m_start, items);
+  carver.take(w.c, items * p.dqk * w.dv_pitch);
+  carver.take(w.n, items * p.dqk);
+  if (!backward) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
+  if (packed) {
+    carver.take(w.first_chunk, p.num_seqs + 1);
+    carver.take(w.first_token, p.num_seqs + 1);
+    carver.take(w.seq_of_chunk, l.max_chunks);
+    l.first_chunk = w.first_chunk;
+    l.first_token = w.first_token;
+    l.seq_of_chunk = w.seq_of_chunk;
+  }
+  if (backward) {
+    carver.take(w.reset, tokens);
+    carver.take(w.inv_d, tokens);
+    carver.take(w.delta, tokens);
+    carver.take(w.e, tokens);
+    carver.take(w.q_dq, tokens * 2 * column_tiles(p.dqk));
+    carver.take(w.k_dk, tokens * 2 * column_tiles(p.dqk));
+    carver.take(w.through, items * state_tiles(p));
+  }
+  return carver.used();
+}
+
+#define RETURN_IF_FAILED(call)                              \
+  do {                                                      \
+    if (cudaError_t status = (call); status != cudaSuccess) \
+      return status;                                        \
+  } while (0)
+
+cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
+  const MlstmProblem& p = w.p;
+  // Encoding needs the device's context to be this thread's, which a thread of autograd's that has not yet used the
+  // device lacks.
+  int device = 0;
+  RETURN_IF_FAILED(cudaGetDevice(&device));
+  RETURN_IF_FAILED(cudaSetDevice(device));
+  RETURN_IF_FAILED(encode_rows(maps.q, p.q, p, p.dqk));
+  RETURN_IF_FAILED(encode_rows(maps.k, p.k, p, p.dqk));
+  RETURN_IF_FAILED(encode_rows(maps.v, p.v, p, p.dv));
+  if (dh != nullptr) RETURN_IF_FAILED(encode_rows(maps.dh, *dh, p, p.dv));
+  const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
+  const uint64_t dqk = static_cast<uint64_t>(p.dqk), c_row = static_cast<uint64_t>(w.dv_pitch * 2);
+  RETURN_IF_FAILED(encode<3>(maps.c, w.c, {static_cast<uint64_t>(p.dv), dqk, items}, {c_row, c_row * dqk},
+                             {box, box, 1}));
+  if (w.n_parts != nullptr) {
+    const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
+    RETURN_IF_FAILED(encode<3>(maps.n_parts, w.n_parts, {dqk, 3, items}, {n_row, n_row * 3}, {box, 8, 1}));
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+bool serves(const MlstmForward& params) { return serves_problem(params.p); }
+
+bool serves(const MlstmBackward& params) {
+  // dq sums u over all of dqk in one tile; without dh there is little to do.
+  return params.p.dqk <= 256 && params.dh.data != nullptr && mappable(params.dh, params.p) && serves_problem(params.p);
+}
+
+int64_t forward_workspace_bytes(const MlstmForward& params) {
+  Work w;
+  return carve(params.p, false, nullptr, w);
+}
+
+cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream) {
+  Work w;
+  carve(params.p, false, workspace, w);
+  Maps maps;
+  RETURN_IF_FAILED(make_maps(w, nullptr, maps));
+  RETURN_IF_FAILED(scan_gates(w, params.m, params.m_last, stream));
+  RETURN_IF_FAILED(forward_states(w, maps, params.c_last, params.n_last, stream));
+  return output_h(w, maps, params.h, params.s, params.m, stream);
+}
+
+int64_t backward_workspace_bytes(const MlstmBackward& params) {
+  Work w;
+  return carve(params.p, true, nullptr, w);
+}
+
+cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t stream) {
+  Work w;
+  carve(params.p, true, workspace, w);
+  Maps maps;
+  RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
+  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
+  RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
+  RETURN_IF_FAILED(output_dq(w, maps, params.s, params.m, params.dq, stream));
+  RETURN_IF_FAILED(backward_states(w, maps, params, stream));
+  RETURN_IF_FAILED(output_dk(w, maps, params.dk, stream));
+  RETURN_IF_FAILED(output_dv(w, maps, params.dh, params.dv, stream));
+  return gate_gradients(w, params, stream);
+}
+
+}  // namespace flash_xlstm::cuda::hopper

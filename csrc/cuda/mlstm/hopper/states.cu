@@ -1,0 +1,377 @@
+// States at chunk boundaries, forward (c, n) and backward (dc, dn), by one kernel in two directions.
+//
+//   forward   c <- g c + sum_j w_j k_j v_j^T          w_j = exp(b_end - b_j + i_j - m_end)
+//   backward  dc <- g dc + sum_t w_t q_t dh_t^T       w_t = scale exp(b_t + m_start - m_t) / d_t
+//   with g = exp(b_end + m_start - m_end); n and dn likewise with 1 for v and delta_t d_t for dh.
+//
+// A block owns a piece of one head's state, 64 dqk x tile_dv for each of its one or two consumer warpgroups, keeps it
+// in float32 registers as wgmma's accumulator, and walks the chunks of one sequence. A producer warp streams k and v (q
+// and dh) through a ring of 64-token stages. Each chunk, a consumer: rounds its piece into shared memory, from where
+// the copy engine takes it to its slot; multiplies it by g; then, for each 16 tokens, loads k^T fragments (transposed
+// ldmatrix), weights them in float32, rounds them and issues one m64 x tile_dv x 16 product with v straight from the
+// stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
+// chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
+//
+// Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
+#include "cuda/mlstm/hopper/work.h"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace flash_xlstm::cuda::hopper {
+namespace {
+
+constexpr int stage_tokens = 64;
+constexpr int stages_per_chunk = chunk_tokens / stage_tokens;
+
+struct StateArgs {
+  Work w;
+  CUtensorMap x, y, c;  // k and v, or q and dh; the states
+  const float* c_in;    // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
+  const float* n_in;
+  float* c_out;         // c_last, or dc0; nullptr: not wanted
+  float* n_out;
+  int dqk_tiles, dv_tiles;
+};
+
+template <int groups, int tile_dv>
+struct StateShared {
+  static constexpr int num_stages = 3;
+  static constexpr int y_boxes = tile_dv / box;
+  struct Stage {
+    bf16 x[groups][box * box];     // 64 tokens x 64 dqk, one box for each warpgroup
+    bf16 y[y_boxes][box * box];    // 64 tokens x tile_dv; or 64 dqk x tile_dv of the state at the chunk's start
+  };
+  alignas(1024) Stage stage[num_stages];
+  bf16 rounded[groups][y_boxes][box * box];  // 64 dqk x tile_dv
+  float weight[2][groups][chunk_tokens];     // of the product; alternates with the chunks
+  float weight_n[2][groups][chunk_tokens];   // of the n sum
+  uint64_t full[num_stages], empty[num_stages];
+};
+
+template <int groups, int tile_dv, bool backward>
+__global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __grid_constant__ StateArgs args) {
+  using Shared = StateShared<groups, tile_dv>;
+  constexpr int num_stages = Shared::num_stages;
+  extern __shared__ unsigned char shared_bytes[];
+  Shared& sh = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+
+  const Work& w = args.w;
+  const Layout& l = w.layout;
+  int64_t block = blockIdx.x;
+  const int tile_v = static_cast<int>(block % args.dv_tiles);
+  block /= args.dv_tiles;
+  const int tile_k = static_cast<int>(block % args.dqk_tiles);
+  block /= args.dqk_tiles;
+  const int head = static_cast<int>(block % l.heads);
+  const int64_t seq = block / l.heads;
+  const int row0 = tile_k * groups * box, col0 = tile_v * tile_dv;
+  int64_t begin, end;
+  l.chunk_range(seq, begin, end);
+  const int64_t count = end - begin;
+  const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < num_stages; ++s) {
+      ptx::mbarrier_init(&sh.full[s], 1);
+      ptx::mbarrier_init(&sh.empty[s], groups * 4);
+    }
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+
+  const int group = threadIdx.x / 128;
+  if (group == groups) {
+    ptx::fewer_registers<24>();
+    if (threadIdx.x % 128 != 0) return;
+    int stage = 0, parity = 1;
+    const auto next_stage = [&](int bytes) -> typename Shared::Stage& {
+      ptx::mbarrier_wait(&sh.empty[stage], parity);
+      ptx::mbarrier_arrive_expect(&sh.full[stage], bytes);
+      return sh.stage[stage];
+    };
+    const auto advance = [&] {
+      if (++stage == num_stages) stage = 0, parity ^= 1;
+    };
+    for (int64_t step = 0; step < count; ++step) {
+      Chunk chunk;
+      l.locate(chunk_at(step), chunk);
+      const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
+      if constexpr (backward) {
+        for (int g = 0; g < groups; ++g) {
+          auto& s = next_stage(Shared::y_boxes * box_bytes);
+          for (int b = 0; b < Shared::y_boxes; ++b) {
+            ptx::tma_load(s.y[b], &args.c, &sh.full[stage], col0 + b * box, row0 + g * box, item);
+          }
+          advance();
+        }
+      }
+      for (int part = 0; part < stages_per_chunk; ++part) {
+        const int token = static_cast<int>(chunk.first) + part * stage_tokens;
+        auto& s = next_stage((groups + Shared::y_boxes) * box_bytes);
+        for (int g = 0; g < groups; ++g) {
+          ptx::tma_load(s.x[g], &args.x, &sh.full[stage], row0 + g * box, head, token, row);
+        }
+        for (int b = 0; b < Shared::y_boxes; ++b) {
+          ptx::tma_load(s.y[b], &args.y, &sh.full[stage], col0 + b * box, head, token, row);
+        }
+        advance();
+      }
+    }
+    return;
+  }
+
+  ptx::more_registers<groups == 2 ? 240 : 232>();
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int group_row0 = row0 + group * box;
+  const int quad = lane / 4, pos = lane % 4;
+  const bool has_n = tile_v == 0;
+  const int64_t state = seq * l.heads + head;
+
+  float acc[tile_dv / 2];
+  float n[2] = {0.0f, 0.0f};  // rows quad, quad + 8 of the warp's 16; the four lanes of a quad hold the same
+#pragma unroll
+  for (int x = 0; x < tile_dv / 2; ++x) acc[x] = 0.0f;
+  const auto for_each_pair = [&](auto&& f) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = group_row0 + warp * 16 + quad + r * 8;
+#pragma unroll
+      for (int c = 0; c < tile_dv / 8; ++c) {
+        const int col = col0 + c * 8 + pos * 2;
+        if (row < l.dqk && col < l.dv) f(&acc[c * 4 + r * 2], (state * l.dqk + row) * l.dv + col);
+      }
+    }
+  };
+  const auto for_each_n = [&](auto&& f) {
+    if (!has_n) return;
+    for (int r = 0; r < 2; ++r) {
+      const int row = group_row0 + warp * 16 + quad + r * 8;
+      if (row < l.dqk) f(n[r], row);
+    }
+  };
+  if (args.c_in != nullptr) {  // dv is a multiple of 8
+    for_each_pair([&](float* a, int64_t at) {
+      const float2 two = *reinterpret_cast<const float2*>(args.c_in + at);
+      a[0] = two.x, a[1] = two.y;
+    });
+  }
+  if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
+
+  // The weights of the next chunk's tokens, one a thread, read a chunk early.
+  float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f;
+  const auto read_weights = [&](int64_t step) {
+    if (step >= count) return;
+    const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
+    const float m_start = w.m_start[item], alpha_last = w.alpha[at + chunk_tokens - 1];
+    next_keep = exp2f(alpha_last + m_start);
+    if constexpr (backward) {
+      const float g = w.p.scale * exp2f(w.alpha[at + thread] + m_start);
+      next_w = g * w.inv_d[at + thread];
+      next_wn = g * w.delta[at + thread];
+    } else {
+      next_w = next_wn = exp2f(alpha_last - w.beta[at + thread]);
+    }
+  };
+  read_weights(0);
+
+  int stage = 0, parity = 0;
+  const auto release = [&] {
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&sh.empty[stage]);
+    if (++stage == num_stages) stage = 0, parity ^= 1;
+  };
+  for (int64_t step = 0; step < count; ++step) {
+    const int64_t item = chunk_at(step) * l.heads + head;
+    const float keep = next_keep;
+    float* const weight = sh.weight[step % 2][group];
+    float* const weight_n = sh.weight_n[step % 2][group];
+    weight[thread] = next_w;
+    if constexpr (backward) weight_n[thread] = next_wn;
+    read_weights(step + 1);
+
+    if constexpr (backward) {
+      float inner = 0.0f;
+      for (int g = 0; g < groups; ++g) {
+        ptx::mbarrier_wait(&sh.full[stage], parity);
+        if (g == group) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int row = warp * 16 + quad + r * 8;
+#pragma unroll
+            for (int c = 0; c < tile_dv / 8; ++c) {
+              const bf16* at = sh.stage[stage].y[c / 8] + row * box + (((c % 8) ^ (row % 8)) * 8) + pos * 2;
+              const float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
+              inner += acc[c * 4 + r * 2] * two.x + acc[c * 4 + r * 2 + 1] * two.y;
+            }
+          }
+        }
+        release();
+      }
+      for_each_n([&](float& x, int row) {
+        if (pos == 0) inner += x * w.n[item * l.dqk + row];
+      });
+      for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+      // One share a warp.
+      if (lane == 0) {
+        w.through[item * (args.dqk_tiles * args.dv_tiles * groups * 4) +
+                  ((tile_k * args.dv_tiles + tile_v) * groups + group) * 4 + warp] = keep * inner;
+      }
+    }
+
+    // The rounded state to its slot.
+    if (thread == 0) ptx::tma_store_wait_read<0>();
+    ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
+#pragma unroll
+    for (int c = 0; c < tile_dv / 16; ++c) {
+      const auto pack = [](float a, float b) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&two);
+      };
+      const int row = warp * 16 + lane % 16, chunk16 = (c % 4) * 2 + lane / 16;
+      ptx::stmatrix_x4(sh.rounded[group][c / 4] + row * box + ((chunk16 ^ (row % 8)) * 8),
+                       pack(acc[c * 8], acc[c * 8 + 1]), pack(acc[c * 8 + 2], acc[c * 8 + 3]),
+                       pack(acc[c * 8 + 4], acc[c * 8 + 5]), pack(acc[c * 8 + 6], acc[c * 8 + 7]));
+    }
+    ptx::fence_async_shared();
+    ptx::named_barrier(1 + group, 128);
+    if (thread == 0) {
+      for (int b = 0; b < Shared::y_boxes; ++b) {
+        if (group_row0 < l.dqk && col0 + b * box < l.dv) {
+          ptx::tma_store(&args.c, sh.rounded[group][b], col0 + b * box, group_row0, static_cast<int>(item));
+        }
+      }
+      ptx::tma_store_commit();
+    }
+    for_each_n([&](float& x, int row) {
+      if (pos != 0) return;
+      w.n[item * l.dqk + row] = x;
+      if (!backward && w.n_parts != nullptr) {  // as a sum of three bfloat16
+        float left = x;
+        for (int part = 0; part < 3; ++part) {
+          const bf16 high = __float2bfloat16_rn(left);
+          w.n_parts[(item * 3 + part) * w.dqk_pitch + row] = high;
+          left -= __bfloat162float(high);
+        }
+      }
+    });
+
+    // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
+    const bool zeros = __any_sync(0xffffffffu, weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f ||
+                                                   weight[lane * 4 + 2] == 0.0f || weight[lane * 4 + 3] == 0.0f);
+#pragma unroll
+    for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep;
+    float n_part[2] = {0.0f, 0.0f};
+#pragma unroll 1
+    for (int part = 0; part < stages_per_chunk; ++part) {
+      ptx::mbarrier_wait(&sh.full[stage], parity);
+      auto& s = sh.stage[stage];
+      const float* const part_weight = weight + part * stage_tokens;
+      if (zeros) {
+        for (int t = warp; t < stage_tokens; t += 4) {
+          if (part_weight[t] != 0.0f) continue;
+          for (int x = lane; x < Shared::y_boxes * 32; x += 32) {
+            reinterpret_cast<uint32_t*>(s.y[x / 32] + t * box)[x % 32] = 0u;
+          }
+        }
+        ptx::fence_async_shared();
+        ptx::named_barrier(1 + group, 128);
+      }
+      uint32_t fragment[stage_tokens / 16][4];
+#pragma unroll
+      for (int kk = 0; kk < stage_tokens / 16; ++kk) {
+        const int token = kk * 16 + (lane / 16) * 8 + lane % 8, chunk16 = warp * 2 + (lane / 8) % 2;
+        uint32_t raw[4];
+        ptx::ldmatrix_x4<true>(raw, s.x[group] + token * box + ((chunk16 ^ (token % 8)) * 8));
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int t = kk * 16 + (r / 2) * 8 + pos * 2;
+          const float2 wt = *reinterpret_cast<const float2*>(part_weight + t);
+          float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&raw[r]));
+          if constexpr (backward) {
+            const float2 wn = *reinterpret_cast<const float2*>(weight_n + part * stage_tokens + t);
+            n_part[r % 2] += (wn.x == 0.0f ? 0.0f : two.x * wn.x) + (wn.y == 0.0f ? 0.0f : two.y * wn.y);
+          }
+          two.x = wt.x == 0.0f ? 0.0f : two.x * wt.x;
+          two.y = wt.y == 0.0f ? 0.0f : two.y * wt.y;
+          if constexpr (!backward) n_part[r % 2] += two.x + two.y;
+          const __nv_bfloat162 rounded = __floats2bfloat162_rn(two.x, two.y);
+          fragment[kk][r] = *reinterpret_cast<const uint32_t*>(&rounded);
+        }
+      }
+      ptx::hold(acc);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < stage_tokens / 16; ++kk) {
+        ptx::Wgmma<tile_dv>::template a_registers<true>(
+            acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::hold(acc);
+      release();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 1);
+      n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
+      n[r] = n[r] * keep + n_part[r];
+    }
+  }
+
+  if (args.c_out != nullptr) {
+    for_each_pair([&](float* a, int64_t at) { *reinterpret_cast<float2*>(args.c_out + at) = make_float2(a[0], a[1]); });
+  }
+  if (args.n_out != nullptr) {
+    for_each_n([&](float& x, int row) {
+      if (pos == 0) args.n_out[state * l.dqk + row] = x;
+    });
+  }
+  if (thread == 0) ptx::tma_store_wait<0>();
+}
+
+int consumer_groups(int64_t dqk) { return dqk <= 64 ? 1 : 2; }
+
+template <bool backward>
+cudaError_t launch(StateArgs& args, cudaStream_t stream) {
+  const Work& w = args.w;
+  const int groups = consumer_groups(w.p.dqk), tile_dv = column_tile(w.p.dv);
+  args.dqk_tiles = static_cast<int>(ceil_div(w.p.dqk, groups * box));
+  args.dv_tiles = static_cast<int>(ceil_div(w.p.dv, tile_dv));
+  const auto go = [&](auto kernel, int bytes) {
+    bytes += 1024;  // to align
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+    const int64_t blocks = w.layout.num_seqs * w.layout.heads * args.dqk_tiles * args.dv_tiles;
+    kernel<<<static_cast<unsigned>(blocks), (groups + 1) * 128, bytes, stream>>>(args);
+    return cudaGetLastError();
+  };
+#define CASE(g, d) \
+  if (groups == g && tile_dv == d) return go(states_kernel<g, d, backward>, sizeof(StateShared<g, d>))
+  CASE(1, 64);
+  CASE(1, 128);
+  CASE(1, 256);
+  CASE(2, 64);
+  CASE(2, 128);
+  CASE(2, 256);
+#undef CASE
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int state_tiles(const MlstmProblem& p) {
+  const int groups = consumer_groups(p.dqk);
+  return static_cast<int>(ceil_div(p.dqk, groups * box) * ceil_div(p.dv, column_tile(p.dv))) * groups * 4;
+}
+
+cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
+  StateArgs args{w, maps.k, maps.v, maps.c, w.p.c0, w.p.n0, c_last, n_last, 0, 0};
+  return launch<false>(args, stream);
+}
+
+cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
+  StateArgs args{w, maps.q, maps.dh, maps.c, params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
+  return launch<true>(args, stream);
+}
+
+}  // namespace flash_xlstm::cuda::hopper

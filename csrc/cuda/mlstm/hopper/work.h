@@ -1,0 +1,81 @@
+// What the Hopper mLSTM kernels share: chunk size, scratch arrays, host functions that launch one kernel each.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/mlstm/chunk_layout.cuh"
+#include "cuda/numeric.cuh"
+#include "mlstm_params.h"
+
+namespace flash_xlstm::cuda::hopper {
+
+constexpr int chunk_tokens = 128;
+constexpr int box = 64;  // rows and columns of the copy engine's boxes; 128 bytes a row
+constexpr int box_bytes = box * box * 2;
+constexpr float log2_e = 1.44269504088896340736f;
+
+using Layout = ChunkLayout<chunk_tokens>;
+
+// N = max_chunks * heads, an item is chunk * heads + head. All logs are to base 2. Within a chunk, with b_t the
+// cumulative log forget gate from the chunk's start on:
+//   D_tj = 2^(alpha_t - beta_j), g_t = 2^(alpha_t + m_start), w_j = 2^(alpha_last - beta_j), alpha_last = alpha[127].
+// float32 keeps alpha and beta to 2e-4 at gates of -15 throughout, far under the rounding of 16-bit operands.
+struct Work {
+  MlstmProblem p;
+  Layout layout;
+  int64_t dqk_pitch, dv_pitch;  // of n_parts and c: multiples of 16 bytes
+  float* alpha;     // [N][128] b_t - m_t
+  float* beta;      // [N][128] b_j - i_j; +inf for padding and past the chunk's end
+  float* m_start;   // [N] m before the chunk
+  bf16* c;          // [N][dqk][dv_pitch] state at the chunk's start; the backward replaces it, once it has been read, by
+                    // the gradient of the state at the chunk's end
+  float* n;         // [N][dqk], likewise
+  bf16* n_parts;    // forward: [N][3][dqk_pitch] n as a sum of three bfloat16
+  // Backward only.
+  uint8_t* reset;   // [N][128] 1 where m_t took the input gate's branch
+  float* inv_d;     // [N][128] 1 / d_t
+  float* delta;     // [N][128] gradient into s_t
+  float* e;         // [N][128] gradient into m_t through eps
+  float* q_dq;      // [2 tiles][N][128] shares of q . dq: across the chunk's start, then within the chunk
+  float* k_dk;      // [2 tiles][N][128] shares of k . dk: across the chunk's end, then within the chunk
+  float* through;   // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
+  int64_t* first_chunk;  // packed only: see ChunkLayout
+  int64_t* first_token;
+  int32_t* seq_of_chunk;
+};
+
+// The copy engine's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); c as (dv, dqk, item);
+// n_parts as (dqk, part, item).
+struct Maps {
+  CUtensorMap q, k, v, dh, c, n_parts;
+};
+
+// gates.cu
+// Fills alpha, beta, m_start, the packed table, in the backward reset; m_out (batch, seq, heads), m_last if not null.
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
+// di, df, dm0 from q_dq, k_dk, through, e.
+cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+
+// states.cu
+// c, n (and n_parts if not null) at every chunk's start; the final state where not null.
+cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream);
+// Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
+cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
+int state_tiles(const MlstmProblem& p);
+
+// outputs.cuh
+cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream);
+// Also fills inv_d, delta, e and q_dq.
+cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, void* dq, cudaStream_t stream);
+// Also fills k_dk.
+cudaError_t output_dk(const Work& w, const Maps& maps, void* dk, cudaStream_t stream);
+cudaError_t output_dv(const Work& w, const Maps& maps, const Strided& dh, void* dv, cudaStream_t stream);
+
+// Width of an output's column tile, and how many make a row.
+__host__ __device__ inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
+__host__ __device__ inline int column_tiles(int64_t columns) {
+  return static_cast<int>(ceil_div(columns, column_tile(columns)));
+}
+
+}  // namespace flash_xlstm::cuda::hopper
