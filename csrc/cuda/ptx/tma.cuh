@@ -9,6 +9,13 @@
 
 namespace flash_xlstm::cuda::ptx {
 
+// Bytes from a shared-memory pointer to the next multiple of `alignment`. To add, not to round the pointer as an integer:
+// through one the compiler loses the address space, and with it LDS.
+template <uint32_t alignment>
+__device__ __forceinline__ uint32_t bytes_to_align(const void* shared) {
+  return -shared_address(shared) & (alignment - 1);
+}
+
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -51,20 +58,29 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
-__device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* shared, int x, int y, int z) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
+// L2 policy of what is read once: others' lines outlive it.
+constexpr uint64_t evict_first = 0x12f0000000000000ull;
+// `bytes` contiguous bytes, a multiple of 16 and so aligned.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          shared_address(shared)),
+      "l"(reinterpret_cast<uint64_t>(global)), "r"(bytes), "r"(shared_address(barrier)), "l"(evict_first)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(reinterpret_cast<uint64_t>(global)),
+               "r"(shared_address(shared)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the sources of all but `pending` stores may be overwritten.
 template <int pending>
-__device__ __forceinline__ void tma_store_wait_read() {
+__device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 template <int pending>
-__device__ __forceinline__ void tma_store_wait() {
+__device__ __forceinline__ void bulk_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
 }
 

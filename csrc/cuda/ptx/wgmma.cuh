@@ -37,6 +37,10 @@ __device__ __forceinline__ void scale_in_place(float& x, float factor) {  // a f
                : "f"(factor));
 }
 __device__ __forceinline__ void add_in_place(float& x, float y) { asm volatile("add.f32 %0, %0, %1;" : "+f"(x) : "f"(y)); }
+// x += a y; an a of 0 adds nothing, whatever y is.
+__device__ __forceinline__ void fma_in_place(float& x, float a, float y) {
+  asm volatile("{\n.reg .pred p;\nsetp.neu.f32 p, %1, 0f00000000;\n@p fma.rn.f32 %0, %1, %2, %0;\n}\n" : "+f"(x) : "f"(a), "f"(y));
+}
 
 template <int n>
 struct Wgmma;

@@ -90,13 +90,14 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   l.max_chunks = packed ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
   l.range_end = l.max_chunks;
   w.dqk_pitch = ceil_div(p.dqk, 8) * 8;
-  w.dv_pitch = ceil_div(p.dv, 8) * 8;
+  w.blocks_k = static_cast<int>(ceil_div(p.dqk, box));
+  w.blocks_v = static_cast<int>(ceil_div(p.dv, box));
 
   const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
   carver.take(w.alpha, tokens);
   carver.take(w.beta, tokens);
   carver.take(w.m_start, items);
-  carver.take(w.c, items * p.dqk * w.dv_pitch);
+  carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
   carver.take(w.n, items * p.dqk);
   if (!backward) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
   if (packed) {
@@ -136,13 +137,10 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   RETURN_IF_FAILED(encode_rows(maps.k, p.k, p, p.dqk));
   RETURN_IF_FAILED(encode_rows(maps.v, p.v, p, p.dv));
   if (dh != nullptr) RETURN_IF_FAILED(encode_rows(maps.dh, *dh, p, p.dv));
-  const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
-  const uint64_t dqk = static_cast<uint64_t>(p.dqk), c_row = static_cast<uint64_t>(w.dv_pitch * 2);
-  RETURN_IF_FAILED(encode<3>(maps.c, w.c, {static_cast<uint64_t>(p.dv), dqk, items}, {c_row, c_row * dqk},
-                             {box, box, 1}));
   if (w.n_parts != nullptr) {
+    const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
-    RETURN_IF_FAILED(encode<3>(maps.n_parts, w.n_parts, {dqk, 3, items}, {n_row, n_row * 3}, {box, 8, 1}));
+    RETURN_IF_FAILED(encode<3>(maps.n_parts, w.n_parts, {static_cast<uint64_t>(p.dqk), 3, items}, {n_row, n_row * 3}, {box, 8, 1}));
   }
   return cudaSuccess;
 }

@@ -146,16 +146,17 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
   if constexpr (output == Output::dq) load_ab(maps.q, maps.k, w.p.dqk);
   load_ab(a, b, inner);
-  for (int k = 0; k < inner; k += box) {
+  // From the last panel of A to the first: the last ones are still in the L2 cache.
+  for (int k = (static_cast<int>(inner) - 1) / box * box; k >= 0; k -= box) {
     unsigned char* to = begin_stage(ab_bytes + boxes_n * box_bytes + (output == Output::h ? Shared::n_bytes : 0));
     uint64_t* full = &sh.full[ring.stage];
     load_rows(to, a, k);
     for (int x = 0; x < boxes_n; ++x) {
       unsigned char* s = to + ab_bytes + x * box_bytes;
       if constexpr (R::state_rows_are_k) {
-        ptx::tma_load(s, &maps.c, full, col0 + x * box, k, item);
+        ptx::bulk_load(s, w.block(item, k / box, col0 / box + x), box_bytes, full);
       } else {
-        ptx::tma_load(s, &maps.c, full, k, col0 + x * box, item);
+        ptx::bulk_load(s, w.block(item, col0 / box + x, k / box), box_bytes, full);
       }
     }
     if constexpr (output == Output::h) ptx::tma_load(sh.n_parts[ring.stage], &maps.n_parts, full, k, 0, item);
@@ -446,7 +447,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     for (int x = 0; x < 4; ++x) {
       ptx::scale_in_place(out[c * 4 + x], factors[x / 2]);
       if constexpr (gate_sums) {
-        ptx::add_in_place(out[c * 4 + x], n_factors[x / 2] == 0.0f ? 0.0f : n_factors[x / 2] * (x % 2 ? n.y : n.x));
+        ptx::fma_in_place(out[c * 4 + x], n_factors[x / 2], x % 2 ? n.y : n.x);
       }
     }
     if (c % 8 == 7) ptx::keep_order();
@@ -580,8 +581,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       const int row = y * 4 + lane / 8, chunk16 = lane % 8, col = col0 + x * box + chunk16 * 8;
       const int token = group * 64 + (warp % 4) * 16 + row;
       if (token < tile.length && col < columns) {
-        *reinterpret_cast<uint4*>(to + token_index(token) * columns + col) =
-            *reinterpret_cast<const uint4*>(part + row * box + ((chunk16 ^ (row % 8)) * 8));
+        __stcs(reinterpret_cast<uint4*>(to + token_index(token) * columns + col),
+               *reinterpret_cast<const uint4*>(part + row * box + ((chunk16 ^ (row % 8)) * 8)));
       }
     }
   }
@@ -596,7 +597,7 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
   using Shared = OutputShared<output, tile_n>;
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
-  Shared& sh = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
   const Layout& l = args.w.layout;
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {

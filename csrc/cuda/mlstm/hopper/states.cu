@@ -25,7 +25,7 @@ constexpr int stages_per_chunk = chunk_tokens / stage_tokens;
 
 struct StateArgs {
   Work w;
-  CUtensorMap x, y, c;  // k and v, or q and dh; the states
+  CUtensorMap x, y;     // k and v, or q and dh
   const float* c_in;    // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
   const float* n_in;
   float* c_out;         // c_last, or dc0; nullptr: not wanted
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   using Shared = StateShared<groups, tile_dv>;
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
-  Shared& sh = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
 
   const Work& w = args.w;
   const Layout& l = w.layout;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         for (int g = 0; g < groups; ++g) {
           auto& s = next_stage(Shared::y_boxes * box_bytes);
           for (int b = 0; b < Shared::y_boxes; ++b) {
-            ptx::tma_load(s.y[b], &args.c, &sh.full[stage], col0 + b * box, row0 + g * box, item);
+            ptx::bulk_load(s.y[b], w.block(item, row0 / box + g, col0 / box + b), box_bytes, &sh.full[stage]);
           }
           advance();
         }
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     }
 
     // The rounded state to its slot.
-    if (thread == 0) ptx::tma_store_wait_read<0>();
+    if (thread == 0) ptx::bulk_store_wait_read<0>();
     ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
 #pragma unroll
     for (int c = 0; c < tile_dv / 16; ++c) {
@@ -237,10 +237,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     if (thread == 0) {
       for (int b = 0; b < Shared::y_boxes; ++b) {
         if (group_row0 < l.dqk && col0 + b * box < l.dv) {
-          ptx::tma_store(&args.c, sh.rounded[group][b], col0 + b * box, group_row0, static_cast<int>(item));
+          ptx::bulk_store(w.block(item, group_row0 / box, col0 / box + b), sh.rounded[group][b], box_bytes);
         }
       }
-      ptx::tma_store_commit();
+      ptx::bulk_store_commit();
     }
     for_each_n([&](float& x, int row) {
       if (pos != 0) return;
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       if (pos == 0) args.n_out[state * l.dqk + row] = x;
     });
   }
-  if (thread == 0) ptx::tma_store_wait<0>();
+  if (thread == 0) ptx::bulk_store_wait<0>();
 }
 
 int consumer_groups(int64_t dqk) { return dqk <= 64 ? 1 : 2; }
@@ -365,12 +365,12 @@ int state_tiles(const MlstmProblem& p) {
 }
 
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
-  StateArgs args{w, maps.k, maps.v, maps.c, w.p.c0, w.p.n0, c_last, n_last, 0, 0};
+  StateArgs args{w, maps.k, maps.v, w.p.c0, w.p.n0, c_last, n_last, 0, 0};
   return launch<false>(args, stream);
 }
 
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
-  StateArgs args{w, maps.q, maps.dh, maps.c, params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
+  StateArgs args{w, maps.q, maps.dh, params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
   return launch<true>(args, stream);
 }
 

@@ -24,12 +24,15 @@ using Layout = ChunkLayout<chunk_tokens>;
 struct Work {
   MlstmProblem p;
   Layout layout;
-  int64_t dqk_pitch, dv_pitch;  // of n_parts and c: multiples of 16 bytes
+  int64_t dqk_pitch;  // of n_parts: a multiple of 16 bytes
+  int blocks_k, blocks_v;  // of c
   float* alpha;     // [N][128] b_t - m_t
   float* beta;      // [N][128] b_j - i_j; +inf for padding and past the chunk's end
   float* m_start;   // [N] m before the chunk
-  bf16* c;          // [N][dqk][dv_pitch] state at the chunk's start; the backward replaces it, once it has been read, by
-                    // the gradient of the state at the chunk's end
+  // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
+  // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces it,
+  // once it has been read, by the gradient of the state at the chunk's end.
+  bf16* c;
   float* n;         // [N][dqk], likewise
   bf16* n_parts;    // forward: [N][3][dqk_pitch] n as a sum of three bfloat16
   // Backward only.
@@ -43,12 +46,17 @@ struct Work {
   int64_t* first_chunk;  // packed only: see ChunkLayout
   int64_t* first_token;
   int32_t* seq_of_chunk;
+
+  // Block (k, v) of an item's state; past the last, the last (its product is with zeros, or not stored).
+  __device__ bf16* block(int64_t item, int k, int v) const {
+    return c + ((item * blocks_k + min(k, blocks_k - 1)) * blocks_v + min(v, blocks_v - 1)) * (box * box);
+  }
 };
 
-// The copy engine's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); c as (dv, dqk, item);
-// n_parts as (dqk, part, item).
+// The copy engine's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part,
+// item).
 struct Maps {
-  CUtensorMap q, k, v, dh, c, n_parts;
+  CUtensorMap q, k, v, dh, n_parts;
 };
 
 // gates.cu
