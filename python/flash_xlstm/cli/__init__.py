@@ -166,7 +166,7 @@ def _add_demo(commands: Any) -> None:
     add = parser.add_argument
     add("--out", default="demo", metavar="FOLDER", help="a checkpoint there is replaced (default: %(default)s)")
     add("--data", metavar="PATH", help=_DATA_HELP)
-    add("--seconds", type=_positive_float, metavar="S", help="training time (default: 105 on the CPU, 20 on a GPU)")
+    add("--seconds", type=_positive_float, metavar="S", help="training time (default: 100 on the CPU, 20 on a GPU)")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 

@@ -72,7 +72,7 @@ def loss_curve(history: list[Row], xz: float) -> bytes:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label, style in (("bits_per_byte", "training", "-"), ("held_out_bits_per_byte", "held out", "o-")):
+    for name, label, style in (("bits_per_byte", "training", "-"), ("held_out_bits_per_byte", "held out", "o")):
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1)
