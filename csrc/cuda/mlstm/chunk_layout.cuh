@@ -85,13 +85,14 @@ class Carver {
 };
 
 #ifdef __CUDACC__
-// 1 / d_t, and the share of s_t in it.
+// 1 / d_t, and the share of s_t in it. NaN in s_t stays NaN, which fmaxf would not see to.
 struct Normalizer {
   float inverse, sign;  // sign: of s_t where it decides d_t, else 0
   __device__ Normalizer(float s, float m, float eps) {
     const float floor = expf(-m);
-    inverse = 1.0f / (fmaxf(fabsf(s), floor) + eps);
-    sign = fabsf(s) >= floor ? copysignf(1.0f, s) : 0.0f;
+    const bool decides = !(fabsf(s) < floor);
+    inverse = 1.0f / ((decides ? fabsf(s) : floor) + eps);
+    sign = decides ? copysignf(1.0f, s) : 0.0f;
   }
 };
 #endif

@@ -91,6 +91,15 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 // the assembler orders nothing by an empty one.
 __device__ __forceinline__ void keep_order() { __syncwarp(); }
 
+__device__ __forceinline__ void store_release(int* to, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 template <int registers>
 __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));

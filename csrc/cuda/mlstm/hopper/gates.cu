@@ -1,5 +1,10 @@
 // Everything that is one number per token. A block owns one head of one sequence and walks it in steps of 4,096 tokens,
-// eight consecutive ones a thread, so that a chunk is 16 lanes; scans over threads run in float64.
+// eight consecutive ones a thread, so that a chunk is 16 lanes; scans over threads run in float64. Few long sequences:
+// a cluster of up to eight blocks shares the walk, each a range of steps; a first pass finds what each range does to
+// what is carried through it, and the others read it from the block's shared memory.
+#include <cooperative_groups.h>
+
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/mlstm/hopper/work.h"
@@ -10,6 +15,7 @@ namespace {
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int tokens_per_thread = 8;
 constexpr int threads_per_block = 512;
+constexpr int tokens_per_step = threads_per_block * tokens_per_thread;
 constexpr int lanes_per_chunk = chunk_tokens / tokens_per_thread;
 constexpr int num_warps = threads_per_block / 32;
 static_assert(lanes_per_chunk == 16, "a chunk is half a warp");
@@ -26,8 +32,9 @@ struct Sequence {
 __device__ Sequence find_sequence(const Work& w) {
   const Layout& l = w.layout;
   Sequence out;
-  out.seq = blockIdx.x / l.heads;
-  out.head = static_cast<int>(blockIdx.x % l.heads);
+  const int64_t index = blockIdx.x / cooperative_groups::this_cluster().num_blocks();
+  out.seq = index / l.heads;
+  out.head = static_cast<int>(index % l.heads);
   if (w.p.cu_seqlens == nullptr) {
     out.row = out.seq, out.first_token = 0, out.length = l.seq, out.first_chunk = out.seq * l.chunks_per_seq;
     return out;
@@ -76,6 +83,20 @@ __device__ void write_table(const Work& w, const Sequence& s) {
   }
 }
 
+// This block's steps of 4,096 tokens among its cluster's.
+struct Range {
+  int64_t begin, end;
+  int rank, ranks;
+  bool is_last;  // the sequence's end is in it, or past it
+  __device__ explicit Range(int64_t length) {
+    const auto cluster = cooperative_groups::this_cluster();
+    rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
+    const int64_t steps = (length + tokens_per_step - 1) / tokens_per_step, each = (steps + ranks - 1) / ranks;
+    begin = min(rank * each, steps), end = min(begin + each, steps);
+    is_last = rank == ranks - 1;
+  }
+};
+
 // What a run of tokens does to m: m -> max(m + sum, top).
 struct Transform {
   double sum, top;
@@ -88,9 +109,13 @@ __device__ __forceinline__ Transform shuffle_up(const Transform& x, int d) {
 
 __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __grid_constant__ Work w, float* m_out,
                                                                        float* m_last) {
-  __shared__ Transform warp_total[num_warps];
+  __shared__ Transform warp_total[num_warps], range_total;
   const Sequence s = find_sequence(w);
-  if (w.p.cu_seqlens != nullptr && s.head == 0) write_table(w, s);
+  const Range range(s.length);
+  if (blockIdx.x == 0) {
+    for (int x = threadIdx.x; x < w.num_flags; x += threads_per_block) w.segment_flags[x] = 0;
+  }
+  if (w.p.cu_seqlens != nullptr && s.head == 0 && range.rank == 0) write_table(w, s);
   const Layout& l = w.layout;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Strided &gi = w.p.i, &gf = w.p.f;
@@ -98,8 +123,20 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
   const int64_t f_base = s.row * gf.batch + s.first_token * gf.seq + s.head * gf.head;
   double m_in = w.p.m0 == nullptr ? 0.0 : w.p.m0[s.seq * l.heads + s.head];
 
-  for (int64_t base = 0; base < s.length; base += threads_per_block * tokens_per_thread) {
-    const int64_t first = base + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
+  Transform total{0.0, negative_infinity()};
+  for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
+  const bool writes = pass == 1;
+  if (writes && range.ranks > 1) {
+    const auto cluster = cooperative_groups::this_cluster();
+    if (threadIdx.x == 0) range_total = total;
+    cluster.sync();
+    for (int r = 0; r < range.rank; ++r) {
+      const Transform earlier = *cluster.map_shared_rank(&range_total, r);
+      m_in = fmax(m_in + earlier.sum, earlier.top);
+    }
+  }
+  for (int64_t step = range.begin; step < range.end; ++step) {
+    const int64_t first = step * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
     float i[tokens_per_thread], lf[tokens_per_thread];
 #pragma unroll
     for (int x = 0; x < tokens_per_thread; ++x) {
@@ -132,6 +169,11 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
     double b = before.sum - b_chunk;
     before = start.then(before);
     double m = fmax(m_in + before.sum, before.top);
+    total = total.then(all);
+    if (!writes) {
+      __syncthreads();
+      continue;
+    }
     m_in = fmax(m_in + all.sum, all.top);
 
     const int64_t chunk = s.first_chunk + first / chunk_tokens;
@@ -146,7 +188,11 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
       const bool reset = i[x] >= carried;
       m = fmax(carried, static_cast<double>(i[x]));
       b += lf[x];
-      alpha[x] = static_cast<float>((b - m) * log2_e);
+      const float log_decay = static_cast<float>((b - m) * log2_e);
+      if (kept && x == tokens_per_thread - 1 && lane % lanes_per_chunk == lanes_per_chunk - 1) {
+        w.alpha_last[item] = log_decay;  // nothing past the chunk's end changes it
+      }
+      alpha[x] = first + x < s.length ? log_decay : -INFINITY;
       beta[x] = static_cast<float>((b - i[x]) * log2_e);
       if (kept && w.reset != nullptr) w.reset[at + x] = reset;
       if (first + x < s.length && m_out != nullptr) {
@@ -162,7 +208,9 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
     }
     __syncthreads();  // warp_total is read before the next step writes it
   }
-  if (threadIdx.x == 0 && m_last != nullptr) m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
+  }
+  if (range.ranks > 1) cooperative_groups::this_cluster().sync();  // nobody leaves while others read its total
+  if (range.is_last && threadIdx.x == 0 && m_last != nullptr) m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
 }
 
 // What a run of tokens, walked from the last to the first, does to the stabilizer's gradient a: the sum of e joins it,
@@ -179,19 +227,46 @@ struct Walk {
 __global__ void __launch_bounds__(threads_per_block)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
                           int column_tiles, int state_tiles) {
-  __shared__ Walk warp_total[num_warps];
+  __shared__ Walk warp_total[num_warps], range_total;
   __shared__ double inner_end;
   const Sequence s = find_sequence(w);
+  const Range range(s.length);
   const Layout& l = w.layout;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % lanes_per_chunk;
   const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
-  const int64_t step = threads_per_block * tokens_per_thread;
-  const int64_t steps = (s.length + step - 1) / step;
   const int64_t chunks = (s.length + chunk_tokens - 1) / chunk_tokens;
   double a_in = dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head];
 
-  for (int64_t index = steps - 1; index >= 0; --index) {
-    const int64_t first = index * step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
+  // What is carried into the last token: less <c, dc> + <n, dn> at the sequence's end, from the last chunk's sums.
+  if (chunks > 0) {
+    const int64_t item = (s.first_chunk + chunks - 1) * l.heads + s.head;
+    double inner = 0.0;
+    if (warp == 0) {
+      for (int t = lane; t < state_tiles; t += 32) inner += w.through[item * state_tiles + t];
+      for (int t = lane; t < chunk_tokens; t += 32) {
+        for (int c = 0; c < column_tiles; ++c) inner += w.k_dk[c * stride + item * chunk_tokens + t];
+      }
+      for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(all_lanes, inner, d);
+      if (lane == 0) inner_end = inner;
+    }
+    __syncthreads();
+    a_in -= inner_end;
+  }
+
+  Walk total{0.0, 0};
+  for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
+  const bool writes = pass == 1;
+  if (writes && range.ranks > 1) {
+    const auto cluster = cooperative_groups::this_cluster();
+    if (threadIdx.x == 0) range_total = total;
+    cluster.sync();
+    for (int r = range.ranks - 1; r > range.rank; --r) {
+      const Walk later = *cluster.map_shared_rank(&range_total, r);
+      a_in = later.reset ? later.sum : a_in + later.sum;
+    }
+  }
+  for (int64_t index = range.end - 1; index >= range.begin; --index) {
+    const int64_t first = index * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
     const int64_t chunk = first / chunk_tokens;
     const bool kept = chunk < chunks;
     const int64_t item = (s.first_chunk + chunk) * l.heads + s.head;
@@ -208,16 +283,18 @@ __global__ void __launch_bounds__(threads_per_block)
           to[x] += four.x, to[x + 1] += four.y, to[x + 2] += four.z, to[x + 3] += four.w;
         }
       };
-      for (int c = 0; c < column_tiles; ++c) {
+      for (int c = 0; writes && c < column_tiles; ++c) {
         add(qdq, w.q_dq + c * stride);
-        add(in_q, w.q_dq + (column_tiles + c) * stride);
         add(kdk, w.k_dk + c * stride);
-        add(in_k, w.k_dk + (column_tiles + c) * stride);
+      }
+      if (writes) {
+        add(in_q, w.q_dq + column_tiles * stride);
+        add(in_k, w.k_dk + column_tiles * stride);
       }
       add(e, w.e);
 #pragma unroll
       for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
-      for (int t = part; t < state_tiles; t += lanes_per_chunk) through += w.through[item * state_tiles + t];
+      for (int t = part; writes && t < state_tiles; t += lanes_per_chunk) through += w.through[item * state_tiles + t];
     }
     double later = 0.0, earlier = 0.0;  // this thread's sums
 #pragma unroll
@@ -237,15 +314,9 @@ __global__ void __launch_bounds__(threads_per_block)
       cross_q += __shfl_xor_sync(all_lanes, cross_q, d);
       through += __shfl_xor_sync(all_lanes, through, d);
     }
-    const double cross_k = __shfl_sync(all_lanes, earlier, lanes_per_chunk - 1, lanes_per_chunk);
     later -= own_later, earlier -= own_earlier;
 
     // a arriving at this thread's last token.
-    if (index == steps - 1) {
-      if (kept && chunk == chunks - 1 && part == 0) inner_end = through + cross_k;
-      __syncthreads();
-      a_in -= inner_end;
-    }
     Walk mine{0.0, 0};
 #pragma unroll
     for (int x = tokens_per_thread - 1; x >= 0; --x) mine = mine.then({e[x], 0}), mine = resets >> x & 1 ? Walk{0.0, 1} : mine;
@@ -264,6 +335,11 @@ __global__ void __launch_bounds__(threads_per_block)
       all = all.then(warp_total[x]);
     }
     after = start.then(after);
+    total = total.then(all);
+    if (!writes) {
+      __syncthreads();
+      continue;
+    }
     double a = after.reset ? after.sum : a_in + after.sum;
     a_in = all.reset ? all.sum : a_in + all.sum;
     if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in + through + cross_q);
@@ -290,21 +366,38 @@ __global__ void __launch_bounds__(threads_per_block)
     }
     __syncthreads();
   }
-  if (s.length == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in);
+  }
+  if (range.ranks > 1) cooperative_groups::this_cluster().sync();
+  if (s.length == 0 && range.rank == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in);
+}
+
+// One block a head of a sequence, or a cluster of them where that leaves most of the GPU idle.
+template <typename... Args>
+cudaError_t launch(const Work& w, void (*kernel)(Args...), cudaStream_t stream, Args... args) {
+  const int64_t sequences = w.layout.num_seqs * w.layout.heads, steps = ceil_div(w.layout.seq, tokens_per_step);
+  unsigned cluster = 1;
+  while (cluster < 8 && cluster * 2 <= steps && sequences * cluster < 64) cluster *= 2;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(sequences) * cluster);
+  config.blockDim = dim3(threads_per_block);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 }  // namespace
 
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
-  scan_gates_kernel<<<static_cast<unsigned>(w.layout.num_seqs * w.layout.heads), threads_per_block, 0, stream>>>(
-      w, m_out, m_last);
-  return cudaGetLastError();
+  return launch(w, scan_gates_kernel, stream, w, m_out, m_last);
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  gate_gradients_kernel<<<static_cast<unsigned>(w.layout.num_seqs * w.layout.heads), threads_per_block, 0, stream>>>(
-      w, params.dm_last, params.di, params.df, params.dm0, column_tiles(w.p.dqk), state_tiles(w.p));
-  return cudaGetLastError();
+  return launch(w, gate_gradients_kernel, stream, w, params.dm_last, params.di, params.df, params.dm0,
+                column_tiles(w.p.dqk), state_tiles(w.p));
 }
 
 }  // namespace flash_xlstm::cuda::hopper

@@ -30,6 +30,15 @@ bool device_is_hopper() {
   return yes;
 }
 
+int processor_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return count;
+}
+
 // Looked up at first use, so that nothing links the driver's library.
 auto encode_function() {
   static const auto function = [] {
@@ -96,10 +105,16 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
   carver.take(w.alpha, tokens);
   carver.take(w.beta, tokens);
+  carver.take(w.alpha_last, items);
   carver.take(w.m_start, items);
   carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
   carver.take(w.n, items * p.dqk);
   if (!backward) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
+  const Segments segments = choose_segments(p, processor_count());
+  w.segments = segments.count;
+  w.num_flags = static_cast<int>(segments.flags) * (backward ? 2 : 1);
+  carver.take(w.segment_ends, segments.floats);
+  carver.take(w.segment_flags, w.num_flags);
   if (packed) {
     carver.take(w.first_chunk, p.num_seqs + 1);
     carver.take(w.first_token, p.num_seqs + 1);
@@ -113,8 +128,8 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     carver.take(w.inv_d, tokens);
     carver.take(w.delta, tokens);
     carver.take(w.e, tokens);
-    carver.take(w.q_dq, tokens * 2 * column_tiles(p.dqk));
-    carver.take(w.k_dk, tokens * 2 * column_tiles(p.dqk));
+    carver.take(w.q_dq, tokens * (column_tiles(p.dqk) + 1));
+    carver.take(w.k_dk, tokens * (column_tiles(p.dqk) + 1));
     carver.take(w.through, items * state_tiles(p));
   }
   return carver.used();

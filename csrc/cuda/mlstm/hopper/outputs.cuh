@@ -18,9 +18,10 @@
 // dq first makes both tiles, q k^T and dh v^T, for u from exact products:
 //   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t)
 // so that numerator and normalizer cancel where h does not depend on their common scale (dn, df and dm are such
-// differences); delta and e follow. dq and dk also leave their rows' shares of q . dq and k . dk, from the float32
-// accumulators, across the chunk's boundary and within the chunk: P is the same rounded tile in both, so what should
-// cancel between them does.
+// differences); delta and e follow. The gates' gradients are sums of q . dq and k . dk: dq and dk leave what comes from
+// across the chunk's boundary, from their float32 accumulators; what comes from within the chunk, differences of which
+// all but cancel where forget gates are nearly shut, dq's kernel sums over rows and columns of the exact tile
+//   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t).
 //
 // s_t of h comes from float32: row sums of P before it is rounded, and q . n with n as a sum of three bfloat16 beside S.
 //
@@ -64,6 +65,7 @@ struct OutputShared {
   };
   float alpha[2][chunk_tokens], beta[2][chunk_tokens], inv_d[2][chunk_tokens], delta[2][chunk_tokens];
   float n[2][tile_n];
+  float column_sum[consumer_warps][box];  // dq
   uint64_t full[num_stages], empty[num_stages];
 };
 
@@ -162,8 +164,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     if constexpr (output == Output::h) ptx::tma_load(sh.n_parts[ring.stage], &maps.n_parts, full, k, 0, item);
     ring.advance();
   }
-  // The rows that dq and dk are multiplied by for the gates, before and after Z.
-  const auto load_dots = [&] {
+  if constexpr (R::gate_sums) {  // the rows that dq and dk are multiplied by for the gates
     for (int x = 0; x < boxes_n; x += 2) {
       unsigned char* to = begin_stage((boxes_n == 1 ? 1 : 2) * ab_bytes);
       for (int y = 0; y < (boxes_n == 1 ? 1 : 2); ++y) {
@@ -171,8 +172,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
       }
       ring.advance();
     }
-  };
-  if constexpr (R::gate_sums) load_dots();
+  }
   for (int half = 0; half < 2; ++half) {
     unsigned char* to = begin_stage(boxes_n * box_bytes);
     for (int x = 0; x < boxes_n; ++x) {
@@ -181,7 +181,6 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     }
     ring.advance();
   }
-  if constexpr (R::gate_sums) load_dots();
 }
 
 // Adds what is not finite in Z to those of the warp's written rows that depend on it.
@@ -236,7 +235,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       if (c < tile_n && col0 + c < columns) n_value[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
-  const float m_start = w.m_start[tile.item], alpha_last = w.alpha[at + chunk_tokens - 1];
+  const float m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
   const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
   float row_log[2] = {0.0f, 0.0f};  // alpha, or beta, of the rows; the columns have the other
   const float* const col_logs = R::rows_are_t ? sh.beta[buffer] : sh.alpha[buffer];
@@ -455,7 +454,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 
   // P, masked to j <= t, a half of the columns at a time, and its product with that half of Z. A weight of exactly 0
   // gives 0, whatever k or v hold there.
-  float row_sum[2] = {0.0f, 0.0f};
+  float row_sum[2] = {0.0f, 0.0f}, row_inside[2] = {0.0f, 0.0f};
+  const int64_t shares_stride = l.max_chunks * l.heads * chunk_tokens;
   bool z_was_odd = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -467,6 +467,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
         const int col = R::half_begin(half) + c * 8 + pos * 2;
         const float2 logs = pair_at(col_logs, col);
         float2 col_inv_d{}, col_delta{};
+        float column_inside[2] = {0.0f, 0.0f};
         if constexpr (output == Output::dk || output == Output::dv) col_inv_d = pair_at(sh.inv_d[buffer], col);
         if constexpr (output == Output::dk) col_delta = pair_at(sh.delta[buffer], col);
 #pragma unroll
@@ -480,11 +481,27 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
             const float value_inv_d = output == Output::dq ? inv_d[r] : y ? col_inv_d.y : col_inv_d.x;
             const float value_delta = output == Output::dq ? delta[r] : y ? col_delta.y : col_delta.x;
             if constexpr (gate_sums) value = value * value_inv_d + value_delta;
+            if constexpr (output == Output::dq) {
+              const float weight = w.p.scale * parked(half == 1 ? 3 : reaches_both ? 1 : 2, x);
+              const float inside = weight == 0.0f ? 0.0f : weight * value;
+              row_inside[r] += inside;
+              column_inside[y] += inside;
+            }
             if constexpr (output == Output::dv) value *= value_inv_d;
             two[y] = d == 0.0f ? 0.0f : w.p.scale * d * value;
             row_sum[r] += two[y];
           }
           p[c / 2][c % 2 * 2 + r] = pack_bf16(two[0], two[1]);
+        }
+        if constexpr (output == Output::dq) {
+#pragma unroll
+          for (int y = 0; y < 2; ++y) {
+            for (int d = 4; d < 32; d *= 2) column_inside[y] += __shfl_xor_sync(0xffffffffu, column_inside[y], d);
+          }
+          if (quad == 0) {
+            *reinterpret_cast<float2*>(&sh.column_sum[warp][c * 8 + pos * 2]) =
+                make_float2(column_inside[0], column_inside[1]);
+          }
         }
         ptx::keep_order();
       }
@@ -515,6 +532,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       ptx::fence_async_shared();
       ptx::named_barrier(1, consumer_warps * 32);
     }
+    if constexpr (output == Output::dq) {  // all warps are past a barrier; the next one is before the next half's sums
+      if (thread < box) {
+        float sum = 0.0f;
+        for (int x = half == 0 ? 0 : consumer_warps / 2; x < consumer_warps; ++x) sum += sh.column_sum[x][thread];
+        w.k_dk[column_tiles(l.dqk) * shares_stride + at + R::half_begin(half) + thread] = sum;
+      }
+      if (half == 0) ptx::named_barrier(1, consumer_warps * 32);
+    }
     if (reaches) {
       ptx::hold(out);
       ptx::wgmma_fence();
@@ -531,12 +556,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     ring.advance();
   }
 
-  float factor[2] = {1.0f, 1.0f}, dot_total[2] = {0.0f, 0.0f};
-  if constexpr (gate_sums) {
-    for_dots([&](int c, int r, float2 x) {
-      dot_total[r] += x.x * out[c * 4 + r * 2] + x.y * out[c * 4 + r * 2 + 1];
-    });
-  }
+  float factor[2] = {1.0f, 1.0f};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = rows[r];
@@ -549,13 +569,12 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       }
     }
     if constexpr (gate_sums) {
-      const float total = quad_sum(dot_total[r]);
-      if (pos == 0) {
-        const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
-        float* const shares = output == Output::dq ? w.q_dq : w.k_dk;
-        shares[tile.index * stride + at + row] = across[r];
-        shares[(column_tiles(l.dqk) + tile.index) * stride + at + row] = total - across[r];
-      }
+      float* const shares = (output == Output::dq ? w.q_dq : w.k_dk) + at + row;
+      if (pos == 0) shares[tile.index * shares_stride] = across[r];
+    }
+    if constexpr (output == Output::dq) {
+      const float inside = quad_sum(row_inside[r]);
+      if (pos == 0) w.q_dq[column_tiles(l.dqk) * shares_stride + at + row] = inside;
     }
   }
 

@@ -12,7 +12,14 @@
 // stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
 // chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
 //
+// With few heads a sequence is cut into segments. A block's first pass over its segment starts from zero and leaves the
+// state at the segment's end in memory; what was before comes in by state_end = keep state_start + that, segment after
+// segment, keep being the product of g; the second pass starts from the state so found. The first segment needs no first
+// pass, and nobody needs the last one's. Blocks of a segment wait only for blocks with lower indices, which start first.
+//
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
+#include <algorithm>
+
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -31,6 +38,7 @@ struct StateArgs {
   float* c_out;         // c_last, or dc0; nullptr: not wanted
   float* n_out;
   int dqk_tiles, dv_tiles;
+  int* flags;
 };
 
 template <int groups, int tile_dv>
@@ -57,7 +65,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
 
   const Work& w = args.w;
   const Layout& l = w.layout;
-  int64_t block = blockIdx.x;
+  const int64_t blocks = gridDim.x / w.segments;
+  const int segment = static_cast<int>(blockIdx.x / blocks);
+  int64_t block = blockIdx.x % blocks;
+  const int64_t block_in_segment = block;
   const int tile_v = static_cast<int>(block % args.dv_tiles);
   block /= args.dv_tiles;
   const int tile_k = static_cast<int>(block % args.dqk_tiles);
@@ -69,6 +80,12 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   l.chunk_range(seq, begin, end);
   const int64_t count = end - begin;
   const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
+  // Steps of this segment; past the sequence's end there is nothing to do, but an empty sequence has its final state.
+  const int64_t per_segment = (count + w.segments - 1) / w.segments;
+  const int64_t first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
+  if (segment > 0 && first_step >= count) return;
+  const bool is_last = last_step == count;
+  const int first_pass = segment > 0 && !is_last ? 0 : 1;  // pass 1 writes
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -92,11 +109,12 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     const auto advance = [&] {
       if (++stage == num_stages) stage = 0, parity ^= 1;
     };
-    for (int64_t step = 0; step < count; ++step) {
+    for (int pass = first_pass; pass < 2; ++pass)
+    for (int64_t step = first_step; step < last_step; ++step) {
       Chunk chunk;
       l.locate(chunk_at(step), chunk);
       const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-      if constexpr (backward) {
+      if (backward && pass == 1) {
         for (int g = 0; g < groups; ++g) {
           auto& s = next_stage(Shared::y_boxes * box_bytes);
           for (int b = 0; b < Shared::y_boxes; ++b) {
@@ -149,20 +167,20 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       if (row < l.dqk) f(n[r], row);
     }
   };
-  if (args.c_in != nullptr) {  // dv is a multiple of 8
+  if (segment == 0 && args.c_in != nullptr) {  // dv is a multiple of 8
     for_each_pair([&](float* a, int64_t at) {
       const float2 two = *reinterpret_cast<const float2*>(args.c_in + at);
       a[0] = two.x, a[1] = two.y;
     });
   }
-  if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
+  if (segment == 0 && args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
 
   // The weights of the next chunk's tokens, one a thread, read a chunk early.
   float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f;
   const auto read_weights = [&](int64_t step) {
-    if (step >= count) return;
+    if (step >= last_step) return;
     const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
-    const float m_start = w.m_start[item], alpha_last = w.alpha[at + chunk_tokens - 1];
+    const float m_start = w.m_start[item], alpha_last = w.alpha_last[item];
     next_keep = exp2f(alpha_last + m_start);
     if constexpr (backward) {
       const float g = w.p.scale * exp2f(w.alpha[at + thread] + m_start);
@@ -172,7 +190,35 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       next_w = next_wn = exp2f(alpha_last - w.beta[at + thread]);
     }
   };
-  read_weights(0);
+
+  // This warpgroup's share of the state at a segment's end: acc, n and keep, each thread's own.
+  constexpr int share_floats = (tile_dv / 2 + 3) * 128;
+  const auto share_at = [&](int s) {
+    return w.segment_ends + ((s * blocks + block_in_segment) * groups + group) * share_floats + thread;
+  };
+  const auto flag_at = [&](int s) { return args.flags + (s * blocks + block_in_segment) * groups + group; };
+  const auto publish = [&](float keep) {
+    float* const share = share_at(segment);
+#pragma unroll
+    for (int x = 0; x < tile_dv / 2; ++x) share[x * 128] = acc[x];
+    share[tile_dv / 2 * 128] = n[0], share[(tile_dv / 2 + 1) * 128] = n[1], share[(tile_dv / 2 + 2) * 128] = keep;
+    __threadfence();
+    ptx::named_barrier(1 + group, 128);
+    if (thread == 0) ptx::store_release(flag_at(segment), 1);
+  };
+  const auto state_before = [&] {  // the first segment's end is a whole state already
+    for (int s = 0; s < segment; ++s) {
+      if (thread == 0) {
+        while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
+      }
+      ptx::named_barrier(1 + group, 128);
+      const float* const share = share_at(s);
+      const float keep = s == 0 ? 0.0f : share[(tile_dv / 2 + 2) * 128];
+#pragma unroll
+      for (int x = 0; x < tile_dv / 2; ++x) acc[x] = (keep == 0.0f ? 0.0f : acc[x] * keep) + share[x * 128];
+      for (int r = 0; r < 2; ++r) n[r] = (keep == 0.0f ? 0.0f : n[r] * keep) + share[(tile_dv / 2 + r) * 128];
+    }
+  };
 
   int stage = 0, parity = 0;
   const auto release = [&] {
@@ -180,16 +226,23 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     if (lane == 0) ptx::mbarrier_arrive(&sh.empty[stage]);
     if (++stage == num_stages) stage = 0, parity ^= 1;
   };
-  for (int64_t step = 0; step < count; ++step) {
+  int buffer = 0;
+  for (int pass = first_pass; pass < 2; ++pass) {
+  const bool writes = pass == 1;
+  if (writes && segment > 0) state_before();
+  float keep_all = 1.0f;
+  read_weights(first_step);
+  for (int64_t step = first_step; step < last_step; ++step, buffer ^= 1) {
     const int64_t item = chunk_at(step) * l.heads + head;
     const float keep = next_keep;
-    float* const weight = sh.weight[step % 2][group];
-    float* const weight_n = sh.weight_n[step % 2][group];
+    keep_all *= keep;
+    float* const weight = sh.weight[buffer][group];
+    float* const weight_n = sh.weight_n[buffer][group];
     weight[thread] = next_w;
     if constexpr (backward) weight_n[thread] = next_wn;
     read_weights(step + 1);
 
-    if constexpr (backward) {
+    if (backward && writes) {
       float inner = 0.0f;
       for (int g = 0; g < groups; ++g) {
         ptx::mbarrier_wait(&sh.full[stage], parity);
@@ -219,8 +272,9 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     }
 
     // The rounded state to its slot.
-    if (thread == 0) ptx::bulk_store_wait_read<0>();
+    if (writes && thread == 0) ptx::bulk_store_wait_read<0>();
     ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
+    if (writes) {
 #pragma unroll
     for (int c = 0; c < tile_dv / 16; ++c) {
       const auto pack = [](float a, float b) {
@@ -254,6 +308,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         }
       }
     });
+    }
 
     // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
     const bool zeros = __any_sync(0xffffffffu, weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f ||
@@ -317,11 +372,13 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       n[r] = n[r] * keep + n_part[r];
     }
   }
+  if (!writes || (segment == 0 && !is_last)) publish(keep_all);
+  }
 
-  if (args.c_out != nullptr) {
+  if (is_last && args.c_out != nullptr) {
     for_each_pair([&](float* a, int64_t at) { *reinterpret_cast<float2*>(args.c_out + at) = make_float2(a[0], a[1]); });
   }
-  if (args.n_out != nullptr) {
+  if (is_last && args.n_out != nullptr) {
     for_each_n([&](float& x, int row) {
       if (pos == 0) args.n_out[state * l.dqk + row] = x;
     });
@@ -341,7 +398,7 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
     bytes += 1024;  // to align
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
-    const int64_t blocks = w.layout.num_seqs * w.layout.heads * args.dqk_tiles * args.dv_tiles;
+    const int64_t blocks = w.layout.num_seqs * w.layout.heads * args.dqk_tiles * args.dv_tiles * w.segments;
     kernel<<<static_cast<unsigned>(blocks), (groups + 1) * 128, bytes, stream>>>(args);
     return cudaGetLastError();
   };
@@ -364,13 +421,25 @@ int state_tiles(const MlstmProblem& p) {
   return static_cast<int>(ceil_div(p.dqk, groups * box) * ceil_div(p.dv, column_tile(p.dv))) * groups * 4;
 }
 
+Segments choose_segments(const MlstmProblem& p, int processors) {
+  constexpr int64_t least_chunks = 8, most = 32;  // of a segment; of a sequence
+  const int groups = consumer_groups(p.dqk);
+  const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
+  const int64_t count =
+      std::min({processors / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
+  if (count < 3) return {1, 0, 0};  // two passes over half of the sequence each
+  const int64_t shares = count * blocks * groups;
+  return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 3) * 128, shares};
+}
+
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
-  StateArgs args{w, maps.k, maps.v, w.p.c0, w.p.n0, c_last, n_last, 0, 0};
+  StateArgs args{w, maps.k, maps.v, w.p.c0, w.p.n0, c_last, n_last, 0, 0, w.segment_flags};
   return launch<false>(args, stream);
 }
 
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
-  StateArgs args{w, maps.q, maps.dh, params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
+  StateArgs args{w, maps.q, maps.dh, params.dc_last, params.dn_last, params.dc0, params.dn0,
+                 0, 0, w.segment_flags + w.num_flags / 2};
   return launch<true>(args, stream);
 }
 

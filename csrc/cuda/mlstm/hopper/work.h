@@ -19,15 +19,16 @@ using Layout = ChunkLayout<chunk_tokens>;
 
 // N = max_chunks * heads, an item is chunk * heads + head. All logs are to base 2. Within a chunk, with b_t the
 // cumulative log forget gate from the chunk's start on:
-//   D_tj = 2^(alpha_t - beta_j), g_t = 2^(alpha_t + m_start), w_j = 2^(alpha_last - beta_j), alpha_last = alpha[127].
+//   D_tj = 2^(alpha_t - beta_j), g_t = 2^(alpha_t + m_start), w_j = 2^(alpha_last - beta_j).
 // float32 keeps alpha and beta to 2e-4 at gates of -15 throughout, far under the rounding of 16-bit operands.
 struct Work {
   MlstmProblem p;
   Layout layout;
   int64_t dqk_pitch;  // of n_parts: a multiple of 16 bytes
   int blocks_k, blocks_v;  // of c
-  float* alpha;     // [N][128] b_t - m_t
+  float* alpha;     // [N][128] b_t - m_t; -inf past the chunk's end, so that nothing there counts
   float* beta;      // [N][128] b_j - i_j; +inf for padding and past the chunk's end
+  float* alpha_last;  // [N] alpha of the chunk's last token
   float* m_start;   // [N] m before the chunk
   // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
   // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces it,
@@ -40,9 +41,16 @@ struct Work {
   float* inv_d;     // [N][128] 1 / d_t
   float* delta;     // [N][128] gradient into s_t
   float* e;         // [N][128] gradient into m_t through eps
-  float* q_dq;      // [2 tiles][N][128] shares of q . dq: across the chunk's start, then within the chunk
-  float* k_dk;      // [2 tiles][N][128] shares of k . dk: across the chunk's end, then within the chunk
+  float* q_dq;      // [tiles + 1][N][128] shares of q . dq: one from each column tile across the chunk's start, then one
+                    // from within the chunk
+  float* k_dk;      // [tiles + 1][N][128] shares of k . dk: across the chunk's end, then within the chunk
   float* through;   // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
+  // Few heads: sequences are cut into segments that run side by side. Every block's share of the state at each segment's
+  // end, and flags that say it is there (zeroed by scan_gates; the backward has one set for each direction).
+  int segments;
+  float* segment_ends;
+  int* segment_flags;
+  int num_flags;
   int64_t* first_chunk;  // packed only: see ChunkLayout
   int64_t* first_token;
   int32_t* seq_of_chunk;
@@ -71,12 +79,18 @@ cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float
 // Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
+// How many segments to cut sequences into, and floats of segment_ends and number of flags for them.
+struct Segments {
+  int count;
+  int64_t floats, flags;
+};
+Segments choose_segments(const MlstmProblem& p, int processors);
 
 // outputs.cuh
 cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream);
-// Also fills inv_d, delta, e and q_dq.
+// Also fills inv_d, delta, e, q_dq and the last part of k_dk.
 cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, void* dq, cudaStream_t stream);
-// Also fills k_dk.
+// Also fills k_dk but its last part.
 cudaError_t output_dk(const Work& w, const Maps& maps, void* dk, cudaStream_t stream);
 cudaError_t output_dv(const Work& w, const Maps& maps, const Strided& dh, void* dv, cudaStream_t stream);
 

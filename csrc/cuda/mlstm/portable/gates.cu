@@ -98,7 +98,10 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
                    : 0.0f;
   }
   const double through = prefix_sum(lf[0] + lf[1], lane);
-  const double b[2] = {through - lf[1], through};
+  // From what came before, not through - lf[1]: a NaN in the second token's gate is not the first one's.
+  double before = __shfl_up_sync(all_lanes, through, 1);
+  if (lane == 0) before = 0.0;
+  const double b[2] = {before + lf[0], through};
   const double b_end = __shfl_sync(all_lanes, through, 31);
   double largest = negative_infinity();
   for (int x = 0; x < 2; ++x) {
