@@ -7,8 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,11 +24,21 @@ using OptTensor = std::optional<Tensor>;
 // Defined beside the pybind11 module: throws what Python sees as a TypeError.
 [[noreturn]] void throw_type_error(const std::string& message);
 
+// Plain strings, no streams: a module that was linked with a static libstdc++ would format through another copy's
+// locale, and crash.
+inline std::string to_text(const char* x) { return x; }
+inline std::string to_text(const std::string& x) { return x; }
+inline std::string to_text(int64_t x) { return std::to_string(x); }
+inline std::string to_text(int x) { return std::to_string(x); }
+inline std::string to_text(double x) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", x);
+  return digits;
+}
+
 template <typename... Args>
 std::string join_text(const Args&... args) {
-  std::ostringstream out;
-  (out << ... << args);
-  return out.str();
+  return (std::string() + ... + to_text(args));
 }
 
 // std::invalid_argument is what Python sees as a ValueError.
@@ -43,11 +53,9 @@ template <typename... Args>
 }
 
 inline std::string shape_text(const Tensor& t) {
-  std::ostringstream out;
-  out << "(";
-  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
+  std::string out = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) out += join_text(d ? ", " : "", t.size(d));
+  return out + (t.dim() == 1 ? ",)" : ")");
 }
 
 inline std::string dtype_text(ScalarType t) {
@@ -82,19 +90,17 @@ inline void check_shape(const char* name, const Tensor& t, const std::vector<int
   bool good = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t d = 0; good && d < sizes.size(); ++d) good = sizes[d] < 0 || t.size(d) == sizes[d];
   if (good) return;
-  std::ostringstream out;
-  out << name << " has shape " << shape_text(t) << "; it must be " << want;
+  std::string out = join_text(name, " has shape ", shape_text(t), "; it must be ", want);
   bool known = false;
   for (int64_t s : sizes) known |= s >= 0;
   if (known) {
-    out << " = (";
+    out += " = (";
     for (size_t d = 0; d < sizes.size(); ++d) {
-      if (d) out << ", ";
-      if (sizes[d] < 0) out << "any"; else out << sizes[d];
+      out += join_text(d ? ", " : "", sizes[d] < 0 ? std::string("any") : std::to_string(sizes[d]));
     }
-    out << ")";
+    out += ")";
   }
-  throw std::invalid_argument(out.str());
+  throw std::invalid_argument(out);
 }
 
 inline void check_device(const char* name, const Tensor& t, const Tensor& like) {

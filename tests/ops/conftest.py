@@ -177,7 +177,8 @@ def assert_float32_exact():
 @pytest.fixture
 def assert_16_bit_exact():
     """``assert_16_bit_exact(problem, form, through)``: at most 1.5 times the error of the plain chunkwise form in the
-    same dtype, and at most 1e-2; up to 1e-5, the bound of float32, where the plain form stays in float32."""
+    same dtype, and at most 1e-2. Where the plain form happens to be better than a rounding of the inputs (few tokens; a
+    gradient that it keeps in float32), 1.5 times that rounding."""
 
     def check(problem, form, through=("h", "last c", "last n", "last m")):
         expected = problem.reference(through=through)
@@ -185,6 +186,7 @@ def assert_16_bit_exact():
         plain = problem(reference.mlstm_chunkwise, through, chunk_size=64)
         shared = problem.shared(expected, through)
         wrong = []
+        rounding = torch.finfo(problem.inputs["q"].dtype).eps / 2
         for name, want in expected.items():
             assert actual[name].shape == want.shape, name
             largest = torch.finfo(actual[name].dtype).max
@@ -192,7 +194,7 @@ def assert_16_bit_exact():
             # Beyond the dtype, infinite or next to it.
             assert (actual[name][~fits].abs() >= largest * (1 - 4e-3)).all(), name
             ours, bound = (relative_error(t[name][fits], want[fits]) for t in (actual, plain))
-            bound = max(1e-5, min(1e-2, 1.5 * bound if bound == bound else 1.0))
+            bound = min(1e-2, 1.5 * max(rounding, bound if bound == bound else 1.0))
             if ours <= bound or ours * want.norm().item() <= 1e-15 * shared + 1e-37:
                 continue
             wrong.append(f"{name}: error {ours:.1e}, bound {bound:.1e}")

@@ -69,8 +69,9 @@ def test_is_one_token_of_the_sequence(device, dtype):
     expected, last = ops.mlstm(*sequence, initial_state=clone(state), return_final_state=True)
     h = ops.mlstm_step(**given, state=state)
     assert close(h, expected[:, 0], 2 * tolerance(dtype))
-    for t, want in zip(state, last, strict=True):
-        assert close(t, want, 1e-5)
+    for name, t, want in zip("cnm", state, last, strict=True):
+        # On a GPU the sequence's weighted keys are rounded to the operands' dtype before they enter c.
+        assert close(t, want, 2 * tolerance(dtype) if name == "c" and device == "cuda" else 1e-5), name
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.7}, {"eps": 0.1}, {"eps": 0.0}], ids=str)

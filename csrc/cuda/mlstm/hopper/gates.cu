@@ -97,6 +97,14 @@ struct Range {
   }
 };
 
+// A natural log as one to base 2, a whole number and the rest.
+__device__ __forceinline__ float2 split_log(double x) {
+  constexpr double log2_e = 1.4426950408889634;
+  x *= log2_e;
+  const double whole = isinf(x) ? x : rint(x);
+  return make_float2(static_cast<float>(whole), isinf(x) ? 0.0f : static_cast<float>(x - whole));
+}
+
 // What a run of tokens does to m: m -> max(m + sum, top).
 struct Transform {
   double sum, top;
@@ -180,20 +188,20 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
     const bool kept = first / chunk_tokens < (s.length + chunk_tokens - 1) / chunk_tokens;
     const int64_t item = chunk * l.heads + s.head;
     const int64_t at = item * chunk_tokens + first % chunk_tokens;
-    if (kept && lane % lanes_per_chunk == 0) w.m_start[item] = static_cast<float>(m) * log2_e;
-    float alpha[tokens_per_thread], beta[tokens_per_thread];
+    if (kept && lane % lanes_per_chunk == 0) w.m_start[item] = split_log(m);
+    float2 alpha[tokens_per_thread], beta[tokens_per_thread];
 #pragma unroll
     for (int x = 0; x < tokens_per_thread; ++x) {
       const double carried = lf[x] + m;
       const bool reset = i[x] >= carried;
       m = fmax(carried, static_cast<double>(i[x]));
       b += lf[x];
-      const float log_decay = static_cast<float>((b - m) * log2_e);
+      const float2 log_decay = split_log(b - m);
       if (kept && x == tokens_per_thread - 1 && lane % lanes_per_chunk == lanes_per_chunk - 1) {
         w.alpha_last[item] = log_decay;  // nothing past the chunk's end changes it
       }
-      alpha[x] = first + x < s.length ? log_decay : -INFINITY;
-      beta[x] = static_cast<float>((b - i[x]) * log2_e);
+      alpha[x] = first + x < s.length ? log_decay : make_float2(-INFINITY, 0.0f);
+      beta[x] = split_log(b - i[x]);
       if (kept && w.reset != nullptr) w.reset[at + x] = reset;
       if (first + x < s.length && m_out != nullptr) {
         m_out[(s.row * l.seq + s.first_token + first + x) * l.heads + s.head] = static_cast<float>(m);
@@ -201,9 +209,10 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
     }
     if (kept) {
 #pragma unroll
-      for (int x = 0; x < tokens_per_thread; x += 4) {
-        *reinterpret_cast<float4*>(w.alpha + at + x) = make_float4(alpha[x], alpha[x + 1], alpha[x + 2], alpha[x + 3]);
-        *reinterpret_cast<float4*>(w.beta + at + x) = make_float4(beta[x], beta[x + 1], beta[x + 2], beta[x + 3]);
+      for (int x = 0; x < tokens_per_thread; x += 2) {
+        const auto four = [&](const float2* two) { return make_float4(two[0].x, two[0].y, two[1].x, two[1].y); };
+        *reinterpret_cast<float4*>(w.alpha + at + x) = four(alpha + x);
+        *reinterpret_cast<float4*>(w.beta + at + x) = four(beta + x);
       }
     }
     __syncthreads();  // warp_total is read before the next step writes it
@@ -213,13 +222,32 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
   if (range.is_last && threadIdx.x == 0 && m_last != nullptr) m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
 }
 
-// What a run of tokens, walked from the last to the first, does to the stabilizer's gradient a: the sum of e joins it,
-// unless a token took all that came before (reset).
-struct Walk {
-  double sum;
-  int reset;
-  __device__ Walk then(const Walk& earlier) const { return {earlier.reset ? earlier.sum : sum + earlier.sum, reset | earlier.reset}; }
+// The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
+// whose m took the input gate's branch (a reset) takes a and clears it; the others get it besides their dlf. Before the
+// first reset that is met (open), dlf_t + a_t is dm plus the sum of e + q . dq - k . dk over the tokens from t on:
+// <c, dc> + <n, dn>, which may be much larger, is gone from it. That sum is what is carried while open, and a itself
+// where a reset takes it is the difference to dlf of the token behind.
+struct Carried {
+  double value;
+  bool open;
 };
+
+// What a run of tokens does to it.
+struct Walk {
+  double closed, open;  // sums of e since the last reset, and of e + q . dq - k . dk
+  int reset;
+  __device__ Walk then(const Walk& earlier) const {
+    return earlier.reset ? earlier : Walk{closed + earlier.closed, open + earlier.open, reset};
+  }
+  __device__ Carried from(const Carried& x) const {
+    return reset ? Carried{closed, false} : Carried{x.value + (x.open ? open : closed), x.open};
+  }
+};
+
+__device__ __forceinline__ Walk shuffle_down(const Walk& x, int d) {
+  return {__shfl_down_sync(all_lanes, x.closed, d), __shfl_down_sync(all_lanes, x.open, d),
+          __shfl_down_sync(all_lanes, x.reset, d)};
+}
 
 // dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
 // before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
@@ -228,42 +256,23 @@ __global__ void __launch_bounds__(threads_per_block)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
                           int column_tiles, int state_tiles) {
   __shared__ Walk warp_total[num_warps], range_total;
-  __shared__ double inner_end;
   const Sequence s = find_sequence(w);
   const Range range(s.length);
   const Layout& l = w.layout;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % lanes_per_chunk;
   const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
   const int64_t chunks = (s.length + chunk_tokens - 1) / chunk_tokens;
-  double a_in = dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head];
+  Carried carried{dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head], true};
 
-  // What is carried into the last token: less <c, dc> + <n, dn> at the sequence's end, from the last chunk's sums.
-  if (chunks > 0) {
-    const int64_t item = (s.first_chunk + chunks - 1) * l.heads + s.head;
-    double inner = 0.0;
-    if (warp == 0) {
-      for (int t = lane; t < state_tiles; t += 32) inner += w.through[item * state_tiles + t];
-      for (int t = lane; t < chunk_tokens; t += 32) {
-        for (int c = 0; c < column_tiles; ++c) inner += w.k_dk[c * stride + item * chunk_tokens + t];
-      }
-      for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(all_lanes, inner, d);
-      if (lane == 0) inner_end = inner;
-    }
-    __syncthreads();
-    a_in -= inner_end;
-  }
-
-  Walk total{0.0, 0};
+  const Walk nothing{0.0, 0.0, 0};
+  Walk total = nothing;
   for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
   const bool writes = pass == 1;
   if (writes && range.ranks > 1) {
     const auto cluster = cooperative_groups::this_cluster();
     if (threadIdx.x == 0) range_total = total;
     cluster.sync();
-    for (int r = range.ranks - 1; r > range.rank; --r) {
-      const Walk later = *cluster.map_shared_rank(&range_total, r);
-      a_in = later.reset ? later.sum : a_in + later.sum;
-    }
+    for (int r = range.ranks - 1; r > range.rank; --r) carried = cluster.map_shared_rank(&range_total, r)->from(carried);
   }
   for (int64_t index = range.end - 1; index >= range.begin; --index) {
     const int64_t first = index * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
@@ -283,14 +292,12 @@ __global__ void __launch_bounds__(threads_per_block)
           to[x] += four.x, to[x + 1] += four.y, to[x + 2] += four.z, to[x + 3] += four.w;
         }
       };
-      for (int c = 0; writes && c < column_tiles; ++c) {
+      for (int c = 0; c < column_tiles; ++c) {
         add(qdq, w.q_dq + c * stride);
         add(kdk, w.k_dk + c * stride);
       }
-      if (writes) {
-        add(in_q, w.q_dq + column_tiles * stride);
-        add(in_k, w.k_dk + column_tiles * stride);
-      }
+      add(in_q, w.q_dq + column_tiles * stride);
+      add(in_k, w.k_dk + column_tiles * stride);
       add(e, w.e);
 #pragma unroll
       for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
@@ -316,20 +323,23 @@ __global__ void __launch_bounds__(threads_per_block)
     }
     later -= own_later, earlier -= own_earlier;
 
-    // a arriving at this thread's last token.
-    Walk mine{0.0, 0};
+    // What is carried into this thread's last token.
+    Walk mine = nothing;
 #pragma unroll
-    for (int x = tokens_per_thread - 1; x >= 0; --x) mine = mine.then({e[x], 0}), mine = resets >> x & 1 ? Walk{0.0, 1} : mine;
+    for (int x = tokens_per_thread - 1; x >= 0; --x) {
+      mine = mine.then({e[x], e[x] + (static_cast<double>(qdq[x]) - kdk[x] + (in_q[x] - in_k[x])), 0});
+      if (resets >> x & 1) mine = {0.0, 0.0, 1};
+    }
     Walk from = mine;
     for (int d = 1; d < 32; d *= 2) {
-      const Walk after{__shfl_down_sync(all_lanes, from.sum, d), __shfl_down_sync(all_lanes, from.reset, d)};
+      const Walk after = shuffle_down(from, d);
       if (lane + d < 32) from = after.then(from);
     }
     if (lane == 0) warp_total[warp] = from;
-    Walk after{__shfl_down_sync(all_lanes, from.sum, 1), __shfl_down_sync(all_lanes, from.reset, 1)};
-    if (lane == 31) after = {0.0, 0};
+    Walk after = shuffle_down(from, 1);
+    if (lane == 31) after = nothing;
     __syncthreads();
-    Walk start{0.0, 0}, all = start;
+    Walk start = nothing, all = nothing;
     for (int x = num_warps - 1; x >= 0; --x) {
       if (x == warp) start = all;
       all = all.then(warp_total[x]);
@@ -340,35 +350,41 @@ __global__ void __launch_bounds__(threads_per_block)
       __syncthreads();
       continue;
     }
-    double a = after.reset ? after.sum : a_in + after.sum;
-    a_in = all.reset ? all.sum : a_in + all.sum;
-    if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in + through + cross_q);
+    Carried a = after.from(carried);
+    carried = all.from(carried);
+    if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) {
+      dm0[s.seq * l.heads + s.head] =
+          static_cast<float>(carried.value + (carried.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
+    }
 
     double before = own_earlier + earlier;  // k . dk across, of tokens up to x
 #pragma unroll
     for (int x = tokens_per_thread - 1; x >= 0; --x) {
-      a += e[x];
+      const double dlf_behind = through + later + before;
       before -= kdk[x];
       later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
+      const double dlf = through + later + before;
       const bool reset = resets >> x & 1;
+      const double taken = reset ? (a.open ? a.value - dlf_behind : a.value) + e[x] : 0.0;
+      a.value += a.open ? e[x] + (dlf - dlf_behind) : e[x];
       const int64_t t = first + x;
       if (t < s.length) {
         const Strided& gf = w.p.f;
         const int64_t token = s.first_token + t;
         const float f = load_as_float(gf.data, s.row * gf.batch + token * gf.seq + s.head * gf.head, w.p.gate_dtype);
         const int64_t out = (s.row * l.seq + token) * l.heads + s.head;
-        const double dlf = through + later + before + (reset ? 0.0 : a);
+        const double with_a = reset ? dlf : a.open ? a.value : dlf + a.value;
         const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
-        store_from_float(di, out, w.p.gate_dtype, static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + (reset ? a : 0.0)));
-        store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(dlf) * slope);
+        store_from_float(di, out, w.p.gate_dtype, static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken));
+        store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(with_a) * slope);
       }
-      if (reset) a = 0.0;
+      if (reset) a = {0.0, false};
     }
     __syncthreads();
   }
   }
   if (range.ranks > 1) cooperative_groups::this_cluster().sync();
-  if (s.length == 0 && range.rank == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(a_in);
+  if (s.length == 0 && range.rank == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(carried.value);
 }
 
 // One block a head of a sequence, or a cluster of them where that leaves most of the GPU idle.

@@ -63,18 +63,12 @@ struct OutputShared {
     bf16 rows[consumer_warps][16 * box];
     float parked[output == Output::dq ? 4 : 1][32 * 128];
   };
-  float alpha[2][chunk_tokens], beta[2][chunk_tokens], inv_d[2][chunk_tokens], delta[2][chunk_tokens];
+  float2 alpha[2][chunk_tokens], beta[2][chunk_tokens];
+  float inv_d[2][chunk_tokens], delta[2][chunk_tokens];
   float n[2][tile_n];
   float column_sum[consumer_warps][box];  // dq
   uint64_t full[num_stages], empty[num_stages];
 };
-
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  // volatile: kept for a second use, the weights of a tile would take 64 registers.
-  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 __device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
@@ -185,7 +179,8 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
 
 // Adds what is not finite in Z to those of the warp's written rows that depend on it.
 template <Output output, int tile_n>
-__device__ __noinline__ void add_odd(const OutputArgs& args, const Tile& tile, const float* alpha, const float* beta) {
+__device__ __noinline__ void add_odd(const OutputArgs& args, const Tile& tile, const float2* alpha,
+                                     const float2* beta) {
   using R = Roles<output>;
   const MlstmProblem& p = args.w.p;
   const Strided& z = output == Output::h ? p.v : output == Output::dq ? p.k : output == Output::dk ? p.q : args.dh;
@@ -199,7 +194,7 @@ __device__ __noinline__ void add_odd(const OutputArgs& args, const Tile& tile, c
       if (isfinite(value)) continue;
       for (int row = first_row; row < min(first_row + 16, tile.length); ++row) {
         const int t = R::rows_are_t ? row : token, j = R::rows_are_t ? token : row;
-        if (j > t || fast_exp2(alpha[t] - beta[j]) == 0.0f) continue;
+        if (j > t || fast_exp2(log_difference(alpha[t], beta[j])) == 0.0f) continue;
         bf16& element = static_cast<bf16*>(
             args.out)[((tile.row * p.seq + tile.first + row) * p.heads + tile.head) * columns + col];
         element = __float2bfloat16_rn(__bfloat162float(element) + value);
@@ -222,12 +217,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int columns = static_cast<int>(R::inner_is_dqk ? w.p.dv : w.p.dqk);
 
   // The chunk's gates, on their way to shared memory; used after the first products.
-  float gates[2] = {0.0f, 0.0f}, n_value[2] = {0.0f, 0.0f};
-  if (group == 0) {
-    gates[0] = w.alpha[at + thread], gates[1] = w.beta[at + thread];
-  } else if constexpr (output == Output::dk || output == Output::dv) {
-    gates[0] = w.inv_d[at + thread - 128], gates[1] = w.delta[at + thread - 128];
-  }
+  constexpr bool reads_tokens = output == Output::dk || output == Output::dv;
+  float2 log_value = (group == 0 ? w.alpha : w.beta)[at + thread % 128];
+  float token_value = 0.0f, n_value[2] = {0.0f, 0.0f};
+  if constexpr (reads_tokens) token_value = (group == 0 ? w.inv_d : w.delta)[at + thread % 128];
   if constexpr (gate_sums) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
@@ -235,22 +228,20 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       if (c < tile_n && col0 + c < columns) n_value[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
-  const float m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
+  const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
   const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
-  float row_log[2] = {0.0f, 0.0f};  // alpha, or beta, of the rows; the columns have the other
-  const float* const col_logs = R::rows_are_t ? sh.beta[buffer] : sh.alpha[buffer];
-  const auto decay = [&](int r, int col, float col_log) {  // D, 0 where j > t
+  float2 row_log[2] = {};  // alpha, or beta, of the rows; the columns have the other
+  const float2* const col_logs = R::rows_are_t ? sh.beta[buffer] : sh.alpha[buffer];
+  const auto decay = [&](int r, int col, float2 col_log) {  // D, 0 where j > t
     const bool reaches = R::rows_are_t ? col <= rows[r] : rows[r] <= col;
-    return reaches ? fast_exp2(R::rows_are_t ? row_log[r] - col_log : col_log - row_log[r]) : 0.0f;
+    return reaches ? fast_exp2(R::rows_are_t ? log_difference(row_log[r], col_log) : log_difference(col_log, row_log[r]))
+                   : 0.0f;
   };
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
   const auto share_gates = [&] {
-    if (group == 0) {
-      sh.alpha[buffer][thread] = gates[0], sh.beta[buffer][thread] = gates[1];
-    } else if constexpr (output == Output::dk || output == Output::dv) {
-      sh.inv_d[buffer][thread - 128] = gates[0], sh.delta[buffer][thread - 128] = gates[1];
-    }
+    (group == 0 ? sh.alpha : sh.beta)[buffer][thread % 128] = log_value;
+    if constexpr (reads_tokens) (group == 0 ? sh.inv_d : sh.delta)[buffer][thread % 128] = token_value;
     if constexpr (gate_sums) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
@@ -314,10 +305,11 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       const int col = R::half_begin(half) + c * 8 + pos * 2;
-      const float2 logs = pair_at(col_logs, col);
+      const float4 logs = *reinterpret_cast<const float4*>(col_logs + col);  // of two columns
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        ptx::scale_in_place(qk[c * 4 + x], decay(x / 2, col + x % 2, x % 2 ? logs.y : logs.x));
+        ptx::scale_in_place(qk[c * 4 + x], decay(x / 2, col + x % 2, x % 2 ? make_float2(logs.z, logs.w)
+                                                                           : make_float2(logs.x, logs.y)));
       }
       ptx::keep_order();
     }
@@ -416,8 +408,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = rows[r];
-    const float row_scale = R::rows_are_t ? w.p.scale * fast_exp2(row_log[r] + m_start)
-                                          : fast_exp2(alpha_last - row_log[r]);
+    const float row_scale = R::rows_are_t ? w.p.scale * fast_exp2(log_sum(row_log[r], m_start))
+                                          : fast_exp2(log_difference(alpha_last, row_log[r]));
     if constexpr (output == Output::dq) {
       const float sum = w.p.scale * quad_sum(u_inside[r]) + (row_scale == 0.0f ? 0.0f : row_scale * dot_out[r]);
       float e = 0.0f;
@@ -465,7 +457,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         const int col = R::half_begin(half) + c * 8 + pos * 2;
-        const float2 logs = pair_at(col_logs, col);
+        const float4 logs = *reinterpret_cast<const float4*>(col_logs + col);
         float2 col_inv_d{}, col_delta{};
         float column_inside[2] = {0.0f, 0.0f};
         if constexpr (output == Output::dk || output == Output::dv) col_inv_d = pair_at(sh.inv_d[buffer], col);
@@ -476,7 +468,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
             const int x = c * 4 + r * 2 + y;
-            const float d = decay(r, col + y, y ? logs.y : logs.x);
+            const float d = decay(r, col + y, y ? make_float2(logs.z, logs.w) : make_float2(logs.x, logs.y));
             float value = half == 0 ? tile_t[x] : parked(0, x);
             const float value_inv_d = output == Output::dq ? inv_d[r] : y ? col_inv_d.y : col_inv_d.x;
             const float value_delta = output == Output::dq ? delta[r] : y ? col_delta.y : col_delta.x;

@@ -180,14 +180,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   const auto read_weights = [&](int64_t step) {
     if (step >= last_step) return;
     const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
-    const float m_start = w.m_start[item], alpha_last = w.alpha_last[item];
-    next_keep = exp2f(alpha_last + m_start);
+    const float2 m_start = w.m_start[item], alpha_last = w.alpha_last[item];
+    next_keep = fast_exp2(log_sum(alpha_last, m_start));
     if constexpr (backward) {
-      const float g = w.p.scale * exp2f(w.alpha[at + thread] + m_start);
+      const float g = w.p.scale * fast_exp2(log_sum(w.alpha[at + thread], m_start));
       next_w = g * w.inv_d[at + thread];
       next_wn = g * w.delta[at + thread];
     } else {
-      next_w = next_wn = exp2f(alpha_last - w.beta[at + thread]);
+      next_w = next_wn = fast_exp2(log_difference(alpha_last, w.beta[at + thread]));
     }
   };
 

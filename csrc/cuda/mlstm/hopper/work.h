@@ -13,23 +13,23 @@ namespace flash_xlstm::cuda::hopper {
 constexpr int chunk_tokens = 128;
 constexpr int box = 64;  // rows and columns of the copy engine's boxes; 128 bytes a row
 constexpr int box_bytes = box * box * 2;
-constexpr float log2_e = 1.44269504088896340736f;
 
 using Layout = ChunkLayout<chunk_tokens>;
 
 // N = max_chunks * heads, an item is chunk * heads + head. All logs are to base 2. Within a chunk, with b_t the
 // cumulative log forget gate from the chunk's start on:
 //   D_tj = 2^(alpha_t - beta_j), g_t = 2^(alpha_t + m_start), w_j = 2^(alpha_last - beta_j).
-// float32 keeps alpha and beta to 2e-4 at gates of -15 throughout, far under the rounding of 16-bit operands.
+// Each is a float2 of a whole number and the rest, so that differences stay exact to float32 where the logs are large
+// (-2800 with gates at -15): s_t may be what is left of terms a thousand times its size.
 struct Work {
   MlstmProblem p;
   Layout layout;
   int64_t dqk_pitch;  // of n_parts: a multiple of 16 bytes
   int blocks_k, blocks_v;  // of c
-  float* alpha;     // [N][128] b_t - m_t; -inf past the chunk's end, so that nothing there counts
-  float* beta;      // [N][128] b_j - i_j; +inf for padding and past the chunk's end
-  float* alpha_last;  // [N] alpha of the chunk's last token
-  float* m_start;   // [N] m before the chunk
+  float2* alpha;      // [N][128] b_t - m_t; -inf past the chunk's end, so that nothing there counts
+  float2* beta;       // [N][128] b_j - i_j; +inf for padding and past the chunk's end
+  float2* alpha_last; // [N] alpha of the chunk's last token
+  float2* m_start;    // [N] m before the chunk
   // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
   // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces it,
   // once it has been read, by the gradient of the state at the chunk's end.
@@ -60,6 +60,17 @@ struct Work {
     return c + ((item * blocks_k + min(k, blocks_k - 1)) * blocks_v + min(v, blocks_v - 1)) * (box * box);
   }
 };
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  // volatile: kept for a second use, the weights of a tile would take 64 registers.
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log_sum(float2 a, float2 b) { return (a.x + b.x) + (a.y + b.y); }
+__device__ __forceinline__ float log_difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
+#endif
 
 // The copy engine's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part,
 // item).

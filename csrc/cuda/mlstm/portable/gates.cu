@@ -203,16 +203,18 @@ __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided d
   }
 }
 
-// Sums of one token's shares of q . dq or k . dk that cross the chunk's boundary (all tiles but the last).
-__device__ __forceinline__ double crossing(const float* shares, int64_t at, int64_t stride, int column_tiles) {
+// Sums of one token's shares of q . dq or k . dk that cross the chunk's boundary (all parts but the last).
+__device__ __forceinline__ double crossing(const float* shares, int64_t at, int64_t stride, int parts) {
   double sum = 0.0;
-  for (int t = 0; t < column_tiles; ++t) sum += shares[t * stride + at];
+  for (int t = 0; t < parts; ++t) sum += shares[t * stride + at];
   return sum;
 }
 
-// The stabilizer's path: walking back, a += e_t, and a token whose m took the input gate's branch takes a and clears
-// it. Here: what is carried into the last token of every chunk. <c, dc> + <n, dn> at a sequence's ends is put together
-// from the same sums that the gates get, so that what cancels between them cancels exactly.
+// The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
+// whose m took the input gate's branch (a reset) takes a and clears it; the others get it besides their dlf. Before the
+// first reset that is met (open), dlf_t + a_t is dm plus the sum of e + q . dq - k . dk over the tokens from t on:
+// <c, dc> + <n, dn>, which may be much larger, is gone from it. That sum is what is carried while open, and a itself
+// where a reset takes it is the difference to dlf of the token behind. Here: what is carried into every chunk's end.
 __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const float* dm_last, float* dm0,
                                         int column_tiles, int state_tiles) {
   const Layout& l = w.layout;
@@ -232,10 +234,10 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
     return warp_sum(sum);
   };
   double a = dm_last == nullptr ? 0.0 : dm_last[seq * l.heads + head];
-  if (begin < end) a -= inner_at(end - 1, w.scratch.k_dk);
+  bool open = true;
   for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
     const int64_t item = chunk * l.heads + head;
-    if (lane == 0) w.scratch.stabilizer[item] = static_cast<float>(a);
+    if (lane == 0) w.scratch.stabilizer[item] = static_cast<float>(a), w.scratch.open[item] = open;
     const int64_t at = item * chunk_tokens + lane * 2;
     // The tokens before the chunk's first reset keep their e for the chunk before.
     const unsigned resets0 = __ballot_sync(all_lanes, w.scratch.reset[at] != 0);
@@ -243,15 +245,20 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
     const int first0 = resets0 ? 2 * (__ffs(resets0) - 1) : chunk_tokens;
     const int first1 = resets1 ? 2 * (__ffs(resets1) - 1) + 1 : chunk_tokens;
     const int first = min(first0, first1);
+    open &= first == chunk_tokens;
     double kept = 0.0;
     for (int x = 0; x < 2; ++x) {
       if (lane * 2 + x < first) kept += w.scratch.e[at + x];
+      if (open) {
+        kept += crossing(w.scratch.q_dq, at + x, stride, column_tiles + 1) -
+                crossing(w.scratch.k_dk, at + x, stride, column_tiles + 1);
+      }
     }
     kept = warp_sum(kept);
     a = first < chunk_tokens ? kept : a + kept;
   }
   if (dm0 != nullptr) {
-    if (begin < end) a += inner_at(begin, w.scratch.q_dq);
+    if (begin < end && !open) a += inner_at(begin, w.scratch.q_dq);
     if (lane == 0) dm0[seq * l.heads + head] = static_cast<float>(a);
   }
 }
@@ -288,6 +295,12 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
   const double earlier = prefix_sum(kdk[0] + kdk[1], lane) - (kdk[0] + kdk[1]);
   const double dlf_sum[2] = {through + later + earlier, through + later - (qdq[0] + inside[0]) + earlier + kdk[0]};
 
+  // Before the first reset, from behind: dlf + a, from token t on, and dlf of the token behind.
+  const bool open = w.scratch.open[item] != 0;
+  const double y[2] = {e[0] + qdq[0] + inside[0] - kdk[0], e[1] + qdq[1] + inside[1] - kdk[1]};
+  const double y_after = suffix_sum(y[0] + y[1], lane);
+  const double dlf_behind[2] = {dlf_sum[1], dlf_sum[1] - (qdq[1] + inside[1]) + kdk[1]};
+
   // a arriving at each token, itself included: a segmented suffix sum, with the carry behind the last token.
   const double e_after = suffix_sum(e[0] + e[1], lane);  // e of tokens >= 2 lane
   const unsigned resets0 = __ballot_sync(all_lanes, reset[0]), resets1 = __ballot_sync(all_lanes, reset[1]);
@@ -306,13 +319,15 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
     const double other_e0 = __shfl_sync(all_lanes, e[0], (next / 2) % 32);
     const double e_from_next =
         next == chunk_tokens ? -carried : next % 2 == 0 ? other_e_after : other_e_after - other_e0;
-    const double a = e_from_t - e_from_next;
+    const bool is_open = open && next == chunk_tokens;
+    const double y_from_t = carried + (x == 0 ? y_after : y_after - y[0]);
+    const double a = is_open ? y_from_t - y[x] + e[x] - dlf_behind[x] : e_from_t - e_from_next;
     if (t >= chunk.length) continue;
     const Strided& gf = w.p.f;
     const int64_t token = chunk.first + t;
     const float f = load_as_float(gf.data, chunk.row * gf.batch + token * gf.seq + head * gf.head, w.p.gate_dtype);
     const int64_t out = (chunk.row * l.seq + token) * l.heads + head;
-    const double dlf = dlf_sum[x] + (reset[x] ? 0.0 : a);
+    const double dlf = reset[x] ? dlf_sum[x] : is_open ? y_from_t : dlf_sum[x] + a;
     const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
     store_from_float(di, out, w.p.gate_dtype, static_cast<float>(kdk[x] + inside_k[x] + (reset[x] ? a : 0.0)));
     store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(dlf) * slope);

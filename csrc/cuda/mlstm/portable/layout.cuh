@@ -37,7 +37,8 @@ struct Scratch {
                       // from within the chunk
   float* k_dk;        // [tiles + 1][N][64]
   float* through;     // [N][tiles of c] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
-  float* stabilizer;  // [N] gradient carried into the chunk's last m
+  float* stabilizer;  // [N] gradient carried into the chunk's last m; while open with what the forget gates get besides
+  uint8_t* open;      // [N] 1 where no later chunk of the sequence has a reset
   int64_t* first_chunk;  // packed only
   int64_t* first_token;
   int32_t* seq_of_chunk;

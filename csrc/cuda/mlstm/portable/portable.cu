@@ -70,6 +70,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     carver.take(s.k_dk, tokens * (column_tiles(p.dqk) + 1));
     carver.take(s.through, items * state_tiles(p));
     carver.take(s.stabilizer, items);
+    carver.take(s.open, items);
   }
   return carver.used();
 }
