@@ -1,78 +1,198 @@
-"""Subject mlstm: forward, and forward + backward, beside the plain PyTorch chunkwise form in the same run."""
+"""Subject mlstm: forward, and forward + backward, beside the peers of peers.py in the same run.
+
+A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
+tokens, nothing computed twice, whatever a peer really computes), GB/s by each input and output read or written once
+(`Point.bytes_moved`), `share_of_floor`, the larger of both at the rates that the same run measured (row `rates`) over
+the time, and the memory that the call needed at its peak. Attention computes something else of the same width (heads of
+128, as many as make heads x dv) and has times only; `simple_gla` has neither normalizer nor input gate.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterator
 
 import torch
 
-from flash_xlstm import ops, reference
-from run import median_time_ms, peak_memory_bytes
+import triton_warmup
+from peers import DTYPES, PEERS, Call, Point, memory_estimate, refusal, tensors
+from run import DeviceLostError, describe, device_rates, free_memory, median_time_ms, peak_memory_bytes
 
-# name: batch, seq, heads, dqk, dv
-SETTINGS = {
-    "tfla-2048": (32, 2048, 8, 256, 512),
-    "tfla-65536": (1, 65536, 8, 256, 512),
-    "small": (4, 1024, 4, 64, 128),
-    "square": (8, 2048, 8, 128, 128),
-}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FORMS = {"flash_xlstm": ops.mlstm, "plain_pytorch_chunkwise": reference.mlstm_chunkwise}
+SHAPES = ((128, 512), (32, 2048), (8, 8192), (1, 65536))
+DIMS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 1024))
+HEADS = (8, 4, 16, 32)
+SMALL = (Point(2, 256, 2, 32, 64), Point(1, 512, 2, 64, 64))
+GRID_PEERS = ("flash_xlstm", "tfla", "simple_gla")
+PASSES = ("forward", "forward+backward")
+KEY = ("peer", "pass", "batch", "seq", "heads", "dqk", "dv", "dtype")
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = text.split("x")
+    return int(first), int(second)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--settings", choices=("headline", "grid", "small"), default="headline")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all; three for the grid")
+    parser.add_argument("--heads", nargs="+", type=int, help="grid: number of heads")
+    parser.add_argument("--dims", nargs="+", type=_pair, help="grid: dqk x dv, as 256x512")
+    parser.add_argument("--shapes", nargs="+", type=_pair, help="batch x seq, as 8x8192")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop measuring after this time")
+    parser.add_argument("--seconds-each", type=float, default=0.2, help="time for the calls of one measurement")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile Triton peers beforehand")
+    parser.add_argument("--warmup-seconds", type=float, default=60.0, help="time for those")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def inputs(setting: str, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """q, k, v, i, f: standard normal, gates in float32, forget gates around 3."""
-    batch, seq, heads, dqk, dv = SETTINGS[setting]
-    generator = torch.Generator(device).manual_seed(0)
-    new = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
-    q, k, v = (new(batch, seq, heads, d).to(dtype) for d in (dqk, dqk, dv))
-    return [q, k, v, new(batch, seq, heads), new(batch, seq, heads) + 3.0]
+def points(args: argparse.Namespace) -> list[Point]:
+    """The grid comes in a fixed random order, so that a run cut by its time has a sample of the whole."""
+    if args.settings == "small":
+        return list(SMALL)
+    shapes, heads, dims = args.shapes or SHAPES, args.heads or HEADS, args.dims or DIMS
+    if args.settings == "headline":
+        return [Point(*shape, 8, 256, 512) for shape in shapes]
+    grid = [Point(*shape, h, *d) for shape, h, d in itertools.product(shapes, heads, dims)]
+    random.Random(0).shuffle(grid)
+    return grid
 
 
-def flops(setting: str, backward: bool, chunk: int = 64) -> float:
-    """Multiplications and additions of the products, over whole chunks of 64 tokens, nothing computed twice."""
-    batch, seq, heads, dqk, dv = SETTINGS[setting]
-    per_token = chunk * (dqk + dv) + 2 * dqk * dv
-    if backward:
-        per_token += chunk * (3 * dqk + 2 * dv) + 4 * dqk * dv
-    return 2.0 * batch * seq * heads * per_token
+def _row(name: str, pass_name: str, point: Point, dtype: str) -> dict:
+    row = {"what": "mlstm", "peer": name, "pass": pass_name, **vars(point), "dtype": dtype}
+    if PEERS[name].layout == "attention":
+        row["attention_heads"] = point.heads * point.dv // 128
+    return row
 
 
-def run(args: argparse.Namespace) -> list[dict]:
+def _calls(call: Call, leaves: list[torch.Tensor], backward: bool):
+    if not backward:
+        return torch.no_grad()(functools.partial(call, *leaves))
+    leaves = [t.requires_grad_() for t in leaves]
+    with torch.no_grad():
+        dh = torch.randn_like(call(*leaves))
+    return lambda: torch.autograd.grad(call(*leaves), leaves, dh)
+
+
+def _measure(row: dict, call: Call, point: Point, rates: dict, args: argparse.Namespace) -> None:
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    backward = row["pass"] != "forward"
+    reason = refusal(row["peer"], point)
+    if reason is None and device.type == "cuda":
+        needed, free = memory_estimate(row["peer"], point, backward, dtype.itemsize), torch.cuda.mem_get_info()[0]
+        if needed > 0.95 * free:
+            reason = f"needs about {needed / 2**30:.0f} GiB of {free / 2**30:.0f}"
+    if reason is not None:
+        row["skipped"] = reason
+        return
+    function = _calls(call, tensors(row["peer"], point, dtype, device), backward)
+    if device.type == "cuda":
+        function()  # compiles; tunes
+        row["peak_memory_mib"] = peak_memory_bytes(function) / 2**20
+    row["time_ms"] = median_time_ms(function, device, budget_s=args.seconds_each)
+    if PEERS[row["peer"]].layout == "attention":
+        return
+    flops, moved = point.flops(backward), point.bytes_moved(backward, dtype.itemsize)
+    floor_ms = max(moved / rates["copy_gb_per_s"] / 1e6, flops / rates["matmul_tflops"] / 1e9)
+    row["tflops"] = flops / row["time_ms"] / 1e9
+    row["gb_per_s"] = moved / row["time_ms"] / 1e6
+    row["floor_ms"] = floor_ms
+    row["share_of_floor"] = floor_ms / row["time_ms"]
+
+
+def _load(names: list[str], device: torch.device) -> tuple[dict[str, Call], list[dict]]:
+    calls, absent = {}, []
+    for name in names:
+        try:
+            if device.type != "cuda" and (PEERS[name].triton or PEERS[name].layout == "attention"):
+                raise RuntimeError("needs a GPU")
+            calls[name] = PEERS[name].load()
+        except Exception as error:
+            absent.append({"what": "absent", "peer": name, "error": describe(error)})
+    return calls, absent
+
+
+def run(args: argparse.Namespace) -> Iterator[dict]:
+    deadline = time.perf_counter() + args.seconds
     device = torch.device(args.device)
-    rows = []
-    for setting in args.settings:
-        for dtype_name in args.dtypes:
-            tensors = inputs(setting, DTYPES[dtype_name], device)
-            leaves = [t.detach().clone().requires_grad_() for t in tensors]
-            dh = torch.randn_like(tensors[2])
+    wanted = points(args)
+    names = args.peers or (GRID_PEERS if args.settings == "grid" else list(PEERS))
+    earlier = {tuple(row[k] for k in KEY) for row in args.earlier_rows if row["what"] == "mlstm"}
 
-            for form_name in args.forms:
-                form = FORMS[form_name]
+    compiled = [name for name in names if PEERS[name].triton]
+    if args.workers and compiled and device.type == "cuda":
+        backward = PASSES[1] in args.passes
+        tasks: list[dict] = []
+        for name in compiled:
+            possible = [tuple(vars(p).values()) for p in wanted if refusal(name, p) is None]
+            tasks += triton_warmup.tasks(name, possible, backward, args.dtype)
+        yield triton_warmup.warm(tasks, args.workers, min(args.warmup_seconds, args.seconds / 2))
+    calls, absent = _load(names, device)
+    yield from absent
+    rates = device_rates(device)
+    yield {"what": "rates", **rates}
 
-                def forward(form=form, tensors=tensors):
-                    with torch.no_grad():
-                        return form(*tensors)
+    for point, pass_name, name in itertools.product(wanted, args.passes, calls):
+        row = _row(name, pass_name, point, args.dtype)
+        if tuple(row[k] for k in KEY) in earlier:
+            continue
+        if time.perf_counter() > deadline:
+            yield {"what": "stopped", "error": f"{args.seconds:.0f} s were over"}
+            return
+        try:
+            _measure(row, calls[name], point, rates, args)
+        except Exception as error:
+            row["error"] = describe(error)
+        try:
+            free_memory(device)
+        except DeviceLostError:
+            row.setdefault("error", "the GPU is unusable after this")
+            yield row
+            raise
+        yield row
 
-                def forward_backward(form=form, leaves=leaves, dh=dh):
-                    return torch.autograd.grad(form(*leaves), leaves, dh)
 
-                for name, call in (("forward", forward), ("forward+backward", forward_backward)):
-                    row = {"setting": setting, "dtype": dtype_name, "pass": name, "form": form_name}
-                    try:
-                        row["time_ms"] = median_time_ms(call, device)
-                        row["tflops"] = flops(setting, name != "forward") / row["time_ms"] / 1e9
-                        if device.type == "cuda":
-                            row["peak_memory_mib"] = peak_memory_bytes(call) / 2**20
-                    except torch.cuda.OutOfMemoryError:
-                        row["error"] = "out of memory"
-                        torch.cuda.empty_cache()
-                    rows.append(row)
-    return rows
+def _times(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """Rows with a time, by setting and pass, then by peer."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["what"] == "mlstm" and "time_ms" in row:
+            found.setdefault(tuple(row[k] for k in KEY[1:]), {})[row["peer"]] = row
+    return found
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """Adds `speedup_vs_PEER` to our rows. Gives a line a setting and pass, with every peer's time and our speedup over
+    it; then a line a pass and peer: the least, the median and the largest speedup over the settings."""
+    lines, ratios = [], {}
+    for key, by_peer in _times(rows).items():
+        line = dict(zip(KEY[1:], key, strict=True))
+        ours = by_peer.get("flash_xlstm")
+        for name, row in by_peer.items():
+            line[f"{name}_ms"] = row["time_ms"]
+            if ours is None or row is ours:
+                continue
+            ratio = row["time_ms"] / ours["time_ms"]
+            ours[f"speedup_vs_{name}"] = line[f"vs_{name}"] = ratio
+            ratios.setdefault((line["pass"], name), []).append(ratio)
+        if ours is not None:
+            line["share_of_floor"] = ours["share_of_floor"]
+        lines.append(line)
+    for (pass_name, name), values in ratios.items():
+        lines.append(
+            {
+                "pass": pass_name,
+                "speedup_over": name,
+                "settings": len(values),
+                "least": min(values),
+                "median": statistics.median(values),
+                "largest": max(values),
+            }
+        )
+    return lines

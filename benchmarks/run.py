@@ -1,18 +1,23 @@
 """Benchmark runner: `python benchmarks/run.py SUBJECT [--out FILE] [options of the subject]`.
 
-A subject is a module of this folder with `add_arguments(parser)` and `run(args) -> list[dict]`, a dict a measurement.
-The runner adds where they were taken (GPU, CPU, versions, commit), writes JSON and prints a table.
+A subject is a module of this folder with `add_arguments(parser)` and `run(args)`, which gives rows, a dict a
+measurement, as a list or one by one. It may have `summarize(rows) -> list[dict]`. The runner adds where they were taken
+(GPU, CPU, versions, commit), writes JSON after every row and prints a table, of the summary where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +28,8 @@ import torch
 
 import flash_xlstm
 
-SUBJECTS = ("mlstm", "cpu_vs_transformers")
+SUBJECTS = ("mlstm", "mlstm_accuracy", "cpu_vs_transformers")
+PACKAGES = ("triton", "transformers", "numpy", "mlstm_kernels", "fla-core", "flash-linear-attention")
 
 
 def _cpu_name() -> str:
@@ -36,6 +42,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _gpu_driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
+
+
 def environment() -> dict[str, object]:
     """Where and with what a measurement was taken."""
     facts: dict[str, object] = {
@@ -46,39 +61,61 @@ def environment() -> dict[str, object]:
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
     }
-    for name in ("triton", "transformers", "numpy"):
+    for name in PACKAGES:
         try:
-            facts[name] = importlib.import_module(name).__version__
-        except ImportError:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             facts[name] = None
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+        facts["gpu_driver"] = _gpu_driver()
         facts["cuda_runtime"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
     return facts
 
 
-def median_time_ms(function: Callable[[], object], device: torch.device, *, budget_s: float = 1.0) -> float:
-    """Median time of a call in ms: device events on CUDA, the wall clock on a CPU; at least 5 and at most 200 calls
-    within about `budget_s`, after warm-up."""
-    for _ in range(2):
+class DeviceLostError(RuntimeError):
+    """An error that leaves the process without a usable GPU."""
+
+
+@functools.cache
+def _l2_flush(device: torch.device) -> torch.Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+
+
+def _cuda_times_ms(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    """The second-level cache is overwritten before each call, which also lets the host run ahead."""
+    flush = _l2_flush(device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, stop in events:
+        flush.zero_()
+        start.record()
         function()
-    times: list[float] = []
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    deadline = time.perf_counter() + budget_s
-    while len(times) < 5 or (time.perf_counter() < deadline and len(times) < 200):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        else:
-            begin = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in events]
+
+
+def _cpu_times_ms(function: Callable[[], object], calls: int) -> list[float]:
+    times = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def median_time_ms(function: Callable[[], object], device: torch.device, *, budget_s: float = 1.0) -> float:
+    """Median time of a call in ms, device events on CUDA, the wall clock on a CPU: 5 to 200 calls in about `budget_s`
+    after two of warm-up; a call too long for five is measured three times, one longer than `budget_s` once."""
+    measure = functools.partial(_cuda_times_ms, function, device) if device.type == "cuda" else None
+    measure = measure or functools.partial(_cpu_times_ms, function)
+    function()
+    estimate = measure(1)[0]
+    if estimate > budget_s * 1e3:
+        return estimate
+    calls = int(budget_s * 1e3 / max(estimate, 1e-3))
+    return statistics.median(measure(min(200, max(5 if calls >= 5 else 3, calls))))
 
 
 def peak_memory_bytes(function: Callable[[], object]) -> int:
@@ -92,7 +129,41 @@ def peak_memory_bytes(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def free_memory(device: torch.device) -> None:
+    """Returns what the allocator keeps; raises where an earlier error has left the GPU unusable."""
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise DeviceLostError(str(error)) from error
+
+
+def describe(error: BaseException) -> str:
+    """One line of an exception, for a row."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def device_rates(device: torch.device) -> dict[str, float]:
+    """What floors are measured against: bytes a second (read plus written) of a large copy, operations a second of a
+    large product (bfloat16, 8192^3, on CUDA; float32, 1024^3, on a CPU)."""
+    cuda = device.type == "cuda"
+    source = torch.empty(2**31 if cuda else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_ms = median_time_ms(lambda: target.copy_(source), device, budget_s=0.1)
+    size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product_ms = median_time_ms(lambda: a @ b, device, budget_s=0.2)
+    return {"copy_gb_per_s": 2 * source.numel() / copy_ms / 1e6, "matmul_tflops": 2 * size**3 / product_ms / 1e9}
+
+
 def print_table(rows: list[dict]) -> None:
+    if not rows:
+        return
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = [[f"{v:.4g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[x]) for line in text)) for x, c in enumerate(columns)]
@@ -109,23 +180,49 @@ def write_json(path: Path, document: dict) -> None:
     os.replace(file.name, path)
 
 
+def _short(row: dict) -> str:
+    return "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+
+
 def main() -> int:
+    begin = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=SUBJECTS)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, written after every row")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --out and measure what is missing")
     sys.path.insert(0, str(Path(__file__).parent))
     subject = importlib.import_module(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] in SUBJECTS else None
     if subject is not None:
         subject.add_arguments(parser)
     args = parser.parse_args()
     assert subject is not None
-    rows = subject.run(args)
-    print_table(rows)
+    document = {"subject": args.subject, "environment": environment(), "results": []}
+    rows = document["results"]
+    if args.resume and args.out is not None and args.out.exists():
+        rows += json.loads(args.out.read_text())["results"]
+    args.earlier_rows = list(rows)
+    try:
+        for row in subject.run(args):
+            rows.append(row)
+            print(_short(row), flush=True)
+            if args.out is not None:
+                write_json(args.out, document)
+    except DeviceLostError as error:
+        print(f"the GPU is unusable after an error in this process: {error}", flush=True)
+        if args.out is None or not hasattr(args, "seconds"):
+            raise
+        left = args.seconds - (time.perf_counter() - begin)
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", "--seconds", str(left)])
+    summary = subject.summarize(rows) if hasattr(subject, "summarize") else []
+    if summary:
+        document["summary"] = summary
+    print_table(summary or rows)
     if args.out is not None:
-        write_json(args.out, {"subject": args.subject, "environment": environment(), "results": rows})
+        write_json(args.out, document)
         print(f"written to {args.out}")
     return 0
 
 
 if __name__ == "__main__":
+    sys.modules["run"] = sys.modules["__main__"]  # subjects import this module by its name
     sys.exit(main())

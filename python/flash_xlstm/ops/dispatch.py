@@ -31,5 +31,8 @@ def kernel_for(op: str, device: torch.device | str) -> str:
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "none: the CUDA kernels need compute capability 8.0 or later"
     if op == "mlstm":
-        return "CUDA, portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)"
+        portable = "portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)"
+        if torch.cuda.get_device_capability(device) == (9, 0) and "90a" in build_info()["architectures"]:
+            return f"CUDA, Hopper (wgmma) for bfloat16 with dqk and dv multiples of 8, else {portable}"
+        return f"CUDA, {portable}"
     return "CUDA, portable"

@@ -1,0 +1,114 @@
+"""Compiles the Triton kernels of peers into Triton's cache, in processes beside each other, launching none.
+
+mlstm_kernels compiles every kernel anew for each batch, seq, heads, dqk and dv; simple_gla tries 48 configurations of
+one kernel for each dqk and dv. One after the other, that takes minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def _compile_only(part: int, parts: int, most: int) -> None:
+    """Every launch becomes a compilation; every autotuner of at most `most` configurations compiles its share."""
+    from triton.runtime import jit
+    from triton.runtime.autotuner import Autotuner
+
+    launch = getattr(jit.JITFunction.run, "launch", jit.JITFunction.run)
+
+    def compile_kernel(self, *args, grid, warmup, **kwargs):
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def compile_configs(self, *args, **kwargs):
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.configs[part::parts] if len(self.configs) <= most else []:
+            with contextlib.suppress(Exception):
+                self.fn.run(*args, **{**kwargs, **config.all_kwargs()})
+
+    compile_kernel.launch = launch
+    jit.JITFunction.run = compile_kernel
+    for tuner in (Autotuner, *Autotuner.__subclasses__()):
+        tuner.run = compile_configs
+
+
+def compile_task(task: dict) -> None:
+    """A peer's forward and, if asked, backward on tensors without data."""
+    from peers import DTYPES, PEERS, Point, tensors
+
+    call = PEERS[task["peer"]].load()
+    _compile_only(task["part"], task["parts"], task["most"])
+    for numbers in task["points"]:
+        leaves = tensors(task["peer"], Point(*numbers), DTYPES[task["dtype"]], "meta")
+        leaves = [t.requires_grad_(task["backward"]) for t in leaves]
+        h = call(*leaves)
+        if task["backward"]:
+            with contextlib.suppress(RuntimeError):  # a refused backward is the measurement's to report
+                torch.autograd.grad(h, leaves, torch.empty_like(h), allow_unused=True)
+
+
+def tasks(peer: str, points: list[tuple], backward: bool, dtype: str) -> list[dict]:
+    """What to compile for points (batch, seq, heads, dqk, dv), in the order in which they will be measured."""
+    common = {"peer": peer, "dtype": dtype, "part": 0, "parts": 1, "most": 1000, "backward": backward}
+    if peer != "simple_gla":
+        return [{**common, "points": [point]} for point in points]
+    # every kernel is compiled for heads, dqk and dv; the one with 48 configurations is tuned at the first heads only
+    found: list[dict] = []
+    tuned, compiled = set(), set()
+    for point in points:
+        heads, dims = point[2], point[3:]
+        gla = {**common, "points": [point], "backward": False}
+        if dims not in tuned:
+            found += [{**gla, "part": x, "parts": 4} for x in range(4)]
+        elif (heads, dims) not in compiled:
+            found.append({**gla, "most": 8})
+        tuned.add(dims)
+        compiled.add((heads, dims))
+    return found
+
+
+def warm(wanted: list[dict], workers: int, seconds: float) -> dict:
+    """Runs the tasks in up to `workers` processes, for at most `seconds`; reports how many ended well."""
+    begin = time.perf_counter()
+    shares = [wanted[x::workers] for x in range(workers) if wanted[x::workers]]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    running = []
+    for share in shares:
+        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(share)]
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+    done, messages = 0, set()
+    for process in running:
+        try:
+            output, _ = process.communicate(timeout=max(0.1, begin + seconds - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            messages.add("out of time")
+        done += output.count("compiled\n")
+        messages |= {line for line in output.splitlines() if line.startswith("failed")}
+    report = {"what": "triton_warmup", "tasks": len(wanted), "done": done, "seconds": time.perf_counter() - begin}
+    if messages:
+        report["error"] = "; ".join(sorted(messages))[:500]
+    return report
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    for task in json.loads(sys.argv[1]):
+        try:
+            compile_task(task)
+            print("compiled", flush=True)
+        except Exception as error:
+            print(f"failed {task['peer']}: {type(error).__name__}: {error}"[:200].replace("\n", " "), flush=True)
+
+
+if __name__ == "__main__":
+    main()
