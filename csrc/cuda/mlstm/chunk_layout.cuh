@@ -20,8 +20,8 @@ struct Chunk {
 template <int tokens>
 struct ChunkLayout {
   int64_t batch, seq, heads, dqk, dv, num_seqs;
-  int64_t max_chunks;      // chunks, or a bound on them when packed
-  int64_t chunks_per_seq;  // not packed only
+  int64_t max_chunks;              // chunks, or a bound on them when packed
+  int64_t chunks_per_seq;          // not packed only
   int64_t range_begin, range_end;  // the chunks whose states are kept
   bool every_boundary;             // slot = boundary, else chunk - range_begin
   // Packed only, built on the device: first chunk of each sequence (num_seqs + 1), first token of each sequence

@@ -9,8 +9,8 @@
 
 namespace flash_xlstm::cuda::ptx {
 
-// Bytes from a shared-memory pointer to the next multiple of `alignment`. To add, not to round the pointer as an integer:
-// through one the compiler loses the address space, and with it LDS.
+// Bytes from a shared-memory pointer to the next multiple of `alignment`. To add, not to round the pointer as an
+// integer: through one the compiler loses the address space, and with it LDS.
 template <uint32_t alignment>
 __device__ __forceinline__ uint32_t bytes_to_align(const void* shared) {
   return -shared_address(shared) & (alignment - 1);
@@ -45,8 +45,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 }
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
@@ -63,8 +63,8 @@ constexpr uint64_t evict_first = 0x12f0000000000000ull;
 // `bytes` contiguous bytes, a multiple of 16 and so aligned.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(global)), "r"(bytes), "r"(shared_address(barrier)), "l"(evict_first)
       : "memory");
 }

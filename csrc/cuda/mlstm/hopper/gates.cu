@@ -115,8 +115,8 @@ __device__ __forceinline__ Transform shuffle_up(const Transform& x, int d) {
   return {__shfl_up_sync(all_lanes, x.sum, d), __shfl_up_sync(all_lanes, x.top, d)};
 }
 
-__global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __grid_constant__ Work w, float* m_out,
-                                                                       float* m_last) {
+__global__ void __launch_bounds__(threads_per_block)
+    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last) {
   __shared__ Transform warp_total[num_warps], range_total;
   const Sequence s = find_sequence(w);
   const Range range(s.length);
@@ -133,93 +133,94 @@ __global__ void __launch_bounds__(threads_per_block) scan_gates_kernel(const __g
 
   Transform total{0.0, negative_infinity()};
   for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
-  const bool writes = pass == 1;
-  if (writes && range.ranks > 1) {
-    const auto cluster = cooperative_groups::this_cluster();
-    if (threadIdx.x == 0) range_total = total;
-    cluster.sync();
-    for (int r = 0; r < range.rank; ++r) {
-      const Transform earlier = *cluster.map_shared_rank(&range_total, r);
-      m_in = fmax(m_in + earlier.sum, earlier.top);
+    const bool writes = pass == 1;
+    if (writes && range.ranks > 1) {
+      const auto cluster = cooperative_groups::this_cluster();
+      if (threadIdx.x == 0) range_total = total;
+      cluster.sync();
+      for (int r = 0; r < range.rank; ++r) {
+        const Transform earlier = *cluster.map_shared_rank(&range_total, r);
+        m_in = fmax(m_in + earlier.sum, earlier.top);
+      }
     }
-  }
-  for (int64_t step = range.begin; step < range.end; ++step) {
-    const int64_t first = step * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
-    float i[tokens_per_thread], lf[tokens_per_thread];
+    for (int64_t step = range.begin; step < range.end; ++step) {
+      const int64_t first = step * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
+      float i[tokens_per_thread], lf[tokens_per_thread];
 #pragma unroll
-    for (int x = 0; x < tokens_per_thread; ++x) {
-      const int64_t t = first + x;
-      const bool inside = t < s.length;
-      i[x] = inside ? load_as_float(gi.data, i_base + t * gi.seq, w.p.gate_dtype) : -INFINITY;
-      lf[x] = inside ? load_as_float(gf.data, f_base + t * gf.seq, w.p.gate_dtype) : INFINITY;
-    }
-    Transform mine{0.0, negative_infinity()};
+      for (int x = 0; x < tokens_per_thread; ++x) {
+        const int64_t t = first + x;
+        const bool inside = t < s.length;
+        i[x] = inside ? load_as_float(gi.data, i_base + t * gi.seq, w.p.gate_dtype) : -INFINITY;
+        lf[x] = inside ? load_as_float(gf.data, f_base + t * gf.seq, w.p.gate_dtype) : INFINITY;
+      }
+      Transform mine{0.0, negative_infinity()};
 #pragma unroll
-    for (int x = 0; x < tokens_per_thread; ++x) {
-      lf[x] = log_sigmoid(lf[x]);
-      mine = mine.then({lf[x], i[x]});
-    }
-    Transform through = mine;
-    for (int d = 1; d < 32; d *= 2) {
-      const Transform before = shuffle_up(through, d);
-      if (lane >= d) through = before.then(through);
-    }
-    if (lane == 31) warp_total[warp] = through;
-    Transform before = shuffle_up(through, 1);
-    if (lane == 0) before = {0.0, negative_infinity()};
-    __syncthreads();
-    Transform start{0.0, negative_infinity()}, all = start;
-    for (int x = 0; x < num_warps; ++x) {
-      if (x == warp) start = all;
-      all = all.then(warp_total[x]);
-    }
-    const double b_chunk = __shfl_sync(all_lanes, before.sum, lane & lanes_per_chunk);
-    double b = before.sum - b_chunk;
-    before = start.then(before);
-    double m = fmax(m_in + before.sum, before.top);
-    total = total.then(all);
-    if (!writes) {
+      for (int x = 0; x < tokens_per_thread; ++x) {
+        lf[x] = log_sigmoid(lf[x]);
+        mine = mine.then({lf[x], i[x]});
+      }
+      Transform through = mine;
+      for (int d = 1; d < 32; d *= 2) {
+        const Transform before = shuffle_up(through, d);
+        if (lane >= d) through = before.then(through);
+      }
+      if (lane == 31) warp_total[warp] = through;
+      Transform before = shuffle_up(through, 1);
+      if (lane == 0) before = {0.0, negative_infinity()};
       __syncthreads();
-      continue;
-    }
-    m_in = fmax(m_in + all.sum, all.top);
+      Transform start{0.0, negative_infinity()}, all = start;
+      for (int x = 0; x < num_warps; ++x) {
+        if (x == warp) start = all;
+        all = all.then(warp_total[x]);
+      }
+      const double b_chunk = __shfl_sync(all_lanes, before.sum, lane & lanes_per_chunk);
+      double b = before.sum - b_chunk;
+      before = start.then(before);
+      double m = fmax(m_in + before.sum, before.top);
+      total = total.then(all);
+      if (!writes) {
+        __syncthreads();
+        continue;
+      }
+      m_in = fmax(m_in + all.sum, all.top);
 
-    const int64_t chunk = s.first_chunk + first / chunk_tokens;
-    const bool kept = first / chunk_tokens < (s.length + chunk_tokens - 1) / chunk_tokens;
-    const int64_t item = chunk * l.heads + s.head;
-    const int64_t at = item * chunk_tokens + first % chunk_tokens;
-    if (kept && lane % lanes_per_chunk == 0) w.m_start[item] = split_log(m);
-    float2 alpha[tokens_per_thread], beta[tokens_per_thread];
+      const int64_t chunk = s.first_chunk + first / chunk_tokens;
+      const bool kept = first / chunk_tokens < (s.length + chunk_tokens - 1) / chunk_tokens;
+      const int64_t item = chunk * l.heads + s.head;
+      const int64_t at = item * chunk_tokens + first % chunk_tokens;
+      if (kept && lane % lanes_per_chunk == 0) w.m_start[item] = split_log(m);
+      float2 alpha[tokens_per_thread], beta[tokens_per_thread];
 #pragma unroll
-    for (int x = 0; x < tokens_per_thread; ++x) {
-      const double carried = lf[x] + m;
-      const bool reset = i[x] >= carried;
-      m = fmax(carried, static_cast<double>(i[x]));
-      b += lf[x];
-      const float2 log_decay = split_log(b - m);
-      if (kept && x == tokens_per_thread - 1 && lane % lanes_per_chunk == lanes_per_chunk - 1) {
-        w.alpha_last[item] = log_decay;  // nothing past the chunk's end changes it
+      for (int x = 0; x < tokens_per_thread; ++x) {
+        const double carried = lf[x] + m;
+        const bool reset = i[x] >= carried;
+        m = fmax(carried, static_cast<double>(i[x]));
+        b += lf[x];
+        const float2 log_decay = split_log(b - m);
+        if (kept && x == tokens_per_thread - 1 && lane % lanes_per_chunk == lanes_per_chunk - 1) {
+          w.alpha_last[item] = log_decay;  // nothing past the chunk's end changes it
+        }
+        alpha[x] = first + x < s.length ? log_decay : make_float2(-INFINITY, 0.0f);
+        beta[x] = split_log(b - i[x]);
+        if (kept && w.reset != nullptr) w.reset[at + x] = reset;
+        if (first + x < s.length && m_out != nullptr) {
+          m_out[(s.row * l.seq + s.first_token + first + x) * l.heads + s.head] = static_cast<float>(m);
+        }
       }
-      alpha[x] = first + x < s.length ? log_decay : make_float2(-INFINITY, 0.0f);
-      beta[x] = split_log(b - i[x]);
-      if (kept && w.reset != nullptr) w.reset[at + x] = reset;
-      if (first + x < s.length && m_out != nullptr) {
-        m_out[(s.row * l.seq + s.first_token + first + x) * l.heads + s.head] = static_cast<float>(m);
-      }
-    }
-    if (kept) {
+      if (kept) {
 #pragma unroll
-      for (int x = 0; x < tokens_per_thread; x += 2) {
-        const auto four = [&](const float2* two) { return make_float4(two[0].x, two[0].y, two[1].x, two[1].y); };
-        *reinterpret_cast<float4*>(w.alpha + at + x) = four(alpha + x);
-        *reinterpret_cast<float4*>(w.beta + at + x) = four(beta + x);
+        for (int x = 0; x < tokens_per_thread; x += 2) {
+          const auto four = [&](const float2* two) { return make_float4(two[0].x, two[0].y, two[1].x, two[1].y); };
+          *reinterpret_cast<float4*>(w.alpha + at + x) = four(alpha + x);
+          *reinterpret_cast<float4*>(w.beta + at + x) = four(beta + x);
+        }
       }
+      __syncthreads();  // warp_total is read before the next step writes it
     }
-    __syncthreads();  // warp_total is read before the next step writes it
-  }
   }
   if (range.ranks > 1) cooperative_groups::this_cluster().sync();  // nobody leaves while others read its total
-  if (range.is_last && threadIdx.x == 0 && m_last != nullptr) m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
+  if (range.is_last && threadIdx.x == 0 && m_last != nullptr)
+    m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
 }
 
 // The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
@@ -254,7 +255,7 @@ __device__ __forceinline__ Walk shuffle_down(const Walk& x, int d) {
 // cancels but inside.
 __global__ void __launch_bounds__(threads_per_block)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
-                          int column_tiles, int state_tiles) {
+                          int state_tiles) {
   __shared__ Walk warp_total[num_warps], range_total;
   const Sequence s = find_sequence(w);
   const Range range(s.length);
@@ -267,124 +268,125 @@ __global__ void __launch_bounds__(threads_per_block)
   const Walk nothing{0.0, 0.0, 0};
   Walk total = nothing;
   for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
-  const bool writes = pass == 1;
-  if (writes && range.ranks > 1) {
-    const auto cluster = cooperative_groups::this_cluster();
-    if (threadIdx.x == 0) range_total = total;
-    cluster.sync();
-    for (int r = range.ranks - 1; r > range.rank; --r) carried = cluster.map_shared_rank(&range_total, r)->from(carried);
-  }
-  for (int64_t index = range.end - 1; index >= range.begin; --index) {
-    const int64_t first = index * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
-    const int64_t chunk = first / chunk_tokens;
-    const bool kept = chunk < chunks;
-    const int64_t item = (s.first_chunk + chunk) * l.heads + s.head;
-    const int64_t at = item * chunk_tokens + first % chunk_tokens;
-    float qdq[tokens_per_thread] = {}, kdk[tokens_per_thread] = {}, in_q[tokens_per_thread] = {},
-          in_k[tokens_per_thread] = {}, e[tokens_per_thread] = {};
-    unsigned resets = 0;
-    double through = 0.0;
-    if (kept) {
-      const auto add = [&](float(&to)[tokens_per_thread], const float* from) {
+    const bool writes = pass == 1;
+    if (writes && range.ranks > 1) {
+      const auto cluster = cooperative_groups::this_cluster();
+      if (threadIdx.x == 0) range_total = total;
+      cluster.sync();
+      for (int r = range.ranks - 1; r > range.rank; --r)
+        carried = cluster.map_shared_rank(&range_total, r)->from(carried);
+    }
+    for (int64_t index = range.end - 1; index >= range.begin; --index) {
+      const int64_t first = index * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
+      const int64_t chunk = first / chunk_tokens;
+      const bool kept = chunk < chunks;
+      const int64_t item = (s.first_chunk + chunk) * l.heads + s.head;
+      const int64_t at = item * chunk_tokens + first % chunk_tokens;
+      float qdq[tokens_per_thread] = {}, kdk[tokens_per_thread] = {}, in_q[tokens_per_thread] = {},
+            in_k[tokens_per_thread] = {}, e[tokens_per_thread] = {};
+      unsigned resets = 0;
+      double through = 0.0;
+      if (kept) {
+        const auto add = [&](float (&to)[tokens_per_thread], const float* from) {
 #pragma unroll
-        for (int x = 0; x < tokens_per_thread; x += 4) {
-          const float4 four = *reinterpret_cast<const float4*>(from + at + x);
-          to[x] += four.x, to[x + 1] += four.y, to[x + 2] += four.z, to[x + 3] += four.w;
-        }
-      };
-      for (int c = 0; c < column_tiles; ++c) {
-        add(qdq, w.q_dq + c * stride);
-        add(kdk, w.k_dk + c * stride);
+          for (int x = 0; x < tokens_per_thread; x += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(from + at + x);
+            to[x] += four.x, to[x + 1] += four.y, to[x + 2] += four.z, to[x + 3] += four.w;
+          }
+        };
+        for (int c = 0; c < w.dq_tiles; ++c) add(qdq, w.q_dq + c * stride);
+        for (int c = 0; c < w.dk_tiles; ++c) add(kdk, w.k_dk + c * stride);
+        add(in_q, w.q_dq + w.dq_tiles * stride);
+        add(in_k, w.k_dk + w.dk_tiles * stride);
+        add(e, w.e);
+#pragma unroll
+        for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
+        for (int t = part; writes && t < state_tiles; t += lanes_per_chunk)
+          through += w.through[item * state_tiles + t];
       }
-      add(in_q, w.q_dq + column_tiles * stride);
-      add(in_k, w.k_dk + column_tiles * stride);
-      add(e, w.e);
+      double later = 0.0, earlier = 0.0;  // this thread's sums
 #pragma unroll
-      for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
-      for (int t = part; writes && t < state_tiles; t += lanes_per_chunk) through += w.through[item * state_tiles + t];
-    }
-    double later = 0.0, earlier = 0.0;  // this thread's sums
+      for (int x = 0; x < tokens_per_thread; ++x) {
+        later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
+        earlier += kdk[x];
+      }
+      const double own_earlier = earlier, own_later = later;
+      double cross_q = 0.0;
 #pragma unroll
-    for (int x = 0; x < tokens_per_thread; ++x) {
-      later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
-      earlier += kdk[x];
-    }
-    const double own_earlier = earlier, own_later = later;
-    double cross_q = 0.0;
-#pragma unroll
-    for (int x = 0; x < tokens_per_thread; ++x) cross_q += qdq[x];
-    for (int d = 1; d < lanes_per_chunk; d *= 2) {
-      const double after = __shfl_down_sync(all_lanes, later, d, lanes_per_chunk);
-      const double before = __shfl_up_sync(all_lanes, earlier, d, lanes_per_chunk);
-      if (part + d < lanes_per_chunk) later += after;
-      if (part >= d) earlier += before;
-      cross_q += __shfl_xor_sync(all_lanes, cross_q, d);
-      through += __shfl_xor_sync(all_lanes, through, d);
-    }
-    later -= own_later, earlier -= own_earlier;
+      for (int x = 0; x < tokens_per_thread; ++x) cross_q += qdq[x];
+      for (int d = 1; d < lanes_per_chunk; d *= 2) {
+        const double after = __shfl_down_sync(all_lanes, later, d, lanes_per_chunk);
+        const double before = __shfl_up_sync(all_lanes, earlier, d, lanes_per_chunk);
+        if (part + d < lanes_per_chunk) later += after;
+        if (part >= d) earlier += before;
+        cross_q += __shfl_xor_sync(all_lanes, cross_q, d);
+        through += __shfl_xor_sync(all_lanes, through, d);
+      }
+      later -= own_later, earlier -= own_earlier;
 
-    // What is carried into this thread's last token.
-    Walk mine = nothing;
+      // What is carried into this thread's last token.
+      Walk mine = nothing;
 #pragma unroll
-    for (int x = tokens_per_thread - 1; x >= 0; --x) {
-      mine = mine.then({e[x], e[x] + (static_cast<double>(qdq[x]) - kdk[x] + (in_q[x] - in_k[x])), 0});
-      if (resets >> x & 1) mine = {0.0, 0.0, 1};
-    }
-    Walk from = mine;
-    for (int d = 1; d < 32; d *= 2) {
-      const Walk after = shuffle_down(from, d);
-      if (lane + d < 32) from = after.then(from);
-    }
-    if (lane == 0) warp_total[warp] = from;
-    Walk after = shuffle_down(from, 1);
-    if (lane == 31) after = nothing;
-    __syncthreads();
-    Walk start = nothing, all = nothing;
-    for (int x = num_warps - 1; x >= 0; --x) {
-      if (x == warp) start = all;
-      all = all.then(warp_total[x]);
-    }
-    after = start.then(after);
-    total = total.then(all);
-    if (!writes) {
+      for (int x = tokens_per_thread - 1; x >= 0; --x) {
+        mine = mine.then({e[x], e[x] + (static_cast<double>(qdq[x]) - kdk[x] + (in_q[x] - in_k[x])), 0});
+        if (resets >> x & 1) mine = {0.0, 0.0, 1};
+      }
+      Walk from = mine;
+      for (int d = 1; d < 32; d *= 2) {
+        const Walk after = shuffle_down(from, d);
+        if (lane + d < 32) from = after.then(from);
+      }
+      if (lane == 0) warp_total[warp] = from;
+      Walk after = shuffle_down(from, 1);
+      if (lane == 31) after = nothing;
       __syncthreads();
-      continue;
-    }
-    Carried a = after.from(carried);
-    carried = all.from(carried);
-    if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) {
-      dm0[s.seq * l.heads + s.head] =
-          static_cast<float>(carried.value + (carried.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
-    }
-
-    double before = own_earlier + earlier;  // k . dk across, of tokens up to x
-#pragma unroll
-    for (int x = tokens_per_thread - 1; x >= 0; --x) {
-      const double dlf_behind = through + later + before;
-      before -= kdk[x];
-      later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
-      const double dlf = through + later + before;
-      const bool reset = resets >> x & 1;
-      const double taken = reset ? (a.open ? a.value - dlf_behind : a.value) + e[x] : 0.0;
-      a.value += a.open ? e[x] + (dlf - dlf_behind) : e[x];
-      const int64_t t = first + x;
-      if (t < s.length) {
-        const Strided& gf = w.p.f;
-        const int64_t token = s.first_token + t;
-        const float f = load_as_float(gf.data, s.row * gf.batch + token * gf.seq + s.head * gf.head, w.p.gate_dtype);
-        const int64_t out = (s.row * l.seq + token) * l.heads + s.head;
-        const double with_a = reset ? dlf : a.open ? a.value : dlf + a.value;
-        const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
-        store_from_float(di, out, w.p.gate_dtype, static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken));
-        store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(with_a) * slope);
+      Walk start = nothing, all = nothing;
+      for (int x = num_warps - 1; x >= 0; --x) {
+        if (x == warp) start = all;
+        all = all.then(warp_total[x]);
       }
-      if (reset) a = {0.0, false};
+      after = start.then(after);
+      total = total.then(all);
+      if (!writes) {
+        __syncthreads();
+        continue;
+      }
+      Carried a = after.from(carried);
+      carried = all.from(carried);
+      if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) {
+        dm0[s.seq * l.heads + s.head] = static_cast<float>(
+            carried.value + (carried.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
+      }
+
+      double before = own_earlier + earlier;  // k . dk across, of tokens up to x
+#pragma unroll
+      for (int x = tokens_per_thread - 1; x >= 0; --x) {
+        const double dlf_behind = through + later + before;
+        before -= kdk[x];
+        later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
+        const double dlf = through + later + before;
+        const bool reset = resets >> x & 1;
+        const double taken = reset ? (a.open ? a.value - dlf_behind : a.value) + e[x] : 0.0;
+        a.value += a.open ? e[x] + (dlf - dlf_behind) : e[x];
+        const int64_t t = first + x;
+        if (t < s.length) {
+          const Strided& gf = w.p.f;
+          const int64_t token = s.first_token + t;
+          const float f = load_as_float(gf.data, s.row * gf.batch + token * gf.seq + s.head * gf.head, w.p.gate_dtype);
+          const int64_t out = (s.row * l.seq + token) * l.heads + s.head;
+          const double with_a = reset ? dlf : a.open ? a.value : dlf + a.value;
+          const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
+          store_from_float(di, out, w.p.gate_dtype, static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken));
+          store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(with_a) * slope);
+        }
+        if (reset) a = {0.0, false};
+      }
+      __syncthreads();
     }
-    __syncthreads();
-  }
   }
   if (range.ranks > 1) cooperative_groups::this_cluster().sync();
-  if (s.length == 0 && range.rank == 0 && threadIdx.x == 0 && dm0 != nullptr) dm0[s.seq * l.heads + s.head] = static_cast<float>(carried.value);
+  if (s.length == 0 && range.rank == 0 && threadIdx.x == 0 && dm0 != nullptr)
+    dm0[s.seq * l.heads + s.head] = static_cast<float>(carried.value);
 }
 
 // One block a head of a sequence, or a cluster of them where that leaves most of the GPU idle.
@@ -413,7 +415,7 @@ cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t 
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   return launch(w, gate_gradients_kernel, stream, w, params.dm_last, params.di, params.df, params.dm0,
-                column_tiles(w.p.dqk), state_tiles(w.p));
+                state_tiles(w.p));
 }
 
 }  // namespace flash_xlstm::cuda::hopper

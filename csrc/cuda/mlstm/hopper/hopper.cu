@@ -1,13 +1,12 @@
 // The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
 // again (keeping the states of every layer would cost more memory than q, k, v, h together), dq with u, delta and e,
 // the states' gradients in place of the states, dk, dv, and last the gates.
-#include "cuda/mlstm/hopper/hopper.h"
-
 #include <cuda.h>
 
 #include <array>
 #include <atomic>
 
+#include "cuda/mlstm/hopper/hopper.h"
 #include "cuda/mlstm/hopper/work.h"
 
 namespace flash_xlstm::cuda::hopper {
@@ -60,10 +59,10 @@ cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t
     x.fill(1);
     return x;
   }();
-  const CUresult status = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes.data(), strides.data(),
-      boxes.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data),
+                                            sizes.data(), strides.data(), boxes.data(), ones.data(),
+                                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -75,7 +74,9 @@ bool mappable(const Strided& t, const MlstmProblem& p) {
 
 cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
   // The stride of a dimension of size 1 is never followed, but it is checked.
-  const auto bytes = [&](int64_t stride, int64_t size) { return static_cast<uint64_t>((size == 1 ? dim : stride) * 2); };
+  const auto bytes = [&](int64_t stride, int64_t size) {
+    return static_cast<uint64_t>((size == 1 ? dim : stride) * 2);
+  };
   return encode<4>(map, t.data,
                    {static_cast<uint64_t>(dim), static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.seq),
                     static_cast<uint64_t>(p.batch)},
@@ -83,9 +84,9 @@ cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& 
 }
 
 bool serves_problem(const MlstmProblem& p) {
-  return p.dtype == DType::bfloat16 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 &&
-         p.dqk <= 1024 && p.dv <= 1024 && mappable(p.q, p) && mappable(p.k, p) && mappable(p.v, p) &&
-         device_is_hopper() && encode_function() != nullptr;
+  return p.dtype == DType::bfloat16 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 && p.dqk <= 1024 &&
+         p.dv <= 1024 && mappable(p.q, p) && mappable(p.k, p) && mappable(p.v, p) && device_is_hopper() &&
+         encode_function() != nullptr;
 }
 
 int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
@@ -101,6 +102,8 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   w.dqk_pitch = ceil_div(p.dqk, 8) * 8;
   w.blocks_k = static_cast<int>(ceil_div(p.dqk, box));
   w.blocks_v = static_cast<int>(ceil_div(p.dv, box));
+  w.dq_tiles = static_cast<int>(ceil_div(p.dqk, column_tile(p.dqk)));
+  w.dk_tiles = static_cast<int>(ceil_div(p.dqk, column_tile_beside(p.dqk, p.dv)));
 
   const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
   carver.take(w.alpha, tokens);
@@ -128,17 +131,16 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     carver.take(w.inv_d, tokens);
     carver.take(w.delta, tokens);
     carver.take(w.e, tokens);
-    carver.take(w.q_dq, tokens * (column_tiles(p.dqk) + 1));
-    carver.take(w.k_dk, tokens * (column_tiles(p.dqk) + 1));
+    carver.take(w.q_dq, tokens * (w.dq_tiles + 1));
+    carver.take(w.k_dk, tokens * (w.dk_tiles + 1));
     carver.take(w.through, items * state_tiles(p));
   }
   return carver.used();
 }
 
-#define RETURN_IF_FAILED(call)                              \
-  do {                                                      \
-    if (cudaError_t status = (call); status != cudaSuccess) \
-      return status;                                        \
+#define RETURN_IF_FAILED(call)                                             \
+  do {                                                                     \
+    if (cudaError_t status = (call); status != cudaSuccess) return status; \
   } while (0)
 
 cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
@@ -155,7 +157,8 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   if (w.n_parts != nullptr) {
     const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
-    RETURN_IF_FAILED(encode<3>(maps.n_parts, w.n_parts, {static_cast<uint64_t>(p.dqk), 3, items}, {n_row, n_row * 3}, {box, 8, 1}));
+    RETURN_IF_FAILED(
+        encode<3>(maps.n_parts, w.n_parts, {static_cast<uint64_t>(p.dqk), 3, items}, {n_row, n_row * 3}, {box, 8, 1}));
   }
   return cudaSuccess;
 }
@@ -198,8 +201,7 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
   RETURN_IF_FAILED(output_dq(w, maps, params.s, params.m, params.dq, stream));
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
-  RETURN_IF_FAILED(output_dk(w, maps, params.dk, stream));
-  RETURN_IF_FAILED(output_dv(w, maps, params.dh, params.dv, stream));
+  RETURN_IF_FAILED(output_dk_dv(w, maps, params.dh, params.dk, params.dv, stream));
   return gate_gradients(w, params, stream);
 }
 

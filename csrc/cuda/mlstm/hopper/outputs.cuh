@@ -9,11 +9,11 @@
 // where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = scale D T (h);  scale D (T / d_t + delta_t) (dq, dk);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
 //
-// A persistent block works through tiles of 128 rows by tile_n columns. Its producer warp streams 64-wide panels of A and
-// B, then of A and S, then Z in two halves of 64 tokens, through a ring of stages, and runs ahead into the next tile
-// while the two consumer warpgroups (64 rows each) finish the last. They make T (64 x 128, of which one warpgroup needs
-// half) in float32 registers, then out = A S (64 x tile_n); then turn T into P in registers, round it into the fragments
-// of an A operand, and add P Z.
+// A persistent block works through tiles of 128 rows by tile_n columns. Its producer warp streams 64-wide panels of A
+// and B, then of A and S, then Z in two halves of 64 tokens, through a ring of stages, and runs ahead into the next
+// tile while the two consumer warpgroups (64 rows each) finish the last. They make T (64 x 128, of which one warpgroup
+// needs half) in float32 registers, then out = A S (64 x tile_n); then turn T into P in registers, round it into the
+// fragments of an A operand, and add P Z.
 //
 // dq first makes both tiles, q k^T and dh v^T, for u from exact products:
 //   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t)
@@ -23,7 +23,8 @@
 // all but cancel where forget gates are nearly shut, dq's kernel sums over rows and columns of the exact tile
 //   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t).
 //
-// s_t of h comes from float32: row sums of P before it is rounded, and q . n with n as a sum of three bfloat16 beside S.
+// s_t of h comes from float32: row sums of P before it is rounded, and q . n with n as a sum of three bfloat16 beside
+// S.
 //
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
 // out.
@@ -40,12 +41,14 @@ enum class Output { h, dq, dk, dv };
 struct OutputArgs {
   Work w;
   Maps maps;
-  void* out;        // contiguous (batch, seq, heads, columns)
-  const float* s;   // dq: the forward's
-  const float* m;   // h, dq: (batch, seq, heads)
-  float* s_out;     // h
-  Strided dh;       // dv
-  int tiles;        // column tiles of a row
+  void* out;  // contiguous (batch, seq, heads, columns); dv beside dk has its own
+  void* dv;
+  const float* s;  // dq: the forward's
+  const float* m;  // h, dq: (batch, seq, heads)
+  float* s_out;    // h
+  Strided dh;      // dv
+  int tiles;       // column tiles of a row; dk and dv: of dk, and of both
+  int tiles_of_both;
 };
 
 constexpr int consumer_warps = 8;
@@ -124,12 +127,18 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     ptx::tma_load(to, &map, full, col, head, token, row);
     ptx::tma_load(to + box_bytes, &map, full, col, head, token + box, row);
   };
-  const CUtensorMap& a = output == Output::h ? maps.q : output == Output::dq ? maps.dh
-                         : output == Output::dk ? maps.v : maps.k;
-  const CUtensorMap& b = output == Output::h ? maps.k : output == Output::dq ? maps.v
-                         : output == Output::dk ? maps.dh : maps.q;
-  const CUtensorMap& z = output == Output::h ? maps.v : output == Output::dq ? maps.k
-                         : output == Output::dk ? maps.q : maps.dh;
+  const CUtensorMap& a = output == Output::h    ? maps.q
+                         : output == Output::dq ? maps.dh
+                         : output == Output::dk ? maps.v
+                                                : maps.k;
+  const CUtensorMap& b = output == Output::h    ? maps.k
+                         : output == Output::dq ? maps.v
+                         : output == Output::dk ? maps.dh
+                                                : maps.q;
+  const CUtensorMap& z = output == Output::h    ? maps.v
+                         : output == Output::dq ? maps.k
+                         : output == Output::dk ? maps.q
+                                                : maps.dh;
   constexpr int boxes_n = tile_n / box;
   const auto load_ab = [&](const CUtensorMap& left, const CUtensorMap& right, int64_t inner) {
     for (int k = 0; k < inner; k += box) {
@@ -170,8 +179,8 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
   for (int half = 0; half < 2; ++half) {
     unsigned char* to = begin_stage(boxes_n * box_bytes);
     for (int x = 0; x < boxes_n; ++x) {
-      ptx::tma_load(to + x * box_bytes, &z, &sh.full[ring.stage], col0 + x * box, head,
-                    token + R::half_begin(half), row);
+      ptx::tma_load(to + x * box_bytes, &z, &sh.full[ring.stage], col0 + x * box, head, token + R::half_begin(half),
+                    row);
     }
     ring.advance();
   }
@@ -186,7 +195,8 @@ __device__ __noinline__ void add_odd(const OutputArgs& args, const Tile& tile, c
   const Strided& z = output == Output::h ? p.v : output == Output::dq ? p.k : output == Output::dk ? p.q : args.dh;
   const int64_t columns = R::inner_is_dqk ? p.dv : p.dqk;
   const int first_row = threadIdx.x / 32 * 16;
-  for (int64_t col = tile.index * tile_n + threadIdx.x % 32; col < min(columns, int64_t{tile.index + 1} * tile_n); col += 32) {
+  for (int64_t col = tile.index * tile_n + threadIdx.x % 32; col < min(columns, int64_t{tile.index + 1} * tile_n);
+       col += 32) {
     const bf16* const from =
         static_cast<const bf16*>(z.data) + tile.row * z.batch + tile.first * z.seq + tile.head * z.head + col;
     for (int token = 0; token < tile.length; ++token) {
@@ -196,7 +206,9 @@ __device__ __noinline__ void add_odd(const OutputArgs& args, const Tile& tile, c
         const int t = R::rows_are_t ? row : token, j = R::rows_are_t ? token : row;
         if (j > t || fast_exp2(log_difference(alpha[t], beta[j])) == 0.0f) continue;
         bf16& element = static_cast<bf16*>(
-            args.out)[((tile.row * p.seq + tile.first + row) * p.heads + tile.head) * columns + col];
+            output == Output::dv
+                ? args.dv
+                : args.out)[((tile.row * p.seq + tile.first + row) * p.heads + tile.head) * columns + col];
         element = __float2bfloat16_rn(__bfloat162float(element) + value);
       }
     }
@@ -234,8 +246,9 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const float2* const col_logs = R::rows_are_t ? sh.beta[buffer] : sh.alpha[buffer];
   const auto decay = [&](int r, int col, float2 col_log) {  // D, 0 where j > t
     const bool reaches = R::rows_are_t ? col <= rows[r] : rows[r] <= col;
-    return reaches ? fast_exp2(R::rows_are_t ? log_difference(row_log[r], col_log) : log_difference(col_log, row_log[r]))
-                   : 0.0f;
+    return reaches
+               ? fast_exp2(R::rows_are_t ? log_difference(row_log[r], col_log) : log_difference(col_log, row_log[r]))
+               : 0.0f;
   };
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
@@ -277,7 +290,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     release(last);
   };
   // T, or q k^T, over the columns of one half.
-  const auto half_product = [&](float(&to)[32], int half, uint32_t stage, bool first) {
+  const auto half_product = [&](float (&to)[32], int half, uint32_t stage, bool first) {
     const uint32_t right = stage + ab_bytes + R::half_begin(half) / box * box_bytes;
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
@@ -285,11 +298,11 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
                                                ptx::wgmma_descriptor(right + kk * 32), !first || kk > 0);
     }
   };
-  const auto product_one = [&](float(&to)[32], int64_t inner) {
+  const auto product_one = [&](float (&to)[32], int64_t inner) {
     for_panels(static_cast<int>(inner), [&](uint32_t stage, bool first) { half_product(to, 0, stage, first); });
     ptx::hold(to);
   };
-  const auto product_both = [&](float(&to0)[32], float(&to1)[32], int64_t inner) {
+  const auto product_both = [&](float (&to0)[32], float (&to1)[32], int64_t inner) {
     for_panels(static_cast<int>(inner), [&](uint32_t stage, bool first) {
       half_product(to0, 0, stage, first);
       half_product(to1, 1, stage, first);
@@ -301,21 +314,21 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   // T. The second half waits in shared memory, each thread's own, until out needs no more registers: where the warps
   // will write rows out, which no warp does between share_gates and the check of the second half of Z.
   float u_inside[2] = {0.0f, 0.0f};
-  const auto weight_qk = [&](float(&qk)[32], int half) {
+  const auto weight_qk = [&](float (&qk)[32], int half) {
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       const int col = R::half_begin(half) + c * 8 + pos * 2;
       const float4 logs = *reinterpret_cast<const float4*>(col_logs + col);  // of two columns
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        ptx::scale_in_place(qk[c * 4 + x], decay(x / 2, col + x % 2, x % 2 ? make_float2(logs.z, logs.w)
-                                                                           : make_float2(logs.x, logs.y)));
+        ptx::scale_in_place(qk[c * 4 + x], decay(x / 2, col + x % 2,
+                                                 x % 2 ? make_float2(logs.z, logs.w) : make_float2(logs.x, logs.y)));
       }
       ptx::keep_order();
     }
   };
   // Arrays of 32 floats wait in shared memory, each thread's own.
-  const auto park = [&](const float(&from)[32], int slot) {
+  const auto park = [&](const float (&from)[32], int slot) {
 #pragma unroll
     for (int x = 0; x < 32; ++x) sh.parked[slot][x * 128 + thread % 128] = from[x];
   };
@@ -528,7 +541,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       if (thread < box) {
         float sum = 0.0f;
         for (int x = half == 0 ? 0 : consumer_warps / 2; x < consumer_warps; ++x) sum += sh.column_sum[x][thread];
-        w.k_dk[column_tiles(l.dqk) * shares_stride + at + R::half_begin(half) + thread] = sum;
+        w.k_dk[w.dk_tiles * shares_stride + at + R::half_begin(half) + thread] = sum;
       }
       if (half == 0) ptx::named_barrier(1, consumer_warps * 32);
     }
@@ -566,12 +579,12 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
     if constexpr (output == Output::dq) {
       const float inside = quad_sum(row_inside[r]);
-      if (pos == 0) w.q_dq[column_tiles(l.dqk) * shares_stride + at + row] = inside;
+      if (pos == 0) w.q_dq[w.dq_tiles * shares_stride + at + row] = inside;
     }
   }
 
   // Rows go out through shared memory, 16 rows x 64 columns a warp at a time, 16 bytes a lane.
-  bf16* const to = static_cast<bf16*>(args.out);
+  bf16* const to = static_cast<bf16*>(output == Output::dv ? args.dv : args.out);
   bf16* const part = sh.rows[warp];
 #pragma unroll
   for (int x = 0; x < tile_n / box; ++x) {
@@ -603,9 +616,45 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   }
 }
 
+// What a kernel makes: one output, or dk and dv together, whose tiles of one chunk share much of what they read.
 template <Output output, int tile_n>
-__global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid_constant__ OutputArgs args) {
+struct One {
   using Shared = OutputShared<output, tile_n>;
+  __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
+                                      const Tile& tile) {
+    produce<output, tile_n>(args, sh, ring, tile);
+  }
+  __device__ static void consume_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
+                                      const Tile& tile, int buffer) {
+    consume<output, tile_n>(args, sh, ring, tile, buffer);
+  }
+};
+template <int tile_dqk, int tile_dv>
+struct DkAndDv {
+  using Shared = OutputShared<Output::dk, (tile_dqk > tile_dv ? tile_dqk : tile_dv)>;
+  __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
+                                      Tile tile) {
+    if (tile.index < args.tiles) {
+      produce<Output::dk, tile_dqk>(args, sh, ring, tile);
+    } else {
+      tile.index -= args.tiles;
+      produce<Output::dv, tile_dv>(args, sh, ring, tile);
+    }
+  }
+  __device__ static void consume_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
+                                      Tile tile, int buffer) {
+    if (tile.index < args.tiles) {
+      consume<Output::dk, tile_dqk>(args, sh, ring, tile, buffer);
+    } else {
+      tile.index -= args.tiles;
+      consume<Output::dv, tile_dv>(args, sh, ring, tile, buffer);
+    }
+  }
+};
+
+template <typename Makes>
+__global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid_constant__ OutputArgs args) {
+  using Shared = typename Makes::Shared;
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
@@ -621,7 +670,7 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
 
   // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache.
   const auto for_tiles = [&](auto&& f) {
-    const int heads = static_cast<int>(l.heads), tiles = args.tiles;
+    const int heads = static_cast<int>(l.heads), tiles = args.tiles_of_both;
     int buffer = 0;
     for (int64_t index = blockIdx.x; index < l.max_chunks * heads * tiles; index += gridDim.x, buffer ^= 1) {
       const int item = static_cast<int>(index / tiles), chunk_index = item / heads;
@@ -636,10 +685,10 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
   if (threadIdx.x >= consumer_warps * 32) {
     ptx::fewer_registers<24>();
     if (threadIdx.x != consumer_warps * 32) return;
-    for_tiles([&](const Tile& tile, int) { produce<output, tile_n>(args, sh, ring, tile); });
+    for_tiles([&](const Tile& tile, int) { Makes::produce_tile(args, sh, ring, tile); });
   } else {
     ptx::more_registers<240>();
-    for_tiles([&](const Tile& tile, int buffer) { consume<output, tile_n>(args, sh, ring, tile, buffer); });
+    for_tiles([&](const Tile& tile, int buffer) { Makes::consume_tile(args, sh, ring, tile, buffer); });
   }
 }
 
@@ -658,26 +707,28 @@ cudaError_t resident_blocks(Kernel kernel, int threads, int bytes, int& blocks) 
   return status;
 }
 
-template <Output output, int tile_n>
-cudaError_t launch_outputs(OutputArgs args, int64_t columns, cudaStream_t stream) {
-  const auto kernel = outputs_kernel<output, tile_n>;
-  const int bytes = sizeof(OutputShared<output, tile_n>) + 1024;  // to align
+// `tiles` column tiles a chunk.
+template <typename Makes>
+cudaError_t launch_outputs(OutputArgs args, int64_t tiles, cudaStream_t stream) {
+  const auto kernel = outputs_kernel<Makes>;
+  const int bytes = sizeof(typename Makes::Shared) + 1024;  // to align
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   int resident = 0;
   if ((status = resident_blocks(kernel, output_threads, bytes, resident)) != cudaSuccess) return status;
-  args.tiles = static_cast<int>(ceil_div(columns, tile_n));
-  const int64_t count = args.w.layout.max_chunks * args.w.layout.heads * args.tiles;
+  args.tiles_of_both = static_cast<int>(tiles);
+  const int64_t count = args.w.layout.max_chunks * args.w.layout.heads * tiles;
   kernel<<<static_cast<unsigned>(count < resident ? count : resident), output_threads, bytes, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <Output output>
-cudaError_t launch_tiled(const OutputArgs& args, int64_t columns, cudaStream_t stream) {
+cudaError_t launch_one(const OutputArgs& args, int64_t columns, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(columns, column_tile(columns));
   switch (column_tile(columns)) {
-    case 64: return launch_outputs<output, 64>(args, columns, stream);
-    case 128: return launch_outputs<output, 128>(args, columns, stream);
-    default: return launch_outputs<output, 256>(args, columns, stream);
+    case 64: return launch_outputs<One<output, 64>>(args, tiles, stream);
+    case 128: return launch_outputs<One<output, 128>>(args, tiles, stream);
+    default: return launch_outputs<One<output, 256>>(args, tiles, stream);
   }
 }
 

@@ -14,8 +14,9 @@
 //
 // With few heads a sequence is cut into segments. A block's first pass over its segment starts from zero and leaves the
 // state at the segment's end in memory; what was before comes in by state_end = keep state_start + that, segment after
-// segment, keep being the product of g; the second pass starts from the state so found. The first segment needs no first
-// pass, and nobody needs the last one's. Blocks of a segment wait only for blocks with lower indices, which start first.
+// segment, keep being the product of g; the second pass starts from the state so found. The first segment needs no
+// first pass, and nobody needs the last one's. Blocks of a segment wait only for blocks with lower indices, which start
+// first.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
@@ -32,10 +33,10 @@ constexpr int stages_per_chunk = chunk_tokens / stage_tokens;
 
 struct StateArgs {
   Work w;
-  CUtensorMap x, y;     // k and v, or q and dh
-  const float* c_in;    // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
+  CUtensorMap x, y;   // k and v, or q and dh
+  const float* c_in;  // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
   const float* n_in;
-  float* c_out;         // c_last, or dc0; nullptr: not wanted
+  float* c_out;  // c_last, or dc0; nullptr: not wanted
   float* n_out;
   int dqk_tiles, dv_tiles;
   int* flags;
@@ -46,8 +47,8 @@ struct StateShared {
   static constexpr int num_stages = 3;
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
-    bf16 x[groups][box * box];     // 64 tokens x 64 dqk, one box for each warpgroup
-    bf16 y[y_boxes][box * box];    // 64 tokens x tile_dv; or 64 dqk x tile_dv of the state at the chunk's start
+    bf16 x[groups][box * box];   // 64 tokens x 64 dqk, one box for each warpgroup
+    bf16 y[y_boxes][box * box];  // 64 tokens x tile_dv; or 64 dqk x tile_dv of the state at the chunk's start
   };
   alignas(1024) Stage stage[num_stages];
   bf16 rounded[groups][y_boxes][box * box];  // 64 dqk x tile_dv
@@ -110,31 +111,31 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       if (++stage == num_stages) stage = 0, parity ^= 1;
     };
     for (int pass = first_pass; pass < 2; ++pass)
-    for (int64_t step = first_step; step < last_step; ++step) {
-      Chunk chunk;
-      l.locate(chunk_at(step), chunk);
-      const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-      if (backward && pass == 1) {
-        for (int g = 0; g < groups; ++g) {
-          auto& s = next_stage(Shared::y_boxes * box_bytes);
+      for (int64_t step = first_step; step < last_step; ++step) {
+        Chunk chunk;
+        l.locate(chunk_at(step), chunk);
+        const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
+        if (backward && pass == 1) {
+          for (int g = 0; g < groups; ++g) {
+            auto& s = next_stage(Shared::y_boxes * box_bytes);
+            for (int b = 0; b < Shared::y_boxes; ++b) {
+              ptx::bulk_load(s.y[b], w.block(item, row0 / box + g, col0 / box + b), box_bytes, &sh.full[stage]);
+            }
+            advance();
+          }
+        }
+        for (int part = 0; part < stages_per_chunk; ++part) {
+          const int token = static_cast<int>(chunk.first) + part * stage_tokens;
+          auto& s = next_stage((groups + Shared::y_boxes) * box_bytes);
+          for (int g = 0; g < groups; ++g) {
+            ptx::tma_load(s.x[g], &args.x, &sh.full[stage], row0 + g * box, head, token, row);
+          }
           for (int b = 0; b < Shared::y_boxes; ++b) {
-            ptx::bulk_load(s.y[b], w.block(item, row0 / box + g, col0 / box + b), box_bytes, &sh.full[stage]);
+            ptx::tma_load(s.y[b], &args.y, &sh.full[stage], col0 + b * box, head, token, row);
           }
           advance();
         }
       }
-      for (int part = 0; part < stages_per_chunk; ++part) {
-        const int token = static_cast<int>(chunk.first) + part * stage_tokens;
-        auto& s = next_stage((groups + Shared::y_boxes) * box_bytes);
-        for (int g = 0; g < groups; ++g) {
-          ptx::tma_load(s.x[g], &args.x, &sh.full[stage], row0 + g * box, head, token, row);
-        }
-        for (int b = 0; b < Shared::y_boxes; ++b) {
-          ptx::tma_load(s.y[b], &args.y, &sh.full[stage], col0 + b * box, head, token, row);
-        }
-        advance();
-      }
-    }
     return;
   }
 
@@ -228,151 +229,151 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   };
   int buffer = 0;
   for (int pass = first_pass; pass < 2; ++pass) {
-  const bool writes = pass == 1;
-  if (writes && segment > 0) state_before();
-  float keep_all = 1.0f;
-  read_weights(first_step);
-  for (int64_t step = first_step; step < last_step; ++step, buffer ^= 1) {
-    const int64_t item = chunk_at(step) * l.heads + head;
-    const float keep = next_keep;
-    keep_all *= keep;
-    float* const weight = sh.weight[buffer][group];
-    float* const weight_n = sh.weight_n[buffer][group];
-    weight[thread] = next_w;
-    if constexpr (backward) weight_n[thread] = next_wn;
-    read_weights(step + 1);
+    const bool writes = pass == 1;
+    if (writes && segment > 0) state_before();
+    float keep_all = 1.0f;
+    read_weights(first_step);
+    for (int64_t step = first_step; step < last_step; ++step, buffer ^= 1) {
+      const int64_t item = chunk_at(step) * l.heads + head;
+      const float keep = next_keep;
+      keep_all *= keep;
+      float* const weight = sh.weight[buffer][group];
+      float* const weight_n = sh.weight_n[buffer][group];
+      weight[thread] = next_w;
+      if constexpr (backward) weight_n[thread] = next_wn;
+      read_weights(step + 1);
 
-    if (backward && writes) {
-      float inner = 0.0f;
-      for (int g = 0; g < groups; ++g) {
-        ptx::mbarrier_wait(&sh.full[stage], parity);
-        if (g == group) {
+      if (backward && writes) {
+        float inner = 0.0f;
+        for (int g = 0; g < groups; ++g) {
+          ptx::mbarrier_wait(&sh.full[stage], parity);
+          if (g == group) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int row = warp * 16 + quad + r * 8;
+            for (int r = 0; r < 2; ++r) {
+              const int row = warp * 16 + quad + r * 8;
 #pragma unroll
-            for (int c = 0; c < tile_dv / 8; ++c) {
-              const bf16* at = sh.stage[stage].y[c / 8] + row * box + (((c % 8) ^ (row % 8)) * 8) + pos * 2;
-              const float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
-              inner += acc[c * 4 + r * 2] * two.x + acc[c * 4 + r * 2 + 1] * two.y;
+              for (int c = 0; c < tile_dv / 8; ++c) {
+                const bf16* at = sh.stage[stage].y[c / 8] + row * box + (((c % 8) ^ (row % 8)) * 8) + pos * 2;
+                const float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
+                inner += acc[c * 4 + r * 2] * two.x + acc[c * 4 + r * 2 + 1] * two.y;
+              }
             }
           }
+          release();
         }
-        release();
+        for_each_n([&](float& x, int row) {
+          if (pos == 0) inner += x * w.n[item * l.dqk + row];
+        });
+        for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+        // One share a warp.
+        if (lane == 0) {
+          w.through[item * (args.dqk_tiles * args.dv_tiles * groups * 4) +
+                    ((tile_k * args.dv_tiles + tile_v) * groups + group) * 4 + warp] = keep * inner;
+        }
       }
-      for_each_n([&](float& x, int row) {
-        if (pos == 0) inner += x * w.n[item * l.dqk + row];
-      });
-      for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
-      // One share a warp.
-      if (lane == 0) {
-        w.through[item * (args.dqk_tiles * args.dv_tiles * groups * 4) +
-                  ((tile_k * args.dv_tiles + tile_v) * groups + group) * 4 + warp] = keep * inner;
-      }
-    }
 
-    // The rounded state to its slot.
-    if (writes && thread == 0) ptx::bulk_store_wait_read<0>();
-    ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
-    if (writes) {
+      // The rounded state to its slot.
+      if (writes && thread == 0) ptx::bulk_store_wait_read<0>();
+      ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
+      if (writes) {
 #pragma unroll
-    for (int c = 0; c < tile_dv / 16; ++c) {
-      const auto pack = [](float a, float b) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-        return *reinterpret_cast<const uint32_t*>(&two);
-      };
-      const int row = warp * 16 + lane % 16, chunk16 = (c % 4) * 2 + lane / 16;
-      ptx::stmatrix_x4(sh.rounded[group][c / 4] + row * box + ((chunk16 ^ (row % 8)) * 8),
-                       pack(acc[c * 8], acc[c * 8 + 1]), pack(acc[c * 8 + 2], acc[c * 8 + 3]),
-                       pack(acc[c * 8 + 4], acc[c * 8 + 5]), pack(acc[c * 8 + 6], acc[c * 8 + 7]));
-    }
-    ptx::fence_async_shared();
-    ptx::named_barrier(1 + group, 128);
-    if (thread == 0) {
-      for (int b = 0; b < Shared::y_boxes; ++b) {
-        if (group_row0 < l.dqk && col0 + b * box < l.dv) {
-          ptx::bulk_store(w.block(item, group_row0 / box, col0 / box + b), sh.rounded[group][b], box_bytes);
-        }
-      }
-      ptx::bulk_store_commit();
-    }
-    for_each_n([&](float& x, int row) {
-      if (pos != 0) return;
-      w.n[item * l.dqk + row] = x;
-      if (!backward && w.n_parts != nullptr) {  // as a sum of three bfloat16
-        float left = x;
-        for (int part = 0; part < 3; ++part) {
-          const bf16 high = __float2bfloat16_rn(left);
-          w.n_parts[(item * 3 + part) * w.dqk_pitch + row] = high;
-          left -= __bfloat162float(high);
-        }
-      }
-    });
-    }
-
-    // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
-    const bool zeros = __any_sync(0xffffffffu, weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f ||
-                                                   weight[lane * 4 + 2] == 0.0f || weight[lane * 4 + 3] == 0.0f);
-#pragma unroll
-    for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep;
-    float n_part[2] = {0.0f, 0.0f};
-#pragma unroll 1
-    for (int part = 0; part < stages_per_chunk; ++part) {
-      ptx::mbarrier_wait(&sh.full[stage], parity);
-      auto& s = sh.stage[stage];
-      const float* const part_weight = weight + part * stage_tokens;
-      if (zeros) {
-        for (int t = warp; t < stage_tokens; t += 4) {
-          if (part_weight[t] != 0.0f) continue;
-          for (int x = lane; x < Shared::y_boxes * 32; x += 32) {
-            reinterpret_cast<uint32_t*>(s.y[x / 32] + t * box)[x % 32] = 0u;
-          }
+        for (int c = 0; c < tile_dv / 16; ++c) {
+          const auto pack = [](float a, float b) {
+            const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+            return *reinterpret_cast<const uint32_t*>(&two);
+          };
+          const int row = warp * 16 + lane % 16, chunk16 = (c % 4) * 2 + lane / 16;
+          ptx::stmatrix_x4(sh.rounded[group][c / 4] + row * box + ((chunk16 ^ (row % 8)) * 8),
+                           pack(acc[c * 8], acc[c * 8 + 1]), pack(acc[c * 8 + 2], acc[c * 8 + 3]),
+                           pack(acc[c * 8 + 4], acc[c * 8 + 5]), pack(acc[c * 8 + 6], acc[c * 8 + 7]));
         }
         ptx::fence_async_shared();
         ptx::named_barrier(1 + group, 128);
-      }
-      uint32_t fragment[stage_tokens / 16][4];
-#pragma unroll
-      for (int kk = 0; kk < stage_tokens / 16; ++kk) {
-        const int token = kk * 16 + (lane / 16) * 8 + lane % 8, chunk16 = warp * 2 + (lane / 8) % 2;
-        uint32_t raw[4];
-        ptx::ldmatrix_x4<true>(raw, s.x[group] + token * box + ((chunk16 ^ (token % 8)) * 8));
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int t = kk * 16 + (r / 2) * 8 + pos * 2;
-          const float2 wt = *reinterpret_cast<const float2*>(part_weight + t);
-          float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&raw[r]));
-          if constexpr (backward) {
-            const float2 wn = *reinterpret_cast<const float2*>(weight_n + part * stage_tokens + t);
-            n_part[r % 2] += (wn.x == 0.0f ? 0.0f : two.x * wn.x) + (wn.y == 0.0f ? 0.0f : two.y * wn.y);
+        if (thread == 0) {
+          for (int b = 0; b < Shared::y_boxes; ++b) {
+            if (group_row0 < l.dqk && col0 + b * box < l.dv) {
+              ptx::bulk_store(w.block(item, group_row0 / box, col0 / box + b), sh.rounded[group][b], box_bytes);
+            }
           }
-          two.x = wt.x == 0.0f ? 0.0f : two.x * wt.x;
-          two.y = wt.y == 0.0f ? 0.0f : two.y * wt.y;
-          if constexpr (!backward) n_part[r % 2] += two.x + two.y;
-          const __nv_bfloat162 rounded = __floats2bfloat162_rn(two.x, two.y);
-          fragment[kk][r] = *reinterpret_cast<const uint32_t*>(&rounded);
+          ptx::bulk_store_commit();
         }
+        for_each_n([&](float& x, int row) {
+          if (pos != 0) return;
+          w.n[item * l.dqk + row] = x;
+          if (!backward && w.n_parts != nullptr) {  // as a sum of three bfloat16
+            float left = x;
+            for (int part = 0; part < 3; ++part) {
+              const bf16 high = __float2bfloat16_rn(left);
+              w.n_parts[(item * 3 + part) * w.dqk_pitch + row] = high;
+              left -= __bfloat162float(high);
+            }
+          }
+        });
       }
-      ptx::hold(acc);
-      ptx::wgmma_fence();
+
+      // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
+      const bool zeros = __any_sync(0xffffffffu, weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f ||
+                                                     weight[lane * 4 + 2] == 0.0f || weight[lane * 4 + 3] == 0.0f);
 #pragma unroll
-      for (int kk = 0; kk < stage_tokens / 16; ++kk) {
-        ptx::Wgmma<tile_dv>::template a_registers<true>(
-            acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
+      for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep;
+      float n_part[2] = {0.0f, 0.0f};
+#pragma unroll 1
+      for (int part = 0; part < stages_per_chunk; ++part) {
+        ptx::mbarrier_wait(&sh.full[stage], parity);
+        auto& s = sh.stage[stage];
+        const float* const part_weight = weight + part * stage_tokens;
+        if (zeros) {
+          for (int t = warp; t < stage_tokens; t += 4) {
+            if (part_weight[t] != 0.0f) continue;
+            for (int x = lane; x < Shared::y_boxes * 32; x += 32) {
+              reinterpret_cast<uint32_t*>(s.y[x / 32] + t * box)[x % 32] = 0u;
+            }
+          }
+          ptx::fence_async_shared();
+          ptx::named_barrier(1 + group, 128);
+        }
+        uint32_t fragment[stage_tokens / 16][4];
+#pragma unroll
+        for (int kk = 0; kk < stage_tokens / 16; ++kk) {
+          const int token = kk * 16 + (lane / 16) * 8 + lane % 8, chunk16 = warp * 2 + (lane / 8) % 2;
+          uint32_t raw[4];
+          ptx::ldmatrix_x4<true>(raw, s.x[group] + token * box + ((chunk16 ^ (token % 8)) * 8));
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int t = kk * 16 + (r / 2) * 8 + pos * 2;
+            const float2 wt = *reinterpret_cast<const float2*>(part_weight + t);
+            float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&raw[r]));
+            if constexpr (backward) {
+              const float2 wn = *reinterpret_cast<const float2*>(weight_n + part * stage_tokens + t);
+              n_part[r % 2] += (wn.x == 0.0f ? 0.0f : two.x * wn.x) + (wn.y == 0.0f ? 0.0f : two.y * wn.y);
+            }
+            two.x = wt.x == 0.0f ? 0.0f : two.x * wt.x;
+            two.y = wt.y == 0.0f ? 0.0f : two.y * wt.y;
+            if constexpr (!backward) n_part[r % 2] += two.x + two.y;
+            const __nv_bfloat162 rounded = __floats2bfloat162_rn(two.x, two.y);
+            fragment[kk][r] = *reinterpret_cast<const uint32_t*>(&rounded);
+          }
+        }
+        ptx::hold(acc);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < stage_tokens / 16; ++kk) {
+          ptx::Wgmma<tile_dv>::template a_registers<true>(
+              acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::hold(acc);
+        release();
       }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::hold(acc);
-      release();
-    }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 1);
-      n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
-      n[r] = n[r] * keep + n_part[r];
+      for (int r = 0; r < 2; ++r) {
+        n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 1);
+        n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
+        n[r] = n[r] * keep + n_part[r];
+      }
     }
-  }
-  if (!writes || (segment == 0 && !is_last)) publish(keep_all);
+    if (!writes || (segment == 0 && !is_last)) publish(keep_all);
   }
 
   if (is_last && args.c_out != nullptr) {
@@ -438,8 +439,16 @@ cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float
 }
 
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
-  StateArgs args{w, maps.q, maps.dh, params.dc_last, params.dn_last, params.dc0, params.dn0,
-                 0, 0, w.segment_flags + w.num_flags / 2};
+  StateArgs args{w,
+                 maps.q,
+                 maps.dh,
+                 params.dc_last,
+                 params.dn_last,
+                 params.dc0,
+                 params.dn0,
+                 0,
+                 0,
+                 w.segment_flags + w.num_flags / 2};
   return launch<true>(args, stream);
 }
 

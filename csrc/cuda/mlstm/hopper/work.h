@@ -24,29 +24,30 @@ using Layout = ChunkLayout<chunk_tokens>;
 struct Work {
   MlstmProblem p;
   Layout layout;
-  int64_t dqk_pitch;  // of n_parts: a multiple of 16 bytes
+  int64_t dqk_pitch;       // of n_parts: a multiple of 16 bytes
   int blocks_k, blocks_v;  // of c
-  float2* alpha;      // [N][128] b_t - m_t; -inf past the chunk's end, so that nothing there counts
-  float2* beta;       // [N][128] b_j - i_j; +inf for padding and past the chunk's end
-  float2* alpha_last; // [N] alpha of the chunk's last token
-  float2* m_start;    // [N] m before the chunk
+  int dq_tiles, dk_tiles;  // column tiles
+  float2* alpha;           // [N][128] b_t - m_t; -inf past the chunk's end, so that nothing there counts
+  float2* beta;            // [N][128] b_j - i_j; +inf for padding and past the chunk's end
+  float2* alpha_last;      // [N] alpha of the chunk's last token
+  float2* m_start;         // [N] m before the chunk
   // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
-  // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces it,
-  // once it has been read, by the gradient of the state at the chunk's end.
+  // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces
+  // it, once it has been read, by the gradient of the state at the chunk's end.
   bf16* c;
-  float* n;         // [N][dqk], likewise
-  bf16* n_parts;    // forward: [N][3][dqk_pitch] n as a sum of three bfloat16
+  float* n;       // [N][dqk], likewise
+  bf16* n_parts;  // forward: [N][3][dqk_pitch] n as a sum of three bfloat16
   // Backward only.
-  uint8_t* reset;   // [N][128] 1 where m_t took the input gate's branch
-  float* inv_d;     // [N][128] 1 / d_t
-  float* delta;     // [N][128] gradient into s_t
-  float* e;         // [N][128] gradient into m_t through eps
-  float* q_dq;      // [tiles + 1][N][128] shares of q . dq: one from each column tile across the chunk's start, then one
-                    // from within the chunk
-  float* k_dk;      // [tiles + 1][N][128] shares of k . dk: across the chunk's end, then within the chunk
-  float* through;   // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
-  // Few heads: sequences are cut into segments that run side by side. Every block's share of the state at each segment's
-  // end, and flags that say it is there (zeroed by scan_gates; the backward has one set for each direction).
+  uint8_t* reset;  // [N][128] 1 where m_t took the input gate's branch
+  float* inv_d;    // [N][128] 1 / d_t
+  float* delta;    // [N][128] gradient into s_t
+  float* e;        // [N][128] gradient into m_t through eps
+  float* q_dq;  // [dq tiles + 1][N][128] shares of q . dq: one from each column tile across the chunk's start, then one
+                // from within the chunk
+  float* k_dk;  // [dk tiles + 1][N][128] shares of k . dk: across the chunk's end, then within the chunk
+  float* through;  // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
+  // Few heads: sequences are cut into segments that run side by side. Every block's share of the state at each
+  // segment's end, and flags that say it is there (zeroed by scan_gates; the backward has one set for each direction).
   int segments;
   float* segment_ends;
   int* segment_flags;
@@ -102,13 +103,13 @@ cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const f
 // Also fills inv_d, delta, e, q_dq and the last part of k_dk.
 cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, void* dq, cudaStream_t stream);
 // Also fills k_dk but its last part.
-cudaError_t output_dk(const Work& w, const Maps& maps, void* dk, cudaStream_t stream);
-cudaError_t output_dv(const Work& w, const Maps& maps, const Strided& dh, void* dv, cudaStream_t stream);
+cudaError_t output_dk_dv(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv, cudaStream_t stream);
 
-// Width of an output's column tile, and how many make a row.
-__host__ __device__ inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
-__host__ __device__ inline int column_tiles(int64_t columns) {
-  return static_cast<int>(ceil_div(columns, column_tile(columns)));
+// Width of an output's column tile. dk and dv are made by one kernel, which takes 256 for both or for none: with one of
+// them narrower, the compiler runs out of registers and serializes the products.
+inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
+inline int column_tile_beside(int64_t columns, int64_t other) {
+  return column_tile(other) == 256 ? column_tile(columns) : column_tile(columns) == 64 ? 64 : 128;
 }
 
 }  // namespace flash_xlstm::cuda::hopper
