@@ -1,0 +1,161 @@
+"""The mLSTM's Hopper kernels: bfloat16, dqk and dv multiples of 8.
+
+Other GPUs take the portable kernels here, which have to pass too, but for the number of launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_xlstm import ops, reference
+
+pytestmark = pytest.mark.cuda
+CUDA = "cuda"
+
+
+def relative_error(actual, expected):
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm()).item()
+
+
+def gates(kind, *shape):
+    normal = lambda: torch.randn(shape, device=CUDA)  # noqa: E731
+    if kind == "caps":  # over the whole range of a cap of 15
+        return 15 * torch.tanh(1.5 * normal()), 15 * torch.tanh(1.5 * normal())
+    if kind == "initial":  # as the 7B model starts
+        return 0.1 * normal() - 10, torch.linspace(3, 6, shape[-1], device=CUDA).expand(shape).contiguous()
+    return normal() - 3, normal() + 3
+
+
+def draw(batch, seq, heads, dqk, dv, kind="normal", seed=0):
+    torch.manual_seed(seed)
+    q, k, v, dh = (torch.randn(batch, seq, heads, d, device=CUDA).bfloat16() for d in (dqk, dqk, dv, dv))
+    return [q, k, v, *gates(kind, batch, seq, heads)], dh
+
+
+def run(form, inputs, dh, dtype=None, **options):
+    inputs = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in inputs]
+    h = form(*inputs, **options)
+    return [h.detach(), *torch.autograd.grad(h, inputs, dh.to(h.dtype))]
+
+
+NAMES = ("h", "dq", "dk", "dv", "di", "df")
+
+
+def assert_errors(inputs, dh, bounds, **options):
+    actual = run(ops.mlstm, inputs, dh, **options)
+    expected = run(reference.mlstm_chunkwise, inputs, dh, torch.float64, chunk_size=128, **options)
+    errors = {name: relative_error(a, e) for name, a, e in zip(NAMES, actual, expected, strict=True)}
+    assert all(errors[name] <= bound for name, bound in zip(NAMES, bounds, strict=True)), errors
+
+
+ROUNDING = (3e-3, 6e-3, 6e-3, 6e-3, 6e-3, 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["normal", "initial"])
+def test_error_is_the_rounding_of_the_inputs(kind):
+    assert_errors(*draw(1, 4096, 2, 256, 512, kind), ROUNDING)
+
+
+@pytest.mark.slow
+def test_error_does_not_grow_with_the_sequence():
+    assert_errors(*draw(1, 131072, 1, 256, 512), ROUNDING)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_error_with_gates_over_the_whole_range(seed):
+    assert_errors(*draw(1, 4096, 2, 256, 512, "caps", seed), (6e-3, *[2e-2] * 5))
+
+
+@pytest.mark.parametrize(
+    ("dqk", "dv"),
+    [(16, 16), (16, 512), (64, 64), (64, 256), (72, 200), (128, 128), (192, 320), (256, 128), (256, 1024)],
+)
+@pytest.mark.parametrize("seq", [1, 127, 128, 129, 700])
+def test_sizes(dqk, dv, seq):
+    # With few tokens some gradients of the gates all but cancel, so that they are looser than over a long sequence.
+    assert_errors(*draw(2, seq, 2, dqk, dv), (3e-3, 6e-3, 6e-3, 6e-3, 1e-2, 2e-2))
+
+
+@pytest.mark.parametrize(("dqk", "dv"), [(512, 512), (512, 1024), (1024, 512)])
+def test_large_sizes(dqk, dv):
+    assert_errors(*draw(1, 300, 2, dqk, dv), ROUNDING)
+
+
+@pytest.mark.parametrize(("dqk", "dv"), [(64, 64), (128, 256), (256, 512)])
+def test_few_heads_in_segments(dqk, dv):
+    assert_errors(*draw(1, 20000, 1, dqk, dv), ROUNDING)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", range(3))
+def test_not_finite_reaches_only_what_depends_on_it(which, bad):
+    inputs, dh = draw(1, 700, 2, 64, 128)
+    offsets = torch.tensor([0, 130, 480, 700], dtype=torch.int32, device=CUDA)
+    clean = run(ops.mlstm, inputs, dh, cu_seqlens=offsets)
+    token, head = 300, 1  # in the second sequence
+    inputs[which][0, token, head, 5] = bad
+    dirty = run(ops.mlstm, inputs, dh, cu_seqlens=offsets)
+    for name, a, b in zip(NAMES, dirty, clean, strict=True):
+        assert torch.equal(a[0, :130], b[0, :130]) and torch.equal(a[0, 480:], b[0, 480:]), name
+        assert torch.equal(a[0, :, 0], b[0, :, 0]), name
+    h = dirty[0][0, :, head]
+    assert torch.equal(h[:token], clean[0][0, :token, head])
+    assert not h[token].isfinite().all()
+
+
+def test_poisoned_memory_and_repeats():
+    inputs, dh = draw(2, 333, 3, 128, 256)
+    expected = run(ops.mlstm, inputs, dh)
+    for _ in range(3):
+        poison = torch.full((1 << 27,), torch.nan, device=CUDA)
+        del poison
+        for name, a, b in zip(NAMES, run(ops.mlstm, inputs, dh), expected, strict=True):
+            assert torch.equal(a, b), name
+
+
+def launches(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if "flash_xlstm" in event.name]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_launches(packed):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("counts the Hopper kernels' launches")
+    inputs, dh = draw(1, 512, 2, 128, 128)
+    options = {"cu_seqlens": torch.tensor([0, 100, 512], dtype=torch.int32, device=CUDA)} if packed else {}
+    inputs = [t.requires_grad_() for t in inputs]
+    ops.mlstm(*inputs, **options)
+    forward = launches(lambda: ops.mlstm(*inputs, **options))
+    h = ops.mlstm(*inputs, **options)
+    backward = launches(lambda: torch.autograd.grad(h, inputs, dh))
+    assert len(forward) == 3, forward
+    assert len(backward) == 6, backward
+
+
+def test_no_synchronization_and_graph_capture():
+    inputs, dh = draw(2, 400, 2, 64, 128)
+    expected = run(ops.mlstm, inputs, dh)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(ops.mlstm, inputs, dh)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    static = [t.clone() for t in inputs]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(ops.mlstm, static, dh)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(ops.mlstm, static, dh)
+    for t in static:
+        t.zero_()
+    for t, value in zip(static, inputs, strict=True):
+        t.copy_(value)
+    graph.replay()
+    for name, a, b in zip(NAMES, results, expected, strict=True):
+        assert torch.equal(a, b), name
