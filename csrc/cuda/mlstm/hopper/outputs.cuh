@@ -30,6 +30,9 @@
 // out.
 #pragma once
 
+#include <array>
+#include <atomic>
+
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -692,30 +695,41 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
   }
 }
 
-// As many blocks as run at once on the current device.
-template <typename Kernel>
-cudaError_t resident_blocks(Kernel kernel, int threads, int bytes, int& blocks) {
-  int device = 0, processors = 0, per_processor = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+// Sets a kernel up on the current device, once, and says how many of its blocks run at once there.
+class Prepared {
+ public:
+  template <typename Kernel>
+  cudaError_t resident_blocks(Kernel kernel, int threads, int bytes, int& blocks) {
+    int device = 0, processors = 0, per_processor = 0;
+    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+    std::atomic<int>* known = device < max_devices ? &known_[device] : nullptr;
+    if (known != nullptr && (blocks = known->load(std::memory_order_acquire)) > 0) return cudaSuccess;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status == cudaSuccess) {
+      status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (status == cudaSuccess) {
+      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
+    }
+    blocks = processors * per_processor;
+    if (status == cudaSuccess && known != nullptr) known->store(blocks, std::memory_order_release);
+    return status;
   }
-  if (status == cudaSuccess) {
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
-  }
-  blocks = processors * per_processor;
-  return status;
-}
+
+ private:
+  static constexpr int max_devices = 64;
+  std::array<std::atomic<int>, max_devices> known_{};
+};
 
 // `tiles` column tiles a chunk.
 template <typename Makes>
 cudaError_t launch_outputs(OutputArgs args, int64_t tiles, cudaStream_t stream) {
+  static Prepared prepared;
   const auto kernel = outputs_kernel<Makes>;
   const int bytes = sizeof(typename Makes::Shared) + 1024;  // to align
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
   int resident = 0;
-  if ((status = resident_blocks(kernel, output_threads, bytes, resident)) != cudaSuccess) return status;
+  const cudaError_t status = prepared.resident_blocks(kernel, output_threads, bytes, resident);
+  if (status != cudaSuccess) return status;
   args.tiles_of_both = static_cast<int>(tiles);
   const int64_t count = args.w.layout.max_chunks * args.w.layout.heads * tiles;
   kernel<<<static_cast<unsigned>(count < resident ? count : resident), output_threads, bytes, stream>>>(args);
