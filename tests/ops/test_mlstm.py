@@ -56,7 +56,8 @@ def test_float32(make_problem, assert_float32_exact, case, through):
 @pytest.mark.parametrize("case", CASES[::2])
 def test_16_bit(make_problem, assert_16_bit_exact, case, dtype, gate_dtype):
     gate_dtype = dtype if gate_dtype == "same" else torch.float32
-    problem = make_problem(**case, dtype=dtype, gate_dtype=gate_dtype, seed=case["seq"])
+    batch = max(2, 64 // case["seq"])  # errors are compared: a handful of numbers would compare two roundings
+    problem = make_problem(**case, batch=batch, dtype=dtype, gate_dtype=gate_dtype, seed=case["seq"])
     for through in ("h", "state"):
         assert_16_bit_exact(problem, ops.mlstm, THROUGH[through])
 

@@ -323,14 +323,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         auto& s = sh.stage[stage];
         const float* const part_weight = weight + part * stage_tokens;
         if (zeros) {
-          for (int t = warp; t < stage_tokens; t += 4) {
+          for (int t = group * 4 + warp; t < stage_tokens; t += groups * 4) {
             if (part_weight[t] != 0.0f) continue;
             for (int x = lane; x < Shared::y_boxes * 32; x += 32) {
               reinterpret_cast<uint32_t*>(s.y[x / 32] + t * box)[x % 32] = 0u;
             }
           }
           ptx::fence_async_shared();
-          ptx::named_barrier(1 + group, 128);
+          ptx::named_barrier(1 + groups, groups * 128);  // the groups have the same weights, so all come here
         }
         uint32_t fragment[stage_tokens / 16][4];
 #pragma unroll
