@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,10 +35,43 @@ def no_mixed_meta(q: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {t.device}; it must be on the device of q, {q.device}")
 
 
-def no_double_backward(op: str) -> None:
-    """Makes differentiating the backward operator `op` raise: these ops have first derivatives only."""
+def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls `op` past the Python layer that torch.library puts around an operator with a derivative: that layer runs
+    without gradients too, and takes as long as all the rest of the call. Compilers get the operator itself."""
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return differentiated(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers the derivative of the operator `name`, and returns what calls it."""
+    op = getattr(torch.ops.flash_xlstm, name).default
+    torch.library.register_autograd(f"flash_xlstm::{name}", backward, setup_context=setup_context)
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
+    return _eager(op, function.apply)
+
+
+def no_double_backward(name: str) -> Callable[..., Any]:
+    """Makes differentiating the backward operator `name` raise: these ops have first derivatives only.
+
+    Returns what calls it."""
 
     def backward(ctx, *grads):
-        raise RuntimeError(f"flash_xlstm::{op} has no derivative: double backward is not supported")
+        raise RuntimeError(f"flash_xlstm::{name} has no derivative: double backward is not supported")
 
-    torch.library.register_autograd(f"flash_xlstm::{op}", backward)
+    op = getattr(torch.ops.flash_xlstm, name).default
+    torch.library.register_autograd(f"flash_xlstm::{name}", backward)
+    return _eager(op, op)

@@ -69,7 +69,7 @@ def mlstm(
         c = c.float()
     if chunk_size == 0:  # to the operator, 0 is None
         raise ValueError("chunk_size is 0; it must be None or from 1 to 4096")
-    h, _, _, c_last, n_last, m_last = torch.ops.flash_xlstm.mlstm(
+    h, _, _, c_last, n_last, m_last = _mlstm(
         q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size or 0, return_final_state
     )
     if not return_final_state:
@@ -196,7 +196,7 @@ def _backward(ctx, dh, _ds, _dm_seq, dc_last, dn_last, dm_last):
     q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq = ctx.saved_tensors
     if not ctx.return_final_state:
         dc_last = dn_last = dm_last = None
-    dq, dk, dv, di, df, dc, dn, dm = torch.ops.flash_xlstm.mlstm_backward(
+    dq, dk, dv, di, df, dc, dn, dm = _mlstm_backward(
         dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq,
         ctx.scale, ctx.eps, ctx.chunk_size,
     )  # fmt: skip
@@ -204,5 +204,5 @@ def _backward(ctx, dh, _ds, _dm_seq, dc_last, dn_last, dm_last):
     return dq, dk, dv, di, df, dc, dn, dm, None, None, None, None, None
 
 
-torch.library.register_autograd("flash_xlstm::mlstm", _backward, setup_context=_setup_context)
-_common.no_double_backward("mlstm_backward")
+_mlstm = _common.differentiable("mlstm", _setup_context, _backward)
+_mlstm_backward = _common.no_double_backward("mlstm_backward")

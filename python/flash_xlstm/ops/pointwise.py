@@ -24,7 +24,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """
     if cap is None:
         return x
-    return torch.ops.flash_xlstm.soft_cap(x, float(cap))
+    return _soft_cap(x, float(cap))
 
 
 @torch.library.register_fake("flash_xlstm::soft_cap")
@@ -44,8 +44,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     (x,) = ctx.saved_tensors
-    return torch.ops.flash_xlstm.soft_cap_backward(dy, x, ctx.cap), None
+    return _soft_cap_backward(dy, x, ctx.cap), None
 
 
-torch.library.register_autograd("flash_xlstm::soft_cap", _backward, setup_context=_setup_context)
-_common.no_double_backward("soft_cap_backward")
+_soft_cap = _common.differentiable("soft_cap", _setup_context, _backward)
+_soft_cap_backward = _common.no_double_backward("soft_cap_backward")
