@@ -53,16 +53,17 @@ auto encode_function() {
 
 template <int rank>
 cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t, rank>& sizes,
-                   const std::array<uint64_t, rank - 1>& strides, const std::array<uint32_t, rank>& boxes) {
+                   const std::array<uint64_t, rank - 1>& strides, const std::array<uint32_t, rank>& boxes,
+                   CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   const std::array<uint32_t, rank> ones = [] {
     std::array<uint32_t, rank> x;
     x.fill(1);
     return x;
   }();
-  const CUresult status = encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data),
-                                            sizes.data(), strides.data(), boxes.data(), ones.data(),
-                                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes.data(),
+                        strides.data(), boxes.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -154,8 +155,11 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   RETURN_IF_FAILED(encode_rows(maps.k, p.k, p, p.dqk));
   RETURN_IF_FAILED(encode_rows(maps.v, p.v, p, p.dv));
   if (dh != nullptr) RETURN_IF_FAILED(encode_rows(maps.dh, *dh, p, p.dv));
+  const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
+  const uint64_t block_rows = static_cast<uint64_t>(w.blocks_k) * w.blocks_v * box;
+  RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items}, {box * 2, block_rows * box * 2}, {box, box, 1},
+                             CU_TENSOR_MAP_SWIZZLE_NONE));
   if (w.n_parts != nullptr) {
-    const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
     RETURN_IF_FAILED(
         encode<3>(maps.n_parts, w.n_parts, {static_cast<uint64_t>(p.dqk), 3, items}, {n_row, n_row * 3}, {box, 8, 1}));

@@ -162,9 +162,9 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     for (int x = 0; x < boxes_n; ++x) {
       unsigned char* s = to + ab_bytes + x * box_bytes;
       if constexpr (R::state_rows_are_k) {
-        ptx::bulk_load(s, w.block(item, k / box, col0 / box + x), box_bytes, full);
+        ptx::tma_load(s, &maps.c, full, 0, w.block_index(k / box, col0 / box + x) * box, item);
       } else {
-        ptx::bulk_load(s, w.block(item, col0 / box + x, k / box), box_bytes, full);
+        ptx::tma_load(s, &maps.c, full, 0, w.block_index(col0 / box + x, k / box) * box, item);
       }
     }
     if constexpr (output == Output::h) ptx::tma_load(sh.n_parts[ring.stage], &maps.n_parts, full, k, 0, item);

@@ -33,7 +33,8 @@ constexpr int stages_per_chunk = chunk_tokens / stage_tokens;
 
 struct StateArgs {
   Work w;
-  CUtensorMap x, y;   // k and v, or q and dh
+  CUtensorMap x, y;  // k and v, or q and dh
+  CUtensorMap c;
   const float* c_in;  // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
   const float* n_in;
   float* c_out;  // c_last, or dc0; nullptr: not wanted
@@ -119,7 +120,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
           for (int g = 0; g < groups; ++g) {
             auto& s = next_stage(Shared::y_boxes * box_bytes);
             for (int b = 0; b < Shared::y_boxes; ++b) {
-              ptx::bulk_load(s.y[b], w.block(item, row0 / box + g, col0 / box + b), box_bytes, &sh.full[stage]);
+              ptx::tma_load(s.y[b], &args.c, &sh.full[stage], 0, w.block_index(row0 / box + g, col0 / box + b) * box,
+                            item);
             }
             advance();
           }
@@ -434,7 +436,7 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
 }
 
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
-  StateArgs args{w, maps.k, maps.v, w.p.c0, w.p.n0, c_last, n_last, 0, 0, w.segment_flags};
+  StateArgs args{w, maps.k, maps.v, maps.c, w.p.c0, w.p.n0, c_last, n_last, 0, 0, w.segment_flags};
   return launch<false>(args, stream);
 }
 
@@ -442,6 +444,7 @@ cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward
   StateArgs args{w,
                  maps.q,
                  maps.dh,
+                 maps.c,
                  params.dc_last,
                  params.dn_last,
                  params.dc0,

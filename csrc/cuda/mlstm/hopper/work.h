@@ -57,8 +57,9 @@ struct Work {
   int32_t* seq_of_chunk;
 
   // Block (k, v) of an item's state; past the last, the last (its product is with zeros, or not stored).
+  __device__ int block_index(int k, int v) const { return min(k, blocks_k - 1) * blocks_v + min(v, blocks_v - 1); }
   __device__ bf16* block(int64_t item, int k, int v) const {
-    return c + ((item * blocks_k + min(k, blocks_k - 1)) * blocks_v + min(v, blocks_v - 1)) * (box * box);
+    return c + (item * blocks_k * blocks_v + block_index(k, v)) * (box * box);
   }
 };
 
@@ -74,9 +75,11 @@ __device__ __forceinline__ float log_difference(float2 a, float2 b) { return (a.
 #endif
 
 // The copy engine's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part,
-// item).
+// item); c as (64, row of a block, item), not swizzled: its blocks are already.
+// A block is contiguous, but racecheck takes a plain bulk copy for its thread's own stores and reports what it
+// overlaps.
 struct Maps {
-  CUtensorMap q, k, v, dh, n_parts;
+  CUtensorMap q, k, v, dh, n_parts, c;
 };
 
 // gates.cu

@@ -1,0 +1,62 @@
+"""A small run of every CUDA kernel, for compute-sanitizer:
+
+for tool in memcheck racecheck synccheck initcheck; do
+    compute-sanitizer --tool $tool python tests/every_kernel.py
+done
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flash_xlstm import ops
+
+BF16 = torch.bfloat16
+# batch, seq, heads, dqk, dv, dtype, offsets: the Hopper kernels' column tiles, tails, packing and segments; portable.
+PROBLEMS = [
+    (1, 200, 1, 64, 64, BF16, None),
+    (1, 150, 1, 128, 128, BF16, None),
+    (1, 150, 1, 256, 256, BF16, None),
+    (1, 150, 1, 72, 200, BF16, None),
+    (1, 150, 1, 128, 64, BF16, None),
+    (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
+    (1, 3200, 1, 64, 64, BF16, None),
+    (1, 9000, 1, 64, 64, BF16, None),
+    (1, 100, 1, 32, 32, torch.float32, None),
+    (1, 100, 1, 65, 130, torch.float32, [0, 30, 100]),
+    (1, 100, 1, 33, 16, torch.float16, None),
+    (1, 100, 1, 20, 100, BF16, None),
+]
+
+
+def run(batch, seq, heads, dqk, dv, dtype, offsets):
+    new = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    q, k, v = (new(batch, seq, heads, d).to(dtype).requires_grad_() for d in (dqk, dqk, dv))
+    i, f = new(batch, seq, heads).requires_grad_(), (new(batch, seq, heads) + 3).requires_grad_()
+    states = batch if offsets is None else len(offsets) - 1
+    state = tuple(
+        t.requires_grad_() for t in (new(states, heads, dqk, dv), new(states, heads, dqk), new(states, heads))
+    )
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device="cuda")
+    h, last = ops.mlstm(q, k, v, i, f, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True)
+    outputs = [h, *last]
+    torch.autograd.grad(outputs, [q, k, v, i, f, *state], [torch.randn_like(t) for t in outputs])
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    for problem in PROBLEMS:
+        run(*problem)
+        print("ran", *problem, flush=True)
+    for dtype in (torch.float32, BF16, torch.float16):
+        q = torch.randn(2, 2, 64, device="cuda", dtype=dtype)
+        i = torch.randn(2, 2, device="cuda")
+        state = tuple(torch.zeros(2, 2, *shape, device="cuda") for shape in ((64, 64), (64,), ()))
+        ops.mlstm_step(q, q, q, i, i, state)
+        ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
+    torch.cuda.synchronize()
+    print("ran the step and the soft cap")
+
+
+if __name__ == "__main__":
+    main()
