@@ -672,7 +672,7 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
   __syncthreads();
 
   // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. They take turns from
-  // chunk to chunk: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
+  // round to round: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
   // only, all the long ones (dk's) or all the short ones (dv's).
   const auto for_tiles = [&](auto&& f) {
     const int heads = static_cast<int>(l.heads), tiles = args.tiles_of_both;
@@ -681,7 +681,8 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
       const int item = static_cast<int>(index / tiles), chunk_index = item / heads;
       Chunk chunk;
       if (!l.locate(chunk_index, chunk)) break;
-      const int turn = static_cast<int>((index - static_cast<int64_t>(item) * tiles + item % tiles) % tiles);
+      const int64_t round = gridDim.x % tiles == 0 ? index / gridDim.x : 0;  // the same for all tiles of an item
+      const int turn = static_cast<int>((index % tiles + round) % tiles);
       f(Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length, item, item - chunk_index * heads,
              turn},
         buffer);
