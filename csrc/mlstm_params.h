@@ -6,6 +6,8 @@
 
 namespace flash_xlstm {
 
+enum class InputGate : int { exponential = 0, sigmoid = 1 };
+
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // (batch, seq, heads, dim) with a contiguous last dimension; also (batch, seq, heads).
@@ -21,6 +23,11 @@ struct MlstmProblem {
   int64_t num_seqs;   // batch, or the number of packed sequences
   float scale, eps;
   int64_t chunk_size;  // 0: the kernel chooses
+  // Of i and f before anything else: cap * tanh(x / cap), infinities kept (they mark padding); 0: none.
+  float gate_soft_cap = 0.0f;
+  // sigmoid: log weights have logsigmoid(i) for i, m stays 0 (m0, m and their gradients are not touched).
+  InputGate input_gate = InputGate::exponential;
+  bool normalize = true;  // false (sigmoid only): d_t = 1, and no n, s
   Strided q, k, v, i, f;
   // Initial state, one per sequence, contiguous float32; c0 == nullptr means zeros (all three are given or none).
   const float* c0 = nullptr;  // (num_seqs, heads, dqk, dv)
