@@ -49,6 +49,17 @@ __device__ __forceinline__ float log_sigmoid(float x) {
   return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));
 }
 
+// cap * tanh(x / cap), infinities kept: gates of padding tokens stay what they are. A cap of 0 is none.
+__device__ __forceinline__ float soft_capped(float x, float cap) {
+  return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);
+}
+// Its derivative, 1 / cosh(x / cap)^2, which keeps its digits where tanh is close to 1.
+__device__ __forceinline__ float soft_cap_slope(float x, float cap) {
+  if (cap == 0.0f || isinf(x)) return 1.0f;
+  const float inverse = 1.0f / coshf(x / cap);
+  return inverse * inverse;
+}
+
 // Calls f with a value of the element type that `dtype` names.
 template <typename F>
 auto dispatch_dtype(DType dtype, F&& f) {

@@ -33,7 +33,7 @@ struct ChunkLayout {
   __device__ bool locate(int64_t chunk, Chunk& out) const {
     out.chunk = chunk;
     if (first_chunk == nullptr) {
-      out.seq = chunk / chunks_per_seq;
+      out.seq = static_cast<uint32_t>(chunk) / static_cast<uint32_t>(chunks_per_seq);  // 64 bits divide slowly
       out.row = out.seq;
       const int64_t index = chunk - out.seq * chunks_per_seq;
       set_tokens(out, index * tokens, seq);
@@ -87,8 +87,9 @@ class Carver {
 #ifdef __CUDACC__
 // 1 / d_t, and the share of s_t in it. NaN in s_t stays NaN, which fmaxf would not see to.
 struct Normalizer {
-  float inverse, sign;  // sign: of s_t where it decides d_t, else 0
-  __device__ Normalizer(float s, float m, float eps) {
+  float inverse = 1.0f, sign = 0.0f;  // sign: of s_t where it decides d_t, else 0
+  __device__ Normalizer(float s, float m, float eps, bool normalize = true) {
+    if (!normalize) return;
     const float floor = expf(-m);
     const bool decides = !(fabsf(s) < floor);
     inverse = 1.0f / ((decides ? fabsf(s) : floor) + eps);

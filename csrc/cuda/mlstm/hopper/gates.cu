@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(threads_per_block)
   const Strided &gi = w.p.i, &gf = w.p.f;
   const int64_t i_base = s.row * gi.batch + s.first_token * gi.seq + s.head * gi.head;
   const int64_t f_base = s.row * gf.batch + s.first_token * gf.seq + s.head * gf.head;
-  double m_in = w.p.m0 == nullptr ? 0.0 : w.p.m0[s.seq * l.heads + s.head];
+  const bool sigmoid = w.p.input_gate == InputGate::sigmoid;
+  double m_in = sigmoid || w.p.m0 == nullptr ? 0.0 : w.p.m0[s.seq * l.heads + s.head];
 
   Transform total{0.0, negative_infinity()};
   for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
@@ -152,6 +153,9 @@ __global__ void __launch_bounds__(threads_per_block)
         const bool inside = t < s.length;
         i[x] = inside ? load_as_float(gi.data, i_base + t * gi.seq, w.p.gate_dtype) : -INFINITY;
         lf[x] = inside ? load_as_float(gf.data, f_base + t * gf.seq, w.p.gate_dtype) : INFINITY;
+        i[x] = soft_capped(i[x], w.p.gate_soft_cap);
+        lf[x] = soft_capped(lf[x], w.p.gate_soft_cap);
+        if (sigmoid) i[x] = log_sigmoid(i[x]);
       }
       Transform mine{0.0, negative_infinity()};
 #pragma unroll
@@ -176,7 +180,7 @@ __global__ void __launch_bounds__(threads_per_block)
       const double b_chunk = __shfl_sync(all_lanes, before.sum, lane & lanes_per_chunk);
       double b = before.sum - b_chunk;
       before = start.then(before);
-      double m = fmax(m_in + before.sum, before.top);
+      double m = sigmoid ? 0.0 : fmax(m_in + before.sum, before.top);
       total = total.then(all);
       if (!writes) {
         __syncthreads();
@@ -193,8 +197,8 @@ __global__ void __launch_bounds__(threads_per_block)
 #pragma unroll
       for (int x = 0; x < tokens_per_thread; ++x) {
         const double carried = lf[x] + m;
-        const bool reset = i[x] >= carried;
-        m = fmax(carried, static_cast<double>(i[x]));
+        const bool reset = !sigmoid && i[x] >= carried;
+        m = sigmoid ? 0.0 : fmax(carried, static_cast<double>(i[x]));
         b += lf[x];
         const float2 log_decay = split_log(b - m);
         if (kept && x == tokens_per_thread - 1 && lane % lanes_per_chunk == lanes_per_chunk - 1) {
@@ -263,7 +267,9 @@ __global__ void __launch_bounds__(threads_per_block)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % lanes_per_chunk;
   const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
   const int64_t chunks = (s.length + chunk_tokens - 1) / chunk_tokens;
-  Carried carried{dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head], true};
+  // No stabilizer: as if past a reset, with nothing to carry.
+  const bool sigmoid = w.p.input_gate == InputGate::sigmoid;
+  Carried carried{sigmoid || dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head], !sigmoid};
 
   const Walk nothing{0.0, 0.0, 0};
   Walk total = nothing;
@@ -298,6 +304,7 @@ __global__ void __launch_bounds__(threads_per_block)
         for (int c = 0; c < w.dk_tiles; ++c) add(kdk, w.k_dk + c * stride);
         add(in_q, w.q_dq + w.dq_tiles * stride);
         add(in_k, w.k_dk + w.dk_tiles * stride);
+        add(in_k, w.k_dk + (w.dk_tiles + 1) * stride);
         add(e, w.e);
 #pragma unroll
         for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
@@ -370,14 +377,21 @@ __global__ void __launch_bounds__(threads_per_block)
         a.value += a.open ? e[x] + (dlf - dlf_behind) : e[x];
         const int64_t t = first + x;
         if (t < s.length) {
-          const Strided& gf = w.p.f;
-          const int64_t token = s.first_token + t;
-          const float f = load_as_float(gf.data, s.row * gf.batch + token * gf.seq + s.head * gf.head, w.p.gate_dtype);
-          const int64_t out = (s.row * l.seq + token) * l.heads + s.head;
+          const int64_t token = s.first_token + t, out = (s.row * l.seq + token) * l.heads + s.head;
           const double with_a = reset ? dlf : a.open ? a.value : dlf + a.value;
-          const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
-          store_from_float(di, out, w.p.gate_dtype, static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken));
-          store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(with_a) * slope);
+          // Through the logarithm and the cap; a slope of 0 ends what is behind it.
+          const auto to_gate = [&](const Strided& gate, float gradient, bool through_log_sigmoid) {
+            const float raw =
+                load_as_float(gate.data, s.row * gate.batch + token * gate.seq + s.head * gate.head, w.p.gate_dtype);
+            const float capped = soft_capped(raw, w.p.gate_soft_cap);
+            const float slope =
+                (through_log_sigmoid ? 1.0f / (1.0f + expf(capped)) : 1.0f) * soft_cap_slope(raw, w.p.gate_soft_cap);
+            return slope == 0.0f ? 0.0f : gradient * slope;
+          };
+          const float into_i = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);
+          store_from_float(di, out, w.p.gate_dtype,
+                           sigmoid || w.p.gate_soft_cap != 0.0f ? to_gate(w.p.i, into_i, sigmoid) : into_i);
+          store_from_float(df, out, w.p.gate_dtype, to_gate(w.p.f, static_cast<float>(with_a), true));
         }
         if (reset) a = {0.0, false};
       }

@@ -61,7 +61,7 @@ cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t
     return x;
   }();
   const CUresult status =
-      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(data), sizes.data(),
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(data), sizes.data(),
                         strides.data(), boxes.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -85,7 +85,7 @@ cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& 
 }
 
 bool serves_problem(const MlstmProblem& p) {
-  return p.dtype == DType::bfloat16 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 && p.dqk <= 1024 &&
+  return p.dtype != DType::float32 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 && p.dqk <= 1024 &&
          p.dv <= 1024 && mappable(p.q, p) && mappable(p.k, p) && mappable(p.v, p) && device_is_hopper() &&
          encode_function() != nullptr;
 }
@@ -114,6 +114,10 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
   carver.take(w.n, items * p.dqk);
   if (!backward) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
+  if (p.dtype == DType::float16) {
+    carver.take(w.state_log, items);
+    if (backward) carver.take(w.grad_log, items);
+  }
   const Segments segments = choose_segments(p, processor_count());
   w.segments = segments.count;
   w.num_flags = static_cast<int>(segments.flags) * (backward ? 2 : 1);
@@ -133,7 +137,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
     carver.take(w.delta, tokens);
     carver.take(w.e, tokens);
     carver.take(w.q_dq, tokens * (w.dq_tiles + 1));
-    carver.take(w.k_dk, tokens * (w.dk_tiles + 1));
+    carver.take(w.k_dk, tokens * (w.dk_tiles + 2));
     carver.take(w.through, items * state_tiles(p));
   }
   return carver.used();
@@ -172,8 +176,8 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
 bool serves(const MlstmForward& params) { return serves_problem(params.p); }
 
 bool serves(const MlstmBackward& params) {
-  // dq sums u over all of dqk in one tile; without dh there is little to do.
-  return params.p.dqk <= 256 && params.dh.data != nullptr && mappable(params.dh, params.p) && serves_problem(params.p);
+  // Without dh there is little to do.
+  return params.dh.data != nullptr && mappable(params.dh, params.p) && serves_problem(params.p);
 }
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {
@@ -203,7 +207,7 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
   RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
   RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
-  RETURN_IF_FAILED(output_dq(w, maps, params.s, params.m, params.dq, stream));
+  RETURN_IF_FAILED(output_dq(w, maps, params.s, params.m, params.dh, params.dq, stream));
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
   RETURN_IF_FAILED(output_dk_dv(w, maps, params.dh, params.dk, params.dv, stream));
   return gate_gradients(w, params, stream);

@@ -2,8 +2,10 @@
 
 namespace flash_xlstm::cuda::hopper {
 
-cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, void* dq, cudaStream_t stream) {
-  return launch_one<Output::dq>({w, maps, dq, nullptr, s, m, nullptr, {}, 0, 0}, w.p.dqk, stream);
+cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, const Strided& dh, void* dq,
+                      cudaStream_t stream) {
+  const OutputArgs args{w, maps, dq, nullptr, s, m, nullptr, dh, 0, 0};
+  return dispatch_16_bit(w.p.dtype, [&](auto t) { return launch_one<Output::dq, decltype(t)>(args, w.p.dqk, stream); });
 }
 
 }  // namespace flash_xlstm::cuda::hopper

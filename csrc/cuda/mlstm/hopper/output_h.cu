@@ -3,7 +3,8 @@
 namespace flash_xlstm::cuda::hopper {
 
 cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream) {
-  return launch_one<Output::h>({w, maps, h, nullptr, nullptr, m, s, {}, 0, 0}, w.p.dv, stream);
+  const OutputArgs args{w, maps, h, nullptr, nullptr, m, s, {}, 0, 0};
+  return dispatch_16_bit(w.p.dtype, [&](auto t) { return launch_one<Output::h, decltype(t)>(args, w.p.dv, stream); });
 }
 
 }  // namespace flash_xlstm::cuda::hopper

@@ -1,37 +1,49 @@
 // The four outputs that have a row per token, by one design: h, dq, dk, dv of one chunk (128 tokens) of one head.
 //
 //   output  rows   A   B   T = A B^T        state S (at the chunk's)   Z    out row
-//   h       t      q   k   q_t . k_j        c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) / d_t
-//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    sum_j P_tj k_j + a_t (S-term) + delta n
-//   dk      j      v   dh  dh_t . v_j       dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
-//   dv      j      k   q   q_t . k_j        dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
+//   h       t      q   k   q_t . k_j        c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) scale / d_t
+//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    (sum_j P_tj k_j + a_t (S-term) + n-term)
+//   scale dk      j      v   dh  dh_t . v_j       dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn) dv
+//   j      k   q   q_t . k_j        dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
 //
-// where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = scale D T (h);  scale D (T / d_t + delta_t) (dq, dk);
+// where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = D T (h);  D (T / d_t + delta_t) (dq; dk with scale);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
 //
 // A persistent block works through tiles of 128 rows by tile_n columns. Its producer warp streams 64-wide panels of A
-// and B, then of A and S, then Z in two halves of 64 tokens, through a ring of stages, and runs ahead into the next
-// tile while the two consumer warpgroups (64 rows each) finish the last. They make T (64 x 128, of which one warpgroup
-// needs half) in float32 registers, then out = A S (64 x tile_n); then turn T into P in registers, round it into the
-// fragments of an A operand, and add P Z.
+// and B, of A and S, and Z in two halves of 64 tokens, through a ring of stages, and runs ahead into the next tile
+// while the two consumer warpgroups (64 rows each) finish the last. A warpgroup waits for nothing but the ring: the
+// two share no data, so that one's arithmetic runs beside the other's products. It makes T in float32 registers: the
+// diagonal 64 x 64 block of its own rows' tokens and, where its rows reach the other 64 tokens, the full block of
+// those; turns it into P, rounded into the fragments of an A operand; then out = A S (64 x tile_n), scales its rows,
+// and adds P Z.
 //
-// dq first makes both tiles, q k^T and dh v^T, for u from exact products:
-//   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t)
+// dq makes out = A S first and both tiles, q k^T and dh v^T, for u from exact products:
+//   u_t d_t / scale = sum_j D_tj (q_t . k_j) (dh_t . v_j) + g_t q_t . (c dh_t)
 // so that numerator and normalizer cancel where h does not depend on their common scale (dn, df and dm are such
-// differences); delta and e follow. The gates' gradients are sums of q . dq and k . dk: dq and dk leave what comes from
-// across the chunk's boundary, from their float32 accumulators; what comes from within the chunk, differences of which
-// all but cancel where forget gates are nearly shut, dq's kernel sums over rows and columns of the exact tile
+// differences); delta and e follow. The last term runs over all of dqk, so a tile makes the other column tiles' A S
+// too, before its own. The gates' gradients are sums of q . dq and k . dk: dq and dk leave what comes from across the
+// chunk's boundary, from their float32 accumulators; what comes from within the chunk, differences of which all but
+// cancel where forget gates are nearly shut, dq's kernel sums over rows and columns of the exact tile
 //   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t).
 //
-// s_t of h comes from float32: row sums of P before it is rounded, and q . n with n as a sum of three bfloat16 beside
-// S.
+// s_t of h comes from float32: row sums of P before it is rounded, and q . n with n as a sum of three 16-bit numbers
+// beside S.
+//
+// A product takes 0 times NaN or infinity as NaN, so what is not finite in Z, T or S reaches elements that do not
+// depend on it. Elements that are not finite are therefore made once more, one by one (mend_rows); nothing else pays
+// for it.
+//
+// float16: P and the states may leave its range. A row of P is scaled by a power of two to below 1, and so is its state
+// term; states are kept scaled by a power of two for each chunk (Work::state_log).
 //
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
-// out.
+// out; dq: 3 stages, and 48 KiB for D (q k^T).
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <limits>
+#include <type_traits>
 
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/tma.cuh"
@@ -46,10 +58,10 @@ struct OutputArgs {
   Maps maps;
   void* out;  // contiguous (batch, seq, heads, columns); dv beside dk has its own
   void* dv;
-  const float* s;  // dq: the forward's
-  const float* m;  // h, dq: (batch, seq, heads)
-  float* s_out;    // h
-  Strided dh;      // dv
+  const float* s;  // dq: the forward's; null: not normalized
+  const float* m;  // h, dq: (batch, seq, heads); null: 0
+  float* s_out;    // h; null: not wanted
+  Strided dh;      // dq, dk, dv
   int tiles;       // column tiles of a row; dk and dv: of dk, and of both
   int tiles_of_both;
 };
@@ -57,33 +69,58 @@ struct OutputArgs {
 constexpr int consumer_warps = 8;
 constexpr int output_threads = (consumer_warps + 4) * 32;
 constexpr int ab_bytes = 2 * box_bytes;
+constexpr unsigned all_lanes = 0xffffffffu;
 
 template <Output output, int tile_n>
 struct OutputShared {
+  static constexpr bool is_h = output == Output::h, is_dq = output == Output::dq;
   static constexpr int stage_bytes = ab_bytes + (tile_n == 64 ? 2 : tile_n / box) * box_bytes;
   static constexpr int n_bytes = 8 * box * 2;
-  static constexpr int num_stages = output == Output::dq ? 3 : 4;
+  static constexpr int num_stages = is_dq ? 3 : 4;
   alignas(1024) unsigned char stage[num_stages][stage_bytes];
-  alignas(1024) unsigned char n_parts[num_stages][n_bytes];
-  union {
-    bf16 rows[consumer_warps][16 * box];
-    float parked[output == Output::dq ? 4 : 1][32 * 128];
-  };
-  float2 alpha[2][chunk_tokens], beta[2][chunk_tokens];
-  float inv_d[2][chunk_tokens], delta[2][chunk_tokens];
-  float n[2][tile_n];
-  float column_sum[consumer_warps][box];  // dq
+  alignas(1024) unsigned char n_parts[is_h ? num_stages : 1][n_bytes];
+  // Each warp's own: P of the diagonal block, then rows on their way out; dq: D (q k^T) of the block, then rows.
+  alignas(16) unsigned char own[consumer_warps][is_dq ? 4096 : 2048];
+  // The same of the full block, of the group that has one; dq: and that block of dh v^T.
+  alignas(16) unsigned char own_full[consumer_warps / 2][is_dq ? 8192 : 2048];
+  float column_sum[is_dq ? 2 : 1][is_dq ? consumer_warps : 1][box];
+  // Of the columns' tokens, for each group.
+  float2 col_log[2][chunk_tokens];  // beta, or alpha
+  float col_inv_d[2][is_h || is_dq ? 1 : chunk_tokens], col_delta[2][is_h || is_dq ? 1 : chunk_tokens];
+  float n[2][is_h ? 2 : tile_n];
   uint64_t full[num_stages], empty[num_stages];
 };
 
-__device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&two);
+// Not finite if `sum` or an element of `two` is not; else 0.
+template <typename T>
+__device__ __forceinline__ void note_odd(uint32_t& sum, uint32_t two) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(two), "r"(0u));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(two), "r"(0u));
+  }
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  x += __shfl_xor_sync(all_lanes, x, 1);
+  return x + __shfl_xor_sync(all_lanes, x, 2);
+}
+
+// Eight sums over the lanes of equal lane % 4; lane 4 x + p gets the x-th.
+__device__ __forceinline__ float column_sums(const float (&x)[8], int quad) {
+  float four[4], two[2];
+#pragma unroll
+  for (int y = 0; y < 4; ++y) {
+    const float kept = quad & 4 ? x[y + 4] : x[y], given = quad & 4 ? x[y] : x[y + 4];
+    four[y] = kept + __shfl_xor_sync(all_lanes, given, 16);
+  }
+#pragma unroll
+  for (int y = 0; y < 2; ++y) {
+    const float kept = quad & 2 ? four[y + 2] : four[y], given = quad & 2 ? four[y] : four[y + 2];
+    two[y] = kept + __shfl_xor_sync(all_lanes, given, 8);
+  }
+  const float kept = quad & 1 ? two[1] : two[0], given = quad & 1 ? two[0] : two[1];
+  return kept + __shfl_xor_sync(all_lanes, given, 4);
 }
 
 template <Output output>
@@ -92,9 +129,9 @@ struct Roles {
   static constexpr bool inner_is_dqk = output == Output::h || output == Output::dv;
   static constexpr bool gate_sums = output == Output::dq || output == Output::dk;
   static constexpr bool state_rows_are_k = inner_is_dqk;  // S lies as [k][n]
-  // The columns of T in halves of 64. Half 0, the first tokens as j or the last as t, is reached from all rows; half 1
-  // from the rows of its own tokens only, which one warpgroup has.
+  // The halves of Z in the order in which they come: first the one that all rows reach, j's first or t's last tokens.
   __device__ static constexpr int half_begin(int half) { return (half == 0) == rows_are_t ? 0 : box; }
+  // The group whose rows reach both.
   __device__ static bool reaches_both(int group) { return group == (rows_are_t ? 1 : 0); }
 };
 
@@ -113,13 +150,23 @@ struct RingState {
   }
 };
 
+// The column tiles whose A S a tile makes, its own last.
+template <Output output>
+__device__ __forceinline__ int state_tile_count(const OutputArgs& args) {
+  return output == Output::dq ? args.tiles : 1;
+}
+__device__ __forceinline__ int state_tile(const OutputArgs& args, const Tile& tile, int count, int x) {
+  const int index = tile.index + 1 + x;
+  return x == count - 1 ? tile.index : index < args.tiles ? index : index - args.tiles;
+}
+
 template <Output output, int tile_n, typename Shared>
 __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                         const Tile& tile) {
   using R = Roles<output>;
   const Work& w = args.w;
   const Maps& maps = args.maps;
-  const int token = tile.first, row = tile.row, head = tile.head, item = tile.item, col0 = tile.index * tile_n;
+  const int token = tile.first, row = tile.row, head = tile.head, item = tile.item;
   const auto begin_stage = [&](int bytes) {
     ptx::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
     ptx::mbarrier_arrive_expect(&sh.full[ring.stage], bytes);
@@ -143,86 +190,179 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
                          : output == Output::dk ? maps.q
                                                 : maps.dh;
   constexpr int boxes_n = tile_n / box;
-  const auto load_ab = [&](const CUtensorMap& left, const CUtensorMap& right, int64_t inner) {
-    for (int k = 0; k < inner; k += box) {
+  const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
+  const auto load_ab = [&](const CUtensorMap& left, const CUtensorMap& right, int64_t width) {
+    for (int k = 0; k < width; k += box) {
       unsigned char* to = begin_stage(2 * ab_bytes);
       load_rows(to, left, k);
       load_rows(to + ab_bytes, right, k);
       ring.advance();
     }
   };
-  const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
-  if constexpr (output == Output::dq) load_ab(maps.q, maps.k, w.p.dqk);
-  load_ab(a, b, inner);
-  // From the last panel of A to the first: the last ones are still in the L2 cache.
-  for (int k = (static_cast<int>(inner) - 1) / box * box; k >= 0; k -= box) {
-    unsigned char* to = begin_stage(ab_bytes + boxes_n * box_bytes + (output == Output::h ? Shared::n_bytes : 0));
-    uint64_t* full = &sh.full[ring.stage];
-    load_rows(to, a, k);
-    for (int x = 0; x < boxes_n; ++x) {
-      unsigned char* s = to + ab_bytes + x * box_bytes;
-      if constexpr (R::state_rows_are_k) {
-        ptx::tma_load(s, &maps.c, full, 0, w.block_index(k / box, col0 / box + x) * box, item);
-      } else {
-        ptx::tma_load(s, &maps.c, full, 0, w.block_index(col0 / box + x, k / box) * box, item);
+  const auto load_state = [&](int index) {
+    const int col0 = index * tile_n;
+    // From the last panel of A to the first: the last ones are still in the L2 cache.
+    for (int k = (static_cast<int>(inner) - 1) / box * box; k >= 0; k -= box) {
+      unsigned char* to = begin_stage(ab_bytes + boxes_n * box_bytes + (output == Output::h ? Shared::n_bytes : 0));
+      uint64_t* full = &sh.full[ring.stage];
+      load_rows(to, a, k);
+      for (int x = 0; x < boxes_n; ++x) {
+        unsigned char* s = to + ab_bytes + x * box_bytes;
+        if constexpr (R::state_rows_are_k) {
+          ptx::tma_load(s, &maps.c, full, 0, w.block_index(k / box, col0 / box + x) * box, item);
+        } else {
+          ptx::tma_load(s, &maps.c, full, 0, w.block_index(col0 / box + x, k / box) * box, item);
+        }
       }
-    }
-    if constexpr (output == Output::h) ptx::tma_load(sh.n_parts[ring.stage], &maps.n_parts, full, k, 0, item);
-    ring.advance();
-  }
-  if constexpr (R::gate_sums) {  // the rows that dq and dk are multiplied by for the gates
-    for (int x = 0; x < boxes_n; x += 2) {
-      unsigned char* to = begin_stage((boxes_n == 1 ? 1 : 2) * ab_bytes);
-      for (int y = 0; y < (boxes_n == 1 ? 1 : 2); ++y) {
-        load_rows(to + y * ab_bytes, output == Output::dq ? maps.q : maps.k, col0 + (x + y) * box);
-      }
+      if constexpr (output == Output::h) ptx::tma_load(sh.n_parts[ring.stage], &maps.n_parts, full, k, 0, item);
       ring.advance();
     }
+    if constexpr (R::gate_sums) {  // the rows that dq and dk are multiplied by for the gates
+      for (int x = 0; x < boxes_n; x += 2) {
+        unsigned char* to = begin_stage((boxes_n == 1 ? 1 : 2) * ab_bytes);
+        for (int y = 0; y < (boxes_n == 1 ? 1 : 2); ++y) {
+          load_rows(to + y * ab_bytes, output == Output::dq ? maps.q : maps.k, col0 + (x + y) * box);
+        }
+        ring.advance();
+      }
+    }
+  };
+  if constexpr (output == Output::dq) {
+    const int count = state_tile_count<output>(args);
+    for (int x = 0; x < count; ++x) load_state(state_tile(args, tile, count, x));
+    load_ab(maps.q, maps.k, w.p.dqk);
+    load_ab(a, b, inner);
+  } else {
+    load_ab(a, b, inner);
+    load_state(tile.index);
   }
   for (int half = 0; half < 2; ++half) {
     unsigned char* to = begin_stage(boxes_n * box_bytes);
     for (int x = 0; x < boxes_n; ++x) {
-      ptx::tma_load(to + x * box_bytes, &z, &sh.full[ring.stage], col0 + x * box, head, token + R::half_begin(half),
-                    row);
+      ptx::tma_load(to + x * box_bytes, &z, &sh.full[ring.stage], tile.index * tile_n + x * box, head,
+                    token + R::half_begin(half), row);
     }
     ring.advance();
   }
 }
 
-// Adds what is not finite in Z to those of the warp's written rows that depend on it.
-template <Output output, int tile_n>
-__device__ __noinline__ void add_odd(const OutputArgs& args, const Tile& tile, const float2* alpha,
-                                     const float2* beta) {
+// Makes those elements of the warp's 16 written rows (from `first_row` on) that are not finite once more, one by one in
+// float32: a weight of 0 and a masked token take no part, whatever they hold. inv_d, delta: dq's, of rows quad and quad
+// + 8. Slow; what needs no second look is passed over early.
+template <Output output, int tile_n, typename T>
+__device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile, int first_row, float2 inv_d,
+                                       float2 delta) {
   using R = Roles<output>;
-  const MlstmProblem& p = args.w.p;
+  const Work& w = args.w;
+  const MlstmProblem& p = w.p;
+  const int lane = threadIdx.x % 32;
+  const int64_t at = static_cast<int64_t>(tile.item) * chunk_tokens;
+  const int columns = static_cast<int>(R::inner_is_dqk ? p.dv : p.dqk);
+  const int inner = static_cast<int>(R::inner_is_dqk ? p.dqk : p.dv);
+  const Strided& a = output == Output::h ? p.q : output == Output::dq ? args.dh : output == Output::dk ? p.v : p.k;
+  const Strided& b = output == Output::h ? p.k : output == Output::dq ? p.v : output == Output::dk ? args.dh : p.q;
   const Strided& z = output == Output::h ? p.v : output == Output::dq ? p.k : output == Output::dk ? p.q : args.dh;
-  const int64_t columns = R::inner_is_dqk ? p.dv : p.dqk;
-  const int first_row = threadIdx.x / 32 * 16;
-  for (int64_t col = tile.index * tile_n + threadIdx.x % 32; col < min(columns, int64_t{tile.index + 1} * tile_n);
-       col += 32) {
-    const bf16* const from =
-        static_cast<const bf16*>(z.data) + tile.row * z.batch + tile.first * z.seq + tile.head * z.head + col;
-    for (int token = 0; token < tile.length; ++token) {
-      const float value = __bfloat162float(from[token * z.seq]);
-      if (isfinite(value)) continue;
-      for (int row = first_row; row < min(first_row + 16, tile.length); ++row) {
-        const int t = R::rows_are_t ? row : token, j = R::rows_are_t ? token : row;
-        if (j > t || fast_exp2(log_difference(alpha[t], beta[j])) == 0.0f) continue;
-        bf16& element = static_cast<bf16*>(
-            output == Output::dv
-                ? args.dv
-                : args.out)[((tile.row * p.seq + tile.first + row) * p.heads + tile.head) * columns + col];
-        element = __float2bfloat16_rn(__bfloat162float(element) + value);
+  const auto row_of = [&](const Strided& t, int token) {
+    return static_cast<const T*>(t.data) + tile.row * t.batch + (tile.first + token) * t.seq + tile.head * t.head;
+  };
+  const auto state_at = [&](int col, int k) {
+    const int row = R::state_rows_are_k ? k : col, column = R::state_rows_are_k ? col : k;
+    const auto* block = reinterpret_cast<const T*>(w.block(tile.item, row / box, column / box));
+    return to_float(block[row % box * box + ((column % box / 8) ^ (row % 8)) * 8 + column % 8]);
+  };
+  const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
+  const float* const log = R::rows_are_t ? w.state_log : w.grad_log;
+  const float state_scale = log == nullptr ? 1.0f : fast_exp2(log[tile.item]);
+  const float* const n = w.n + tile.item * w.layout.dqk;
+  constexpr int groups = tile_n / 32;
+  const int col0 = tile.index * tile_n + lane;
+
+  // Columns whose state is not finite: what depends on the state is rightly not.
+  unsigned state_odd = 0;
+  for (int g = 0; g < groups; ++g) {
+    if (col0 + g * 32 >= columns) continue;
+    float sum = R::gate_sums ? n[col0 + g * 32] * 0.0f : 0.0f;
+#pragma unroll 8
+    for (int k = 0; k < inner; ++k) sum += state_at(col0 + g * 32, k) * 0.0f;
+    if (!(sum == 0.0f)) state_odd |= 1u << g;
+  }
+  for (int r = 0; r < 16; ++r) {
+    const int row = first_row + r;
+    const float row_inv_d = __shfl_sync(all_lanes, r < 8 ? inv_d.x : inv_d.y, r % 8 * 4);
+    const float row_delta = __shfl_sync(all_lanes, r < 8 ? delta.x : delta.y, r % 8 * 4);
+    if (row >= tile.length) continue;
+    const int64_t token = (tile.row * p.seq + tile.first + row) * p.heads + tile.head;
+    T* const out = static_cast<T*>(output == Output::dv ? args.dv : args.out) + token * columns;
+    const float2 row_log = (R::rows_are_t ? w.alpha : w.beta)[at + row];
+    const float row_factor =
+        R::rows_are_t ? fast_exp2(log_sum(row_log, m_start)) : fast_exp2(log_difference(alpha_last, row_log));
+    // P of the tokens 32 x + lane, and whether they take part.
+    float weights[chunk_tokens / 32], sum = 0.0f;
+    unsigned takes_part[chunk_tokens / 32];
+    bool own_is_odd = false;
+    for (int x = 0; x < chunk_tokens / 32; ++x) {
+      const int other = x * 32 + lane, t = R::rows_are_t ? row : other, j = R::rows_are_t ? other : row;
+      const float d = j <= t && t < tile.length ? fast_exp2(log_difference(w.alpha[at + t], w.beta[at + j])) : 0.0f;
+      takes_part[x] = __ballot_sync(all_lanes, d != 0.0f);
+      float value = 0.0f;
+      if (d != 0.0f) {
+        const T *left = row_of(a, row), *right = row_of(b, other);
+#pragma unroll 8
+        for (int k = 0; k < inner; ++k) value += to_float(left[k]) * to_float(right[k]);
+        if constexpr (output == Output::dq) value = value * row_inv_d + row_delta;
+        if constexpr (output == Output::dk) value = p.scale * (value * w.inv_d[at + t] + w.delta[at + t]);
+        if constexpr (output == Output::dv) value *= p.scale * w.inv_d[at + t];
+        value *= d;
       }
+      weights[x] = value;
+      sum += value;
+      own_is_odd |= other == row && !(value * 0.0f == 0.0f);
+    }
+    float factor = output == Output::dq ? p.scale : 1.0f;
+    if constexpr (output == Output::h) {
+      if (row_factor != 0.0f) {
+        for (int k = lane; k < inner; k += 32) sum += row_factor * to_float(row_of(a, row)[k]) * n[k];
+      }
+      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
+      sum *= p.scale;
+      factor = p.scale * Normalizer(sum, args.m == nullptr ? 0.0f : args.m[token], p.eps, p.normalize).inverse;
+      if (tile.index == 0 && lane == 0 && args.s_out != nullptr) args.s_out[token] = sum;
+    }
+    if (__any_sync(all_lanes, own_is_odd)) continue;  // what reaches the whole row
+    for (int g = 0; g < groups; ++g) {
+      const int col = col0 + g * 32;
+      const bool odd = col < columns && !(to_float(out[col]) * 0.0f == 0.0f) &&
+                       !(row_factor != 0.0f && state_odd >> g & 1u) && to_float(row_of(z, row)[col]) * 0.0f == 0.0f;
+      if (__ballot_sync(all_lanes, odd) == 0) continue;
+      const int safe_col = odd ? col : 0;
+      float value = 0.0f;
+      for (int x = 0; x < chunk_tokens / 32; ++x) {
+        for (int y = 0; y < 32; ++y) {
+          const float weight = __shfl_sync(all_lanes, weights[x], y);
+          if (takes_part[x] >> y & 1u) value += weight * to_float(row_of(z, x * 32 + y)[safe_col]);
+        }
+      }
+      if (!odd) continue;
+      if (row_factor != 0.0f) {
+        float term = 0.0f;
+#pragma unroll 8
+        for (int k = 0; k < inner; ++k) term += to_float(row_of(a, row)[k]) * state_at(col, k);
+        term *= state_scale;
+        if constexpr (output == Output::dq) term = term * row_inv_d + row_delta * n[col];
+        if constexpr (output == Output::dk) term += n[col];
+        value += row_factor * term;
+      }
+      out[col] = from_float<T>(value * factor);
     }
   }
 }
 
-template <Output output, int tile_n, typename Shared>
+template <Output output, int tile_n, typename T, typename Shared>
 __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
-                                        const Tile& tile, int buffer) {
+                                        const Tile& tile) {
   using R = Roles<output>;
-  constexpr bool gate_sums = R::gate_sums;
+  constexpr bool gate_sums = R::gate_sums, is_h = output == Output::h, is_dq = output == Output::dq;
+  constexpr bool is_dk = output == Output::dk, is_dv = output == Output::dv, is_half = std::is_same_v<T, half>;
   const Work& w = args.w;
   const Layout& l = w.layout;
   const int thread = threadIdx.x, group = thread / 128, warp = thread / 32, lane = thread % 32;
@@ -230,57 +370,57 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int64_t at = static_cast<int64_t>(tile.item) * chunk_tokens;
   const int col0 = tile.index * tile_n;
   const int columns = static_cast<int>(R::inner_is_dqk ? w.p.dv : w.p.dqk);
+  const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
+  const bool reaches_both = R::reaches_both(group);
+  const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
+  const int diagonal = group * box, full = box - diagonal;  // first columns of the blocks
 
-  // The chunk's gates, on their way to shared memory; used after the first products.
-  constexpr bool reads_tokens = output == Output::dk || output == Output::dv;
-  float2 log_value = (group == 0 ? w.alpha : w.beta)[at + thread % 128];
-  float token_value = 0.0f, n_value[2] = {0.0f, 0.0f};
-  if constexpr (reads_tokens) token_value = (group == 0 ? w.inv_d : w.delta)[at + thread % 128];
+  // The gates, on their way; used after the first products.
+  const float2 row_log[2] = {(R::rows_are_t ? w.alpha : w.beta)[at + rows[0]],
+                             (R::rows_are_t ? w.alpha : w.beta)[at + rows[1]]};
+  const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
+  const float state_log = is_half ? (R::rows_are_t ? w.state_log : w.grad_log)[tile.item] : 0.0f;
+  const float2 col_log = (R::rows_are_t ? w.beta : w.alpha)[at + thread % 128];
+  float inv_d_of_col = 0.0f, delta_of_col = 0.0f, n_of_col[2] = {0.0f, 0.0f};
+  if constexpr (is_dk || is_dv) inv_d_of_col = w.p.scale * w.inv_d[at + thread % 128];
+  if constexpr (is_dk) delta_of_col = w.p.scale * w.delta[at + thread % 128];
   if constexpr (gate_sums) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-      const int c = thread + x * 256;
-      if (c < tile_n && col0 + c < columns) n_value[x] = w.n[tile.item * l.dqk + col0 + c];
+      const int c = thread % 128 + x * 128;
+      if (c < tile_n && col0 + c < columns) n_of_col[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
-  const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
-  const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
-  float2 row_log[2] = {};  // alpha, or beta, of the rows; the columns have the other
-  const float2* const col_logs = R::rows_are_t ? sh.beta[buffer] : sh.alpha[buffer];
-  const auto decay = [&](int r, int col, float2 col_log) {  // D, 0 where j > t
-    const bool reaches = R::rows_are_t ? col <= rows[r] : rows[r] <= col;
-    return reaches
-               ? fast_exp2(R::rows_are_t ? log_difference(row_log[r], col_log) : log_difference(col_log, row_log[r]))
-               : 0.0f;
-  };
-  const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
-
   const auto share_gates = [&] {
-    (group == 0 ? sh.alpha : sh.beta)[buffer][thread % 128] = log_value;
-    if constexpr (reads_tokens) (group == 0 ? sh.inv_d : sh.delta)[buffer][thread % 128] = token_value;
+    ptx::named_barrier(1 + group, 128);  // the last tile's have been read
+    sh.col_log[group][thread % 128] = col_log;
+    if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
+    if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
     if constexpr (gate_sums) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        if (thread + x * 256 < tile_n) sh.n[buffer][thread + x * 256] = n_value[x];
+        if (thread % 128 + x * 128 < tile_n) sh.n[group][thread % 128 + x * 128] = n_of_col[x];
       }
     }
-    ptx::named_barrier(1, consumer_warps * 32);
-    for (int r = 0; r < 2; ++r) row_log[r] = (R::rows_are_t ? sh.alpha : sh.beta)[buffer][rows[r]];
+    ptx::named_barrier(1 + group, 128);
   };
+  const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
+  const auto m_at = [&](int64_t token) { return args.m == nullptr ? 0.0f : args.m[token]; };
   const auto token_index = [&](int row) { return (tile.row * l.seq + tile.first + row) * l.heads + tile.head; };
   const auto stage_address = [&](int s) { return ptx::shared_address(sh.stage[s]); };
   const auto release = [&](int s) {
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&sh.empty[s]);
   };
-  // Issues a panel after another; a stage is given back once the next panel's products have been issued.
-  const auto for_panels = [&](int inner, auto&& issue) {
+  // Issues a panel after another; a stage is given back once the next panel's products have been issued. Accumulators
+  // start from written zeros: one that a product may or may not read holds its registers from tile to tile.
+  const auto for_panels = [&](int width, auto&& issue) {
     int last = 0;
-    for (int k = 0; k < inner; k += box) {
+    for (int k = 0; k < width; k += box) {
       ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
       ptx::wgmma_fence();
-      issue(stage_address(ring.stage), k == 0);
+      issue(stage_address(ring.stage));
       ptx::wgmma_commit();
       if (k > 0) {
         ptx::wgmma_wait<1>();
@@ -292,102 +432,150 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     ptx::wgmma_wait<0>();
     release(last);
   };
-  // T, or q k^T, over the columns of one half.
-  const auto half_product = [&](float (&to)[32], int half, uint32_t stage, bool first) {
-    const uint32_t right = stage + ab_bytes + R::half_begin(half) / box * box_bytes;
+  // T, or q k^T, over the 64 columns from `begin` on.
+  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage) {
+    const uint32_t right = stage + ab_bytes + begin / box * box_bytes;
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
-      ptx::Wgmma<64>::template a_shared<false>(to, ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32),
-                                               ptx::wgmma_descriptor(right + kk * 32), !first || kk > 0);
+      ptx::Wgmma<T, 64>::template a_shared<false>(to, ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32),
+                                                  ptx::wgmma_descriptor(right + kk * 32), true);
     }
   };
-  const auto product_one = [&](float (&to)[32], int64_t inner) {
-    for_panels(static_cast<int>(inner), [&](uint32_t stage, bool first) { half_product(to, 0, stage, first); });
-    ptx::hold(to);
-  };
-  const auto product_both = [&](float (&to0)[32], float (&to1)[32], int64_t inner) {
-    for_panels(static_cast<int>(inner), [&](uint32_t stage, bool first) {
-      half_product(to0, 0, stage, first);
-      half_product(to1, 1, stage, first);
+  // Both groups make both blocks, though one needs a half of it: the products of a branch the compiler would serialize
+  // for want of registers.
+  const auto product_both = [&](float (&to0)[32], float (&to1)[32], int64_t width) {
+#pragma unroll
+    for (int x = 0; x < 32; ++x) to0[x] = to1[x] = 0.0f;
+    for_panels(static_cast<int>(width), [&](uint32_t stage) {
+      block_product(to0, diagonal, stage);
+      block_product(to1, full, stage);
     });
     ptx::hold(to0);
     ptx::hold(to1);
   };
 
-  // T. The second half waits in shared memory, each thread's own, until out needs no more registers: where the warps
-  // will write rows out, which no warp does between share_gates and the check of the second half of Z.
-  float u_inside[2] = {0.0f, 0.0f};
-  const auto weight_qk = [&](float (&qk)[32], int half) {
+  // Where the diagonal block's columns end for this thread: pair c's first column is at c * 8 beyond it, row - column.
+  const int to_diagonal = (warp % 4) * 16 + quad - pos * 2;
+  const auto reaches = [&](int c, int r, int y) {
+    const int ahead = to_diagonal + r * 8 - c * 8 - y;
+    return R::rows_are_t ? ahead >= 0 : ahead <= 0;
+  };
+  // Calls f(pair of columns c, row r, y of the pair, D).
+  const auto for_decays = [&](int begin, auto&& f) {
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const int col = R::half_begin(half) + c * 8 + pos * 2;
-      const float4 logs = *reinterpret_cast<const float4*>(col_logs + col);  // of two columns
+      const float4 logs = *reinterpret_cast<const float4*>(&sh.col_log[group][begin + c * 8 + pos * 2]);
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        ptx::scale_in_place(qk[c * 4 + x], decay(x / 2, col + x % 2,
-                                                 x % 2 ? make_float2(logs.z, logs.w) : make_float2(logs.x, logs.y)));
-      }
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int y = 0; y < 2; ++y) {
+          const float2 col = y ? make_float2(logs.z, logs.w) : make_float2(logs.x, logs.y);
+          f(c, r, y, fast_exp2(R::rows_are_t ? log_difference(row_log[r], col) : log_difference(col, row_log[r])));
+        }
       ptx::keep_order();
     }
   };
-  // Arrays of 32 floats wait in shared memory, each thread's own.
-  const auto park = [&](const float (&from)[32], int slot) {
-#pragma unroll
-    for (int x = 0; x < 32; ++x) sh.parked[slot][x * 128 + thread % 128] = from[x];
-  };
-  const auto parked = [&](int slot, int x) { return sh.parked[slot][x * 128 + thread % 128]; };
-  const auto add_u = [&](int x, float qk, float gv) { u_inside[x % 4 / 2] += qk == 0.0f ? 0.0f : qk * gv; };
-  const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
-  float tile_t[32], second[32];  // no third array: the compiler gives each accumulator registers of its own
-  const bool reaches_both = R::reaches_both(group);
-  if constexpr (output == Output::dq) {
-    // Both groups make both halves: for want of registers the compiler would serialize the products of a branch.
-    product_both(tile_t, second, w.p.dqk);
-    share_gates();
-    weight_qk(tile_t, 0);
-    weight_qk(second, 1);
-    park(tile_t, reaches_both ? 1 : 2);
-    if (reaches_both) park(second, 3);
-    product_both(tile_t, second, inner);
-#pragma unroll
-    for (int x = 0; x < 32; ++x) {
-      add_u(x, parked(reaches_both ? 1 : 2, x), tile_t[x]);
-      if (reaches_both) add_u(x, parked(3, x), second[x]);
-      if (x % 8 == 7) ptx::keep_order();
-    }
-  } else if (reaches_both) {
-    product_both(tile_t, second, inner);
-    share_gates();
-  } else {
-    product_one(tile_t, inner);
-    share_gates();
-  }
-  if (reaches_both) park(second, 0);
 
+  float inv_d[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};  // dq
+  float row_sum[2] = {0.0f, 0.0f}, row_inside[2] = {0.0f, 0.0f};
+  float* const own_weights = reinterpret_cast<float*>(sh.own[warp]) + lane;  // dq
+  float* const own_full_weights = reinterpret_cast<float*>(sh.own_full[warp % 4]) + lane;
+  float* const own_full_t = own_full_weights + 1024;
+  // T, of which t(x) is an element, becomes P in place.
+  const auto weigh = [&](auto&& t, int begin, auto masked) {
+    [[maybe_unused]] float2 cols_inv_d{}, cols_delta{};
+    [[maybe_unused]] float inside[16] = {};
+    for_decays(begin, [&](int c, int r, int y, float d) {
+      float& x = t(c * 4 + r * 2 + y);
+      if constexpr (is_dk || is_dv) {
+        if (r == 0 && y == 0) cols_inv_d = pair_at(sh.col_inv_d[group], begin + c * 8 + pos * 2);
+      }
+      if constexpr (is_dk) {
+        if (r == 0 && y == 0) cols_delta = pair_at(sh.col_delta[group], begin + c * 8 + pos * 2);
+      }
+      float value = x;
+      if constexpr (is_dq) value = value * inv_d[r] + delta[r];
+      if constexpr (is_dk) value = value * (y ? cols_inv_d.y : cols_inv_d.x) + (y ? cols_delta.y : cols_delta.x);
+      if constexpr (is_dv) value *= y ? cols_inv_d.y : cols_inv_d.x;
+      if constexpr (is_dq) {
+        const float weight = (masked ? own_weights : own_full_weights)[(c * 4 + r * 2 + y) * 32];
+        const float within = weight == 0.0f ? 0.0f : weight * value;
+        row_inside[r] += within;
+        inside[c * 2 + y] += within;
+      }
+      value *= d;
+      if (masked && !reaches(c, r, y)) value = 0.0f;
+      if constexpr (is_h) row_sum[r] += value;
+      x = value;
+    });
+    if constexpr (is_dq) {
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        float of_column[8];
+#pragma unroll
+        for (int c = 0; c < 8; ++c) of_column[c] = inside[c * 2 + y];
+        sh.column_sum[masked ? 0 : 1][warp][quad * 8 + pos * 2 + y] = column_sums(of_column, quad);
+      }
+    }
+  };
+  // float16: rows of P below 1.
+  float down[2] = {1.0f, 1.0f}, up[2] = {1.0f, 1.0f};
+  const auto fragments = [&](uint32_t (&p)[4][4], auto&& t) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float a = t(c * 4 + r * 2), b = t(c * 4 + r * 2 + 1);
+        p[c / 2][c % 2 * 2 + r] = is_half ? pack<T>(a * down[r], b * down[r]) : pack<T>(a, b);
+      }
+  };
+  const auto scale_rows = [&](auto&& t0, auto&& t1) {
+    if constexpr (is_half) {
+      float most[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int x = 0; x < 32; ++x) most[x / 2 % 2] = fmaxf(most[x / 2 % 2], fabsf(t0(x)));
+      if (reaches_both) {
+#pragma unroll
+        for (int x = 0; x < 32; ++x) most[x / 2 % 2] = fmaxf(most[x / 2 % 2], fabsf(t1(x)));
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        most[r] = fmaxf(most[r], __shfl_xor_sync(all_lanes, most[r], 1));
+        most[r] = fmaxf(most[r], __shfl_xor_sync(all_lanes, most[r], 2));
+        const int exponent = min(max((__float_as_int(most[r]) >> 23) - 126, -60), 126);
+        down[r] = __int_as_float((127 - exponent) << 23), up[r] = __int_as_float((127 + exponent) << 23);
+      }
+    }
+  };
+
+  float tile_t[32], second[32];  // the diagonal block and the full one
+  const auto of_diagonal = [&](int x) -> float& { return tile_t[x]; };
+  const auto of_full = [&](int x) -> float& { return is_dq ? own_full_t[x * 32] : second[x]; };
   float out[tile_n / 2];
   float q_n[4];
-  for_panels(static_cast<int>(inner), [&](uint32_t stage, bool first) {
+  const auto state_product = [&] {
 #pragma unroll
-    for (int kk = 0; kk < box / 16; ++kk) {
-      const uint64_t a = ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32);
-      const uint32_t s = stage + ab_bytes;
-      if constexpr (R::state_rows_are_k) {
-        ptx::Wgmma<tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes),
-                                                    !first || kk > 0);
-      } else {
-        ptx::Wgmma<tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), !first || kk > 0);
+    for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
+    if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
+    for_panels(static_cast<int>(inner), [&](uint32_t stage) {
+#pragma unroll
+      for (int kk = 0; kk < box / 16; ++kk) {
+        const uint64_t a = ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32);
+        const uint32_t s = stage + ab_bytes;
+        if constexpr (R::state_rows_are_k) {
+          ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
+        } else {
+          ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
+        }
+        if constexpr (is_h) {
+          ptx::Wgmma<T, 8>::template a_shared<false>(
+              q_n, a, ptx::wgmma_descriptor(ptx::shared_address(sh.n_parts[ring.stage]) + kk * 32), true);
+        }
       }
-      if constexpr (output == Output::h) {
-        ptx::Wgmma<8>::template a_shared<false>(
-            q_n, a, ptx::wgmma_descriptor(ptx::shared_address(sh.n_parts[ring.stage]) + kk * 32), !first || kk > 0);
-      }
-    }
-  });
-  ptx::hold(out);
-  if constexpr (output == Output::h) ptx::hold(q_n);
-
-  // The state's term, and dn's and n's; dq: u, delta and e.
-  float inv_d[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f}, across[2] = {0.0f, 0.0f}, n_share[2] = {0.0f, 0.0f};
+    });
+    ptx::hold(out);
+    if constexpr (is_h) ptx::hold(q_n);
+  };
   // Calls f(column group, row 0 or 1, two neighbours of q's or k's row) for this thread's part of them.
   const auto for_dots = [&](auto&& f) {
 #pragma unroll
@@ -401,8 +589,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
         for (int y = 0; y < (tile_n == box ? 1 : 2); ++y)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            f((x + y) * 8 + c, r,
-              __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at_c + y * ab_bytes + r * 8 * 128)));
+            f((x + y) * 8 + c, r, unpack<T>(*reinterpret_cast<const uint32_t*>(at_c + y * ab_bytes + r * 8 * 128)));
           }
         ptx::keep_order();
       }
@@ -410,185 +597,220 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       ring.advance();
     }
   };
-  float dot_out[2] = {0.0f, 0.0f}, dot_n[2] = {0.0f, 0.0f};
-  if constexpr (gate_sums) {
-    for_dots([&](int c, int r, float2 x) {
-      const float2 n = pair_at(sh.n[buffer], c * 8 + pos * 2);
-      dot_out[r] += x.x * out[c * 4 + r * 2] + x.y * out[c * 4 + r * 2 + 1];
-      dot_n[r] += x.x * n.x + x.y * n.y;
-    });
-#pragma unroll
-    for (int r = 0; r < 2; ++r) dot_out[r] = quad_sum(dot_out[r]), dot_n[r] = quad_sum(dot_n[r]);
-  }
-  float factors[2], n_factors[2];
+
+  const int64_t shares_stride = l.max_chunks * l.heads * chunk_tokens;
+  // Of the rows' tokens: how far the state reaches.
+  float state_factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = rows[r];
-    const float row_scale = R::rows_are_t ? w.p.scale * fast_exp2(log_sum(row_log[r], m_start))
-                                          : fast_exp2(log_difference(alpha_last, row_log[r]));
-    if constexpr (output == Output::dq) {
-      const float sum = w.p.scale * quad_sum(u_inside[r]) + (row_scale == 0.0f ? 0.0f : row_scale * dot_out[r]);
+    state_factor[r] =
+        R::rows_are_t ? fast_exp2(log_sum(row_log[r], m_start)) : fast_exp2(log_difference(alpha_last, row_log[r]));
+  }
+  const float state_up = is_half ? fast_exp2(state_log) : 1.0f;
+  float across[2] = {0.0f, 0.0f};
+
+  if constexpr (is_dq) {
+    share_gates();
+    float all_dots[2] = {0.0f, 0.0f}, dot_out[2], dot_n[2];
+    const int count = state_tile_count<output>(args);
+#pragma unroll 1
+    for (int x = 0; x < count; ++x) {
+      state_product();
+      dot_out[0] = dot_out[1] = dot_n[0] = dot_n[1] = 0.0f;
+      for_dots([&](int c, int r, float2 q) {
+        const float2 n = pair_at(sh.n[group], c * 8 + pos * 2);
+        // In place: the compiler would put the sums off to behind the loop, which alone uses the last.
+        ptx::fma_in_place(dot_out[r], q.x, out[c * 4 + r * 2]);
+        ptx::fma_in_place(dot_out[r], q.y, out[c * 4 + r * 2 + 1]);
+        ptx::fma_in_place(dot_n[r], q.x, n.x);
+        ptx::fma_in_place(dot_n[r], q.y, n.y);
+      });
+#pragma unroll
+      for (int r = 0; r < 2; ++r) all_dots[r] += dot_out[r];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      all_dots[r] = quad_sum(all_dots[r]) * state_up, dot_out[r] = quad_sum(dot_out[r]) * state_up;
+      dot_n[r] = quad_sum(dot_n[r]);
+    }
+
+    // D (q k^T) waits in shared memory, each thread's own.
+    product_both(tile_t, second, w.p.dqk);
+    for_decays(diagonal, [&](int c, int r, int y, float d) {
+      const int x = c * 4 + r * 2 + y;
+      own_weights[x * 32] = d == 0.0f || !reaches(c, r, y) ? 0.0f : d * tile_t[x];
+    });
+    if (reaches_both) {
+      for_decays(full, [&](int c, int r, int y, float d) {
+        const int x = c * 4 + r * 2 + y;
+        own_full_weights[x * 32] = d == 0.0f ? 0.0f : d * second[x];
+      });
+    }
+    product_both(tile_t, second, inner);
+    float u_inside[2] = {0.0f, 0.0f};
+    const auto add_u = [&](int x, float qk, float gv) { u_inside[x % 4 / 2] += qk == 0.0f ? 0.0f : qk * gv; };
+#pragma unroll
+    for (int x = 0; x < 32; ++x) {
+      add_u(x, own_weights[x * 32], tile_t[x]);
+      if (x % 8 == 7) ptx::keep_order();
+    }
+    if (reaches_both) {
+#pragma unroll
+      for (int x = 0; x < 32; ++x) {
+        add_u(x, own_full_weights[x * 32], second[x]);
+        own_full_t[x * 32] = second[x];
+        if (x % 8 == 7) ptx::keep_order();
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = rows[r];
+      const float sum =
+          w.p.scale * (quad_sum(u_inside[r]) + (state_factor[r] == 0.0f ? 0.0f : state_factor[r] * all_dots[r]));
       float e = 0.0f;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        const Normalizer d(args.s[token], args.m[token], w.p.eps);
+        const Normalizer d(args.s == nullptr ? 0.0f : args.s[token], m_at(token), w.p.eps, w.p.normalize);
         const float u = sum * d.inverse;
         inv_d[r] = d.inverse;
         delta[r] = d.sign == 0.0f ? 0.0f : -u * d.inverse * d.sign;
-        e = -u * w.p.eps * d.inverse;
+        e = w.p.input_gate == InputGate::exponential ? -u * w.p.eps * d.inverse : 0.0f;
       }
-      if (pos == 0) w.inv_d[at + row] = inv_d[r], w.delta[at + row] = delta[r], w.e[at + row] = e;
+      if (pos == 0 && tile.index == 0) w.inv_d[at + row] = inv_d[r], w.delta[at + row] = delta[r], w.e[at + row] = e;
+      const float of_c = state_factor[r] * inv_d[r], of_n = state_factor[r] * delta[r];
+      across[r] = w.p.scale * ((of_c == 0.0f ? 0.0f : of_c * dot_out[r]) + (of_n == 0.0f ? 0.0f : of_n * dot_n[r]));
     }
-    factors[r] = output == Output::dq ? row_scale * inv_d[r] : row_scale;
-    n_factors[r] = output == Output::dq ? row_scale * delta[r] : row_scale;
-    if constexpr (gate_sums) {
-      across[r] = (factors[r] == 0.0f ? 0.0f : factors[r] * dot_out[r]) +
-                  (n_factors[r] == 0.0f ? 0.0f : n_factors[r] * dot_n[r]);
-    }
-    if constexpr (output == Output::h) n_share[r] = row_scale * quad_sum(q_n[r * 2] + q_n[r * 2 + 1]);
+    weigh(of_diagonal, diagonal, std::true_type{});
+    if (reaches_both) weigh(of_full, full, std::false_type{});
+  } else {
+    product_both(tile_t, second, inner);
+    share_gates();
+    weigh(of_diagonal, diagonal, std::true_type{});
+    if (reaches_both) weigh(of_full, full, std::false_type{});
   }
+  scale_rows(of_diagonal, of_full);
+  // For want of registers P waits in shared memory for the state's product, which dq has had before.
+  uint4* const own_p = reinterpret_cast<uint4*>(sh.own[warp]) + lane;
+  uint4* const own_full_p = reinterpret_cast<uint4*>(sh.own_full[warp % 4]) + lane;
+  if constexpr (!is_dq) {
+    uint32_t p[4][4];
+    fragments(p, of_diagonal);
 #pragma unroll
-  for (int c = 0; c < tile_n / 8; ++c) {
-    const float2 n = gate_sums ? pair_at(sh.n[buffer], c * 8 + pos * 2) : float2{};
+    for (int x = 0; x < 4; ++x) own_p[x * 32] = make_uint4(p[x][0], p[x][1], p[x][2], p[x][3]);
+    if (reaches_both) {
+      fragments(p, of_full);
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      ptx::scale_in_place(out[c * 4 + x], factors[x / 2]);
-      if constexpr (gate_sums) {
-        ptx::fma_in_place(out[c * 4 + x], n_factors[x / 2], x % 2 ? n.y : n.x);
-      }
+      for (int x = 0; x < 4; ++x) own_full_p[x * 32] = make_uint4(p[x][0], p[x][1], p[x][2], p[x][3]);
     }
-    if (c % 8 == 7) ptx::keep_order();
+    state_product();
   }
 
-  // P, masked to j <= t, a half of the columns at a time, and its product with that half of Z. A weight of exactly 0
-  // gives 0, whatever k or v hold there.
-  float row_sum[2] = {0.0f, 0.0f}, row_inside[2] = {0.0f, 0.0f};
-  const int64_t shares_stride = l.max_chunks * l.heads * chunk_tokens;
-  bool z_was_odd = false;
+  // The state's term, and dn's and n's.
+  float n_share[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool reaches = half == 0 || reaches_both;
-    uint32_t p[4][4];
-    if (reaches) {
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (is_h) n_share[r] = state_factor[r] * state_up * quad_sum(q_n[r * 2] + q_n[r * 2 + 1]);
+    const float of_c = (is_dq ? state_factor[r] * inv_d[r] : state_factor[r]) * state_up * down[r];
+    const float of_n = (is_dq ? state_factor[r] * delta[r] : state_factor[r]) * down[r];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const int col = R::half_begin(half) + c * 8 + pos * 2;
-        const float4 logs = *reinterpret_cast<const float4*>(col_logs + col);
-        float2 col_inv_d{}, col_delta{};
-        float column_inside[2] = {0.0f, 0.0f};
-        if constexpr (output == Output::dk || output == Output::dv) col_inv_d = pair_at(sh.inv_d[buffer], col);
-        if constexpr (output == Output::dk) col_delta = pair_at(sh.delta[buffer], col);
+    for (int c = 0; c < tile_n / 8; ++c) {
+      const float2 n = gate_sums ? pair_at(sh.n[group], c * 8 + pos * 2) : float2{};
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float two[2];
+      for (int y = 0; y < 2; ++y) {
+        float& x = out[c * 4 + r * 2 + y];
+        ptx::mul_in_place(x, of_c);
+        if constexpr (gate_sums) ptx::fma_in_place(x, of_n, y ? n.y : n.x);
+      }
+      if (c % 8 == 7) ptx::keep_order();
+    }
+  }
+  if constexpr (is_dk) {
+    for_dots([&](int c, int r, float2 k) {
+      across[r] = fmaf(k.y, out[c * 4 + r * 2 + 1], fmaf(k.x, out[c * 4 + r * 2], across[r]));
+    });
 #pragma unroll
-          for (int y = 0; y < 2; ++y) {
-            const int x = c * 4 + r * 2 + y;
-            const float d = decay(r, col + y, y ? make_float2(logs.z, logs.w) : make_float2(logs.x, logs.y));
-            float value = half == 0 ? tile_t[x] : parked(0, x);
-            const float value_inv_d = output == Output::dq ? inv_d[r] : y ? col_inv_d.y : col_inv_d.x;
-            const float value_delta = output == Output::dq ? delta[r] : y ? col_delta.y : col_delta.x;
-            if constexpr (gate_sums) value = value * value_inv_d + value_delta;
-            if constexpr (output == Output::dq) {
-              const float weight = w.p.scale * parked(half == 1 ? 3 : reaches_both ? 1 : 2, x);
-              const float inside = weight == 0.0f ? 0.0f : weight * value;
-              row_inside[r] += inside;
-              column_inside[y] += inside;
-            }
-            if constexpr (output == Output::dv) value *= value_inv_d;
-            two[y] = d == 0.0f ? 0.0f : w.p.scale * d * value;
-            row_sum[r] += two[y];
-          }
-          p[c / 2][c % 2 * 2 + r] = pack_bf16(two[0], two[1]);
+    for (int r = 0; r < 2; ++r) across[r] = state_factor[r] == 0.0f ? 0.0f : quad_sum(across[r]) * up[r];
+  }
+
+  {  // P Z
+    const int first = ring.stage, first_parity = ring.parity;
+    ring.advance();
+    const int last = ring.stage, last_parity = ring.parity;
+    ring.advance();
+    const auto add_product = [&](const uint4* from, auto&& t, bool is_first) {
+      uint32_t p[4][4];
+      if constexpr (is_dq) {
+        fragments(p, t);
+      } else {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          const uint4 four = from[x * 32];
+          p[x][0] = four.x, p[x][1] = four.y, p[x][2] = four.z, p[x][3] = four.w;
         }
-        if constexpr (output == Output::dq) {
-#pragma unroll
-          for (int y = 0; y < 2; ++y) {
-            for (int d = 4; d < 32; d *= 2) column_inside[y] += __shfl_xor_sync(0xffffffffu, column_inside[y], d);
-          }
-          if (quad == 0) {
-            *reinterpret_cast<float2*>(&sh.column_sum[warp][c * 8 + pos * 2]) =
-                make_float2(column_inside[0], column_inside[1]);
-          }
-        }
-        ptx::keep_order();
       }
-    }
-    ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
-    unsigned char* const z = sh.stage[ring.stage];
-    // A product takes 0 times NaN or infinity as NaN, so an element of Z that is not finite would reach rows that do
-    // not depend on it: it is taken out of Z, and the rows that do depend on it take it below. This is rare; looking
-    // for it is not.
-    __nv_bfloat162 odd = __float2bfloat162_rn(0.0f);
-#pragma unroll 2
-    for (int x = thread; x < tile_n * 8; x += consumer_warps * 32) {
-      const uint4 four = reinterpret_cast<const uint4*>(z)[x];
-      const __nv_bfloat162 zero = __float2bfloat162_rn(0.0f);
-      odd = __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&four.x), zero, odd);
-      odd = __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&four.y), zero, odd);
-      odd = __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&four.z), zero, odd);
-      odd = __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&four.w), zero, odd);
-    }
-    const bool any_odd = __hisnan(odd.x) || __hisnan(odd.y);
-    if (ptx::named_barrier_or(1, consumer_warps * 32, any_odd)) {
-      z_was_odd = true;
-      ptx::named_barrier(1, consumer_warps * 32);
-      for (int x = thread; x < tile_n * box; x += consumer_warps * 32) {
-        bf16& element = reinterpret_cast<bf16*>(z)[x];
-        if (!isfinite(__bfloat162float(element))) element = __float2bfloat16_rn(0.0f);
-      }
-      ptx::fence_async_shared();
-      ptx::named_barrier(1, consumer_warps * 32);
-    }
-    if constexpr (output == Output::dq) {  // all warps are past a barrier; the next one is before the next half's sums
-      if (thread < box) {
-        float sum = 0.0f;
-        for (int x = half == 0 ? 0 : consumer_warps / 2; x < consumer_warps; ++x) sum += sh.column_sum[x][thread];
-        w.k_dk[w.dk_tiles * shares_stride + at + R::half_begin(half) + thread] = sum;
-      }
-      if (half == 0) ptx::named_barrier(1, consumer_warps * 32);
-    }
-    if (reaches) {
+      ptx::mbarrier_wait(&sh.full[is_first ? first : last], is_first ? first_parity : last_parity);
       ptx::hold(out);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < box / 16; ++kk) {
-        ptx::Wgmma<tile_n>::template a_registers<true>(
-            out, p[kk], ptx::wgmma_descriptor(ptx::shared_address(z) + kk * 2048, box_bytes), true);
+        ptx::Wgmma<T, tile_n>::template a_registers<true>(
+            out, p[kk], ptx::wgmma_descriptor(stage_address(is_first ? first : last) + kk * 2048, box_bytes), true);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::hold(out);
-    }
-    release(ring.stage);
-    ring.advance();
+    };
+    add_product(own_p, of_diagonal, !reaches_both);
+    if (reaches_both) add_product(own_full_p, of_full, true);
+    ptx::mbarrier_wait(&sh.full[last], last_parity);  // by one group not read; given back in its turn
+    release(first);
+    release(last);
   }
 
-  float factor[2] = {1.0f, 1.0f};
+  float factor[2] = {up[0], up[1]};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = rows[r];
-    if constexpr (output == Output::h) {
-      const float s = quad_sum(row_sum[r]) + n_share[r];
+    if constexpr (is_h) {
+      const float s = w.p.scale * (quad_sum(row_sum[r]) + n_share[r]);
+      factor[r] *= w.p.scale;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        factor[r] = Normalizer(s, args.m[token], w.p.eps).inverse;
-        if (tile.index == 0 && pos == 0) args.s_out[token] = s;
+        factor[r] *= Normalizer(s, m_at(token), w.p.eps, w.p.normalize).inverse;
+        if (tile.index == 0 && pos == 0 && args.s_out != nullptr) args.s_out[token] = s;
       }
     }
+    if constexpr (is_dq) factor[r] *= w.p.scale;
     if constexpr (gate_sums) {
-      float* const shares = (output == Output::dq ? w.q_dq : w.k_dk) + at + row;
+      float* const shares = (is_dq ? w.q_dq : w.k_dk) + at + row;
       if (pos == 0) shares[tile.index * shares_stride] = across[r];
     }
-    if constexpr (output == Output::dq) {
-      const float inside = quad_sum(row_inside[r]);
-      if (pos == 0) w.q_dq[w.dq_tiles * shares_stride + at + row] = inside;
+    if constexpr (is_dq) {
+      const float inside = w.p.scale * quad_sum(row_inside[r]);
+      if (pos == 0 && tile.index == 0) w.q_dq[w.dq_tiles * shares_stride + at + row] = inside;
     }
+  }
+  if constexpr (is_dq) {
+    // Sums over columns: of the diagonal block for the group's own tokens, of the full block for the other group's.
+    ptx::named_barrier(1 + group, 128);
+    const int block = thread % 128 / box, token = (block == 0 ? diagonal : full) + thread % box;
+    float sum = 0.0f;
+    if (block == 0 || reaches_both) {
+      for (int x = 0; x < 4; ++x) sum += sh.column_sum[block][group * 4 + x][thread % box];
+    }
+    if (tile.index == 0) w.k_dk[(w.dk_tiles + block) * shares_stride + at + token] = w.p.scale * sum;
   }
 
   // Rows go out through shared memory, 16 rows x 64 columns a warp at a time, 16 bytes a lane.
-  bf16* const to = static_cast<bf16*>(output == Output::dv ? args.dv : args.out);
-  bf16* const part = sh.rows[warp];
+  T* to[4];  // of the rows that this lane writes to; null where there is none
+#pragma unroll
+  for (int y = 0; y < 4; ++y) {
+    const int row = group * 64 + (warp % 4) * 16 + y * 4 + lane / 8;
+    to[y] = static_cast<T*>(is_dv ? args.dv : args.out) + token_index(row) * columns + col0 + lane % 8 * 8;
+    if (row >= tile.length) to[y] = nullptr;
+  }
+  unsigned char* const part = sh.own[warp];
+  uint32_t odd = 0;
 #pragma unroll
   for (int x = 0; x < tile_n / box; ++x) {
     __syncwarp();
@@ -596,31 +818,33 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     for (int y = 0; y < 4; ++y) {
       const int i = (x * 4 + y) * 8;
       const int row = lane % 16, chunk16 = y * 2 + lane / 16;
-      ptx::stmatrix_x4(part + row * box + ((chunk16 ^ (row % 8)) * 8),
-                       pack_bf16(out[i] * factor[0], out[i + 1] * factor[0]),
-                       pack_bf16(out[i + 2] * factor[1], out[i + 3] * factor[1]),
-                       pack_bf16(out[i + 4] * factor[0], out[i + 5] * factor[0]),
-                       pack_bf16(out[i + 6] * factor[1], out[i + 7] * factor[1]));
+      uint32_t two[4];
+#pragma unroll
+      for (int z = 0; z < 4; ++z) {
+        two[z] = pack<T>(out[i + z * 2] * factor[z % 2], out[i + z * 2 + 1] * factor[z % 2]);
+        note_odd<T>(odd, two[z]);
+      }
+      ptx::stmatrix_x4(part + row * 128 + (chunk16 ^ (row % 8)) * 16, two[0], two[1], two[2], two[3]);
     }
     __syncwarp();
 #pragma unroll
     for (int y = 0; y < 4; ++y) {
-      const int row = y * 4 + lane / 8, chunk16 = lane % 8, col = col0 + x * box + chunk16 * 8;
-      const int token = group * 64 + (warp % 4) * 16 + row;
-      if (token < tile.length && col < columns) {
-        __stcs(reinterpret_cast<uint4*>(to + token_index(token) * columns + col),
-               *reinterpret_cast<const uint4*>(part + row * box + ((chunk16 ^ (row % 8)) * 8)));
+      const int row = y * 4 + lane / 8, chunk16 = lane % 8;
+      if (to[y] != nullptr && col0 + x * box + chunk16 * 8 < columns) {
+        __stcs(reinterpret_cast<uint4*>(to[y] + x * box),
+               *reinterpret_cast<const uint4*>(part + row * 128 + (chunk16 ^ (row % 8)) * 16));
       }
     }
   }
-  if (z_was_odd) {
+  if (__any_sync(all_lanes, (odd & 0x7fff7fffu) != 0)) {
     __syncwarp();
-    add_odd<output, tile_n>(args, tile, sh.alpha[buffer], sh.beta[buffer]);
+    mend_rows<output, tile_n, T>(args, tile, group * 64 + (warp % 4) * 16, make_float2(inv_d[0], inv_d[1]),
+                                 make_float2(delta[0], delta[1]));
   }
 }
 
 // What a kernel makes: one output, or dk and dv together, whose tiles of one chunk share much of what they read.
-template <Output output, int tile_n>
+template <Output output, int tile_n, typename T>
 struct One {
   using Shared = OutputShared<output, tile_n>;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
@@ -628,11 +852,11 @@ struct One {
     produce<output, tile_n>(args, sh, ring, tile);
   }
   __device__ static void consume_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
-                                      const Tile& tile, int buffer) {
-    consume<output, tile_n>(args, sh, ring, tile, buffer);
+                                      const Tile& tile) {
+    consume<output, tile_n, T>(args, sh, ring, tile);
   }
 };
-template <int tile_dqk, int tile_dv>
+template <int tile_dqk, int tile_dv, typename T>
 struct DkAndDv {
   using Shared = OutputShared<Output::dk, (tile_dqk > tile_dv ? tile_dqk : tile_dv)>;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
@@ -645,12 +869,12 @@ struct DkAndDv {
     }
   }
   __device__ static void consume_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
-                                      Tile tile, int buffer) {
+                                      Tile tile) {
     if (tile.index < args.tiles) {
-      consume<Output::dk, tile_dqk>(args, sh, ring, tile, buffer);
+      consume<Output::dk, tile_dqk, T>(args, sh, ring, tile);
     } else {
       tile.index -= args.tiles;
-      consume<Output::dv, tile_dv>(args, sh, ring, tile, buffer);
+      consume<Output::dv, tile_dv, T>(args, sh, ring, tile);
     }
   }
 };
@@ -675,27 +899,28 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
   // round to round: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
   // only, all the long ones (dk's) or all the short ones (dv's).
   const auto for_tiles = [&](auto&& f) {
-    const int heads = static_cast<int>(l.heads), tiles = args.tiles_of_both;
-    int buffer = 0;
-    for (int64_t index = blockIdx.x; index < l.max_chunks * heads * tiles; index += gridDim.x, buffer ^= 1) {
-      const int item = static_cast<int>(index / tiles), chunk_index = item / heads;
+    const int heads = static_cast<int>(l.heads), tiles = args.tiles_of_both, blocks = static_cast<int>(gridDim.x);
+    const int count = static_cast<int>(l.max_chunks) * heads * tiles;
+    const bool take_turns = blocks % tiles == 0;
+    int round = 0;
+    for (int index = blockIdx.x; index < count; index += blocks, ++round) {
+      const int item = index / tiles, chunk_index = item / heads;
       Chunk chunk;
       if (!l.locate(chunk_index, chunk)) break;
-      const int64_t round = gridDim.x % tiles == 0 ? index / gridDim.x : 0;  // the same for all tiles of an item
-      const int turn = static_cast<int>((index % tiles + round) % tiles);
+      // The round is the same for all tiles of an item.
+      const int turn = take_turns ? (index - item * tiles + round) % tiles : index - item * tiles;
       f(Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length, item, item - chunk_index * heads,
-             turn},
-        buffer);
+             turn});
     }
   };
   RingState<num_stages> ring;
   if (threadIdx.x >= consumer_warps * 32) {
     ptx::fewer_registers<24>();
     if (threadIdx.x != consumer_warps * 32) return;
-    for_tiles([&](const Tile& tile, int) { Makes::produce_tile(args, sh, ring, tile); });
+    for_tiles([&](const Tile& tile) { Makes::produce_tile(args, sh, ring, tile); });
   } else {
     ptx::more_registers<240>();
-    for_tiles([&](const Tile& tile, int buffer) { Makes::consume_tile(args, sh, ring, tile, buffer); });
+    for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
   }
 }
 
@@ -736,17 +961,19 @@ cudaError_t launch_outputs(OutputArgs args, int64_t tiles, cudaStream_t stream) 
   if (status != cudaSuccess) return status;
   args.tiles_of_both = static_cast<int>(tiles);
   const int64_t count = args.w.layout.max_chunks * args.w.layout.heads * tiles;
+  if (count > std::numeric_limits<int>::max() - resident) return cudaErrorInvalidConfiguration;  // 2^31 tiles
   kernel<<<static_cast<unsigned>(count < resident ? count : resident), output_threads, bytes, stream>>>(args);
   return cudaGetLastError();
 }
 
-template <Output output>
-cudaError_t launch_one(const OutputArgs& args, int64_t columns, cudaStream_t stream) {
+template <Output output, typename T>
+cudaError_t launch_one(OutputArgs args, int64_t columns, cudaStream_t stream) {
   const int64_t tiles = ceil_div(columns, column_tile(columns));
+  args.tiles = static_cast<int>(tiles);
   switch (column_tile(columns)) {
-    case 64: return launch_outputs<One<output, 64>>(args, tiles, stream);
-    case 128: return launch_outputs<One<output, 128>>(args, tiles, stream);
-    default: return launch_outputs<One<output, 256>>(args, tiles, stream);
+    case 64: return launch_outputs<One<output, 64, T>>(args, tiles, stream);
+    case 128: return launch_outputs<One<output, 128, T>>(args, tiles, stream);
+    default: return launch_outputs<One<output, 256, T>>(args, tiles, stream);
   }
 }
 

@@ -18,8 +18,12 @@
 // first pass, and nobody needs the last one's. Blocks of a segment wait only for blocks with lower indices, which start
 // first.
 //
+// float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
+// blocks of a head since it comes from the weights alone; so are the weighted operands.
+//
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/tma.cuh"
@@ -41,26 +45,33 @@ struct StateArgs {
   float* n_out;
   int dqk_tiles, dv_tiles;
   int* flags;
+  float* log;         // float16: the scale of what is kept
+  const float* log0;  // backward: of what was kept before
 };
 
-template <int groups, int tile_dv>
+template <int groups, int tile_dv, typename T>
 struct StateShared {
   static constexpr int num_stages = 3;
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
-    bf16 x[groups][box * box];   // 64 tokens x 64 dqk, one box for each warpgroup
-    bf16 y[y_boxes][box * box];  // 64 tokens x tile_dv; or 64 dqk x tile_dv of the state at the chunk's start
+    T x[groups][box * box];   // 64 tokens x 64 dqk, one box for each warpgroup
+    T y[y_boxes][box * box];  // 64 tokens x tile_dv; or 64 dqk x tile_dv of the state at the chunk's start
   };
   alignas(1024) Stage stage[num_stages];
-  bf16 rounded[groups][y_boxes][box * box];  // 64 dqk x tile_dv
-  float weight[2][groups][chunk_tokens];     // of the product; alternates with the chunks
-  float weight_n[2][groups][chunk_tokens];   // of the n sum
+  T rounded[groups][y_boxes][box * box];    // 64 dqk x tile_dv
+  float weight[2][groups][chunk_tokens];    // of the product; alternates with the chunks
+  float weight_n[2][groups][chunk_tokens];  // of the n sum
+  unsigned most[2][groups][4];              // float16: the largest weight of a warp's tokens
   uint64_t full[num_stages], empty[num_stages];
 };
 
-template <int groups, int tile_dv, bool backward>
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
+
+template <int groups, int tile_dv, bool backward, typename T>
 __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __grid_constant__ StateArgs args) {
-  using Shared = StateShared<groups, tile_dv>;
+  using Shared = StateShared<groups, tile_dv, T>;
+  constexpr bool is_half = std::is_same_v<T, half>;
+  constexpr int least_exponent = -100;  // float16: of the scale of a state without weights
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
@@ -179,12 +190,13 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   if (segment == 0 && args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
 
   // The weights of the next chunk's tokens, one a thread, read a chunk early.
-  float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f;
+  float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f, next_keep_log = 0.0f;
   const auto read_weights = [&](int64_t step) {
     if (step >= last_step) return;
     const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
     const float2 m_start = w.m_start[item], alpha_last = w.alpha_last[item];
-    next_keep = fast_exp2(log_sum(alpha_last, m_start));
+    next_keep_log = log_sum(alpha_last, m_start);
+    next_keep = fast_exp2(next_keep_log);
     if constexpr (backward) {
       const float g = w.p.scale * fast_exp2(log_sum(w.alpha[at + thread], m_start));
       next_w = g * w.inv_d[at + thread];
@@ -194,8 +206,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     }
   };
 
-  // This warpgroup's share of the state at a segment's end: acc, n and keep, each thread's own.
-  constexpr int share_floats = (tile_dv / 2 + 3) * 128;
+  // float16: acc is 2^-exponent times the state.
+  int exponent = segment == 0 && args.c_in != nullptr ? 0 : least_exponent;
+
+  // This warpgroup's share of the state at a segment's end: acc, n, keep and exponent, each thread's own.
+  constexpr int share_floats = (tile_dv / 2 + 4) * 128;
   const auto share_at = [&](int s) {
     return w.segment_ends + ((s * blocks + block_in_segment) * groups + group) * share_floats + thread;
   };
@@ -205,6 +220,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
 #pragma unroll
     for (int x = 0; x < tile_dv / 2; ++x) share[x * 128] = acc[x];
     share[tile_dv / 2 * 128] = n[0], share[(tile_dv / 2 + 1) * 128] = n[1], share[(tile_dv / 2 + 2) * 128] = keep;
+    share[(tile_dv / 2 + 3) * 128] = static_cast<float>(exponent);
     __threadfence();
     ptx::named_barrier(1 + group, 128);
     if (thread == 0) ptx::store_release(flag_at(segment), 1);
@@ -216,10 +232,23 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       }
       ptx::named_barrier(1 + group, 128);
       const float* const share = share_at(s);
-      const float keep = s == 0 ? 0.0f : share[(tile_dv / 2 + 2) * 128];
+      const float keep = share[(tile_dv / 2 + 2) * 128];
+      float kept = keep, added = 1.0f;
+      if constexpr (is_half) {
+        const int theirs = static_cast<int>(share[(tile_dv / 2 + 3) * 128]);
+        const int before = s == 0 ? theirs : exponent;
+        const int kept_log =
+            keep == 0.0f ? least_exponent : max(static_cast<int>(ceilf(log2f(keep))), 2 * least_exponent);
+        exponent = s == 0 ? theirs : max(before + kept_log, theirs);
+        kept = keep * power_of_two(max(before - exponent, -126));
+        added = power_of_two(max(theirs - exponent, -126));
+      }
 #pragma unroll
-      for (int x = 0; x < tile_dv / 2; ++x) acc[x] = (keep == 0.0f ? 0.0f : acc[x] * keep) + share[x * 128];
-      for (int r = 0; r < 2; ++r) n[r] = (keep == 0.0f ? 0.0f : n[r] * keep) + share[(tile_dv / 2 + r) * 128];
+      for (int x = 0; x < tile_dv / 2; ++x) acc[x] = s == 0 ? share[x * 128] : acc[x] * kept + share[x * 128] * added;
+      for (int r = 0; r < 2; ++r) {
+        const float theirs = share[(tile_dv / 2 + r) * 128];
+        n[r] = s == 0 ? theirs : n[r] * keep + theirs;
+      }
     }
   };
 
@@ -237,12 +266,16 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     read_weights(first_step);
     for (int64_t step = first_step; step < last_step; ++step, buffer ^= 1) {
       const int64_t item = chunk_at(step) * l.heads + head;
-      const float keep = next_keep;
+      const float keep = next_keep, keep_log = next_keep_log;
       keep_all *= keep;
       float* const weight = sh.weight[buffer][group];
       float* const weight_n = sh.weight_n[buffer][group];
       weight[thread] = next_w;
       if constexpr (backward) weight_n[thread] = next_wn;
+      if constexpr (is_half) {
+        const unsigned most = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(next_w)));
+        if (lane == 0) sh.most[buffer][group][warp] = most;
+      }
       read_weights(step + 1);
 
       if (backward && writes) {
@@ -255,13 +288,18 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
               const int row = warp * 16 + quad + r * 8;
 #pragma unroll
               for (int c = 0; c < tile_dv / 8; ++c) {
-                const bf16* at = sh.stage[stage].y[c / 8] + row * box + (((c % 8) ^ (row % 8)) * 8) + pos * 2;
-                const float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(at));
+                const T* at = sh.stage[stage].y[c / 8] + row * box + (((c % 8) ^ (row % 8)) * 8) + pos * 2;
+                const float2 two = unpack<T>(*reinterpret_cast<const uint32_t*>(at));
                 inner += acc[c * 4 + r * 2] * two.x + acc[c * 4 + r * 2 + 1] * two.y;
               }
             }
           }
           release();
+        }
+        if constexpr (is_half) {
+          const float log = args.log0[item] + static_cast<float>(exponent);
+          inner *= fast_exp2(log * 0.5f);  // twice: its range
+          inner *= fast_exp2(log * 0.5f);
         }
         for_each_n([&](float& x, int row) {
           if (pos == 0) inner += x * w.n[item * l.dqk + row];
@@ -280,14 +318,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       if (writes) {
 #pragma unroll
         for (int c = 0; c < tile_dv / 16; ++c) {
-          const auto pack = [](float a, float b) {
-            const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-            return *reinterpret_cast<const uint32_t*>(&two);
-          };
           const int row = warp * 16 + lane % 16, chunk16 = (c % 4) * 2 + lane / 16;
           ptx::stmatrix_x4(sh.rounded[group][c / 4] + row * box + ((chunk16 ^ (row % 8)) * 8),
-                           pack(acc[c * 8], acc[c * 8 + 1]), pack(acc[c * 8 + 2], acc[c * 8 + 3]),
-                           pack(acc[c * 8 + 4], acc[c * 8 + 5]), pack(acc[c * 8 + 6], acc[c * 8 + 7]));
+                           pack<T>(acc[c * 8], acc[c * 8 + 1]), pack<T>(acc[c * 8 + 2], acc[c * 8 + 3]),
+                           pack<T>(acc[c * 8 + 4], acc[c * 8 + 5]), pack<T>(acc[c * 8 + 6], acc[c * 8 + 7]));
         }
         ptx::fence_async_shared();
         ptx::named_barrier(1 + group, 128);
@@ -302,22 +336,32 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         for_each_n([&](float& x, int row) {
           if (pos != 0) return;
           w.n[item * l.dqk + row] = x;
-          if (!backward && w.n_parts != nullptr) {  // as a sum of three bfloat16
-            float left = x;
+          if (!backward && w.n_parts != nullptr) {  // as a sum of three 16-bit numbers
+            float left = is_half ? x * power_of_two(-exponent) : x;
             for (int part = 0; part < 3; ++part) {
-              const bf16 high = __float2bfloat16_rn(left);
-              w.n_parts[(item * 3 + part) * w.dqk_pitch + row] = high;
-              left -= __bfloat162float(high);
+              const T high = from_float<T>(left);
+              reinterpret_cast<T*>(w.n_parts)[(item * 3 + part) * w.dqk_pitch + row] = high;
+              left -= to_float(high);
             }
           }
         });
+        if (is_half && tile_k == 0 && tile_v == 0 && threadIdx.x == 0) args.log[item] = static_cast<float>(exponent);
       }
 
       // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
       const bool zeros = __any_sync(0xffffffffu, weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f ||
                                                      weight[lane * 4 + 2] == 0.0f || weight[lane * 4 + 3] == 0.0f);
+      float keep_acc = keep, weight_scale = 1.0f;
+      if constexpr (is_half) {
+        const unsigned (&most)[4] = sh.most[buffer][group];
+        const int of_weights = static_cast<int>(max(max(most[0], most[1]), max(most[2], most[3])) >> 23) - 126;
+        const int kept = exponent + static_cast<int>(fmaxf(ceilf(keep_log), 4.0f * least_exponent));
+        const int next = min(max(max(kept, of_weights), least_exponent), 120);
+        keep_acc = fast_exp2(keep_log + static_cast<float>(exponent - next)), weight_scale = power_of_two(-next);
+        exponent = next;
+      }
 #pragma unroll
-      for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep;
+      for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep_acc;
       float n_part[2] = {0.0f, 0.0f};
 #pragma unroll 1
       for (int part = 0; part < stages_per_chunk; ++part) {
@@ -344,7 +388,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
           for (int r = 0; r < 4; ++r) {
             const int t = kk * 16 + (r / 2) * 8 + pos * 2;
             const float2 wt = *reinterpret_cast<const float2*>(part_weight + t);
-            float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&raw[r]));
+            float2 two = unpack<T>(raw[r]);
             if constexpr (backward) {
               const float2 wn = *reinterpret_cast<const float2*>(weight_n + part * stage_tokens + t);
               n_part[r % 2] += (wn.x == 0.0f ? 0.0f : two.x * wn.x) + (wn.y == 0.0f ? 0.0f : two.y * wn.y);
@@ -352,15 +396,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
             two.x = wt.x == 0.0f ? 0.0f : two.x * wt.x;
             two.y = wt.y == 0.0f ? 0.0f : two.y * wt.y;
             if constexpr (!backward) n_part[r % 2] += two.x + two.y;
-            const __nv_bfloat162 rounded = __floats2bfloat162_rn(two.x, two.y);
-            fragment[kk][r] = *reinterpret_cast<const uint32_t*>(&rounded);
+            fragment[kk][r] = is_half ? pack<T>(two.x * weight_scale, two.y * weight_scale) : pack<T>(two.x, two.y);
           }
         }
         ptx::hold(acc);
         ptx::wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < stage_tokens / 16; ++kk) {
-          ptx::Wgmma<tile_dv>::template a_registers<true>(
+          ptx::Wgmma<T, tile_dv>::template a_registers<true>(
               acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
         }
         ptx::wgmma_commit();
@@ -379,7 +422,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   }
 
   if (is_last && args.c_out != nullptr) {
-    for_each_pair([&](float* a, int64_t at) { *reinterpret_cast<float2*>(args.c_out + at) = make_float2(a[0], a[1]); });
+    for_each_pair([&](float* a, int64_t at) {
+      const float up = is_half ? power_of_two(exponent) : 1.0f;
+      *reinterpret_cast<float2*>(args.c_out + at) = make_float2(a[0] * up, a[1] * up);
+    });
   }
   if (is_last && args.n_out != nullptr) {
     for_each_n([&](float& x, int row) {
@@ -397,7 +443,7 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
   const int groups = consumer_groups(w.p.dqk), tile_dv = column_tile(w.p.dv);
   args.dqk_tiles = static_cast<int>(ceil_div(w.p.dqk, groups * box));
   args.dv_tiles = static_cast<int>(ceil_div(w.p.dv, tile_dv));
-  const auto go = [&](auto kernel, int bytes) {
+  const auto go = [&](auto kernel, int bytes) -> cudaError_t {
     bytes += 1024;  // to align
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
@@ -405,16 +451,19 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
     kernel<<<static_cast<unsigned>(blocks), (groups + 1) * 128, bytes, stream>>>(args);
     return cudaGetLastError();
   };
+  return dispatch_16_bit(w.p.dtype, [&](auto t) {
+    using T = decltype(t);
 #define CASE(g, d) \
-  if (groups == g && tile_dv == d) return go(states_kernel<g, d, backward>, sizeof(StateShared<g, d>))
-  CASE(1, 64);
-  CASE(1, 128);
-  CASE(1, 256);
-  CASE(2, 64);
-  CASE(2, 128);
-  CASE(2, 256);
+  if (groups == g && tile_dv == d) return go(states_kernel<g, d, backward, T>, sizeof(StateShared<g, d, T>))
+    CASE(1, 64);
+    CASE(1, 128);
+    CASE(1, 256);
+    CASE(2, 64);
+    CASE(2, 128);
+    CASE(2, 256);
 #undef CASE
-  return cudaErrorInvalidValue;
+    return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace
@@ -432,11 +481,12 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
       std::min({processors / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
   if (count < 3) return {1, 0, 0};  // two passes over half of the sequence each
   const int64_t shares = count * blocks * groups;
-  return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 3) * 128, shares};
+  return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};
 }
 
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
-  StateArgs args{w, maps.k, maps.v, maps.c, w.p.c0, w.p.n0, c_last, n_last, 0, 0, w.segment_flags};
+  StateArgs args{w,      maps.k, maps.v, maps.c,          w.p.c0,      w.p.n0, c_last,
+                 n_last, 0,      0,      w.segment_flags, w.state_log, nullptr};
   return launch<false>(args, stream);
 }
 
@@ -451,7 +501,9 @@ cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward
                  params.dn0,
                  0,
                  0,
-                 w.segment_flags + w.num_flags / 2};
+                 w.segment_flags + w.num_flags / 2,
+                 w.grad_log,
+                 w.state_log};
   return launch<true>(args, stream);
 }
 

@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "cuda/mlstm/chunk_layout.cuh"
 #include "cuda/numeric.cuh"
 #include "mlstm_params.h"
@@ -34,9 +36,11 @@ struct Work {
   // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
   // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces
   // it, once it has been read, by the gradient of the state at the chunk's end.
-  bf16* c;
-  float* n;       // [N][dqk], likewise
-  bf16* n_parts;  // forward: [N][3][dqk_pitch] n as a sum of three bfloat16
+  uint16_t* c;        // of q's type
+  float* n;           // [N][dqk], likewise
+  uint16_t* n_parts;  // forward: [N][3][dqk_pitch] n as a sum of three numbers of q's type, scaled as c
+  // float16: [N] c is kept as 2^-state_log c and its gradient, in the backward, as 2^-grad_log dc. bfloat16: null.
+  float *state_log, *grad_log;
   // Backward only.
   uint8_t* reset;  // [N][128] 1 where m_t took the input gate's branch
   float* inv_d;    // [N][128] 1 / d_t
@@ -44,7 +48,8 @@ struct Work {
   float* e;        // [N][128] gradient into m_t through eps
   float* q_dq;  // [dq tiles + 1][N][128] shares of q . dq: one from each column tile across the chunk's start, then one
                 // from within the chunk
-  float* k_dk;  // [dk tiles + 1][N][128] shares of k . dk: across the chunk's end, then within the chunk
+  float* k_dk;  // [dk tiles + 2][N][128] shares of k . dk: across the chunk's end, then within its halves of 64 tokens,
+                // then between them
   float* through;  // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
   // Few heads: sequences are cut into segments that run side by side. Every block's share of the state at each
   // segment's end, and flags that say it is there (zeroed by scan_gates; the backward has one set for each direction).
@@ -58,12 +63,38 @@ struct Work {
 
   // Block (k, v) of an item's state; past the last, the last (its product is with zeros, or not stored).
   __device__ int block_index(int k, int v) const { return min(k, blocks_k - 1) * blocks_v + min(v, blocks_v - 1); }
-  __device__ bf16* block(int64_t item, int k, int v) const {
+  __device__ uint16_t* block(int64_t item, int k, int v) const {
     return c + (item * blocks_k * blocks_v + block_index(k, v)) * (box * box);
   }
 };
 
+// Calls f with a value of the problem's 16-bit type.
+template <typename F>
+cudaError_t dispatch_16_bit(DType dtype, F&& f) {
+  return dtype == DType::bfloat16 ? f(bf16{}) : f(half{});
+}
+
 #ifdef __CUDACC__
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  } else {
+    const __half2 two = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&two));
+  }
+}
+
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   // volatile: kept for a second use, the weights of a tile would take 64 registers.
@@ -103,9 +134,10 @@ Segments choose_segments(const MlstmProblem& p, int processors);
 
 // outputs.cuh
 cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream);
-// Also fills inv_d, delta, e, q_dq and the last part of k_dk.
-cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, void* dq, cudaStream_t stream);
-// Also fills k_dk but its last part.
+// Also fills inv_d, delta, e, q_dq and the last two parts of k_dk.
+cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, const Strided& dh, void* dq,
+                      cudaStream_t stream);
+// Also fills k_dk but its last two parts.
 cudaError_t output_dk_dv(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv, cudaStream_t stream);
 
 // Width of an output's column tile. dk and dv are made by one kernel, which takes 256 for both or for none: with one of
