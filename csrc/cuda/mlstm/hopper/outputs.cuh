@@ -729,7 +729,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       across[r] = fmaf(k.y, out[c * 4 + r * 2 + 1], fmaf(k.x, out[c * 4 + r * 2], across[r]));
     });
 #pragma unroll
-    for (int r = 0; r < 2; ++r) across[r] = state_factor[r] == 0.0f ? 0.0f : quad_sum(across[r]) * up[r];
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(across[r]) * up[r];
+      across[r] = state_factor[r] == 0.0f ? 0.0f : sum;
+    }
   }
 
   {  // P Z

@@ -94,8 +94,13 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   const int64_t count = end - begin;
   const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
   // Steps of this segment; past the sequence's end there is nothing to do, but an empty sequence has its final state.
-  const int64_t per_segment = (count + w.segments - 1) / w.segments;
-  const int64_t first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
+  // The first, which goes once over its own, is longer than the others by the first pass's share of the second's time.
+  constexpr int percent = backward ? 45 : 60;
+  const int64_t others = w.segments - 1, parts = 100 * w.segments + percent;
+  const int64_t of_first = others == 0 ? count : (count * (100 + percent) + parts - 1) / parts;
+  const int64_t of_other = others == 0 ? 0 : (count - of_first + others - 1) / others;
+  const int64_t first_step = segment == 0 ? 0 : of_first + (segment - 1) * of_other;
+  const int64_t last_step = min(first_step + (segment == 0 ? of_first : of_other), count);
   if (segment > 0 && first_step >= count) return;
   const bool is_last = last_step == count;
   const int first_pass = segment > 0 && !is_last ? 0 : 1;  // pass 1 writes
