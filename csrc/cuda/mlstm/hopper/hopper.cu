@@ -30,11 +30,13 @@ bool device_is_hopper() {
 }
 
 int processor_count() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    return 1;
-  }
+  constexpr int max_devices = 64;
+  static std::atomic<int> known[max_devices];
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (device < max_devices && (count = known[device].load(std::memory_order_relaxed)) > 0) return count;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  if (device < max_devices) known[device].store(count, std::memory_order_relaxed);
   return count;
 }
 

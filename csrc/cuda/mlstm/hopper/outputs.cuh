@@ -40,8 +40,6 @@
 // out; dq: 3 stages, and 48 KiB for D (q k^T).
 #pragma once
 
-#include <array>
-#include <atomic>
 #include <limits>
 #include <type_traits>
 
@@ -926,32 +924,6 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
     for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
   }
 }
-
-// Sets a kernel up on the current device, once, and says how many of its blocks run at once there.
-class Prepared {
- public:
-  template <typename Kernel>
-  cudaError_t resident_blocks(Kernel kernel, int threads, int bytes, int& blocks) {
-    int device = 0, processors = 0, per_processor = 0;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    std::atomic<int>* known = device < max_devices ? &known_[device] : nullptr;
-    if (known != nullptr && (blocks = known->load(std::memory_order_acquire)) > 0) return cudaSuccess;
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (status == cudaSuccess) {
-      status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (status == cudaSuccess) {
-      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
-    }
-    blocks = processors * per_processor;
-    if (status == cudaSuccess && known != nullptr) known->store(blocks, std::memory_order_release);
-    return status;
-  }
-
- private:
-  static constexpr int max_devices = 64;
-  std::array<std::atomic<int>, max_devices> known_{};
-};
 
 // `tiles` column tiles a chunk.
 template <typename Makes>

@@ -12,11 +12,11 @@
 // stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
 // chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
 //
-// With few heads a sequence is cut into segments. A block's first pass over its segment starts from zero and leaves the
-// state at the segment's end in memory; what was before comes in by state_end = keep state_start + that, segment after
-// segment, keep being the product of g; the second pass starts from the state so found. The first segment needs no
-// first pass, and nobody needs the last one's. Blocks of a segment wait only for blocks with lower indices, which start
-// first.
+// With few heads a sequence is cut into segments. A block's first pass over its segment starts from zero (the first
+// segment's: from the initial state) and leaves the state at the segment's end in memory; what was before comes in by
+// state_end = keep state_start + that, segment after segment, keep being the product of g; the second pass starts from
+// the state so found. Nobody needs the last one's first pass; the first one's is for the others, who would wait for its
+// second. Blocks of a segment wait only for blocks with lower indices, which start first.
 //
 // float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
 // blocks of a head since it comes from the weights alone; so are the weighted operands.
@@ -94,16 +94,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   const int64_t count = end - begin;
   const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
   // Steps of this segment; past the sequence's end there is nothing to do, but an empty sequence has its final state.
-  // The first, which goes once over its own, is longer than the others by the first pass's share of the second's time.
-  constexpr int percent = backward ? 45 : 60;
-  const int64_t others = w.segments - 1, parts = 100 * w.segments + percent;
-  const int64_t of_first = others == 0 ? count : (count * (100 + percent) + parts - 1) / parts;
-  const int64_t of_other = others == 0 ? 0 : (count - of_first + others - 1) / others;
-  const int64_t first_step = segment == 0 ? 0 : of_first + (segment - 1) * of_other;
-  const int64_t last_step = min(first_step + (segment == 0 ? of_first : of_other), count);
+  const int64_t per_segment = (count + w.segments - 1) / w.segments;
+  const int64_t first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count) return;
   const bool is_last = last_step == count;
-  const int first_pass = segment > 0 && !is_last ? 0 : 1;  // pass 1 writes
+  const int first_pass = is_last ? 1 : 0;  // pass 1 writes
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -165,9 +160,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   const int64_t state = seq * l.heads + head;
 
   float acc[tile_dv / 2];
-  float n[2] = {0.0f, 0.0f};  // rows quad, quad + 8 of the warp's 16; the four lanes of a quad hold the same
-#pragma unroll
-  for (int x = 0; x < tile_dv / 2; ++x) acc[x] = 0.0f;
+  float n[2];  // rows quad, quad + 8 of the warp's 16; the four lanes of a quad hold the same
   const auto for_each_pair = [&](auto&& f) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -186,14 +179,6 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       if (row < l.dqk) f(n[r], row);
     }
   };
-  if (segment == 0 && args.c_in != nullptr) {  // dv is a multiple of 8
-    for_each_pair([&](float* a, int64_t at) {
-      const float2 two = *reinterpret_cast<const float2*>(args.c_in + at);
-      a[0] = two.x, a[1] = two.y;
-    });
-  }
-  if (segment == 0 && args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
-
   // The weights of the next chunk's tokens, one a thread, read a chunk early.
   float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f, next_keep_log = 0.0f;
   const auto read_weights = [&](int64_t step) {
@@ -212,7 +197,21 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   };
 
   // float16: acc is 2^-exponent times the state.
-  int exponent = segment == 0 && args.c_in != nullptr ? 0 : least_exponent;
+  int exponent;
+  const auto start = [&] {
+    exponent = segment == 0 && args.c_in != nullptr ? 0 : least_exponent;
+    n[0] = n[1] = 0.0f;
+#pragma unroll
+    for (int x = 0; x < tile_dv / 2; ++x) acc[x] = 0.0f;
+    if (segment > 0) return;
+    if (args.c_in != nullptr) {  // dv is a multiple of 8
+      for_each_pair([&](float* a, int64_t at) {
+        const float2 two = *reinterpret_cast<const float2*>(args.c_in + at);
+        a[0] = two.x, a[1] = two.y;
+      });
+    }
+    if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
+  };
 
   // This warpgroup's share of the state at a segment's end: acc, n, keep and exponent, each thread's own.
   constexpr int share_floats = (tile_dv / 2 + 4) * 128;
@@ -266,7 +265,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   int buffer = 0;
   for (int pass = first_pass; pass < 2; ++pass) {
     const bool writes = pass == 1;
-    if (writes && segment > 0) state_before();
+    if (writes && segment > 0) {
+      state_before();
+    } else {
+      start();
+    }
     float keep_all = 1.0f;
     read_weights(first_step);
     for (int64_t step = first_step; step < last_step; ++step, buffer ^= 1) {
@@ -423,7 +426,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         n[r] = n[r] * keep + n_part[r];
       }
     }
-    if (!writes || (segment == 0 && !is_last)) publish(keep_all);
+    if (!writes) publish(keep_all);
   }
 
   if (is_last && args.c_out != nullptr) {
@@ -448,9 +451,10 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
   const int groups = consumer_groups(w.p.dqk), tile_dv = column_tile(w.p.dv);
   args.dqk_tiles = static_cast<int>(ceil_div(w.p.dqk, groups * box));
   args.dv_tiles = static_cast<int>(ceil_div(w.p.dv, tile_dv));
-  const auto go = [&](auto kernel, int bytes) -> cudaError_t {
+  const auto go = [&](auto kernel, Prepared& prepared, int bytes) -> cudaError_t {
     bytes += 1024;  // to align
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    int resident = 0;
+    const cudaError_t status = prepared.resident_blocks(kernel, (groups + 1) * 128, bytes, resident);
     if (status != cudaSuccess) return status;
     const int64_t blocks = w.layout.num_seqs * w.layout.heads * args.dqk_tiles * args.dv_tiles * w.segments;
     kernel<<<static_cast<unsigned>(blocks), (groups + 1) * 128, bytes, stream>>>(args);
@@ -458,14 +462,17 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
   };
   return dispatch_16_bit(w.p.dtype, [&](auto t) {
     using T = decltype(t);
-#define CASE(g, d) \
-  if (groups == g && tile_dv == d) return go(states_kernel<g, d, backward, T>, sizeof(StateShared<g, d, T>))
-    CASE(1, 64);
-    CASE(1, 128);
-    CASE(1, 256);
-    CASE(2, 64);
-    CASE(2, 128);
-    CASE(2, 256);
+#define CASE(g, d)                                                                       \
+  if (groups == g && tile_dv == d) {                                                     \
+    static Prepared prepared;                                                            \
+    return go(states_kernel<g, d, backward, T>, prepared, sizeof(StateShared<g, d, T>)); \
+  }
+    CASE(1, 64)
+    CASE(1, 128)
+    CASE(1, 256)
+    CASE(2, 64)
+    CASE(2, 128)
+    CASE(2, 256)
 #undef CASE
     return cudaErrorInvalidValue;
   });

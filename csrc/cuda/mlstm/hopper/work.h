@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <atomic>
 #include <type_traits>
 
 #include "cuda/mlstm/chunk_layout.cuh"
@@ -111,6 +113,32 @@ __device__ __forceinline__ float log_difference(float2 a, float2 b) { return (a.
 // overlaps.
 struct Maps {
   CUtensorMap q, k, v, dh, n_parts, c;
+};
+
+// Sets a kernel up on the current device, once, and says how many of its blocks run at once there.
+class Prepared {
+ public:
+  template <typename Kernel>
+  cudaError_t resident_blocks(Kernel kernel, int threads, int bytes, int& blocks) {
+    int device = 0, processors = 0, per_processor = 0;
+    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+    std::atomic<int>* known = device < max_devices ? &known_[device] : nullptr;
+    if (known != nullptr && (blocks = known->load(std::memory_order_acquire)) > 0) return cudaSuccess;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status == cudaSuccess) {
+      status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (status == cudaSuccess) {
+      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
+    }
+    blocks = processors * per_processor;
+    if (status == cudaSuccess && known != nullptr) known->store(blocks, std::memory_order_release);
+    return status;
+  }
+
+ private:
+  static constexpr int max_devices = 64;
+  std::array<std::atomic<int>, max_devices> known_{};
 };
 
 // gates.cu
