@@ -106,7 +106,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   w.blocks_k = static_cast<int>(ceil_div(p.dqk, box));
   w.blocks_v = static_cast<int>(ceil_div(p.dv, box));
   w.dq_tiles = static_cast<int>(ceil_div(p.dqk, column_tile(p.dqk)));
-  w.dk_tiles = static_cast<int>(ceil_div(p.dqk, column_tile_beside(p.dqk, p.dv)));
+  w.dk_tiles = w.dq_tiles;
 
   const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
   carver.take(w.alpha, tokens);

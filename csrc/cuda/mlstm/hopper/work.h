@@ -168,11 +168,7 @@ cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const flo
 // Also fills k_dk but its last two parts.
 cudaError_t output_dk_dv(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv, cudaStream_t stream);
 
-// Width of an output's column tile. dk and dv are made by one kernel, which takes 256 for both or for none: with one of
-// them narrower, the compiler runs out of registers and serializes the products.
+// Width of an output's column tile.
 inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
-inline int column_tile_beside(int64_t columns, int64_t other) {
-  return column_tile(other) == 256 ? column_tile(columns) : column_tile(columns) == 64 ? 64 : 128;
-}
 
 }  // namespace flash_xlstm::cuda::hopper

@@ -1,0 +1,32 @@
+// dk and dv, for one type of q: one a file, for the compiler's time.
+#pragma once
+
+#include "cuda/mlstm/hopper/outputs.cuh"
+
+namespace flash_xlstm::cuda::hopper {
+
+template <typename T>
+cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv,
+                            cudaStream_t stream) {
+  const int tile_dqk = column_tile(w.p.dqk), tile_dv = column_tile(w.p.dv);
+  const int64_t tiles = w.dk_tiles + ceil_div(w.p.dv, tile_dv);
+  const OutputArgs args{w, maps, dk, dv, nullptr, nullptr, nullptr, dh, w.dk_tiles, 0};
+#define CASE(k, v) \
+  if (tile_dqk == k && tile_dv == v) return launch_outputs<DkAndDv<k, v, T>>(args, tiles, stream)
+  CASE(64, 64);
+  CASE(64, 128);
+  CASE(64, 256);
+  CASE(128, 64);
+  CASE(128, 128);
+  CASE(128, 256);
+  CASE(256, 64);
+  CASE(256, 128);
+  CASE(256, 256);
+#undef CASE
+  return cudaErrorInvalidValue;
+}
+
+extern template cudaError_t output_dk_dv_of<bf16>(const Work&, const Maps&, const Strided&, void*, void*, cudaStream_t);
+extern template cudaError_t output_dk_dv_of<half>(const Work&, const Maps&, const Strided&, void*, void*, cudaStream_t);
+
+}  // namespace flash_xlstm::cuda::hopper

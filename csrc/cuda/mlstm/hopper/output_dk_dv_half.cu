@@ -1,0 +1,7 @@
+#include "cuda/mlstm/hopper/output_dk_dv.cuh"
+
+namespace flash_xlstm::cuda::hopper {
+
+template cudaError_t output_dk_dv_of<half>(const Work&, const Maps&, const Strided&, void*, void*, cudaStream_t);
+
+}  // namespace flash_xlstm::cuda::hopper
