@@ -49,6 +49,19 @@ __device__ __forceinline__ float log_sigmoid(float x) {
   return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));
 }
 
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// A gate's pre-activation, soft-capped; cap 0: not at all. Infinities stay: they mark padding.
+__device__ __forceinline__ float cap_gate(float x, float cap) {
+  return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);
+}
+// Its slope: 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
+__device__ __forceinline__ float cap_gate_slope(float x, float cap) {
+  if (cap == 0.0f) return 1.0f;
+  const float e = expf(-2.0f * fabsf(x / cap));
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
+}
+
 // Calls f with a value of the element type that `dtype` names.
 template <typename F>
 auto dispatch_dtype(DType dtype, F&& f) {

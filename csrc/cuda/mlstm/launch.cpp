@@ -16,6 +16,7 @@ namespace {
 template <typename Params>
 bool serves(const Params& params) {
 #ifdef FLASH_XLSTM_WITH_HOPPER
+  if (params.p.input_gate != InputGate::exponential || params.p.gate_soft_cap > 0.0f) return false;  // NOT HOPPER'S YET
   return hopper::serves(params);
 #else
   static_cast<void>(params);
