@@ -86,8 +86,14 @@ def test_chunk_size(make_problem, assert_float32_exact, chunk_size):
 
 
 @pytest.mark.parametrize("through", THROUGH)
-@pytest.mark.parametrize(("gates", "cap"), [("normal", 0.7), ("spread", 3.0), ("beyond", 15.0)])
-@pytest.mark.parametrize("seq", [1, 65, 200])
+@pytest.mark.parametrize(
+    ("seq", "gates", "cap"),
+    # Not a lone token with gates at a cap of 15: it drowns the state in h, and the gradients of its q and k cancel.
+    [
+        *((seq, *gates) for seq in (1, 65, 200) for gates in (("normal", 0.7), ("spread", 3.0))),
+        *((seq, "beyond", 15.0) for seq in (65, 200)),
+    ],
+)
 def test_gate_soft_cap(make_problem, assert_float32_exact, seq, gates, cap, through):
     problem = make_problem(seq, 33, 20, gates=gates, layout="slice", gate_soft_cap=cap)
     assert_float32_exact(problem, ops.mlstm, THROUGH[through], strict=gates == "normal")
