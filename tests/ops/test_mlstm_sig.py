@@ -43,10 +43,11 @@ CASES = list(_cases())
 
 @NORMALIZE
 @pytest.mark.parametrize("case", CASES)
-def test_float32(make_problem, assert_float32_exact, case, normalize):
+def test_float32(make_problem, assert_float32_exact, device, case, normalize):
     problem = make_problem(**case, normalize=normalize, seed=case["seq"])
+    strict = device == "cpu" or case["gates"] in ("small", "normal")  # the CPU sums the gates' gradients in float64
     for through in THROUGH.values():
-        assert_float32_exact(problem, ops.mlstm_sig, through)
+        assert_float32_exact(problem, ops.mlstm_sig, through, strict=strict)
 
 
 @NORMALIZE
@@ -89,7 +90,7 @@ def test_normalizer_below_its_floor_of_1(make_problem):
     del problem.cotangents["last n"]
     numerator = problem(ops.mlstm_sig, ("h",), normalize=False)
     for name in ("h", "dq", "dk", "dv", "di", "df"):
-        assert torch.allclose(got[name] * 1.25, numerator[name], rtol=1e-5, atol=1e-9), name
+        assert (1.25 * got[name] - numerator[name]).norm() <= 1e-6 * numerator[name].norm(), name
 
 
 def test_is_the_mlstm_without_a_stabilizer(make_problem):
