@@ -90,7 +90,7 @@ def test_normalizer_below_its_floor_of_1(make_problem):
     del problem.cotangents["last n"]
     numerator = problem(ops.mlstm_sig, ("h",), normalize=False)
     for name in ("h", "dq", "dk", "dv", "di", "df"):
-        assert (1.25 * got[name] - numerator[name]).norm() <= 1e-6 * numerator[name].norm(), name
+        assert (1.25 * got[name] - numerator[name]).norm() <= 1e-5 * numerator[name].norm(), name
 
 
 def test_is_the_mlstm_without_a_stabilizer(make_problem):
