@@ -25,11 +25,11 @@ struct MlstmProblem {
   int64_t chunk_size;  // 0: the kernel chooses
   // Of i and f before anything else: cap * tanh(x / cap), infinities kept (they mark padding); 0: none.
   float gate_soft_cap = 0.0f;
-  // sigmoid: log weights have logsigmoid(i) for i, m stays 0 (m0, m and their gradients are not touched).
+  // sigmoid: log weights have logsigmoid(i) for i, m stays 0 (m0, m and their gradients are not touched: null).
   InputGate input_gate = InputGate::exponential;
-  bool normalize = true;  // false (sigmoid only): d_t = 1, and no n, s
+  bool normalize = true;  // false (sigmoid only): d_t = 1, and no n, s (null)
   Strided q, k, v, i, f;
-  // Initial state, one per sequence, contiguous float32; c0 == nullptr means zeros (all three are given or none).
+  // Initial state, one per sequence, contiguous float32; c0 == nullptr means zeros (all are given or none).
   const float* c0 = nullptr;  // (num_seqs, heads, dqk, dv)
   const float* n0 = nullptr;  // (num_seqs, heads, dqk)
   const float* m0 = nullptr;  // (num_seqs, heads)
@@ -41,7 +41,7 @@ struct MlstmForward {
   void* h;          // (batch, seq, heads, dv) contiguous, dtype
   float* s;         // (batch, seq, heads): the signed normalizer sum s_t
   float* m;         // (batch, seq, heads): the stabilizer m_t
-  float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all three or none)
+  float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
   float* n_last = nullptr;
   float* m_last = nullptr;
 };
@@ -57,7 +57,7 @@ struct MlstmBackward {
   const float* dm_last = nullptr;
   void *dq, *dk, *dv;  // contiguous, dtype
   void *di, *df;       // (batch, seq, heads) contiguous, gate dtype
-  float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all three or none)
+  float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
   float* dm0 = nullptr;
 };
@@ -68,6 +68,7 @@ struct MlstmStep {
   int64_t batch, heads, dqk, dv;
   int64_t num_slots;  // first dimension of the state
   float scale, eps;
+  float gate_soft_cap = 0.0f;  // as in MlstmProblem
   Strided q, k, v, i, f;  // (batch, heads, dim) and (batch, heads): .seq is unused
   void* c;   // (num_slots, heads, dqk, dv) contiguous
   float* n;  // (num_slots, heads, dqk) contiguous

@@ -28,9 +28,17 @@ PROBLEMS = [
     (1, 100, 1, 33, 16, torch.float16, None),
     (1, 100, 1, 20, 100, BF16, None),
 ]
+# Those that run with a sigmoid input gate and soft-capped gates too.
+VARIED = [
+    (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
+    (1, 300, 1, 256, 128, BF16, None),
+    (1, 100, 1, 65, 130, torch.float32, [0, 30, 100]),
+    (1, 100, 1, 33, 16, torch.float16, None),
+]
 
 
-def run(batch, seq, heads, dqk, dv, dtype, offsets):
+def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_cap=None):
+    """With `normalize`, mlstm_sig."""
     new = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
     q, k, v = (new(batch, seq, heads, d).to(dtype).requires_grad_() for d in (dqk, dqk, dv))
     i, f = new(batch, seq, heads).requires_grad_(), (new(batch, seq, heads) + 3).requires_grad_()
@@ -39,9 +47,13 @@ def run(batch, seq, heads, dqk, dv, dtype, offsets):
         t.requires_grad_() for t in (new(states, heads, dqk, dv), new(states, heads, dqk), new(states, heads))
     )
     cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device="cuda")
-    h, last = ops.mlstm(q, k, v, i, f, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True)
-    outputs = [h, *last]
-    torch.autograd.grad(outputs, [q, k, v, i, f, *state], [torch.randn_like(t) for t in outputs])
+    op, options = ops.mlstm, {"gate_soft_cap": gate_soft_cap, "cu_seqlens": cu_seqlens, "return_final_state": True}
+    if normalize is not None:
+        op, options["normalize"] = ops.mlstm_sig, normalize
+        state = state[0], state[1] if normalize else None
+    h, last = op(q, k, v, i, f, initial_state=state, **options)
+    outputs, inputs = ([t for t in tensors if t is not None] for tensors in ((h, *last), (q, k, v, i, f, *state)))
+    torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
     torch.cuda.synchronize()
 
 
@@ -49,11 +61,15 @@ def main() -> None:
     for problem in PROBLEMS:
         run(*problem)
         print("ran", *problem, flush=True)
+    for problem in VARIED:
+        for normalize, gate_soft_cap in ((None, 15.0), (True, None), (True, 15.0), (False, 15.0)):
+            run(*problem, normalize, gate_soft_cap)
+            print("ran", *problem, "normalize", normalize, "gate_soft_cap", gate_soft_cap, flush=True)
     for dtype in (torch.float32, BF16, torch.float16):
         q = torch.randn(2, 2, 64, device="cuda", dtype=dtype)
         i = torch.randn(2, 2, device="cuda")
         state = tuple(torch.zeros(2, 2, *shape, device="cuda") for shape in ((64, 64), (64,), ()))
-        ops.mlstm_step(q, q, q, i, i, state)
+        ops.mlstm_step(q, q, q, i, i, state, gate_soft_cap=15.0)
         ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
     torch.cuda.synchronize()
     print("ran the step and the soft cap")

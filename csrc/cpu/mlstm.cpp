@@ -95,7 +95,16 @@ float load_gate(const Strided& gate, DType dtype, int64_t index) {
   return value;
 }
 
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
+
+double cap_gate(double x, double cap) { return cap == 0.0 || std::isinf(x) ? x : cap * std::tanh(x / cap); }
+// 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
+double cap_gate_slope(double x, double cap) {
+  if (cap == 0.0) return 1.0;
+  const double e = std::exp(-2.0 * std::abs(x / cap));
+  return 4.0 * e / ((1.0 + e) * (1.0 + e));
+}
 
 struct Item {
   int64_t lane, seq, head, row, first, tokens;
@@ -120,6 +129,7 @@ struct Plan {
   std::vector<char> reset;           // [items][length]: m took the input gate's branch
 
   explicit Plan(const MlstmProblem& problem) : p(problem) {
+    if (!p.normalize) p.eps = 0.0f;  // d = max(|s|, exp(-m)) + eps is then 1, with s and m of 0
     const auto bounds = [&](int64_t s) {
       return p.cu_seqlens == nullptr ? std::pair<int64_t, int64_t>{0, p.seq}
                                      : std::pair<int64_t, int64_t>{p.cu_seqlens[s], p.cu_seqlens[s + 1]};
@@ -142,8 +152,13 @@ struct Plan {
   }
 
   int64_t lanes() const { return p.num_seqs * p.heads; }
+  bool stabilized() const { return p.input_gate == InputGate::exponential; }
   int64_t gate_index(const Strided& gate, const Item& item, int64_t t) const {
     return item.row * gate.batch + (item.first + t) * gate.seq + item.head * gate.head;
+  }
+  // The pre-activation of a gate, as given.
+  float raw_gate(const Strided& gate, const Item& item, int64_t t) const {
+    return load_gate(gate, p.gate_dtype, gate_index(gate, item, t));
   }
   ChunkGates gates(int64_t item) const {
     const int64_t at = item * length;
@@ -190,13 +205,14 @@ struct Plan {
           const int64_t at = x * length + t;
           double input = -std::numeric_limits<double>::infinity(), forget = 0.0;
           if (t < item.tokens) {
-            input = load_gate(p.i, p.gate_dtype, gate_index(p.i, item, t));
-            forget = log_sigmoid(load_gate(p.f, p.gate_dtype, gate_index(p.f, item, t)));
+            input = cap_gate(raw_gate(p.i, item, t), p.gate_soft_cap);
+            if (!stabilized()) input = log_sigmoid(input);
+            forget = log_sigmoid(cap_gate(raw_gate(p.f, item, t), p.gate_soft_cap));
           }
           b += forget;
           const double carried = forget + stabilizer;
-          reset[at] = input >= carried;
-          stabilizer = input >= carried ? input : carried;
+          reset[at] = stabilized() && input >= carried;
+          if (stabilized()) stabilizer = input >= carried ? input : carried;
           // Every weight is relative to the float32 m, which cancels but for eps and the floor of d: only that both
           // sides of the division use the same one matters.
           m[at] = static_cast<float>(stabilizer);
@@ -265,7 +281,7 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
     std::vector<double> weights(2 * length);
     double* n = s.n_update + x * p.dqk;
     std::fill_n(n, p.dqk, 0.0);
-    kernels.normalizer(n, nullptr, nullptr, k, gates, p.scale, p.dqk, weights.data());
+    if (p.normalize) kernels.normalizer(n, nullptr, nullptr, k, gates, p.scale, p.dqk, weights.data());
   });
   multiply(dense(s.update, p.dqk, p.dv), dense(s.weighted_k, length, p.dqk).transposed(), v, count);
   for (int64_t x = 0; x < count; ++x) {
@@ -315,6 +331,17 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
     } else if (n_last != nullptr) {
       for (int64_t r = 0; r < p.dqk; ++r) n_last[first.lane * p.dqk + r] = static_cast<float>(n[r]);
     }
+  }
+}
+
+// What an empty sequence does with its state, and with the state's gradient. from == nullptr: zeros; to == nullptr: not
+// wanted.
+void pass_on(float* to, const float* from, int64_t lane, int64_t size) {
+  if (to == nullptr) return;
+  if (from == nullptr) {
+    std::fill_n(to + lane * size, size, 0.0f);
+  } else {
+    std::copy_n(from + lane * size, size, to + lane * size);
   }
 }
 
@@ -369,8 +396,12 @@ void mlstm_forward(const MlstmForward& params) {
       kernels.weight_rows(a + length, inner, rows, weight.data(), length, p.dqk);
       kernels.forward_tile(a, inner, qk + x * length * length, gates, p.scale);
       std::vector<double> weights(2 * length);
-      kernels.normalizer(states.n_start + x * p.dqk, s + x * length, rows, states.k + x * length * p.dqk, gates,
-                         p.scale, p.dqk, weights.data());
+      if (p.normalize) {
+        kernels.normalizer(states.n_start + x * p.dqk, s + x * length, rows, states.k + x * length * p.dqk, gates,
+                           p.scale, p.dqk, weights.data());
+      } else {
+        std::fill_n(s + x * length, length, 0.0f);
+      }
       kernels.inverse_normalizer(inv_d + x * length, s + x * length, gates.m, p.eps, length);
     });
     multiply(dense(h, length, p.dv), dense(left, length, inner), dense(right, inner, p.dv), items);
@@ -392,23 +423,17 @@ void mlstm_forward(const MlstmForward& params) {
                      item.tokens, p.dv);
       for (int64_t t = 0; t < item.tokens; ++t) {
         const int64_t at = (item.row * p.seq + item.first + t) * p.heads + item.head;
-        params.s[at] = s[x * length + t];
-        params.m[at] = plan.m[(begin + x) * length + t];
+        if (params.s != nullptr) params.s[at] = s[x * length + t];
+        if (params.m != nullptr) params.m[at] = plan.m[(begin + x) * length + t];
       }
     });
   }
   if (params.c_last == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
-    params.m_last[lane] = plan.m_last[lane];
-    if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;  // an empty sequence keeps its state
-    const int64_t state = p.dqk * p.dv;
-    if (p.c0 != nullptr) {
-      std::copy_n(p.c0 + lane * state, state, params.c_last + lane * state);
-      std::copy_n(p.n0 + lane * p.dqk, p.dqk, params.n_last + lane * p.dqk);
-    } else {
-      std::fill_n(params.c_last + lane * state, state, 0.0f);
-      std::fill_n(params.n_last + lane * p.dqk, p.dqk, 0.0f);
-    }
+    if (params.m_last != nullptr) params.m_last[lane] = plan.m_last[lane];
+    if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;
+    pass_on(params.c_last, p.c0, lane, p.dqk * p.dv);
+    pass_on(params.n_last, p.n0, lane, p.dqk);
   }
 }
 
@@ -435,10 +460,12 @@ void store_gate(void* gate, DType dtype, int64_t index, double value) {
 }
 
 // dlf_t sums X S over the pairs j < t <= u by where they lie: both outside the chunk (through), j before it (q . dq
-// from t on), u behind it (k . dk before t), both within. The stabilizer's path walks back over the whole lane.
+// from t on), u behind it (k . dk before t), both within. The stabilizer's path (a), where there is a stabilizer, walks
+// back over the whole lane.
 void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward& params) {
   const MlstmProblem& p = plan.p;
   const int64_t length = plan.length;
+  const bool stabilized = plan.stabilized();
   parallel(plan.lanes(), [&](int64_t lane) {
     const int64_t begin = plan.lane_begin[lane], end = plan.lane_begin[lane + 1];
     double a = params.dm_last == nullptr ? 0.0 : params.dm_last[lane];
@@ -447,12 +474,12 @@ void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward&
       const int64_t at = x * length;
       double crossing_k = 0.0;
       for (int64_t t = 0; t < length; ++t) crossing_k += sums.k_dk[at + t];
-      if (x == end - 1) a -= sums.through[x] + crossing_k;  // <c, dc> + <n, dn> of the final state
+      if (stabilized && x == end - 1) a -= sums.through[x] + crossing_k;  // <c, dc> + <n, dn> of the final state
       double later = sums.through[x], earlier = crossing_k;
       for (int64_t t = length - 1; t >= 0; --t) {
         later += sums.q_dq[at + t];
         earlier -= sums.k_dk[at + t];
-        a += sums.e[at + t];
+        if (stabilized) a += sums.e[at + t];
         double di = static_cast<double>(sums.k_dk[at + t]) + sums.column[at + t];
         double dlf = later + earlier + sums.within[at + t];
         if (plan.reset[at + t]) {
@@ -463,10 +490,12 @@ void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward&
         }
         if (t >= item.tokens) continue;
         const int64_t out = (item.row * p.seq + item.first + t) * p.heads + item.head;
-        const float f = load_gate(p.f, p.gate_dtype, plan.gate_index(p.f, item, t));
-        const double slope = 1.0 / (1.0 + std::exp(static_cast<double>(f)));
-        store_gate(params.di, p.gate_dtype, out, di);
-        store_gate(params.df, p.gate_dtype, out, slope == 0.0 ? 0.0 : dlf * slope);
+        const double i = plan.raw_gate(p.i, item, t), f = plan.raw_gate(p.f, item, t), cap = p.gate_soft_cap;
+        double i_slope = cap_gate_slope(i, cap);
+        if (!stabilized) i_slope *= sigmoid(-cap_gate(i, cap));
+        const double f_slope = cap_gate_slope(f, cap) * sigmoid(-cap_gate(f, cap));
+        store_gate(params.di, p.gate_dtype, out, i_slope == 0.0 ? 0.0 : di * i_slope);
+        store_gate(params.df, p.gate_dtype, out, f_slope == 0.0 ? 0.0 : dlf * f_slope);
       }
       if (x == begin) {  // <c, dc> + <n, dn> of the initial state
         a += sums.through[x];
@@ -553,7 +582,7 @@ void mlstm_backward(const MlstmBackward& params) {
       for (int64_t t = 0; t < length; ++t) {
         const int64_t token = (item.row * p.seq + item.first + t) * p.heads + item.head;
         const bool inside = t < item.tokens;
-        s[at + t] = inside ? params.s[token] : 0.0f;
+        s[at + t] = inside && params.s != nullptr ? params.s[token] : 0.0f;
       }
       kernels.inverse_normalizer(inv_d + at, s + at, gates.m, p.eps, length);
       std::fill_n(inv_d + at + item.tokens, length - item.tokens, 0.0f);
@@ -661,13 +690,9 @@ void mlstm_backward(const MlstmBackward& params) {
   gate_gradients(plan, sums, params);
   if (params.dc0 == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
-    if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;  // an empty sequence passes its gradient on
-    const auto pass = [&](float* to, const float* from, int64_t size) {
-      if (from != nullptr) std::copy_n(from + lane * size, size, to + lane * size);
-      else std::fill_n(to + lane * size, size, 0.0f);
-    };
-    pass(params.dc0, params.dc_last, state);
-    pass(params.dn0, params.dn_last, p.dqk);
+    if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;
+    pass_on(params.dc0, params.dc_last, lane, state);
+    pass_on(params.dn0, params.dn_last, lane, p.dqk);
   }
 }
 

@@ -488,7 +488,11 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
     });
     return value;
   };
-  const float i = gate(p.i), f = gate(p.f);
+  const auto capped = [&](float x) {
+    const float cap = p.gate_soft_cap;
+    return cap == 0.0f || absolute(x) == infinity ? x : cap * hyperbolic_tangent(x / cap);
+  };
+  const float i = capped(gate(p.i)), f = capped(gate(p.f));
   const float log_forget = f >= 0.0f ? -__builtin_log1pf(__builtin_expf(-f)) : f - __builtin_log1pf(__builtin_expf(f));
   float& m_slot = p.m[slot * p.heads + head];
   const float carried = log_forget + m_slot, m = carried >= i ? carried : i;

@@ -49,15 +49,17 @@ __device__ __forceinline__ float log_sigmoid(float x) {
   return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));
 }
 
-// cap * tanh(x / cap), infinities kept: gates of padding tokens stay what they are. A cap of 0 is none.
-__device__ __forceinline__ float soft_capped(float x, float cap) {
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// A gate's pre-activation, soft-capped; cap 0: not at all. Infinities stay: they mark padding.
+__device__ __forceinline__ float cap_gate(float x, float cap) {
   return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);
 }
-// Its derivative, 1 / cosh(x / cap)^2, which keeps its digits where tanh is close to 1.
-__device__ __forceinline__ float soft_cap_slope(float x, float cap) {
-  if (cap == 0.0f || isinf(x)) return 1.0f;
-  const float inverse = 1.0f / coshf(x / cap);
-  return inverse * inverse;
+// Its slope: 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
+__device__ __forceinline__ float cap_gate_slope(float x, float cap) {
+  if (cap == 0.0f) return 1.0f;
+  const float e = expf(-2.0f * fabsf(x / cap));
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
 // Calls f with a value of the element type that `dtype` names.

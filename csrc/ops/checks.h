@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <optional>
 #include <stdexcept>
@@ -133,6 +134,16 @@ inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
 
 inline void check_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) value_error(name, " must be contiguous: it is updated in place");
+}
+
+// 0, the kernels' word for no cap, without one.
+inline float check_gate_soft_cap(std::optional<double> cap) {
+  if (!cap) return 0.0f;
+  const float value = static_cast<float>(*cap);
+  if (!std::isfinite(value) || value <= 0.0f) {
+    value_error("gate_soft_cap is ", *cap, "; it must be None, or finite and greater than 0 in float32");
+  }
+  return value;
 }
 
 inline Strided strided_4d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }

@@ -2,21 +2,31 @@
 // them; fake kernels and autograd are registered in python/flash_xlstm/ops.
 #include "ops/ops.h"
 
-// `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `chunk_size=0` lets the kernel choose.
-// Returned states are empty where they were not asked for.
+// `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
+// `chunk_size=0` lets the kernel choose. Returned states are empty where they were not asked for; so are s and n
+// without `normalize`, which then are no inputs either.
 STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
-      "Tensor? cu_seqlens, float? scale, float eps, int chunk_size, bool return_final_state) "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state) "
       "-> (Tensor h, Tensor s, Tensor m_seq, Tensor c_last, Tensor n_last, Tensor m_last)");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
-      "Tensor h, Tensor s, Tensor m_seq, float? scale, float eps, int chunk_size) "
+      "Tensor h, Tensor s, Tensor m_seq, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(
+      "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
+      "-> (Tensor h, Tensor s, Tensor c_last, Tensor n_last)");
+  lib.def(
+      "mlstm_sig_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, "
+      "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
+      "Tensor h, Tensor s, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn)");
+  lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
-      "Tensor? state_indices, float? scale, float eps) -> Tensor");
+      "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap) -> Tensor");
   lib.def("soft_cap(Tensor x, float cap) -> Tensor");
   lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
 }
@@ -24,6 +34,8 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
 STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
+  lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
+  lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
@@ -33,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
 STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
+  lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
+  lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));

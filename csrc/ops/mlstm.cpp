@@ -30,6 +30,21 @@ void check_cu_seqlens_values(const Tensor& cu, int64_t seq) {
   }
 }
 
+// What the ops of the family take besides q, k, v and the gates.
+struct Options {
+  OptTensor c, n, m, cu_seqlens;
+  std::optional<double> scale;
+  double eps;
+  std::optional<double> gate_soft_cap;
+  int64_t chunk_size;
+  InputGate input_gate = InputGate::exponential;
+  bool normalize = true;
+
+  // The parts of the state.
+  bool has_n() const { return normalize; }
+  bool has_m() const { return input_gate == InputGate::exponential; }
+};
+
 // Keeps alive what the problem points to.
 struct CheckedProblem {
   MlstmProblem p;
@@ -62,9 +77,30 @@ void check_state(const char* name, const Tensor& t, const Tensor& q, const std::
   check_dtype(name, t, ScalarType::Float);
 }
 
+void check_initial_state(CheckedProblem& checked, const Tensor& q, const Options& options) {
+  MlstmProblem& p = checked.p;
+  const auto& [c, n, m] = std::tie(options.c, options.n, options.m);
+  if (n && !options.has_n()) value_error("initial_state n is a tensor; with normalize=False it must be None");
+  if ((options.has_n() && c.has_value() != n.has_value()) || (options.has_m() && c.has_value() != m.has_value())) {
+    value_error("initial_state must be None or all of ", options.has_m() ? "(c, n, m)" : "(c, n)");
+  }
+  if (c) {
+    check_state("initial_state c", *c, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
+    p.c0 = hold_float32(checked, *c);
+  }
+  if (n) {
+    check_state("initial_state n", *n, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)");
+    p.n0 = hold_float32(checked, *n);
+  }
+  if (m) {
+    check_state("initial_state m", *m, q, {p.num_seqs, p.heads}, "(batch, heads)");
+    p.m0 = hold_float32(checked, *m);
+  }
+}
+
 CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
-                             const OptTensor& c, const OptTensor& n, const OptTensor& m, const OptTensor& cu_seqlens,
-                             std::optional<double> scale, double eps, int64_t chunk_size) {
+                             const Options& options) {
+  const OptTensor& cu_seqlens = options.cu_seqlens;
   CheckedProblem checked{};
   MlstmProblem& p = checked.p;
   check_shape("q", q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
@@ -102,26 +138,20 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
     p.num_seqs = cu_seqlens->size(0) - 1;
     p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
   }
-  if (c.has_value() != n.has_value() || c.has_value() != m.has_value()) {
-    value_error("initial_state must be None or all of (c, n, m)");
-  }
-  if (c) {
-    check_state("initial_state c", *c, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
-    check_state("initial_state n", *n, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)");
-    check_state("initial_state m", *m, q, {p.num_seqs, p.heads}, "(batch, heads)");
-    p.c0 = hold_float32(checked, *c);
-    p.n0 = hold_float32(checked, *n);
-    p.m0 = hold_float32(checked, *m);
-  }
-  const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
-  if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
+  check_initial_state(checked, q, options);
+  const auto& [eps, chunk_size] = std::tie(options.eps, options.chunk_size);
+  const double scale = options.scale ? *options.scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
+  if (!std::isfinite(scale)) value_error("scale is ", scale, "; it must be finite");
   if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
   if (chunk_size < 0 || chunk_size > max_chunk_size) {
     value_error("chunk_size is ", chunk_size, "; it must be None or from 1 to ", max_chunk_size);
   }
+  p.gate_soft_cap = check_gate_soft_cap(options.gate_soft_cap);
+  p.input_gate = options.input_gate;
+  p.normalize = options.normalize;
   p.dtype = to_dtype(q.scalar_type());
   p.gate_dtype = to_dtype(i.scalar_type());
-  p.scale = static_cast<float>(scale_value);
+  p.scale = static_cast<float>(scale);
   p.eps = static_cast<float>(eps);
   p.chunk_size = chunk_size;
   p.q = strided_4d(q), p.k = strided_4d(k), p.v = strided_4d(v);
@@ -129,7 +159,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   return checked;
 }
 
-float* float_data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+float* float_data(const Tensor& t, bool wanted) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 
 #ifdef FLASH_XLSTM_WITH_CUDA
 // Runs a CUDA launch function with a scratch buffer of the size it asks for.
@@ -144,64 +174,64 @@ void launch_cuda(const Tensor& q, const Params& params, int64_t (*workspace_byte
 }
 #endif
 
-}  // namespace
-
-Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
-               OptTensor cu_seqlens, std::optional<double> scale, double eps, int64_t chunk_size,
-               bool return_final_state) {
-  CheckedProblem checked = check_problem(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size);
+// h, s, m_seq and the final state; empty where there is none.
+Tensors6 forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
+                 const Options& options, bool return_final_state) {
+  CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
+  const bool has_n = options.has_n(), has_m = options.has_m();
   Tensor h = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type());
-  Tensor s = new_empty(q, {p.batch, p.seq, p.heads}, ScalarType::Float);
-  Tensor m_seq = new_empty(q, {p.batch, p.seq, p.heads}, ScalarType::Float);
+  Tensor s = new_empty(q, {has_n ? p.batch : 0, p.seq, p.heads}, ScalarType::Float);
+  Tensor m_seq = new_empty(q, {has_m ? p.batch : 0, p.seq, p.heads}, ScalarType::Float);
   const int64_t states = return_final_state ? p.num_seqs : 0;
   Tensor c_last = new_empty(q, {states, p.heads, p.dqk, p.dv}, ScalarType::Float);
-  Tensor n_last = new_empty(q, {states, p.heads, p.dqk}, ScalarType::Float);
-  Tensor m_last = new_empty(q, {states, p.heads}, ScalarType::Float);
+  Tensor n_last = new_empty(q, {has_n ? states : 0, p.heads, p.dqk}, ScalarType::Float);
+  Tensor m_last = new_empty(q, {has_m ? states : 0, p.heads}, ScalarType::Float);
 
   MlstmForward params{};
   params.p = p;
   params.h = h.data_ptr();
-  params.s = float_data(s);
-  params.m = float_data(m_seq);
-  if (return_final_state) {
-    params.c_last = float_data(c_last);
-    params.n_last = float_data(n_last);
-    params.m_last = float_data(m_last);
-  }
+  params.s = float_data(s, has_n);
+  params.m = float_data(m_seq, has_m);
+  params.c_last = float_data(c_last, return_final_state);
+  params.n_last = float_data(n_last, return_final_state && has_n);
+  params.m_last = float_data(m_last, return_final_state && has_m);
   if (p.batch > 0 && p.heads > 0) {
     if (q.is_cpu()) {
       cpu::mlstm_forward(params);
     } else {
 #ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(q, params, cuda::mlstm_forward_workspace_bytes, cuda::mlstm_forward, "mlstm");
+      launch_cuda(q, params, cuda::mlstm_forward_workspace_bytes, cuda::mlstm_forward, op);
 #else
-      no_cuda_build("mlstm");
+      no_cuda_build(op);
 #endif
     }
   }
   return {h, s, m_seq, c_last, n_last, m_last};
 }
 
-Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
-                        Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
-                        Tensor h, Tensor s, Tensor m_seq, std::optional<double> scale, double eps,
-                        int64_t chunk_size) {
-  CheckedProblem checked = check_problem(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size);
+// One number a token that the forward left.
+const float* hold_tokens(CheckedProblem& checked, const char* name, const Tensor& t) {
+  check_shape(name, t, {checked.p.batch, checked.p.seq, checked.p.heads}, "(batch, seq, heads)");
+  check_dtype(name, t, ScalarType::Float);
+  return hold_float32(checked, t);
+}
+
+// Gradients of q, k, v, i, f and the initial state; empty where there is none. s and m_seq: where the options have
+// them.
+Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
+                  const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                  const Tensor& f, const Options& options, Tensor h, const Tensor* s, const Tensor* m_seq) {
+  CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
-  const std::vector<int64_t> gate_shape{p.batch, p.seq, p.heads};
   check_shape("h", h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
   check_dtype("h", h, q.scalar_type(), ", as q");
-  check_shape("s", s, gate_shape, "(batch, seq, heads)");
-  check_shape("m_seq", m_seq, gate_shape, "(batch, seq, heads)");
-  check_dtype("s", s, ScalarType::Float);
-  check_dtype("m_seq", m_seq, ScalarType::Float);
   h = torch::stable::contiguous(h);
-  s = torch::stable::contiguous(s);
-  m_seq = torch::stable::contiguous(m_seq);
 
   MlstmBackward params{};
   params.p = p;
+  if (options.has_n()) params.s = hold_tokens(checked, "s", *s);
+  if (options.has_m()) params.m = hold_tokens(checked, "m_seq", *m_seq);
   if (dh) {
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
     check_dtype("dh", *dh, q.scalar_type(), ", as q");
@@ -213,7 +243,7 @@ Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptT
     check_state("dc_last", *dc_last, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
     params.dc_last = hold_float32(checked, *dc_last);
   }
-  if (dn_last) {
+  if (dn_last && options.has_n()) {
     check_state("dn_last", *dn_last, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)");
     params.dn_last = hold_float32(checked, *dn_last);
   }
@@ -222,37 +252,70 @@ Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptT
     params.dm_last = hold_float32(checked, *dm_last);
   }
   params.h = h.data_ptr();
-  params.s = float_data(s);
-  params.m = float_data(m_seq);
 
   Tensor dq = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
   Tensor dk = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
   Tensor dv = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type());
-  Tensor di = new_empty(q, gate_shape, i.scalar_type());
-  Tensor df = new_empty(q, gate_shape, i.scalar_type());
-  const int64_t states = c ? p.num_seqs : 0;
-  Tensor dc = new_empty(q, {states, p.heads, p.dqk, p.dv}, ScalarType::Float);
-  Tensor dn = new_empty(q, {states, p.heads, p.dqk}, ScalarType::Float);
-  Tensor dm = new_empty(q, {states, p.heads}, ScalarType::Float);
+  Tensor di = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
+  Tensor df = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
+  const bool has_c = options.c.has_value(), has_n = has_c && options.has_n(), has_m = has_c && options.has_m();
+  Tensor dc = new_empty(q, {has_c ? p.num_seqs : 0, p.heads, p.dqk, p.dv}, ScalarType::Float);
+  Tensor dn = new_empty(q, {has_n ? p.num_seqs : 0, p.heads, p.dqk}, ScalarType::Float);
+  Tensor dm = new_empty(q, {has_m ? p.num_seqs : 0, p.heads}, ScalarType::Float);
   params.dq = dq.data_ptr(), params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
   params.di = di.data_ptr(), params.df = df.data_ptr();
-  if (c) {
-    params.dc0 = float_data(dc);
-    params.dn0 = float_data(dn);
-    params.dm0 = float_data(dm);
-  }
+  params.dc0 = float_data(dc, has_c);
+  params.dn0 = float_data(dn, has_n);
+  params.dm0 = float_data(dm, has_m);
   if (p.batch > 0 && p.heads > 0) {
     if (q.is_cpu()) {
       cpu::mlstm_backward(params);
     } else {
 #ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(q, params, cuda::mlstm_backward_workspace_bytes, cuda::mlstm_backward, "mlstm_backward");
+      launch_cuda(q, params, cuda::mlstm_backward_workspace_bytes, cuda::mlstm_backward, op);
 #else
-      no_cuda_build("mlstm_backward");
+      no_cuda_build(op);
 #endif
     }
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
+}
+
+}  // namespace
+
+Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+               OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+               int64_t chunk_size, bool return_final_state) {
+  return forward("mlstm", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size},
+                 return_final_state);
+}
+
+Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
+                        Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                        Tensor h, Tensor s, Tensor m_seq, std::optional<double> scale, double eps,
+                        std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
+                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, &s, &m_seq);
+}
+
+Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
+                   std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                   bool return_final_state, bool normalize) {
+  const Options options{
+      c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
+  auto [h, s, m_seq, c_last, n_last, m_last] = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
+  return {h, s, c_last, n_last};
+}
+
+Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
+                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, Tensor h, Tensor s,
+                            std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                            int64_t chunk_size, bool normalize) {
+  const Options options{
+      c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
+  auto [dq, dk, dv, di, df, dc, dn, dm] =
+      backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, &s, nullptr);
+  return {dq, dk, dv, di, df, dc, dn};
 }
 
 }  // namespace flash_xlstm

@@ -38,7 +38,8 @@ void check_indices(const Tensor& indices, int64_t num_slots) {
 }  // namespace
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
-                  OptTensor state_indices, std::optional<double> scale, double eps) {
+                  OptTensor state_indices, std::optional<double> scale, double eps,
+                  std::optional<double> gate_soft_cap) {
   MlstmStep p{};
   check_shape("q", q, {-1, -1, -1}, "(batch, heads, dqk)");
   check_op_dtype("q", q.scalar_type());
@@ -83,6 +84,7 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
   const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
   if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
   if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
+  p.gate_soft_cap = check_gate_soft_cap(gate_soft_cap);
 
   Tensor h = new_empty(q, {p.batch, p.heads, p.dv}, q.scalar_type());
   p.dtype = to_dtype(q.scalar_type());

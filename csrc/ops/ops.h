@@ -8,20 +8,32 @@
 
 namespace flash_xlstm {
 
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
-               OptTensor cu_seqlens, std::optional<double> scale, double eps, int64_t chunk_size,
-               bool return_final_state);
+               OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+               int64_t chunk_size, bool return_final_state);
 
 Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                         Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
                         Tensor h, Tensor s, Tensor m_seq, std::optional<double> scale, double eps,
-                        int64_t chunk_size);
+                        std::optional<double> gate_soft_cap, int64_t chunk_size);
+
+Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
+                   std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                   bool return_final_state, bool normalize);
+
+Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
+                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, Tensor h, Tensor s,
+                            std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                            int64_t chunk_size, bool normalize);
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
-                  OptTensor state_indices, std::optional<double> scale, double eps);
+                  OptTensor state_indices, std::optional<double> scale, double eps,
+                  std::optional<double> gate_soft_cap);
 
 Tensor soft_cap(Tensor x, double cap);
 Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);

@@ -29,7 +29,7 @@ def test_info_prints_the_build_and_the_kernels(capsys):
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for device in devices:
         table = out.split(f"kernels on {device}\n")[1]
-        for op in ("mlstm", "mlstm_step", "soft_cap"):
+        for op in ("mlstm", "mlstm_sig", "mlstm_step", "soft_cap"):
             assert any(line.split() == [op, *kernel_for(op, device).split()] for line in table.splitlines()), op
     if len(devices) == 1:
         assert "GPUs: none seen" in out

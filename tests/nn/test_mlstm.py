@@ -55,8 +55,25 @@ def test_state_and_step(options):
         assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
 
 
-def test_padding_leaves_the_state_alone():
-    layer, x = _layer(), _x(2, 9)
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+def test_gates_in_the_dtype_of_q(weight_mode):
+    """The kernels cap 16-bit gates in float32."""
+    exact, layer = _layer(gate_soft_cap=0.5, kernel="recurrent").double(), _layer(gate_soft_cap=0.5).bfloat16()
+    exact.load_state_dict(layer.state_dict())
+    layer.set_weight_mode(weight_mode)
+    x = _x(2, 30).bfloat16()
+    padding = torch.zeros(2, 30, dtype=torch.bool)
+    padding[0, :20] = True
+    expected, want = exact(x.double(), None, padding, return_state=True)
+    y, state = layer(x, None, padding, return_state=True)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected)[~padding].norm() <= 2e-2 * expected[~padding].norm()
+    assert all((a - b).norm() <= 2e-2 * b.norm() for a, b in zip(state, want, strict=True))
+
+
+@pytest.mark.parametrize("gate_soft_cap", [15.0, None])
+def test_padding_leaves_the_state_alone(gate_soft_cap):
+    layer, x = _layer(gate_soft_cap=gate_soft_cap), _x(2, 9)
     padding = torch.zeros(2, 9, dtype=torch.bool)
     padding[0, :4] = True
     padding[1, 6:] = True

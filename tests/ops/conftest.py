@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ _GATES = ("di", "df", "dm")
 @dataclasses.dataclass
 class Problem:
     """Inputs by name (q, k, v, i, f and, with an initial state, c, n, m), options of the op, and gradients of its
-    results: h and the final "last c", "last n", "last m"."""
+    results: h and the final "last c", "last n", "last m". `parts`: of the op's state; one without a cotangent is None
+    there. `plain`: the chunkwise form to compare with."""
 
     inputs: dict[str, Tensor]
     cotangents: dict[str, Tensor]
     options: dict
+    parts: tuple[str, ...] = STATE
+    plain: Callable = reference.mlstm_chunkwise
 
     def __call__(self, form, through=("h", "last c", "last n", "last m"), dtype=None, **options) -> dict[str, Tensor]:
         """Results of `form` and the gradients of the inputs ("dq", ...) through the results `through`; with `dtype`,
@@ -31,14 +35,16 @@ class Problem:
         for name, t in self.inputs.items():
             # What matters of the layout is kept: detach() shares the memory.
             inputs[name] = (t.detach() if dtype is None else t.to(dtype)).requires_grad_()
-        state = tuple(inputs[name] for name in STATE) if "c" in inputs else None
+        state = tuple(inputs.get(name) for name in self.parts) if "c" in inputs else None
         h, last = form(
             *(inputs[name] for name in "qkvif"),
             initial_state=state,
             return_final_state=True,
             **{**self.options, **options},
         )
-        results = {"h": h, **{f"last {name}": t for name, t in zip(STATE, last, strict=True)}}
+        results = {"h": h, **{f"last {name}": t for name, t in zip(self.parts, last, strict=True) if t is not None}}
+        assert set(results) == set(self.cotangents)
+        through = [name for name in through if name in results]
         gradients = torch.autograd.grad(
             [results[name] for name in through],
             list(inputs.values()),
@@ -50,9 +56,23 @@ class Problem:
             values[f"d{name}"] = torch.zeros_like(t) if g is None else g
         return values
 
+    def pad(self, padding: Tensor) -> None:
+        """Makes the tokens `padding` (batch, seq) ones that change nothing, and nobody looks at."""
+        i, f = (self.inputs[x].clone() for x in "if")
+        i[padding], f[padding] = -torch.inf, torch.inf
+        self.inputs.update(i=i, f=f)
+        self.cotangents["h"][padding] = 0.0
+
+    def row_without(self, row: int, padding: Tensor) -> Problem:
+        """One batch row without its padding."""
+        kept = ~padding[row]
+        take = lambda name, t: t[row : row + 1] if name[-1] in STATE else t[row : row + 1, kept]  # noqa: E731
+        inputs, cotangents = ({n: take(n, t) for n, t in d.items()} for d in (self.inputs, self.cotangents))
+        return dataclasses.replace(self, inputs=inputs, cotangents=cotangents)
+
     def reference(self, **call) -> dict[str, Tensor]:
         call.setdefault("chunk_size", 64)
-        return self(reference.mlstm_chunkwise, dtype=torch.float64, **call)
+        return self(self.plain, dtype=torch.float64, **call)
 
     def conditioning(self, expected, through) -> dict[str, float]:
         """How far the float64 results move when the inputs do by a rounding of float32: what no float32 kernel can be
@@ -62,7 +82,7 @@ class Problem:
             generator = torch.Generator().manual_seed(seed)
             noise = lambda t: torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device)  # noqa: B023, E731
             inputs = {name: t.double() * (1 + (2 * noise(t) - 1) * 2**-24) for name, t in self.inputs.items()}
-            values = Problem(inputs, self.cotangents, self.options).reference(through=through)
+            values = dataclasses.replace(self, inputs=inputs).reference(through=through)
             moved = {name: max(was, relative_error(values[name], expected[name])) for name, was in moved.items()}
         return moved
 
@@ -73,9 +93,9 @@ class Problem:
         if "h" in through:
             parts.append((self.cotangents["h"].double() * expected["h"]).sum(-1))
         for name in ("last c", "last n"):
-            if name in through:
+            if name in through and name in expected:
                 parts.append(per_state(self.cotangents[name].double() * expected[name]))
-        if "last m" in through:
+        if "last m" in through and "last m" in expected:
             parts.append(self.cotangents["last m"].double())
         return torch.cat([part.flatten() for part in parts]).norm().item()
 
@@ -86,7 +106,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / max(size, 1e-300)
 
 
-def _draw(device, batch, seq, heads, dqk, dv, dtype, gate_dtype, gates, layout, state, num_states, seed):
+def _draw(device, batch, seq, heads, dqk, dv, dtype, gate_dtype, gates, layout, state, num_states, parts, seed):
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
 
@@ -105,6 +125,8 @@ def _draw(device, batch, seq, heads, dqk, dv, dtype, gate_dtype, gates, layout, 
         shape = (batch, seq, heads)
         if gates == "spread":  # over the range of a cap of 15
             return torch.rand(shape, generator=generator) * 30 - 15
+        if gates == "beyond":  # a cap of 15: up to where its slope is 1e-3
+            return torch.rand(shape, generator=generator) * 120 - 60
         return normal(*shape) * {"small": 0.1, "normal": 1.0}[gates]
 
     inputs = {
@@ -113,6 +135,7 @@ def _draw(device, batch, seq, heads, dqk, dv, dtype, gate_dtype, gates, layout, 
     for name in "if":
         inputs[name] = laid_out(gate(), gate_dtype or torch.float32)
     shapes = {"c": (num_states, heads, dqk, dv), "n": (num_states, heads, dqk), "m": (num_states, heads)}
+    shapes = {name: shapes[name] for name in parts}
     if state:
         inputs.update({name: normal(*shape).to(device) for name, shape in shapes.items()})
     cotangents = {"h": normal(batch, seq, heads, dv).to(device, dtype)}
@@ -122,18 +145,24 @@ def _draw(device, batch, seq, heads, dqk, dv, dtype, gate_dtype, gates, layout, 
 
 @pytest.fixture
 def make_problem(device):
-    """``make_problem(seq, dqk, dv, ...)``: a random Problem on the device."""
+    """``make_problem(seq, dqk, dv, ...)``: a random Problem on the device; for mlstm, or with `normalize` True or False
+    for mlstm_sig."""
 
     def make(
         seq, dqk, dv, *, batch=2, heads=2, dtype=torch.float32, gate_dtype=None, gates="normal", layout="contiguous",
-        state=True, seed=0, cu_seqlens=None, **options,
+        state=True, seed=0, cu_seqlens=None, normalize=None, **options,
     ) -> Problem:  # fmt: skip
         num_states = batch
         if cu_seqlens is not None:
             options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
             num_states = len(cu_seqlens) - 1
+        parts, plain, drawn = STATE, reference.mlstm_chunkwise, STATE
+        if normalize is not None:
+            parts, plain, options["normalize"] = ("c", "n"), reference.mlstm_sig_chunkwise, normalize
+            drawn = parts if normalize else ("c",)
         sizes = (batch, seq, heads, dqk, dv)
-        return Problem(*_draw(device, *sizes, dtype, gate_dtype, gates, layout, state, num_states, seed), options)
+        inputs, cotangents = _draw(device, *sizes, dtype, gate_dtype, gates, layout, state, num_states, drawn, seed)
+        return Problem(inputs, cotangents, options, parts, plain)
 
     return make
 
@@ -183,7 +212,7 @@ def assert_16_bit_exact():
     def check(problem, form, through=("h", "last c", "last n", "last m")):
         expected = problem.reference(through=through)
         actual = problem(form, through)
-        plain = problem(reference.mlstm_chunkwise, through, chunk_size=64)
+        plain = problem(problem.plain, through, chunk_size=64)
         shared = problem.shared(expected, through)
         wrong = []
         rounding = torch.finfo(problem.inputs["q"].dtype).eps / 2
@@ -201,6 +230,28 @@ def assert_16_bit_exact():
                 continue
             wrong.append(f"{name}: error {ours:.1e} of {size:.1e}, bound {bound:.1e}")
         assert not wrong, "; ".join(wrong)
+
+    return check
+
+
+@pytest.fixture
+def assert_padding_changes_nothing():
+    """``assert_padding_changes_nothing(problem, form, padding)``: as without the tokens `padding` (2, seq), whose own
+    gradients are 0."""
+
+    def check(problem, form, padding):
+        problem.pad(padding)
+        got = problem(form)
+        assert all(t.isfinite().all() for t in got.values())
+        tolerance = 1e-5 if problem.inputs["q"].dtype == torch.float32 else 1e-2
+        for row in range(2):
+            for name, t in problem.row_without(row, padding)(form).items():
+                mine = got[name][row]
+                if name[-1] not in STATE:
+                    if name != "h":
+                        assert not mine[padding[row]].any(), name
+                    mine = mine[~padding[row]]
+                assert (mine - t[0]).norm() <= tolerance * t.norm(), name
 
     return check
 

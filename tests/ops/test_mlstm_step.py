@@ -74,7 +74,7 @@ def test_is_one_token_of_the_sequence(device, dtype):
         assert close(t, want, 2 * tolerance(dtype) if name == "c" and device == "cuda" else 1e-5), name
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.7}, {"eps": 0.1}, {"eps": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{"scale": 0.7}, {"eps": 0.1}, {"eps": 0.0}, {"gate_soft_cap": 0.3}], ids=str)
 def test_options(device, options):
     state, exact, given = pool(device, 3), clone(pool(device, 3), torch.float64), arguments(device)
     expected = reference.mlstm_step(**{name: t.double() for name, t in given.items()}, state=exact, **options)
@@ -141,12 +141,13 @@ def test_an_index_outside_the_pool_gives_nan_on_cuda(wrong):
     assert not torch.equal(state[0][3], before[0][3])
 
 
-def test_padding_leaves_the_state_alone(device):
+@pytest.mark.parametrize("gate_soft_cap", [None, 2.0])
+def test_padding_leaves_the_state_alone(device, gate_soft_cap):
     given, state = arguments(device), pool(device, 3)
     given["i"][1], given["f"][1] = -torch.inf, torch.inf
     given["k"][1], given["v"][1] = torch.nan, torch.nan
     before = clone(state)
-    h = ops.mlstm_step(**given, state=state)
+    h = ops.mlstm_step(**given, state=state, gate_soft_cap=gate_soft_cap)
     assert h.isfinite().all()
     assert all(torch.equal(t[1], was[1]) for t, was in zip(state, before, strict=True))
     assert not torch.equal(state[0][0], before[0][0])
@@ -194,8 +195,8 @@ def test_writes_everything_and_repeats_itself(device, nan_memory, dtype):
 def test_opcheck(device, variant, state_dtype, rows):
     state = pool(device, 3 if rows is None else 7, dtype=state_dtype)
     rows = None if rows is None else indices(device, *rows)
-    operator = torch.ops.flash_xlstm.mlstm_step
-    torch.library.opcheck(operator, (*arguments(device, **variant).values(), *state, rows, None, 1e-6))
+    operator, cap = torch.ops.flash_xlstm.mlstm_step, None if rows is None else 2.0
+    torch.library.opcheck(operator, (*arguments(device, **variant).values(), *state, rows, None, 1e-6, cap))
 
 
 def test_compiles_once_for_every_batch_and_pool(device):
@@ -310,6 +311,8 @@ ERRORS = {
     ),
     "scale nan": ({"scale": float("nan")}, ValueError, "finite", "scale"),
     "eps negative": ({"eps": -1.0}, ValueError, "at least 0", "eps"),
+    "gate_soft_cap 0": ({"gate_soft_cap": 0.0}, ValueError, "greater than 0", "gate_soft_cap"),
+    "gate_soft_cap nan": ({"gate_soft_cap": float("nan")}, ValueError, "finite", "gate_soft_cap"),
     "too few indices": ({"state_indices": slots(0, 1)}, *SHAPE, "state_indices"),
     "indices of int64": ({"state_indices": slots(0, 1, 2, dtype=torch.int64)}, *DTYPE, "state_indices"),
     "indices strided": (

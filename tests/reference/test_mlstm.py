@@ -53,6 +53,17 @@ def test_forms_agree_in_values_and_gradients(form, gates, eps):
         assert (a - b).norm() <= 1e-9 * b.norm()
 
 
+@pytest.mark.parametrize("form", [reference.mlstm_recurrent, *FORMS.values()])
+def test_gate_soft_cap_is_a_soft_cap_before(form):
+    inputs = problem(gates="large")
+    q, k, v, i, f, *state = inputs
+    capped = [q, k, v, reference.soft_cap(i, 3.0), reference.soft_cap(f, 3.0), *state]
+    expected, actual = results(form, capped), results(form, inputs, gate_soft_cap=3.0)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for a, b in zip(gradients(actual, inputs)[0], gradients(expected, inputs)[0], strict=True):
+        assert torch.allclose(a, b, **EXACT)
+
+
 def test_the_definition_by_hand():
     """Two tokens of one head, dqk = dv = 1, from zero states: every number can be checked on paper."""
     q, k, v = (
@@ -150,13 +161,15 @@ def test_packed_equals_separate_calls(form):
         assert all(torch.allclose(t[s : s + 1], part, **EXACT) for t, part in zip(last, mine, strict=True))
 
 
-def test_step_is_the_recurrence():
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_step_is_the_recurrence(cap):
     q, k, v, i, f, *state = (t.detach() for t in problem(seq=6))
-    h, last = reference.mlstm_recurrent(q, k, v, i, f, initial_state=tuple(state), return_final_state=True)
+    options = {"initial_state": tuple(state), "gate_soft_cap": cap, "return_final_state": True}
+    h, last = reference.mlstm_recurrent(q, k, v, i, f, **options)
     pool = tuple(torch.cat([torch.zeros_like(t), t.flip(0)]) for t in state)  # slots 3 and 2
     rows = torch.tensor([3, 2], dtype=torch.int32)
     for t in range(6):
-        step = reference.mlstm_step(*(x[:, t] for x in (q, k, v, i, f)), pool, state_indices=rows)
+        step = reference.mlstm_step(*(x[:, t] for x in (q, k, v, i, f)), pool, state_indices=rows, gate_soft_cap=cap)
         assert torch.allclose(step, h[:, t], **EXACT)
     for part, want in zip(pool, last, strict=True):
         assert torch.allclose(part[[3, 2]], want, **EXACT) and not part[:2].any()
@@ -183,12 +196,14 @@ def test_runs_in_narrow_dtypes(form):
     assert (h.double() - expected[0]).norm() <= 2e-2 * expected[0].norm()
 
 
-def test_padding():
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_padding(cap):
     q, k, v, i, f, *state = (t.detach() for t in problem(seq=20))
     kept = torch.arange(20) % 3 != 1
     i[:, ~kept], f[:, ~kept] = -torch.inf, torch.inf
     for form in (reference.mlstm_recurrent, reference.mlstm_chunkwise):
-        h, last = form(q, k, v, i, f, initial_state=tuple(state), return_final_state=True)
-        own, mine = form(*(t[:, kept] for t in (q, k, v, i, f)), initial_state=tuple(state), return_final_state=True)
+        options = {"initial_state": tuple(state), "gate_soft_cap": cap, "return_final_state": True}
+        h, last = form(q, k, v, i, f, **options)
+        own, mine = form(*(t[:, kept] for t in (q, k, v, i, f)), **options)
         assert h.isfinite().all() and torch.allclose(h[:, kept], own, **EXACT)
         assert all(torch.allclose(a, b, **EXACT) for a, b in zip(last, mine, strict=True))

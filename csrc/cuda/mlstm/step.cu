@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(128) step_gates_kernel(const __grid_constant__
     if (threadIdx.x == 0) gates[blockIdx.x] = g;
     return;
   }
-  const float i = load_as_float(p.i.data, row * p.i.batch + head * p.i.head, p.gate_dtype);
-  const float f = load_as_float(p.f.data, row * p.f.batch + head * p.f.head, p.gate_dtype);
+  const auto gate = [&](const Strided& t) {
+    return cap_gate(load_as_float(t.data, row * t.batch + head * t.head, p.gate_dtype), p.gate_soft_cap);
+  };
+  const float i = gate(p.i), f = gate(p.f);
   const float m_before = p.m[slot * p.heads + head];
   const float carried = log_sigmoid(f) + m_before;
   const float m = fmaxf(carried, i);

@@ -92,7 +92,6 @@ class mLSTMLayer(FusableProjections):
         self.autocast_kernel_dtype = autocast_kernel_dtype
         self._mlstm = _sequence_kernel(kernel, chunk_size)
         self._mlstm_step = ops.mlstm_step if step_kernel == "flash" else reference.mlstm_step
-        self._soft_cap = ops.soft_cap if kernel == "flash" else reference.soft_cap
         self._build_projections(
             hidden_size,
             {
@@ -129,38 +128,37 @@ class mLSTMLayer(FusableProjections):
             ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`.
         """
         q, k, v, o = self._project(x, "qkv_opreact")
-        i, f = self._gates(x, padding)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         run = self._step if inplace and x.shape[1] == 1 and not torch.is_grad_enabled() else self._sequence
         if self.autocast_kernel_dtype is None or not torch.is_autocast_enabled(x.device.type):
-            h, state = run(q, k, v, i, f, state, return_state)
+            h, state = run(q, k, v, *self._gates(x, padding, q.dtype), state, return_state)
         else:
             q, k, v = (t.to(self.autocast_kernel_dtype) for t in (q, k, v))
+            i, f = self._gates(x, padding, q.dtype)
             with torch.autocast(x.device.type, enabled=False):
                 h, state = run(q, k, v, i, f, state, return_state)
         y = self.out_proj(torch.sigmoid(o) * self.multihead_norm(h))
         return y, state
 
-    def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Soft-capped pre-activations, (batch, seq, heads), in float32 (float64 for float64)."""
-        if self.weight_mode == "fused":
-            i, f = self._cap(self.ifgate_preact(x)).split(self.num_heads, dim=-1)
-        else:
-            i, f = self._cap(self.igate_preact(x)), self._cap(self.fgate_preact(x))
-        if padding is not None:  # after the cap, which would make an infinite gate finite
+    def _gates(self, x: Tensor, padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Pre-activations, (batch, seq, heads), that the kernels take beside q in `dtype`."""
+        i, f = self._project(x, "ifgate_preact")
+        if i.dtype not in (dtype, torch.float64):
+            i, f = i.float(), f.float()
+        if padding is not None:  # the kernels' soft cap leaves infinities as they are
             i = i.masked_fill(padding[..., None], -torch.inf)
             f = f.masked_fill(padding[..., None], torch.inf)
         return i, f
-
-    def _cap(self, gate: Tensor) -> Tensor:
-        return self._soft_cap(gate if gate.dtype == torch.float64 else gate.float(), self.gate_soft_cap)
 
     def _sequence(
         self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
         if state is not None and state[0].dtype == torch.float16:
             state = (state[0].float(), *state[1:])
-        out = self._mlstm(q, k, v, i, f, initial_state=state, eps=self.eps, return_final_state=return_state)
+        out = self._mlstm(
+            q, k, v, i, f,
+            initial_state=state, eps=self.eps, gate_soft_cap=self.gate_soft_cap, return_final_state=return_state,
+        )  # fmt: skip
         return out if return_state else (out, None)
 
     def _step(
@@ -174,7 +172,7 @@ class mLSTMLayer(FusableProjections):
         c, n, m = state
         wide = c.float() if c.dtype == torch.float16 else c
         q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))
-        h = self._mlstm_step(q, k, v, i, f, (wide, n, m), eps=self.eps)
+        h = self._mlstm_step(q, k, v, i, f, (wide, n, m), eps=self.eps, gate_soft_cap=self.gate_soft_cap)
         if wide is not c:
             c.copy_(wide)
         return h[:, None], state if return_state else None

@@ -20,12 +20,20 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
-def unpack_state(name: str, state) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The three parts of the argument `name`."""
-    if not isinstance(state, (tuple, list)) or len(state) != 3:
+def unpack_state(name: str, state, parts: str = "c, n, m") -> tuple[Tensor | None, ...]:
+    """The parts of the argument `name`."""
+    count = parts.count(",") + 1
+    if not isinstance(state, (tuple, list)) or len(state) != count:
         was = f"{len(state)} values" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
-        raise TypeError(f"{name} is {was}; it must be a tuple of 3 tensors, (c, n, m)")
+        raise TypeError(f"{name} is {was}; it must be a tuple of {count} tensors, ({parts})")
     return tuple(state)
+
+
+def chunk_size_or_0(chunk_size: int | None) -> int:
+    """The chunk_size of the operators, to which 0 is None."""
+    if chunk_size == 0:
+        raise ValueError("chunk_size is 0; it must be None or from 1 to 4096")
+    return chunk_size or 0
 
 
 def no_mixed_meta(q: Tensor, **others: Tensor | None) -> None:
@@ -33,6 +41,28 @@ def no_mixed_meta(q: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and (t.device.type == "meta") != (q.device.type == "meta"):
             raise ValueError(f"{name} is on {t.device}; it must be on the device of q, {q.device}")
+
+
+# The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
+# compiled call should end there too.
+def size(t: Tensor, dim: int):
+    return t.shape[dim] if t.dim() > dim else 1
+
+
+def num_seqs(q: Tensor, cu_seqlens: Tensor | None):
+    return size(q, 0) if cu_seqlens is None else size(cu_seqlens, 0) - 1
+
+
+def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor | None) -> tuple[Tensor, ...]:
+    """Of what an mLSTM's backward returns; `state` is c, n, m or the first of them."""
+    heads, dqk, dv = size(q, 2), size(q, 3), size(v, 3)
+    empty = (0, heads, dqk, dv), (0, heads, dqk), (0, heads)
+    shapes = (none if t is None else t.shape for t, none in zip(state, empty, strict=False))
+    return (
+        *(q.new_empty(t.shape) for t in (q, k, v)),
+        *(i.new_empty(t.shape) for t in (i, f)),
+        *(q.new_empty(shape, dtype=torch.float32) for shape in shapes),
+    )
 
 
 def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ def mlstm(
     initial_state: MlstmState | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
@@ -44,6 +45,9 @@ def mlstm(
             heads, dqk) float32, m (batch, heads) float32. Default: zeros.
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
+        gate_soft_cap: ``gate_soft_cap * tanh(x / gate_soft_cap)`` takes the place of both gates' pre-activations,
+            computed in float32 within the kernels; finite and greater than 0, or None for no cap. Infinite
+            pre-activations stay as they are, so that padding stays padding.
         chunk_size: tokens processed together, 1 to 4096; None lets the kernel choose. It changes speed, not results
             beyond rounding; the CUDA kernels have a fixed tile and use it as they see fit.
         cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, on the device of q: sequence s is tokens
@@ -67,11 +71,10 @@ def mlstm(
     state_dtype = torch.float32 if c is None else c.dtype
     if c is not None and state_dtype == torch.bfloat16:
         c = c.float()
-    if chunk_size == 0:  # to the operator, 0 is None
-        raise ValueError("chunk_size is 0; it must be None or from 1 to 4096")
     h, _, _, c_last, n_last, m_last = _mlstm(
-        q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size or 0, return_final_state
-    )
+        q, k, v, i, f, c, n, m, cu_seqlens,
+        scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state,
+    )  # fmt: skip
     if not return_final_state:
         return h
     return h, (c_last.to(state_dtype), n_last, m_last)
@@ -88,6 +91,7 @@ def mlstm_step(
     state_indices: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
 ) -> Tensor:
     """One token of the mLSTM for every row of a batch; updates `state` in place.
 
@@ -104,6 +108,7 @@ def mlstm_step(
             outside the pool touches no memory and gives NaN.
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
+        gate_soft_cap: as in :func:`mlstm`.
 
     Returns:
         h (batch, heads, dv) in the dtype of q.
@@ -123,28 +128,18 @@ def mlstm_step(
             "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
             "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
         )
-    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps)
-
-
-# The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
-# compiled call should end there too.
-def _size(t: Tensor, dim: int):
-    return t.shape[dim] if t.dim() > dim else 1
-
-
-def _num_seqs(q: Tensor, cu_seqlens: Tensor | None):
-    return _size(q, 0) if cu_seqlens is None else _size(cu_seqlens, 0) - 1
+    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap)
 
 
 @torch.library.register_fake("flash_xlstm::mlstm")
-def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size, return_final_state):
+def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens,
         **{"initial_state c": c, "initial_state n": n, "initial_state m": m},
     )  # fmt: skip
-    batch, seq, heads, dqk = (_size(q, d) for d in range(4))
-    dv = _size(v, 3)
-    states = _num_seqs(q, cu_seqlens) if return_final_state else 0
+    batch, seq, heads, dqk = (_common.size(q, d) for d in range(4))
+    dv = _common.size(v, 3)
+    states = _common.num_seqs(q, cu_seqlens) if return_final_state else 0
     gates = (batch, seq, heads)
     new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
     return (
@@ -158,26 +153,15 @@ def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, chunk_size, return_final_s
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_backward")
-def _(dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq, scale, eps, chunk_size):
-    heads, dqk, dv = _size(q, 2), _size(q, 3), _size(v, 3)
-
-    def of_state(t, *shape):
-        return q.new_empty((0, heads, *shape) if t is None else t.shape, dtype=torch.float32)
-
-    return (
-        q.new_empty(q.shape),
-        q.new_empty(k.shape),
-        q.new_empty(v.shape),
-        i.new_empty(i.shape),
-        i.new_empty(f.shape),
-        of_state(c, dqk, dv),
-        of_state(n, dqk),
-        of_state(m),
-    )
+def _(
+    dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq,
+    scale, eps, gate_soft_cap, chunk_size,
+):  # fmt: skip
+    return _common.fake_gradients(q, k, v, i, f, c, n, m)
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_step")
-def _(q, k, v, i, f, c, n, m, state_indices, scale, eps):
+def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, state_indices=state_indices, **{"state c": c, "state n": n, "state m": m}
     )  # fmt: skip
@@ -185,7 +169,7 @@ def _(q, k, v, i, f, c, n, m, state_indices, scale, eps):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, c, n, m, cu_seqlens, ctx.scale, ctx.eps, ctx.chunk_size, ctx.return_final_state = inputs
+    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options, ctx.return_final_state = inputs
     h, s, m_seq, *_ = output
     ctx.mark_non_differentiable(s, m_seq)
     ctx.set_materialize_grads(False)
@@ -197,11 +181,10 @@ def _backward(ctx, dh, _ds, _dm_seq, dc_last, dn_last, dm_last):
     if not ctx.return_final_state:
         dc_last = dn_last = dm_last = None
     dq, dk, dv, di, df, dc, dn, dm = _mlstm_backward(
-        dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq,
-        ctx.scale, ctx.eps, ctx.chunk_size,
+        dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq, *ctx.options
     )  # fmt: skip
     dc, dn, dm = (g if t is not None else None for g, t in ((dc, c), (dn, n), (dm, m)))
-    return dq, dk, dv, di, df, dc, dn, dm, None, None, None, None, None
+    return dq, dk, dv, di, df, dc, dn, dm, *[None] * 6
 
 
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)

@@ -4,6 +4,16 @@ Gradients come from autograd through these formulas; the tests compare the kerne
 """
 
 from flash_xlstm.reference.mlstm import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, mlstm_step
+from flash_xlstm.reference.mlstm_sig import mlstm_sig_chunkwise, mlstm_sig_parallel, mlstm_sig_recurrent
 from flash_xlstm.reference.pointwise import soft_cap
 
-__all__ = ["mlstm_chunkwise", "mlstm_parallel", "mlstm_recurrent", "mlstm_step", "soft_cap"]
+__all__ = [
+    "mlstm_chunkwise",
+    "mlstm_parallel",
+    "mlstm_recurrent",
+    "mlstm_sig_chunkwise",
+    "mlstm_sig_parallel",
+    "mlstm_sig_recurrent",
+    "mlstm_step",
+    "soft_cap",
+]

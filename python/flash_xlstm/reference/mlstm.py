@@ -2,17 +2,41 @@
 
 All take (batch, seq, heads, dim) tensors like :func:`flash_xlstm.ops.mlstm`. Products run in the dtype of q; gates,
 states and everything between the products run in float32, or in float64 when q is float64.
+
+The forms of the mLSTM with a sigmoid input gate (``mlstm_sig``) are these without the stabilizer: m stays 0, and so the
+floor of the normalizer 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_xlstm.reference.pointwise import cap_gate
+
 State = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the forms share besides tensors. scale=None: dqk ** -0.5."""
+
+    scale: float | None
+    eps: float
+    soft_cap: float | None
+    sigmoid: bool = False  # the input gate; m stays 0
+    normalize: bool = True  # False, with sigmoid only: h is the numerator
+
+    def log_gates(self, i: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        i, f = (cap_gate(gate.to(dtype), self.soft_cap) for gate in (i, f))
+        return F.logsigmoid(i) if self.sigmoid else i, F.logsigmoid(f)
+
+    def normalizer(self, s: Tensor, m: Tensor) -> Tensor:
+        return torch.maximum(s.abs(), torch.exp(-m)) + self.eps if self.normalize else torch.ones_like(s)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -28,16 +52,17 @@ def _initial(q, v, initial_state) -> State:
     return tuple(t.to(wide) for t in initial_state)
 
 
-def _prepare(q, k, v, i, f, initial_state, scale):
-    """Heads before seq, log gates in the wide dtype, the initial state, the scale."""
-    wide = _wide(q.dtype)
+def _prepare(q, k, v, i, f, initial_state, options: Options):
+    """Heads before seq, log gates in the wide dtype, the initial state, the options with a scale."""
     state = _initial(q, v, initial_state)
-    dqk = q.shape[-1]
+    if options.scale is None:
+        options = dataclasses.replace(options, scale=q.shape[-1] ** -0.5)
+    i, f = options.log_gates(i, f, _wide(q.dtype))
     q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))
-    return q, k, v, i.to(wide), F.logsigmoid(f.to(wide)), state, dqk**-0.5 if scale is None else scale
+    return q, k, v, i, f, state, options
 
 
-def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, **options):
+def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, *options):
     """Applies `form` to each packed sequence on its own."""
     offsets = cu_seqlens.tolist()
     hidden, states = [], []
@@ -47,60 +72,59 @@ def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, **options):
         if start == stop:
             h, state = part[2], _initial(q, v, first)
         else:
-            h, state = form(*part, initial_state=first, **options)
+            h, state = form(*part, first, *options)
         hidden.append(h)
         states.append(state)
     return torch.cat(hidden, 1), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
 
 
-def _run(form, q, k, v, i, f, cu_seqlens, return_final_state, **options):
+def run(form, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, *options):
+    """`form` of the whole batch or of each packed sequence."""
     if cu_seqlens is None:
-        h, state = form(q, k, v, i, f, **options)
+        h, state = form(q, k, v, i, f, initial_state, *options)
     else:
-        h, state = _packed(form, q, k, v, i, f, cu_seqlens, **options)
+        h, state = _packed(form, q, k, v, i, f, cu_seqlens, initial_state, *options)
     return (h, state) if return_final_state else h
 
 
-def _update(k, v, i, lf, state: State) -> State:
+def _update(k, v, i, lf, state: State, options: Options) -> State:
     c, n, m = state
-    m_next = torch.maximum(lf + m, i)
+    m_next = m if options.sigmoid else torch.maximum(lf + m, i)
     keep, take = torch.exp(lf + m - m_next), torch.exp(i - m_next)
     kt = take[..., None] * k.to(c.dtype)
     return keep[..., None, None] * c + kt[..., :, None] * v.to(c.dtype)[..., None, :], keep[..., None] * n + kt, m_next
 
 
-def _read(q, state: State, scale: float, eps: float) -> Tensor:
+def _read(q, state: State, options: Options) -> Tensor:
     c, n, m = state
-    qs = scale * q.to(c.dtype)
-    s = (qs * n).sum(-1)
-    d = torch.maximum(s.abs(), torch.exp(-m)) + eps
+    qs = options.scale * q.to(c.dtype)
+    d = options.normalizer((qs * n).sum(-1), m)
     return (qs[..., None, :] @ c)[..., 0, :] / d[..., None]
 
 
-def _recurrent(q, k, v, i, f, *, initial_state, scale, eps):
+def recurrent(q, k, v, i, f, initial_state, options: Options):
     dtype = q.dtype
-    q, k, v, i, lf, state, scale = _prepare(q, k, v, i, f, initial_state, scale)
+    q, k, v, i, lf, state, options = _prepare(q, k, v, i, f, initial_state, options)
     hidden = []
     for t in range(q.shape[2]):
-        state = _update(k[:, :, t], v[:, :, t], i[:, :, t], lf[:, :, t], state)
-        hidden.append(_read(q[:, :, t], state, scale, eps))
+        state = _update(k[:, :, t], v[:, :, t], i[:, :, t], lf[:, :, t], state, options)
+        hidden.append(_read(q[:, :, t], state, options))
     return torch.stack(hidden, 1).to(dtype), state
 
 
-def _chunk(q, k, v, i, lf, state: State, scale: float, eps: float) -> tuple[Tensor, State]:
+def _chunk(q, k, v, i, lf, state: State, options: Options) -> tuple[Tensor, State]:
     """The parallel form over one chunk, (batch, heads, length, dim), from the state at its start."""
     c, n, m0 = state
-    wide, dtype, length = c.dtype, q.dtype, q.shape[2]
+    wide, dtype, length, scale = c.dtype, q.dtype, q.shape[2], options.scale
     b = lf.cumsum(-1)
     causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     log_d = (b[..., :, None] - b[..., None, :] + i[..., None, :]).masked_fill(~causal, -torch.inf)
-    m = torch.maximum(log_d.amax(-1), b + m0[..., None])
+    m = torch.zeros_like(b) if options.sigmoid else torch.maximum(log_d.amax(-1), b + m0[..., None])
     w = scale * (q @ k.transpose(-1, -2)).to(wide) * torch.exp(log_d - m[..., None])
     g = torch.exp(b + m0[..., None] - m)
     s = w.sum(-1) + scale * g * (q.to(wide) @ n[..., None])[..., 0]
-    d = torch.maximum(s.abs(), torch.exp(-m)) + eps
     numerator = (w.to(dtype) @ v).to(wide) + scale * g[..., None] * (q @ c.to(dtype)).to(wide)
-    h = numerator / d[..., None]
+    h = numerator / options.normalizer(s, m)[..., None]
 
     m_last = m[..., -1]
     keep = torch.exp(b[..., -1] + m0 - m_last)
@@ -111,31 +135,54 @@ def _chunk(q, k, v, i, lf, state: State, scale: float, eps: float) -> tuple[Tens
     return h.to(dtype), (c, n, m_last)
 
 
-def _chunkwise(q, k, v, i, f, *, initial_state, scale, eps, chunk_size):
-    q, k, v, i, lf, state, scale = _prepare(q, k, v, i, f, initial_state, scale)
+def chunkwise(q, k, v, i, f, initial_state, options: Options, chunk_size: int):
+    q, k, v, i, lf, state, options = _prepare(q, k, v, i, f, initial_state, options)
     hidden = []
     for start in range(0, q.shape[2], chunk_size):
         part = slice(start, start + chunk_size)
-        h, state = _chunk(q[:, :, part], k[:, :, part], v[:, :, part], i[:, :, part], lf[:, :, part], state, scale, eps)
+        qt, kt, vt, it, lft = (t[:, :, part] for t in (q, k, v, i, lf))
+        h, state = _chunk(qt, kt, vt, it, lft, state, options)
         hidden.append(h)
     return torch.cat(hidden, 2).transpose(1, 2), state
 
 
 def mlstm_recurrent(
-    q, k, v, i, f, *, initial_state=None, scale=None, eps=1e-6, cu_seqlens=None, return_final_state=False
+    q,
+    k,
+    v,
+    i,
+    f,
+    *,
+    initial_state=None,
+    scale=None,
+    eps=1e-6,
+    gate_soft_cap=None,
+    cu_seqlens=None,
+    return_final_state=False,
 ):
     """The mLSTM token by token: the definition. Arguments and results as :func:`flash_xlstm.ops.mlstm`, any float
     dtype; states come back in float32 (float64 for float64)."""
-    options = {"initial_state": initial_state, "scale": scale, "eps": eps}
-    return _run(_recurrent, q, k, v, i, f, cu_seqlens, return_final_state, **options)
+    options = Options(scale, eps, gate_soft_cap)
+    return run(recurrent, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options)
 
 
 def mlstm_parallel(
-    q, k, v, i, f, *, initial_state=None, scale=None, eps=1e-6, cu_seqlens=None, return_final_state=False
+    q,
+    k,
+    v,
+    i,
+    f,
+    *,
+    initial_state=None,
+    scale=None,
+    eps=1e-6,
+    gate_soft_cap=None,
+    cu_seqlens=None,
+    return_final_state=False,
 ):
     """The mLSTM as one chunk, quadratic in seq. Arguments and results as :func:`mlstm_recurrent`."""
-    options = {"initial_state": initial_state, "scale": scale, "eps": eps, "chunk_size": q.shape[1]}
-    return _run(_chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, **options)
+    options = Options(scale, eps, gate_soft_cap)
+    return run(chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options, q.shape[1])
 
 
 def mlstm_chunkwise(
@@ -148,16 +195,17 @@ def mlstm_chunkwise(
     initial_state=None,
     scale=None,
     eps=1e-6,
+    gate_soft_cap=None,
     chunk_size=64,
     cu_seqlens=None,
     return_final_state=False,
 ):
     """The mLSTM chunk by chunk, linear in seq. Arguments and results as :func:`mlstm_recurrent`."""
-    options = {"initial_state": initial_state, "scale": scale, "eps": eps, "chunk_size": chunk_size or 64}
-    return _run(_chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, **options)
+    options = Options(scale, eps, gate_soft_cap)
+    return run(chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options, chunk_size or 64)
 
 
-def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6):
+def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6, gate_soft_cap=None):
     """One token, q (batch, heads, dqk). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.mlstm_step`."""
     c, n, m = state
@@ -167,10 +215,11 @@ def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6
     rows = rows[slots >= 0]
     slots = slots[rows]
     current = (c[slots].to(wide), n[slots].to(wide), m[slots].to(wide))
-    lf = F.logsigmoid(f[rows].to(wide))
-    current = _update(k[rows], v[rows], i[rows].to(wide), lf, current)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, eps, gate_soft_cap)
+    log_i, log_f = options.log_gates(i[rows], f[rows], wide)
+    current = _update(k[rows], v[rows], log_i, log_f, current, options)
     h = torch.zeros(v.shape, dtype=q.dtype, device=q.device)
-    h[rows] = _read(q[rows], current, q.shape[-1] ** -0.5 if scale is None else scale, eps).to(q.dtype)
+    h[rows] = _read(q[rows], current, options).to(q.dtype)
     for whole, part in zip((c, n, m), current, strict=True):
         whole[slots] = part.to(whole.dtype)
     return h

@@ -12,3 +12,8 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
         return x
     wide = x if x.dtype == torch.float64 else x.float()
     return (cap * torch.tanh(wide / cap)).to(x.dtype)
+
+
+def cap_gate(gate: Tensor, cap: float | None) -> Tensor:
+    """:func:`soft_cap` for gates, whose infinities mark padding: they stay as they are, with a gradient of 0."""
+    return gate if cap is None else torch.where(gate.isinf(), gate.detach(), soft_cap(gate, cap))

@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(threads_per_block)
         const bool inside = t < s.length;
         i[x] = inside ? load_as_float(gi.data, i_base + t * gi.seq, w.p.gate_dtype) : -INFINITY;
         lf[x] = inside ? load_as_float(gf.data, f_base + t * gf.seq, w.p.gate_dtype) : INFINITY;
-        i[x] = soft_capped(i[x], w.p.gate_soft_cap);
-        lf[x] = soft_capped(lf[x], w.p.gate_soft_cap);
+        i[x] = cap_gate(i[x], w.p.gate_soft_cap);
+        lf[x] = cap_gate(lf[x], w.p.gate_soft_cap);
         if (sigmoid) i[x] = log_sigmoid(i[x]);
       }
       Transform mine{0.0, negative_infinity()};
@@ -383,9 +383,9 @@ __global__ void __launch_bounds__(threads_per_block)
           const auto to_gate = [&](const Strided& gate, float gradient, bool through_log_sigmoid) {
             const float raw =
                 load_as_float(gate.data, s.row * gate.batch + token * gate.seq + s.head * gate.head, w.p.gate_dtype);
-            const float capped = soft_capped(raw, w.p.gate_soft_cap);
+            const float capped = cap_gate(raw, w.p.gate_soft_cap);
             const float slope =
-                (through_log_sigmoid ? 1.0f / (1.0f + expf(capped)) : 1.0f) * soft_cap_slope(raw, w.p.gate_soft_cap);
+                (through_log_sigmoid ? flash_xlstm::cuda::sigmoid(-capped) : 1.0f) * cap_gate_slope(raw, w.p.gate_soft_cap);
             return slope == 0.0f ? 0.0f : gradient * slope;
           };
           const float into_i = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);

@@ -202,6 +202,7 @@ cudaError_t launch_chunk_sums(const Work& w, const Strided& dh, const float* s, 
 }  // namespace
 
 cudaError_t token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  if (!w.p.normalize) return token_gradients_from_h(w, params, stream);
   switch (w.p.dtype) {
     case DType::bfloat16: return launch_chunk_sums<Sums::tokens, bf16>(w, params.dh, params.s, stream);
     case DType::float16: return launch_chunk_sums<Sums::tokens, half>(w, params.dh, params.s, stream);

@@ -77,6 +77,12 @@ __global__ void chunk_table_kernel(const __grid_constant__ Work w) {
   }
 }
 
+// The pre-activation of a gate at the chunk's token t, as given.
+__device__ __forceinline__ float raw_gate(const Work& w, const Strided& gate, const Chunk& chunk, int head, int t) {
+  return load_as_float(gate.data, chunk.row * gate.batch + (chunk.first + t) * gate.seq + head * gate.head,
+                       w.p.gate_dtype);
+}
+
 // b, i within the chunk; its sum of log forget gates and its largest log weight at the end.
 __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   Chunk chunk;
@@ -89,13 +95,9 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
     const bool inside = t < chunk.length;
-    const int64_t token = chunk.first + t;
-    const Strided &gi = w.p.i, &gf = w.p.f;
-    i[x] = inside ? load_as_float(gi.data, chunk.row * gi.batch + token * gi.seq + head * gi.head, w.p.gate_dtype)
-                  : -INFINITY;
-    lf[x] = inside ? log_sigmoid(load_as_float(gf.data, chunk.row * gf.batch + token * gf.seq + head * gf.head,
-                                               w.p.gate_dtype))
-                   : 0.0f;
+    i[x] = inside ? cap_gate(raw_gate(w, w.p.i, chunk, head, t), w.p.gate_soft_cap) : -INFINITY;
+    if (!w.stabilized()) i[x] = log_sigmoid(i[x]);
+    lf[x] = inside ? log_sigmoid(cap_gate(raw_gate(w, w.p.f, chunk, head, t), w.p.gate_soft_cap)) : 0.0f;
   }
   const double through = prefix_sum(lf[0] + lf[1], lane);
   // From what came before, not through - lf[1]: a NaN in the second token's gate is not the first one's.
@@ -140,7 +142,7 @@ __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float
         sum += before_sum;
       }
     }
-    const double m_end = fmax(sum + m, top);
+    const double m_end = w.stabilized() ? fmax(sum + m, top) : 0.0;
     if (inside) w.scratch.m_boundary[(chunk + 1 + seq) * l.heads + head] = static_cast<float>(m_end);
     m = __shfl_sync(all_lanes, m_end, 31);
   }
@@ -167,9 +169,9 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
     const int64_t at = item * chunk_tokens + t;
-    w.scratch.reset[at] = over[x] >= before;
+    w.scratch.reset[at] = w.stabilized() && over[x] >= before;
     before = fmax(before, over[x]);
-    const float m = static_cast<float>(b[x] + before);
+    const float m = w.stabilized() ? static_cast<float>(b[x] + before) : 0.0f;
     w.scratch.m[at] = m;
     if (m_out != nullptr && t < chunk.length) {
       m_out[(chunk.row * w.layout.seq + chunk.first + t) * w.layout.heads + head] = m;
@@ -177,6 +179,7 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
   }
 }
 
+// s == nullptr: 0.
 __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided dh, const float* h, const float* s) {
   const Layout& l = w.layout;
   const int64_t item = blockIdx.x;
@@ -199,7 +202,8 @@ __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided d
       for (int64_t x = lane; x < l.dv; x += 32) u += dh_row[x] * h_row[x];
       for (int d = 16; d > 0; d /= 2) u += __shfl_xor_sync(all_lanes, u, d);
     }
-    if (lane == 0) store_token_gradients(w, at, Normalizer(s[token], w.scratch.m[at], w.p.eps), u);
+    const float st = s == nullptr ? 0.0f : s[token];
+    if (lane == 0) store_token_gradients(w, at, Normalizer(st, w.scratch.m[at], w.p.eps), u);
   }
 }
 
@@ -265,7 +269,7 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
 
 // dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
 // before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
-// cancels but inside, where the sums are exact to float32.
+// cancels but inside, where the sums are exact to float32. Without a stabilizer a stays 0 (no reset, e and carry of 0).
 __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int column_tiles,
                                       int state_tiles) {
   Chunk chunk;
@@ -288,7 +292,7 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
     kdk[x] = crossing(w.scratch.k_dk, at, stride, column_tiles);
     inside_k[x] = w.scratch.k_dk[last];
     inside[x] = w.scratch.q_dq[last] - inside_k[x];
-    e[x] = w.scratch.e[at];
+    e[x] = w.stabilized() ? w.scratch.e[at] : 0.0f;
     reset[x] = w.scratch.reset[at] != 0;
   }
   const double later = suffix_sum(qdq[0] + inside[0] + qdq[1] + inside[1], lane);
@@ -296,7 +300,7 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
   const double dlf_sum[2] = {through + later + earlier, through + later - (qdq[0] + inside[0]) + earlier + kdk[0]};
 
   // Before the first reset, from behind: dlf + a, from token t on, and dlf of the token behind.
-  const bool open = w.scratch.open[item] != 0;
+  const bool open = w.stabilized() && w.scratch.open[item] != 0;
   const double y[2] = {e[0] + qdq[0] + inside[0] - kdk[0], e[1] + qdq[1] + inside[1] - kdk[1]};
   const double y_after = suffix_sum(y[0] + y[1], lane);
   const double dlf_behind[2] = {dlf_sum[1], dlf_sum[1] - (qdq[1] + inside[1]) + kdk[1]};
@@ -304,7 +308,7 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
   // a arriving at each token, itself included: a segmented suffix sum, with the carry behind the last token.
   const double e_after = suffix_sum(e[0] + e[1], lane);  // e of tokens >= 2 lane
   const unsigned resets0 = __ballot_sync(all_lanes, reset[0]), resets1 = __ballot_sync(all_lanes, reset[1]);
-  const double carried = w.scratch.stabilizer[item];
+  const double carried = w.stabilized() ? w.scratch.stabilizer[item] : 0.0f;
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
     const double e_from_t = x == 0 ? e_after : e_after - e[0];
@@ -323,14 +327,15 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
     const double y_from_t = carried + (x == 0 ? y_after : y_after - y[0]);
     const double a = is_open ? y_from_t - y[x] + e[x] - dlf_behind[x] : e_from_t - e_from_next;
     if (t >= chunk.length) continue;
-    const Strided& gf = w.p.f;
-    const int64_t token = chunk.first + t;
-    const float f = load_as_float(gf.data, chunk.row * gf.batch + token * gf.seq + head * gf.head, w.p.gate_dtype);
-    const int64_t out = (chunk.row * l.seq + token) * l.heads + head;
+    const int64_t out = (chunk.row * l.seq + chunk.first + t) * l.heads + head;
     const double dlf = reset[x] ? dlf_sum[x] : is_open ? y_from_t : dlf_sum[x] + a;
-    const float slope = 1.0f / (1.0f + expf(f));  // sigmoid(-f)
-    store_from_float(di, out, w.p.gate_dtype, static_cast<float>(kdk[x] + inside_k[x] + (reset[x] ? a : 0.0)));
-    store_from_float(df, out, w.p.gate_dtype, slope == 0.0f ? 0.0f : static_cast<float>(dlf) * slope);
+    const double dli = kdk[x] + inside_k[x] + (reset[x] ? a : 0.0);
+    const float i = raw_gate(w, w.p.i, chunk, head, t), f = raw_gate(w, w.p.f, chunk, head, t), cap = w.p.gate_soft_cap;
+    float i_slope = cap_gate_slope(i, cap);
+    if (!w.stabilized()) i_slope *= sigmoid(-cap_gate(i, cap));
+    const float f_slope = cap_gate_slope(f, cap) * sigmoid(-cap_gate(f, cap));
+    store_from_float(di, out, w.p.gate_dtype, i_slope == 0.0f ? 0.0f : static_cast<float>(dli) * i_slope);
+    store_from_float(df, out, w.p.gate_dtype, f_slope == 0.0f ? 0.0f : static_cast<float>(dlf) * f_slope);
   }
 }
 
@@ -355,14 +360,17 @@ cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t 
 
 cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   const int blocks = static_cast<int>(w.layout.max_chunks * w.layout.heads);
-  token_gradients_kernel<<<blocks, 256, 0, stream>>>(w, params.dh, static_cast<const float*>(params.h), params.s);
+  const Strided dh = w.p.normalize ? params.dh : Strided{};  // nothing depends on u without it
+  token_gradients_kernel<<<blocks, 256, 0, stream>>>(w, dh, static_cast<const float*>(params.h), params.s);
   return cudaGetLastError();
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   const int columns = column_tiles(w.p.dqk), states = state_tiles(w.p);
   const int sequences = static_cast<int>(w.layout.num_seqs * w.layout.heads);
-  carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, columns, states);
+  if (w.stabilized()) {
+    carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, columns, states);
+  }
   gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, columns, states);
   return cudaGetLastError();
 }

@@ -13,6 +13,9 @@ struct Work {
   Layout layout;
   Scratch scratch;
   int64_t dv_pitch;  // row pitch of scratch.c, a multiple of 16 bytes
+
+  // Whether there is a stabilizer; without one m is 0 throughout.
+  __host__ __device__ bool stabilized() const { return p.input_gate == InputGate::exponential; }
 };
 
 #ifdef __CUDACC__
@@ -29,9 +32,10 @@ __device__ __forceinline__ void store_no_gradients(const Work& w, int64_t at) {
 
 // gates.cu
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
-// Fills b, i, m, reset, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
+// Fills b, i (its log), m, reset, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
-// Fills inv_d, delta, e from the forward's h, s, m and dh; for float32 only, where h is not rounded.
+// Fills inv_d, delta, e from the forward's h, s, m and dh; for float32 only, where h is not rounded. Without the
+// normalizer, whose inv_d is 1 and delta 0, for every dtype.
 cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);

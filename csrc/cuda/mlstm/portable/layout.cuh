@@ -18,7 +18,7 @@ using Layout = ChunkLayout<chunk_tokens>;
 struct Scratch {
   float2* b;          // [N][64] cumulative log forget gate within the chunk, as high and low part: its differences
                       // stay exact to float32 where b itself is large (-960 with gates at -15)
-  float* i;           // [N][64] input gate, -inf past the chunk's end
+  float* i;           // [N][64] log of the input gate, -inf past the chunk's end
   float* m;           // [N][64] stabilizer m_t
   uint8_t* reset;     // [N][64] 1 where m_t took the input gate's branch
   double* chunk_b;    // [N] b at the chunk's end

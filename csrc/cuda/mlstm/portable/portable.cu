@@ -22,6 +22,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   Layout& l = w.layout;
   Scratch& s = w.scratch;
   w.p = p;
+  if (!p.normalize) w.p.eps = 0.0f;  // d = max(|s|, exp(-m)) + eps is then 1, with s and m of 0
   const bool packed = p.cu_seqlens != nullptr;
   l = Layout{};
   l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;

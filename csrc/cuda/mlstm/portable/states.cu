@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
         } else {
           const float weight = expf((b_end.x - b.x) + (b_end.y - b.y) + (w.scratch.i[at] - m_end));
           sh.weight[step % 2][t] = weight;
-          sh.weight_n[step % 2][t] = weight;
+          sh.weight_n[step % 2][t] = w.p.normalize ? weight : 0.0f;  // n stays 0
         }
         if (t == 0) sh.keep[step % 2] = expf(b_end.x + (m_start - m_end) + b_end.y);
       }
