@@ -3,12 +3,16 @@
 
 #include "mlstm_params.h"
 #include "pointwise_params.h"
+#include "slstm_params.h"
 
 namespace flash_xlstm::cpu {
 
 void mlstm_forward(const MlstmForward& params);
 void mlstm_backward(const MlstmBackward& params);
 void mlstm_step(const MlstmStep& params);
+void slstm_forward(const SlstmForward& params);
+void slstm_backward(const SlstmBackward& params);
+void slstm_step(const SlstmStep& params);
 void soft_cap(const SoftCap& params);
 
 }  // namespace flash_xlstm::cpu

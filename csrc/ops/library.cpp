@@ -17,6 +17,18 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
       "Tensor? state_indices, float? scale, float eps) -> Tensor");
+  // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
+  lib.def(
+      "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
+      "float recurrent_grad_clip, bool keep, bool return_final_state) "
+      "-> (Tensor h, Tensor kept, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last)");
+  lib.def(
+      "slstm_backward(Tensor? dh, Tensor? dh_last, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
+      "Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
+      "Tensor h, Tensor kept, float recurrent_grad_clip) "
+      "-> (Tensor dx, Tensor dR, Tensor db, Tensor dh0, Tensor dc0, Tensor dn0, Tensor dm0)");
+  lib.def(
+      "slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
   lib.def("soft_cap(Tensor x, float cap) -> Tensor");
   lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
 }
@@ -25,6 +37,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
+  lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
+  lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
 }
@@ -34,6 +49,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
+  lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
+  lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
 }

@@ -9,6 +9,7 @@
 namespace flash_xlstm {
 
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
@@ -22,6 +23,15 @@ Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptT
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
                   OptTensor state_indices, std::optional<double> scale, double eps);
+
+Tensors6 slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+               OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state);
+
+Tensors7 slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last,
+                        Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                        OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip);
+
+Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Tensor m);
 
 Tensor soft_cap(Tensor x, double cap);
 Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);

@@ -3,5 +3,6 @@
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.pointwise import soft_cap
+from flash_xlstm.ops.slstm import SlstmState, slstm, slstm_step
 
-__all__ = ["MlstmState", "kernel_for", "mlstm", "mlstm_step", "soft_cap"]
+__all__ = ["MlstmState", "SlstmState", "kernel_for", "mlstm", "mlstm_step", "slstm", "slstm_step", "soft_cap"]
