@@ -1,6 +1,7 @@
 // Entry points of the CPU kernels.
 #pragma once
 
+#include "conv_params.h"
 #include "mlstm_params.h"
 #include "pointwise_params.h"
 #include "slstm_params.h"
@@ -13,6 +14,9 @@ void mlstm_step(const MlstmStep& params);
 void slstm_forward(const SlstmForward& params);
 void slstm_backward(const SlstmBackward& params);
 void slstm_step(const SlstmStep& params);
+void conv_forward(const ConvForward& params);
+void conv_backward(const ConvBackward& params);
+void conv_step(const ConvStep& params);
 void soft_cap(const SoftCap& params);
 
 }  // namespace flash_xlstm::cpu

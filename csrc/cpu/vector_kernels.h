@@ -104,6 +104,13 @@ struct VectorKernels {
   void (*slstm_cell)(const SlstmCell& cell);
   void (*slstm_cell_backward)(const SlstmCellBackward& cell);
 
+  // y = act(bias + sum over k of weight[k] taps[k]) for one token, and act' there where slope is not null; arrays of
+  // `channels` floats, weight [kernel][channels].
+  void (*conv_token)(float* y, float* slope, const float* const* taps, const float* weight, const float* bias,
+                     int64_t kernel, bool silu, int64_t channels);
+  // to += a b, element by element.
+  void (*add_product)(float* to, const float* a, const float* b, int64_t count);
+
   // Elements [begin, end).
   void (*soft_cap)(const SoftCap& p, int64_t begin, int64_t end);
 };

@@ -29,6 +29,13 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
       "-> (Tensor dx, Tensor dR, Tensor db, Tensor dh0, Tensor dc0, Tensor dn0, Tensor dm0)");
   lib.def(
       "slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
+  lib.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu, "
+      "bool return_final_state) -> (Tensor y, Tensor last)");
+  lib.def(
+      "causal_conv1d_backward(Tensor? dy, Tensor? dlast, Tensor x, Tensor weight, Tensor? bias, Tensor? state, "
+      "Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate)");
+  lib.def("causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor");
   lib.def("soft_cap(Tensor x, float cap) -> Tensor");
   lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
 }
@@ -40,6 +47,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
   lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
   lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
+  lib.impl("causal_conv1d", TORCH_BOX(&flash_xlstm::causal_conv1d));
+  lib.impl("causal_conv1d_backward", TORCH_BOX(&flash_xlstm::causal_conv1d_backward));
+  lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
 }
@@ -52,6 +62,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
   lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
   lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
   lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
+  lib.impl("causal_conv1d", TORCH_BOX(&flash_xlstm::causal_conv1d));
+  lib.impl("causal_conv1d_backward", TORCH_BOX(&flash_xlstm::causal_conv1d_backward));
+  lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
 }

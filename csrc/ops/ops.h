@@ -8,6 +8,8 @@
 
 namespace flash_xlstm {
 
+using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -32,6 +34,12 @@ Tensors7 slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptT
                         OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip);
 
 Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Tensor m);
+
+Tensors2 causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor state, OptTensor cu_seqlens, bool silu,
+                       bool return_final_state);
+Tensors4 causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias,
+                                OptTensor state, OptTensor cu_seqlens, bool silu);
+Tensor causal_conv1d_step(Tensor x, Tensor weight, OptTensor bias, Tensor state, bool silu);
 
 Tensor soft_cap(Tensor x, double cap);
 Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);

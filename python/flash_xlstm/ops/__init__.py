@@ -1,8 +1,20 @@
 """Torch ops of the xLSTM. Each is backed by operators of the namespace ``torch.ops.flash_xlstm``."""
 
+from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.pointwise import soft_cap
 from flash_xlstm.ops.slstm import SlstmState, slstm, slstm_step
 
-__all__ = ["MlstmState", "SlstmState", "kernel_for", "mlstm", "mlstm_step", "slstm", "slstm_step", "soft_cap"]
+__all__ = [
+    "MlstmState",
+    "SlstmState",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "kernel_for",
+    "mlstm",
+    "mlstm_step",
+    "slstm",
+    "slstm_step",
+    "soft_cap",
+]
