@@ -1,7 +1,7 @@
 // Plain descriptions of one causal depthwise convolution, shared by the op layer, the CPU kernels and the CUDA kernels.
 //
-// A row is one sequence: a batch row, or one packed sequence. y_t = act(bias + sum over k of weight[k] x_{t - kernel + 1 + k});
-// inputs before the first come from the state, (rows, kernel - 1, channels), the oldest first.
+// A row is one sequence: a batch row, or one packed sequence. y_t = act(bias + sum over k of weight[k] x_{t - kernel +
+// 1 + k}); inputs before the first come from the state, (rows, kernel - 1, channels), the oldest first.
 #pragma once
 
 #include <cstdint>
@@ -21,16 +21,16 @@ struct ConvProblem {
   bool silu;
   const void* x;  // (batch, seq, channels), strides in elements, the last dimension contiguous
   int64_t x_batch, x_seq;
-  const void* weight;              // (channels, kernel) contiguous
-  const void* bias = nullptr;      // (channels) contiguous
-  const void* state = nullptr;     // contiguous; nullptr: zeros
+  const void* weight;                   // (channels, kernel) contiguous
+  const void* bias = nullptr;           // (channels) contiguous
+  const void* state = nullptr;          // contiguous; nullptr: zeros
   const int32_t* cu_seqlens = nullptr;  // (rows + 1), on the kernel's device; nullptr: not packed
 };
 
 struct ConvForward {
   ConvProblem p;
-  void* y;                // (batch, seq, channels) contiguous, dtype
-  void* last = nullptr;   // the state after the last token; nullptr: not wanted
+  void* y;               // (batch, seq, channels) contiguous, dtype
+  void* last = nullptr;  // the state after the last token; nullptr: not wanted
 };
 
 struct ConvBackward {

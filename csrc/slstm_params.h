@@ -23,9 +23,9 @@ struct SlstmProblem {
   DType weight_dtype;  // of R and dR
   DType bias_dtype;    // of b and db
   int64_t batch, seq, heads, dim;
-  int64_t rows;           // batch, or the number of packed sequences
-  const void* weights;    // R (4, heads, out, in) contiguous
-  const void* bias;       // b (4, heads, dim) contiguous
+  int64_t rows;                         // batch, or the number of packed sequences
+  const void* weights;                  // R (4, heads, out, in) contiguous
+  const void* bias;                     // b (4, heads, dim) contiguous
   const int32_t* cu_seqlens = nullptr;  // (rows + 1), on the kernel's device; nullptr: not packed
   // Initial state, (rows, heads, dim) contiguous float32; all or none, none means zeros.
   const float *h0 = nullptr, *c0 = nullptr, *n0 = nullptr, *m0 = nullptr;
@@ -50,7 +50,7 @@ struct SlstmBackward {
   float clip;         // the gradient that reaches h_{t-1} through R stays within -clip and clip; may be infinite
   // Gradients of the final state, contiguous float32; each may be nullptr: zero.
   const float *dh_last = nullptr, *dc_last = nullptr, *dn_last = nullptr, *dm_last = nullptr;
-  void* dx;       // (batch, seq, 4, heads, dim) contiguous, dtype
+  void* dx;        // (batch, seq, 4, heads, dim) contiguous, dtype
   void* dweights;  // (4, heads, out, in) contiguous
   void* dbias;     // (4, heads, dim) contiguous
   // Gradients of the initial state; all or none.

@@ -1,5 +1,5 @@
-// The causal depthwise convolution on the CPU: a task for a sequence and a block of channels; the weights' gradients are
-// summed over the sequences by a task for each block of channels.
+// The causal depthwise convolution on the CPU: a task for a sequence and a block of channels; the weights' gradients
+// are summed over the sequences by a task for each block of channels.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -73,8 +73,8 @@ class Window {
   }
   // The inputs that output t sees, the oldest first; t comes one after the other.
   const float* const* at(int64_t t) {
-    load(place(t + p_.kernel - 1), p_.x, row_.batch * p_.x_batch + (row_.start + t) * p_.x_seq + block_.first,
-         p_.dtype, block_.count);
+    load(place(t + p_.kernel - 1), p_.x, row_.batch * p_.x_batch + (row_.start + t) * p_.x_seq + block_.first, p_.dtype,
+         block_.count);
     for (int64_t k = 0; k < p_.kernel; ++k) taps_[k] = place(t + k);
     return taps_.data();
   }
@@ -123,8 +123,8 @@ void backward_row(const ConvBackward& params, int64_t row_index, const Channels&
       kernels.conv_token(y.data(), slope.data(), taps, block.weight.data(), block.bias.data(), kernel, p.silu, count);
       if (params.dy != nullptr) {
         std::vector<float>& dy = y;
-        load(dy.data(), params.dy, row.batch * params.dy_batch + (row.start + t) * params.dy_seq + block.first,
-             p.dtype, count);
+        load(dy.data(), params.dy, row.batch * params.dy_batch + (row.start + t) * params.dy_seq + block.first, p.dtype,
+             count);
         for (int64_t x = 0; x < count; ++x) now[x] = dy[x] * slope[x];
       }
       for (int64_t k = 0; k < kernel; ++k) kernels.add_product(dweight + k * count, now, taps[k], count);
@@ -185,8 +185,8 @@ void conv_backward(const ConvBackward& params) {
 void conv_step(const ConvStep& params) {
   const int64_t blocks = blocks_of(params.channels), before = params.kernel - 1;
   parallel(blocks * params.batch, [&](int64_t task) {
-    const Channels block(params.channels, params.kernel, task % blocks, params.weight, params.weight_dtype,
-                         params.bias, params.bias_dtype);
+    const Channels block(params.channels, params.kernel, task % blocks, params.weight, params.weight_dtype, params.bias,
+                         params.bias_dtype);
     const int64_t row = task / blocks, bytes = block.count * size_of(params.dtype);
     std::vector<float> inputs(params.kernel * block.count), y(block.count);
     std::vector<const float*> taps(params.kernel);
@@ -197,8 +197,10 @@ void conv_step(const ConvStep& params) {
     const int64_t from = row * params.x_batch + block.first;
     for (int64_t k = 0; k < params.kernel; ++k) {
       float* to = inputs.data() + k * block.count;
-      if (k < before) load(to, state(k), 0, params.dtype, block.count);
-      else load(to, params.x, from, params.dtype, block.count);
+      if (k < before)
+        load(to, state(k), 0, params.dtype, block.count);
+      else
+        load(to, params.x, from, params.dtype, block.count);
       taps[k] = to;
     }
     for (int64_t j = 0; j + 1 < before; ++j) std::memcpy(state(j), state(j + 1), bytes);

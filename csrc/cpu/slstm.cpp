@@ -1,6 +1,6 @@
-// The sLSTM on the CPU: a task for a head and a few rows, which walks the tokens with R in float32; rows share the reads
-// of R. The weights' gradients are products over all tokens afterwards, a task for a head and a block of one gate's
-// outputs; they take dx and h as they were rounded to their dtype.
+// The sLSTM on the CPU: a task for a head and a few rows, which walks the tokens with R in float32; rows share the
+// reads of R. The weights' gradients are products over all tokens afterwards, a task for a head and a block of one
+// gate's outputs; they take dx and h as they were rounded to their dtype.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -219,8 +219,8 @@ void weight_gradients(const SlstmBackward& params, int64_t gate, int64_t head, i
         if (p.h0 != nullptr) std::memcpy(h.data(), p.h0 + (r * p.heads + head) * dim, dim * sizeof(float));
       }
       if (tokens > skipped) {
-        load(h.data() + skipped * dim, params.h, ((token + skipped - 1) * p.heads + head) * dim, p.dtype,
-             p.heads * dim, tokens - skipped, dim);
+        load(h.data() + skipped * dim, params.h, ((token + skipped - 1) * p.heads + head) * dim, p.dtype, p.heads * dim,
+             tokens - skipped, dim);
       }
       vector_kernels().product(dweights.data(), dim, dx.data(), 1, count, h.data(), dim, count, tokens, dim, true);
       for (int64_t k = 0; k < tokens; ++k) {

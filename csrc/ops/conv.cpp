@@ -118,8 +118,8 @@ Tensors2 causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor state,
   return {y, last};
 }
 
-Tensors4 causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias,
-                                OptTensor state, OptTensor cu_seqlens, bool silu) {
+Tensors4 causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias, OptTensor state,
+                                OptTensor cu_seqlens, bool silu) {
   CheckedProblem checked = check_problem(x, weight, bias, state, cu_seqlens, silu);
   const ConvProblem& p = checked.p;
   ConvBackward params{};

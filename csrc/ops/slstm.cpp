@@ -36,8 +36,8 @@ void check_weights(const Tensor& R, const Tensor& b, int64_t heads, int64_t dim,
   for (auto [name, t] : {std::pair{"R", &R}, {"b", &b}}) {
     check_device(name, *t, first, first_name);
     if (t->scalar_type() != ScalarType::Float && t->scalar_type() != first.scalar_type()) {
-      type_error(name, " has dtype ", dtype_text(t->scalar_type()), "; it must be float32 or the dtype of ",
-                 first_name, ", ", dtype_text(first.scalar_type()));
+      type_error(name, " has dtype ", dtype_text(t->scalar_type()), "; it must be float32 or the dtype of ", first_name,
+                 ", ", dtype_text(first.scalar_type()));
     }
   }
 }

@@ -1,12 +1,12 @@
-// The causal depthwise convolution: bound by memory, so a thread takes 4 neighbouring channels (one where they do not lie
-// aligned) through a run of tokens with the inputs that it still needs in registers, and each input is read once but for
-// the kernel - 1 before a run. Taps beyond the kernel's size are left out, not multiplied by 0: what is not finite
-// reaches only outputs that depend on it.
+// The causal depthwise convolution: bound by memory, so a thread takes 4 neighbouring channels (one where they do not
+// lie aligned) through a run of tokens with the inputs that it still needs in registers, and each input is read once
+// but for the kernel - 1 before a run. Taps beyond the kernel's size are left out, not multiplied by 0: what is not
+// finite reaches only outputs that depend on it.
 //
 // Backward: with pre the sum before the activation and g_t = dy_t act'(pre_t), dx_t = sum over k of
-// weight[k] g_{t + kernel - 1 - k}. A run computes its g and kernel - 1 beyond, and emits dx that many tokens behind; at a
-// sequence's start what would be dx of inputs before the first is the state's gradient. A run's sums for dweight and
-// dbias go to scratch and are added in a fixed order.
+// weight[k] g_{t + kernel - 1 - k}. A run computes its g and kernel - 1 beyond, and emits dx that many tokens behind;
+// at a sequence's start what would be dx of inputs before the first is the state's gradient. A run's sums for dweight
+// and dbias go to scratch and are added in a fixed order.
 #include <initializer_list>
 #include <type_traits>
 
@@ -64,8 +64,10 @@ __device__ __forceinline__ int64_t row_of(const ConvProblem& p, int64_t token) {
   int64_t low = 0, high = p.rows;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= token) low = middle;
-    else high = middle;
+    if (p.cu_seqlens[middle] <= token)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -89,8 +91,10 @@ __global__ void prepare_kernel(const __grid_constant__ ConvProblem p, float* to)
   const int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (x >= (p.kernel + 1) * p.channels) return;
   const int64_t k = x / p.channels, channel = x % p.channels;
-  if (k < p.kernel) to[x] = load_as_float(p.weight, channel * p.kernel + k, p.weight_dtype);
-  else to[x] = p.bias == nullptr ? 0.0f : load_as_float(p.bias, channel, p.bias_dtype);
+  if (k < p.kernel)
+    to[x] = load_as_float(p.weight, channel * p.kernel + k, p.weight_dtype);
+  else
+    to[x] = p.bias == nullptr ? 0.0f : load_as_float(p.bias, channel, p.bias_dtype);
 }
 
 template <int width, int taps>
@@ -155,7 +159,8 @@ __device__ __forceinline__ float silu_slope(float x) {
 
 // This thread's channels and run of tokens; false beyond the end.
 template <int width>
-__device__ __forceinline__ bool locate(const ConvProblem& p, int run, int64_t& channel, int64_t& batch, int64_t& first) {
+__device__ __forceinline__ bool locate(const ConvProblem& p, int run, int64_t& channel, int64_t& batch,
+                                       int64_t& first) {
   const int64_t groups = (p.channels + width - 1) / width, blocks = (groups + threads - 1) / threads;
   const int64_t runs = (p.seq + run - 1) / run, place = blockIdx.x / blocks;
   channel = (blockIdx.x % blocks * threads + threadIdx.x) * width;
@@ -165,8 +170,8 @@ __device__ __forceinline__ bool locate(const ConvProblem& p, int run, int64_t& c
 }
 
 template <typename T, int width, int taps>
-__global__ void __launch_bounds__(threads) forward_kernel(const __grid_constant__ ConvForward params,
-                                                          const float* prepared) {
+__global__ void __launch_bounds__(threads)
+    forward_kernel(const __grid_constant__ ConvForward params, const float* prepared) {
   const ConvProblem& p = params.p;
   const int kernel = static_cast<int>(p.kernel);
   int64_t channel, batch, first;
@@ -313,8 +318,10 @@ __global__ void add_kernel(const __grid_constant__ ConvBackward params, const fl
 #pragma unroll 8
   for (int64_t r = 0; r < runs; ++r) sum += sums[r * size + x];
   const int64_t k = x / p.channels, channel = x % p.channels;
-  if (k < p.kernel) store_from_float(params.dweight, channel * p.kernel + k, p.weight_dtype, sum);
-  else if (params.dbias != nullptr) store_from_float(params.dbias, channel, p.bias_dtype, sum);
+  if (k < p.kernel)
+    store_from_float(params.dweight, channel * p.kernel + k, p.weight_dtype, sum);
+  else if (params.dbias != nullptr)
+    store_from_float(params.dbias, channel, p.bias_dtype, sum);
 }
 
 template <typename T>
@@ -369,9 +376,12 @@ void prepare(const ConvProblem& p, float* to, cudaStream_t stream) {
 template <typename F>
 void with_sizes(bool aligned, int64_t kernel, F&& f) {
   using std::integral_constant;
-  if (!aligned) f(integral_constant<int, 1>{}, integral_constant<int, most_taps>{});
-  else if (kernel <= few_taps) f(integral_constant<int, 4>{}, integral_constant<int, few_taps>{});
-  else f(integral_constant<int, 2>{}, integral_constant<int, most_taps>{});
+  if (!aligned)
+    f(integral_constant<int, 1>{}, integral_constant<int, most_taps>{});
+  else if (kernel <= few_taps)
+    f(integral_constant<int, 4>{}, integral_constant<int, few_taps>{});
+  else
+    f(integral_constant<int, 2>{}, integral_constant<int, most_taps>{});
 }
 
 }  // namespace
@@ -385,8 +395,7 @@ cudaError_t conv_forward(const ConvForward& params, void* workspace, cudaStream_
   return dispatch_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_sizes(wide(p, {p.x, p.state, params.y}, {p.x_batch, p.x_seq}), p.kernel, [&](auto width, auto taps) {
-      forward_kernel<T, width(), taps()>
-          <<<run_blocks(p, forward_run, width()), threads, 0, stream>>>(params, prepared);
+      forward_kernel<T, width(), taps()><<<run_blocks(p, forward_run, width()), threads, 0, stream>>>(params, prepared);
     });
     const int64_t count = p.rows * (p.kernel - 1) * p.channels;
     if (params.last != nullptr && count > 0) {

@@ -94,7 +94,8 @@ struct SlstmUnitGradient {
   float dh, dc, dn, excess;
 };
 
-// In: dh whole, the rest of the state after t. Out: dx[4]; of the state before t, with dh what passes a padding unit by.
+// In: dh whole, the rest of the state after t. Out: dx[4]; of the state before t, with dh what passes a padding unit
+// by.
 template <typename Math>
 __device__ __forceinline__ void slstm_unit_backward(const float (&kept)[slstm_kept], float c_before, float n_before,
                                                     SlstmUnitGradient& g, float (&dx)[4]) {

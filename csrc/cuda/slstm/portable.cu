@@ -3,15 +3,14 @@
 //
 // Forward: a warp takes a unit at a time and forms its 4 gates for 4 rows, lanes along R's inputs; the 16 sums end up
 // in different lanes, and 4 lanes run the cell. One block barrier a token, h being double-buffered.
-// Backward: threads run the cells of (row, unit); then warps form dh = R^T dx, an input unit at a time, from a copy of R
-// that lies transposed, (heads, in, 4 out). Two block barriers a token.
+// Backward: threads run the cells of (row, unit); then warps form dh = R^T dx, an input unit at a time, from a copy of
+// R that lies transposed, (heads, in, 4 out). Two block barriers a token.
 //
-// State and h (forward, 20 floats a unit of dim) or gradients and dx (backward, 32) lie in shared memory where they fit,
-// else in the scratch buffer: no limit on dim.
-#include "cuda/slstm/portable.h"
-
+// State and h (forward, 20 floats a unit of dim) or gradients and dx (backward, 32) lie in shared memory where they
+// fit, else in the scratch buffer: no limit on dim.
 #include "cuda/slstm/cell.cuh"
 #include "cuda/slstm/launch.h"
+#include "cuda/slstm/portable.h"
 
 namespace flash_xlstm::cuda {
 namespace {
@@ -87,13 +86,14 @@ __device__ __forceinline__ void unit_gates(float (&gates)[4], const W* weights, 
   for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(0xffffffffu, sum, g * 8 + row * 2);
 }
 
-__device__ __forceinline__ float initial(const float* state, const SlstmProblem& p, int64_t row, int head, int64_t unit) {
+__device__ __forceinline__ float initial(const float* state, const SlstmProblem& p, int64_t row, int head,
+                                         int64_t unit) {
   return state == nullptr || row >= p.rows ? 0.0f : state[(row * p.heads + head) * p.dim + unit];
 }
 
 template <typename W>
-__global__ void __launch_bounds__(threads) forward_kernel(const __grid_constant__ SlstmForward params, float* workspace,
-                                                          bool vectors) {
+__global__ void __launch_bounds__(threads)
+    forward_kernel(const __grid_constant__ SlstmForward params, float* workspace, bool vectors) {
   extern __shared__ float4 shared[];
   const SlstmProblem& p = params.p;
   const int head = static_cast<int>(blockIdx.x % p.heads), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -168,7 +168,8 @@ __global__ void transpose_kernel(const W* from, W* to, int64_t heads, int64_t di
   from += (gate * heads + head) * dim * dim;
   to += head * 4 * dim * dim + gate * dim;
   for (int r = threadIdx.y; r < 32; r += blockDim.y) {
-    if (out + r < dim && in + threadIdx.x < dim) tile[r][threadIdx.x] = to_float(from[(out + r) * dim + in + threadIdx.x]);
+    if (out + r < dim && in + threadIdx.x < dim)
+      tile[r][threadIdx.x] = to_float(from[(out + r) * dim + in + threadIdx.x]);
   }
   __syncthreads();
   for (int r = threadIdx.y; r < 32; r += blockDim.y) {
@@ -188,8 +189,8 @@ __device__ __forceinline__ float before(const SlstmBackward& params, const Slstm
 }
 
 template <typename W>
-__global__ void __launch_bounds__(threads) backward_kernel(const __grid_constant__ SlstmBackward params,
-                                                           const W* transposed, float* workspace, bool vectors) {
+__global__ void __launch_bounds__(threads)
+    backward_kernel(const __grid_constant__ SlstmBackward params, const W* transposed, float* workspace, bool vectors) {
   extern __shared__ float4 shared[];
   const SlstmProblem& p = params.p;
   const int head = static_cast<int>(blockIdx.x % p.heads), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -228,8 +229,8 @@ __global__ void __launch_bounds__(threads) backward_kernel(const __grid_constant
         SlstmUnitGradient g{dh[x], dc[x], dn[x], excess[x]};
         if (params.dh != nullptr) {
           g.dh += load_as_float(
-              params.dh,
-              at.batch * params.dh_batch + (at.start + t) * params.dh_seq + head * params.dh_head + unit, p.dtype);
+              params.dh, at.batch * params.dh_batch + (at.start + t) * params.dh_seq + head * params.dh_head + unit,
+              p.dtype);
         }
         slstm_unit_backward<ExactMath>(kept, before(params, at, row, head, t, unit, kept_c, p.c0),
                                        before(params, at, row, head, t, unit, kept_n, p.n0), g, gates);
@@ -275,8 +276,8 @@ __global__ void __launch_bounds__(threads) step_kernel(const __grid_constant__ S
   const int64_t gate_row = first_row + lane / 2 % block_rows, row = first_row + lane % block_rows;
   float add = load_as_float(params.bias, (gate * heads + head) * dim + unit, params.bias_dtype);
   if (gate_row < params.batch) {
-    add += load_as_float(params.x,
-                         gate_row * params.x_batch + gate * params.x_gate + head * params.x_head + unit, params.dtype);
+    add += load_as_float(params.x, gate_row * params.x_batch + gate * params.x_gate + head * params.x_head + unit,
+                         params.dtype);
   }
   const W* weights = static_cast<const W*>(params.weights) + (head * dim + unit) * dim;
   float sums[4 * block_rows] = {};
@@ -385,11 +386,14 @@ int64_t slstm_step_workspace_bytes(const SlstmStep& params) {
 cudaError_t slstm_step(const SlstmStep& params, void* workspace, cudaStream_t stream) {
   return dispatch_dtype(params.weight_dtype, [&](auto zero) {
     using W = decltype(zero);
-    const int64_t unit_tiles = (params.dim + warps - 1) / warps, row_tiles = (params.batch + block_rows - 1) / block_rows;
+    const int64_t unit_tiles = (params.dim + warps - 1) / warps,
+                  row_tiles = (params.batch + block_rows - 1) / block_rows;
     float* h_next = static_cast<float*>(workspace);
-    step_kernel<W><<<static_cast<unsigned>(unit_tiles * params.heads * row_tiles), threads, 0, stream>>>(params, h_next);
+    step_kernel<W>
+        <<<static_cast<unsigned>(unit_tiles * params.heads * row_tiles), threads, 0, stream>>>(params, h_next);
     if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
-    return cudaMemcpyAsync(params.h_state, h_next, slstm_step_workspace_bytes(params), cudaMemcpyDeviceToDevice, stream);
+    return cudaMemcpyAsync(params.h_state, h_next, slstm_step_workspace_bytes(params), cudaMemcpyDeviceToDevice,
+                           stream);
   });
 }
 

@@ -1,5 +1,5 @@
-// dR[gate, head] = sum over tokens of dx_t h_{t-1}^T and db = sum of dx_t: one product over all tokens of all rows, after
-// the loop. Tiles of 64 outputs x 64 inputs, 4 warps of 32 x 32, tokens 32 at a time: the next ones are read into
+// dR[gate, head] = sum over tokens of dx_t h_{t-1}^T and db = sum of dx_t: one product over all tokens of all rows,
+// after the loop. Tiles of 64 outputs x 64 inputs, 4 warps of 32 x 32, tokens 32 at a time: the next ones are read into
 // registers while these are multiplied (warp_mma.cuh: float32 as three tf32 products, float16 as tf32). Where there are
 // few tiles, the tokens are split among blocks; sums of the parts lie in scratch and are added in a fixed order.
 #include <algorithm>
@@ -24,8 +24,10 @@ __global__ void starts_kernel(const __grid_constant__ SlstmProblem p, int32_t* s
   int64_t low = 0, high = p.rows;  // the last row that starts at the token or before
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= token) low = middle;
-    else high = middle;
+    if (p.cu_seqlens[middle] <= token)
+      low = middle;
+    else
+      high = middle;
   }
   starts[token] = p.cu_seqlens[low] == token || token == 0 ? static_cast<int32_t>(low) : -1;
 }
@@ -165,7 +167,8 @@ Plan plan(const SlstmProblem& p) {
   plan.blocks = tiles * tiles * 4 * p.heads;
   plan.tokens = p.batch * p.seq;
   plan.weights = 4 * p.heads * p.dim * p.dim;
-  const int64_t splits = std::clamp<int64_t>(wanted_blocks / plan.blocks, 1, (plan.tokens + fewest_tokens - 1) / fewest_tokens);
+  const int64_t splits =
+      std::clamp<int64_t>(wanted_blocks / plan.blocks, 1, (plan.tokens + fewest_tokens - 1) / fewest_tokens);
   plan.tokens_a_split = ((plan.tokens + splits - 1) / splits + chunk - 1) / chunk * chunk;
   plan.splits = static_cast<int>((plan.tokens + plan.tokens_a_split - 1) / plan.tokens_a_split);
   return plan;

@@ -34,8 +34,8 @@ def kernel_for(op: str, device: torch.device | str) -> str:
     hopper = torch.cuda.get_device_capability(device) == (9, 0) and "90a" in build_info()["architectures"]
     if op == "slstm" and hopper:
         return (
-            "CUDA, Hopper (a cluster a head, R in registers) for bfloat16 and float16 with dim a multiple of 8 up to 768 "
-            "(backward: bfloat16, up to 512), else portable"
+            "CUDA, Hopper (a cluster a head, R in registers) for bfloat16 and float16 with dim a multiple of 8, up to "
+            "768 (backward: bfloat16, up to 512), else portable"
         )
     if op == "mlstm":
         portable = "portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)"

@@ -121,10 +121,14 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
       *reinterpret_cast<uint4*>(extra_weights + x * fragment_bytes) = make_uint4(a[0], a[1], a[2], a[3]);
     }
   };
-  if (p.weight_dtype == DType::float32) load_all(float{});
-  else load_all(T{});
-  if (alone) __syncthreads();
-  else ptx::cluster_barrier();
+  if (p.weight_dtype == DType::float32)
+    load_all(float{});
+  else
+    load_all(T{});
+  if (alone)
+    __syncthreads();
+  else
+    ptx::cluster_barrier();
 
   int longest = 0;
   for (int r = 0; r < rows; ++r) longest = max(longest, static_cast<int>(row_table[r].length));
@@ -144,10 +148,10 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
         const int64_t row = first_row + local;
         const SlstmRow at = row_table[local];
         length[nt][j] = static_cast<int>(at.length);
-        const float c = at.length > 0 ? kept_at(at, at.length - 1)[kept_c * p.dim + unit]
-                                      : initial(p.c0, p, row, head, unit);
-        const float n = at.length > 0 ? kept_at(at, at.length - 1)[kept_n * p.dim + unit]
-                                      : initial(p.n0, p, row, head, unit);
+        const float c =
+            at.length > 0 ? kept_at(at, at.length - 1)[kept_c * p.dim + unit] : initial(p.c0, p, row, head, unit);
+        const float n =
+            at.length > 0 ? kept_at(at, at.length - 1)[kept_n * p.dim + unit] : initial(p.n0, p, row, head, unit);
         SlstmUnitGradient& to = grad[nt][j];
         to.dh = initial(params.dh_last, p, row, head, unit);
         to.dc = initial(params.dc_last, p, row, head, unit);
@@ -175,16 +179,16 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
           from = kept_at(at, t) + plane * p.dim + group * units_a_group + half * 4;
         } else if (t == -1 && plane >= kept_c && p.c0 != nullptr && first_row + nt * rows_a_tile + row < p.rows) {
           there = true;
-          from = (plane == kept_c ? p.c0 : p.n0) +
-                 ((first_row + nt * rows_a_tile + row) * p.heads + head) * p.dim + group * units_a_group + half * 4;
+          from = (plane == kept_c ? p.c0 : p.n0) + ((first_row + nt * rows_a_tile + row) * p.heads + head) * p.dim +
+                 group * units_a_group + half * 4;
         }
         ptx::cp_async_16(to + chunk * 16, from, there ? 16 : 0);
       }
       if (lane < rows_a_tile) {
         const SlstmRow& at = row_table[nt * rows_a_tile + lane];
         const bool there = params.dh != nullptr && t >= 0 && t < at.length;
-        const T* from = static_cast<const T*>(params.dh) + at.batch * params.dh_batch +
-                        (at.start + t) * params.dh_seq + head * params.dh_head + group * units_a_group;
+        const T* from = static_cast<const T*>(params.dh) + at.batch * params.dh_batch + (at.start + t) * params.dh_seq +
+                        head * params.dh_head + group * units_a_group;
         ptx::cp_async_16(to + dh_offset + lane * 16, there ? static_cast<const void*>(from) : params.kept,
                          there ? 16 : 0);
       }
@@ -204,8 +208,8 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     for (int nt = 0; nt < n_tiles; ++nt) {
       float2 sum = make_float2(0.0f, 0.0f);
       for (int source = 0; source < sources; ++source) {
-        const float2 part = *reinterpret_cast<const float2*>(
-            parts + ((source * pairs + warp / 2) * n_tiles + nt) * fragment_bytes);
+        const float2 part =
+            *reinterpret_cast<const float2*>(parts + ((source * pairs + warp / 2) * n_tiles + nt) * fragment_bytes);
         sum.x += part.x, sum.y += part.y;
       }
       // Of token longest - s, whose gradient this is: nothing where the row had ended.
@@ -348,8 +352,8 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
         const int64_t to = (row * p.heads + head) * p.dim + unit;
         const SlstmUnitGradient& from = grad[nt][j];
         params.dh0[to] = from.dh, params.dc0[to] = from.dc, params.dn0[to] = from.dn;
-        params.dm0[to] = from.excess + from.dc * initial(p.c0, p, row, head, unit) +
-                         from.dn * initial(p.n0, p, row, head, unit);
+        params.dm0[to] =
+            from.excess + from.dc * initial(p.c0, p, row, head, unit) + from.dn * initial(p.n0, p, row, head, unit);
       }
     }
   }

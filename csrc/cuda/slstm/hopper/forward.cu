@@ -1,21 +1,22 @@
 // The sLSTM's forward on Hopper: all tokens in one launch (tile.cuh: who owns what).
 //
-// R is the stationary operand of mma.sync m16n8k16: a warp holds the 32 rows of its group's gates as fragments, up to 16
-// k tiles in registers (dim 256: 128 registers), the rest in shared memory in fragment order. h_{t-1}, rounded, is the
-// other operand and lies whole in every block's shared memory, double-buffered, a row of the batch contiguous.
+// R is the stationary operand of mma.sync m16n8k16: a warp holds the 32 rows of its group's gates as fragments, up to
+// 16 k tiles in registers (dim 256: 128 registers), the rest in shared memory in fragment order. h_{t-1}, rounded, is
+// the other operand and lies whole in every block's shared memory, double-buffered, a row of the batch contiguous.
 //
 // A step of a warp:
-//   x_t + b                    from the warp's own ring, filled by cp.async some steps ahead (ldmatrix.trans), no one waits
-//   wait for h_{t-1}           a barrier that counts the bytes of all groups (a cluster), or the block's barrier
+//   x_t + b                    from the warp's own ring, filled by cp.async some steps ahead (ldmatrix.trans), no one
+//   waits wait for h_{t-1}           a barrier that counts the bytes of all groups (a cluster), or the block's barrier
 //   R h_{t-1}                  k in independent chains of accumulators
 //   the cell                   in registers; c, n, m and the unrounded h stay there
-//   h_t to every block         rounded, transposed by movmatrix, 16 bytes (a row's 8 units) a store; a cluster's stores are
+//   h_t to every block         rounded, transposed by movmatrix, 16 bytes (a row's 8 units) a store; a cluster's stores
+//   are
 //                              asynchronous and count on the receiver's barrier: no other synchronisation in the loop
 //   h_t, what backward needs   to memory, off the path
 //
-// Why two buffers are enough: a block writes h_{t+1} over h_{t-1} once it has all of h_t, and each group of h_t was sent
-// by a warp that had done with h_{t-1}. The thread that waits first in each block rearms the barrier before its warp
-// sends, hence before anyone can send what the rearmed barrier counts.
+// Why two buffers are enough: a block writes h_{t+1} over h_{t-1} once it has all of h_t, and each group of h_t was
+// sent by a warp that had done with h_{t-1}. The thread that waits first in each block rearms the barrier before its
+// warp sends, hence before anyone can send what the rearmed barrier counts.
 #include "cuda/slstm/hopper/hopper.h"
 #include "cuda/slstm/hopper/tile.cuh"
 
@@ -32,9 +33,7 @@ struct Layout {
   __host__ __device__ static int pitch(const Geometry& g) { return (k_registers + 2 * g.extra) * 16 + 8; }
   __host__ __device__ static int h_bytes(const Geometry& g) { return rows * pitch(g) * 2; }
   __host__ __device__ static int x_offset(const Geometry& g) { return header_bytes + 2 * h_bytes(g); }
-  __host__ __device__ static int weights_offset(const Geometry& g) {
-    return x_offset(g) + g.warps * stages * x_bytes;
-  }
+  __host__ __device__ static int weights_offset(const Geometry& g) { return x_offset(g) + g.warps * stages * x_bytes; }
   __host__ __device__ static int total(const Geometry& g) {
     return weights_offset(g) + g.warps * g.extra * 4 * fragment_bytes;
   }
@@ -110,11 +109,15 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
         *reinterpret_cast<uint4*>(extra_weights + x * fragment_bytes) = make_uint4(a[0], a[1], a[2], a[3]);
       }
     };
-    if (p.weight_dtype == DType::float32) load_all(float{});
-    else load_all(T{});
+    if (p.weight_dtype == DType::float32)
+      load_all(float{});
+    else
+      load_all(T{});
   }
-  if (alone) __syncthreads();
-  else ptx::cluster_barrier();
+  if (alone)
+    __syncthreads();
+  else
+    ptx::cluster_barrier();
 
   int longest = 0;
   for (int r = 0; r < rows; ++r) longest = max(longest, static_cast<int>(row_table[r].length));
@@ -270,8 +273,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
           for (int j = 0; j < 2; ++j) {
             if (t >= length[nt][j]) continue;
             const SlstmRow& at = row_table[nt * rows_a_tile + 2 * quad + j];
-            float* to = params.kept +
-                        ((at.batch * p.seq + at.start + t) * p.heads + head) * slstm_kept * p.dim + unit;
+            float* to = params.kept + ((at.batch * p.seq + at.start + t) * p.heads + head) * slstm_kept * p.dim + unit;
 #pragma unroll
             for (int x = 0; x < slstm_kept; ++x) to[x * p.dim] = kept[nt][j].value[x];
           }

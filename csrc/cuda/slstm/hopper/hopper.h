@@ -7,9 +7,9 @@
 
 namespace flash_xlstm::cuda::slstm_hopper {
 
-// Whether this problem can run on the current device: compute capability 9.0, a 16-bit dtype (backward: bfloat16), dim a
-// multiple of 8 and at most 768 (backward: 512), strides that are multiples of 16 bytes, and a cluster of the size that
-// it takes fits.
+// Whether this problem can run on the current device: compute capability 9.0, a 16-bit dtype (backward: bfloat16), dim
+// a multiple of 8 and at most 768 (backward: 512), strides that are multiples of 16 bytes, and a cluster of the size
+// that it takes fits.
 bool serves(const SlstmForward& params);
 bool serves(const SlstmBackward& params);
 

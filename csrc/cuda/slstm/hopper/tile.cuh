@@ -54,8 +54,10 @@ __device__ __forceinline__ float2 unpack<half>(uint32_t pair) {
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, half>) ptx::mma_f16(d, a, b0, b1);
-  else ptx::mma_bf16(d, a, b0, b1);
+  if constexpr (sizeof(T) == 2 && std::is_same_v<T, half>)
+    ptx::mma_f16(d, a, b0, b1);
+  else
+    ptx::mma_bf16(d, a, b0, b1);
 }
 
 __device__ __forceinline__ void load_16_bytes(uint32_t (&to)[4], const void* shared) {
