@@ -36,6 +36,31 @@ VARIED = [
     (1, 100, 1, 33, 16, torch.float16, None),
 ]
 
+# batch, seq, heads, dim, dtype, offsets of the sLSTM: one block and clusters, R in registers and in shared memory too,
+# packing; portable.
+SLSTM_PROBLEMS = [
+    (9, 6, 2, 64, BF16, None),
+    (3, 6, 1, 32, torch.float16, None),
+    (9, 5, 1, 128, BF16, None),
+    (3, 6, 1, 256, BF16, None),
+    (1, 20, 1, 256, BF16, [0, 0, 7, 8, 20]),
+    (2, 4, 1, 512, BF16, None),
+    (2, 3, 1, 768, BF16, None),
+    (600, 3, 4, 64, BF16, None),
+    (300, 3, 4, 256, BF16, None),
+    (5, 6, 2, 40, torch.float32, None),
+    (1, 20, 1, 33, torch.float32, [0, 0, 7, 8, 20]),
+    (3, 6, 1, 20, torch.float16, None),
+]
+# batch, seq, channels, kernel, dtype, offsets of the convolution.
+CONV_PROBLEMS = [
+    (2, 150, 64, 4, BF16, None),
+    (1, 150, 64, 4, torch.float32, [0, 0, 3, 66, 150]),
+    (2, 70, 64, 8, torch.float16, None),
+    (2, 70, 33, 4, BF16, None),
+    (2, 70, 8, 1, torch.float32, None),
+]
+
 
 def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_cap=None):
     """With `normalize`, mlstm_sig."""
@@ -57,7 +82,43 @@ def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_ca
     torch.cuda.synchronize()
 
 
+def run_slstm(batch, seq, heads, dim, dtype, offsets):
+    new = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    rows = batch if offsets is None else len(offsets) - 1
+    x, R = new(batch, seq, 4, heads, dim).to(dtype), (new(4, heads, dim, dim) * dim**-0.5).to(dtype)
+    inputs = [t.requires_grad_() for t in (x, R, new(4, heads, dim), *(new(rows, heads, dim) for _ in range(4)))]
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device="cuda")
+    options = {"initial_state": tuple(inputs[3:]), "cu_seqlens": cu_seqlens, "return_final_state": True}
+    h, last = ops.slstm(*inputs[:3], **options)
+    outputs = [h, *last]
+    torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
+    with torch.no_grad():
+        ops.slstm_step(x[:, 0], R, inputs[2], tuple(t[:1].expand(batch, -1, -1).clone() for t in inputs[3:]))
+    torch.cuda.synchronize()
+
+
+def run_conv(batch, seq, channels, kernel, dtype, offsets):
+    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+    rows = batch if offsets is None else len(offsets) - 1
+    shapes = (batch, seq, channels), (channels, kernel), (channels,), (rows, kernel - 1, channels)
+    inputs = [new(*shape).requires_grad_() for shape in shapes]
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device="cuda")
+    options = {"activation": "silu", "cu_seqlens": cu_seqlens, "return_final_state": True}
+    outputs = ops.causal_conv1d(*inputs[:3], initial_state=inputs[3], **options)
+    torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
+    with torch.no_grad():
+        x, weight, bias, state = inputs
+        ops.causal_conv1d_step(x[:, 0], weight, bias, state[:1].expand(batch, -1, -1).clone(), activation="silu")
+    torch.cuda.synchronize()
+
+
 def main() -> None:
+    for problem in SLSTM_PROBLEMS:
+        run_slstm(*problem)
+        print("ran slstm", *problem, flush=True)
+    for problem in CONV_PROBLEMS:
+        run_conv(*problem)
+        print("ran causal_conv1d", *problem, flush=True)
     for problem in PROBLEMS:
         run(*problem)
         print("ran", *problem, flush=True)

@@ -1,14 +1,22 @@
 // Entry points of the CPU kernels.
 #pragma once
 
+#include "conv_params.h"
 #include "mlstm_params.h"
 #include "pointwise_params.h"
+#include "slstm_params.h"
 
 namespace flash_xlstm::cpu {
 
 void mlstm_forward(const MlstmForward& params);
 void mlstm_backward(const MlstmBackward& params);
 void mlstm_step(const MlstmStep& params);
+void slstm_forward(const SlstmForward& params);
+void slstm_backward(const SlstmBackward& params);
+void slstm_step(const SlstmStep& params);
+void conv_forward(const ConvForward& params);
+void conv_backward(const ConvBackward& params);
+void conv_step(const ConvStep& params);
 void soft_cap(const SoftCap& params);
 
 }  // namespace flash_xlstm::cpu

@@ -6,6 +6,7 @@
 
 #include "mlstm_params.h"
 #include "pointwise_params.h"
+#include "slstm_params.h"
 
 namespace flash_xlstm::cpu {
 
@@ -17,6 +18,23 @@ struct ChunkGates {
   const float *row_high, *row_low, *column_high, *column_low;
   const float* m;
   float m_start;
+};
+
+// One token of one row and head of the sLSTM, arrays of `dim` floats.
+struct SlstmCell {
+  int64_t dim;
+  const float *x, *recurrent, *bias;  // [4][dim]: x, R h_{t-1}, b
+  float *h, *c, *n, *m;               // state, updated
+  float* kept;                        // [slstm_kept][dim]; nullptr: not wanted
+};
+struct SlstmCellBackward {
+  int64_t dim;
+  const float* kept;   // [slstm_kept][dim] of the token
+  const float *c, *n;  // of the token before
+  float* dh;           // in: of h_t, whole; out: what passes a padding unit by, else 0
+  float *dc, *dn;      // of the state: from t to t - 1
+  float* excess;       // dm - (dc c + dn n): from t to t - 1
+  float* dx;           // [4][dim]
 };
 
 struct VectorKernels {
@@ -79,6 +97,19 @@ struct VectorKernels {
 
   // One token of one row and head, with the state in `slot`; scratch holds 2 dqk + 2 dv floats.
   void (*step)(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* scratch);
+
+  // out[r][x] (+)= sum over k of a[r][k] m[k][x]; rows of out and m are out_stride and m_stride apart, a is anything.
+  void (*product)(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
+                  int64_t m_stride, int64_t rows, int64_t depth, int64_t columns, bool add);
+  void (*slstm_cell)(const SlstmCell& cell);
+  void (*slstm_cell_backward)(const SlstmCellBackward& cell);
+
+  // y = act(bias + sum over k of weight[k] taps[k]) for one token, and act' there where slope is not null; arrays of
+  // `channels` floats, weight [kernel][channels].
+  void (*conv_token)(float* y, float* slope, const float* const* taps, const float* weight, const float* bias,
+                     int64_t kernel, bool silu, int64_t channels);
+  // to += a b, element by element.
+  void (*add_product)(float* to, const float* a, const float* b, int64_t count);
 
   // Elements [begin, end).
   void (*soft_cap)(const SoftCap& p, int64_t begin, int64_t end);

@@ -535,13 +535,17 @@ void soft_cap(const SoftCap& p, int64_t begin, int64_t end) {
   });
 }
 
+#include "cpu/conv_loops.inl"
+#include "cpu/slstm_loops.inl"
+
 }  // namespace
 
 extern const VectorKernels vector_kernels;
 const VectorKernels vector_kernels = {
     pack,         unpack,        end_weights, start_weights,  weight_rows, weighted_sum, normalizer, inverse_normalizer,
     forward_tile, backward_tile, row_dots,    add_state_term, scan,        scan_back,    guarded_product,
-    step,         soft_cap,
+    step,         product,       slstm_cell,  slstm_cell_backward, conv_token,
+    add_product,  soft_cap,
 };
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

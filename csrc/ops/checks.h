@@ -106,12 +106,12 @@ inline void check_shape(const char* name, const Tensor& t, const std::vector<int
   throw std::invalid_argument(out);
 }
 
-inline void check_device(const char* name, const Tensor& t, const Tensor& like) {
+inline void check_device(const char* name, const Tensor& t, const Tensor& like, const char* like_name = "q") {
   if (t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
       (t.is_cpu() || t.get_device_index() == like.get_device_index())) {
     return;
   }
-  value_error(name, " is on ", device_text(t), "; it must be on the device of q, ", device_text(like));
+  value_error(name, " is on ", device_text(t), "; it must be on the device of ", like_name, ", ", device_text(like));
 }
 
 inline void check_op_dtype(const char* name, ScalarType t) {
@@ -144,6 +144,35 @@ inline float check_gate_soft_cap(std::optional<double> cap) {
     value_error("gate_soft_cap is ", *cap, "; it must be None, or finite and greater than 0 in float32");
   }
   return value;
+}
+
+// On the CPU the offsets can be read: 0 first, seq last, never decreasing. On CUDA the kernels clamp them instead,
+// since reading them would wait for the device.
+inline void check_cu_seqlens_values(const Tensor& cu, int64_t seq) {
+  const auto* offsets = static_cast<const int32_t*>(cu.data_ptr());
+  const int64_t count = cu.size(0);
+  if (offsets[0] != 0) value_error("cu_seqlens[0] is ", offsets[0], "; it must be 0");
+  for (int64_t n = 1; n < count; ++n) {
+    if (offsets[n] < offsets[n - 1]) {
+      value_error("cu_seqlens[", n, "] = ", offsets[n], " is less than cu_seqlens[", n - 1, "] = ", offsets[n - 1],
+                  "; the offsets must not decrease");
+    }
+  }
+  if (offsets[count - 1] != seq) {
+    value_error("cu_seqlens[-1] is ", offsets[count - 1], "; it must be seq = ", seq);
+  }
+}
+
+// Checks the offsets that pack sequences into the one batch row of `first`; gives the number of sequences.
+inline int64_t check_cu_seqlens(const Tensor& cu, const Tensor& first, const char* first_name) {
+  if (first.size(0) != 1) value_error(first_name, " has batch ", first.size(0), "; with cu_seqlens it must be 1");
+  check_shape("cu_seqlens", cu, {-1}, "(num_seqs + 1,)");
+  check_dtype("cu_seqlens", cu, ScalarType::Int);
+  check_device("cu_seqlens", cu, first, first_name);
+  if (cu.size(0) < 2) value_error("cu_seqlens has ", cu.size(0), " offsets; it must have at least 2");
+  if (cu.stride(0) != 1) value_error("cu_seqlens has stride ", cu.stride(0), "; it must be contiguous");
+  if (cu.is_cpu()) check_cu_seqlens_values(cu, first.size(1));
+  return cu.size(0) - 1;
 }
 
 inline Strided strided_4d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }

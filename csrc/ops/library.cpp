@@ -27,6 +27,25 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
       "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap) -> Tensor");
+  // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
+  lib.def(
+      "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
+      "float recurrent_grad_clip, bool keep, bool return_final_state) "
+      "-> (Tensor h, Tensor kept, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last)");
+  lib.def(
+      "slstm_backward(Tensor? dh, Tensor? dh_last, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
+      "Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
+      "Tensor h, Tensor kept, float recurrent_grad_clip) "
+      "-> (Tensor dx, Tensor dR, Tensor db, Tensor dh0, Tensor dc0, Tensor dn0, Tensor dm0)");
+  lib.def(
+      "slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
+  lib.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu, "
+      "bool return_final_state) -> (Tensor y, Tensor last)");
+  lib.def(
+      "causal_conv1d_backward(Tensor? dy, Tensor? dlast, Tensor x, Tensor weight, Tensor? bias, Tensor? state, "
+      "Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate)");
+  lib.def("causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor");
   lib.def("soft_cap(Tensor x, float cap) -> Tensor");
   lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
 }
@@ -37,6 +56,12 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
+  lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
+  lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
+  lib.impl("causal_conv1d", TORCH_BOX(&flash_xlstm::causal_conv1d));
+  lib.impl("causal_conv1d_backward", TORCH_BOX(&flash_xlstm::causal_conv1d_backward));
+  lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
 }
@@ -48,6 +73,12 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
   lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
+  lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
+  lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
+  lib.impl("causal_conv1d", TORCH_BOX(&flash_xlstm::causal_conv1d));
+  lib.impl("causal_conv1d_backward", TORCH_BOX(&flash_xlstm::causal_conv1d_backward));
+  lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
 }

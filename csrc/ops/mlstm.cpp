@@ -13,23 +13,6 @@ namespace {
 
 constexpr int64_t max_chunk_size = 4096;
 
-// On the CPU the offsets can be read: 0 first, seq last, never decreasing. On CUDA the kernels clamp them instead,
-// since reading them would wait for the device.
-void check_cu_seqlens_values(const Tensor& cu, int64_t seq) {
-  const auto* offsets = static_cast<const int32_t*>(cu.data_ptr());
-  const int64_t count = cu.size(0);
-  if (offsets[0] != 0) value_error("cu_seqlens[0] is ", offsets[0], "; it must be 0");
-  for (int64_t n = 1; n < count; ++n) {
-    if (offsets[n] < offsets[n - 1]) {
-      value_error("cu_seqlens[", n, "] = ", offsets[n], " is less than cu_seqlens[", n - 1, "] = ", offsets[n - 1],
-                  "; the offsets must not decrease");
-    }
-  }
-  if (offsets[count - 1] != seq) {
-    value_error("cu_seqlens[-1] is ", offsets[count - 1], "; it must be seq = ", seq);
-  }
-}
-
 // What the ops of the family take besides q, k, v and the gates.
 struct Options {
   OptTensor c, n, m, cu_seqlens;
@@ -124,18 +107,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 
   p.num_seqs = p.batch;
   if (cu_seqlens) {
-    if (p.batch != 1) value_error("q has batch ", p.batch, "; with cu_seqlens it must be 1");
-    check_shape("cu_seqlens", *cu_seqlens, {-1}, "(num_seqs + 1,)");
-    check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check_device("cu_seqlens", *cu_seqlens, q);
-    if (cu_seqlens->size(0) < 2) {
-      value_error("cu_seqlens has ", cu_seqlens->size(0), " offsets; it must have at least 2");
-    }
-    if (cu_seqlens->size(0) > 1 && cu_seqlens->stride(0) != 1) {
-      value_error("cu_seqlens has stride ", cu_seqlens->stride(0), "; it must be contiguous");
-    }
-    if (cu_seqlens->is_cpu()) check_cu_seqlens_values(*cu_seqlens, p.seq);
-    p.num_seqs = cu_seqlens->size(0) - 1;
+    p.num_seqs = check_cu_seqlens(*cu_seqlens, q, "q");
     p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
   }
   check_initial_state(checked, q, options);

@@ -6,7 +6,7 @@ import torch
 from flash_xlstm import build_info
 from flash_xlstm.ops import kernel_for
 
-OPS = ("mlstm", "mlstm_sig", "mlstm_step", "soft_cap")
+OPS = ("mlstm", "mlstm_sig", "mlstm_step", "slstm", "slstm_step", "causal_conv1d", "causal_conv1d_step", "soft_cap")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -43,7 +43,16 @@ def test_names_a_kernel_on_this_gpu(op):
     assert kernel_for(op, "cuda").startswith("CUDA, ")
 
 
+@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+def test_names_the_hopper_kernels(op, monkeypatch):
+    facts = {**build_info(), "cuda": "13.0", "architectures": "80-real,90a-real"}
+    monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)
+    for capability, has in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        assert ("Hopper" in kernel_for(op, "cuda")) == has
+
+
 @pytest.mark.parametrize("op", ["mlstm_backward", "", None])
 def test_unknown_op(op):
-    with pytest.raises(ValueError, match="it must be one of mlstm, mlstm_sig, mlstm_step, soft_cap"):
+    with pytest.raises(ValueError, match=f"it must be one of {', '.join(OPS)}"):
         kernel_for(op, "cpu")

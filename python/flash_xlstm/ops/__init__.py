@@ -1,8 +1,23 @@
 """Torch ops of the xLSTM. Each is backed by operators of the namespace ``torch.ops.flash_xlstm``."""
 
+from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
 from flash_xlstm.ops.pointwise import soft_cap
+from flash_xlstm.ops.slstm import SlstmState, slstm, slstm_step
 
-__all__ = ["MlstmSigState", "MlstmState", "kernel_for", "mlstm", "mlstm_sig", "mlstm_step", "soft_cap"]
+__all__ = [
+    "MlstmSigState",
+    "MlstmState",
+    "SlstmState",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "kernel_for",
+    "mlstm",
+    "mlstm_sig",
+    "mlstm_step",
+    "slstm",
+    "slstm_step",
+    "soft_cap",
+]

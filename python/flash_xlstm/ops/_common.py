@@ -36,11 +36,12 @@ def chunk_size_or_0(chunk_size: int | None) -> int:
     return chunk_size or 0
 
 
-def no_mixed_meta(q: Tensor, **others: Tensor | None) -> None:
-    """For the fakes: a meta tensor among others brings a real call here too, past the operator's own checks."""
+def no_mixed_meta(first: Tensor, *, of: str = "q", **others: Tensor | None) -> None:
+    """For the fakes: a meta tensor among others brings a real call here too, past the operator's own checks. `of` is
+    the name of `first`."""
     for name, t in others.items():
-        if t is not None and (t.device.type == "meta") != (q.device.type == "meta"):
-            raise ValueError(f"{name} is on {t.device}; it must be on the device of q, {q.device}")
+        if t is not None and (t.device.type == "meta") != (first.device.type == "meta"):
+            raise ValueError(f"{name} is on {t.device}; it must be on the device of {of}, {first.device}")
 
 
 # The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a

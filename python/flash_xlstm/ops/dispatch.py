@@ -6,14 +6,15 @@ import torch
 
 from flash_xlstm._build import build_info
 
-_OPS = ("mlstm", "mlstm_sig", "mlstm_step", "soft_cap")
+_OPS = ("mlstm", "mlstm_sig", "mlstm_step", "slstm", "slstm_step", "causal_conv1d", "causal_conv1d_step", "soft_cap")
 
 
 def kernel_for(op: str, device: torch.device | str) -> str:
     """The kernel that `op` takes on `device`, in words; for people, not for programs.
 
     Args:
-        op: ``"mlstm"``, ``"mlstm_sig"``, ``"mlstm_step"`` or ``"soft_cap"``.
+        op: the name of an op: ``"mlstm"``, ``"mlstm_sig"``, ``"mlstm_step"``, ``"slstm"``,
+            ``"slstm_step"``, ``"causal_conv1d"``, ``"causal_conv1d_step"`` or ``"soft_cap"``.
         device: a CPU or CUDA device.
 
     Raises:
@@ -30,10 +31,15 @@ def kernel_for(op: str, device: torch.device | str) -> str:
         return "none: built without CUDA kernels"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "none: the CUDA kernels need compute capability 8.0 or later"
+    hopper = torch.cuda.get_device_capability(device) == (9, 0) and "90a" in build_info()["architectures"]
+    if op == "slstm" and hopper:
+        return (
+            "CUDA, Hopper (a cluster a head, R in registers) for bfloat16 and float16 with dim a multiple of 8, up to "
+            "768 (backward: bfloat16, up to 512), else portable"
+        )
     if op in ("mlstm", "mlstm_sig"):
         portable = "portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)"
-        hopper = torch.cuda.get_device_capability(device) == (9, 0) and "90a" in build_info()["architectures"]
-        if hopper and op == "mlstm":
-            return f"CUDA, Hopper (wgmma) for bfloat16 with dqk and dv multiples of 8, else {portable}"
+        if hopper:
+            return f"CUDA, Hopper (wgmma) for 16-bit types with dqk and dv multiples of 8, 16 to 1024, else {portable}"
         return f"CUDA, {portable}"
     return "CUDA, portable"

@@ -1,0 +1,296 @@
+// The sLSTM on the CPU: a task for a head and a few rows, which walks the tokens with R in float32; rows share the
+// reads of R. The weights' gradients are products over all tokens afterwards, a task for a head and a block of one
+// gate's outputs; they take dx and h as they were rounded to their dtype.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/vector_kernels.h"
+
+namespace flash_xlstm::cpu {
+namespace {
+
+constexpr int64_t rows_a_task = 4;
+constexpr int64_t block = 64;  // outputs of R that a task of the weights' gradients takes, and tokens at a time
+
+template <typename F>
+void parallel(int64_t count, F&& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t x = begin; x < end; ++x) f(x);
+  });
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+const void* at(const void* data, int64_t index, DType dtype) {
+  return static_cast<const char*>(data) + index * size_of(dtype);
+}
+void* at(void* data, int64_t index, DType dtype) { return static_cast<char*>(data) + index * size_of(dtype); }
+
+void load(float* to, const void* data, int64_t index, DType dtype, int64_t stride, int64_t rows, int64_t columns) {
+  vector_kernels().pack(to, at(data, index, dtype), dtype, stride, rows, columns, rows);
+}
+void store(void* data, int64_t index, DType dtype, int64_t stride, const float* from, int64_t rows, int64_t columns) {
+  vector_kernels().unpack(at(data, index, dtype), dtype, stride, from, nullptr, rows, columns);
+}
+
+// Where a row's tokens lie.
+struct Row {
+  int64_t batch, start, length;
+};
+
+Row row_of(const SlstmProblem& p, int64_t row) {
+  if (p.cu_seqlens == nullptr) return {row, 0, p.seq};
+  return {0, p.cu_seqlens[row], p.cu_seqlens[row + 1] - p.cu_seqlens[row]};
+}
+
+std::vector<float> load_bias(const SlstmProblem& p, int64_t head) {
+  std::vector<float> bias(4 * p.dim);
+  load(bias.data(), p.bias, head * p.dim, p.bias_dtype, p.heads * p.dim, 4, p.dim);
+  return bias;
+}
+
+// R of every head in float32: (heads, 4 dim, dim), or (heads, dim, 4 dim) transposed.
+std::vector<float> load_weights(const SlstmProblem& p, bool transposed) {
+  const int64_t dim = p.dim;
+  std::vector<float> weights(4 * p.heads * dim * dim);
+  parallel(4 * p.heads, [&](int64_t item) {
+    const int64_t gate = item / p.heads, head = item % p.heads;
+    float* to = weights.data() + head * 4 * dim * dim;
+    const int64_t from = item * dim * dim;
+    if (!transposed) {
+      load(to + gate * dim * dim, p.weights, from, p.weight_dtype, dim, dim, dim);
+      return;
+    }
+    std::vector<float> row(dim);
+    for (int64_t out = 0; out < dim; ++out) {
+      load(row.data(), p.weights, from + out * dim, p.weight_dtype, dim, 1, dim);
+      for (int64_t in = 0; in < dim; ++in) to[in * 4 * dim + gate * dim + out] = row[in];
+    }
+  });
+  return weights;
+}
+
+// The rows of one task.
+struct Tile {
+  int64_t head, first, count, longest;
+  Row rows[rows_a_task];
+};
+
+Tile tile_of(const SlstmProblem& p, int64_t task) {
+  Tile tile{task % p.heads, task / p.heads * rows_a_task, 0, 0, {}};
+  tile.count = std::min(rows_a_task, p.rows - tile.first);
+  for (int64_t r = 0; r < tile.count; ++r) {
+    tile.rows[r] = row_of(p, tile.first + r);
+    tile.longest = std::max(tile.longest, tile.rows[r].length);
+  }
+  return tile;
+}
+
+int64_t tasks(const SlstmProblem& p) { return p.heads * ((p.rows + rows_a_task - 1) / rows_a_task); }
+
+// rows_a_task rows of `dim` floats, loaded from and stored to (rows, heads, dim); nullptr: zeros, and nowhere.
+struct RowState {
+  RowState(const SlstmProblem& p, const Tile& tile, const float* from) : dim(p.dim), heads(p.heads) {
+    values.resize(rows_a_task * dim);
+    for (int64_t r = 0; from != nullptr && r < tile.count; ++r) {
+      std::memcpy(row(r), from + offset(tile, r), dim * sizeof(float));
+    }
+  }
+  void store(const Tile& tile, float* to) {
+    for (int64_t r = 0; to != nullptr && r < tile.count; ++r) {
+      std::memcpy(to + offset(tile, r), row(r), dim * sizeof(float));
+    }
+  }
+  float* row(int64_t r) { return values.data() + r * dim; }
+  int64_t offset(const Tile& tile, int64_t r) const { return ((tile.first + r) * heads + tile.head) * dim; }
+
+  int64_t dim, heads;
+  std::vector<float> values;
+};
+
+void forward_tile(const SlstmForward& params, const Tile& tile, const float* weights) {
+  const SlstmProblem& p = params.p;
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t dim = p.dim, wide = 4 * dim;
+  const std::vector<float> bias = load_bias(p, tile.head);
+  std::vector<float> x(wide), recurrent(rows_a_task * wide);
+  RowState h(p, tile, p.h0), c(p, tile, p.c0), n(p, tile, p.n0), m(p, tile, p.m0);
+  for (int64_t t = 0; t < tile.longest; ++t) {
+    kernels.product(recurrent.data(), wide, h.row(0), dim, 1, weights, wide, tile.count, dim, wide, false);
+    for (int64_t r = 0; r < tile.count; ++r) {
+      const Row& row = tile.rows[r];
+      if (t >= row.length) continue;
+      const int64_t token = row.batch * p.seq + row.start + t;
+      load(x.data(), params.x, row.batch * params.x_batch + (row.start + t) * params.x_seq + tile.head * params.x_head,
+           p.dtype, params.x_gate, 4, dim);
+      float* kept = params.kept == nullptr ? nullptr : params.kept + (token * p.heads + tile.head) * slstm_kept * dim;
+      kernels.slstm_cell(
+          {dim, x.data(), recurrent.data() + r * wide, bias.data(), h.row(r), c.row(r), n.row(r), m.row(r), kept});
+      store(params.h, (token * p.heads + tile.head) * dim, p.dtype, dim, h.row(r), 1, dim);
+    }
+  }
+  h.store(tile, params.h_last);
+  c.store(tile, params.c_last);
+  n.store(tile, params.n_last);
+  m.store(tile, params.m_last);
+}
+
+// c and n before token t of a row.
+const float* before(const SlstmBackward& params, const Tile& tile, int64_t r, int64_t t, SlstmKept which,
+                    const float* initial, const float* zeros) {
+  const SlstmProblem& p = params.p;
+  const Row& row = tile.rows[r];
+  if (t > 0) {
+    const int64_t token = row.batch * p.seq + row.start + t - 1;
+    return params.kept + ((token * p.heads + tile.head) * slstm_kept + which) * p.dim;
+  }
+  return initial == nullptr ? zeros : initial + ((tile.first + r) * p.heads + tile.head) * p.dim;
+}
+
+void backward_tile(const SlstmBackward& params, const Tile& tile, const float* weights) {
+  const SlstmProblem& p = params.p;
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t dim = p.dim, wide = 4 * dim;
+  const float clip = params.clip;
+  std::vector<float> dx(rows_a_task * wide), recurrent(rows_a_task * dim), dh_here(dim);
+  const std::vector<float> zeros(dim);
+  RowState dh(p, tile, params.dh_last), dc(p, tile, params.dc_last), dn(p, tile, params.dn_last),
+      excess(p, tile, params.dm_last);
+  const auto state = [&](int64_t r, int64_t t, SlstmKept which, const float* initial) {
+    return before(params, tile, r, t, which, initial, zeros.data());
+  };
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const float *c = state(r, tile.rows[r].length, kept_c, p.c0), *n = state(r, tile.rows[r].length, kept_n, p.n0);
+    for (int64_t x = 0; x < dim; ++x) excess.row(r)[x] -= dc.row(r)[x] * c[x] + dn.row(r)[x] * n[x];
+  }
+  for (int64_t t = tile.longest - 1; t >= 0; --t) {
+    for (int64_t r = 0; r < tile.count; ++r) {
+      const Row& row = tile.rows[r];
+      if (t >= row.length) continue;
+      const int64_t token = row.batch * p.seq + row.start + t;
+      if (params.dh != nullptr) {
+        load(dh_here.data(), params.dh,
+             row.batch * params.dh_batch + (row.start + t) * params.dh_seq + tile.head * params.dh_head, p.dtype, dim,
+             1, dim);
+        for (int64_t x = 0; x < dim; ++x) dh.row(r)[x] += dh_here[x];
+      }
+      kernels.slstm_cell_backward({dim, params.kept + (token * p.heads + tile.head) * slstm_kept * dim,
+                                   state(r, t, kept_c, p.c0), state(r, t, kept_n, p.n0), dh.row(r), dc.row(r),
+                                   dn.row(r), excess.row(r), dx.data() + r * wide});
+      store(params.dx, (token * 4 * p.heads + tile.head) * dim, p.dtype, p.heads * dim, dx.data() + r * wide, 4, dim);
+    }
+    kernels.product(recurrent.data(), dim, dx.data(), wide, 1, weights, dim, tile.count, wide, dim, false);
+    for (int64_t r = 0; r < tile.count; ++r) {
+      if (t >= tile.rows[r].length) continue;
+      for (int64_t x = 0; x < dim; ++x) {
+        const float g = recurrent[r * dim + x];
+        dh.row(r)[x] += g > clip ? clip : g < -clip ? -clip : g;
+      }
+    }
+  }
+  dh.store(tile, params.dh0);
+  dc.store(tile, params.dc0);
+  dn.store(tile, params.dn0);
+  if (params.dm0 == nullptr) return;
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const float *c = state(r, 0, kept_c, p.c0), *n = state(r, 0, kept_n, p.n0);
+    for (int64_t x = 0; x < dim; ++x) excess.row(r)[x] += dc.row(r)[x] * c[x] + dn.row(r)[x] * n[x];
+  }
+  excess.store(tile, params.dm0);
+}
+
+// dR and db of outputs [first, first + count) of one gate and head.
+void weight_gradients(const SlstmBackward& params, int64_t gate, int64_t head, int64_t first, int64_t count) {
+  const SlstmProblem& p = params.p;
+  const int64_t dim = p.dim;
+  std::vector<float> dx(block * count), h(block * dim), dweights(count * dim), dbias(count);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const Row row = row_of(p, r);
+    for (int64_t t = 0; t < row.length; t += block) {
+      const int64_t tokens = std::min(block, row.length - t), token = row.batch * p.seq + row.start + t;
+      load(dx.data(), params.dx, ((token * 4 + gate) * p.heads + head) * dim + first, p.dtype, 4 * p.heads * dim,
+           tokens, count);
+      const int64_t skipped = t == 0 ? 1 : 0;  // whose h before is the initial state's
+      if (skipped) {
+        std::fill_n(h.data(), dim, 0.0f);
+        if (p.h0 != nullptr) std::memcpy(h.data(), p.h0 + (r * p.heads + head) * dim, dim * sizeof(float));
+      }
+      if (tokens > skipped) {
+        load(h.data() + skipped * dim, params.h, ((token + skipped - 1) * p.heads + head) * dim, p.dtype, p.heads * dim,
+             tokens - skipped, dim);
+      }
+      vector_kernels().product(dweights.data(), dim, dx.data(), 1, count, h.data(), dim, count, tokens, dim, true);
+      for (int64_t k = 0; k < tokens; ++k) {
+        for (int64_t x = 0; x < count; ++x) dbias[x] += dx[k * count + x];
+      }
+    }
+  }
+  const int64_t item = gate * p.heads + head;
+  store(params.dweights, (item * dim + first) * dim, p.weight_dtype, dim, dweights.data(), count, dim);
+  store(params.dbias, item * dim + first, p.bias_dtype, dim, dbias.data(), 1, count);
+}
+
+}  // namespace
+
+void slstm_forward(const SlstmForward& params) {
+  const SlstmProblem& p = params.p;
+  const std::vector<float> weights = load_weights(p, true);
+  parallel(tasks(p), [&](int64_t task) {
+    const Tile tile = tile_of(p, task);
+    forward_tile(params, tile, weights.data() + tile.head * 4 * p.dim * p.dim);
+  });
+}
+
+void slstm_backward(const SlstmBackward& params) {
+  const SlstmProblem& p = params.p;
+  {
+    const std::vector<float> weights = load_weights(p, false);
+    parallel(tasks(p), [&](int64_t task) {
+      const Tile tile = tile_of(p, task);
+      backward_tile(params, tile, weights.data() + tile.head * 4 * p.dim * p.dim);
+    });
+  }
+  const int64_t blocks = (p.dim + block - 1) / block;
+  parallel(4 * p.heads * blocks, [&](int64_t task) {
+    const int64_t first = task % blocks * block, item = task / blocks;
+    weight_gradients(params, item / p.heads, item % p.heads, first, std::min(block, p.dim - first));
+  });
+}
+
+// Two passes: every unit's R h needs the whole h, so that h cannot change before all are done.
+void slstm_step(const SlstmStep& params) {
+  const VectorKernels& kernels = vector_kernels();
+  const int64_t dim = params.dim, heads = params.heads, wide = 4 * dim;
+  std::vector<float> recurrent(params.batch * heads * wide);
+  const int64_t blocks = (dim + block - 1) / block;
+  parallel(4 * heads * blocks, [&](int64_t task) {
+    const int64_t first = task % blocks * block, item = task / blocks, gate = item / heads, head = item % heads;
+    const int64_t count = std::min(block, dim - first), from = (item * dim + first) * dim;
+    std::vector<float> converted;
+    const float* weights = static_cast<const float*>(params.weights) + from;
+    if (params.weight_dtype != DType::float32) {
+      converted.resize(count * dim);
+      load(converted.data(), params.weights, from, params.weight_dtype, dim, count, dim);
+      weights = converted.data();
+    }
+    for (int64_t row = 0; row < params.batch; ++row) {
+      kernels.row_dots(recurrent.data() + (row * heads + head) * wide + gate * dim + first, weights,
+                       params.h_state + (row * heads + head) * dim, 0, count, dim);
+    }
+  });
+  parallel(params.batch * heads, [&](int64_t task) {
+    const int64_t row = task / heads, head = task % heads;
+    std::vector<float> x(wide), bias(wide);
+    load(x.data(), params.x, row * params.x_batch + head * params.x_head, params.dtype, params.x_gate, 4, dim);
+    load(bias.data(), params.bias, head * dim, params.bias_dtype, heads * dim, 4, dim);
+    const int64_t offset = task * dim;
+    kernels.slstm_cell({dim, x.data(), recurrent.data() + task * wide, bias.data(), params.h_state + offset,
+                        params.c_state + offset, params.n_state + offset, params.m_state + offset, nullptr});
+    store(params.h, offset, params.dtype, dim, params.h_state + offset, 1, dim);
+  });
+}
+
+}  // namespace flash_xlstm::cpu

@@ -1,0 +1,373 @@
+// The sLSTM's forward on Hopper: all tokens in one launch (tile.cuh: who owns what).
+//
+// R is the stationary operand of mma.sync m16n8k16: a warp holds the 32 rows of its group's gates as fragments, up to
+// 16 k tiles in registers (dim 256: 128 registers), the rest in shared memory in fragment order. h_{t-1}, rounded, is
+// the other operand and lies whole in every block's shared memory, double-buffered, a row of the batch contiguous.
+//
+// A step of a warp:
+//   x_t + b                    from the warp's own ring, filled by cp.async some steps ahead (ldmatrix.trans), no one
+//   waits wait for h_{t-1}           a barrier that counts the bytes of all groups (a cluster), or the block's barrier
+//   R h_{t-1}                  k in independent chains of accumulators
+//   the cell                   in registers; c, n, m and the unrounded h stay there
+//   h_t to every block         rounded, transposed by movmatrix, 16 bytes (a row's 8 units) a store; a cluster's stores
+//   are
+//                              asynchronous and count on the receiver's barrier: no other synchronisation in the loop
+//   h_t, what backward needs   to memory, off the path
+//
+// Why two buffers are enough: a block writes h_{t+1} over h_{t-1} once it has all of h_t, and each group of h_t was
+// sent by a warp that had done with h_{t-1}. The thread that waits first in each block rearms the barrier before its
+// warp sends, hence before anyone can send what the rearmed barrier counts.
+#include "cuda/slstm/hopper/hopper.h"
+#include "cuda/slstm/hopper/tile.cuh"
+
+namespace flash_xlstm::cuda::slstm_hopper {
+namespace {
+
+template <int k_registers, int n_tiles, bool k_extra>
+struct Layout {
+  static constexpr int stages = k_extra ? 2 : 4;  // of x
+  static constexpr int rows = n_tiles * rows_a_tile;
+  static constexpr int x_bytes = n_tiles * fragment_bytes;  // a warp and stage: 4 gates x 8 rows x 8 units
+
+  // Elements of a row of h; the 16 bytes beyond the operand spread rows over the banks.
+  __host__ __device__ static int pitch(const Geometry& g) { return (k_registers + 2 * g.extra) * 16 + 8; }
+  __host__ __device__ static int h_bytes(const Geometry& g) { return rows * pitch(g) * 2; }
+  __host__ __device__ static int x_offset(const Geometry& g) { return header_bytes + 2 * h_bytes(g); }
+  __host__ __device__ static int weights_offset(const Geometry& g) { return x_offset(g) + g.warps * stages * x_bytes; }
+  __host__ __device__ static int total(const Geometry& g) {
+    return weights_offset(g) + g.warps * g.extra * 4 * fragment_bytes;
+  }
+};
+
+// The fragment of gates 2 pair and 2 pair + 1 of a group's 8 units and of k tile `k_tile`.
+template <typename T, typename W>
+__device__ __forceinline__ void load_weights(uint32_t (&a)[4], const SlstmProblem& p, int64_t head, int group, int pair,
+                                             int k_tile) {
+  const int lane = threadIdx.x % 32;
+  const W* weights = static_cast<const W*>(p.weights);
+  const int64_t unit = group * units_a_group + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int64_t gate = 2 * pair + r % 2, in = k_tile * 16 + r / 2 * 8 + lane % 4 * 2;
+    const W* from = weights + ((gate * p.heads + head) * p.dim + unit) * p.dim + in;
+    a[r] = in < p.dim ? pack<T>(to_float(from[0]), to_float(from[1])) : 0u;
+  }
+}
+
+template <typename T, int k_registers, int n_tiles, bool k_extra>
+__global__ void __launch_bounds__(max_warps * 32, 1)
+    forward_kernel(const __grid_constant__ SlstmForward params, const __grid_constant__ Geometry g) {
+  using Shared = Layout<k_registers, n_tiles, k_extra>;
+  constexpr int stages = Shared::stages, rows = Shared::rows;
+  // Independent chains of products, for each pair of gates: 8 of them hide the tensor cores' latency.
+  constexpr int chains = n_tiles == 1 ? 4 : n_tiles == 2 ? 2 : 1;
+  extern __shared__ uint4 shared[];
+  char* base = reinterpret_cast<char*>(shared);
+  uint64_t* full = reinterpret_cast<uint64_t*>(base);
+  SlstmRow* row_table = reinterpret_cast<SlstmRow*>(base + rows_offset);
+  T* h_buffers = reinterpret_cast<T*>(base + header_bytes);
+  const int pitch = Shared::pitch(g);
+
+  const SlstmProblem& p = params.p;
+  const bool alone = g.cluster == 1;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+  const int rank = alone ? 0 : ptx::cluster_rank();
+  const int64_t tile = blockIdx.x / g.cluster, head = tile % p.heads, first_row = tile / p.heads * rows;
+  const int group = rank * g.warps + warp;
+  const bool active = group < g.groups;
+  const int active_threads = 32 * min(g.warps, g.groups);  // where the block is alone
+  const int64_t unit = group * units_a_group + lane / 4;
+  const uint32_t step_bytes = g.groups * n_tiles * rows_a_tile * 16;
+
+  // --- start: rows, h_0, barriers, R
+  if (threadIdx.x < rows) row_table[threadIdx.x] = slstm_row(p, first_row + threadIdx.x);
+  for (int x = threadIdx.x; x < 2 * rows * pitch; x += blockDim.x) {
+    const int row = x / pitch, column = x % pitch;
+    const bool within = row < rows && column < p.dim;
+    h_buffers[x] = from_float<T>(within ? initial(p.h0, p, first_row + row, head, column) : 0.0f);
+  }
+  if (threadIdx.x == 0) {
+    for (int b = 0; b < 2; ++b) {
+      ptx::mbarrier_init(&full[b], 1);
+      ptx::mbarrier_arrive_expect(&full[b], step_bytes);
+    }
+    ptx::fence_barrier_init();
+  }
+  uint32_t weights[k_registers][2][4];
+  char* extra_weights = base + Shared::weights_offset(g) + warp * g.extra * 4 * fragment_bytes + lane * 16;
+  if (active) {
+    const auto load_all = [&](auto zero) {
+      using W = decltype(zero);
+#pragma unroll
+      for (int k = 0; k < k_registers; ++k) {
+        load_weights<T, W>(weights[k][0], p, head, group, 0, k);
+        load_weights<T, W>(weights[k][1], p, head, group, 1, k);
+      }
+      for (int x = 0; k_extra && x < 4 * g.extra; ++x) {
+        uint32_t a[4];
+        load_weights<T, W>(a, p, head, group, x % 2, k_registers + x / 2);
+        *reinterpret_cast<uint4*>(extra_weights + x * fragment_bytes) = make_uint4(a[0], a[1], a[2], a[3]);
+      }
+    };
+    if (p.weight_dtype == DType::float32)
+      load_all(float{});
+    else
+      load_all(T{});
+  }
+  if (alone)
+    __syncthreads();
+  else
+    ptx::cluster_barrier();
+
+  int longest = 0;
+  for (int r = 0; r < rows; ++r) longest = max(longest, static_cast<int>(row_table[r].length));
+
+  if (active) {
+    // --- this thread's part: the cell's rows 2 quad and the next; x's row lane % 8 of gate lane / 8; h's row lane / 4
+    SlstmUnit state[n_tiles][2];
+    int length[n_tiles][2];
+    const T* x_from[n_tiles];
+    int x_length[n_tiles];
+    T* h_to[n_tiles];
+    int h_length[n_tiles];
+#pragma unroll
+    for (int nt = 0; nt < n_tiles; ++nt) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int local = nt * rows_a_tile + 2 * quad + j;
+        const int64_t row = first_row + local;
+        length[nt][j] = static_cast<int>(row_table[local].length);
+        state[nt][j] = {initial(p.h0, p, row, head, unit), initial(p.c0, p, row, head, unit),
+                        initial(p.n0, p, row, head, unit), initial(p.m0, p, row, head, unit)};
+      }
+      const SlstmRow of_x = row_table[nt * rows_a_tile + lane % 8], of_h = row_table[nt * rows_a_tile + lane / 4];
+      x_length[nt] = static_cast<int>(of_x.length);
+      x_from[nt] = static_cast<const T*>(params.x) + of_x.batch * params.x_batch + of_x.start * params.x_seq +
+                   lane / 8 * params.x_gate + head * params.x_head + group * units_a_group;
+      h_length[nt] = quad == 3 ? static_cast<int>(of_h.length) : 0;
+      h_to[nt] = static_cast<T*>(params.h) + ((of_h.batch * p.seq + of_h.start) * p.heads + head) * p.dim +
+                 group * units_a_group;
+    }
+    float bias[4];
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      bias[gate] = load_as_float(p.bias, (gate * p.heads + head) * p.dim + unit, p.bias_dtype);
+    }
+    char* x_ring = base + Shared::x_offset(g) + warp * stages * Shared::x_bytes + lane * 16;
+    const auto prefetch = [&](int t) {
+#pragma unroll
+      for (int nt = 0; nt < n_tiles; ++nt) {
+        const bool there = t < x_length[nt];
+        ptx::cp_async_16(x_ring + (t % stages * n_tiles + nt) * fragment_bytes,
+                         there ? x_from[nt] + t * params.x_seq : static_cast<const T*>(params.x), there ? 16 : 0);
+      }
+      ptx::cp_async_commit();
+    };
+    // Peers quad, quad + 4, ... get what this thread's quad has of h.
+    uint32_t peer[4];
+#pragma unroll
+    for (int x = 0; x < 4; ++x) peer[x] = alone ? 0 : ptx::peer_address(base, min(quad + 4 * x, g.cluster - 1));
+
+    for (int t = 0; t < stages - 1; ++t) prefetch(t);
+#pragma unroll 1
+    for (int t = 0; t < longest; ++t) {
+      __syncwarp();  // the stage that is filled now was read by other lanes
+      prefetch(t + stages - 1);
+      ptx::cp_async_wait<stages - 1>();
+      __syncwarp();
+      float acc[chains][2][n_tiles][4] = {};
+#pragma unroll
+      for (int nt = 0; nt < n_tiles; ++nt) {
+        uint32_t x[4];
+        ptx::ldmatrix_x4<true>(x, x_ring + (t % stages * n_tiles + nt) * fragment_bytes);
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) {
+          const float2 pair = unpack<T>(x[gate]);
+          acc[0][gate / 2][nt][gate % 2 * 2] = pair.x + bias[gate];
+          acc[0][gate / 2][nt][gate % 2 * 2 + 1] = pair.y + bias[gate];
+        }
+      }
+
+      if (!alone && t > 0) {
+        ptx::mbarrier_wait_cluster(&full[t % 2], ((t - 1) / 2) % 2);
+        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(&full[t % 2], step_bytes);
+      }
+      const T* h = h_buffers + (t % 2) * rows * pitch + lane % 8 * pitch + lane / 8 * 8;
+#pragma unroll
+      for (int k = 0; k < k_registers; k += 2) {
+#pragma unroll
+        for (int nt = 0; nt < n_tiles; ++nt) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4<false>(b, h + nt * rows_a_tile * pitch + k * 16);
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            mma<T>(acc[k % chains][pair][nt], weights[k][pair], b[0], b[1]);
+            mma<T>(acc[(k + 1) % chains][pair][nt], weights[k + 1][pair], b[2], b[3]);
+          }
+        }
+      }
+      if constexpr (k_extra) {
+#pragma unroll 2
+        for (int x = 0; x < g.extra; ++x) {
+          uint32_t a[4][4];
+#pragma unroll
+          for (int y = 0; y < 4; ++y) load_16_bytes(a[y], extra_weights + (4 * x + y) * fragment_bytes);
+#pragma unroll
+          for (int nt = 0; nt < n_tiles; ++nt) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4<false>(b, h + nt * rows_a_tile * pitch + (k_registers + 2 * x) * 16);
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+              mma<T>(acc[0][pair][nt], a[pair], b[0], b[1]);
+              mma<T>(acc[1 % chains][pair][nt], a[2 + pair], b[2], b[3]);
+            }
+          }
+        }
+      }
+
+      SlstmUnitKept kept[n_tiles][2];
+      T* h_next = h_buffers + ((t + 1) % 2) * rows * pitch + lane / 4 * pitch + group * units_a_group;
+#pragma unroll
+      for (int nt = 0; nt < n_tiles; ++nt) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float gates[4];
+#pragma unroll
+          for (int gate = 0; gate < 4; ++gate) {
+            gates[gate] = acc[0][gate / 2][nt][gate % 2 * 2 + j];
+#pragma unroll
+            for (int c = 1; c < chains; ++c) gates[gate] += acc[c][gate / 2][nt][gate % 2 * 2 + j];
+          }
+          const SlstmUnit before = state[nt][j];
+          kept[nt][j] = slstm_unit<FastMath>(gates[0], gates[1], gates[2], gates[3], state[nt][j]);
+          if (t >= length[nt][j]) state[nt][j] = before;
+        }
+        // Of row lane / 4: this thread's two units, then all 8 of the group.
+        const uint32_t mine = ptx::transpose_8x8(pack<T>(state[nt][0].h, state[nt][1].h));
+        uint32_t word[4];
+#pragma unroll
+        for (int x = 0; x < 4; ++x) word[x] = __shfl_sync(0xffffffffu, mine, lane - quad + x);
+        T* to = h_next + nt * rows_a_tile * pitch;
+        if (alone) {
+          if (quad == 0) *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+        } else if (t + 1 < longest) {
+          const uint32_t offset = static_cast<uint32_t>(reinterpret_cast<char*>(to) - base);
+          const uint32_t barrier = (t + 1) % 2 * sizeof(uint64_t);
+#pragma unroll
+          for (int x = 0; x < 4; ++x) {
+            if (quad + 4 * x < g.cluster) {
+              ptx::store_async(peer[x] + offset, peer[x] + barrier, word[0], word[1], word[2], word[3]);
+            }
+          }
+        }
+        if (t < h_length[nt]) {
+          *reinterpret_cast<uint4*>(h_to[nt] + t * p.heads * p.dim) = make_uint4(word[0], word[1], word[2], word[3]);
+        }
+      }
+      if (alone) ptx::named_barrier(1, active_threads);
+
+      if (params.kept != nullptr) {
+#pragma unroll
+        for (int nt = 0; nt < n_tiles; ++nt) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            if (t >= length[nt][j]) continue;
+            const SlstmRow& at = row_table[nt * rows_a_tile + 2 * quad + j];
+            float* to = params.kept + ((at.batch * p.seq + at.start + t) * p.heads + head) * slstm_kept * p.dim + unit;
+#pragma unroll
+            for (int x = 0; x < slstm_kept; ++x) to[x * p.dim] = kept[nt][j].value[x];
+          }
+        }
+      }
+    }
+
+    ptx::cp_async_wait<0>();
+    if (params.h_last != nullptr) {
+#pragma unroll
+      for (int nt = 0; nt < n_tiles; ++nt) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int64_t row = first_row + nt * rows_a_tile + 2 * quad + j;
+          if (row >= p.rows) continue;
+          const int64_t to = (row * p.heads + head) * p.dim + unit;
+          params.h_last[to] = state[nt][j].h, params.c_last[to] = state[nt][j].c;
+          params.n_last[to] = state[nt][j].n, params.m_last[to] = state[nt][j].m;
+        }
+      }
+    }
+  }
+  __syncwarp();
+  if (!alone) ptx::cluster_barrier();  // no block leaves while others may store to it
+}
+
+// A launch that can serve a problem.
+struct Choice {
+  void (*kernel)(SlstmForward, Geometry) = nullptr;
+  Geometry g{};
+  int n_tiles = 0, shared_bytes = 0;
+  int64_t cost = 0;
+};
+
+template <typename T, int k_registers, int n_tiles, bool k_extra>
+void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
+  static std::atomic<int> known[16][17];
+  auto* kernel = forward_kernel<T, k_registers, n_tiles, k_extra>;
+  const int bytes = Layout<k_registers, n_tiles, k_extra>::total(g);
+  const int active = active_clusters(kernel, g.cluster, 32 * g.warps, bytes, known);
+  if (active == 0) return;
+  const int64_t cost = launch_cost(p, n_tiles, active);
+  if (best.kernel == nullptr || cost < best.cost) best = {kernel, g, n_tiles, bytes, cost};
+}
+
+template <typename T>
+Choice choose(const SlstmProblem& p) {
+  Choice best;
+  Geometry g{};
+  g.groups = static_cast<int>(p.dim / units_a_group);
+  const auto spread = [&](int warps, int k_registers) {
+    g.warps = warps;
+    g.cluster = (g.groups + warps - 1) / warps;
+    const int k_tiles = static_cast<int>((p.dim + 15) / 16);
+    g.extra = std::max(0, (k_tiles - k_registers + 1) / 2);
+  };
+  if (p.dim <= 64) {
+    spread(std::min(8, g.groups), 4);
+    consider<T, 4, 1, false>(best, p, g);
+    consider<T, 4, 2, false>(best, p, g);
+    consider<T, 4, 4, false>(best, p, g);
+  } else if (p.dim <= 128) {
+    spread(8, 8);
+    consider<T, 8, 1, false>(best, p, g);
+    consider<T, 8, 2, false>(best, p, g);
+  } else if (p.dim <= 256) {
+    spread(4, 16);
+    consider<T, 16, 1, false>(best, p, g);
+    consider<T, 16, 2, false>(best, p, g);
+  } else {
+    spread(p.dim <= 512 ? 4 : 6, 16);
+    consider<T, 16, 1, true>(best, p, g);
+  }
+  return best;
+}
+
+Choice choose(const SlstmForward& params) {
+  const SlstmProblem& p = params.p;
+  const bool fits = p.dtype != DType::float32 && p.dim % units_a_group == 0 && p.dim <= 768 && p.seq < (1ll << 31) &&
+                    params.x_batch % 8 == 0 && params.x_seq % 8 == 0 && params.x_gate % 8 == 0 &&
+                    params.x_head % 8 == 0 && aligned_16(params.x) && aligned_16(params.h);
+  if (!fits) return {};
+  return p.dtype == DType::bfloat16 ? choose<bf16>(p) : choose<half>(p);
+}
+
+}  // namespace
+
+bool serves(const SlstmForward& params) { return choose(params).kernel != nullptr; }
+
+cudaError_t forward(const SlstmForward& params, cudaStream_t stream) {
+  const Choice best = choose(params);
+  if (best.kernel == nullptr) return cudaErrorInvalidConfiguration;
+  return launch(best.kernel, params, best.g, params.p.heads * row_tiles(params.p, best.n_tiles), best.shared_bytes,
+                stream);
+}
+
+}  // namespace flash_xlstm::cuda::slstm_hopper

@@ -1,0 +1,172 @@
+"""The sLSTM: scalar memory with exponential gates and memory mixing (xLSTM, arXiv 2405.04517, section 2.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flash_xlstm.ops import _common
+
+SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
+_KEPT = 6  # values of a token and unit that the forward keeps for the backward (csrc/slstm_params.h)
+
+
+def slstm(
+    x: Tensor,
+    R: Tensor,
+    b: Tensor,
+    *,
+    initial_state: SlstmState | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+    recurrent_grad_clip: float | None = None,
+) -> Tensor | tuple[Tensor, SlstmState]:
+    """The sLSTM over a sequence, with exact gradients.
+
+    Per head, gates in the order i, f, z, o (equations 8 to 17 of arXiv 2405.04517, stabilized)::
+
+        (i, f, z, o)_t = x_t + R h_{t-1} + b         # (R h)[gate, out] = sum over in of R[gate, head, out, in] h[in]
+        m_t = max(logsigmoid(f_t) + m_{t-1}, i_t)    # a fresh unit, one with n_{t-1} = 0: m_t = i_t
+        c_t = exp(logsigmoid(f_t) + m_{t-1} - m_t) c_{t-1} + exp(i_t - m_t) tanh(z_t)
+        n_t = exp(logsigmoid(f_t) + m_{t-1} - m_t) n_{t-1} + exp(i_t - m_t)
+        h_t = sigmoid(o_t) c_t / n_t
+
+    Args:
+        x: (batch, seq, 4, heads, dim) pre-activations; float32, bfloat16 or float16; CPU or CUDA. Any strides, as long
+            as the last dimension is contiguous.
+        R: (4, heads, dim, dim) recurrent weights, ``R[gate, head, out, in]``; the dtype of x or float32.
+        b: (4, heads, dim) bias; the dtype of x or float32.
+        initial_state: ``(h, c, n, m)`` before the first token, each (batch, heads, dim) float32. Default: zeros.
+        cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, on the device of x: sequence s is tokens
+            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of batch row 0 (batch must be 1); states then have num_seqs in
+            place of batch. On CUDA the values are not read on the host: wrong ones give wrong results, never an
+            access outside the tensors.
+        return_final_state: also return the state after the last token.
+        recurrent_grad_clip: None, or a bound greater than 0: each element of the gradient that reaches h_{t-1} through
+            R is clipped to ``[-recurrent_grad_clip, recurrent_grad_clip]`` at every token.
+
+    Returns:
+        h (batch, seq, heads, dim) in the dtype of x; with `return_final_state`, ``(h, (h, c, n, m))``, the state in
+        float32.
+
+    **Padding.** Where x has ``i = -inf`` and ``f = +inf``, the unit is padding at that token: its h, c, n, m pass
+    through unchanged, whatever z and o hold; its output is the h that it carries, and its x gets zero gradients.
+    ``f = -inf``, or ``i = -inf`` with another f, is not a defined input.
+
+    Sums and states are float32. With 16-bit x, R, h_{t-1} and, in the backward, the gradient of x may be rounded to
+    the dtype of x where they enter a product.
+
+    Under autocast x and R are cast to the autocast dtype and b to float32.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
+            runs and naming the argument.
+    """
+    x, R, b = _autocast(x, R, b)
+    state = (None,) * 4 if initial_state is None else _unpack_state("initial_state", initial_state)
+    if recurrent_grad_clip is None:
+        recurrent_grad_clip = math.inf
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, R, b, *state))
+    h, _, *last = _slstm(x, R, b, *state, cu_seqlens, recurrent_grad_clip, needs_grad, return_final_state)
+    return (h, tuple(last)) if return_final_state else h
+
+
+def slstm_step(x: Tensor, R: Tensor, b: Tensor, state: SlstmState) -> Tensor:
+    """One token of the sLSTM for every row of a batch; updates `state` in place.
+
+    The recurrence is that of :func:`slstm`.
+
+    Args:
+        x: (batch, 4, heads, dim) pre-activations; float32, bfloat16 or float16; CPU or CUDA; last dimension contiguous.
+        R: (4, heads, dim, dim), ``R[gate, head, out, in]``; the dtype of x or float32.
+        b: (4, heads, dim); the dtype of x or float32.
+        state: ``(h, c, n, m)``, each (batch, heads, dim) float32, contiguous. **Written in place.**
+
+    Returns:
+        h (batch, heads, dim) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: as :func:`slstm`; the state is untouched then.
+        RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`slstm` with
+            seq 1 and ``return_final_state=True``.
+    """
+    x, R, b = _autocast(x, R, b)
+    parts = _unpack_state("state", state)
+    for name, t in zip("hcnm", parts, strict=True):
+        if t is None:
+            raise TypeError(f"state {name} is None; it must be a tensor")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, R, b, *parts)):
+        raise RuntimeError(
+            "slstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+            "slstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+        )
+    return torch.ops.flash_xlstm.slstm_step(x, R, b, *parts)
+
+
+def _autocast(x: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    cast_x, cast_R = _common.autocast(x, R)
+    return cast_x, cast_R, b if cast_x is x and cast_R is R else b.float()
+
+
+def _unpack_state(name: str, state) -> tuple[Tensor | None, ...]:
+    if not isinstance(state, (tuple, list)) or len(state) != 4:
+        was = f"{len(state)} values" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
+        raise TypeError(f"{name} is {was}; it must be a tuple of 4 tensors, (h, c, n, m)")
+    return tuple(state)
+
+
+# The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
+# compiled call should end there too.
+def _size(t: Tensor, dim: int):
+    return t.shape[dim] if t.dim() > dim else 1
+
+
+@torch.library.register_fake("flash_xlstm::slstm")
+def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state):
+    initial = {f"initial_state {name}": t for name, t in zip("hcnm", (h0, c0, n0, m0), strict=True)}
+    _common.no_mixed_meta(x, of="x", R=R, b=b, cu_seqlens=cu_seqlens, **initial)
+    batch, seq, heads, dim = (_size(x, d) for d in (0, 1, 3, 4))
+    rows = batch if cu_seqlens is None else _size(cu_seqlens, 0) - 1
+    last = (rows if return_final_state else 0, heads, dim)
+    new = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    kept = new(batch if keep else 0, seq, heads, _KEPT, dim)
+    return (x.new_empty((batch, seq, heads, dim)), kept, *(new(*last) for _ in range(4)))
+
+
+@torch.library.register_fake("flash_xlstm::slstm_backward")
+def _(dh, dh_last, dc_last, dn_last, dm_last, R, b, h0, c0, n0, m0, cu_seqlens, h, kept, recurrent_grad_clip):
+    batch, seq, heads, dim = (_size(h, d) for d in range(4))
+    initial = (h.new_empty((0, heads, dim) if t is None else t.shape, dtype=torch.float32) for t in (h0, c0, n0, m0))
+    return h.new_empty((batch, seq, 4, heads, dim)), R.new_empty(R.shape), b.new_empty(b.shape), *initial
+
+
+@torch.library.register_fake("flash_xlstm::slstm_step")
+def _(x, R, b, h, c, n, m):
+    state = {f"state {name}": t for name, t in zip("hcnm", (h, c, n, m), strict=True)}
+    _common.no_mixed_meta(x, of="x", R=R, b=b, **state)
+    return x.new_empty((_size(x, 0), _size(x, 2), _size(x, 3)))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, R, b, h0, c0, n0, m0, cu_seqlens, ctx.recurrent_grad_clip, ctx.keep, ctx.return_final_state = inputs
+    h, kept, *_ = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(R, b, h0, c0, n0, m0, cu_seqlens, h, kept)
+
+
+def _backward(ctx, dh, _dkept, *dlast):
+    if not ctx.keep:
+        raise RuntimeError("flash_xlstm::slstm was called with keep=False: it has no gradient then")
+    R, b, *state, cu_seqlens, h, kept = ctx.saved_tensors
+    if not ctx.return_final_state:
+        dlast = (None,) * 4
+    dx, dR, db, *dstate = _slstm_backward(dh, *dlast, R, b, *state, cu_seqlens, h, kept, ctx.recurrent_grad_clip)
+    dstate = (g if t is not None else None for g, t in zip(dstate, state, strict=True))
+    return dx, dR, db, *dstate, None, None, None, None
+
+
+_slstm = _common.differentiable("slstm", _setup_context, _backward)
+_slstm_backward = _common.no_double_backward("slstm_backward")
