@@ -16,4 +16,61 @@ struct SoftCap {
   void* out;
 };
 
+// y = x / sqrt(mean(x^2) + eps) * weight over rows of `dim`, everything contiguous.
+struct RmsNorm {
+  DType dtype, weight_dtype;  // the weight is float32 or has the dtype of x
+  int64_t rows, dim;
+  float eps;
+  const void* x;
+  const void* residual;  // nullptr: none; else x + residual, rounded to the dtype, takes x's place
+  const void* weight;
+  void* y;
+  void* sum;  // x + residual; nullptr without residual
+};
+
+struct RmsNormBackward {
+  DType dtype, weight_dtype;
+  int64_t rows, dim;
+  float eps;
+  const void* dy;
+  const void* dsum;  // what reaches x past the norm; nullptr: nothing
+  const void* x;     // what was normalized
+  const void* weight;
+  void* dx;
+  void* dweight;  // nullptr: not wanted
+};
+
+// y = sigmoid(gate) * (h - mean(h)) / sqrt(var(h) + eps) * weight over the last dimension of h (tokens, heads, dim);
+// gate and y (tokens, heads * dim), weight (heads * dim). Contiguous but for the gate's rows.
+struct GatedHeadNorm {
+  DType dtype, weight_dtype;
+  int64_t tokens, heads, dim;
+  float eps;
+  const void* h;
+  const void* gate;
+  int64_t gate_stride;
+  const void* weight;
+  void* y;
+};
+
+struct GatedHeadNormBackward {
+  GatedHeadNorm p;  // without y
+  const void* dy;
+  void *dh, *dgate;
+  void* dweight;  // nullptr: not wanted
+};
+
+// out = silu(x) * y, or with dout the gradients; (rows, columns), rows of x and y any distance apart.
+struct Swiglu {
+  DType dtype;
+  int64_t rows, columns;
+  const void* x;
+  int64_t x_stride;
+  const void* y;
+  int64_t y_stride;
+  const void* dout;  // nullptr: forward
+  void* out;         // forward
+  void *dx, *dy;     // backward
+};
+
 }  // namespace flash_xlstm

@@ -57,6 +57,24 @@ def main() -> None:
         ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
     torch.cuda.synchronize()
     print("ran the step and the soft cap")
+    # A warp, 128 and 512 threads a row; single elements.
+    for dtype in (torch.float32, BF16, torch.float16):
+        for dim in (64, 1024, 8192, 35):
+            pointwise(dtype, dim)
+    print("ran the norms and swiglu")
+
+
+def pointwise(dtype, dim):
+    new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype).requires_grad_()  # noqa: E731
+    x, y, weight, h, gate = new(9, dim), new(9, dim), new(dim), new(9, 2, dim), new(9, 2 * dim)
+    outputs = [
+        ops.rms_norm(x, weight),
+        *ops.rms_norm(x, weight, 1e-6, y),
+        ops.gated_head_norm(h, gate, torch.cat([weight, weight])),
+        ops.swiglu(x, y),
+    ]
+    torch.autograd.grad(outputs, [x, y, weight, h, gate], [torch.randn_like(t) for t in outputs])
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

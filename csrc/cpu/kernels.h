@@ -10,5 +10,10 @@ void mlstm_forward(const MlstmForward& params);
 void mlstm_backward(const MlstmBackward& params);
 void mlstm_step(const MlstmStep& params);
 void soft_cap(const SoftCap& params);
+void rms_norm(const RmsNorm& params);
+void rms_norm_backward(const RmsNormBackward& params);
+void gated_head_norm(const GatedHeadNorm& params);
+void gated_head_norm_backward(const GatedHeadNormBackward& params);
+void swiglu(const Swiglu& params);
 
 }  // namespace flash_xlstm::cpu

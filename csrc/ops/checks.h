@@ -103,12 +103,13 @@ inline void check_shape(const char* name, const Tensor& t, const std::vector<int
   throw std::invalid_argument(out);
 }
 
-inline void check_device(const char* name, const Tensor& t, const Tensor& like) {
+inline void check_device(const char* name, const Tensor& t, const Tensor& like, const char* like_name = "q") {
   if (t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
       (t.is_cpu() || t.get_device_index() == like.get_device_index())) {
     return;
   }
-  value_error(name, " is on ", device_text(t), "; it must be on the device of q, ", device_text(like));
+  value_error(name, " is on ", device_text(t), "; it must be on the device of ", like_name, ", ",
+              device_text(like));
 }
 
 inline void check_op_dtype(const char* name, ScalarType t) {
@@ -135,6 +136,30 @@ inline void check_contiguous(const char* name, const Tensor& t) {
 
 inline Strided strided_4d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 inline Strided strided_3d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
+  return sizes;
+}
+
+// The distance between rows (all dimensions but the last) where it is the same everywhere and rows are contiguous;
+// else -1.
+inline int64_t row_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return -1;
+  int64_t stride = -1, next = -1;  // next: the stride that continues the rows seen so far
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (next >= 0 && t.stride(d) != next) return -1;
+    if (next < 0) stride = t.stride(d);
+    next = t.stride(d) * t.size(d);
+  }
+  return stride < 0 ? t.size(last) : stride;
+}
+inline Tensor with_uniform_rows(const Tensor& t) {
+  return row_stride(t) >= 0 ? t : torch::stable::contiguous(t);
+}
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);

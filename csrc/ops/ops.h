@@ -26,4 +26,16 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
 Tensor soft_cap(Tensor x, double cap);
 Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);
 
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps,
+                                             bool weight_gradient);
+
+Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps);
+std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
+                                                            bool weight_gradient);
+
+Tensor swiglu(Tensor x, Tensor y);
+std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y);
+
 }  // namespace flash_xlstm

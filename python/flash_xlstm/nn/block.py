@@ -43,5 +43,5 @@ class mLSTMBlock(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """Arguments and results as :meth:`mLSTMLayer.forward`."""
         y, state = self.mlstm_layer(self.norm_mlstm(x), state, padding, return_state=return_state, inplace=inplace)
-        x = x + y
-        return x + self.ffn(self.norm_ffn(x)), state
+        normed, x = self.norm_ffn(y, x)
+        return x + self.ffn(normed), state

@@ -138,7 +138,7 @@ class mLSTMLayer(FusableProjections):
             q, k, v = (t.to(self.autocast_kernel_dtype) for t in (q, k, v))
             with torch.autocast(x.device.type, enabled=False):
                 h, state = run(q, k, v, i, f, state, return_state)
-        y = self.out_proj(torch.sigmoid(o) * self.multihead_norm(h))
+        y = self.out_proj(self.multihead_norm(h, o))
         return y, state
 
     def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:

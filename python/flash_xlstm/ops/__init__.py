@@ -2,6 +2,15 @@
 
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
-from flash_xlstm.ops.pointwise import soft_cap
+from flash_xlstm.ops.pointwise import gated_head_norm, rms_norm, soft_cap, swiglu
 
-__all__ = ["MlstmState", "kernel_for", "mlstm", "mlstm_step", "soft_cap"]
+__all__ = [
+    "MlstmState",
+    "gated_head_norm",
+    "kernel_for",
+    "mlstm",
+    "mlstm_step",
+    "rms_norm",
+    "soft_cap",
+    "swiglu",
+]

@@ -6,14 +6,14 @@ import torch
 
 from flash_xlstm._build import build_info
 
-_OPS = ("mlstm", "mlstm_step", "soft_cap")
+_OPS = ("gated_head_norm", "mlstm", "mlstm_step", "rms_norm", "soft_cap", "swiglu")
 
 
 def kernel_for(op: str, device: torch.device | str) -> str:
     """The kernel that `op` takes on `device`, in words; for people, not for programs.
 
     Args:
-        op: ``"mlstm"``, ``"mlstm_step"`` or ``"soft_cap"``.
+        op: the name of a function of :mod:`flash_xlstm.ops`.
         device: a CPU or CUDA device.
 
     Raises:

@@ -4,6 +4,15 @@ Gradients come from autograd through these formulas; the tests compare the kerne
 """
 
 from flash_xlstm.reference.mlstm import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, mlstm_step
-from flash_xlstm.reference.pointwise import soft_cap
+from flash_xlstm.reference.pointwise import gated_head_norm, rms_norm, soft_cap, swiglu
 
-__all__ = ["mlstm_chunkwise", "mlstm_parallel", "mlstm_recurrent", "mlstm_step", "soft_cap"]
+__all__ = [
+    "gated_head_norm",
+    "mlstm_chunkwise",
+    "mlstm_parallel",
+    "mlstm_recurrent",
+    "mlstm_step",
+    "rms_norm",
+    "soft_cap",
+    "swiglu",
+]
