@@ -68,6 +68,7 @@ struct MlstmStep {
   int64_t batch, heads, dqk, dv;
   int64_t num_slots;  // first dimension of the state
   float scale, eps;
+  float gate_soft_cap = 0.0f;  // as in MlstmProblem
   Strided q, k, v, i, f;  // (batch, heads, dim) and (batch, heads): .seq is unused
   void* c;   // (num_slots, heads, dqk, dv) contiguous
   float* n;  // (num_slots, heads, dqk) contiguous

@@ -54,6 +54,13 @@ def main() -> None:
         i = torch.randn(2, 2, device="cuda")
         state = tuple(torch.zeros(2, 2, *shape, device="cuda") for shape in ((64, 64), (64,), ()))
         ops.mlstm_step(q, q, q, i, i, state)
+        for batch, dv, state_dtype in (
+            (2, 512, torch.float32),
+            (2, 512, BF16),
+            (60, 512, torch.float32),
+            (2, 30, BF16),
+        ):
+            step(batch, 64, dv, dtype, state_dtype)
         ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
     torch.cuda.synchronize()
     print("ran the step and the soft cap")
@@ -62,6 +69,17 @@ def main() -> None:
         for dim in (64, 1024, 8192, 35):
             pointwise(dtype, dim)
     print("ran the norms and swiglu")
+
+
+def step(batch, dqk, dv, dtype, state_dtype):
+    new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
+    state = tuple(torch.zeros(batch, 2, *shape, device="cuda") for shape in ((dqk, dv), (dqk,), ()))
+    state = (state[0].to(state_dtype), *state[1:])
+    slots = torch.arange(batch, dtype=torch.int32, device="cuda")
+    slots[0] = -1
+    q, k, v = new(batch, 2, dqk), new(batch, 2, dqk), new(batch, 2, dv)
+    ops.mlstm_step(q, k, v, new(batch, 2), new(batch, 2), state, state_indices=slots, gate_soft_cap=15.0)
+    torch.cuda.synchronize()
 
 
 def pointwise(dtype, dim):

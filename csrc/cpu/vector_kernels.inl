@@ -486,7 +486,8 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
       value = Type::load(
           static_cast<const typename Type::Bits*>(from.data)[row * from.batch + head * from.head]);
     });
-    return value;
+    const bool cap = p.gate_soft_cap > 0.0f && absolute(value) != infinity;
+    return cap ? p.gate_soft_cap * hyperbolic_tangent(value / p.gate_soft_cap) : value;
   };
   const float i = gate(p.i), f = gate(p.f);
   const float log_forget = f >= 0.0f ? -__builtin_log1pf(__builtin_expf(-f)) : f - __builtin_log1pf(__builtin_expf(f));

@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
-      "Tensor? state_indices, float? scale, float eps) -> Tensor");
+      "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap=None) -> Tensor");
   lib.def("soft_cap(Tensor x, float cap) -> Tensor");
   lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
   lib.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

@@ -21,7 +21,8 @@ Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptT
                         int64_t chunk_size);
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
-                  OptTensor state_indices, std::optional<double> scale, double eps);
+                  OptTensor state_indices, std::optional<double> scale, double eps,
+                  std::optional<double> gate_soft_cap);
 
 Tensor soft_cap(Tensor x, double cap);
 Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);

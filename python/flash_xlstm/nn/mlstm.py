@@ -112,6 +112,7 @@ class mLSTMLayer(FusableProjections):
         *,
         return_state: bool = False,
         inplace: bool = False,
+        state_indices: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """One pass over a sequence.
 
@@ -124,14 +125,22 @@ class mLSTMLayer(FusableProjections):
             return_state: also return the state after the last token.
             inplace: for one token with a state and gradients off: write the new state into `state`'s own
                 tensors.
+            state_indices: with all that, the slot of `state` that each row uses, as in
+                :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
+
+        Raises:
+            ValueError: `state_indices` for anything but one token in place.
 
         Returns:
             ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`.
         """
         q, k, v, o = self._project(x, "qkv_opreact")
-        i, f = self._gates(x, padding)
+        step = inplace and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        if state_indices is not None and not step:
+            raise ValueError("state_indices is for one token with a state, in place and without gradients")
+        i, f = self._gates(x, padding, cap=not step)  # the step caps its gates itself
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        run = self._step if inplace and x.shape[1] == 1 and not torch.is_grad_enabled() else self._sequence
+        run = functools.partial(self._step, state_indices=state_indices) if step else self._sequence
         if self.autocast_kernel_dtype is None or not torch.is_autocast_enabled(x.device.type):
             h, state = run(q, k, v, i, f, state, return_state)
         else:
@@ -141,12 +150,13 @@ class mLSTMLayer(FusableProjections):
         y = self.out_proj(self.multihead_norm(h, o))
         return y, state
 
-    def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Soft-capped pre-activations, (batch, seq, heads), in float32 (float64 for float64)."""
+    def _gates(self, x: Tensor, padding: Tensor | None, *, cap: bool) -> tuple[Tensor, Tensor]:
+        """Pre-activations, (batch, seq, heads); with `cap` soft-capped in float32 (float64 for float64)."""
+        capped = self._cap if cap else lambda gate: gate
         if self.weight_mode == "fused":
-            i, f = self._cap(self.ifgate_preact(x)).split(self.num_heads, dim=-1)
+            i, f = capped(self.ifgate_preact(x)).split(self.num_heads, dim=-1)
         else:
-            i, f = self._cap(self.igate_preact(x)), self._cap(self.fgate_preact(x))
+            i, f = capped(self.igate_preact(x)), capped(self.fgate_preact(x))
         if padding is not None:  # after the cap, which would make an infinite gate finite
             i = i.masked_fill(padding[..., None], -torch.inf)
             f = f.masked_fill(padding[..., None], torch.inf)
@@ -164,17 +174,27 @@ class mLSTMLayer(FusableProjections):
         return out if return_state else (out, None)
 
     def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        f: Tensor,
+        state: State,
+        return_state: bool,
+        state_indices: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        if state is None:
-            return self._sequence(q, k, v, i, f, None, return_state)
         if not all(t.is_contiguous() for t in state):  # from a reference kernel, say
             c, n, m = state
             state = (c.contiguous(), n.contiguous(), m.contiguous())
         c, n, m = state
         wide = c.float() if c.dtype == torch.float16 else c
+        if i.dtype != q.dtype:
+            i, f = i.float(), f.float()
         q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))
-        h = self._mlstm_step(q, k, v, i, f, (wide, n, m), eps=self.eps)
+        h = self._mlstm_step(
+            q, k, v, i, f, (wide, n, m), state_indices=state_indices, eps=self.eps, gate_soft_cap=self.gate_soft_cap
+        )
         if wide is not c:
             c.copy_(wide)
         return h[:, None], state if return_state else None

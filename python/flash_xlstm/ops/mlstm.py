@@ -88,6 +88,7 @@ def mlstm_step(
     state_indices: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
 ) -> Tensor:
     """One token of the mLSTM for every row of a batch; updates `state` in place.
 
@@ -104,6 +105,10 @@ def mlstm_step(
             outside the pool touches no memory and gives NaN.
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
+        gate_soft_cap: i and f become ``cap * tanh(x / cap)`` first, in float32; infinite ones stay infinite. None: no
+            cap.
+
+    On CUDA, dqk is at most 8,192.
 
     Returns:
         h (batch, heads, dv) in the dtype of q.
@@ -123,7 +128,7 @@ def mlstm_step(
             "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
             "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
         )
-    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps)
+    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap)
 
 
 # The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
@@ -177,7 +182,7 @@ def _(dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_step")
-def _(q, k, v, i, f, c, n, m, state_indices, scale, eps):
+def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap=None):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, state_indices=state_indices, **{"state c": c, "state n": n, "state m": m}
     )  # fmt: skip

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_xlstm.reference.pointwise import soft_cap
+
 State = tuple[Tensor, Tensor, Tensor]
 
 
@@ -157,11 +159,13 @@ def mlstm_chunkwise(
     return _run(_chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, **options)
 
 
-def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6):
+def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6, gate_soft_cap=None):
     """One token, q (batch, heads, dqk). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.mlstm_step`."""
     c, n, m = state
     wide = _wide(q.dtype)
+    if gate_soft_cap is not None:
+        i, f = (torch.where(x.isinf(), x, soft_cap(x.to(wide), gate_soft_cap)) for x in (i, f))
     rows = torch.arange(q.shape[0], device=q.device)
     slots = rows if state_indices is None else state_indices.long()
     rows = rows[slots >= 0]
