@@ -140,7 +140,9 @@ class mLSTMLayer(FusableProjections):
             raise ValueError("state_indices is for one token with a state, in place and without gradients")
         i, f = self._gates(x, padding, cap=not step)  # the step caps its gates itself
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        run = functools.partial(self._step, state_indices=state_indices) if step else self._sequence
+        run: Callable[..., Any] = self._sequence
+        if step:
+            run = functools.partial(self._step, state_indices=state_indices)
         if self.autocast_kernel_dtype is None or not torch.is_autocast_enabled(x.device.type):
             h, state = run(q, k, v, i, f, state, return_state)
         else:
