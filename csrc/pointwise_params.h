@@ -1,4 +1,5 @@
-// Plain descriptions of pointwise problems, shared by the op layer, the CPU kernels and the CUDA kernels.
+// Plain descriptions of pointwise problems and of products with few rows, shared by the op layer, the CPU kernels and
+// the CUDA kernels.
 #pragma once
 
 #include <cstdint>
@@ -71,6 +72,18 @@ struct Swiglu {
   const void* dout;  // nullptr: forward
   void* out;         // forward
   void *dx, *dy;     // backward
+};
+
+// y = x weight^T + bias for few rows of x: (rows, in) x_stride apart, weight (out, in) and y (rows, out) contiguous,
+// all of one dtype.
+struct LinearRows {
+  DType dtype;
+  int64_t rows, in, out;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  const void* bias;  // (out); nullptr: none
+  void* y;
 };
 
 }  // namespace flash_xlstm

@@ -69,6 +69,11 @@ def main() -> None:
         for dim in (64, 1024, 8192, 35):
             pointwise(dtype, dim)
     print("ran the norms and swiglu")
+    for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32)):
+        x, weight = (torch.randn(n, size_in, device="cuda").to(BF16) for n in (rows, size_out))
+        ops.linear_rows(x, weight, weight[:, 0])
+    torch.cuda.synchronize()
+    print("ran the products of few rows")
 
 
 def step(batch, dqk, dv, dtype, state_dtype):

@@ -15,5 +15,6 @@ void rms_norm_backward(const RmsNormBackward& params);
 void gated_head_norm(const GatedHeadNorm& params);
 void gated_head_norm_backward(const GatedHeadNormBackward& params);
 void swiglu(const Swiglu& params);
+void linear_rows(const LinearRows& params);
 
 }  // namespace flash_xlstm::cpu

@@ -91,6 +91,9 @@ struct VectorKernels {
                                    float* scratch);  // 4 of one head
   // Columns [begin, end) of a row.
   void (*swiglu)(const Swiglu& p, int64_t row, int64_t begin, int64_t end);
+
+  // Columns [begin, end) of y; x holds the rows as float32, `in` apart.
+  void (*linear_rows)(const LinearRows& p, const float* x, int64_t begin, int64_t end);
 };
 
 // The table for this machine, and its name ("AVX-512", "AVX2", "baseline").

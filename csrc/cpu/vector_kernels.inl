@@ -532,6 +532,7 @@ void soft_cap(const SoftCap& p, int64_t begin, int64_t end) {
   });
 }
 
+#include "cpu/vector_linear.inl"
 #include "cpu/vector_pointwise.inl"
 
 }  // namespace
@@ -541,7 +542,7 @@ const VectorKernels vector_kernels = {
     pack,         unpack,        end_weights, start_weights,  weight_rows, weighted_sum, normalizer, inverse_normalizer,
     forward_tile, backward_tile, row_dots,    add_state_term, scan,        scan_back,    guarded_product,
     step,         soft_cap,      rms_norm,    rms_norm_backward,
-    gated_head_norm, gated_head_norm_backward, swiglu,
+    gated_head_norm, gated_head_norm_backward, swiglu, linear_rows,
 };
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

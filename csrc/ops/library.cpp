@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, float eps, bool weight_gradient) "
       "-> (Tensor dh, Tensor dgate, Tensor dweight)");
+  lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
 }
@@ -43,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("rms_norm_backward", TORCH_BOX(&flash_xlstm::rms_norm_backward));
   lib.impl("gated_head_norm", TORCH_BOX(&flash_xlstm::gated_head_norm));
   lib.impl("gated_head_norm_backward", TORCH_BOX(&flash_xlstm::gated_head_norm_backward));
+  lib.impl("linear_rows", TORCH_BOX(&flash_xlstm::linear_rows));
   lib.impl("swiglu", TORCH_BOX(&flash_xlstm::swiglu));
   lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
 }
@@ -59,6 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
   lib.impl("rms_norm_backward", TORCH_BOX(&flash_xlstm::rms_norm_backward));
   lib.impl("gated_head_norm", TORCH_BOX(&flash_xlstm::gated_head_norm));
   lib.impl("gated_head_norm_backward", TORCH_BOX(&flash_xlstm::gated_head_norm_backward));
+  lib.impl("linear_rows", TORCH_BOX(&flash_xlstm::linear_rows));
   lib.impl("swiglu", TORCH_BOX(&flash_xlstm::swiglu));
   lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
 }

@@ -36,6 +36,8 @@ Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps);
 std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
                                                             bool weight_gradient);
 
+Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias);
+
 Tensor swiglu(Tensor x, Tensor y);
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y);
 

@@ -39,47 +39,57 @@ struct alignas(sizeof(C) * width) Group {
   C value[width];
 };
 
-// The state is read and written once: it need not pass through the first-level cache.
 template <typename C, int width>
 __device__ __forceinline__ Group<C, width> load_state(const C* at) {
+  Group<C, width> group;
+  if constexpr (width > 1) {
+    const uint4 bits = load_16_once(at);
+    memcpy(&group, &bits, 16);
+  } else {
+    group.value[0] = *at;
+  }
+  return group;
+}
+template <typename C, int width>
+__device__ __forceinline__ void store_state(C* at, const Group<C, width>& group) {
   if constexpr (width > 1) {
     uint4 bits;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "l"(at));
-    Group<C, width> group;
-    memcpy(&group, &bits, 16);
-    return group;
+    memcpy(&bits, &group, 16);
+    store_16(at, bits);
   } else {
-    return {{*at}};
+    *at = group.value[0];
   }
 }
 
+// An element as it lies in memory, to be converted when it is needed: a conversion right behind each load would wait
+// for one after the other.
+struct Raw {
+  uint32_t bits;
+};
+__device__ __forceinline__ Raw load_raw(const void* data, int64_t index, bool is_float) {
+  if (is_float) return {static_cast<const uint32_t*>(data)[index]};
+  return {static_cast<const uint16_t*>(data)[index]};
+}
+__device__ __forceinline__ float raw_to_float(Raw raw, DType dtype) {
+  const float from_half = __half2float(__ushort_as_half(static_cast<unsigned short>(raw.bits)));
+  return dtype == DType::float16 ? from_half : __uint_as_float(dtype == DType::float32 ? raw.bits : raw.bits << 16);
+}
+
+// Relaxed: what has to come before the barrier are reads whose values have been used, and nothing has been written that
+// another block reads. A release would wait for memory.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ float capped(float x, float cap) {
   return cap > 0.0f && !isinf(x) ? cap * tanhf(x / cap) : x;
-}
-
-struct Gates {
-  float m, keep, take;
-};
-
-__device__ __forceinline__ Gates gates_of(const MlstmStep& p, int64_t row, int head, float m_before) {
-  const float i = capped(load_as_float(p.i.data, row * p.i.batch + head * p.i.head, p.gate_dtype), p.gate_soft_cap);
-  const float f = capped(load_as_float(p.f.data, row * p.f.batch + head * p.f.head, p.gate_dtype), p.gate_soft_cap);
-  const float carried = log_sigmoid(f) + m_before;
-  const float m = fmaxf(carried, i);
-  return {m, expf(carried - m), expf(i - m)};
 }
 
 // Blocks a multiprocessor: 80 registers a thread hold a batch of float32 rows, bfloat16 ones take more.
@@ -92,10 +102,12 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters) {
   constexpr int groups = threads / lanes;  // rows under way
   constexpr int tile_columns = lanes * width;
-  const int64_t item = blockIdx.x / blocks;
-  const int block = static_cast<int>(blockIdx.x % blocks);
-  const int64_t row = item / p.heads;
-  const int head = static_cast<int>(item - row * p.heads);
+  // 32 bits: a division in 64 is a long call.
+  const unsigned item = blockIdx.x / static_cast<unsigned>(blocks);
+  const int block = static_cast<int>(blockIdx.x - item * static_cast<unsigned>(blocks));
+  const unsigned batch_row = item / static_cast<unsigned>(p.heads);
+  const int head = static_cast<int>(item - batch_row * static_cast<unsigned>(p.heads));
+  const int64_t row = batch_row;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int dqk = static_cast<int>(p.dqk);
 
@@ -103,7 +115,7 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
     const float fill = slot == -1 ? 0.0f : NAN;
     for (int64_t column = block * threads + threadIdx.x; column < p.dv; column += blocks * threads) {
-      store_from_float(p.h, item * p.dv + column, p.dtype, fill);
+      store_from_float(p.h, static_cast<int64_t>(item) * p.dv + column, p.dtype, fill);
     }
     return;
   }
@@ -122,32 +134,39 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   };
   load_batch(group);
 
+  const bool is_float = p.dtype == DType::float32, gates_are_float = p.gate_dtype == DType::float32;
   const auto read = [&](const Strided& from, int64_t x) {
-    return load_as_float(from.data, row * from.batch + head * from.head + x, p.dtype);
+    return load_raw(from.data, row * from.batch + head * from.head + x, is_float);
   };
-  float v[width];
+  Raw v_raw[width];
   const auto load_v = [&] {
 #pragma unroll
-    for (int x = 0; x < width; ++x) v[x] = column + x < p.dv ? read(p.v, column + x) : 0.0f;
+    for (int x = 0; x < width; ++x) v_raw[x] = column + x < p.dv ? read(p.v, column + x) : Raw{0};
   };
   load_v();
   // Everything that is read is on its way before the gates are waited for: one trip to memory in all.
-  float q_next = 0.0f, k_next = 0.0f, n_next = 0.0f;
+  Raw q_next{0}, k_next{0};
+  float n_next = 0.0f;
   const auto load_next = [&](int x) {
     if (x < dqk) q_next = read(p.q, x), k_next = read(p.k, x), n_next = n[x];
   };
   load_next(threadIdx.x);
+  const Raw i_raw = load_raw(p.i.data, row * p.i.batch + head * p.i.head, gates_are_float);
+  const Raw f_raw = load_raw(p.f.data, row * p.f.batch + head * p.f.head, gates_are_float);
+  const float m_before = p.m[state];
 
   extern __shared__ float shared[];
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
   __shared__ float part[warps];
   __shared__ float sums[warps][tile_columns];
-  const Gates g = gates_of(p, row, head, p.m[state]);
+  const float i = capped(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
+  const float carried = log_sigmoid(capped(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
+  const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
   float s = 0.0f;
   for (int x = threadIdx.x; x < dqk; x += threads) {
-    q[x] = q_next;
-    k[x] = g.take != 0.0f ? g.take * k_next : 0.0f;
-    s += q[x] * (g.keep * n_next + k[x]);
+    q[x] = raw_to_float(q_next, p.dtype);
+    k[x] = take != 0.0f ? take * raw_to_float(k_next, p.dtype) : 0.0f;
+    s += q[x] * (keep * n_next + k[x]);
     load_next(x + threads);
   }
 #pragma unroll
@@ -160,14 +179,14 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   for (int w = 0; w < warps; ++w) s += part[w];
   s *= p.scale;
   // fmaxf would drop a NaN.
-  const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-g.m)) + p.eps);
+  const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
 
   for (int tile = block; tile < tiles; tile += blocks) {
     column = static_cast<int64_t>(tile) * tile_columns + lane * width;
     if (tile != block) load_v();
-    float acc[width] = {};
+    float v[width], acc[width] = {};
 #pragma unroll
-    for (int x = 0; x < width; ++x) v[x] = g.take != 0.0f ? v[x] : 0.0f;
+    for (int x = 0; x < width; ++x) v[x] = take != 0.0f ? raw_to_float(v_raw[x], p.dtype) : 0.0f;
     for (int first = group; first < dqk; first += batch_rows * groups) {
       if (tile != block || first != group) load_batch(first);
 #pragma unroll
@@ -178,11 +197,11 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
         Group<C, width> updated;
 #pragma unroll
         for (int x = 0; x < width; ++x) {
-          const float value = g.keep * to_float(held[b].value[x]) + kr * v[x];
+          const float value = keep * to_float(held[b].value[x]) + kr * v[x];
           acc[x] += qr * value;
           updated.value[x] = from_float<C>(value);
         }
-        *reinterpret_cast<Group<C, width>*>(c + r * p.dv + column) = updated;
+        store_state<C, width>(c + r * p.dv + column, updated);
       }
     }
     // A warp's rows first; then the warps'.
@@ -205,7 +224,7 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < warps; ++w) sum += sums[w][x];
-      store_from_float(p.h, item * p.dv + out, p.dtype, sum * factor);
+      store_from_float(p.h, static_cast<int64_t>(item) * p.dv + out, p.dtype, sum * factor);
     }
   }
 
@@ -223,8 +242,8 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     writes = last;
   }
   if (!writes) return;
-  if (threadIdx.x == 0) p.m[state] = g.m;
-  for (int x = threadIdx.x; x < dqk; x += threads) n[x] = g.keep * n[x] + k[x];
+  if (threadIdx.x == 0) p.m[state] = m;
+  for (int x = threadIdx.x; x < dqk; x += threads) n[x] = keep * n[x] + k[x];
 }
 
 constexpr int max_devices = 64;

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(L::block_threads)
       float weight[width];
       load_weight<T>(weight, p.weight, column + at, p.weight_dtype == DType::float32);
       // The gate was overwritten by its gradient: read again, from the second-level cache.
-      const auto again = *reinterpret_cast<const Pack<T, width>*>(static_cast<const T*>(p.gate) + gate_start + at);
+      const auto again = load_pack<T, width>(p.gate, gate_start + at);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
         const float through = to_float(dy[k].value[e]) * sigmoid(to_float(again.value[e])) * weight[e];

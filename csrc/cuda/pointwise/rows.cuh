@@ -33,26 +33,44 @@ struct RowLayout {
   static constexpr int capacity = row_threads * packs * width;
 };
 
-// Rows are read once: no reason to keep them in the first-level cache, where the weight belongs.
+// Rows are read once: the first-level cache is for the weight.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> load_once(const void* data, int64_t element) {
-  const Pack<T, width>* at = reinterpret_cast<const Pack<T, width>*>(static_cast<const T*>(data) + element);
-  if constexpr (sizeof(Pack<T, width>) == 16) {
-    Pack<T, width> pack;
-    uint4 bits;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "l"(at));
+  const T* at = static_cast<const T*>(data) + element;
+  Pack<T, width> pack;
+  if constexpr (sizeof(pack) == 16) {
+    const uint4 bits = load_16_once(at);
     memcpy(&pack, &bits, 16);
-    return pack;
   } else {
-    return *at;
+    pack = *reinterpret_cast<const Pack<T, width>*>(at);
   }
+  return pack;
+}
+
+// The same of what is read again.
+template <typename T, int width>
+__device__ __forceinline__ Pack<T, width> load_pack(const void* data, int64_t element) {
+  const T* at = static_cast<const T*>(data) + element;
+  Pack<T, width> pack;
+  if constexpr (sizeof(pack) == 16) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+    memcpy(&pack, &bits, 16);
+  } else {
+    pack = *reinterpret_cast<const Pack<T, width>*>(at);
+  }
+  return pack;
 }
 
 template <typename T, int width>
 __device__ __forceinline__ void store_pack(void* data, int64_t element, const Pack<T, width>& pack) {
-  *reinterpret_cast<Pack<T, width>*>(static_cast<T*>(data) + element) = pack;
+  T* at = static_cast<T*>(data) + element;
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    store_16(at, bits);
+  } else {
+    *reinterpret_cast<Pack<T, width>*>(at) = pack;
+  }
 }
 
 // The weight is float32 or a T.
@@ -71,7 +89,7 @@ __device__ __forceinline__ void load_weight(float (&to)[width], const void* data
       for (int x = 0; x < width; ++x) to[x] = __ldg(at + x);
     }
   } else {
-    const auto pack = *reinterpret_cast<const Pack<T, width>*>(static_cast<const T*>(data) + element);
+    const auto pack = load_pack<T, width>(data, element);
 #pragma unroll
     for (int x = 0; x < width; ++x) to[x] = to_float(pack.value[x]);
   }

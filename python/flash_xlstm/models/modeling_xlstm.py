@@ -20,7 +20,7 @@ from flash_xlstm.models import checkpoints
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
-from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, mLSTMBlock, mLSTMLayer
+from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, linear, mLSTMBlock, mLSTMLayer
 
 # The default chunk_size leaves the choice to the compiled kernels.
 _DEFAULT_CHUNK_SIZE = 64
@@ -480,7 +480,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        logits = linear(self.lm_head, hidden.to(self.lm_head.weight.dtype))
         if logits.dtype == torch.float64:
             return plain.soft_cap(logits, self.config.output_logit_soft_cap)
         return ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_xlstm import ops
+from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.projections import FusableProjections
 
 
@@ -35,4 +36,4 @@ class FeedForward(FusableProjections):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self._project(x, "proj_up_gate_z")
         wide = torch.float64 in (gate.dtype, up.dtype)
-        return self.proj_down(F.silu(gate) * up if wide else ops.swiglu(gate, up))
+        return linear(self.proj_down, F.silu(gate) * up if wide else ops.swiglu(gate, up))

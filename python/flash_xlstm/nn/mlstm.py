@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
+from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.norm import MultiHeadLayerNorm
 from flash_xlstm.nn.projections import FusableProjections
 
@@ -149,16 +150,16 @@ class mLSTMLayer(FusableProjections):
             q, k, v = (t.to(self.autocast_kernel_dtype) for t in (q, k, v))
             with torch.autocast(x.device.type, enabled=False):
                 h, state = run(q, k, v, i, f, state, return_state)
-        y = self.out_proj(self.multihead_norm(h, o))
+        y = linear(self.out_proj, self.multihead_norm(h, o))
         return y, state
 
     def _gates(self, x: Tensor, padding: Tensor | None, *, cap: bool) -> tuple[Tensor, Tensor]:
         """Pre-activations, (batch, seq, heads); with `cap` soft-capped in float32 (float64 for float64)."""
         capped = self._cap if cap else lambda gate: gate
         if self.weight_mode == "fused":
-            i, f = capped(self.ifgate_preact(x)).split(self.num_heads, dim=-1)
+            i, f = capped(linear(self.ifgate_preact, x)).split(self.num_heads, dim=-1)
         else:
-            i, f = capped(self.igate_preact(x)), capped(self.fgate_preact(x))
+            i, f = capped(linear(self.igate_preact, x)), capped(linear(self.fgate_preact, x))
         if padding is not None:  # after the cap, which would make an infinite gate finite
             i = i.masked_fill(padding[..., None], -torch.inf)
             f = f.masked_fill(padding[..., None], torch.inf)

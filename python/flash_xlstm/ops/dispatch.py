@@ -6,7 +6,7 @@ import torch
 
 from flash_xlstm._build import build_info
 
-_OPS = ("gated_head_norm", "mlstm", "mlstm_step", "rms_norm", "soft_cap", "swiglu")
+_OPS = ("gated_head_norm", "linear_rows", "mlstm", "mlstm_step", "rms_norm", "soft_cap", "swiglu")
 
 
 def kernel_for(op: str, device: torch.device | str) -> str:
@@ -35,4 +35,6 @@ def kernel_for(op: str, device: torch.device | str) -> str:
         if torch.cuda.get_device_capability(device) == (9, 0) and "90a" in build_info()["architectures"]:
             return f"CUDA, Hopper (wgmma) for bfloat16 with dqk and dv multiples of 8, else {portable}"
         return f"CUDA, {portable}"
+    if op == "linear_rows":
+        return "CUDA, portable (mma.sync tensor cores), for bfloat16"
     return "CUDA, portable"
