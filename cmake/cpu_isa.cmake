@@ -1,7 +1,7 @@
 # The CPU kernels' inner loops, compiled once for each instruction set and chosen at run time (cpu/isa.cpp), so that one
 # binary serves every machine and uses what it has.
-set(cpu_kernel_sources csrc/cpu/isa.cpp csrc/cpu/mlstm.cpp csrc/cpu/mlstm_step.cpp csrc/cpu/slstm.cpp
-  csrc/cpu/conv.cpp   csrc/cpu/soft_cap.cpp)
+set(cpu_kernel_sources csrc/cpu/isa.cpp csrc/cpu/linear_rows.cpp csrc/cpu/mlstm.cpp csrc/cpu/mlstm_step.cpp
+  csrc/cpu/slstm.cpp csrc/cpu/conv.cpp csrc/cpu/norms.cpp csrc/cpu/soft_cap.cpp csrc/cpu/swiglu.cpp)
 
 function(add_cpu_kernels target)
   target_sources(${target} PRIVATE ${cpu_kernel_sources})

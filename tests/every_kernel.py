@@ -131,9 +131,50 @@ def main() -> None:
         i = torch.randn(2, 2, device="cuda")
         state = tuple(torch.zeros(2, 2, *shape, device="cuda") for shape in ((64, 64), (64,), ()))
         ops.mlstm_step(q, q, q, i, i, state, gate_soft_cap=15.0)
+        for batch, dv, state_dtype in (
+            (2, 512, torch.float32),
+            (2, 512, BF16),
+            (60, 512, torch.float32),
+            (2, 30, BF16),
+        ):
+            step(batch, 64, dv, dtype, state_dtype)
         ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
     torch.cuda.synchronize()
     print("ran the step and the soft cap")
+    # A warp, 128 and 512 threads a row; single elements.
+    for dtype in (torch.float32, BF16, torch.float16):
+        for dim in (64, 1024, 8192, 35):
+            pointwise(dtype, dim)
+    print("ran the norms and swiglu")
+    for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32)):
+        x, weight = (torch.randn(n, size_in, device="cuda").to(BF16) for n in (rows, size_out))
+        ops.linear_rows(x, weight, weight[:, 0])
+    torch.cuda.synchronize()
+    print("ran the products of few rows")
+
+
+def step(batch, dqk, dv, dtype, state_dtype):
+    new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
+    state = tuple(torch.zeros(batch, 2, *shape, device="cuda") for shape in ((dqk, dv), (dqk,), ()))
+    state = (state[0].to(state_dtype), *state[1:])
+    slots = torch.arange(batch, dtype=torch.int32, device="cuda")
+    slots[0] = -1
+    q, k, v = new(batch, 2, dqk), new(batch, 2, dqk), new(batch, 2, dv)
+    ops.mlstm_step(q, k, v, new(batch, 2), new(batch, 2), state, state_indices=slots, gate_soft_cap=15.0)
+    torch.cuda.synchronize()
+
+
+def pointwise(dtype, dim):
+    new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype).requires_grad_()  # noqa: E731
+    x, y, weight, h, gate = new(9, dim), new(9, dim), new(dim), new(9, 2, dim), new(9, 2 * dim)
+    outputs = [
+        ops.rms_norm(x, weight),
+        *ops.rms_norm(x, weight, 1e-6, y),
+        ops.gated_head_norm(h, gate, torch.cat([weight, weight])),
+        ops.swiglu(x, y),
+    ]
+    torch.autograd.grad(outputs, [x, y, weight, h, gate], [torch.randn_like(t) for t in outputs])
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -18,5 +18,11 @@ void conv_forward(const ConvForward& params);
 void conv_backward(const ConvBackward& params);
 void conv_step(const ConvStep& params);
 void soft_cap(const SoftCap& params);
+void rms_norm(const RmsNorm& params);
+void rms_norm_backward(const RmsNormBackward& params);
+void gated_head_norm(const GatedHeadNorm& params);
+void gated_head_norm_backward(const GatedHeadNormBackward& params);
+void swiglu(const Swiglu& params);
+void linear_rows(const LinearRows& params);
 
 }  // namespace flash_xlstm::cpu

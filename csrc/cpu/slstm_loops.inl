@@ -3,22 +3,22 @@
 // --- products of few rows ------------------------------------------------------------------------------------------
 
 constexpr int vector_floats = 16;
-typedef float Vector __attribute__((vector_size(vector_floats * sizeof(float)), aligned(4), may_alias));
+typedef float UnalignedVector __attribute__((vector_size(vector_floats * sizeof(float)), aligned(4), may_alias));
 
 // `rows` x (vectors * vector_floats) of the product, accumulated in registers.
 template <int rows, int vectors>
 inline void product_tile(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
                          int64_t m_stride, int64_t depth, bool add) {
-  Vector sum[rows][vectors] = {};
+  UnalignedVector sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Vector* from = reinterpret_cast<const Vector*>(m + k * m_stride);
+    const UnalignedVector* from = reinterpret_cast<const UnalignedVector*>(m + k * m_stride);
     for (int r = 0; r < rows; ++r) {
       const float factor = a[r * a_row + k * a_k];
       for (int v = 0; v < vectors; ++v) sum[r][v] += factor * from[v];
     }
   }
   for (int r = 0; r < rows; ++r) {
-    Vector* to = reinterpret_cast<Vector*>(out + r * out_stride);
+    UnalignedVector* to = reinterpret_cast<UnalignedVector*>(out + r * out_stride);
     for (int v = 0; v < vectors; ++v) to[v] = add ? to[v] + sum[r][v] : sum[r][v];
   }
 }

@@ -113,6 +113,18 @@ struct VectorKernels {
 
   // Elements [begin, end).
   void (*soft_cap)(const SoftCap& p, int64_t begin, int64_t end);
+
+  // Rows (tokens) [begin, end); scratch holds as many rows as named. dweight is added to.
+  void (*rms_norm)(const RmsNorm& p, int64_t begin, int64_t end, float* scratch);  // 2
+  void (*rms_norm_backward)(const RmsNormBackward& p, int64_t begin, int64_t end, float* dweight, float* scratch);  // 3
+  void (*gated_head_norm)(const GatedHeadNorm& p, int64_t begin, int64_t end, float* scratch);  // 3 of one head
+  void (*gated_head_norm_backward)(const GatedHeadNormBackward& p, int64_t begin, int64_t end, float* dweight,
+                                   float* scratch);  // 4 of one head
+  // Columns [begin, end) of a row.
+  void (*swiglu)(const Swiglu& p, int64_t row, int64_t begin, int64_t end);
+
+  // Columns [begin, end) of y; x holds the rows as float32, `in` apart.
+  void (*linear_rows)(const LinearRows& p, const float* x, int64_t begin, int64_t end);
 };
 
 // The table for this machine, and its name ("AVX-512", "AVX2", "baseline").

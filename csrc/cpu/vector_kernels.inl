@@ -537,6 +537,8 @@ void soft_cap(const SoftCap& p, int64_t begin, int64_t end) {
 
 #include "cpu/conv_loops.inl"
 #include "cpu/slstm_loops.inl"
+#include "cpu/vector_linear.inl"
+#include "cpu/vector_pointwise.inl"
 
 }  // namespace
 
@@ -545,7 +547,8 @@ const VectorKernels vector_kernels = {
     pack,         unpack,        end_weights, start_weights,  weight_rows, weighted_sum, normalizer, inverse_normalizer,
     forward_tile, backward_tile, row_dots,    add_state_term, scan,        scan_back,    guarded_product,
     step,         product,       slstm_cell,  slstm_cell_backward, conv_token,
-    add_product,  soft_cap,
+    add_product,  soft_cap,      rms_norm,    rms_norm_backward,
+    gated_head_norm, gated_head_norm_backward, swiglu, linear_rows,
 };
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

@@ -44,6 +44,20 @@ __device__ __forceinline__ void store_from_float(void* data, int64_t index, DTyp
   }
 }
 
+// 16 bytes that are read once: they need not pass through the first-level cache.
+__device__ __forceinline__ uint4 load_16_once(const void* at) {
+  uint4 bits;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(at));
+  return bits;
+}
+// In one instruction; left to itself, the compiler may store the elements of a struct one by one.
+__device__ __forceinline__ void store_16(void* at, uint4 bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+
 // log(sigmoid(x)) to float32 rounding at both ends; 0 at +inf.
 __device__ __forceinline__ float log_sigmoid(float x) {
   return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));

@@ -178,6 +178,30 @@ inline int64_t check_cu_seqlens(const Tensor& cu, const Tensor& first, const cha
 inline Strided strided_4d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 inline Strided strided_3d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
+  return sizes;
+}
+
+// The distance between rows (all dimensions but the last) where it is the same everywhere and rows are contiguous;
+// else -1.
+inline int64_t row_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return -1;
+  int64_t stride = -1, next = -1;  // next: the stride that continues the rows seen so far
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (next >= 0 && t.stride(d) != next) return -1;
+    if (next < 0) stride = t.stride(d);
+    next = t.stride(d) * t.size(d);
+  }
+  return stride < 0 ? t.size(last) : stride;
+}
+inline Tensor with_uniform_rows(const Tensor& t) {
+  return row_stride(t) >= 0 ? t : torch::stable::contiguous(t);
+}
+
 // Contiguous, on the device of `like`; past the dispatcher, which takes several times as long as the allocation.
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::array<int64_t, 8> strides;

@@ -48,6 +48,18 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def("causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor");
   lib.def("soft_cap(Tensor x, float cap) -> Tensor");
   lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
+  lib.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  lib.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
+  lib.def(
+      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps, bool weight_gradient) "
+      "-> (Tensor dx, Tensor dweight)");
+  lib.def("gated_head_norm(Tensor h, Tensor gate, Tensor weight, float eps) -> Tensor");
+  lib.def(
+      "gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, float eps, bool weight_gradient) "
+      "-> (Tensor dh, Tensor dgate, Tensor dweight)");
+  lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
+  lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
@@ -64,6 +76,14 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
+  lib.impl("rms_norm", TORCH_BOX(&flash_xlstm::rms_norm));
+  lib.impl("add_rms_norm", TORCH_BOX(&flash_xlstm::add_rms_norm));
+  lib.impl("rms_norm_backward", TORCH_BOX(&flash_xlstm::rms_norm_backward));
+  lib.impl("gated_head_norm", TORCH_BOX(&flash_xlstm::gated_head_norm));
+  lib.impl("gated_head_norm_backward", TORCH_BOX(&flash_xlstm::gated_head_norm_backward));
+  lib.impl("linear_rows", TORCH_BOX(&flash_xlstm::linear_rows));
+  lib.impl("swiglu", TORCH_BOX(&flash_xlstm::swiglu));
+  lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
 }
 
 // Registered in a CPU-only build too: there the ops say that CUDA kernels were not built.
@@ -81,4 +101,12 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
   lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
   lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
+  lib.impl("rms_norm", TORCH_BOX(&flash_xlstm::rms_norm));
+  lib.impl("add_rms_norm", TORCH_BOX(&flash_xlstm::add_rms_norm));
+  lib.impl("rms_norm_backward", TORCH_BOX(&flash_xlstm::rms_norm_backward));
+  lib.impl("gated_head_norm", TORCH_BOX(&flash_xlstm::gated_head_norm));
+  lib.impl("gated_head_norm_backward", TORCH_BOX(&flash_xlstm::gated_head_norm_backward));
+  lib.impl("linear_rows", TORCH_BOX(&flash_xlstm::linear_rows));
+  lib.impl("swiglu", TORCH_BOX(&flash_xlstm::swiglu));
+  lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
 }

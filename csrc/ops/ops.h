@@ -54,4 +54,18 @@ Tensor causal_conv1d_step(Tensor x, Tensor weight, OptTensor bias, Tensor state,
 Tensor soft_cap(Tensor x, double cap);
 Tensor soft_cap_backward(Tensor dy, Tensor x, double cap);
 
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps,
+                                             bool weight_gradient);
+
+Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps);
+std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
+                                                            bool weight_gradient);
+
+Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias);
+
+Tensor swiglu(Tensor x, Tensor y);
+std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y);
+
 }  // namespace flash_xlstm

@@ -33,12 +33,6 @@ void run(const Tensor& x, const Tensor* dy, const Tensor& out, double cap) {
 #endif
 }
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
-  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
-  return sizes;
-}
-
 }  // namespace
 
 Tensor soft_cap(Tensor x, double cap) {
@@ -54,7 +48,7 @@ Tensor soft_cap_backward(Tensor dy, Tensor x, double cap) {
   check_op_dtype("x", x.scalar_type());
   check_dtype("dy", dy, x.scalar_type(), ", as x");
   check_shape("dy", dy, sizes_of(x), "the shape of x");
-  check_device("dy", dy, x);
+  check_device("dy", dy, x, "x");
   check_cap(cap);
   x = torch::stable::contiguous(x);
   dy = torch::stable::contiguous(dy);

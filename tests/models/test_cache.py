@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flash_xlstm.models import xLSTMCache, xLSTMConfig
 
@@ -58,6 +59,88 @@ def test_update_with_gradients_replaces_tensors(config):
         written = cache.rnn_state[0]
         cache.update([tuple(t + 1 for t in state) for state in cache.rnn_state.values()], 1)
     assert all((t == 2).all() for t in written)
+
+
+def _fixed(config):
+    cache = _fill(xLSTMCache(config, 2))
+    cache.set_seq_length(7)
+    return cache
+
+
+def _same(a, b):
+    pairs = zip(a.rnn_state.values(), b.rnn_state.values(), strict=True)
+    return all(torch.equal(x, y) and x.dtype == y.dtype for s, t in pairs for x, y in zip(s, t, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_save_and_load(config, tmp_path, dtype):
+    cache = _fill(xLSTMCache(config, 3, dtype))
+    cache.set_seq_length(11)
+    cache.save(tmp_path / "prefix.safetensors")
+    loaded = xLSTMCache.load(tmp_path / "prefix.safetensors", config)
+    assert _same(cache, loaded) and loaded.get_seq_length() == 11 and loaded.dtype == dtype
+    assert [path.name for path in tmp_path.iterdir()] == ["prefix.safetensors"]
+
+
+def test_a_failed_save_leaves_what_was_there(config, tmp_path, monkeypatch):
+    path = tmp_path / "prefix.safetensors"
+    _fixed(config).save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("flash_xlstm.models.cache.os.replace", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        xLSTMCache(config, 1).save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_load_errors(config, tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(OSError):
+        xLSTMCache.load(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"x.safetensors holds no xLSTM cache"):
+        xLSTMCache.load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds no xLSTM cache"):
+        xLSTMCache.load(path)
+    _fixed(config).save(path)
+    other = xLSTMConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"holds the cache of another model.*2 layers of shape"):
+        xLSTMCache.load(path, other)
+
+
+def test_expand_and_copy(config):
+    cache = _fixed(config)
+    wide = cache.expand(3)
+    assert wide.batch_size == 6 and cache.batch_size == 2 and wide.get_seq_length() == 7
+    assert wide.rnn_state[1][2][:, 0].tolist() == [10.0] * 3 + [11.0] * 3
+    target = xLSTMCache(config, 2)
+    addresses = [t.data_ptr() for state in target.rnn_state.values() for t in state]
+    assert target.copy_(cache) is target and _same(target, cache) and target.get_seq_length() == 7
+    assert addresses == [t.data_ptr() for state in target.rnn_state.values() for t in state]
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [(0, lambda t: t[:, :, :3]), (1, lambda t: t[:, :, :3]), (2, lambda t: t[:1]), (0, torch.Tensor.bfloat16)],
+)
+def test_check_looks_at_every_layer(config, place, change):
+    cache = _fixed(config)
+    cache.check(config, 2)
+    state = list(cache.rnn_state[1])
+    state[place] = change(state[place])
+    cache.rnn_state[1] = tuple(state)
+    with pytest.raises(ValueError, match=f"cache_params has {'cnm'[place]} of shape .* in layer 1"):
+        cache.check(config, 2)
+
+
+@pytest.mark.cuda
+def test_moves_between_devices(config, tmp_path):
+    cache = _fixed(config)
+    there = cache.clone().to("cuda")
+    assert there.rnn_state[1][0].is_cuda and _same(there.clone().to("cpu"), cache)
+    there.save(tmp_path / "x")
+    assert xLSTMCache.load(tmp_path / "x", config, "cuda").rnn_state[0][0].is_cuda
+    assert _same(xLSTMCache.load(tmp_path / "x"), cache)
 
 
 def test_describes_itself(config):

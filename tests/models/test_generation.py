@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flash_xlstm.models import xLSTMCache
+
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 
 
@@ -171,6 +173,59 @@ def test_prompts_longer_than_a_piece(make_ours, tokens):
     expected = make_ours().generate(ids, max_new_tokens=8, **GREEDY)
     pieces = make_ours(max_inference_chunksize=4)
     assert torch.equal(pieces.generate(ids, max_new_tokens=8, **GREEDY), expected)
+
+
+def test_one_saved_prompt_begins_many(make_ours, tokens, tmp_path):
+    model, prefix = make_ours(), tokens(1, 13)
+    with torch.no_grad():
+        model(prefix).cache_params.save(tmp_path / "prefix")
+    loaded = xLSTMCache.load(tmp_path / "prefix", model.config)
+    questions = tokens(3, 4, seed=1)
+    whole = torch.cat([prefix.expand(3, -1), questions], 1)
+    options = {"max_new_tokens": 8, **GREEDY}
+    actual = model.generate(whole, cache_params=loaded.expand(3), **options)
+    assert torch.equal(actual, model.generate(whole, **options))
+    assert loaded.get_seq_length() == 13 and loaded.batch_size == 1
+
+
+def test_a_cache_of_another_model_is_refused_and_stays_as_it_is(make_ours, tokens):
+    with torch.no_grad():
+        cache = make_ours(num_heads=1).backbone(tokens(1, 6)).cache_params
+        before = cache.clone()
+        with pytest.raises(ValueError, match="cache_params has 2 layers of shape"):
+            make_ours()(tokens(1, 1), cache_params=cache)
+    for state, was in zip(cache.rnn_state.values(), before.rnn_state.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state, was, strict=True))
+    assert cache.get_seq_length() == 6
+
+
+def test_prefill_embeds_and_keeps_no_more_than_a_piece(make_ours, tokens):
+    model, ids = make_ours(max_inference_chunksize=4), tokens(2, 30)
+    seen, kept = [], []
+    model.backbone.embeddings.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    model.backbone.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state))
+    with torch.no_grad():
+        last = model(ids, logits_to_keep=3).logits
+    assert max(seen) == 4 and sum(seen) == 30
+    assert kept[0].shape[1] == 3 and kept[0].untyped_storage().nbytes() == kept[0].numel() * 4
+    with torch.no_grad():
+        assert torch.equal(last, model(ids).logits[:, -3:])
+        for keep in (1, 2, 4, 5, 9, 30, 99):
+            assert torch.allclose(model(ids, logits_to_keep=keep).logits, model(ids).logits[:, -keep:], atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_cuda_prefill_takes_constant_memory(make_ours, tokens):
+    model = make_ours(max_inference_chunksize=256).cuda()
+    peaks = []
+    for seq in (1024, 4096):
+        ids = tokens(1, seq).cuda()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            model(ids, logits_to_keep=1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] + 2**17  # far below the 1.5 MiB of hidden states that 3,072 more tokens have
 
 
 @pytest.mark.cuda

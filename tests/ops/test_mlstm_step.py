@@ -81,6 +81,57 @@ def test_options(device, options):
     assert close(ops.mlstm_step(**given, state=state, **options), expected, 1e-5)
 
 
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_soft_cap(device, gate_dtype):
+    given, state = arguments(device, dtype=torch.bfloat16, gate_dtype=gate_dtype), pool(device, 3)
+    for name in "if":
+        given[name] = 10 * given[name]
+    copy = clone(state)
+    capped = {**given, **{name: reference.soft_cap(given[name].float(), 3.0) for name in "if"}}
+    expected = ops.mlstm_step(**capped, state=copy)
+    h = ops.mlstm_step(**given, state=state, gate_soft_cap=3.0)
+    assert close(h, expected, 3e-3)
+    assert all(close(t, want, 1e-5) for t, want in zip(state, copy, strict=True))
+    exact = clone(pool(device, 3), torch.float64)
+    plain = reference.mlstm_step(**{name: t.double() for name, t in given.items()}, state=exact, gate_soft_cap=3.0)
+    assert close(h, plain, 3e-3) and all(close(t, want, 1e-5) for t, want in zip(state, exact, strict=True))
+
+
+def test_gate_soft_cap_leaves_padding_alone(device):
+    given, state = arguments(device), pool(device, 3)
+    given["i"][1], given["f"][1] = -torch.inf, torch.inf
+    before = clone(state)
+    assert ops.mlstm_step(**given, state=state, gate_soft_cap=2.0).isfinite().all()
+    assert all(torch.equal(t[1], was[1]) for t, was in zip(state, before, strict=True))
+
+
+# The CUDA kernel's tiles: one or many of columns, few or many rows and heads, single elements, several tiles a block,
+# more keys than a batch of rows.
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "dqk", "dv"),
+    [
+        (1, 8, 256, 512),
+        (13, 8, 64, 512),
+        (2, 1, 16, 1040),
+        (1, 1, 8, 4104),
+        (2, 2, 40, 30),
+        (1, 1, 600, 24),
+        (97, 1, 8, 8),
+    ],
+)
+def test_every_tiling(device, state_dtype, batch, heads, dqk, dv):
+    given, state = arguments(device, batch, heads, dqk, dv), pool(device, batch, heads, dqk, dv, state_dtype)
+    exact = clone(state, torch.float64)
+    for _ in range(2):
+        h = ops.mlstm_step(**given, state=state)
+        expected = reference.mlstm_step(**{name: t.double() for name, t in given.items()}, state=exact)
+    wide = state_dtype == torch.bfloat16
+    assert close(h, expected, 2e-2 if wide else 2e-5)
+    assert close(state[0], exact[0], 5e-3 if wide else 1e-5)
+    assert close(state[1], exact[1], 1e-5) and close(state[2], exact[2], 1e-5)
+
+
 def test_gates_over_the_whole_range(device):
     for x, (i, f) in enumerate([(15, 15), (-15, 15), (15, -15), (-15, -15)]):
         state, given = pool(device, 3, seed=x), arguments(device, seed=x)
@@ -313,6 +364,7 @@ ERRORS = {
     "eps negative": ({"eps": -1.0}, ValueError, "at least 0", "eps"),
     "gate_soft_cap 0": ({"gate_soft_cap": 0.0}, ValueError, "greater than 0", "gate_soft_cap"),
     "gate_soft_cap nan": ({"gate_soft_cap": float("nan")}, ValueError, "finite", "gate_soft_cap"),
+    "cap infinite": ({"gate_soft_cap": float("inf")}, ValueError, "finite", "gate_soft_cap"),
     "too few indices": ({"state_indices": slots(0, 1)}, *SHAPE, "state_indices"),
     "indices of int64": ({"state_indices": slots(0, 1, 2, dtype=torch.int64)}, *DTYPE, "state_indices"),
     "indices strided": (

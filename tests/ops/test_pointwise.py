@@ -176,3 +176,306 @@ def test_bad_gradients(device):
         backward(normal(device, 3, dtype=torch.bfloat16), x, 1.0)
     with pytest.raises(ValueError, match=r"^cap is"):
         backward(x, x, -1.0)
+
+
+# --- norms and swiglu -------------------------------------------------------------------------------------------------
+
+
+def weight_of(device, size, dtype):
+    return (1 + 0.2 * normal(device, size, seed=7)).to(dtype)
+
+
+def rms_norm_inputs(device, dtype, rows=3, dim=70, weight_dtype=None):
+    return [normal(device, rows, dim, dtype=dtype), weight_of(device, dim, weight_dtype or dtype)]
+
+
+def add_rms_norm_inputs(device, dtype, rows=3, dim=70, weight_dtype=None):
+    x, weight = rms_norm_inputs(device, dtype, rows, dim, weight_dtype)
+    return [x, weight, normal(device, rows, dim, dtype=dtype, seed=1)]
+
+
+def gated_head_norm_inputs(device, dtype, rows=3, dim=70, weight_dtype=None, heads=2):
+    h = normal(device, rows, heads, dim, dtype=dtype) + 0.5
+    gate = normal(device, rows, heads * dim, dtype=dtype, seed=1, size=3.0)
+    return [h, gate, weight_of(device, heads * dim, weight_dtype or dtype)]
+
+
+def swiglu_inputs(device, dtype, rows=3, dim=70, weight_dtype=None):
+    return [normal(device, rows, dim, dtype=dtype, seed=s, size=3.0) for s in (0, 1)]
+
+
+def add_rms_norm(x, weight, residual, eps=1e-6):
+    return ops.rms_norm(x, weight, eps, residual)
+
+
+def reference_add_rms_norm(x, weight, residual, eps=1e-6):
+    return reference.rms_norm(x, weight, eps, residual)
+
+
+# op, plain form, inputs
+ROW_OPS = {
+    "rms_norm": (ops.rms_norm, reference.rms_norm, rms_norm_inputs),
+    "add_rms_norm": (add_rms_norm, reference_add_rms_norm, add_rms_norm_inputs),
+    "gated_head_norm": (ops.gated_head_norm, reference.gated_head_norm, gated_head_norm_inputs),
+    "swiglu": (ops.swiglu, reference.swiglu, swiglu_inputs),
+}
+ROW_OP = pytest.mark.parametrize("op", ROW_OPS)
+# Every layout of the CUDA kernels: a warp, 128 and 512 threads a row, single elements; one element, whole packs, tails.
+DIMS = (1, 3, 64, 70, 256, 504, 512, 1000, 2048, 4096, 4104, 5000, 9000)
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def cotangents(outputs, device, dtype=None):
+    """Random ones, the same for every dtype but for being rounded to it."""
+    drawn = [normal(device, *y.shape, seed=20 + x) for x, y in enumerate(outputs)]
+    return [t.to(dtype or y.dtype).to(y.dtype) for t, y in zip(drawn, outputs, strict=True)]
+
+
+def run(form, inputs, dtype=None):
+    """Outputs, and gradients of all inputs; gradients that come in are rounded to `dtype`."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    outputs = as_tuple(form(*leaves))
+    gradients = torch.autograd.grad(outputs, leaves, cotangents(outputs, inputs[0].device, dtype))
+    return [t.detach() for t in (*outputs, *gradients)]
+
+
+def assert_matches(op, inputs):
+    """Outputs and gradients against float64, relative in the 2-norm, within one rounding and float32's own error."""
+    form, plain, _ = ROW_OPS[op]
+    actual = run(form, inputs)
+    wide = [t.double() for t in inputs]
+    if op == "add_rms_norm":  # the sum, as rounded, is what is normalized
+        wide = [actual[1].double(), wide[1], torch.zeros_like(wide[2])]
+    expected = run(plain, wide, inputs[0].dtype)
+    dtypes = [inputs[0].dtype] * (2 if op == "add_rms_norm" else 1) + [t.dtype for t in inputs]
+    for x, (got, want, dtype) in enumerate(zip(actual, expected, dtypes, strict=True)):
+        assert got.dtype == dtype and got.shape == want.shape
+        assert (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm() + 1e-6, x
+
+
+@ROW_OP
+@DTYPES
+@pytest.mark.parametrize("dim", DIMS)
+def test_row_ops_match_float64(device, dtype, op, dim):
+    assert_matches(op, ROW_OPS[op][2](device, dtype, dim=dim))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "gated_head_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [70, 512, 4096])
+def test_norms_with_float32_weights(device, dtype, op, dim):
+    assert_matches(op, ROW_OPS[op][2](device, dtype, dim=dim, weight_dtype=torch.float32))
+
+
+@ROW_OP
+@pytest.mark.parametrize("rows", [1, 2, 65, 700])
+def test_row_ops_of_many_rows(device, op, rows):
+    assert_matches(op, ROW_OPS[op][2](device, torch.float32, rows=rows, dim=512))
+    assert_matches(op, ROW_OPS[op][2](device, torch.bfloat16, rows=rows, dim=36))
+
+
+def test_add_rms_norm_returns_the_sum(device):
+    x, weight, residual = add_rms_norm_inputs(device, torch.bfloat16)
+    normed, total = ops.rms_norm(x, weight, 1e-6, residual)
+    assert torch.equal(total, x + residual) and torch.equal(normed, ops.rms_norm(total, weight))
+
+
+def test_add_rms_norm_of_which_only_one_result_is_used(device):
+    inputs = [t.requires_grad_() for t in add_rms_norm_inputs(device, torch.float32)]
+    dy = normal(device, 3, 70, seed=9)
+    _, total = add_rms_norm(*inputs)
+    dx, dresidual = torch.autograd.grad(total, [inputs[0], inputs[2]], dy)
+    assert torch.equal(dx, dy) and torch.equal(dresidual, dy)
+    normed, total = add_rms_norm(*inputs)
+    got = torch.autograd.grad(normed, inputs, dy)
+    alone = total.detach().requires_grad_()
+    want = torch.autograd.grad(ops.rms_norm(alone, inputs[1]), [alone, inputs[1]], dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, (*want, want[0]), strict=True))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])
+def test_eps(device, eps):
+    x, weight = rms_norm_inputs(device, torch.float32)
+    exact = reference.rms_norm(x.double(), weight.double(), eps)
+    assert (ops.rms_norm(x, weight, eps).double() - exact).norm() < 1e-6 * exact.norm()
+    h, gate, weight = gated_head_norm_inputs(device, torch.float32)
+    exact = reference.gated_head_norm(h.double(), gate.double(), weight.double(), eps)
+    assert (ops.gated_head_norm(h, gate, weight, eps).double() - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_a_large_mean_costs_no_precision(device):
+    h, gate, weight = gated_head_norm_inputs(device, torch.float32, dim=512)
+    h = h + 1000.0
+    exact = reference.gated_head_norm(h.double(), gate.double(), weight.double())
+    assert (ops.gated_head_norm(h, gate, weight).double() - exact).norm() < 1e-4 * exact.norm()
+
+
+def test_swiglu_extremes(device):
+    x = torch.tensor([200.0, -200.0, 0.0, torch.nan, torch.inf], device=device).requires_grad_()
+    y = torch.full((5,), 2.0, device=device).requires_grad_()
+    out = ops.swiglu(x, y)
+    assert torch.equal(
+        out.nan_to_num(nan=-9.0), torch.tensor([400.0, 0.0, 0.0, -9.0, torch.inf], device=device).nan_to_num(nan=-9.0)
+    )
+    dx, dy = torch.autograd.grad(out[:3].sum(), [x, y])
+    assert torch.equal(dx[:3], torch.tensor([2.0, 0.0, 1.0], device=device))
+    assert torch.equal(dy[:3], torch.tensor([200.0, 0.0, 0.0], device=device))
+
+
+@ROW_OP
+@DTYPES
+def test_row_ops_take_parts_of_wider_tensors(device, dtype, op):
+    """As the fused projections give them; and with rows of any stride."""
+    form, _, make = ROW_OPS[op]
+    inputs = make(device, dtype, rows=6, dim=64)
+    expected = run(form, inputs)
+    for offset in (0, 1, 8):
+        strided = []
+        for t in inputs:
+            wide = torch.full((*t.shape[:-1], t.shape[-1] + 24), torch.nan, dtype=dtype, device=device)
+            wide[..., offset : offset + t.shape[-1]] = t
+            strided.append(wide[..., offset : offset + t.shape[-1]])
+        for got, want in zip(run(form, strided), expected, strict=True):
+            # Unaligned rows take another kernel on a GPU, which sums in another order.
+            assert torch.equal(got, want) if offset != 1 else torch.allclose(got.float(), want.float(), 1e-2, 1e-2)
+    deep = [t if t.dim() == 1 else t.unflatten(0, (2, 3)).transpose(0, 1) for t in inputs]
+    again = [t if t.dim() == 1 else t.contiguous() for t in deep]
+    for got, want in zip(as_tuple(form(*deep)), as_tuple(form(*again)), strict=True):
+        assert torch.equal(got, want)
+
+
+@ROW_OP
+def test_row_ops_of_nothing(device, op):
+    form, _, make = ROW_OPS[op]
+    for values in run(form, make(device, torch.float32, rows=0)):
+        assert not values.any()
+
+
+@ROW_OP
+@DTYPES
+def test_row_ops_write_everything_and_repeat_themselves(device, nan_memory, dtype, op):
+    form, _, make = ROW_OPS[op]
+    inputs = make(device, dtype, rows=300, dim=72)
+    first = run(form, inputs)
+    with nan_memory():
+        second = run(form, inputs)
+    for a, b in zip(first, second, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+@ROW_OP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row_ops_opcheck(device, dtype, op):
+    inputs = [t.requires_grad_() for t in ROW_OPS[op][2](device, dtype)]
+    if op == "add_rms_norm":
+        inputs = [inputs[0], inputs[2], inputs[1]]
+    options = () if op == "swiglu" else (1e-6,)
+    torch.library.opcheck(getattr(torch.ops.flash_xlstm, op), (*inputs, *options))
+    plain = [t.detach() for t in inputs]
+    dy = plain[1] if op == "gated_head_norm" else plain[0]
+    if op == "add_rms_norm":
+        for wanted in (True, False):
+            torch.library.opcheck(
+                torch.ops.flash_xlstm.rms_norm_backward, (dy, plain[1], plain[0], plain[2], *options, wanted)
+            )
+    else:
+        wanted = () if op == "swiglu" else (True,)
+        arguments = (dy, None, *plain) if op == "rms_norm" else (dy, *plain)
+        torch.library.opcheck(getattr(torch.ops.flash_xlstm, f"{op}_backward"), (*arguments, *options, *wanted))
+
+
+@ROW_OP
+def test_row_ops_without_a_gradient_of_the_weight(device, op):
+    form, _, make = ROW_OPS[op]
+    inputs = make(device, torch.float32)
+    expected = run(form, inputs)
+    leaves = [t.detach().requires_grad_(t.dim() > 1) for t in inputs]
+    outputs = as_tuple(form(*leaves))
+    wanted = [t for t in leaves if t.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, cotangents(outputs, device))
+    kept = [g for g, t in zip(expected[len(outputs) :], leaves, strict=True) if t.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
+
+
+@ROW_OP
+def test_row_ops_compile_once_for_every_shape(device, op):
+    form, _, make = ROW_OPS[op]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda x, *rest: form(2 * x, *rest), fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, dim in ((3, 8), (7, 24), (2, 70)):
+        inputs = make(device, torch.float32, rows=rows, dim=dim)
+        for got, want in zip(run(compiled, inputs), run(lambda x, *r: form(2 * x, *r), inputs), strict=True):
+            assert torch.allclose(got, want, rtol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@ROW_OP
+def test_row_ops_double_backward_raises(device, op):
+    form, _, make = ROW_OPS[op]
+    leaves = [t.requires_grad_() for t in make(device, torch.float32)]
+    (dx,) = torch.autograd.grad(as_tuple(form(*leaves))[0].sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.sum().backward()
+
+
+def test_row_ops_on_meta():
+    for form, _, make in ROW_OPS.values():
+        inputs = [t.to("meta") for t in make("cpu", torch.bfloat16)]
+        for y in as_tuple(form(*inputs)):
+            assert y.is_meta and y.shape == (3, inputs[-1].shape[-1]) and y.dtype == torch.bfloat16
+
+
+ROW_OP_ERRORS = {
+    "rms_norm": {
+        "x of no dimension": ({0: torch.tensor(1.0)}, ValueError, "x has shape"),
+        "x without features": ({0: torch.zeros(3, 0)}, ValueError, "x has shape"),
+        "x in float64": ({0: torch.zeros(3, 70, dtype=torch.float64)}, TypeError, "x has dtype float64"),
+        "weight of another size": ({1: torch.zeros(71)}, ValueError, "weight has shape"),
+        "weight in float16": ({1: torch.zeros(70, dtype=torch.float16)}, TypeError, "weight has dtype float16"),
+        "eps nan": ({2: float("nan")}, ValueError, "eps is nan"),
+        "eps negative": ({2: -1.0}, ValueError, "eps is -1"),
+        "residual of another shape": ({3: torch.zeros(2, 70)}, ValueError, "residual has shape"),
+        "residual in bfloat16": ({3: torch.zeros(3, 70, dtype=torch.bfloat16)}, TypeError, "residual has dtype"),
+    },
+    "gated_head_norm": {
+        "h of one dimension": ({0: torch.zeros(70)}, ValueError, "h has shape"),
+        "h in float64": ({0: torch.zeros(3, 2, 70, dtype=torch.float64)}, TypeError, "h has dtype"),
+        "gate of another shape": ({1: torch.zeros(3, 70)}, ValueError, "gate has shape"),
+        "gate in bfloat16": ({1: torch.zeros(3, 140, dtype=torch.bfloat16)}, TypeError, "gate has dtype"),
+        "weight of one head": ({2: torch.zeros(70)}, ValueError, "weight has shape"),
+        "eps infinite": ({3: float("inf")}, ValueError, "eps is inf"),
+    },
+    "swiglu": {
+        "x in int64": ({0: torch.zeros(3, 70, dtype=torch.int64)}, TypeError, "x has dtype"),
+        "y of another shape": ({1: torch.zeros(3, 71)}, ValueError, "y has shape"),
+        "y in float16": ({1: torch.zeros(3, 70, dtype=torch.float16)}, TypeError, "y has dtype"),
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "wrong"), [(op, wrong) for op, cases in ROW_OP_ERRORS.items() for wrong in cases])
+def test_row_ops_errors(device, op, wrong):
+    changes, error, says = ROW_OP_ERRORS[op][wrong]
+    form, _, make = ROW_OPS[op]
+    given = [*make(device, torch.float32), 1e-6, None] if op != "swiglu" else make(device, torch.float32)
+    if op == "gated_head_norm":
+        given = given[:-1]
+    for place, value in changes.items():
+        given[place] = value.to(device) if isinstance(value, torch.Tensor) else value
+    with pytest.raises(error, match=f"^{says}"):
+        form(*given)
+
+
+@pytest.mark.cuda
+def test_row_ops_errors_of_devices_and_sizes():
+    x, weight = rms_norm_inputs("cuda", torch.float32)
+    with pytest.raises(ValueError, match="weight is on cpu; it must be on the device of x"):
+        ops.rms_norm(x, weight.cpu())
+    with pytest.raises(ValueError, match="y is on cpu"):
+        ops.swiglu(x, x.cpu())
+    with pytest.raises(ValueError, match="at most 16384"):
+        ops.rms_norm(torch.zeros(2, 16385, device="cuda"), torch.zeros(16385, device="cuda"))

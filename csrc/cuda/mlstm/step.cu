@@ -1,150 +1,344 @@
-// One token of the mLSTM for every row, the state updated in place.
+// One token of the mLSTM for every row, the state updated in place, in one launch.
 //
-// Two launches: the first takes one block per row and head for the gates, n, m and 1 / d (every part of h needs the
-// new n, so n cannot change under a block that still reads it); the second streams c, each float4 column group read
-// and written once, and makes h from it.
+// The state c of a (row, head), dqk x dv, is cut into tiles of columns, one block each, so that h needs no sum across
+// blocks. Every block of a (row, head) works out the gates and the normalizer for itself, from the old n and m; so n
+// and m must not change before all of them have read them. The tiles of a (row, head) form a cluster: each block
+// arrives at the cluster's barrier once it has read n and m, and block 0 writes the new ones behind that barrier. Where
+// there are no clusters (before compute capability 9.0) a counter for each (row, head) takes the barrier's place: the
+// block that finds itself last writes.
+//
+// A block has 256 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that 256 / lanes rows are
+// under way at once; a thread loads up to `batch` rows before it uses the first (32 KiB a block in flight). The first
+// batch is issued before anything else is waited for. Sums over rows go through shuffles, then through shared memory,
+// in a fixed order.
+//
+//   tiles            lanes  bytes of a row  blocks at 8 heads, dv 512, float32
+//   few (row, head)  8      128             16 for each: batch 1 fills 128 multiprocessors
+//   many             16     256             8 for each
+//   dv > 1024 x 4 B  32     512             dv / 128
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+
 #include "cuda/mlstm/launch.h"
 #include "cuda/numeric.cuh"
 
 namespace flash_xlstm::cuda {
 namespace {
 
-constexpr int warps = 8;
-constexpr int columns_per_thread = 4;
-constexpr int tile_dv = 32 * columns_per_thread;
+constexpr int threads = 256;
+constexpr int warps = threads / 32;
+constexpr int batch_rows = 8;
+// Few enough (row, head) for 16 blocks each to be resident together.
+constexpr int64_t few_items = 96;
+constexpr int portable_cluster = 8, largest_cluster = 16;
 
-// What the first kernel leaves for the second, per row and head.
-struct Gates {
-  float keep, take, factor;  // factor: scale / d, NaN for a slot outside the pool
-  int32_t slot;              // -1: leave the row out
+template <typename C, int width>
+struct alignas(sizeof(C) * width) Group {
+  C value[width];
 };
 
-template <typename T>
-__global__ void __launch_bounds__(128) step_gates_kernel(const __grid_constant__ MlstmStep p, Gates* gates) {
-  const int64_t row = blockIdx.x / p.heads;
-  const int head = static_cast<int>(blockIdx.x % p.heads);
+template <typename C, int width>
+__device__ __forceinline__ Group<C, width> load_state(const C* at) {
+  Group<C, width> group;
+  if constexpr (width > 1) {
+    const uint4 bits = load_16_once(at);
+    memcpy(&group, &bits, 16);
+  } else {
+    group.value[0] = *at;
+  }
+  return group;
+}
+template <typename C, int width>
+__device__ __forceinline__ void store_state(C* at, const Group<C, width>& group) {
+  if constexpr (width > 1) {
+    uint4 bits;
+    memcpy(&bits, &group, 16);
+    store_16(at, bits);
+  } else {
+    *at = group.value[0];
+  }
+}
+
+// An element as it lies in memory, to be converted when it is needed: a conversion right behind each load would wait
+// for one after the other.
+struct Raw {
+  uint32_t bits;
+};
+__device__ __forceinline__ Raw load_raw(const void* data, int64_t index, bool is_float) {
+  if (is_float) return {static_cast<const uint32_t*>(data)[index]};
+  return {static_cast<const uint16_t*>(data)[index]};
+}
+__device__ __forceinline__ float raw_to_float(Raw raw, DType dtype) {
+  const float from_half = __half2float(__ushort_as_half(static_cast<unsigned short>(raw.bits)));
+  return dtype == DType::float16 ? from_half : __uint_as_float(dtype == DType::float32 ? raw.bits : raw.bits << 16);
+}
+
+// Relaxed: what has to come before the barrier are reads whose values have been used, and nothing has been written that
+// another block reads. A release would wait for memory.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float capped(float x, float cap) {
+  return cap > 0.0f && !isinf(x) ? cap * tanhf(x / cap) : x;
+}
+
+// Blocks a multiprocessor: 80 registers a thread hold a batch of float32 rows, bfloat16 ones take more.
+constexpr int blocks_resident(int width) { return width == 8 ? 2 : 3; }
+
+// tiles: columns' tiles of a (row, head), which `blocks` blocks (a cluster, if `clustered`) share. counters: one zero
+// for each (row, head), where not clustered and blocks > 1.
+template <typename C, int width, int lanes>
+__global__ void __launch_bounds__(threads, blocks_resident(width))
+    step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters) {
+  constexpr int groups = threads / lanes;  // rows under way
+  constexpr int tile_columns = lanes * width;
+  // 32 bits: a division in 64 is a long call.
+  const unsigned item = blockIdx.x / static_cast<unsigned>(blocks);
+  const int block = static_cast<int>(blockIdx.x - item * static_cast<unsigned>(blocks));
+  const unsigned batch_row = item / static_cast<unsigned>(p.heads);
+  const int head = static_cast<int>(item - batch_row * static_cast<unsigned>(p.heads));
+  const int64_t row = batch_row;
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  const int dqk = static_cast<int>(p.dqk);
+
   const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
-  Gates g{0.0f, 0.0f, slot == -1 ? 0.0f : NAN, -1};
-  if (slot < 0 || slot >= p.num_slots) {
-    if (threadIdx.x == 0) gates[blockIdx.x] = g;
-    return;
-  }
-  const auto gate = [&](const Strided& t) {
-    return cap_gate(load_as_float(t.data, row * t.batch + head * t.head, p.gate_dtype), p.gate_soft_cap);
-  };
-  const float i = gate(p.i), f = gate(p.f);
-  const float m_before = p.m[slot * p.heads + head];
-  const float carried = log_sigmoid(f) + m_before;
-  const float m = fmaxf(carried, i);
-  g.keep = expf(carried - m);
-  g.take = expf(i - m);
-  g.slot = static_cast<int32_t>(slot);
-  const T* q = static_cast<const T*>(p.q.data) + row * p.q.batch + head * p.q.head;
-  const T* k = static_cast<const T*>(p.k.data) + row * p.k.batch + head * p.k.head;
-  float* n = p.n + (slot * p.heads + head) * p.dqk;
-  float s = 0.0f;
-  for (int64_t x = threadIdx.x; x < p.dqk; x += blockDim.x) {
-    float value = g.keep * n[x];
-    if (g.take != 0.0f) value += g.take * to_float(k[x]);
-    n[x] = value;
-    s += to_float(q[x]) * value;
-  }
-  for (int d = 16; d > 0; d /= 2) s += __shfl_xor_sync(0xffffffffu, s, d);
-  __shared__ float part[4];
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    s = p.scale * (part[0] + part[1] + part[2] + part[3]);
-    g.factor = p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
-    p.m[slot * p.heads + head] = m;
-    gates[blockIdx.x] = g;
-  }
-}
-
-template <typename T, typename C>
-__global__ void __launch_bounds__(warps * 32) step_state_kernel(const __grid_constant__ MlstmStep p,
-                                                                const Gates* gates, int dv_tiles, bool vectors) {
-  const int64_t item = blockIdx.x / dv_tiles;
-  const int64_t row = item / p.heads;
-  const int head = static_cast<int>(item % p.heads);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t col = blockIdx.x % dv_tiles * static_cast<int64_t>(tile_dv) + lane * columns_per_thread;
-  const Gates g = gates[item];
-  T* h = static_cast<T*>(p.h) + item * p.dv;
-  if (g.slot < 0) {
-    for (int x = 0; x < columns_per_thread; ++x) {
-      if (warp == 0 && col + x < p.dv) h[col + x] = from_float<T>(g.factor);
+  if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
+    const float fill = slot == -1 ? 0.0f : NAN;
+    for (int64_t column = block * threads + threadIdx.x; column < p.dv; column += blocks * threads) {
+      store_from_float(p.h, static_cast<int64_t>(item) * p.dv + column, p.dtype, fill);
     }
     return;
   }
-  const T* q = static_cast<const T*>(p.q.data) + row * p.q.batch + head * p.q.head;
-  const T* k = static_cast<const T*>(p.k.data) + row * p.k.batch + head * p.k.head;
-  const T* v = static_cast<const T*>(p.v.data) + row * p.v.batch + head * p.v.head;
-  C* c = static_cast<C*>(p.c) + (static_cast<int64_t>(g.slot) * p.heads + head) * p.dqk * p.dv;
-  float vt[columns_per_thread], acc[columns_per_thread] = {};
-  for (int x = 0; x < columns_per_thread; ++x) {
-    vt[x] = col + x < p.dv && g.take != 0.0f ? g.take * to_float(v[col + x]) : 0.0f;
-  }
-  struct alignas(sizeof(C) * columns_per_thread) Group {
-    C value[columns_per_thread];
-  };
-#pragma unroll 4
-  for (int64_t r = warp; r < p.dqk; r += warps) {
-    const float qr = to_float(q[r]), kr = g.take != 0.0f ? to_float(k[r]) : 0.0f;
-    C* at = c + r * p.dv + col;
-    if (vectors) {
-      if (col >= p.dv) continue;
-      Group group = *reinterpret_cast<const Group*>(at);
+  const int64_t state = slot * p.heads + head;
+  C* c = static_cast<C*>(p.c) + state * p.dqk * p.dv;
+  float* n = p.n + state * p.dqk;
+
+  Group<C, width> held[batch_rows];
+  int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
+  const auto load_batch = [&](int first) {
 #pragma unroll
-      for (int x = 0; x < columns_per_thread; ++x) {
-        const float value = g.keep * to_float(group.value[x]) + kr * vt[x];
-        acc[x] += qr * value;
-        group.value[x] = from_float<C>(value);
-      }
-      *reinterpret_cast<Group*>(at) = group;
-    } else {
-      for (int x = 0; x < columns_per_thread; ++x) {
-        if (col + x >= p.dv) break;
-        const float value = g.keep * to_float(at[x]) + kr * vt[x];
-        acc[x] += qr * value;
-        at[x] = from_float<C>(value);
+    for (int b = 0; b < batch_rows; ++b) {
+      const int r = first + b * groups;
+      if (r < dqk && column < p.dv) held[b] = load_state<C, width>(c + r * p.dv + column);
+    }
+  };
+  load_batch(group);
+
+  const bool is_float = p.dtype == DType::float32, gates_are_float = p.gate_dtype == DType::float32;
+  const auto read = [&](const Strided& from, int64_t x) {
+    return load_raw(from.data, row * from.batch + head * from.head + x, is_float);
+  };
+  Raw v_raw[width];
+  const auto load_v = [&] {
+#pragma unroll
+    for (int x = 0; x < width; ++x) v_raw[x] = column + x < p.dv ? read(p.v, column + x) : Raw{0};
+  };
+  load_v();
+  // Everything that is read is on its way before the gates are waited for: one trip to memory in all.
+  Raw q_next{0}, k_next{0};
+  float n_next = 0.0f;
+  const auto load_next = [&](int x) {
+    if (x < dqk) q_next = read(p.q, x), k_next = read(p.k, x), n_next = n[x];
+  };
+  load_next(threadIdx.x);
+  const Raw i_raw = load_raw(p.i.data, row * p.i.batch + head * p.i.head, gates_are_float);
+  const Raw f_raw = load_raw(p.f.data, row * p.f.batch + head * p.f.head, gates_are_float);
+  const float m_before = p.m[state];
+
+  extern __shared__ float shared[];
+  float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
+  __shared__ float part[warps];
+  __shared__ float sums[warps][tile_columns];
+  const float i = capped(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
+  const float carried = log_sigmoid(capped(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
+  const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
+  float s = 0.0f;
+  for (int x = threadIdx.x; x < dqk; x += threads) {
+    q[x] = raw_to_float(q_next, p.dtype);
+    k[x] = take != 0.0f ? take * raw_to_float(k_next, p.dtype) : 0.0f;
+    s += q[x] * (keep * n_next + k[x]);
+    load_next(x + threads);
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
+  __syncthreads();  // behind it, this block has read n and m
+  if (clustered) cluster_arrive();
+  s = 0.0f;
+#pragma unroll
+  for (int w = 0; w < warps; ++w) s += part[w];
+  s *= p.scale;
+  // fmaxf would drop a NaN.
+  const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
+
+  for (int tile = block; tile < tiles; tile += blocks) {
+    column = static_cast<int64_t>(tile) * tile_columns + lane * width;
+    if (tile != block) load_v();
+    float v[width], acc[width] = {};
+#pragma unroll
+    for (int x = 0; x < width; ++x) v[x] = take != 0.0f ? raw_to_float(v_raw[x], p.dtype) : 0.0f;
+    for (int first = group; first < dqk; first += batch_rows * groups) {
+      if (tile != block || first != group) load_batch(first);
+#pragma unroll
+      for (int b = 0; b < batch_rows; ++b) {
+        const int r = first + b * groups;
+        if (r >= dqk || column >= p.dv) continue;
+        const float qr = q[r], kr = k[r];
+        Group<C, width> updated;
+#pragma unroll
+        for (int x = 0; x < width; ++x) {
+          const float value = keep * to_float(held[b].value[x]) + kr * v[x];
+          acc[x] += qr * value;
+          updated.value[x] = from_float<C>(value);
+        }
+        store_state<C, width>(c + r * p.dv + column, updated);
       }
     }
+    // A warp's rows first; then the warps'.
+#pragma unroll
+    for (int x = 0; x < width; ++x) {
+#pragma unroll
+      for (int distance = 16; distance >= lanes; distance /= 2) {
+        acc[x] += __shfl_xor_sync(0xffffffffu, acc[x], distance);
+      }
+    }
+    if (tile != block) __syncthreads();  // the last tile's sums have been read
+    if (threadIdx.x % 32 < lanes) {
+#pragma unroll
+      for (int x = 0; x < width; ++x) sums[threadIdx.x / 32][lane * width + x] = acc[x];
+    }
+    __syncthreads();
+    for (int x = threadIdx.x; x < tile_columns; x += threads) {
+      const int64_t out = static_cast<int64_t>(tile) * tile_columns + x;
+      if (out >= p.dv) break;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < warps; ++w) sum += sums[w][x];
+      store_from_float(p.h, static_cast<int64_t>(item) * p.dv + out, p.dtype, sum * factor);
+    }
   }
-  __shared__ float part[warps][tile_dv];
-  for (int x = 0; x < columns_per_thread; ++x) part[warp][lane * columns_per_thread + x] = acc[x];
-  __syncthreads();
-  if (threadIdx.x < tile_dv) {
-    const int64_t out = blockIdx.x % dv_tiles * static_cast<int64_t>(tile_dv) + threadIdx.x;
-    float sum = 0.0f;
-    for (int x = 0; x < warps; ++x) sum += part[x][threadIdx.x];
-    if (out < p.dv) h[out] = from_float<T>(sum * g.factor);
+
+  bool writes = block == 0;
+  if (clustered) {
+    cluster_wait();
+  } else if (blocks > 1) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(counters + item, 1u) == static_cast<unsigned>(blocks - 1);
+      __threadfence();
+    }
+    __syncthreads();
+    writes = last;
   }
+  if (!writes) return;
+  if (threadIdx.x == 0) p.m[state] = m;
+  for (int x = threadIdx.x; x < dqk; x += threads) n[x] = keep * n[x] + k[x];
 }
 
-template <typename T, typename C>
-cudaError_t launch(const MlstmStep& p, void* workspace, cudaStream_t stream) {
-  Gates* gates = static_cast<Gates*>(workspace);
+constexpr int max_devices = 64;
+
+// Whether the code that runs on this device knows clusters, and how large they may be: 1, 8 or 16.
+template <typename C, int width, int lanes>
+int cluster_limit(size_t shared_bytes) {
+  const auto kernel = step_kernel<C, width, lanes>;
+  static std::array<std::atomic<int>, max_devices> known{};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return 1;
+  const int found = known[device].load(std::memory_order_relaxed);
+  if (found != 0) return found;
+  int limit = 1;
+  cudaFuncAttributes code{};
+  int major = 0;
+  if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90 &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9) {
+    limit = portable_cluster;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
+      cudaLaunchConfig_t config{};
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = largest_cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      config.gridDim = dim3(largest_cluster);
+      config.blockDim = dim3(threads);
+      config.dynamicSmemBytes = shared_bytes;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      int clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) {
+        limit = largest_cluster;
+      }
+    }
+    cudaGetLastError();  // a refusal above is an answer, not an error
+  }
+  known[device].store(limit, std::memory_order_relaxed);
+  return limit;
+}
+
+template <typename C, int width, int lanes>
+cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
+  constexpr int tile_columns = lanes * width;
+  const auto kernel = step_kernel<C, width, lanes>;
+  const size_t shared_bytes = 2 * sizeof(float) * p.dqk;
+  if (shared_bytes > 32 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
   const int64_t items = p.batch * p.heads;
-  const int dv_tiles = static_cast<int>((p.dv + tile_dv - 1) / tile_dv);
-  const bool vectors = p.dv % columns_per_thread == 0 &&
-                       reinterpret_cast<uintptr_t>(p.c) % (sizeof(C) * columns_per_thread) == 0;
-  step_gates_kernel<T><<<static_cast<unsigned>(items), 128, 0, stream>>>(p, gates);
-  step_state_kernel<T, C><<<static_cast<unsigned>(items * dv_tiles), warps * 32, 0, stream>>>(p, gates, dv_tiles,
-                                                                                              vectors);
-  return cudaGetLastError();
+  const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
+  const int limit = cluster_limit<C, width, lanes>(shared_bytes);
+  const bool clusters = limit > 1;
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, clusters ? limit : largest_cluster));
+  if (!clusters && blocks > 1) {
+    const cudaError_t status = cudaMemsetAsync(counters, 0, sizeof(unsigned) * items, stream);
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.gridDim = dim3(static_cast<unsigned>(items * blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = clusters && blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(tiles), blocks, clusters && blocks > 1, counters);
+}
+
+template <typename C>
+cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
+  constexpr int width = 16 / sizeof(C);
+  if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) return launch<C, 1, 32>(p, counters, stream);
+  if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
+    return launch<C, width, 8>(p, counters, stream);
+  }
+  if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16>(p, counters, stream);
+  return launch<C, width, 32>(p, counters, stream);
 }
 
 }  // namespace
 
-int64_t mlstm_step_workspace_bytes(const MlstmStep& p) { return p.batch * p.heads * sizeof(Gates); }
+int64_t mlstm_step_workspace_bytes(const MlstmStep& p) {
+  return p.batch * p.heads * static_cast<int64_t>(sizeof(unsigned));
+}
 
 cudaError_t mlstm_step(const MlstmStep& p, void* workspace, cudaStream_t stream) {
-  return dispatch_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return p.state_dtype == DType::float32 ? launch<T, float>(p, workspace, stream)
-                                           : launch<T, bf16>(p, workspace, stream);
-  });
+  unsigned* counters = static_cast<unsigned*>(workspace);
+  return p.state_dtype == DType::float32 ? launch_for<float>(p, counters, stream)
+                                         : launch_for<bf16>(p, counters, stream);
 }
 
 }  // namespace flash_xlstm::cuda

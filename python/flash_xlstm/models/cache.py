@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_xlstm.models.configuration_xlstm import xLSTMConfig
 
 State = tuple[Tensor, Tensor, Tensor]
+
+_FORMAT = "flash_xlstm cache 1"
 
 
 class xLSTMCache:
@@ -29,6 +37,7 @@ class xLSTMCache:
     Attributes:
         rnn_state: for each layer ``(c, n, m)``: matrix memory c (batch, heads, qk_head_dim, v_head_dim),
             normalizer n (batch, heads, qk_head_dim), stabilizer m (batch, heads).
+        slots: None, or (batch,) int32: the row of the states that each row of a single token uses; -1 leaves a row out.
 
     Example::
 
@@ -38,6 +47,7 @@ class xLSTMCache:
     """
 
     is_compileable = False  # read by GenerationMixin
+    slots: Tensor | None = None
 
     def __init__(
         self,
@@ -87,19 +97,32 @@ class xLSTMCache:
         """The number of tokens seen, padding included; the same for every layer."""
         return self._seq_length
 
+    def set_seq_length(self, length: int) -> None:
+        """Sets the number of tokens seen."""
+        self._seq_length = length
+
     def check(self, config: xLSTMConfig, batch_size: int) -> None:
         """Checks that the cache fits a model and a batch.
 
         Raises:
             ValueError: it does not.
         """
-        expected = (batch_size, config.num_heads, config.qk_head_dim, config.v_head_dim)
+        c_shape = (batch_size, config.num_heads, config.qk_head_dim, config.v_head_dim)
         found = tuple(self.rnn_state[0][0].shape)
-        if found != expected or len(self.rnn_state) != config.num_hidden_layers:
+        if found != c_shape or len(self.rnn_state) != config.num_hidden_layers:
             raise ValueError(
                 f"cache_params has {len(self.rnn_state)} layers of shape {found}; for this model and batch "
-                f"it must have {config.num_hidden_layers} of shape {expected}"
+                f"it must have {config.num_hidden_layers} of shape {c_shape}"
             )
+        for layer, state in self.rnn_state.items():
+            for name, t, shape in zip("cnm", state, (c_shape, c_shape[:3], c_shape[:2]), strict=True):
+                # float64 is for the reference kernels.
+                dtypes = (self.dtype,) if name == "c" else (torch.float32, torch.float64)
+                if tuple(t.shape) != shape or t.dtype not in dtypes:
+                    raise ValueError(
+                        f"cache_params has {name} of shape {tuple(t.shape)} and dtype {t.dtype} in layer {layer}; it "
+                        f"must have shape {shape} and dtype {dtypes[0]}"
+                    )
 
     def layer_states(self, devices: Iterable[torch.device]) -> list[State]:
         """The states of all layers, on its layer's device; safe to write in place where gradients are off."""
@@ -132,6 +155,79 @@ class xLSTMCache:
         """A copy that shares no memory with this cache."""
         states = (_map(torch.clone, state) for state in self.rnn_state.values())
         return xLSTMCache.from_states(states, self.dtype, self._seq_length)
+
+    def copy_(self, other: xLSTMCache) -> xLSTMCache:
+        """Takes the states of `other`, of the same shapes, into this cache's own tensors."""
+        for mine, theirs in zip(self.rnn_state.values(), other.rnn_state.values(), strict=True):
+            for target, source in zip(mine, theirs, strict=True):
+                target.copy_(source)
+        self._seq_length = other._seq_length
+        return self
+
+    def expand(self, copies: int) -> xLSTMCache:
+        """A new cache with `copies` copies of every row, next to each other: one prompt as the common beginning of many
+        sequences. This cache stays as it is."""
+        states = (_map(lambda t: t.repeat_interleave(copies, dim=0), state) for state in self.rnn_state.values())
+        return xLSTMCache.from_states(states, self.dtype, self._seq_length)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the cache to a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written; what was there before is still there.
+        """
+        tensors = {
+            f"{layer}.{name}": t.detach().cpu().contiguous()
+            for layer, state in self.rnn_state.items()
+            for name, t in zip("cnm", state, strict=True)
+        }
+        facts = {"format": _FORMAT, "seq_length": self._seq_length, "layers": len(self.rnn_state)}
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, {name: json.dumps(value) for name, value in facts.items()})
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: xLSTMConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> xLSTMCache:
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            config: if given, the cache must fit this model.
+            device: where the states go.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it holds no cache, or that of another model.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+                if facts.get("format") != _FORMAT:
+                    raise ValueError(f"{path} holds no xLSTM cache that this version reads")
+                states = [
+                    (file.get_tensor(f"{layer}.c"), file.get_tensor(f"{layer}.n"), file.get_tensor(f"{layer}.m"))
+                    for layer in range(facts["layers"])
+                ]
+        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path} holds no xLSTM cache: {error}") from error
+        cache = cls.from_states(states, states[0][0].dtype, facts["seq_length"])
+        if config is not None:
+            try:
+                cache.check(config, cache.batch_size)
+            except ValueError as error:
+                raise ValueError(f"{path} holds the cache of another model: {error}") from error
+        return cache
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes a copy of row ``beam_idx[b]``, as beam search needs; beam_idx (batch,) integers."""

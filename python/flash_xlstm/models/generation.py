@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
 
+from flash_xlstm.models import decoding
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 
 # What generate() passes along for models with a key-value cache.
@@ -17,10 +22,37 @@ _UNUSED = ("past_key_values", "next_sequence_length", "cache_position", "positio
 _NEW_NAME = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if _NEW_NAME else "cache_params"
 _CACHE_NAMES = ("cache_params", "past_key_values", "cache")
+_OUTPUT_CACHE = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
+
+
+class _Later(BaseStreamer):
+    """Asks ``_sample`` to leave the loop to the caller."""
+
+    def __init__(self) -> None:
+        self.tokens: Iterator[Tensor] | None = None
+
+    def put(self, value: Tensor) -> None:
+        """The prompt; nothing to do."""
+
+    def end(self) -> None:
+        """Never called by the loop."""
 
 
 class xLSTMGenerationMixin(GenerationMixin):
-    """``generate`` with a fixed-size state: greedy search, sampling, beam search, from ids or embeddings."""
+    """``generate`` with a fixed-size state: greedy search, sampling, beam search, from ids or embeddings.
+
+    Greedy search and sampling with a cache go through a loop of this package (:mod:`flash_xlstm.models.decoding`),
+    which gives what transformers' own would. On CUDA it captures the decoding step once for each batch size in a CUDA
+    graph and replays it. Everything else (beam search, scores or hidden states to return, several devices) takes
+    transformers' loop.
+
+    Attributes:
+        use_cuda_graphs: whether steps may be captured. Graphs follow weights that change in place, and are captured
+            again for other ones; what else the forward pass depends on (hooks, an adapter switched off) they do not
+            see: call :meth:`release_graphs` after changing it.
+    """
+
+    use_cuda_graphs = True
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GenerationMixin.generate``, which documents every argument.
@@ -62,6 +94,91 @@ class xLSTMGenerationMixin(GenerationMixin):
                     "tokens with an attention_mask that covers both"
                 )
         return super().generate(inputs, *args, **kwargs)
+
+    def stream(self, inputs: Tensor | None = None, **kwargs: Any) -> Iterator[Tensor]:
+        """Generates token by token.
+
+        Args:
+            inputs, kwargs: as for :meth:`generate`; greedy search or sampling, with a cache.
+
+        Returns:
+            An iterator over the new tokens, (batch,) each, on the CPU; it ends where ``generate`` would. The prompt is
+            read before this returns; an iterator that is left early stops the generation.
+
+        Raises:
+            ValueError: for these arguments ``generate`` takes transformers' loop, which cannot be iterated over.
+
+        Example::
+
+            for token in model.stream(input_ids, max_new_tokens=100):
+                print(tokenizer.decode(token), end="", flush=True)
+        """
+        later = _Later()
+        self.generate(inputs, streamer=later, **kwargs)
+        if later.tokens is None:
+            raise ValueError("stream() needs greedy search or sampling with a cache, and only tokens as the result")
+        return later.tokens
+
+    def release_graphs(self) -> None:
+        """Frees the CUDA graphs and the states that decoding keeps for the next call."""
+        decoding.release(self)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        if not self._loop_serves(stopping_criteria, generation_config, synced_gpus, model_kwargs):
+            if isinstance(streamer, _Later):
+                return input_ids
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        given = any(isinstance(model_kwargs.get(name), xLSTMCache) for name in _CACHE_NAMES)
+        prompt = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        outputs = self(**prompt, return_dict=True)
+        session = decoding.Session(
+            self,
+            outputs.cache_params,
+            outputs.logits[:, -1].to(input_ids.device, torch.float32),
+            input_ids,
+            max(1, stopping_criteria.max_length - input_ids.shape[1]),
+            _choice(logits_processor, stopping_criteria, generation_config),
+            keep_cache=given or generation_config.return_dict_in_generate,
+            use_graph=self.use_cuda_graphs and input_ids.is_cuda and not torch.cuda.is_current_stream_capturing(),
+        )
+        del outputs
+        if isinstance(streamer, _Later):
+            streamer.tokens = _without_gradients(session.run(each=True))
+            return input_ids
+        for token in session.run(each=streamer is not None):
+            if streamer is not None:
+                streamer.put(token)
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return session.sequences
+        return GenerateDecoderOnlyOutput(sequences=session.sequences, **{_OUTPUT_CACHE: session.cache})
+
+    def _loop_serves(self, criteria: Any, config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
+        outputs = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+        devices = set((getattr(self, "hf_device_map", None) or {}).values())
+        return (
+            bool(model_kwargs.get("use_cache"))
+            and criteria.max_length is not None
+            and not synced_gpus
+            and not any(getattr(config, name, False) for name in outputs)
+            and not getattr(config, "prefill_chunk_size", None)
+            and not getattr(config, "is_assistant", False)
+            and not self.config.output_hidden_states
+            and not model_kwargs.get("output_hidden_states")
+            and len(devices) < 2
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -115,3 +232,20 @@ class xLSTMGenerationMixin(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+
+def _choice(processors: Any, criteria: Any, config: Any) -> decoding.Choice:
+    ends = [criterion for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    other = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+    eos = sorted({int(token) for criterion in ends for token in criterion.eos_token_id.flatten().tolist()})
+    pad = getattr(config, "_pad_token_tensor", None)
+    return decoding.Choice(list(processors), bool(config.do_sample), tuple(eos), 0 if pad is None else int(pad), other)
+
+
+def _without_gradients(tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    while True:
+        with torch.no_grad():
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token

@@ -20,7 +20,7 @@ from flash_xlstm.models import checkpoints
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
-from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, mLSTMBlock, mLSTMLayer
+from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, linear, mLSTMBlock, mLSTMLayer
 
 # The default chunk_size leaves the choice to the compiled kernels.
 _DEFAULT_CHUNK_SIZE = 64
@@ -252,6 +252,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: xLSTMCache | None = None,
+        hidden_to_keep: int = 0,
         **kwargs: Any,
     ) -> xLSTMOutput | tuple:
         """Hidden states of a batch of sequences.
@@ -268,6 +269,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
             output_hidden_states: return those of every layer.
             return_dict: False for a tuple without the entries that are None.
             cache: what transformers 5.24 calls `cache_params`.
+            hidden_to_keep: of an input in several pieces, hidden states of at least the last so many positions are
+                enough; 0 for all. Memory then does not grow with the sequence.
 
         Raises:
             ValueError: arguments that contradict each other or do not fit.
@@ -275,25 +278,31 @@ class xLSTMModel(xLSTMPreTrainedModel):
         cache_params = one_cache(cache_params, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
         use_cache = self._resolve_use_cache(use_cache, cache_params)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        padding = _padding(attention_mask, x)
+        batch, seq = inputs.shape[:2]
+        padding = _padding(attention_mask, inputs)
 
         states: list[Any] = [None] * len(self.blocks)
+        slots = None
         if cache_params is not None:
-            cache_params.check(self.config, x.shape[0])
+            cache_params.check(self.config, batch)
             states = cache_params.layer_states(block.norm_mlstm.weight.device for block in self.blocks)
-        x, new_states, hidden_states = self._run(x, states, padding, use_cache, output_hidden_states)
+            slots = cache_params.slots if seq == 1 else None
+        x, new_states, hidden_states = self._run(
+            inputs, states, padding, use_cache, output_hidden_states, slots=slots, keep=hidden_to_keep
+        )
         if use_cache:
             if cache_params is None:
                 dtype = getattr(torch, self.config.inference_state_dtype)
-                cache_params = xLSTMCache.from_states(new_states, dtype, x.shape[1])
+                cache_params = xLSTMCache.from_states(new_states, dtype, seq)
             else:
-                cache_params.update(new_states, x.shape[1])
+                cache_params.update(new_states, seq)
 
         output = xLSTMOutput(
             last_hidden_state=x,
@@ -315,19 +324,40 @@ class xLSTMModel(xLSTMPreTrainedModel):
         return use_cache
 
     def _run(
-        self, x: Tensor, states: list[Any], padding: Tensor | None, use_cache: bool, keep_hidden: bool
+        self,
+        inputs: Tensor,
+        states: list[Any],
+        padding: Tensor | None,
+        use_cache: bool,
+        keep_hidden: bool,
+        *,
+        slots: Tensor | None,
+        keep: int,
     ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
-        """All blocks and the output norm; long inputs in pieces where no gradient is needed."""
-        seq, piece = x.shape[1], self.config.max_inference_chunksize
+        """All blocks and the output norm; long inputs in pieces where no gradient is needed.
+
+        Args:
+            inputs: token ids or embeddings. Ids are embedded piece by piece, so that what is in memory at once does not
+                grow with the sequence.
+            keep: outputs of the last so many positions only; 0 for all.
+        """
+        seq, piece = inputs.shape[1], self.config.max_inference_chunksize
         inplace = use_cache and not torch.is_grad_enabled()  # else the caller's cache stays as it is
+
+        def run_piece(part: slice, states: list[Any], return_states: bool) -> Any:
+            x = inputs[:, part]
+            x = x if x.is_floating_point() else self.embeddings(x)
+            part_padding = None if padding is None else padding[:, part].to(x.device)
+            return self._run_piece(x, states, part_padding, return_states, inplace, keep_hidden, slots)
+
         if torch.is_grad_enabled() or seq <= piece:
-            return self._run_piece(x, states, padding, use_cache, inplace, keep_hidden)
+            return run_piece(slice(None), states, use_cache)
         outputs, hidden = [], []
         for start in range(0, seq, piece):
             part = slice(start, min(start + piece, seq))
-            part_padding = None if padding is None else padding[:, part]
-            return_states = use_cache or part.stop < seq
-            y, states, layers = self._run_piece(x[:, part], states, part_padding, return_states, inplace, keep_hidden)
+            y, states, layers = run_piece(part, states, use_cache or part.stop < seq)
+            if keep and not keep_hidden:
+                y = y[:, max(0, seq - keep - start) :].clone()  # a view would keep all of it
             outputs.append(y)
             hidden.append(layers)
         joined = tuple(torch.cat(parts, 1) for parts in zip(*hidden, strict=True)) if keep_hidden else None
@@ -341,13 +371,14 @@ class xLSTMModel(xLSTMPreTrainedModel):
         return_states: bool,
         inplace: bool,
         keep_hidden: bool,
+        slots: Tensor | None,
     ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
         hidden = []
         new_states = []
         for block, state in zip(self.blocks, states, strict=True):
             if keep_hidden:
                 hidden.append(x)
-            x, state = block(x, state, padding, return_states, inplace)
+            x, state = block(x, state, padding, return_states, inplace, slots)
             new_states.append(state)
         x = self.out_norm(x)
         return x, new_states, (*hidden, x) if keep_hidden else None
@@ -422,6 +453,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             attention_mask,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            hidden_to_keep=0 if isinstance(logits_to_keep, Tensor) else logits_to_keep,
         )
         hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -448,7 +480,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        logits = linear(self.lm_head, hidden.to(self.lm_head.weight.dtype))
         if logits.dtype == torch.float64:
             return plain.soft_cap(logits, self.config.output_logit_soft_cap)
         return ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)

@@ -3,6 +3,7 @@ model."""
 
 from flash_xlstm.nn.block import mLSTMBlock
 from flash_xlstm.nn.feedforward import FeedForward
+from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.mlstm import mLSTMLayer
 from flash_xlstm.nn.norm import MultiHeadLayerNorm, RMSNorm
 from flash_xlstm.nn.projections import FusableProjections, convert_weight_mode
@@ -13,6 +14,7 @@ __all__ = [
     "MultiHeadLayerNorm",
     "RMSNorm",
     "convert_weight_mode",
+    "linear",
     "mLSTMBlock",
     "mLSTMLayer",
 ]

@@ -40,8 +40,16 @@ class mLSTMBlock(nn.Module):
         padding: Tensor | None = None,
         return_state: bool = False,
         inplace: bool = False,
+        state_indices: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Arguments and results as :meth:`mLSTMLayer.forward`."""
-        y, state = self.mlstm_layer(self.norm_mlstm(x), state, padding, return_state=return_state, inplace=inplace)
-        x = x + y
-        return x + self.ffn(self.norm_ffn(x)), state
+        y, state = self.mlstm_layer(
+            self.norm_mlstm(x),
+            state,
+            padding,
+            return_state=return_state,
+            inplace=inplace,
+            state_indices=state_indices,
+        )
+        normed, x = self.norm_ffn(y, x)
+        return x + self.ffn(normed), state

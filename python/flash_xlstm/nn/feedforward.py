@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_xlstm import ops
+from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.projections import FusableProjections
 
 
@@ -32,4 +35,5 @@ class FeedForward(FusableProjections):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self._project(x, "proj_up_gate_z")
-        return self.proj_down(F.silu(gate) * up)
+        wide = torch.float64 in (gate.dtype, up.dtype)
+        return linear(self.proj_down, F.silu(gate) * up if wide else ops.swiglu(gate, up))

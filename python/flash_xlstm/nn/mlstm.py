@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
+from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.norm import MultiHeadLayerNorm
 from flash_xlstm.nn.projections import FusableProjections
 
@@ -111,6 +112,7 @@ class mLSTMLayer(FusableProjections):
         *,
         return_state: bool = False,
         inplace: bool = False,
+        state_indices: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """One pass over a sequence.
 
@@ -123,13 +125,23 @@ class mLSTMLayer(FusableProjections):
             return_state: also return the state after the last token.
             inplace: for one token with a state and gradients off: write the new state into `state`'s own
                 tensors.
+            state_indices: with all that, the slot of `state` that each row uses, as in
+                :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
+
+        Raises:
+            ValueError: `state_indices` for anything but one token in place.
 
         Returns:
             ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`.
         """
         q, k, v, o = self._project(x, "qkv_opreact")
+        step = inplace and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        if state_indices is not None and not step:
+            raise ValueError("state_indices is for one token with a state, in place and without gradients")
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        run = self._step if inplace and x.shape[1] == 1 and not torch.is_grad_enabled() else self._sequence
+        run: Callable[..., Any] = self._sequence
+        if step:
+            run = functools.partial(self._step, state_indices=state_indices)
         if self.autocast_kernel_dtype is None or not torch.is_autocast_enabled(x.device.type):
             h, state = run(q, k, v, *self._gates(x, padding, q.dtype), state, return_state)
         else:
@@ -137,7 +149,7 @@ class mLSTMLayer(FusableProjections):
             i, f = self._gates(x, padding, q.dtype)
             with torch.autocast(x.device.type, enabled=False):
                 h, state = run(q, k, v, i, f, state, return_state)
-        y = self.out_proj(torch.sigmoid(o) * self.multihead_norm(h))
+        y = linear(self.out_proj, self.multihead_norm(h, o))
         return y, state
 
     def _gates(self, x: Tensor, padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -162,17 +174,27 @@ class mLSTMLayer(FusableProjections):
         return out if return_state else (out, None)
 
     def _step(
-        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        f: Tensor,
+        state: State,
+        return_state: bool,
+        state_indices: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        if state is None:
-            return self._sequence(q, k, v, i, f, None, return_state)
         if not all(t.is_contiguous() for t in state):  # from a reference kernel, say
             c, n, m = state
             state = (c.contiguous(), n.contiguous(), m.contiguous())
         c, n, m = state
         wide = c.float() if c.dtype == torch.float16 else c
+        if i.dtype != q.dtype:
+            i, f = i.float(), f.float()
         q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))
-        h = self._mlstm_step(q, k, v, i, f, (wide, n, m), eps=self.eps, gate_soft_cap=self.gate_soft_cap)
+        h = self._mlstm_step(
+            q, k, v, i, f, (wide, n, m), state_indices=state_indices, eps=self.eps, gate_soft_cap=self.gate_soft_cap
+        )
         if wide is not c:
             c.copy_(wide)
         return h[:, None], state if return_state else None

@@ -1,10 +1,24 @@
-"""Normalization layers. Whatever the input's dtype, they reduce in float32 at least."""
+"""Normalization layers. Whatever the input's dtype, they reduce in float32 at least.
+
+Without a bias and up to float32 they are ops of this package; with a bias, or in float64, torch's own functions.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flash_xlstm import ops
+
+_OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _op_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The weight as the op takes it; None where there is no op for these."""
+    if bias is not None or x.dtype not in _OP_DTYPES or weight.dtype not in _OP_DTYPES:
+        return None
+    return weight if weight.dtype in (torch.float32, x.dtype) else weight.float()
 
 
 class RMSNorm(nn.Module):
@@ -15,7 +29,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         use_bias: whether there is a bias.
 
-    Shape: (..., num_features) in and out; the dtype is kept.
+    Shape: (..., num_features) in and out; the dtype is kept. With a residual, the pair of the norm of ``x + residual``
+    and that sum, in one pass over memory.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-6, *, use_bias: bool = False) -> None:
@@ -24,7 +39,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features)) if use_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        weight = _op_weight(x, self.weight, self.bias)
+        if residual is not None and (weight is None or residual.dtype != x.dtype):
+            x = x + residual
+            return self(x), x
+        if weight is not None:
+            return ops.rms_norm(x, weight, self.eps, residual)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         y = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
@@ -41,7 +62,8 @@ class MultiHeadLayerNorm(nn.Module):
         eps: added to the variance.
         use_bias: whether there is a bias.
 
-    Shape: (batch, seq, num_heads, head_dim) in, (batch, seq, num_heads * head_dim) out; the dtype is kept.
+    Shape: (batch, seq, num_heads, head_dim) in, (batch, seq, num_heads * head_dim) out; the dtype is kept. With `gate`,
+    (batch, seq, num_heads * head_dim), the result is multiplied by ``sigmoid(gate)``, in one pass over memory.
     """
 
     def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-6, *, use_bias: bool = False) -> None:
@@ -52,11 +74,18 @@ class MultiHeadLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
         self.bias = nn.Parameter(torch.zeros(num_heads * head_dim)) if use_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         if x.dim() != 4 or x.shape[2:] != (self.num_heads, self.head_dim):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.num_heads} heads of {self.head_dim})"
             )
+        op_weight = _op_weight(x, self.weight, self.bias)
+        if gate is not None and op_weight is not None and gate.dtype == x.dtype:
+            return ops.gated_head_norm(x, gate, op_weight, self.eps)
+        y = self._plain(x)
+        return y if gate is None else torch.sigmoid(gate) * y
+
+    def _plain(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         if x.is_cuda:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_xlstm.nn.linear import linear
+
 WEIGHT_MODES = ("single", "fused")
 
 
@@ -71,8 +73,8 @@ class FusableProjections(nn.Module):
         """The outputs of a group's single layers; views of one tensor where they are fused."""
         parts = self.projection_groups[group]
         if self.weight_mode == "fused":
-            return self.get_submodule(group)(x).split(list(parts.values()), dim=-1)
-        return tuple(self.get_submodule(name)(x) for name in parts)
+            return linear(self.get_submodule(group), x).split(list(parts.values()), dim=-1)
+        return tuple(linear(self.get_submodule(name), x) for name in parts)
 
     def set_weight_mode(self, mode: str) -> None:
         """Stacks or splits the projections in place. Parameters become new objects: call it before making an

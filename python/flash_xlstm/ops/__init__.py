@@ -2,9 +2,10 @@
 
 from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
+from flash_xlstm.ops.linear import linear_rows
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
-from flash_xlstm.ops.pointwise import soft_cap
+from flash_xlstm.ops.pointwise import gated_head_norm, rms_norm, soft_cap, swiglu
 from flash_xlstm.ops.slstm import SlstmState, slstm, slstm_step
 
 __all__ = [
@@ -13,11 +14,15 @@ __all__ = [
     "SlstmState",
     "causal_conv1d",
     "causal_conv1d_step",
+    "gated_head_norm",
     "kernel_for",
+    "linear_rows",
     "mlstm",
     "mlstm_sig",
     "mlstm_step",
+    "rms_norm",
     "slstm",
     "slstm_step",
     "soft_cap",
+    "swiglu",
 ]

@@ -6,15 +6,27 @@ import torch
 
 from flash_xlstm._build import build_info
 
-_OPS = ("mlstm", "mlstm_sig", "mlstm_step", "slstm", "slstm_step", "causal_conv1d", "causal_conv1d_step", "soft_cap")
+_OPS = (
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "gated_head_norm",
+    "linear_rows",
+    "mlstm",
+    "mlstm_sig",
+    "mlstm_step",
+    "rms_norm",
+    "slstm",
+    "slstm_step",
+    "soft_cap",
+    "swiglu",
+)
 
 
 def kernel_for(op: str, device: torch.device | str) -> str:
     """The kernel that `op` takes on `device`, in words; for people, not for programs.
 
     Args:
-        op: the name of an op: ``"mlstm"``, ``"mlstm_sig"``, ``"mlstm_step"``, ``"slstm"``,
-            ``"slstm_step"``, ``"causal_conv1d"``, ``"causal_conv1d_step"`` or ``"soft_cap"``.
+        op: the name of a function of :mod:`flash_xlstm.ops`.
         device: a CPU or CUDA device.
 
     Raises:
@@ -42,4 +54,6 @@ def kernel_for(op: str, device: torch.device | str) -> str:
         if hopper:
             return f"CUDA, Hopper (wgmma) for 16-bit types with dqk and dv multiples of 8, 16 to 1024, else {portable}"
         return f"CUDA, {portable}"
+    if op == "linear_rows":
+        return "CUDA, portable (mma.sync tensor cores), for bfloat16"
     return "CUDA, portable"

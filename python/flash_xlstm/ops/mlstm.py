@@ -110,6 +110,8 @@ def mlstm_step(
         eps: added to the normalizer after the maximum.
         gate_soft_cap: as in :func:`mlstm`.
 
+    On CUDA, dqk is at most 8,192.
+
     Returns:
         h (batch, heads, dv) in the dtype of q.
 

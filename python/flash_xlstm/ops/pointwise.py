@@ -27,6 +27,69 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return _soft_cap(x, float(cap))
 
 
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32 and rounded once.
+
+    Args:
+        x: (..., dim); float32, bfloat16 or float16; CPU or CUDA (there dim is at most 16,384).
+        weight: (dim,), float32 or the dtype of x.
+        eps: added to the mean square; finite, at least 0.
+        residual: shape and dtype of x. With it, ``sum = x + residual``, rounded to the dtype, is normalized, and
+            is returned too.
+
+    Returns:
+        The normed x, shape and dtype of x; with `residual`, ``(normed, sum)``. Differentiable in all tensors,
+        once; the weight's gradient is the same from run to run.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
+    """
+    if residual is None:
+        return _rms_norm(x, weight, float(eps))
+    return _add_rms_norm(x, residual, weight, float(eps))
+
+
+def gated_head_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """The mLSTM's output: each head's LayerNorm (no bias), and the output gate.
+
+    ``sigmoid(gate) * (h - mean(h)) / sqrt(var(h) + eps) * weight``, mean and variance over the last dimension of h,
+    computed in float32 and rounded once.
+
+    Args:
+        h: (..., heads, dim); float32, bfloat16 or float16; CPU or CUDA (there dim is at most 16,384).
+        gate: (..., heads * dim), pre-activations of the output gate; dtype of h. Rows may lie any distance apart, as in
+            a part of a wider tensor.
+        weight: (heads * dim,), float32 or the dtype of h.
+        eps: added to the variance; finite, at least 0.
+
+    Returns:
+        (..., heads * dim) in the dtype of h. Differentiable in h, gate and weight, once; the weight's gradient is the
+        same from run to run.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
+    """
+    return _gated_head_norm(h, gate, weight, float(eps))
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """``silu(x) * y``, computed in float32 and rounded once.
+
+    Args:
+        x, y: one shape and dtype: float32, bfloat16 or float16; CPU or CUDA. Rows may lie any distance apart, as in
+            parts of a wider tensor.
+
+    Returns:
+        Shape and dtype of x. Differentiable in both, once.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, by its name.
+    """
+    return _swiglu(x, y)
+
+
 @torch.library.register_fake("flash_xlstm::soft_cap")
 def _(x: Tensor, cap: float) -> Tensor:
     return x.new_empty(x.shape)
@@ -35,6 +98,41 @@ def _(x: Tensor, cap: float) -> Tensor:
 @torch.library.register_fake("flash_xlstm::soft_cap_backward")
 def _(dy: Tensor, x: Tensor, cap: float) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("flash_xlstm::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("flash_xlstm::add_rms_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("flash_xlstm::rms_norm_backward")
+def _(dy, dsum, x, weight, eps, weight_gradient):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_gradient else 0)
+
+
+@torch.library.register_fake("flash_xlstm::gated_head_norm")
+def _(h: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return h.new_empty(gate.shape)
+
+
+@torch.library.register_fake("flash_xlstm::gated_head_norm_backward")
+def _(dy, h, gate, weight, eps, weight_gradient):
+    return h.new_empty(h.shape), h.new_empty(gate.shape), weight.new_empty(weight.shape if weight_gradient else 0)
+
+
+@torch.library.register_fake("flash_xlstm::swiglu")
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("flash_xlstm::swiglu_backward")
+def _(dout: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -49,3 +147,56 @@ def _backward(ctx, dy):
 
 _soft_cap = _common.differentiable("soft_cap", _setup_context, _backward)
 _soft_cap_backward = _common.no_double_backward("soft_cap_backward")
+
+
+def _setup_rms_norm(ctx, inputs, output) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward_rms_norm(ctx, dy):
+    x, weight = ctx.saved_tensors
+    dx, dweight = _rms_norm_backward(dy, None, x, weight, ctx.eps, ctx.needs_input_grad[1])
+    return dx, dweight if ctx.needs_input_grad[1] else None, None
+
+
+def _setup_add_rms_norm(ctx, inputs, output) -> None:
+    _, _, weight, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight)
+
+
+def _backward_add_rms_norm(ctx, dy, dsum):
+    total, weight = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        return dsum, dsum, None, None
+    dx, dweight = _rms_norm_backward(dy, dsum, total, weight, ctx.eps, ctx.needs_input_grad[2])
+    return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
+
+
+def _setup_gated_head_norm(ctx, inputs, output) -> None:
+    h, gate, weight, ctx.eps = inputs
+    ctx.save_for_backward(h, gate, weight)
+
+
+def _backward_gated_head_norm(ctx, dy):
+    h, gate, weight = ctx.saved_tensors
+    dh, dgate, dweight = _gated_head_norm_backward(dy, h, gate, weight, ctx.eps, ctx.needs_input_grad[2])
+    return dh, dgate, dweight if ctx.needs_input_grad[2] else None, None
+
+
+def _setup_swiglu(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_swiglu(ctx, dout):
+    return _swiglu_backward(dout, *ctx.saved_tensors)
+
+
+_rms_norm = _common.differentiable("rms_norm", _setup_rms_norm, _backward_rms_norm)
+_add_rms_norm = _common.differentiable("add_rms_norm", _setup_add_rms_norm, _backward_add_rms_norm)
+_rms_norm_backward = _common.no_double_backward("rms_norm_backward")
+_gated_head_norm = _common.differentiable("gated_head_norm", _setup_gated_head_norm, _backward_gated_head_norm)
+_gated_head_norm_backward = _common.no_double_backward("gated_head_norm_backward")
+_swiglu = _common.differentiable("swiglu", _setup_swiglu, _backward_swiglu)
+_swiglu_backward = _common.no_double_backward("swiglu_backward")

@@ -1,0 +1,162 @@
+// Row-wise pointwise kernels; part of vector_kernels.inl.
+
+template <typename Type>
+inline void load_row(float* to, const void* from, int64_t offset, int64_t count) {
+  const auto* source = static_cast<const typename Type::Bits*>(from) + offset;
+  for (int64_t c = 0; c < count; ++c) to[c] = Type::load(source[c]);
+}
+
+inline void load_weight(float* to, const void* from, DType dtype, int64_t offset, int64_t count) {
+  with_dtype(dtype, [&](auto type) { load_row<decltype(type)>(to, from, offset, count); });
+}
+
+inline float sum_of(const float* x, int64_t count) {
+  LaneSum sum;
+  int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) {
+    for (int y = 0; y < lanes; ++y) sum.lane[y] += x[c + y];
+  }
+  float tail = 0.0f;
+  for (; c < count; ++c) tail += x[c];
+  return sum.total() + tail;
+}
+
+inline float inverse_root(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
+
+void rms_norm(const RmsNorm& p, int64_t begin, int64_t end, float* scratch) {
+  float *x = scratch, *weight = x + p.dim;
+  load_weight(weight, p.weight, p.weight_dtype, 0, p.dim);
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    using Bits = typename Type::Bits;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t offset = row * p.dim;
+      load_row<Type>(x, p.x, offset, p.dim);
+      if (p.residual != nullptr) {
+        const Bits* residual = static_cast<const Bits*>(p.residual) + offset;
+        Bits* sum = static_cast<Bits*>(p.sum) + offset;
+        for (int64_t c = 0; c < p.dim; ++c) {
+          sum[c] = Type::store(x[c] + Type::load(residual[c]));
+          x[c] = Type::load(sum[c]);
+        }
+      }
+      const float inverse = inverse_root(dot(x, x, p.dim) / static_cast<float>(p.dim), p.eps);
+      Bits* y = static_cast<Bits*>(p.y) + offset;
+      for (int64_t c = 0; c < p.dim; ++c) y[c] = Type::store(x[c] * inverse * weight[c]);
+    }
+  });
+}
+
+void rms_norm_backward(const RmsNormBackward& p, int64_t begin, int64_t end, float* dweight, float* scratch) {
+  float *x = scratch, *dy = x + p.dim, *weight = dy + p.dim;
+  load_weight(weight, p.weight, p.weight_dtype, 0, p.dim);
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    using Bits = typename Type::Bits;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t offset = row * p.dim;
+      load_row<Type>(x, p.x, offset, p.dim);
+      load_row<Type>(dy, p.dy, offset, p.dim);
+      const float inverse = inverse_root(dot(x, x, p.dim) / static_cast<float>(p.dim), p.eps);
+      for (int64_t c = 0; c < p.dim; ++c) {
+        x[c] *= inverse;
+        if (dweight != nullptr) dweight[c] += dy[c] * x[c];
+        dy[c] *= weight[c];
+      }
+      const float mean = dot(x, dy, p.dim) / static_cast<float>(p.dim);
+      Bits* dx = static_cast<Bits*>(p.dx) + offset;
+      const Bits* dsum = p.dsum == nullptr ? nullptr : static_cast<const Bits*>(p.dsum) + offset;
+      for (int64_t c = 0; c < p.dim; ++c) {
+        const float past = dsum == nullptr ? 0.0f : Type::load(dsum[c]);
+        dx[c] = Type::store(inverse * (dy[c] - x[c] * mean) + past);
+      }
+    }
+  });
+}
+
+// x becomes (x - mean) / sqrt(var + eps); returns the latter factor.
+inline float normalize(float* x, int64_t count, float eps) {
+  const float mean = sum_of(x, count) / static_cast<float>(count);
+  for (int64_t c = 0; c < count; ++c) x[c] -= mean;
+  const float inverse = inverse_root(dot(x, x, count) / static_cast<float>(count), eps);
+  for (int64_t c = 0; c < count; ++c) x[c] *= inverse;
+  return inverse;
+}
+
+void gated_head_norm(const GatedHeadNorm& p, int64_t begin, int64_t end, float* scratch) {
+  float *x = scratch, *gate = x + p.dim, *weight = gate + p.dim;
+  const int64_t width = p.heads * p.dim;
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t head = 0; head < p.heads; ++head) {
+        const int64_t column = head * p.dim, offset = token * width + column;
+        load_weight(weight, p.weight, p.weight_dtype, column, p.dim);
+        load_row<Type>(x, p.h, offset, p.dim);
+        load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
+        normalize(x, p.dim, p.eps);
+        auto* y = static_cast<typename Type::Bits*>(p.y) + offset;
+        for (int64_t c = 0; c < p.dim; ++c) y[c] = Type::store(x[c] * weight[c] / (1.0f + exponential(-gate[c])));
+      }
+    }
+  });
+}
+
+void gated_head_norm_backward(const GatedHeadNormBackward& b, int64_t begin, int64_t end, float* dweight,
+                              float* scratch) {
+  const GatedHeadNorm& p = b.p;
+  float *x = scratch, *gate = x + p.dim, *dy = gate + p.dim, *weight = dy + p.dim;
+  const int64_t width = p.heads * p.dim;
+  const float count = static_cast<float>(p.dim);
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    using Bits = typename Type::Bits;
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t head = 0; head < p.heads; ++head) {
+        const int64_t column = head * p.dim, offset = token * width + column;
+        load_weight(weight, p.weight, p.weight_dtype, column, p.dim);
+        load_row<Type>(x, p.h, offset, p.dim);
+        load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
+        load_row<Type>(dy, b.dy, offset, p.dim);
+        const float inverse = normalize(x, p.dim, p.eps);
+        Bits* dgate = static_cast<Bits*>(b.dgate) + offset;
+        for (int64_t c = 0; c < p.dim; ++c) {
+          const float open = 1.0f / (1.0f + exponential(-gate[c])), shut = 1.0f / (1.0f + exponential(gate[c]));
+          dgate[c] = Type::store(dy[c] * x[c] * weight[c] * open * shut);
+          dy[c] *= open;
+          if (dweight != nullptr) dweight[column + c] += dy[c] * x[c];
+          dy[c] *= weight[c];
+        }
+        const float mean = sum_of(dy, p.dim) / count, along = dot(dy, x, p.dim) / count;
+        Bits* dh = static_cast<Bits*>(b.dh) + offset;
+        for (int64_t c = 0; c < p.dim; ++c) dh[c] = Type::store(inverse * (dy[c] - mean - x[c] * along));
+      }
+    }
+  });
+}
+
+void swiglu(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    using Bits = typename Type::Bits;
+    const Bits *x = static_cast<const Bits*>(p.x) + row * p.x_stride,
+               *y = static_cast<const Bits*>(p.y) + row * p.y_stride;
+    const int64_t offset = row * p.columns;
+    if (p.dout == nullptr) {
+      Bits* out = static_cast<Bits*>(p.out) + offset;
+      for (int64_t c = begin; c < end; ++c) {
+        const float value = Type::load(x[c]);
+        out[c] = Type::store(value / (1.0f + exponential(-value)) * Type::load(y[c]));
+      }
+    } else {
+      const Bits* dout = static_cast<const Bits*>(p.dout) + offset;
+      Bits *dx = static_cast<Bits*>(p.dx) + offset, *dy = static_cast<Bits*>(p.dy) + offset;
+      for (int64_t c = begin; c < end; ++c) {
+        const float value = Type::load(x[c]), gradient = Type::load(dout[c]);
+        const float open = 1.0f / (1.0f + exponential(-value)), shut = 1.0f / (1.0f + exponential(value));
+        dx[c] = Type::store(gradient * Type::load(y[c]) * open * (1.0f + value * shut));
+        dy[c] = Type::store(gradient * value * open);
+      }
+    }
+  });
+}

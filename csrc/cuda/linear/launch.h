@@ -1,0 +1,13 @@
+// Launch functions of products with few rows. No torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "pointwise_params.h"
+
+namespace flash_xlstm::cuda {
+
+// bfloat16, at most 16 rows; `in` a multiple of 8; x, its rows and the weight begin at multiples of 16 bytes.
+cudaError_t linear_rows(const LinearRows& params, cudaStream_t stream);
+
+}  // namespace flash_xlstm::cuda

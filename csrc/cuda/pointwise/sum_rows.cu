@@ -1,0 +1,32 @@
+#include "cuda/pointwise/rows.cuh"
+
+namespace flash_xlstm::cuda {
+namespace {
+
+constexpr int columns_per_block = 32, lanes = 8;
+
+__global__ void sum_rows_kernel(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype) {
+  __shared__ float part[lanes][columns_per_block];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * columns_per_block + threadIdx.x;
+  float sum = 0.0f;
+  if (column < columns) {
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < rows; row += lanes) sum += partial[row * columns + column];
+  }
+  part[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && column < columns) {
+    for (int lane = 1; lane < lanes; ++lane) sum += part[lane][threadIdx.x];
+    store_from_float(out, column, dtype, sum);
+  }
+}
+
+}  // namespace
+
+cudaError_t sum_rows(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>((columns + columns_per_block - 1) / columns_per_block);
+  sum_rows_kernel<<<blocks, dim3(columns_per_block, lanes), 0, stream>>>(partial, rows, columns, out, dtype);
+  return cudaGetLastError();
+}
+
+}  // namespace flash_xlstm::cuda

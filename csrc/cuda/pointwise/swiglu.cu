@@ -1,0 +1,67 @@
+// out = silu(x) y and its gradient, 16 bytes a thread where aligned. A block's threads lie along the columns.
+#include "cuda/pointwise/rows.cuh"
+
+namespace flash_xlstm::cuda {
+namespace {
+
+constexpr int threads = 256;
+
+template <typename T, int width, bool gradient>
+__global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__ Swiglu p) {
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x) * width;
+  if (column >= p.columns) return;
+  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    const int64_t at = row * p.columns + column;
+    Pack<T, width> x = load_once<T, width>(p.x, row * p.x_stride + column);
+    Pack<T, width> y = load_once<T, width>(p.y, row * p.y_stride + column);
+    Pack<T, width> dout{};
+    if (gradient) dout = load_once<T, width>(p.dout, at);
+#pragma unroll
+    for (int e = 0; e < width; ++e) {
+      const float value = to_float(x.value[e]), other = to_float(y.value[e]);
+      if (gradient) {
+        const float incoming = to_float(dout.value[e]);
+        const float open = 1.0f / (1.0f + expf(-value)), shut = 1.0f / (1.0f + expf(value));
+        x.value[e] = from_float<T>(incoming * other * open * (1.0f + value * shut));
+        y.value[e] = from_float<T>(incoming * value * open);
+      } else {
+        x.value[e] = from_float<T>(value / (1.0f + expf(-value)) * other);
+      }
+    }
+    store_pack(gradient ? p.dx : p.out, at, x);
+    if (gradient) store_pack(p.dy, at, y);
+  }
+}
+
+template <typename T, int width>
+cudaError_t launch(const Swiglu& p, cudaStream_t stream) {
+  constexpr int64_t max_rows = 65535;  // of a grid
+  const int64_t per_block = int64_t{threads} * width;
+  const dim3 grid(static_cast<unsigned>((p.columns + per_block - 1) / per_block),
+                  static_cast<unsigned>(std::min(p.rows, max_rows)));
+  if (p.dout == nullptr)
+    swiglu_kernel<T, width, false><<<grid, threads, 0, stream>>>(p);
+  else
+    swiglu_kernel<T, width, true><<<grid, threads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t swiglu(const Swiglu& params, cudaStream_t stream) {
+  Swiglu p = params;
+  if (p.x_stride == p.columns && p.y_stride == p.columns) {  // one long row
+    p.columns = p.x_stride = p.y_stride = p.rows * p.columns;
+    p.rows = 1;
+  }
+  return dispatch_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int width = 16 / sizeof(T);
+    const bool vectors = aligned_16(p.x) && aligned_16(p.y) && aligned_16(p.out) && aligned_16(p.dout) &&
+                         aligned_16(p.dx) && aligned_16(p.dy) && p.columns % width == 0 && p.x_stride % width == 0 &&
+                         p.y_stride % width == 0;
+    return vectors ? launch<T, width>(p, stream) : launch<T, 1>(p, stream);
+  });
+}
+
+}  // namespace flash_xlstm::cuda

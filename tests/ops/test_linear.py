@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_xlstm import ops
+
+# By device, the dtypes there are.
+BF16 = torch.bfloat16
+ROUNDING = {torch.float32: 2e-6, BF16: 2**-8, torch.float16: 2**-11}
+CASES = [("cpu", dtype) for dtype in ROUNDING] + [pytest.param("cuda", BF16, marks=pytest.mark.cuda)]
+EVERY = pytest.mark.parametrize(("place", "dtype"), CASES)
+
+
+def normal(device, *shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def arguments(device, dtype, rows=3, size_in=64, size_out=40, bias=True):
+    x, weight = normal(device, rows, size_in, dtype=dtype), normal(device, size_out, size_in, dtype=dtype, seed=1)
+    return x, weight, normal(device, size_out, dtype=dtype, seed=2) if bias else None
+
+
+def assert_exact(x, weight, bias):
+    y = ops.linear_rows(x, weight, bias)
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    scale = (x.double().abs() @ weight.double().abs().t()).clamp_min(1e-30)
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    error = (y.double() - exact).abs()
+    assert (error <= ROUNDING[x.dtype] * exact.abs() + 3e-6 * scale).all()
+
+
+@EVERY
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 9, 16])
+@pytest.mark.parametrize(("size_in", "size_out"), [(8, 1), (64, 40), (1000, 33), (1096, 17), (4096, 24), (10944, 16)])
+def test_matches_float64(place, dtype, rows, size_in, size_out):
+    assert_exact(*arguments(place, dtype, rows, size_in, size_out, bias=rows % 2 == 0))
+
+
+@pytest.mark.parametrize("size_in", [1, 5, 31, 67, 515])
+def test_any_length_on_the_cpu(size_in):
+    for dtype in ROUNDING:
+        assert_exact(*arguments("cpu", dtype, 5, size_in, 7))
+
+
+@EVERY
+def test_shapes_and_strides(place, dtype):
+    x, weight, bias = arguments(place, dtype, 6)
+    expected = ops.linear_rows(x, weight, bias)
+    assert torch.equal(ops.linear_rows(x.view(2, 1, 3, 64), weight, bias), expected.view(2, 1, 3, 40))
+    for row in range(6):  # alone as among others
+        assert torch.equal(ops.linear_rows(x[row], weight, bias), expected[row])
+    wide = torch.full((6, 99), torch.nan, device=place, dtype=dtype)
+    for offset in (0, 8, 3):
+        wide[:, offset : offset + 64] = x
+        assert torch.equal(ops.linear_rows(wide[:, offset : offset + 64], weight, bias), expected)
+    assert torch.equal(ops.linear_rows(x.t().contiguous().t(), weight, bias), expected)
+    assert torch.equal(ops.linear_rows(x, weight.t().contiguous().t(), bias), expected)
+    assert ops.linear_rows(x[:0], weight, bias).shape == (0, 40)
+    assert ops.linear_rows(x, weight[:0], bias[:0]).shape == (6, 0)
+
+
+@EVERY
+def test_rows_do_not_depend_on_each_other(place, dtype):
+    x, weight, bias = arguments(place, dtype, 8, 1096, 40)
+    expected = ops.linear_rows(x, weight, bias)
+    x[3] = torch.nan
+    y = ops.linear_rows(x, weight, bias)
+    assert y[3].isnan().all() and torch.equal(y[[0, 1, 2, 4, 5, 6, 7]], expected[[0, 1, 2, 4, 5, 6, 7]])
+
+
+@EVERY
+def test_repeats_itself(place, dtype):
+    given = arguments(place, dtype, 16, 4096, 100)
+    assert torch.equal(ops.linear_rows(*given), ops.linear_rows(*given))
+
+
+def test_threads_change_nothing():
+    given, threads = arguments("cpu", torch.float32, 2, 1000, 333), torch.get_num_threads()
+    expected = ops.linear_rows(*given)
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(ops.linear_rows(*given), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@EVERY
+def test_opcheck(place, dtype):
+    for bias in (True, False):
+        torch.library.opcheck(torch.ops.flash_xlstm.linear_rows, arguments(place, dtype, bias=bias))
+
+
+@EVERY
+def test_compiles(place, dtype):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w, b: ops.linear_rows(2 * x, w, b), fullgraph=True, backend="aot_eager")
+    x, weight, bias = arguments(place, dtype)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, weight, bias), ops.linear_rows(2 * x, weight, bias))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_has_no_gradient_and_says_so(device, which):
+    given = [t.requires_grad_(x == which) for x, t in enumerate(arguments(device, BF16))]
+    with pytest.raises(RuntimeError, match=r"linear_rows has no gradient.*torch.no_grad\(\)"):
+        ops.linear_rows(*given)
+    with torch.no_grad():
+        ops.linear_rows(*given)
+
+
+ERRORS = {
+    "17 rows": ({0: torch.zeros(17, 64, dtype=BF16)}, ValueError, "x has 17 rows; it must have at most 16"),
+    "no features": ({0: torch.zeros(3, 0, dtype=BF16)}, ValueError, "x has shape"),
+    "x in float64": ({0: torch.zeros(3, 64, dtype=torch.float64)}, TypeError, "x has dtype float64"),
+    "weight of another length": ({1: torch.zeros(40, 63, dtype=BF16)}, ValueError, "weight has shape"),
+    "weight in float32": ({1: torch.zeros(40, 64)}, TypeError, "weight has dtype float32"),
+    "bias of another length": ({2: torch.zeros(41, dtype=BF16)}, ValueError, "bias has shape"),
+    "bias in float32": ({2: torch.zeros(40)}, TypeError, "bias has dtype float32"),
+}
+
+
+@pytest.mark.parametrize("wrong", ERRORS)
+def test_errors(device, wrong):
+    changes, error, says = ERRORS[wrong]
+    given = list(arguments(device, BF16))
+    for place, t in changes.items():
+        given[place] = t.to(device)
+    with pytest.raises(error, match=f"^{says}"):
+        ops.linear_rows(*given)
+
+
+@pytest.mark.cuda
+def test_errors_on_cuda():
+    x, weight, bias = arguments("cuda", BF16)
+    with pytest.raises(TypeError, match="on CUDA it must be bfloat16"):
+        ops.linear_rows(x.float(), weight.float(), bias.float())
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ops.linear_rows(x[:, :60].contiguous(), weight[:, :60].contiguous())
+    with pytest.raises(ValueError, match="weight begins at no multiple of 16 bytes"):
+        ops.linear_rows(x, torch.zeros(40 * 64 + 1, device="cuda", dtype=BF16)[1:].view(40, 64))
+    with pytest.raises(ValueError, match="weight is on cpu"):
+        ops.linear_rows(x, weight.cpu(), bias)
