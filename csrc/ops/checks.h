@@ -211,12 +211,14 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  const bool failed =
+      aoti_torch_get_device_type(like.get(), &device_type) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_device_index(like.get(), &device_index) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               device_index, &handle) != AOTI_TORCH_SUCCESS;
+  if (failed) throw std::runtime_error("flash_xlstm: torch could not allocate a tensor; its message is above");
   return Tensor(handle);
 }
 
