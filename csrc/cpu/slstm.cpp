@@ -52,26 +52,38 @@ std::vector<float> load_bias(const SlstmProblem& p, int64_t head) {
   return bias;
 }
 
-// R of every head in float32: (heads, 4 dim, dim), or (heads, dim, 4 dim) transposed.
-std::vector<float> load_weights(const SlstmProblem& p, bool transposed) {
-  const int64_t dim = p.dim;
-  std::vector<float> weights(4 * p.heads * dim * dim);
-  parallel(4 * p.heads, [&](int64_t item) {
-    const int64_t gate = item / p.heads, head = item % p.heads;
-    float* to = weights.data() + head * 4 * dim * dim;
-    const int64_t from = item * dim * dim;
-    if (!transposed) {
-      load(to + gate * dim * dim, p.weights, from, p.weight_dtype, dim, dim, dim);
-      return;
-    }
-    std::vector<float> row(dim);
-    for (int64_t out = 0; out < dim; ++out) {
-      load(row.data(), p.weights, from + out * dim, p.weight_dtype, dim, 1, dim);
-      for (int64_t in = 0; in < dim; ++in) to[in * 4 * dim + gate * dim + out] = row[in];
-    }
-  });
-  return weights;
-}
+// R of every head in float32 as the operand of a product with `depth` rows and `columns` columns, panel by panel:
+// h_{t-1} meets it with in as rows and (gate, out) as columns; for the backward it is the other way round.
+struct Weights {
+  Weights(const SlstmProblem& p, bool backward)
+      : depth(backward ? 4 * p.dim : p.dim),
+        columns(backward ? p.dim : 4 * p.dim),
+        head_size((columns + product_panel - 1) / product_panel * product_panel * depth),
+        values(p.heads * head_size) {
+    const int64_t dim = p.dim;
+    parallel(4 * p.heads, [&](int64_t item) {
+      const int64_t gate = item / p.heads;
+      float* to = values.data() + item % p.heads * head_size;
+      std::vector<float> row(dim);
+      for (int64_t out = 0; out < dim; ++out) {
+        load(row.data(), p.weights, (item * dim + out) * dim, p.weight_dtype, dim, 1, dim);
+        const int64_t wide = gate * dim + out;
+        for (int64_t in = 0; in < dim; ++in) to[backward ? place(wide, in) : place(in, wide)] = row[in];
+      }
+    });
+  }
+  int64_t place(int64_t k, int64_t column) const {
+    return (column / product_panel * depth + k) * product_panel + column % product_panel;
+  }
+  // out (rows, columns) = a (rows, depth) R
+  void multiply(float* out, const float* a, int64_t head, int64_t rows) const {
+    vector_kernels().product(out, columns, a, depth, 1, values.data() + head * head_size, product_panel,
+                             product_panel * depth, rows, depth, columns, false);
+  }
+
+  int64_t depth, columns, head_size;
+  std::vector<float> values;
+};
 
 // The rows of one task.
 struct Tile {
@@ -111,7 +123,7 @@ struct RowState {
   std::vector<float> values;
 };
 
-void forward_tile(const SlstmForward& params, const Tile& tile, const float* weights) {
+void forward_tile(const SlstmForward& params, const Tile& tile, const Weights& weights) {
   const SlstmProblem& p = params.p;
   const VectorKernels& kernels = vector_kernels();
   const int64_t dim = p.dim, wide = 4 * dim;
@@ -119,7 +131,7 @@ void forward_tile(const SlstmForward& params, const Tile& tile, const float* wei
   std::vector<float> x(wide), recurrent(rows_a_task * wide);
   RowState h(p, tile, p.h0), c(p, tile, p.c0), n(p, tile, p.n0), m(p, tile, p.m0);
   for (int64_t t = 0; t < tile.longest; ++t) {
-    kernels.product(recurrent.data(), wide, h.row(0), dim, 1, weights, wide, tile.count, dim, wide, false);
+    weights.multiply(recurrent.data(), h.row(0), tile.head, tile.count);
     for (int64_t r = 0; r < tile.count; ++r) {
       const Row& row = tile.rows[r];
       if (t >= row.length) continue;
@@ -150,7 +162,7 @@ const float* before(const SlstmBackward& params, const Tile& tile, int64_t r, in
   return initial == nullptr ? zeros : initial + ((tile.first + r) * p.heads + tile.head) * p.dim;
 }
 
-void backward_tile(const SlstmBackward& params, const Tile& tile, const float* weights) {
+void backward_tile(const SlstmBackward& params, const Tile& tile, const Weights& weights) {
   const SlstmProblem& p = params.p;
   const VectorKernels& kernels = vector_kernels();
   const int64_t dim = p.dim, wide = 4 * dim;
@@ -182,7 +194,7 @@ void backward_tile(const SlstmBackward& params, const Tile& tile, const float* w
                                    dn.row(r), excess.row(r), dx.data() + r * wide});
       store(params.dx, (token * 4 * p.heads + tile.head) * dim, p.dtype, p.heads * dim, dx.data() + r * wide, 4, dim);
     }
-    kernels.product(recurrent.data(), dim, dx.data(), wide, 1, weights, dim, tile.count, wide, dim, false);
+    weights.multiply(recurrent.data(), dx.data(), tile.head, tile.count);
     for (int64_t r = 0; r < tile.count; ++r) {
       if (t >= tile.rows[r].length) continue;
       for (int64_t x = 0; x < dim; ++x) {
@@ -222,7 +234,8 @@ void weight_gradients(const SlstmBackward& params, int64_t gate, int64_t head, i
         load(h.data() + skipped * dim, params.h, ((token + skipped - 1) * p.heads + head) * dim, p.dtype, p.heads * dim,
              tokens - skipped, dim);
       }
-      vector_kernels().product(dweights.data(), dim, dx.data(), 1, count, h.data(), dim, count, tokens, dim, true);
+      vector_kernels().product(dweights.data(), dim, dx.data(), 1, count, h.data(), dim, product_panel, count, tokens,
+                               dim, true);
       for (int64_t k = 0; k < tokens; ++k) {
         for (int64_t x = 0; x < count; ++x) dbias[x] += dx[k * count + x];
       }
@@ -237,21 +250,15 @@ void weight_gradients(const SlstmBackward& params, int64_t gate, int64_t head, i
 
 void slstm_forward(const SlstmForward& params) {
   const SlstmProblem& p = params.p;
-  const std::vector<float> weights = load_weights(p, true);
-  parallel(tasks(p), [&](int64_t task) {
-    const Tile tile = tile_of(p, task);
-    forward_tile(params, tile, weights.data() + tile.head * 4 * p.dim * p.dim);
-  });
+  const Weights weights(p, false);
+  parallel(tasks(p), [&](int64_t task) { forward_tile(params, tile_of(p, task), weights); });
 }
 
 void slstm_backward(const SlstmBackward& params) {
   const SlstmProblem& p = params.p;
   {
-    const std::vector<float> weights = load_weights(p, false);
-    parallel(tasks(p), [&](int64_t task) {
-      const Tile tile = tile_of(p, task);
-      backward_tile(params, tile, weights.data() + tile.head * 4 * p.dim * p.dim);
-    });
+    const Weights weights(p, true);
+    parallel(tasks(p), [&](int64_t task) { backward_tile(params, tile_of(p, task), weights); });
   }
   const int64_t blocks = (p.dim + block - 1) / block;
   parallel(4 * p.heads * blocks, [&](int64_t task) {

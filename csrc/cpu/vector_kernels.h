@@ -37,6 +37,8 @@ struct SlstmCellBackward {
   float* dx;           // [4][dim]
 };
 
+constexpr int64_t product_panel = 64;
+
 struct VectorKernels {
   // to (padded_rows x columns) <- from (rows x columns, row stride in elements, dtype), zeros below.
   // Returns whether every value is finite.
@@ -98,9 +100,11 @@ struct VectorKernels {
   // One token of one row and head, with the state in `slot`; scratch holds 2 dqk + 2 dv floats.
   void (*step)(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* scratch);
 
-  // out[r][x] (+)= sum over k of a[r][k] m[k][x]; rows of out and m are out_stride and m_stride apart, a is anything.
+  // out[r][x] (+)= sum over k of a[r][k] m[k][x]; rows of out are out_stride apart, a is anything. m comes in panels of
+  // product_panel columns, m_panel apart, their rows m_stride apart: a matrix that is read often lies panel by panel, so
+  // that it is read straight on.
   void (*product)(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
-                  int64_t m_stride, int64_t rows, int64_t depth, int64_t columns, bool add);
+                  int64_t m_stride, int64_t m_panel, int64_t rows, int64_t depth, int64_t columns, bool add);
   void (*slstm_cell)(const SlstmCell& cell);
   void (*slstm_cell_backward)(const SlstmCellBackward& cell);
 

@@ -1,0 +1,200 @@
+"""Subject slstm: forward, and forward + backward, beside flashrnn's kernels and plain PyTorch in the same run.
+
+A row holds the median time of a call, the microseconds of a step (the time over seq), and GB/s by each input and output
+read or written once (`Point.bytes_moved`; not what a kernel keeps for its backward). The loop over the tokens is bound
+by what passes between two steps, not by a rate of the device: there is no share of a floor. flashrnn keeps n at 1 or
+above, ours has no such bound; both do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peers import DTYPES
+from run import DeviceLostError, describe, free_memory, median_time_ms, peak_memory_bytes
+
+PASSES = ("forward", "forward+backward")
+KEY = ("peer", "pass", "batch", "seq", "heads", "dim", "dtype")
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One setting of the sLSTM."""
+
+    batch: int
+    seq: int
+    heads: int
+    dim: int
+
+    def bytes_moved(self, backward: bool, item: int) -> float:
+        """x read and h written; backward reads x, h and dh and writes dx."""
+        units = self.batch * self.seq * self.heads * self.dim
+        return float(units * item * (5 + (10 if backward else 0)))
+
+
+HEADLINE = (Point(16, 1024, 4, 256), Point(16, 1024, 12, 64))
+SMALL = (Point(2, 64, 2, 32), Point(3, 32, 1, 64))
+BATCHES, HEADS_AND_DIMS = (1, 4, 16, 64, 256), ((24, 32), (12, 64), (6, 128), (4, 256), (2, 512), (1, 768))
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _ours() -> Call:
+    return importlib.import_module("flash_xlstm.ops").slstm
+
+
+def _plain() -> Call:
+    return importlib.import_module("flash_xlstm.reference").slstm
+
+
+def _flashrnn(backend: str) -> Callable[[], Call]:
+    def load() -> Call:
+        kernel = importlib.import_module("flashrnn").flashrnn
+        names = {dtype: name for name, dtype in DTYPES.items()}
+
+        def call(x: Tensor, R: Tensor, b: Tensor) -> Tensor:
+            return kernel(x, R, b, function="slstm", backend=backend, dtype=names[x.dtype])[0][0]
+
+        return call
+
+    return load
+
+
+PEERS: dict[str, Callable[[], Call]] = {
+    "flash_xlstm": _ours,
+    "flashrnn_cuda": _flashrnn("cuda"),
+    "flashrnn_triton_fused": _flashrnn("triton_fused"),
+    "plain_pytorch": _plain,
+}
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = text.split("x")
+    return int(first), int(second)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--settings", choices=("headline", "grid", "small"), default="headline")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="grid: batch sizes")
+    parser.add_argument("--dims", nargs="+", type=_pair, default=HEADS_AND_DIMS, help="grid: heads x dim, as 4x256")
+    parser.add_argument("--seq", type=int, default=1024, help="grid: tokens")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop measuring after this time")
+    parser.add_argument("--seconds-each", type=float, default=0.2, help="time for the calls of one measurement")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def points(args: argparse.Namespace) -> list[Point]:
+    if args.settings != "grid":
+        return list(SMALL if args.settings == "small" else HEADLINE)
+    return [Point(batch, args.seq, *pair) for pair, batch in itertools.product(args.dims, args.batches)]
+
+
+def _tensors(point: Point, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, R, b: standard normal pre-activations, f around 3; R as large as keeps R h of the size of h."""
+    torch.manual_seed(0)
+    new = lambda *shape: torch.randn(*shape, dtype=torch.float32, device=device)  # noqa: E731
+    x = new(point.batch, point.seq, 4, point.heads, point.dim)
+    x[:, :, 1] += 3.0
+    R = new(4, point.heads, point.dim, point.dim) * point.dim**-0.5
+    return [t.to(dtype) for t in (x, R, torch.zeros(4, point.heads, point.dim, device=device))]
+
+
+def _calls(call: Call, leaves: list[Tensor], backward: bool) -> Callable[[], object]:
+    if not backward:
+        return torch.no_grad()(functools.partial(call, *leaves))
+    leaves = [t.requires_grad_() for t in leaves]
+    with torch.no_grad():
+        dh = torch.randn_like(call(*leaves))
+    return lambda: torch.autograd.grad(call(*leaves), leaves, dh)
+
+
+def _measure(row: dict, call: Call, point: Point, args: argparse.Namespace) -> None:
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    backward = row["pass"] != "forward"
+    function = _calls(call, _tensors(point, dtype, device), backward)
+    function()  # compiles; tunes
+    if device.type == "cuda":
+        row["peak_memory_mib"] = peak_memory_bytes(function) / 2**20
+    row["time_ms"] = median_time_ms(function, device, budget_s=args.seconds_each)
+    row["step_us"] = 1e3 * row["time_ms"] / point.seq
+    row["gb_per_s"] = point.bytes_moved(backward, dtype.itemsize) / row["time_ms"] / 1e6
+
+
+def run(args: argparse.Namespace) -> Iterator[dict]:
+    deadline = time.perf_counter() + args.seconds
+    device = torch.device(args.device)
+    earlier = {tuple(row[k] for k in KEY) for row in args.earlier_rows if row["what"] == "slstm"}
+    calls: dict[str, Call] = {}
+    for name in args.peers:
+        try:
+            if device.type != "cuda" and name.startswith("flashrnn"):
+                raise RuntimeError("needs a GPU")
+            calls[name] = PEERS[name]()
+        except Exception as error:
+            yield {"what": "absent", "peer": name, "error": describe(error)}
+    for point, pass_name, name in itertools.product(points(args), args.passes, calls):
+        row = {"what": "slstm", "peer": name, "pass": pass_name, **vars(point), "dtype": args.dtype}
+        if tuple(row[k] for k in KEY) in earlier:
+            continue
+        if time.perf_counter() > deadline:
+            yield {"what": "stopped", "error": f"{args.seconds:.0f} s were over"}
+            return
+        try:
+            _measure(row, calls[name], point, args)
+        except Exception as error:
+            row["error"] = describe(error)
+        try:
+            free_memory(device)
+        except DeviceLostError:
+            row.setdefault("error", "the GPU is unusable after this")
+            yield row
+            raise
+        yield row
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """Adds `speedup_vs_PEER` to our rows. Gives a line a setting and pass, with every peer's time and our speedup over
+    it; then a line a pass and peer: the least, the median and the largest speedup over the settings."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["what"] == "slstm" and "time_ms" in row:
+            found.setdefault(tuple(row[k] for k in KEY[1:]), {})[row["peer"]] = row
+    lines, ratios = [], {}
+    for key, by_peer in found.items():
+        line = dict(zip(KEY[1:], key, strict=True))
+        ours = by_peer.get("flash_xlstm")
+        if ours is not None:
+            line["step_us"] = ours["step_us"]
+        for name, row in by_peer.items():
+            line[f"{name}_ms"] = row["time_ms"]
+            if ours is None or row is ours:
+                continue
+            ratio = row["time_ms"] / ours["time_ms"]
+            ours[f"speedup_vs_{name}"] = line[f"vs_{name}"] = ratio
+            ratios.setdefault((line["pass"], name), []).append(ratio)
+        lines.append(line)
+    for (pass_name, name), values in ratios.items():
+        lines.append(
+            {
+                "pass": pass_name,
+                "speedup_over": name,
+                "settings": len(values),
+                "least": min(values),
+                "median": statistics.median(values),
+                "largest": max(values),
+            }
+        )
+    return lines
