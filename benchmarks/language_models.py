@@ -66,14 +66,13 @@ def _transformers(size: str) -> LanguageModel:
 
 
 def _hugging_face(model: Any) -> LanguageModel:
-    name = "cache" if hasattr(model.config, "cache") else "cache_params"
     last = {"logits_to_keep": 1} if type(model).__module__.startswith("flash_xlstm") else {}
 
     def prefill(ids: Tensor) -> Any:
         return model(ids, use_cache=True, **last).cache_params
 
     def step(token: Tensor, state: Any) -> Tensor:
-        return model(token, use_cache=True, **{name: state}).logits
+        return model(token, use_cache=True, cache_params=state).logits
 
     return LanguageModel(model, prefill, step)
 
