@@ -1,12 +1,15 @@
-"""Plots of subject mlstm: `python benchmarks/plot.py RESULTS.json [--out FOLDER]`.
+"""Plots of results: `python benchmarks/plot.py RESULTS.json [--out FOLDER]`.
 
-Writes mlstm_time_*.png (time over seq at a constant number of tokens, a line a peer) for each number of heads, dqk and
-dv that was measured at two or more seq, and mlstm_speedup.png (our speedup over TFLA at every setting).
+Of subject mlstm, mlstm_time_*.png (time over seq at a constant number of tokens, a line a peer) for each number of
+heads, dqk and dv that was measured at two or more seq, and mlstm_speedup.png (our speedup over TFLA at every setting).
+Of decode, decode.png (time a token over batch); of prefill, prefill.png (time over length) and prefill_memory.png (what
+is kept of a prompt, and the memory that reading it takes, over length).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -86,12 +89,75 @@ def plot_speedup(rows: list[dict], gpu: str, path: Path) -> bool:
     return True
 
 
+MODELS = {"flash_xlstm": "flash-xlstm", "xlstm_large": "NX-AI xlstm_large (Triton)", "transformers": "transformers"}
+MODEL_COLORS = {name: f"C{index}" for index, name in enumerate(MODELS)}
+MODE_STYLES = {"graph": "-", "generate": "--", "eager": ":"}
+
+
+def _axes(title: str, xlabel: str, ylabel: str, ticks: list[int]):
+    figure, axis = plt.subplots(figsize=(7, 4.8), constrained_layout=True)
+    axis.set(xscale="log", yscale="log", title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.xaxis.set_minor_locator(plt.NullLocator())
+    axis.grid(alpha=0.3)
+    return figure, axis
+
+
+def _save(figure, axis, path: Path) -> Path:
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _line(axis, rows: list[dict], x: str, y: str, **style) -> None:
+    points = sorted((row[x], row[y]) for row in rows if y in row)
+    if points:
+        axis.plot(*zip(*points, strict=True), **style)
+
+
+def plot_decode(rows: list[dict], gpu: str, path: Path) -> Path:
+    batches = sorted({row["batch"] for row in rows})
+    figure, axis = _axes(f"Decoding, {rows[0]['size']}; {gpu}", "batch", "ms a token", batches)
+    for (model, label), (mode, dashes) in itertools.product(MODELS.items(), MODE_STYLES.items()):
+        same = [row for row in rows if row["model"] == model and row["mode"] == mode]
+        style = {"color": MODEL_COLORS[model], "linestyle": dashes, "marker": "o"}
+        _line(axis, same, "batch", "time_ms", label=f"{label}, {mode}", **style)
+    ours = [row for row in rows if row["model"] == "flash_xlstm" and row["mode"] == "eager"]
+    _line(axis, ours, "batch", "floor_ms", color="black", linewidth=0.8, label="weights and states at copy bandwidth")
+    return _save(figure, axis, path)
+
+
+def plot_prefill(rows: list[dict], gpu: str, folder: Path) -> list[Path]:
+    rows = [row for row in rows if row["batch"] == 1]
+    if not rows:
+        return []
+    seqs, size = sorted({row["seq"] for row in rows}), rows[0]["size"]
+    ours = [row for row in rows if row["model"] == "flash_xlstm"]
+    figure, axis = _axes(f"Reading a prompt, {size}, batch 1; {gpu}", "tokens", "ms", seqs)
+    for model, label in MODELS.items():
+        same = [row for row in rows if row["model"] == model]
+        _line(axis, same, "seq", "time_ms", color=MODEL_COLORS[model], marker="o", label=label)
+    _line(axis, ours, "seq", "floor_ms", color="black", linewidth=0.8, label="the weights' products at full rate")
+    written = [_save(figure, axis, folder / "prefill.png")]
+    figure, axis = _axes(f"Memory of a prompt, {size}, batch 1; {gpu}", "tokens", "MiB", seqs)
+    _line(axis, ours, "seq", "state_mib", marker="o", label="flash-xlstm, kept")
+    _line(axis, ours, "seq", "peak_memory_mib", marker="o", label="flash-xlstm, at the peak of reading it")
+    style = {"linestyle": "--", "label": "keys and values of a Transformer of this width and depth (computed)"}
+    _line(axis, ours, "seq", "transformer_mib", color="black", **style)
+    return [*written, _save(figure, axis, folder / "prefill_memory.png")]
+
+
 def plot(document: dict, folder: Path) -> list[Path]:
     """Writes what the results allow; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [r for r in document["results"] if r.get("what") == "mlstm" and "time_ms" in r]
     gpu = document["environment"].get("gpu", "CPU")
+    timed = [r for r in document["results"] if "time_ms" in r]
+    rows, decode, prefill = ([r for r in timed if r.get("what") == what] for what in ("mlstm", "decode", "prefill"))
     written = []
+    if decode:
+        written.append(plot_decode(decode, gpu, folder / "decode.png"))
+    written += plot_prefill(prefill, gpu, folder)
     for dims in sorted({tuple(r[d] for d in DIMS) for r in rows}):
         same = [r for r in rows if tuple(r[d] for d in DIMS) == dims]
         if len({r["seq"] for r in same}) > 1 and len({r["batch"] * r["seq"] for r in same}) == 1:

@@ -28,8 +28,27 @@ import torch
 
 import flash_xlstm
 
-SUBJECTS = ("mlstm", "mlstm_accuracy", "slstm", "cpu_vs_transformers")
-PACKAGES = ("triton", "transformers", "numpy", "mlstm_kernels", "flashrnn", "fla-core", "flash-linear-attention")
+SUBJECTS = (
+    "mlstm",
+    "mlstm_accuracy",
+    "slstm",
+    "cpu_vs_transformers",
+    "step",
+    "pointwise",
+    "linear_rows",
+    "decode",
+    "prefill",
+)
+PACKAGES = (
+    "triton",
+    "transformers",
+    "numpy",
+    "mlstm_kernels",
+    "xlstm",
+    "flashrnn",
+    "fla-core",
+    "flash-linear-attention",
+)
 
 
 def _cpu_name() -> str:

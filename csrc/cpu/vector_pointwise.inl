@@ -135,27 +135,34 @@ void gated_head_norm_backward(const GatedHeadNormBackward& b, int64_t begin, int
   });
 }
 
+// In pieces of float32 on the stack: loops that convert and compute at once are not vectorised.
 void swiglu(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
+  constexpr int64_t piece = 512;
+  float x[piece], y[piece], dout[piece];
   with_dtype(p.dtype, [&](auto type) {
     using Type = decltype(type);
     using Bits = typename Type::Bits;
-    const Bits *x = static_cast<const Bits*>(p.x) + row * p.x_stride,
-               *y = static_cast<const Bits*>(p.y) + row * p.y_stride;
-    const int64_t offset = row * p.columns;
-    if (p.dout == nullptr) {
-      Bits* out = static_cast<Bits*>(p.out) + offset;
-      for (int64_t c = begin; c < end; ++c) {
-        const float value = Type::load(x[c]);
-        out[c] = Type::store(value / (1.0f + exponential(-value)) * Type::load(y[c]));
-      }
-    } else {
-      const Bits* dout = static_cast<const Bits*>(p.dout) + offset;
-      Bits *dx = static_cast<Bits*>(p.dx) + offset, *dy = static_cast<Bits*>(p.dy) + offset;
-      for (int64_t c = begin; c < end; ++c) {
-        const float value = Type::load(x[c]), gradient = Type::load(dout[c]);
-        const float open = 1.0f / (1.0f + exponential(-value)), shut = 1.0f / (1.0f + exponential(value));
-        dx[c] = Type::store(gradient * Type::load(y[c]) * open * (1.0f + value * shut));
-        dy[c] = Type::store(gradient * value * open);
+    const auto store = [](void* to, int64_t offset, const float* from, int64_t count) {
+      Bits* target = static_cast<Bits*>(to) + offset;
+      for (int64_t c = 0; c < count; ++c) target[c] = Type::store(from[c]);
+    };
+    for (int64_t column = begin; column < end; column += piece) {
+      const int64_t count = end - column < piece ? end - column : piece, offset = row * p.columns + column;
+      load_row<Type>(x, p.x, row * p.x_stride + column, count);
+      load_row<Type>(y, p.y, row * p.y_stride + column, count);
+      if (p.dout == nullptr) {
+        for (int64_t c = 0; c < count; ++c) x[c] = x[c] / (1.0f + exponential(-x[c])) * y[c];
+        store(p.out, offset, x, count);
+      } else {
+        load_row<Type>(dout, p.dout, offset, count);
+        for (int64_t c = 0; c < count; ++c) {
+          const float open = 1.0f / (1.0f + exponential(-x[c])), shut = 1.0f / (1.0f + exponential(x[c]));
+          const float silu = x[c] * open;
+          x[c] = dout[c] * y[c] * open * (1.0f + x[c] * shut);
+          y[c] = dout[c] * silu;
+        }
+        store(p.dx, offset, x, count);
+        store(p.dy, offset, y, count);
       }
     }
   });

@@ -69,6 +69,10 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 __device__ __forceinline__ float cap_gate(float x, float cap) {
   return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);
 }
+// The same in float64, where a float32 rounding of the gates is to be all of the error.
+__device__ __forceinline__ float cap_gate_exactly(float x, float cap) {
+  return cap == 0.0f || isinf(x) ? x : static_cast<float>(cap * tanh(static_cast<double>(x) / cap));
+}
 // Its slope: 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
 __device__ __forceinline__ float cap_gate_slope(float x, float cap) {
   if (cap == 0.0f) return 1.0f;

@@ -85,10 +85,6 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
   if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
   if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
   p.gate_soft_cap = check_gate_soft_cap(gate_soft_cap);
-
-  if (gate_soft_cap && (!std::isfinite(*gate_soft_cap) || *gate_soft_cap <= 0.0)) {
-    value_error("gate_soft_cap is ", *gate_soft_cap, "; it must be None, or finite and greater than 0");
-  }
   constexpr int64_t max_cuda_dqk = 8192;  // q and k fit a block's shared memory
   if (q.is_cuda() && p.dqk > max_cuda_dqk) {
     value_error("q has dqk ", p.dqk, "; on CUDA it must be at most ", max_cuda_dqk);
@@ -100,7 +96,6 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
   p.state_dtype = to_dtype(c.scalar_type());
   p.scale = static_cast<float>(scale_value);
   p.eps = static_cast<float>(eps);
-  p.gate_soft_cap = gate_soft_cap ? static_cast<float>(*gate_soft_cap) : 0.0f;
   p.q = {q.data_ptr(), q.stride(0), 0, q.stride(1)};
   p.k = {k.data_ptr(), k.stride(0), 0, k.stride(1)};
   p.v = {v.data_ptr(), v.stride(0), 0, v.stride(1)};

@@ -222,13 +222,15 @@ def assert_16_bit_exact():
             fits = want.abs() <= largest * (1 - 2e-3)
             # Beyond the dtype, infinite or next to it.
             assert (actual[name][~fits].abs() >= largest * (1 - 4e-3)).all(), name
-            ours, bound = (relative_error(t[name][fits], want[fits]) for t in (actual, plain))
-            bound = min(1e-2, 1.5 * max(rounding, bound if bound == bound else 1.0))
+            ours, of_plain = (relative_error(t[name][fits], want[fits]) for t in (actual, plain))
+            bound = min(1e-2, 1.5 * max(rounding, of_plain if of_plain == of_plain else 1.0))
             size, info = want.norm().item(), torch.finfo(actual[name].dtype)
             step = info.tiny * info.eps * want.numel() ** 0.5
             if ours <= bound or ours * size <= max(step, 1e-15 * shared + 1e-37):
                 continue
-            wrong.append(f"{name}: error {ours:.1e} of {size:.1e}, bound {bound:.1e}")
+            wrong.append(
+                f"{name}: error {ours:.1e} of {size:.1e}, bound {bound:.1e}, plain {of_plain:.1e}, sums {shared:.1e}"
+            )
         assert not wrong, "; ".join(wrong)
 
     return check

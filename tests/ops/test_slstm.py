@@ -354,7 +354,7 @@ def test_packed_equals_separate_calls(make_problem):
                 assert torch.equal(got[name][:, start:stop] if name in ("h", "dx") else got[name][s : s + 1], t), name
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("offsets", [(0, 500), (-7, 20, 30), (0, 30, 20, 30), (40, 50)], ids=str)
 @pytest.mark.parametrize("dim", [16, 24, 64, 256])
 def test_wrong_offsets_stay_within_the_tensors(make_problem, offsets, dim):

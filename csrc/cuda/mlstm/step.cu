@@ -88,10 +88,6 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-__device__ __forceinline__ float capped(float x, float cap) {
-  return cap > 0.0f && !isinf(x) ? cap * tanhf(x / cap) : x;
-}
-
 // Blocks a multiprocessor: 80 registers a thread hold a batch of float32 rows, bfloat16 ones take more.
 constexpr int blocks_resident(int width) { return width == 8 ? 2 : 3; }
 
@@ -159,8 +155,8 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
   __shared__ float part[warps];
   __shared__ float sums[warps][tile_columns];
-  const float i = capped(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
-  const float carried = log_sigmoid(capped(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
+  const float i = cap_gate(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
+  const float carried = log_sigmoid(cap_gate(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
   const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
   float s = 0.0f;
   for (int x = threadIdx.x; x < dqk; x += threads) {

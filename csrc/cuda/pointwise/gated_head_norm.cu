@@ -2,13 +2,11 @@
 // registers (rows.cuh). Mean and variance in two passes over the registers, so that a large mean costs no precision.
 //
 // Forward: a group of threads a row. Gradient: a block stays with one head, walks over the tokens and keeps its share
-// of the weight's gradient in registers; a second launch adds up the blocks' shares in a fixed order.
+// of the weight's gradient in registers; a second launch adds up the groups' shares in a fixed order.
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
 namespace {
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // x = the row minus its mean, 0 beyond its end; returns 1 / sqrt(var + eps).
 template <typename L>
@@ -112,11 +110,11 @@ __global__ void __launch_bounds__(L::block_threads)
       for (int e = 0; e < width; ++e) {
         x[k][e] *= inverse;
         const float pre = to_float(gate[k].value[e]), open = sigmoid(pre), gradient = to_float(dy[k].value[e]);
-        const float through = gradient * open;
+        const float through = __fmul_rn(gradient, open);
         dweight[k][e] += through * x[k][e];
         gate[k].value[e] = from_float<T>(gradient * x[k][e] * weight[e] * open * sigmoid(-pre));
-        sums[0] += through * weight[e];
-        sums[1] += through * weight[e] * x[k][e];
+        sums[0] += __fmul_rn(through, weight[e]);
+        sums[1] += __fmul_rn(through, weight[e]) * x[k][e];
       }
       store_pack(b.dgate, start + at, gate[k]);
     }
@@ -132,19 +130,25 @@ __global__ void __launch_bounds__(L::block_threads)
       const auto again = load_pack<T, width>(p.gate, gate_start + at);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        const float through = to_float(dy[k].value[e]) * sigmoid(to_float(again.value[e])) * weight[e];
+        // Rounded as in the sum: with one column, or equal ones, nothing is left.
+        const float through =
+            __fmul_rn(__fmul_rn(to_float(dy[k].value[e]), sigmoid(to_float(again.value[e]))), weight[e]);
         packs[k].value[e] = from_float<T>(inverse * (through - mean - x[k][e] * along));
       }
       store_pack(b.dh, start + at, packs[k]);
     }
   }
-  if (partial != nullptr) write_partial<L>(dweight, partial + first * p.heads * p.dim + column, count);
+  if (partial != nullptr) write_partial<L>(dweight, partial + (first * L::groups + group) * p.heads * p.dim + column, count);
 }
 
 bool vectors(const GatedHeadNorm& p) {
   // Rows of every stride and head begin at a multiple of 16 bytes where the first two do.
   return aligned_16(p.h) && aligned_16(p.gate) && aligned_16(p.weight) && aligned_16(p.y) &&
          p.gate_stride * (p.dtype == DType::float32 ? 4 : 2) % 16 == 0;
+}
+
+bool vectors(const GatedHeadNormBackward& b) {
+  return vectors(b.p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate);
 }
 
 // A multiple of the heads.
@@ -165,20 +169,21 @@ cudaError_t gated_head_norm(const GatedHeadNorm& p, cudaStream_t stream) {
 }
 
 int64_t gated_head_norm_backward_workspace_bytes(const GatedHeadNormBackward& b) {
-  return b.dweight == nullptr ? 0 : backward_blocks(b.p, 1) * b.p.dim * static_cast<int64_t>(sizeof(float));
+  const int64_t groups = rows_of_block(b.p.dtype, b.p.dim, vectors(b));
+  const int64_t blocks = backward_blocks(b.p, groups);
+  return b.dweight == nullptr ? 0 : blocks * groups * b.p.dim * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* workspace, cudaStream_t stream) {
   const GatedHeadNorm& p = b.p;
-  const bool aligned = vectors(p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate);
-  return dispatch_layout(p.dtype, p.dim, aligned, [&](auto layout) {
+  return dispatch_layout(p.dtype, p.dim, vectors(b), [&](auto layout) {
     using L = decltype(layout);
     const int64_t blocks = backward_blocks(p, L::groups);
     float* partial = b.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
     gated_head_norm_backward_kernel<L><<<static_cast<unsigned>(blocks), L::block_threads, 0, stream>>>(b, partial);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess || partial == nullptr) return status;
-    return sum_rows(partial, blocks / p.heads, p.heads * p.dim, b.dweight, p.weight_dtype, stream);
+    return sum_rows(partial, blocks / p.heads * L::groups, p.heads * p.dim, b.dweight, p.weight_dtype, stream);
   });
 }
 

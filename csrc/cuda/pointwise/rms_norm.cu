@@ -2,7 +2,7 @@
 // registers (rows.cuh).
 //
 // Forward: a group of threads a row. Gradient: two blocks a multiprocessor walk over the rows and keep their share of
-// the weight's gradient in registers; a second launch adds up the blocks' shares in a fixed order.
+// the weight's gradient in registers; a second launch adds up the groups' shares in a fixed order.
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(L::block_threads)
       store_pack(p.dx, start + at, x[k]);
     }
   }
-  if (partial != nullptr) write_partial<L>(dweight, partial + blockIdx.x * p.dim, count);
+  if (partial != nullptr) write_partial<L>(dweight, partial + (blockIdx.x * static_cast<int64_t>(L::groups) + group) * p.dim, count);
 }
 
 bool vectors(const RmsNorm& p) {
@@ -141,7 +141,8 @@ cudaError_t rms_norm(const RmsNorm& p, cudaStream_t stream) {
 }
 
 int64_t rms_norm_backward_workspace_bytes(const RmsNormBackward& p) {
-  return p.dweight == nullptr ? 0 : walking_blocks() * p.dim * static_cast<int64_t>(sizeof(float));
+  const int64_t rows = walking_blocks() * rows_of_block(p.dtype, p.dim, vectors(p));
+  return p.dweight == nullptr ? 0 : rows * p.dim * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t rms_norm_backward(const RmsNormBackward& p, void* workspace, cudaStream_t stream) {
@@ -153,7 +154,7 @@ cudaError_t rms_norm_backward(const RmsNormBackward& p, void* workspace, cudaStr
     rms_norm_backward_kernel<L><<<static_cast<unsigned>(blocks), L::block_threads, 0, stream>>>(p, partial);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess || partial == nullptr) return status;
-    return sum_rows(partial, blocks, p.dim, p.dweight, p.weight_dtype, stream);
+    return sum_rows(partial, blocks * L::groups, p.dim, p.dweight, p.weight_dtype, stream);
   });
 }
 

@@ -123,30 +123,17 @@ __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
   }
 }
 
-// Adds up the groups' sums of a block, group after group, into a row of `partial`. Every thread of the block calls it.
+// A group's sums, as its row of `partial`.
 template <typename Layout>
 __device__ __forceinline__ void write_partial(const float (&sums)[Layout::packs][Layout::width], float* partial,
                                               int count) {
-  __shared__ float total[Layout::groups > 1 ? Layout::capacity : 1];
-  const int group = threadIdx.x / Layout::row_threads, thread = threadIdx.x % Layout::row_threads;
-#pragma unroll 1
-  for (int turn = 0; turn < Layout::groups; ++turn) {
-    if (group == turn) {
+  const int thread = threadIdx.x % Layout::row_threads;
 #pragma unroll
-      for (int k = 0; k < Layout::packs; ++k) {
-        const int at = (thread + k * Layout::row_threads) * Layout::width;
-        if (at >= count) continue;
+  for (int k = 0; k < Layout::packs; ++k) {
+    const int at = (thread + k * Layout::row_threads) * Layout::width;
+    if (at >= count) continue;
 #pragma unroll
-        for (int x = 0; x < Layout::width; ++x) {
-          const float sum = sums[k][x] + (turn > 0 ? total[at + x] : 0.0f);
-          if (turn + 1 < Layout::groups)
-            total[at + x] = sum;
-          else
-            partial[at + x] = sum;
-        }
-      }
-    }
-    if constexpr (Layout::groups > 1) __syncthreads();
+    for (int x = 0; x < Layout::width; ++x) partial[at + x] = sums[k][x];
   }
 }
 
@@ -176,6 +163,16 @@ inline int64_t walking_blocks() {
     return 0;
   }
   return 2 * count;
+}
+
+// The rows of a layout's block.
+inline int64_t rows_of_block(DType dtype, int64_t dim, bool vectors) {
+  int64_t groups = 1;
+  static_cast<void>(dispatch_layout(dtype, dim, vectors, [&](auto layout) {
+    groups = decltype(layout)::groups;
+    return cudaSuccess;
+  }));
+  return groups;
 }
 
 // out (columns; float32 or bfloat16 or float16) = the sums of `rows` rows of partial, in a fixed order.

@@ -210,8 +210,6 @@ def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6
     :func:`flash_xlstm.ops.mlstm_step`."""
     c, n, m = state
     wide = _wide(q.dtype)
-    if gate_soft_cap is not None:
-        i, f = (cap_gate(x.to(wide), gate_soft_cap) for x in (i, f))
     rows = torch.arange(q.shape[0], device=q.device)
     slots = rows if state_indices is None else state_indices.long()
     rows = rows[slots >= 0]

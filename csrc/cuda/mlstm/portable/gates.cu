@@ -95,9 +95,9 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
     const bool inside = t < chunk.length;
-    i[x] = inside ? cap_gate(raw_gate(w, w.p.i, chunk, head, t), w.p.gate_soft_cap) : -INFINITY;
+    i[x] = inside ? cap_gate_exactly(raw_gate(w, w.p.i, chunk, head, t), w.p.gate_soft_cap) : -INFINITY;
     if (!w.stabilized()) i[x] = log_sigmoid(i[x]);
-    lf[x] = inside ? log_sigmoid(cap_gate(raw_gate(w, w.p.f, chunk, head, t), w.p.gate_soft_cap)) : 0.0f;
+    lf[x] = inside ? log_sigmoid(cap_gate_exactly(raw_gate(w, w.p.f, chunk, head, t), w.p.gate_soft_cap)) : 0.0f;
   }
   const double through = prefix_sum(lf[0] + lf[1], lane);
   // From what came before, not through - lf[1]: a NaN in the second token's gate is not the first one's.

@@ -1,0 +1,42 @@
+"""Times of calls inside a CUDA graph: what a kernel takes where nothing waits for the host."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from run import median_time_ms
+
+
+def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of one call, after two calls to warm up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph
+
+
+def time_in_graph_ms(calls: Sequence[Callable[[], object]], device: torch.device, budget_s: float = 0.3) -> float:
+    """Median time of one of `calls`, which run one after the other in one graph; on a CPU, of one call by itself.
+
+    Calls that work on as much memory together as the second-level cache cannot hold are measured as a model makes
+    them: each finds its operands in memory.
+    """
+    if device.type != "cuda":
+        return statistics.median(median_time_ms(call, device, budget_s=budget_s / len(calls)) for call in calls)
+    graph = capture(lambda: [call() for call in calls])
+    return median_time_ms(graph.replay, device, budget_s=budget_s) / len(calls)
+
+
+def copies_beyond_cache(bytes_each: float, device: torch.device) -> int:
+    """How many sets of operands of `bytes_each` exceed the caches several times over; at most 64."""
+    beyond = 2**28 if device.type == "cuda" else 2**20
+    return max(1, min(64, round(beyond / bytes_each)))
