@@ -68,10 +68,11 @@ def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state
 
 def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callable[..., Any]:
     """Calls `op` past the Python layer that torch.library puts around an operator with a derivative: that layer runs
-    without gradients too, and takes as long as all the rest of the call. Compilers get the operator itself."""
+    without gradients too, and takes as long as all the rest of the call. Compilers and functorch get the operator
+    itself."""
 
     def call(*args):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return op(*args)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return differentiated(*args)
@@ -86,11 +87,15 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     op = getattr(torch.ops.flash_xlstm, name).default
     torch.library.register_autograd(f"flash_xlstm::{name}", backward, setup_context=setup_context)
 
-    def forward(*args):
+    # One function, not forward and setup_context: for the two, apply() binds the arguments to forward's signature, which
+    # takes half of a call's time.
+    def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            output = op(*args)
+        setup_context(ctx, args, output)
+        return output
 
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    members = {"forward": forward, "backward": backward}
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
     return _eager(op, function.apply)
 
