@@ -73,6 +73,10 @@ def _ours() -> Call:
     return importlib.import_module("flash_xlstm.ops").mlstm
 
 
+def _ours_sig() -> Call:
+    return importlib.import_module("flash_xlstm.ops").mlstm_sig
+
+
 def _plain() -> Call:
     return importlib.import_module("flash_xlstm.reference").mlstm_chunkwise
 
@@ -108,6 +112,7 @@ def _cudnn_attention() -> Call:
 
 PEERS = {
     "flash_xlstm": Peer(_ours, "seq_first", chunk=128, state_item=2),
+    "flash_xlstm_sig": Peer(_ours_sig, "seq_first", chunk=128, state_item=2),
     "tfla": Peer(_mlstm_kernels("triton_xl_chunk", 128), "heads_first", chunk=128, triton=True),
     "simple_gla": Peer(_simple_gla, "gla", chunk=64, triton=True),
     "cudnn_attention": Peer(_cudnn_attention, "attention", chunk=0),

@@ -62,7 +62,11 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
+namespace {
+
+// The same entry points for both: each dispatches by its tensors' device.
+template <typename Library>
+void implement(Library& lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
   lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
@@ -86,27 +90,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
   lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
 }
 
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) { implement(lib); }
+
 // Registered in a CPU-only build too: there the ops say that CUDA kernels were not built.
-STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) {
-  lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
-  lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
-  lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
-  lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
-  lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
-  lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
-  lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
-  lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));
-  lib.impl("causal_conv1d", TORCH_BOX(&flash_xlstm::causal_conv1d));
-  lib.impl("causal_conv1d_backward", TORCH_BOX(&flash_xlstm::causal_conv1d_backward));
-  lib.impl("causal_conv1d_step", TORCH_BOX(&flash_xlstm::causal_conv1d_step));
-  lib.impl("soft_cap", TORCH_BOX(&flash_xlstm::soft_cap));
-  lib.impl("soft_cap_backward", TORCH_BOX(&flash_xlstm::soft_cap_backward));
-  lib.impl("rms_norm", TORCH_BOX(&flash_xlstm::rms_norm));
-  lib.impl("add_rms_norm", TORCH_BOX(&flash_xlstm::add_rms_norm));
-  lib.impl("rms_norm_backward", TORCH_BOX(&flash_xlstm::rms_norm_backward));
-  lib.impl("gated_head_norm", TORCH_BOX(&flash_xlstm::gated_head_norm));
-  lib.impl("gated_head_norm_backward", TORCH_BOX(&flash_xlstm::gated_head_norm_backward));
-  lib.impl("linear_rows", TORCH_BOX(&flash_xlstm::linear_rows));
-  lib.impl("swiglu", TORCH_BOX(&flash_xlstm::swiglu));
-  lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) { implement(lib); }

@@ -87,8 +87,8 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     op = getattr(torch.ops.flash_xlstm, name).default
     torch.library.register_autograd(f"flash_xlstm::{name}", backward, setup_context=setup_context)
 
-    # One function, not forward and setup_context: for the two, apply() binds the arguments to forward's signature, which
-    # takes half of a call's time.
+    # One function, not forward and setup_context: for the two, apply() binds the arguments to forward's signature,
+    # which takes half of a call's time.
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
