@@ -63,15 +63,16 @@ __device__ __forceinline__ float log_sigmoid(float x) {
   return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));
 }
 
+__device__ __forceinline__ double log_sigmoid(double x) { return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x)); }
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // A gate's pre-activation, soft-capped; cap 0: not at all. Infinities stay: they mark padding.
 __device__ __forceinline__ float cap_gate(float x, float cap) {
   return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);
 }
-// The same in float64, where a float32 rounding of the gates is to be all of the error.
-__device__ __forceinline__ float cap_gate_exactly(float x, float cap) {
-  return cap == 0.0f || isinf(x) ? x : static_cast<float>(cap * tanh(static_cast<double>(x) / cap));
+__device__ __forceinline__ double cap_gate(double x, double cap) {
+  return cap == 0.0 || isinf(x) ? x : cap * tanh(x / cap);
 }
 // Its slope: 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
 __device__ __forceinline__ float cap_gate_slope(float x, float cap) {

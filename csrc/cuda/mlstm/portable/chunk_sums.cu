@@ -31,8 +31,8 @@ struct ChunkSumsShared {
     E b[chunk_tokens * pitch];
   };
   alignas(16) Stage stage[num_stages];
-  float2 b[chunk_tokens];
-  float i[chunk_tokens], m[chunk_tokens], inv_d[chunk_tokens], delta[chunk_tokens];
+  float2 row[chunk_tokens], column[chunk_tokens];
+  float m[chunk_tokens], inv_d[chunk_tokens], delta[chunk_tokens];
   float row_sum[2][chunk_tokens], col_sum[2][chunk_tokens];
 };
 
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
 
   if (threadIdx.x < chunk_tokens) {
     const int64_t at = item * chunk_tokens + threadIdx.x;
-    sh.b[threadIdx.x] = w.scratch.b[at];
-    sh.i[threadIdx.x] = w.scratch.i[at];
+    sh.row[threadIdx.x] = w.scratch.row[at];
+    sh.column[threadIdx.x] = w.scratch.column[at];
     sh.m[threadIdx.x] = w.scratch.m[at];
     if constexpr (sums == Sums::gates) {
       sh.inv_d[threadIdx.x] = w.scratch.inv_d[at];
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
       for (int r = 0; r < 4; ++r) {
         const int t = warp_row + mt * 16 + group + (r / 2) * 8, j = warp_col + nt * 8 + pos * 2 + r % 2;
         if (j > t) continue;
-        const float decay = expf((sh.b[t].x - sh.b[j].x) + (sh.b[t].y - sh.b[j].y) + (sh.i[j] - sh.m[t]));
+        const float decay = exp_sum(sh.row[t], sh.column[j]);
         float weighted = gv[mt][nt][r];
         if constexpr (sums == Sums::gates) weighted = weighted * sh.inv_d[t] + sh.delta[t];
         const float y = decay == 0.0f ? 0.0f : w.p.scale * decay * qk[mt][nt][r] * weighted;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
         for (int half_row = 0; half_row < 2; ++half_row) {
           const int t = warp_row + mt * 16 + group + half_row * 8;
           if (t >= chunk.length) continue;
-          const float g = w.p.scale * expf(sh.b[t].x + (m_start - sh.m[t]) + sh.b[t].y);
+          const float g = w.p.scale * exp_sum(sh.row[t], m_start);
           const T* const q_row = q + (chunk.first + t) * w.p.q.seq;
           float sum = 0.0f;
 #pragma unroll

@@ -83,21 +83,32 @@ __device__ __forceinline__ float raw_gate(const Work& w, const Strided& gate, co
                        w.p.gate_dtype);
 }
 
-// b, i within the chunk; its sum of log forget gates and its largest log weight at the end.
+// A gate's pre-activation, capped, or log(sigmoid) of that. In float64 where the tensors are float32: sums of
+// neighbouring tokens may all but cancel.
+__device__ __forceinline__ double log_gate(const Work& w, float raw, bool through_log_sigmoid) {
+  const float cap = w.p.gate_soft_cap;
+  if (w.p.dtype == DType::float32) {
+    const double x = cap_gate(static_cast<double>(raw), static_cast<double>(cap));
+    return through_log_sigmoid ? log_sigmoid(x) : x;
+  }
+  const float x = cap_gate(raw, cap);
+  return through_log_sigmoid ? log_sigmoid(x) : x;
+}
+
+// b (in row's place, for token_stabilizer_kernel) and column within the chunk; its sum of log forget gates and its
+// largest log weight at the end.
 __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   Chunk chunk;
   int head;
   int64_t item;
   if (!warp_item(w.layout, chunk, head, item)) return;
   const int lane = threadIdx.x % 32;
-  double lf[2];
-  float i[2];
+  double lf[2], i[2];
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
     const bool inside = t < chunk.length;
-    i[x] = inside ? cap_gate_exactly(raw_gate(w, w.p.i, chunk, head, t), w.p.gate_soft_cap) : -INFINITY;
-    if (!w.stabilized()) i[x] = log_sigmoid(i[x]);
-    lf[x] = inside ? log_sigmoid(cap_gate_exactly(raw_gate(w, w.p.f, chunk, head, t), w.p.gate_soft_cap)) : 0.0f;
+    i[x] = inside ? log_gate(w, raw_gate(w, w.p.i, chunk, head, t), !w.stabilized()) : negative_infinity();
+    lf[x] = inside ? log_gate(w, raw_gate(w, w.p.f, chunk, head, t), true) : 0.0;
   }
   const double through = prefix_sum(lf[0] + lf[1], lane);
   // From what came before, not through - lf[1]: a NaN in the second token's gate is not the first one's.
@@ -108,9 +119,8 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   double largest = negative_infinity();
   for (int x = 0; x < 2; ++x) {
     const int64_t at = item * chunk_tokens + lane * 2 + x;
-    const float high = static_cast<float>(b[x]);
-    w.scratch.b[at] = make_float2(high, static_cast<float>(b[x] - high));
-    w.scratch.i[at] = i[x];
+    w.scratch.row[at] = split_log(b[x]);
+    w.scratch.column[at] = split_log(i[x] - b[x]);
     largest = fmax(largest, b_end - b[x] + i[x]);
   }
   for (int d = 16; d > 0; d /= 2) largest = fmax(largest, __shfl_xor_sync(all_lanes, largest, d));
@@ -159,9 +169,9 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
   double b[2], over[2];  // i - b: what a token brings to the maximum
   for (int x = 0; x < 2; ++x) {
     const int64_t at = item * chunk_tokens + lane * 2 + x;
-    const float2 parts = w.scratch.b[at];
+    const float2 parts = w.scratch.row[at], other = w.scratch.column[at];
     b[x] = static_cast<double>(parts.x) + parts.y;
-    over[x] = w.scratch.i[at] - b[x];
+    over[x] = static_cast<double>(other.x) + other.y;
   }
   const double through = prefix_max(fmax(over[0], over[1]), lane);
   double before = __shfl_up_sync(all_lanes, through, 1);
@@ -173,6 +183,7 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
     before = fmax(before, over[x]);
     const float m = w.stabilized() ? static_cast<float>(b[x] + before) : 0.0f;
     w.scratch.m[at] = m;
+    w.scratch.row[at] = split_log(b[x] - m);
     if (m_out != nullptr && t < chunk.length) {
       m_out[(chunk.row * w.layout.seq + chunk.first + t) * w.layout.heads + head] = m;
     }

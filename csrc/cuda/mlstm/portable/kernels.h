@@ -19,6 +19,21 @@ struct Work {
 };
 
 #ifdef __CUDACC__
+// A log as the sum of two floats.
+__device__ __forceinline__ float2 split_log(double x) {
+  const float high = static_cast<float>(x);
+  return make_float2(high, isinf(high) ? 0.0f : static_cast<float>(x - high));
+}
+
+// exp(x + y)
+__device__ __forceinline__ float exp_sum(const float2& x, const float2& y) { return expf((x.x + y.x) + (x.y + y.y)); }
+__device__ __forceinline__ float exp_sum(const float2& x, float y) { return expf((x.x + y) + x.y); }
+
+// The weight of a token in the state at the chunk's end.
+__device__ __forceinline__ float end_weight(const float2& column, double chunk_b, float m_end) {
+  return expf(static_cast<float>((chunk_b - m_end + column.x) + column.y));
+}
+
 // u = dh_t . h_t
 __device__ __forceinline__ void store_token_gradients(const Work& w, int64_t at, const Normalizer& d, float u) {
   w.scratch.inv_d[at] = d.inverse;
@@ -32,7 +47,7 @@ __device__ __forceinline__ void store_no_gradients(const Work& w, int64_t at) {
 
 // gates.cu
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
-// Fills b, i (its log), m, reset, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
+// Fills row, column, m, reset, chunk_b, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
 // Fills inv_d, delta, e from the forward's h, s, m and dh; for float32 only, where h is not rounded. Without the
 // normalizer, whose inv_d is 1 and delta 0, for every dtype.

@@ -16,9 +16,11 @@ using Layout = ChunkLayout<chunk_tokens>;
 
 // Scratch arrays, all float32 unless said; N = max_chunks * heads.
 struct Scratch {
-  float2* b;          // [N][64] cumulative log forget gate within the chunk, as high and low part: its differences
-                      // stay exact to float32 where b itself is large (-960 with gates at -15)
-  float* i;           // [N][64] log of the input gate, -inf past the chunk's end
+  // With b_t the cumulative log forget gate within the chunk, the weight of token j in row t is
+  // exp((row_t.x + column_j.x) + (row_t.y + column_j.y)): exact to float32 though each may be large (-960 with gates at
+  // -15), and without the rounding of a gate, which near 15 is several of the result's.
+  float2* row;        // [N][64] b_t - m_t, as high and low part
+  float2* column;     // [N][64] i_t - b_t, i the log of the input gate; -inf past the chunk's end
   float* m;           // [N][64] stabilizer m_t
   uint8_t* reset;     // [N][64] 1 where m_t took the input gate's branch
   double* chunk_b;    // [N] b at the chunk's end

@@ -47,8 +47,8 @@ struct OutputShared {
     Stage stage[num_stages];
     Tail tail;
   };
-  float2 b[chunk_tokens];
-  float i[chunk_tokens], m[chunk_tokens];
+  float2 row[chunk_tokens], column[chunk_tokens];
+  float m[chunk_tokens];          // h
   float row_scale[chunk_tokens];  // of the state's term
   float inv_d[chunk_tokens], delta[chunk_tokens];
   float n[2][tile_k];             // h: the slice of n beside S
@@ -99,21 +99,19 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
     const int t = threadIdx.x;
     const int64_t at = item * chunk_tokens + t;
     const float m_boundary = w.scratch.m_boundary[(chunk.boundary + (rows_are_t ? 0 : 1)) * l.heads + head];
-    const float2 bt = w.scratch.b[at];
-    const float it = w.scratch.i[at], mt = w.scratch.m[at];
-    sh.b[t] = bt;
-    sh.i[t] = it;
-    sh.m[t] = mt;
-    if constexpr (output != Output::h) {
+    const float2 row = w.scratch.row[at], column = w.scratch.column[at];
+    sh.row[t] = row;
+    sh.column[t] = column;
+    if constexpr (output == Output::h) {
+      sh.m[t] = w.scratch.m[at];
+    } else {
       sh.inv_d[t] = w.scratch.inv_d[at];
       sh.delta[t] = w.scratch.delta[at];
     }
     if constexpr (rows_are_t) {
-      const float g = w.p.scale * expf(bt.x + (m_boundary - mt) + bt.y);
-      sh.row_scale[t] = g;
+      sh.row_scale[t] = w.p.scale * exp_sum(row, m_boundary);
     } else {
-      const float2 b_end = w.scratch.b[item * chunk_tokens + chunk_tokens - 1];
-      sh.row_scale[t] = expf((b_end.x - bt.x) + (b_end.y - bt.y) + (it - m_boundary));
+      sh.row_scale[t] = end_weight(column, w.scratch.chunk_b[item], m_boundary);
     }
   }
 
@@ -198,7 +196,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
           const int t = rows_are_t ? row : col, j = rows_are_t ? col : row;
           float p = 0.0f;
           if (j <= t) {
-            const float decay = expf((sh.b[t].x - sh.b[j].x) + (sh.b[t].y - sh.b[j].y) + (sh.i[j] - sh.m[t]));
+            const float decay = exp_sum(sh.row[t], sh.column[j]);
             const float value = product[mt][nt][half_row * 2 + x];
             float weighted = value;
             if constexpr (output == Output::dq || output == Output::dk) weighted = value * sh.inv_d[t] + sh.delta[t];

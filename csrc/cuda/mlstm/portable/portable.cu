@@ -38,8 +38,8 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   const int64_t items = l.max_chunks * p.heads, tokens = items * chunk_tokens;
   const int64_t boundaries = (l.max_chunks + p.num_seqs) * p.heads;
   const int64_t slots = backward ? boundaries : l.range_end * p.heads;
-  carver.take(s.b, tokens);
-  carver.take(s.i, tokens);
+  carver.take(s.row, tokens);
+  carver.take(s.column, tokens);
   carver.take(s.m, tokens);
   carver.take(s.reset, tokens);
   carver.take(s.chunk_b, items);

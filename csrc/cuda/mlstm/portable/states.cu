@@ -174,19 +174,19 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
       if (threadIdx.x < chunk_tokens) {
         const int t = threadIdx.x;
         const int64_t item = chunk.chunk * l.heads + head, at = item * chunk_tokens + t;
-        const float2 b = w.scratch.b[at], b_end = w.scratch.b[item * chunk_tokens + chunk_tokens - 1];
+        const double chunk_b = w.scratch.chunk_b[item];
         const float m_start = w.scratch.m_boundary[chunk.boundary * l.heads + head];
         const float m_end = w.scratch.m_boundary[(chunk.boundary + 1) * l.heads + head];
         if (backward) {
-          const float g = w.p.scale * expf(b.x + (m_start - w.scratch.m[at]) + b.y);
+          const float g = w.p.scale * exp_sum(w.scratch.row[at], m_start);
           sh.weight[step % 2][t] = g * w.scratch.inv_d[at];
           sh.weight_n[step % 2][t] = g * w.scratch.delta[at];
         } else {
-          const float weight = expf((b_end.x - b.x) + (b_end.y - b.y) + (w.scratch.i[at] - m_end));
+          const float weight = end_weight(w.scratch.column[at], chunk_b, m_end);
           sh.weight[step % 2][t] = weight;
           sh.weight_n[step % 2][t] = w.p.normalize ? weight : 0.0f;  // n stays 0
         }
-        if (t == 0) sh.keep[step % 2] = expf(b_end.x + (m_start - m_end) + b_end.y);
+        if (t == 0) sh.keep[step % 2] = expf(static_cast<float>(chunk_b + m_start - m_end));
       }
     }
     ptx::cp_async_commit();
