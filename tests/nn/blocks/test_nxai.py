@@ -11,7 +11,7 @@ from flash_xlstm.nn import blocks
 
 nxai = pytest.importorskip(
     "xlstm",
-    reason="NX-AI's package is not installed: pip install --no-deps --target FOLDER xlstm, and FOLDER on PYTHONPATH. (It "
+    reason="NX-AI's package is not installed: pip install --no-deps --target FOLDER xlstm, FOLDER on PYTHONPATH. (It "
     "is not in the test extra: where transformers finds it, its own xLSTM wants mlstm_kernels too.)",
 )
 
