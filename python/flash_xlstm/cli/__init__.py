@@ -196,7 +196,7 @@ def _add_tasks(commands: Any) -> None:
     add("--steps", type=_positive_int, metavar="N", help="instead of each task's own number of optimizer steps")
     add("--seed", type=_whole_number, default=0, metavar="N", help="of weights and data (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in (default: %(default)s)")
-    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: one a core")
+    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 

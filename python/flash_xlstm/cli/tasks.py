@@ -93,8 +93,9 @@ SMALL = {
 def run(args: argparse.Namespace) -> int:
     """Trains and tests what the command line asks for."""
     device = choose_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    threads = args.threads or (1 if args.small else None)  # models this small gain nothing from more
+    if threads is not None:
+        torch.set_num_threads(threads)
     recipes = SMALL if args.small else FULL
     names = args.tasks or (["parity"] if args.small else list(recipes))
     out = Path(args.out)
