@@ -1,4 +1,4 @@
-"""The command line: ``flash-xlstm info | train | generate | demo``."""
+"""The command line: ``flash-xlstm info | train | generate | demo | tasks``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ resumed has bit for bit the weights of one that was not (with as many threads, o
 On the CPU, threads wait for one another by spinning: where other programs keep a core busy, fewer --threads can be
 many times as fast.
 """
+_TASKS_HELP = """
+Trains small models of the first xLSTM, two blocks each: xLSTM[1:0] (mLSTM), xLSTM[0:1] (sLSTM) and xLSTM[1:1] (an
+sLSTM block, then an mLSTM block), on sequences drawn on the fly: state tracking (parity, cycle navigation, modular
+arithmetic without brackets, even pairs) and multi-query associative recall. Every prefix's answer is trained on; tested
+is the answer to the whole sequence, at the longest length trained on and at longer ones (recall: every query's answer).
+
+Writes OUT/tasks.json, tasks.txt and tasks.png after each model. --small is for CPUs: parity only, unless --tasks asks
+for more, and smaller models.
+"""
+_TASKS = ("parity", "cycle-navigation", "modular-arithmetic", "even-pairs", "mqar")
 _DATA_HELP = (
     "file, or folder of files; default: the source of Python's standard library on this machine, without its tests"
 )
@@ -93,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_generate(commands)
     _add_demo(commands)
+    _add_tasks(commands)
     return parser
 
 
@@ -167,6 +178,25 @@ def _add_demo(commands: Any) -> None:
     add("--out", default="demo", metavar="FOLDER", help="a checkpoint there is replaced (default: %(default)s)")
     add("--data", metavar="PATH", help=_DATA_HELP)
     add("--seconds", type=_positive_float, metavar="S", help="training time (default: 100 on the CPU, 20 on a GPU)")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+
+
+def _add_tasks(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tasks",
+        help="train small xLSTMs on state tracking and recall, and test them at longer lengths",
+        description=_TASKS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", default="tasks", metavar="FOLDER", help="for the table and the plot (default: %(default)s)")
+    add("--small", action="store_true", help="smaller models, and parity only by default")
+    add("--tasks", nargs="+", choices=_TASKS, metavar="TASK", help=f"of {', '.join(_TASKS)} (default: all)")
+    add("--models", nargs="+", choices=("1:0", "0:1", "1:1"), metavar="A:B", help="of 1:0, 0:1, 1:1 (default: all)")
+    add("--steps", type=_positive_int, metavar="N", help="instead of each task's own number of optimizer steps")
+    add("--seed", type=_whole_number, default=0, metavar="N", help="of weights and data (default: %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in (default: %(default)s)")
+    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 

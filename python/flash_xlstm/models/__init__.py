@@ -1,4 +1,7 @@
-"""The xLSTM as a Hugging Face model. Needs transformers: ``pip install "flash-xlstm[hf]"``."""
+"""The xLSTM as a Hugging Face model. Needs transformers: ``pip install "flash-xlstm[hf]"``.
+
+The stack and language model of :mod:`flash_xlstm.nn.blocks`, which need torch only, are here too.
+"""
 
 try:
     import transformers  # noqa: F401
@@ -18,13 +21,18 @@ from flash_xlstm.models.modeling_xlstm import (
     xLSTMPreTrainedModel,
 )
 from flash_xlstm.models.registration import register
+from flash_xlstm.nn.blocks import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
 
 __all__ = [
     "register",
+    "xLSTMBlockStack",
+    "xLSTMBlockStackConfig",
     "xLSTMCache",
     "xLSTMCausalLMOutput",
     "xLSTMConfig",
     "xLSTMForCausalLM",
+    "xLSTMLMModel",
+    "xLSTMLMModelConfig",
     "xLSTMModel",
     "xLSTMOutput",
     "xLSTMPreTrainedModel",

@@ -1,7 +1,11 @@
-"""Layers of the xLSTM, made of the ops. They need torch only; :mod:`flash_xlstm.models` stacks them into a
-model."""
+"""Layers of the xLSTM, made of the ops. They need torch only.
+
+Those here are of the xLSTM 7B, which :mod:`flash_xlstm.models` stacks into a model. Those of the first xLSTM, which
+mixes mLSTM and sLSTM blocks, are in :mod:`flash_xlstm.nn.blocks`; its stack and language model are here too.
+"""
 
 from flash_xlstm.nn.block import mLSTMBlock
+from flash_xlstm.nn.blocks import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
 from flash_xlstm.nn.feedforward import FeedForward
 from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.mlstm import mLSTMLayer
@@ -17,4 +21,8 @@ __all__ = [
     "linear",
     "mLSTMBlock",
     "mLSTMLayer",
+    "xLSTMBlockStack",
+    "xLSTMBlockStackConfig",
+    "xLSTMLMModel",
+    "xLSTMLMModelConfig",
 ]

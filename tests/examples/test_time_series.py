@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for _package in ("matplotlib", "tqdm"):
+    pytest.importorskip(_package)
+
+
+@pytest.fixture(scope="module")
+def example():
+    path = Path(__file__).parents[2] / "examples" / "time_series.py"
+    spec = importlib.util.spec_from_file_location("time_series_example", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the example does
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules[spec.name]
+
+
+def test_beats_the_seasonal_naive_forecast(example):
+    pytest.importorskip("statsmodels", reason="statsmodels is not installed")
+    months, values = example.load_series()
+    assert len(months) == len(values) > 500 and torch.isfinite(values).all()
+    model, scaling = example.train(values[: -example.HELD_OUT], steps=30, seed=0)
+    errors = example.mean_absolute_errors(example.evaluate(model, scaling, values, example.HELD_OUT))
+    assert errors["slstm"] < errors["seasonal_naive"]
+
+
+def test_forecasts_line_up_and_do_not_look_ahead(example):
+    """A line goes up by the same every year: every forecast but the plain one is exact, whatever came later."""
+    torch.manual_seed(0)
+    values = torch.arange(300.0) / 12
+    model, scaling = example.Forecaster().eval(), example.Scaling(1.0, 0.5)
+    torch.nn.init.zeros_(model.predict.weight)
+    torch.nn.init.zeros_(model.predict.bias)
+    forecasts = example.evaluate(model, scaling, values, 48)
+    errors = example.mean_absolute_errors(forecasts)
+    assert len(forecasts["truth"]) == 48 - 12 + 1
+    assert torch.equal(forecasts["truth"][0], values[252:264]) and torch.equal(forecasts["truth"][-1], values[288:])
+    assert errors["slstm"] < 1e-4 and errors["seasonal_naive"] == pytest.approx(1.0, abs=1e-4)
+
+    torch.nn.init.normal_(model.predict.weight)
+    before = example.evaluate(model, scaling, values, 48)["slstm"]
+    values[270:] += torch.randn(30)
+    after = example.evaluate(model, scaling, values, 48)["slstm"]
+    assert torch.equal(before[:7], after[:7]) and not torch.equal(before[20], after[20])

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_xlstm.nn import blocks
+
+YAML = """
+mlstm_block:
+  mlstm:
+    conv1d_kernel_size: 4
+    qkv_proj_blocksize: 4
+    num_heads: 4
+slstm_block:
+  slstm:
+    backend: cuda
+    num_heads: 4
+    conv1d_kernel_size: 4
+    bias_init: powerlaw_blockdependent
+  feedforward:
+    proj_factor: 1.3
+    act_fn: gelu
+context_length: 256
+num_blocks: 7
+embedding_dim: 128
+slstm_at: [1]
+"""
+
+
+def test_yaml(tmp_path):
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    config = blocks.xLSTMBlockStackConfig.from_yaml(YAML)
+    assert config.block_map == [0, 1, 0, 0, 0, 0, 0]
+    assert config.mlstm_block.mlstm._inner_embedding_dim == 256  # 2 x 128
+    assert config.slstm_block.feedforward._proj_up_dim == 192  # 1.3 x 128, up to a multiple of 64
+    assert config.slstm_block.slstm.embedding_dim == config.mlstm_block.mlstm.embedding_dim == 128
+    (tmp_path / "config.yaml").write_text(YAML)
+    assert blocks.xLSTMBlockStackConfig.from_yaml(tmp_path / "config.yaml") == config
+    y = blocks.xLSTMBlockStack(config)(torch.randn(1, 5, 128))
+    assert y.shape == (1, 5, 128)
+    with pytest.raises(ValueError, match="not YAML"):
+        blocks.xLSTMBlockStackConfig.from_yaml("a: [")
+    with pytest.raises(TypeError, match="must be a mapping"):
+        blocks.xLSTMBlockStackConfig.from_yaml("7")
+
+
+@pytest.mark.parametrize("slstm_at", [[1], [], "all"])
+def test_dicts_there_and_back(make_config, slstm_at):
+    config = make_config(slstm_at=slstm_at, slstm={"gradient_recurrent_clipval": 2}, dropout=0.25)
+    values = config.to_dict()
+    again = blocks.xLSTMLMModelConfig.from_dict(values)
+    assert again == config and again.to_dict() == values
+    assert not any(name.startswith("_") for name in (*values, *values["slstm_block"], *values["slstm_block"]["slstm"]))
+
+
+def test_block_configurations_are_copied():
+    block = blocks.mLSTMBlockConfig()
+    for width in (64, 128):
+        stack = blocks.xLSTMBlockStackConfig(mlstm_block=block, embedding_dim=width)
+        assert stack.mlstm_block.mlstm.embedding_dim == width
+    assert block.mlstm.embedding_dim == -1
+
+
+def test_which_blocks():
+    both = {"mlstm_block": blocks.mLSTMBlockConfig(), "slstm_block": blocks.sLSTMBlockConfig(), "num_blocks": 3}
+    assert blocks.xLSTMBlockStackConfig(**both).block_map == [0, 0, 0]
+    assert blocks.xLSTMBlockStackConfig(**both, slstm_at=[0, 2]).block_map == [1, 0, 1]
+    assert blocks.xLSTMBlockStackConfig(**both, slstm_at="all").block_map == [1, 1, 1]
+    only = blocks.xLSTMBlockStackConfig(slstm_block=blocks.sLSTMBlockConfig(feedforward=None), num_blocks=2)
+    assert only.block_map == [1, 1]
+    assert blocks.xLSTMBlockStack(only).blocks[0].ffn is None
+
+
+def test_rounding_of_the_up_projection():
+    up = {"proj_factor": 1.3, "embedding_dim": 100}
+    assert blocks.FeedForwardConfig(**up)._proj_up_dim == 192
+    assert blocks.FeedForwardConfig(**up, round_proj_up_dim_up=False)._proj_up_dim == 128
+    assert blocks.FeedForwardConfig(**up, round_proj_up_to_multiple_of=1)._proj_up_dim == 130
+    with pytest.raises(ValueError, match=r"proj_factor is 0.1.*width of 0"):
+        blocks.FeedForwardConfig(proj_factor=0.1, embedding_dim=32, round_proj_up_dim_up=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"num_block": 3}, ValueError, "has no field num_block; its fields are .*num_blocks"),
+        ({"mlstm_block": {"mlstm": {"heads": 3}}}, ValueError, "mlstm_block.mlstm has no field heads"),
+        ({"mlstm_block": 3}, TypeError, "mlstm_block is 3; it must be a mapping or None"),
+        ({"num_blocks": "3"}, TypeError, "num_blocks is '3'; it must be int"),
+        ({"num_blocks": True}, TypeError, "num_blocks is True"),
+        ({"num_blocks": 1.5}, TypeError, "num_blocks is 1.5"),
+        ({"dropout": "1e-1"}, TypeError, "dropout is '1e-1'; it must be float"),
+        ({"bias": 1}, TypeError, "bias is 1; it must be bool"),
+        ({"slstm_at": "some"}, TypeError, "slstm_at is 'some'"),
+        ({"slstm_at": [1, "2"]}, TypeError, "slstm_at is"),
+        ({"slstm_at": [9], "slstm_block": {}}, ValueError, "slstm_at holds 9; .* 1 blocks"),
+        ({"slstm_at": [0]}, ValueError, "slstm_block is None"),
+        (
+            {"slstm_block": {"slstm": {"backend": "fast"}}},
+            TypeError,
+            "backend is 'fast'; it must be 'vanilla' or 'cuda'",
+        ),
+        ({"slstm_block": {"slstm": {"function": "lstm"}}}, ValueError, "function is 'lstm'; it must be one of 'slstm'"),
+        ({"slstm_block": {"slstm": {"forward_clipval": 1.0}}}, ValueError, "forward_clipval is 1.0"),
+        ({"slstm_block": {"slstm": {"gradient_recurrent_clipval": 0.0}}}, ValueError, "greater than 0"),
+        ({"slstm_block": {"slstm": {"num_heads": 3}}}, ValueError, "num_heads is 3; it must divide embedding_dim"),
+        ({"slstm_block": {"slstm": {"num_heads": 0}}}, ValueError, "num_heads is 0; it must be at least 1"),
+        (
+            {"slstm_block": {"feedforward": {"act_fn": "tanh"}}},
+            ValueError,
+            "act_fn is 'tanh'; it must be one of 'gelu'",
+        ),
+        ({"mlstm_block": {"mlstm": {"num_heads": 5}}}, ValueError, "num_heads is 5; it must divide the inner width"),
+        ({"mlstm_block": {"mlstm": {"conv1d_kernel_size": -1}}}, ValueError, "conv1d_kernel_size is -1"),
+        ({"dropout": 1.5}, ValueError, "dropout is 1.5; it must be from 0 to 1"),
+        ({"num_blocks": 0}, ValueError, "num_blocks is 0; it must be at least 1"),
+    ],
+)
+def test_errors_name_the_field(values, error, message):
+    given = {"mlstm_block": {}, **values}
+    with pytest.raises(error, match=message):
+        blocks.xLSTMBlockStackConfig.from_dict(given)
+
+
+def test_a_vocabulary_is_needed(make_config):
+    with pytest.raises(ValueError, match="vocab_size is -1"):
+        make_config(vocab_size=-1)
