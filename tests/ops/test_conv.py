@@ -208,7 +208,7 @@ def test_empty(make_problem, sizes):
     assert got["y"].shape == sizes and got["last"].shape == (sizes[0], 3, sizes[2])
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("offsets", [(0, 500), (-7, 20, 30), (0, 30, 20, 30), (40, 50)], ids=str)
 def test_wrong_offsets_stay_within_the_tensors(make_problem, offsets):
     problem = make_problem(1, 30, 24, cu_seqlens=offsets)

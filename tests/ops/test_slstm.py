@@ -123,6 +123,15 @@ def assert_16_bit_exact(problem, through=RESULTS):
     assert not wrong, wrong
 
 
+def avoid_kinks(problem):
+    """Gives m the gradient with which nothing depends on how c and n are scaled. Else the loss has a kink where the
+    stabilizer changes its branch, and of 100,000 gates some lie so close to theirs that a rounding of h moves a whole
+    gradient from one gate to another: ten such elements would be most of the error."""
+    state = problem(reference.slstm, ("h",), torch.float64)
+    shares = (problem.cotangents[f"last {name}"] * state[f"last {name}"] for name in "cn")
+    problem.cotangents["last m"] = sum(shares).float()
+
+
 # --- outputs, states, gradients ---------------------------------------------------------------------------------------
 
 
@@ -160,7 +169,11 @@ def test_16_bit(make_problem, sizes, dtype, weights):
 )  # fmt: skip
 def test_dimensions_of_models(make_problem, sizes, dtype):
     problem = make_problem(*sizes, dtype=dtype)
-    assert_float32_exact(problem) if dtype == torch.float32 else assert_16_bit_exact(problem)
+    if dtype == torch.float32:
+        assert_float32_exact(problem)
+    else:
+        avoid_kinks(problem)
+        assert_16_bit_exact(problem)
 
 
 @pytest.mark.cuda
@@ -169,6 +182,7 @@ def test_dimensions_of_models_packed_and_padded(make_problem, dim):
     offsets = [0, 0, 5, 6, 40, 41, 90, 90, 150, 151, 200]
     problem = make_problem(1, 200, 2, dim, dtype=torch.bfloat16, cu_seqlens=offsets)
     pad(problem, torch.rand(1, 200, generator=torch.Generator().manual_seed(0)) < 0.3)
+    avoid_kinks(problem)
     assert_16_bit_exact(problem)
 
 

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(L::block_threads)
       const auto again = load_pack<T, width>(p.gate, gate_start + at);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        // Rounded as in the sum: with one column, or equal ones, nothing is left.
+        // Rounded as in the sum: with one column nothing is left.
         const float through =
             __fmul_rn(__fmul_rn(to_float(dy[k].value[e]), sigmoid(to_float(again.value[e]))), weight[e]);
         packs[k].value[e] = from_float<T>(inverse * (through - mean - x[k][e] * along));

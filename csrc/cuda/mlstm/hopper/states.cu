@@ -241,8 +241,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       if constexpr (is_half) {
         const int theirs = static_cast<int>(share[(tile_dv / 2 + 3) * 128]);
         const int before = s == 0 ? theirs : exponent;
-        const int kept_log =
-            keep == 0.0f ? least_exponent : max(static_cast<int>(ceilf(log2f(keep))), 2 * least_exponent);
+        // At least what power_of_two can take back.
+        const int kept_log = max(keep == 0.0f ? least_exponent : static_cast<int>(ceilf(log2f(keep))), -126);
         exponent = s == 0 ? theirs : max(before + kept_log, theirs);
         kept = keep * power_of_two(max(before - exponent, -126));
         added = power_of_two(max(theirs - exponent, -126));
