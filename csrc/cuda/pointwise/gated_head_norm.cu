@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(L::block_threads)
       store_pack(b.dh, start + at, packs[k]);
     }
   }
-  if (partial != nullptr) write_partial<L>(dweight, partial + (first * L::groups + group) * p.heads * p.dim + column, count);
+  if (partial != nullptr)
+    write_partial<L>(dweight, partial + (first * L::groups + group) * p.heads * p.dim + column, count);
 }
 
 bool vectors(const GatedHeadNorm& p) {

@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(L::block_threads)
       store_pack(p.dx, start + at, x[k]);
     }
   }
-  if (partial != nullptr) write_partial<L>(dweight, partial + (blockIdx.x * static_cast<int64_t>(L::groups) + group) * p.dim, count);
+  if (partial != nullptr)
+    write_partial<L>(dweight, partial + (blockIdx.x * static_cast<int64_t>(L::groups) + group) * p.dim, count);
 }
 
 bool vectors(const RmsNorm& p) {

@@ -384,8 +384,8 @@ __global__ void __launch_bounds__(threads_per_block)
             const float raw =
                 load_as_float(gate.data, s.row * gate.batch + token * gate.seq + s.head * gate.head, w.p.gate_dtype);
             const float capped = cap_gate(raw, w.p.gate_soft_cap);
-            const float slope =
-                (through_log_sigmoid ? flash_xlstm::cuda::sigmoid(-capped) : 1.0f) * cap_gate_slope(raw, w.p.gate_soft_cap);
+            const float slope = (through_log_sigmoid ? flash_xlstm::cuda::sigmoid(-capped) : 1.0f) *
+                                cap_gate_slope(raw, w.p.gate_soft_cap);
             return slope == 0.0f ? 0.0f : gradient * slope;
           };
           const float into_i = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);
