@@ -13,7 +13,6 @@ import argparse
 import functools
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Iterator
 
@@ -21,7 +20,15 @@ import torch
 
 import triton_warmup
 from peers import DTYPES, PEERS, Call, Point, memory_estimate, refusal, tensors
-from run import DeviceLostError, describe, device_rates, free_memory, median_time_ms, peak_memory_bytes
+from run import (
+    DeviceLostError,
+    describe,
+    device_rates,
+    free_memory,
+    median_time_ms,
+    peak_memory_bytes,
+    summarize_speedups,
+)
 
 SHAPES = ((128, 512), (32, 2048), (8, 8192), (1, 65536))
 DIMS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 1024))
@@ -158,41 +165,6 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
         yield row
 
 
-def _times(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """Rows with a time, by setting and pass, then by peer."""
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        if row["what"] == "mlstm" and "time_ms" in row:
-            found.setdefault(tuple(row[k] for k in KEY[1:]), {})[row["peer"]] = row
-    return found
-
-
 def summarize(rows: list[dict]) -> list[dict]:
-    """Adds `speedup_vs_PEER` to our rows. Gives a line a setting and pass, with every peer's time and our speedup over
-    it; then a line a pass and peer: the least, the median and the largest speedup over the settings."""
-    lines, ratios = [], {}
-    for key, by_peer in _times(rows).items():
-        line = dict(zip(KEY[1:], key, strict=True))
-        ours = by_peer.get("flash_xlstm")
-        for name, row in by_peer.items():
-            line[f"{name}_ms"] = row["time_ms"]
-            if ours is None or row is ours:
-                continue
-            ratio = row["time_ms"] / ours["time_ms"]
-            ours[f"speedup_vs_{name}"] = line[f"vs_{name}"] = ratio
-            ratios.setdefault((line["pass"], name), []).append(ratio)
-        if ours is not None:
-            line["share_of_floor"] = ours["share_of_floor"]
-        lines.append(line)
-    for (pass_name, name), values in ratios.items():
-        lines.append(
-            {
-                "pass": pass_name,
-                "speedup_over": name,
-                "settings": len(values),
-                "least": min(values),
-                "median": statistics.median(values),
-                "largest": max(values),
-            }
-        )
-    return lines
+    """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our share of the floor."""
+    return summarize_speedups(rows, "mlstm", KEY, "share_of_floor")

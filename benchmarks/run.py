@@ -203,6 +203,42 @@ def _short(row: dict) -> str:
     return "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
 
 
+def summarize_speedups(rows: list[dict], what: str, key: tuple[str, ...], ours_too: str) -> list[dict]:
+    """Adds `speedup_vs_PEER` to our rows of the subject `what`, whose settings are told apart by `key` (peer, pass and
+    others). Gives a line a setting and pass, with every peer's time, our speedup over it and our `ours_too`; then a
+    line a pass and peer: the least, the median and the largest speedup over the settings."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["what"] == what and "time_ms" in row:
+            found.setdefault(tuple(row[k] for k in key[1:]), {})[row["peer"]] = row
+    lines, ratios = [], {}
+    for setting, by_peer in found.items():
+        line = dict(zip(key[1:], setting, strict=True))
+        ours = by_peer.get("flash_xlstm")
+        for name, row in by_peer.items():
+            line[f"{name}_ms"] = row["time_ms"]
+            if ours is None or row is ours:
+                continue
+            ratio = row["time_ms"] / ours["time_ms"]
+            ours[f"speedup_vs_{name}"] = line[f"vs_{name}"] = ratio
+            ratios.setdefault((line["pass"], name), []).append(ratio)
+        if ours is not None:
+            line[ours_too] = ours[ours_too]
+        lines.append(line)
+    for (pass_name, name), values in ratios.items():
+        lines.append(
+            {
+                "pass": pass_name,
+                "speedup_over": name,
+                "settings": len(values),
+                "least": min(values),
+                "median": statistics.median(values),
+                "largest": max(values),
+            }
+        )
+    return lines
+
+
 def main() -> int:
     begin = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

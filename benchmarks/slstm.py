@@ -12,7 +12,6 @@ import argparse
 import functools
 import importlib
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peers import DTYPES
-from run import DeviceLostError, describe, free_memory, median_time_ms, peak_memory_bytes
+from run import DeviceLostError, describe, free_memory, median_time_ms, peak_memory_bytes, summarize_speedups
 
 PASSES = ("forward", "forward+backward")
 KEY = ("peer", "pass", "batch", "seq", "heads", "dim", "dtype")
@@ -166,35 +165,5 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """Adds `speedup_vs_PEER` to our rows. Gives a line a setting and pass, with every peer's time and our speedup over
-    it; then a line a pass and peer: the least, the median and the largest speedup over the settings."""
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        if row["what"] == "slstm" and "time_ms" in row:
-            found.setdefault(tuple(row[k] for k in KEY[1:]), {})[row["peer"]] = row
-    lines, ratios = [], {}
-    for key, by_peer in found.items():
-        line = dict(zip(KEY[1:], key, strict=True))
-        ours = by_peer.get("flash_xlstm")
-        if ours is not None:
-            line["step_us"] = ours["step_us"]
-        for name, row in by_peer.items():
-            line[f"{name}_ms"] = row["time_ms"]
-            if ours is None or row is ours:
-                continue
-            ratio = row["time_ms"] / ours["time_ms"]
-            ours[f"speedup_vs_{name}"] = line[f"vs_{name}"] = ratio
-            ratios.setdefault((line["pass"], name), []).append(ratio)
-        lines.append(line)
-    for (pass_name, name), values in ratios.items():
-        lines.append(
-            {
-                "pass": pass_name,
-                "speedup_over": name,
-                "settings": len(values),
-                "least": min(values),
-                "median": statistics.median(values),
-                "largest": max(values),
-            }
-        )
-    return lines
+    """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our time of a step."""
+    return summarize_speedups(rows, "slstm", KEY, "step_us")

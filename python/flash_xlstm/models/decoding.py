@@ -234,7 +234,7 @@ class _Decoders:
     def take(self, key: tuple, batch: int, device: torch.device) -> Decoder:
         return self._idle.pop(key, None) or Decoder(batch, device)
 
-    def give_back(self, key: tuple, decoder: Decoder) -> None:
+    def keep(self, key: tuple, decoder: Decoder) -> None:
         self._idle[key] = decoder
         while len(self._idle) > KEPT:
             self._idle.popitem(last=False)
@@ -301,7 +301,7 @@ class Session:
             if decoder.cache is self.cache:
                 self.cache.slots = None
                 decoder.cache = None
-            decoders.give_back(key, decoder)
+            decoders.keep(key, decoder)
 
     def _step(self, decoders: _Decoders, decoder: Decoder) -> Callable[[], Tensor]:
         """What reads a token and gives the logits; with a static choice also chooses the next."""

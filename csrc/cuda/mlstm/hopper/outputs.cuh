@@ -763,10 +763,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     };
     add_product(own_p, of_diagonal, !reaches_both);
     if (reaches_both) add_product(own_full_p, of_full, true);
-    // One group reads but one of them. It waits for both: they are given back in their turn, and a wait for a stage's
-    // next filling would take one that is still under way for it.
-    ptx::mbarrier_wait(&sh.full[first], first_parity);
-    ptx::mbarrier_wait(&sh.full[last], last_parity);
+    ptx::mbarrier_wait(&sh.full[last], last_parity);  // by one group not read; given back in its turn
     release(first);
     release(last);
   }
