@@ -86,4 +86,28 @@ struct LinearRows {
   void* y;
 };
 
+// Several such products of one x, and what comes before and behind them: x may be normalized by its root mean square
+// first, and a sum with `residual` (one product) or silu(y of the first) * (y of the second) may follow.
+struct FusedLinearRows {
+  static constexpr int max_parts = 8;
+  struct Part {
+    const void* weight;  // (out, in)
+    const void* bias;    // (out); nullptr: none
+    void* y;             // (rows, out); swiglu: the first part's is the result
+    int64_t out;
+  };
+  DType dtype;
+  int64_t rows, in;
+  const void* x;
+  int64_t x_stride;
+  int count;
+  Part part[max_parts];
+  const void* norm_weight;  // (in), float32 or `dtype`; nullptr: no norm
+  DType norm_dtype;
+  float norm_eps;
+  const void* residual;  // (rows, out) residual_stride apart; nullptr: none
+  int64_t residual_stride;
+  bool swiglu;  // two parts of equal out
+};
+
 }  // namespace flash_xlstm

@@ -1,3 +1,6 @@
+#include <cstdlib>
+#include <cstring>
+
 #include "cpu/vector_kernels.h"
 
 namespace flash_xlstm::cpu {
@@ -19,14 +22,21 @@ struct Choice {
   const char* name;
 };
 
+// The best that the processor has; at most what FLASH_XLSTM_CPU_ISA names (baseline, avx2), so that one machine can test
+// what others run.
 Choice choose() {
 #ifdef FLASH_XLSTM_X86_ISAS
+  const char* limit = std::getenv("FLASH_XLSTM_CPU_ISA");
+  const auto limited_to = [&](const char* name) { return limit != nullptr && std::strcmp(limit, name) == 0; };
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && !limited_to("avx2") &&
+      !limited_to("baseline")) {
     return {&avx512::vector_kernels, "AVX-512"};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {&avx2::vector_kernels, "AVX2"};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !limited_to("baseline")) {
+    return {&avx2::vector_kernels, "AVX2"};
+  }
 #endif
   return {&baseline::vector_kernels, "baseline"};
 }

@@ -3,12 +3,16 @@
 #include "ops/ops.h"
 
 // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
-// `chunk_size=0` lets the kernel choose. Returned states are empty where they were not asked for; so are s and n
-// without `normalize`, which then are no inputs either.
+// `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so are
+// s and n without `normalize`, which then are no inputs either.
 STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
-      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state) "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor h, Tensor s, Tensor m_seq)");
+  lib.def(
+      "mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor h, Tensor s, Tensor m_seq, Tensor c_last, Tensor n_last, Tensor m_last)");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
@@ -58,6 +62,9 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
       "gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, float eps, bool weight_gradient) "
       "-> (Tensor dh, Tensor dgate, Tensor dweight)");
   lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  lib.def(
+      "fused_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm_weight, float norm_eps, "
+      "Tensor? residual, bool swiglu) -> Tensor[]");
   lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
 }
@@ -68,6 +75,7 @@ namespace {
 template <typename Library>
 void implement(Library& lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
+  lib.impl("mlstm_with_state", TORCH_BOX(&flash_xlstm::mlstm_with_state));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));
   lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
@@ -86,6 +94,7 @@ void implement(Library& lib) {
   lib.impl("gated_head_norm", TORCH_BOX(&flash_xlstm::gated_head_norm));
   lib.impl("gated_head_norm_backward", TORCH_BOX(&flash_xlstm::gated_head_norm_backward));
   lib.impl("linear_rows", TORCH_BOX(&flash_xlstm::linear_rows));
+  lib.impl("fused_linear_rows", TORCH_BOX(&flash_xlstm::fused_linear_rows));
   lib.impl("swiglu", TORCH_BOX(&flash_xlstm::swiglu));
   lib.impl("swiglu_backward", TORCH_BOX(&flash_xlstm::swiglu_backward));
 }

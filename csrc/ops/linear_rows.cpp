@@ -1,3 +1,6 @@
+#include <cmath>
+#include <utility>
+
 #include "cpu/kernels.h"
 #include "ops/cuda_context.h"
 #include "ops/ops.h"
@@ -12,6 +15,33 @@ constexpr int64_t max_rows = 16, vector_bytes = 16;
 
 bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % vector_bytes == 0; }
 
+// (rows, in) of x.
+std::pair<int64_t, int64_t> check_x(const Tensor& x) {
+  if (x.dim() < 1) value_error("x has shape ", shape_text(x), "; it must be (..., in)");
+  check_op_dtype("x", x.scalar_type());
+  const int64_t in = x.size(x.dim() - 1);
+  if (in < 1) value_error("x has shape ", shape_text(x), "; its last dimension must be at least 1");
+  const int64_t rows = x.numel() / in;
+  if (rows > max_rows) value_error("x has ", rows, " rows; it must have at most ", max_rows);
+  return {rows, in};
+}
+
+void check_weight(const Tensor& weight, const OptTensor& bias, const Tensor& x, int64_t in) {
+  check_shape("weight", weight, {-1, in}, "(out, in)");
+  check_dtype("weight", weight, x.scalar_type(), ", as x");
+  check_device("weight", weight, x, "x");
+  if (!bias) return;
+  check_shape("bias", *bias, {weight.size(0)}, "(out,)");
+  check_dtype("bias", *bias, x.scalar_type(), ", as x");
+  check_device("bias", *bias, x, "x");
+}
+
+Tensor output_of(const Tensor& x, const Tensor& weight) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = weight.size(0);
+  return new_empty(x, sizes, x.scalar_type());
+}
+
 #ifdef FLASH_XLSTM_WITH_CUDA
 void check_cuda_limits(const Tensor& x, const Tensor& weight) {
   if (x.scalar_type() != ScalarType::BFloat16) {
@@ -22,51 +52,132 @@ void check_cuda_limits(const Tensor& x, const Tensor& weight) {
   }
   if (!aligned(weight)) value_error("weight begins at no multiple of 16 bytes; call weight.clone()");
 }
+
+// With rows that begin at multiples of 16 bytes.
+Tensor aligned_rows(const Tensor& x) {
+  const Tensor t = with_uniform_rows(x);
+  return aligned(t) && row_stride(t) * 2 % vector_bytes == 0 ? t : torch::stable::clone(t);
+}
+
+void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {
+  const int32_t device = x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  check_device_supported(device);
+  check_cuda(cuda::fused_linear_rows(p, current_stream(device)), op);
+}
 #endif
 
 }  // namespace
 
 Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
-  if (x.dim() < 1) value_error("x has shape ", shape_text(x), "; it must be (..., in)");
-  check_op_dtype("x", x.scalar_type());
-  const int64_t in = x.size(x.dim() - 1);
-  if (in < 1) value_error("x has shape ", shape_text(x), "; its last dimension must be at least 1");
-  const int64_t rows = x.numel() / in;
-  if (rows > max_rows) value_error("x has ", rows, " rows; it must have at most ", max_rows);
-  check_shape("weight", weight, {-1, in}, "(out, in)");
-  check_dtype("weight", weight, x.scalar_type(), ", as x");
-  check_device("weight", weight, x, "x");
-  const int64_t out = weight.size(0);
-  if (bias) {
-    check_shape("bias", *bias, {out}, "(out,)");
-    check_dtype("bias", *bias, x.scalar_type(), ", as x");
-    check_device("bias", *bias, x, "x");
-    bias = torch::stable::contiguous(*bias);
-  }
+  const auto [rows, in] = check_x(x);
+  check_weight(weight, bias, x, in);
   weight = torch::stable::contiguous(weight);
-  std::vector<int64_t> sizes = sizes_of(x);
-  sizes.back() = out;
-  Tensor y = new_empty(x, sizes, x.scalar_type());
+  if (bias) bias = torch::stable::contiguous(*bias);
+  Tensor y = output_of(x, weight);
+  const int64_t out = weight.size(0);
   if (rows == 0 || out == 0) return y;
-  x = with_uniform_rows(x);
-  if (x.is_cuda() && (!aligned(x) || row_stride(x) * 2 % vector_bytes != 0)) x = torch::stable::clone(x);
-  const LinearRows p{
-      to_dtype(x.scalar_type()),         rows,        in, out, x.data_ptr(), row_stride(x), weight.data_ptr(),
-      bias ? bias->data_ptr() : nullptr, y.data_ptr()};
+  const void* const bias_data = bias ? bias->data_ptr() : nullptr;
   if (x.is_cpu()) {
-    cpu::linear_rows(p);
+    x = with_uniform_rows(x);
+    cpu::linear_rows({to_dtype(x.scalar_type()), rows, in, out, x.data_ptr(), row_stride(x), weight.data_ptr(),
+                      bias_data, y.data_ptr()});
     return y;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA
   check_cuda_limits(x, weight);
-  const int32_t device = x.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  check_cuda(cuda::linear_rows(p, current_stream(device)), "linear_rows");
+  x = aligned_rows(x);
+  FusedLinearRows p{};
+  p.dtype = to_dtype(x.scalar_type());
+  p.rows = rows, p.in = in;
+  p.x = x.data_ptr(), p.x_stride = row_stride(x);
+  p.count = 1;
+  p.part[0] = {weight.data_ptr(), bias_data, y.data_ptr(), out};
+  run_cuda("linear_rows", x, p);
 #else
   no_cuda_build("linear_rows");
 #endif
   return y;
+}
+
+std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptTensor> biases,
+                                      OptTensor norm_weight, double norm_eps, OptTensor residual, bool swiglu) {
+  const auto [rows, in] = check_x(x);
+  const int64_t count = static_cast<int64_t>(weights.size());
+  if (count < 1 || count > FusedLinearRows::max_parts) {
+    value_error("weight has ", count, " tensors; it must have 1 to ", int64_t{FusedLinearRows::max_parts});
+  }
+  if (static_cast<int64_t>(biases.size()) != count) {
+    value_error("bias has ", static_cast<int64_t>(biases.size()), " tensors; it must have as many as weight, ", count);
+  }
+  for (int64_t x_part = 0; x_part < count; ++x_part) check_weight(weights[x_part], biases[x_part], x, in);
+  if (swiglu && (count != 2 || weights[0].size(0) != weights[1].size(0))) {
+    value_error("weight must be two tensors of one shape with swiglu");
+  }
+  if (norm_weight) {
+    check_shape("norm_weight", *norm_weight, {in}, "(in,)");
+    check_device("norm_weight", *norm_weight, x, "x");
+    if (norm_weight->scalar_type() != ScalarType::Float && norm_weight->scalar_type() != x.scalar_type()) {
+      type_error("norm_weight has dtype ", dtype_text(norm_weight->scalar_type()),
+                 "; it must be float32 or the dtype of x, ", dtype_text(x.scalar_type()));
+    }
+    if (!(norm_eps >= 0.0) || !std::isfinite(norm_eps)) {
+      value_error("norm_eps is ", norm_eps, "; it must be finite and at least 0");
+    }
+  }
+  if (residual) {
+    if (count != 1) value_error("residual is for one weight");
+    std::vector<int64_t> sizes = sizes_of(x);
+    sizes.back() = weights[0].size(0);
+    check_shape("residual", *residual, sizes, "(..., out)");
+    check_dtype("residual", *residual, x.scalar_type(), ", as x");
+    check_device("residual", *residual, x, "x");
+  }
+  if (x.is_cpu()) {  // step by step
+    if (norm_weight) x = rms_norm(x, *norm_weight, norm_eps);
+    std::vector<Tensor> outputs;
+    for (int64_t part = 0; part < count; ++part) outputs.push_back(linear_rows(x, weights[part], biases[part]));
+    if (swiglu) outputs = {flash_xlstm::swiglu(outputs[0], outputs[1])};
+    if (residual) outputs[0] = torch::stable::subtract(*residual, outputs[0], -1.0);
+    return outputs;
+  }
+  std::vector<Tensor> outputs;
+  for (int64_t part = 0; part < (swiglu ? 1 : count); ++part) outputs.push_back(output_of(x, weights[part]));
+#ifdef FLASH_XLSTM_WITH_CUDA
+  FusedLinearRows p{};
+  p.dtype = to_dtype(x.scalar_type());
+  p.rows = rows, p.in = in;
+  p.count = static_cast<int>(count);
+  int64_t columns = 0;
+  for (int64_t part = 0; part < count; ++part) {
+    check_cuda_limits(x, weights[part]);
+    weights[part] = torch::stable::contiguous(weights[part]);
+    if (biases[part]) biases[part] = torch::stable::contiguous(*biases[part]);
+    p.part[part] = {weights[part].data_ptr(), biases[part] ? biases[part]->data_ptr() : nullptr,
+                    outputs[swiglu ? 0 : part].data_ptr(), weights[part].size(0)};
+    columns += weights[part].size(0);
+  }
+  if (rows == 0 || columns == 0) return outputs;
+  x = aligned_rows(x);
+  p.x = x.data_ptr(), p.x_stride = row_stride(x);
+  if (norm_weight) {
+    norm_weight = torch::stable::contiguous(*norm_weight);
+    if (!aligned(*norm_weight)) norm_weight = torch::stable::clone(*norm_weight);
+    p.norm_weight = norm_weight->data_ptr();
+    p.norm_dtype = to_dtype(norm_weight->scalar_type());
+    p.norm_eps = static_cast<float>(norm_eps);
+  }
+  if (residual) {
+    residual = with_uniform_rows(*residual);
+    p.residual = residual->data_ptr();
+    p.residual_stride = row_stride(*residual);
+  }
+  p.swiglu = swiglu;
+  run_cuda("fused_linear_rows", x, p);
+#else
+  no_cuda_build("fused_linear_rows");
+#endif
+  return outputs;
 }
 
 }  // namespace flash_xlstm

@@ -131,7 +131,8 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   return checked;
 }
 
-float* float_data(const Tensor& t, bool wanted) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
+float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
+float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
 #ifdef FLASH_XLSTM_WITH_CUDA
 // Runs a CUDA launch function with a scratch buffer of the size it asks for.
@@ -146,28 +147,34 @@ void launch_cuda(const Tensor& q, const Params& params, int64_t (*workspace_byte
 }
 #endif
 
-// h, s, m_seq and the final state; empty where there is none.
-Tensors6 forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
-                 const Options& options, bool return_final_state) {
+struct ForwardOutputs {
+  Tensor h;
+  OptTensor s, m_seq, c_last, n_last, m_last;  // what there is and was asked for
+};
+
+// Nothing is allocated that is not wanted: every tensor costs the host a microsecond.
+ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                       const Tensor& f, const Options& options, bool return_final_state) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
+  const auto make = [&](bool wanted, const std::vector<int64_t>& sizes) {
+    return wanted ? OptTensor(new_empty(q, sizes, ScalarType::Float)) : std::nullopt;
+  };
   const bool has_n = options.has_n(), has_m = options.has_m();
-  Tensor h = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type());
-  Tensor s = new_empty(q, {has_n ? p.batch : 0, p.seq, p.heads}, ScalarType::Float);
-  Tensor m_seq = new_empty(q, {has_m ? p.batch : 0, p.seq, p.heads}, ScalarType::Float);
-  const int64_t states = return_final_state ? p.num_seqs : 0;
-  Tensor c_last = new_empty(q, {states, p.heads, p.dqk, p.dv}, ScalarType::Float);
-  Tensor n_last = new_empty(q, {has_n ? states : 0, p.heads, p.dqk}, ScalarType::Float);
-  Tensor m_last = new_empty(q, {has_m ? states : 0, p.heads}, ScalarType::Float);
-
+  ForwardOutputs y{new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type()),
+                   make(has_n, {p.batch, p.seq, p.heads}),
+                   make(has_m, {p.batch, p.seq, p.heads}),
+                   make(return_final_state, {p.num_seqs, p.heads, p.dqk, p.dv}),
+                   make(return_final_state && has_n, {p.num_seqs, p.heads, p.dqk}),
+                   make(return_final_state && has_m, {p.num_seqs, p.heads})};
   MlstmForward params{};
   params.p = p;
-  params.h = h.data_ptr();
-  params.s = float_data(s, has_n);
-  params.m = float_data(m_seq, has_m);
-  params.c_last = float_data(c_last, return_final_state);
-  params.n_last = float_data(n_last, return_final_state && has_n);
-  params.m_last = float_data(m_last, return_final_state && has_m);
+  params.h = y.h.data_ptr();
+  params.s = float_data(y.s);
+  params.m = float_data(y.m_seq);
+  params.c_last = float_data(y.c_last);
+  params.n_last = float_data(y.n_last);
+  params.m_last = float_data(y.m_last);
   if (p.batch > 0 && p.heads > 0) {
     if (q.is_cpu()) {
       cpu::mlstm_forward(params);
@@ -179,7 +186,7 @@ Tensors6 forward(const char* op, const Tensor& q, const Tensor& k, const Tensor&
 #endif
     }
   }
-  return {h, s, m_seq, c_last, n_last, m_last};
+  return y;
 }
 
 // One number a token that the forward left.
@@ -255,11 +262,20 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
 
 }  // namespace
 
-Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+Tensors3 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-               int64_t chunk_size, bool return_final_state) {
-  return forward("mlstm", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size},
-                 return_final_state);
+               int64_t chunk_size) {
+  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, false);
+  return {y.h, *y.s, *y.m_seq};
+}
+
+Tensors6 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
+                          std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const ForwardOutputs y = forward("mlstm_with_state", q, k, v, i, f, options, true);
+  return {y.h, *y.s, *y.m_seq, *y.c_last, *y.n_last, *y.m_last};
 }
 
 Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
@@ -275,8 +291,14 @@ Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c
                    bool return_final_state, bool normalize) {
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
-  auto [h, s, m_seq, c_last, n_last, m_last] = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
-  return {h, s, c_last, n_last};
+  const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
+  const auto or_empty = [&](const OptTensor& t, std::vector<int64_t> sizes) {
+    sizes[0] = 0;
+    return t ? *t : new_empty(q, sizes, ScalarType::Float);
+  };
+  const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
+  return {y.h, or_empty(y.s, {0, seq, heads}), or_empty(y.c_last, {0, heads, dqk, dv}),
+          or_empty(y.n_last, {0, heads, dqk})};
 }
 
 Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,

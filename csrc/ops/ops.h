@@ -9,14 +9,18 @@
 namespace flash_xlstm {
 
 using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Tensors6 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+Tensors3 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-               int64_t chunk_size, bool return_final_state);
+               int64_t chunk_size);
+Tensors6 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
+                          std::optional<double> gate_soft_cap, int64_t chunk_size);
 
 Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                         Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
@@ -64,6 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h,
                                                             bool weight_gradient);
 
 Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias);
+std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptTensor> biases,
+                                      OptTensor norm_weight, double norm_eps, OptTensor residual, bool swiglu);
 
 Tensor swiglu(Tensor x, Tensor y);
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y);

@@ -427,7 +427,7 @@ def test_offsets_of_64_bits():
 
 
 def operator_inputs(device, dtype=torch.float32, state=False, packed=False, requires_grad=True):
-    """Arguments of torch.ops.flash_xlstm.mlstm."""
+    """The first arguments of torch.ops.flash_xlstm.mlstm."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, dtype=torch.float32):
@@ -458,14 +458,15 @@ VARIANTS = [
 def test_opcheck(device, variant, final_state):
     arguments = operator_inputs(device, **variant)
     scale, cap = (0.7, 2.0) if final_state else (None, None)
-    torch.library.opcheck(torch.ops.flash_xlstm.mlstm, (*arguments, scale, 1e-6, cap, 0, final_state))
+    op = torch.ops.flash_xlstm.mlstm_with_state if final_state else torch.ops.flash_xlstm.mlstm
+    torch.library.opcheck(op, (*arguments, scale, 1e-6, cap, 0))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("final_state", [True, False])
 def test_opcheck_of_the_backward(device, variant, final_state):
     arguments, cap = operator_inputs(device, **variant, requires_grad=False), 2.0 if final_state else None
-    h, s, m_seq, *last = torch.ops.flash_xlstm.mlstm(*arguments, None, 1e-6, cap, 0, True)
+    h, s, m_seq, *last = torch.ops.flash_xlstm.mlstm_with_state(*arguments, None, 1e-6, cap, 0)
     last = [torch.ones_like(t) for t in last] if final_state else (None, None, None)
     torch.library.opcheck(
         torch.ops.flash_xlstm.mlstm_backward, (torch.ones_like(h), *last, *arguments, h, s, m_seq, None, 1e-6, cap, 0)
@@ -475,7 +476,7 @@ def test_opcheck_of_the_backward(device, variant, final_state):
 def test_opcheck_of_strided_inputs(device):
     q, k, v, i, f, *rest = operator_inputs(device)
     q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))
-    torch.library.opcheck(torch.ops.flash_xlstm.mlstm, (q, k, v, i, f, *rest, None, 1e-6, None, 0, True))
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_with_state, (q, k, v, i, f, *rest, None, 1e-6, None, 0))
 
 
 def test_double_backward_raises(make_problem):

@@ -7,7 +7,8 @@
 
 namespace flash_xlstm::cuda {
 
-// bfloat16, at most 16 rows; `in` a multiple of 8; x, its rows and the weight begin at multiples of 16 bytes.
-cudaError_t linear_rows(const LinearRows& params, cudaStream_t stream);
+// bfloat16, at most 16 rows; `in` a multiple of 8; x, its rows, the weights and the norm's weight begin at multiples of
+// 16 bytes.
+cudaError_t fused_linear_rows(const FusedLinearRows& params, cudaStream_t stream);
 
 }  // namespace flash_xlstm::cuda

@@ -12,6 +12,15 @@
 //
 // Two groups of 64 are loaded before the first is used: 8 loads of 16 bytes a thread, 32 KiB a block in flight. At the
 // end the warps' sums are added up through shared memory, in a fixed order.
+//
+// Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
+//   - Several products of one x are one launch: a block finds its part of the columns.
+//   - An RMS norm in front costs no launch: x is multiplied by the norm's weight (and rounded) as it is loaded, its
+//     squares are summed on the way, and the sums are divided by the root at the end.
+//   - A residual is added where y is written. For silu(x A^T) * (x B^T) a block takes 8 rows of each of A and B.
+//   - The launch may overlap the kernel before (dependent_launch.cuh): a block fetches the beginning of its rows of W
+//     into the second-level cache before it waits for x.
+#include "cuda/dependent_launch.cuh"
 #include "cuda/linear/launch.h"
 #include "cuda/numeric.cuh"
 #include "cuda/ptx/mma_sync.cuh"
@@ -20,10 +29,11 @@ namespace flash_xlstm::cuda {
 namespace {
 
 constexpr int warps = 8, threads = warps * 32;
-constexpr int tile_columns = 16;
+constexpr int tile_rows = 16;            // of W
 constexpr int warp_k = 64;               // of a warp at once
 constexpr int block_k = warps * warp_k;  // of a block at once
 constexpr int batch = 2;                 // of warp_k, loaded together
+constexpr int prefetch_k = 2 * batch * block_k;
 
 // Zeros where not `inside`. One predicated instruction: with a branch around each, loads would not go out together.
 __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
@@ -37,94 +47,180 @@ __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
   return bits;
 }
 
-// 8 columns of y for each of `row_tiles` tiles of 8 rows of x.
-template <int row_tiles>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
+}
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+// 8 values of the norm's weight.
+struct NormWeight {
+  float value[8];
+  __device__ NormWeight(const void* data, int at, bool is_float) {
+    if (is_float) {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
+      const float4 a = __ldg(from), b = __ldg(from + 1);
+      value[0] = a.x, value[1] = a.y, value[2] = a.z, value[3] = a.w;
+      value[4] = b.x, value[5] = b.y, value[6] = b.z, value[7] = b.w;
+    } else {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(data) + at));
+      const uint32_t four[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 two = unpack(four[e]);
+        value[2 * e] = two.x, value[2 * e + 1] = two.y;
+      }
+    }
+  }
+  // x times the weight; adds the squares of x to `squares`.
+  __device__ void apply(uint4& x, float& squares) const {
+    uint32_t* const four[4] = {&x.x, &x.y, &x.z, &x.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float2 two = unpack(*four[e]);
+      squares = fmaf(two.x, two.x, fmaf(two.y, two.y, squares));
+      *four[e] = pack(two.x * value[2 * e], two.y * value[2 * e + 1]);
+    }
+  }
+};
+
+// Up to 8 * row_tiles rows of x.
+template <int row_tiles, bool normed>
 __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
-    linear_rows_kernel(const __grid_constant__ LinearRows p) {
-  __shared__ float sums[warps][row_tiles * 8][tile_columns + 1];
+    linear_rows_kernel(const __grid_constant__ FusedLinearRows p) {
+  __shared__ float sums[warps][row_tiles * 8][tile_rows + 1];
+  __shared__ float squares[normed ? warps : 1][row_tiles * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int fragment_row = lane / 4, fragment_k = lane % 4 * 8;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * tile_columns;
   const int in = static_cast<int>(p.in);
+  const int tile_columns = p.swiglu ? tile_rows / 2 : tile_rows;
   const uint4 zero = make_uint4(0, 0, 0, 0);
 
-  // Rows of W behind its end are read as its last one; their sums are thrown away.
-  const bf16* w[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t column = first_column + fragment_row + half * 8;
-    w[half] = static_cast<const bf16*>(p.weight) + (column < p.out ? column : p.out - 1) * p.in + fragment_k;
+  int part = 0;
+  int64_t tile = blockIdx.x;
+  if (!p.swiglu) {
+    for (; part < p.count - 1; ++part) {
+      const int64_t tiles = (p.part[part].out + tile_rows - 1) / tile_rows;
+      if (tile < tiles) break;
+      tile -= tiles;
+    }
   }
+  const int64_t first_column = tile * tile_columns, out = p.part[part].out;
+  // Row `row` of the tile's 16. Behind the end of W, its last one: those sums are thrown away.
+  const auto weight_row = [&](int row) {
+    const bool second = p.swiglu && row >= tile_columns;
+    const int64_t column = first_column + (second ? row - tile_columns : row);
+    return static_cast<const bf16*>(p.part[second ? 1 : part].weight) + (column < out ? column : out - 1) * p.in;
+  };
+  {
+    constexpr int row_lines = prefetch_k / 64;  // 128 bytes each
+    for (int line = threadIdx.x; line < tile_rows * row_lines; line += threads) {
+      const int k = line % row_lines * 64;
+      if (k < in) prefetch_to_l2(weight_row(line / row_lines) + k);
+    }
+  }
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+
+  const bf16* const w[2] = {weight_row(fragment_row) + fragment_k, weight_row(fragment_row + 8) + fragment_k};
   const bf16* x[row_tiles];
   bool has_row[row_tiles];
 #pragma unroll
-  for (int tile = 0; tile < row_tiles; ++tile) {
-    const int row = tile * 8 + fragment_row;
-    has_row[tile] = row < p.rows;
-    x[tile] = static_cast<const bf16*>(p.x) + (has_row[tile] ? row : 0) * p.x_stride + fragment_k;
+  for (int t = 0; t < row_tiles; ++t) {
+    const int row = t * 8 + fragment_row;
+    has_row[t] = row < p.rows;
+    x[t] = static_cast<const bf16*>(p.x) + (has_row[t] ? row : 0) * p.x_stride + fragment_k;
   }
 
-  float acc[row_tiles][4] = {};
+  float acc[row_tiles][4] = {}, square[row_tiles] = {};
   for (int k = warp * warp_k; k < in; k += batch * block_k) {
     uint4 a[batch][2][2];  // group, its 32, half of the rows
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int at = k + b * block_k + part * 32;
+      for (int half = 0; half < 2; ++half) {
+        const int at = k + b * block_k + half * 32;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) a[b][part][half] = load_weight(w[half] + at, at + fragment_k < in);
+        for (int row = 0; row < 2; ++row) a[b][half][row] = load_weight(w[row] + at, at + fragment_k < in);
       }
     }
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int at = k + b * block_k + part * 32;
-        const uint4(&rows)[2] = a[b][part];
+      for (int half = 0; half < 2; ++half) {
+        const int at = k + b * block_k + half * 32;
+        const uint4(&rows)[2] = a[b][half];
         const uint32_t first[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y};
         const uint32_t second[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
 #pragma unroll
-        for (int tile = 0; tile < row_tiles; ++tile) {
+        for (int t = 0; t < row_tiles; ++t) {
           uint4 value = zero;
-          if (has_row[tile] && at + fragment_k < in) value = __ldg(reinterpret_cast<const uint4*>(x[tile] + at));
-          ptx::mma_bf16(acc[tile], first, value.x, value.y);
-          ptx::mma_bf16(acc[tile], second, value.z, value.w);
+          if (has_row[t] && at + fragment_k < in) {
+            value = __ldg(reinterpret_cast<const uint4*>(x[t] + at));
+            if constexpr (normed) {
+              NormWeight(p.norm_weight, at + fragment_k, p.norm_dtype == DType::float32).apply(value, square[t]);
+            }
+          }
+          ptx::mma_bf16(acc[t], first, value.x, value.y);
+          ptx::mma_bf16(acc[t], second, value.z, value.w);
         }
       }
     }
   }
 
-  // A thread holds columns fragment_row and fragment_row + 8 of y, for two neighbouring rows.
+  // A thread holds rows fragment_row and fragment_row + 8 of the tile, for two neighbouring rows of x.
 #pragma unroll
-  for (int tile = 0; tile < row_tiles; ++tile) {
+  for (int t = 0; t < row_tiles; ++t) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      sums[warp][tile * 8 + lane % 4 * 2 + e % 2][fragment_row + e / 2 * 8] = acc[tile][e];
+      sums[warp][t * 8 + lane % 4 * 2 + e % 2][fragment_row + e / 2 * 8] = acc[t][e];
+    }
+    if constexpr (normed) {
+      square[t] += __shfl_xor_sync(0xffffffffu, square[t], 1);
+      square[t] += __shfl_xor_sync(0xffffffffu, square[t], 2);
+      if (lane % 4 == 0) squares[warp][t * 8 + fragment_row] = square[t];
     }
   }
   __syncthreads();
   for (int item = threadIdx.x; item < static_cast<int>(p.rows) * tile_columns; item += threads) {
-    const int row = item / tile_columns;
-    const int64_t column = first_column + item % tile_columns;
-    if (column >= p.out) continue;
-    float sum = 0.0f;
+    const int row = item / tile_columns, tile_column = item % tile_columns;
+    const int64_t column = first_column + tile_column;
+    if (column >= out) continue;
+    float inverse = 1.0f;
+    if constexpr (normed) {
+      float sum = 0.0f;
 #pragma unroll
-    for (int from = 0; from < warps; ++from) sum += sums[from][row][item % tile_columns];
-    if (p.bias != nullptr) sum += to_float(static_cast<const bf16*>(p.bias)[column]);
-    static_cast<bf16*>(p.y)[row * p.out + column] = from_float<bf16>(sum);
+      for (int from = 0; from < warps; ++from) sum += squares[from][row];
+      inverse = rsqrtf(sum / static_cast<float>(in) + p.norm_eps);
+    }
+    const auto sum_of = [&](int which, int tile_row) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int from = 0; from < warps; ++from) sum += sums[from][row][tile_row];
+      const void* const bias = p.part[which].bias;
+      return sum * inverse + (bias != nullptr ? to_float(static_cast<const bf16*>(bias)[column]) : 0.0f);
+    };
+    float y = sum_of(part, tile_column);
+    if (p.swiglu) y = y / (1.0f + expf(-y)) * sum_of(1, tile_column + tile_columns);
+    if (p.residual != nullptr) y += to_float(static_cast<const bf16*>(p.residual)[row * p.residual_stride + column]);
+    static_cast<bf16*>(p.part[part].y)[row * out + column] = from_float<bf16>(y);
   }
 }
 
 }  // namespace
 
-cudaError_t linear_rows(const LinearRows& p, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>((p.out + tile_columns - 1) / tile_columns);
-  if (p.rows <= 8)
-    linear_rows_kernel<1><<<blocks, threads, 0, stream>>>(p);
-  else
-    linear_rows_kernel<2><<<blocks, threads, 0, stream>>>(p);
-  return cudaGetLastError();
+cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
+  int64_t blocks = 0;
+  const int tile_columns = p.swiglu ? tile_rows / 2 : tile_rows;
+  for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) {
+    blocks += (p.part[part].out + tile_columns - 1) / tile_columns;
+  }
+  const bool normed = p.norm_weight != nullptr;
+  const auto kernel = p.rows <= 8 ? (normed ? linear_rows_kernel<1, true> : linear_rows_kernel<1, false>)
+                                  : (normed ? linear_rows_kernel<2, true> : linear_rows_kernel<2, false>);
+  return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, 1, stream, p);
 }
 
 }  // namespace flash_xlstm::cuda

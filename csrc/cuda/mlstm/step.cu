@@ -21,6 +21,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/mlstm/launch.h"
 #include "cuda/numeric.cuh"
 
@@ -107,11 +108,21 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int dqk = static_cast<int>(p.dqk);
 
+  int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
+  let_next_kernel_start();
+  // The first batch; in vain if an earlier kernel is about to change the index.
+  const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
+  if (guess >= 0 && guess < p.num_slots && column < p.dv) {
+    const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
+    for (int r = group; r < min(dqk, batch_rows * groups); r += groups) prefetch_to_l2(first + r * p.dv);
+  }
+  wait_for_earlier_kernels();
+
   const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
   if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
     const float fill = slot == -1 ? 0.0f : NAN;
-    for (int64_t column = block * threads + threadIdx.x; column < p.dv; column += blocks * threads) {
-      store_from_float(p.h, static_cast<int64_t>(item) * p.dv + column, p.dtype, fill);
+    for (int64_t x = block * threads + threadIdx.x; x < p.dv; x += blocks * threads) {
+      store_from_float(p.h, static_cast<int64_t>(item) * p.dv + x, p.dtype, fill);
     }
     return;
   }
@@ -120,7 +131,6 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   float* n = p.n + state * p.dqk;
 
   Group<C, width> held[batch_rows];
-  int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   const auto load_batch = [&](int first) {
 #pragma unroll
     for (int b = 0; b < batch_rows; ++b) {
@@ -300,18 +310,9 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
     const cudaError_t status = cudaMemsetAsync(counters, 0, sizeof(unsigned) * items, stream);
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.gridDim = dim3(static_cast<unsigned>(items * blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = clusters && blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(tiles), blocks, clusters && blocks > 1, counters);
+  const bool clustered = clusters && blocks > 1;
+  return launch_early(kernel, dim3(static_cast<unsigned>(items * blocks)), dim3(threads), shared_bytes,
+                      clustered ? blocks : 1, stream, p, static_cast<int>(tiles), blocks, clustered, counters);
 }
 
 template <typename C>

@@ -1,4 +1,5 @@
 // out = silu(x) y and its gradient, 16 bytes a thread where aligned. A block's threads lie along the columns.
+#include "cuda/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -8,6 +9,8 @@ constexpr int threads = 256;
 
 template <typename T, int width, bool gradient>
 __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__ Swiglu p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x) * width;
   if (column >= p.columns) return;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
@@ -39,11 +42,8 @@ cudaError_t launch(const Swiglu& p, cudaStream_t stream) {
   const int64_t per_block = int64_t{threads} * width;
   const dim3 grid(static_cast<unsigned>((p.columns + per_block - 1) / per_block),
                   static_cast<unsigned>(std::min(p.rows, max_rows)));
-  if (p.dout == nullptr)
-    swiglu_kernel<T, width, false><<<grid, threads, 0, stream>>>(p);
-  else
-    swiglu_kernel<T, width, true><<<grid, threads, 0, stream>>>(p);
-  return cudaGetLastError();
+  const auto kernel = p.dout == nullptr ? swiglu_kernel<T, width, false> : swiglu_kernel<T, width, true>;
+  return launch_early(kernel, grid, dim3(threads), 0, 1, stream, p);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
-from flash_xlstm.ops.linear import linear_rows
+from flash_xlstm.ops.linear import fused_linear_rows, linear_rows
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
 from flash_xlstm.ops.pointwise import gated_head_norm, rms_norm, soft_cap, swiglu
@@ -14,6 +14,7 @@ __all__ = [
     "SlstmState",
     "causal_conv1d",
     "causal_conv1d_step",
+    "fused_linear_rows",
     "gated_head_norm",
     "kernel_for",
     "linear_rows",

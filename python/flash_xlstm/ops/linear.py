@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flash_xlstm.ops import _common
+
+MAX_WEIGHTS = 8
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,16 +27,65 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError, TypeError: an argument of the wrong shape, dtype, device or layout, by its name.
         RuntimeError: a gradient would be needed: this product has none. Use ``torch.nn.functional.linear``.
     """
-    given = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    _no_gradient("linear_rows", x, weight, bias)
+    return torch.ops.flash_xlstm.linear_rows(x, weight, bias)
+
+
+def fused_linear_rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> list[Tensor]:
+    """:func:`linear_rows` with several weights, and with what stands before and behind it; one launch on CUDA.
+
+    With ``z = rms_norm(x, norm_weight, norm_eps)``, or x without `norm_weight`, and ``y_p = z @ weights[p].T +
+    biases[p]``: ``[y_0, y_1, ...]``; with `residual` ``[residual + y_0]``; with `swiglu` ``[silu(y_0) * y_1]``. On CUDA
+    z is not rounded as such: x times `norm_weight` is, and what follows is float32 up to the one rounding of the
+    result.
+
+    Args:
+        x: as for :func:`linear_rows`.
+        weights: up to 8, (out_p, in), dtype and layout as for :func:`linear_rows`.
+        biases: as many as weights, (out_p,) or None; or None for none at all.
+        norm_weight: (in,), float32 or the dtype of x, or None for no norm.
+        norm_eps: added to the mean square.
+        residual: (..., out_0), dtype of x; with one weight only.
+        swiglu: needs two weights of one shape, and no residual.
+
+    Returns:
+        (..., out_p) for each weight; one tensor with `swiglu`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`linear_rows`.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    _no_gradient("fused_linear_rows", x, *weights, *biases, norm_weight, residual)
+    return torch.ops.flash_xlstm.fused_linear_rows(
+        x, list(weights), biases, norm_weight, norm_eps, residual, swiglu
+    )
+
+
+def _no_gradient(name: str, *given: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         raise RuntimeError(
-            "linear_rows has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+            f"{name} has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
             "torch.nn.functional.linear, which is differentiable."
         )
-    return torch.ops.flash_xlstm.linear_rows(x, weight, bias)
 
 
 @torch.library.register_fake("flash_xlstm::linear_rows")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _common.no_mixed_meta(x, weight=weight, bias=bias)
+    _common.no_mixed_meta(x, of="x", weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("flash_xlstm::fused_linear_rows")
+def _(x, weights, biases, norm_weight, norm_eps, residual, swiglu) -> list[Tensor]:
+    given = {f"weights[{n}]": t for n, t in enumerate(weights)} | {f"biases[{n}]": t for n, t in enumerate(biases)}
+    _common.no_mixed_meta(x, of="x", norm_weight=norm_weight, residual=residual, **given)
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in (weights[:1] if swiglu else weights)]

@@ -71,12 +71,12 @@ def mlstm(
     state_dtype = torch.float32 if c is None else c.dtype
     if c is not None and state_dtype == torch.bfloat16:
         c = c.float()
-    h, _, _, c_last, n_last, m_last = _mlstm(
-        q, k, v, i, f, c, n, m, cu_seqlens,
-        scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state,
-    )  # fmt: skip
+    chunk = _common.chunk_size_or_0(chunk_size)
     if not return_final_state:
-        return h
+        return _mlstm(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk)[0]
+    h, _, _, c_last, n_last, m_last = _mlstm_with_state(
+        q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk
+    )
     return h, (c_last.to(state_dtype), n_last, m_last)
 
 
@@ -134,24 +134,23 @@ def mlstm_step(
 
 
 @torch.library.register_fake("flash_xlstm::mlstm")
-def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state):
+def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens,
         **{"initial_state c": c, "initial_state n": n, "initial_state m": m},
     )  # fmt: skip
-    batch, seq, heads, dqk = (_common.size(q, d) for d in range(4))
-    dv = _common.size(v, 3)
-    states = _common.num_seqs(q, cu_seqlens) if return_final_state else 0
-    gates = (batch, seq, heads)
-    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
-    return (
-        q.new_empty((batch, seq, heads, dv)),
-        new(*gates),
-        new(*gates),
-        new(states, heads, dqk, dv),
-        new(states, heads, dqk),
-        new(states, heads),
-    )
+    batch, seq, heads = (_common.size(q, d) for d in range(3))
+    gates = (q.new_empty((batch, seq, heads), dtype=torch.float32) for _ in range(2))
+    return q.new_empty((batch, seq, heads, _common.size(v, 3))), *gates
+
+
+@torch.library.register_fake("flash_xlstm::mlstm_with_state")
+def _(q, k, v, i, f, c, n, m, cu_seqlens, *options):
+    heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
+    states = _common.num_seqs(q, cu_seqlens)
+    shapes = (states, heads, dqk, dv), (states, heads, dqk), (states, heads)
+    last = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return *_fake(q, k, v, i, f, c, n, m, cu_seqlens, *options), *last
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_backward")
@@ -171,23 +170,22 @@ def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options, ctx.return_final_state = inputs
+    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options = inputs
     h, s, m_seq, *_ = output
     ctx.mark_non_differentiable(s, m_seq)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq)
 
 
-def _backward(ctx, dh, _ds, _dm_seq, dc_last, dn_last, dm_last):
+def _backward(ctx, dh, _ds, _dm_seq, dc_last=None, dn_last=None, dm_last=None):
     q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq = ctx.saved_tensors
-    if not ctx.return_final_state:
-        dc_last = dn_last = dm_last = None
     dq, dk, dv, di, df, dc, dn, dm = _mlstm_backward(
         dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq, *ctx.options
     )  # fmt: skip
     dc, dn, dm = (g if t is not None else None for g, t in ((dc, c), (dn, n), (dm, m)))
-    return dq, dk, dv, di, df, dc, dn, dm, *[None] * 6
+    return dq, dk, dv, di, df, dc, dn, dm, *[None] * 5
 
 
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
+_mlstm_with_state = _common.differentiable("mlstm_with_state", _setup_context, _backward)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")

@@ -1,0 +1,57 @@
+// Programmatic dependent launch: the blocks of a kernel may start while the kernel before it in the stream still runs,
+// so that a chain of short kernels does not pay a start for each.
+//
+// A kernel launched by `launch_early` must call `wait_for_earlier_kernels` in every thread that goes on, before it
+// reads or writes what another kernel writes or reads; until then it may fetch into the second-level cache, which
+// serves everyone, and nothing else. It calls `let_next_kernel_start` where the next may begin to do that: at once, in
+// all kernels here. Kernels of anyone else neither start early nor let others do so.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace flash_xlstm::cuda {
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until all kernels before this one in the stream have ended and what they wrote can be seen.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void prefetch_to_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// Whether the code that runs on the current device was compiled for one that knows dependent launches (9.0 and later).
+bool knows_dependent_launch();
+
+// A launch whose blocks may start early. clusters: blocks of a cluster; 1: none.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+                         cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (knows_dependent_launch()) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& clusters = attributes[config.numAttrs++];
+    clusters.id = cudaLaunchAttributeClusterDimension;
+    clusters.val.clusterDim.x = static_cast<unsigned>(cluster);
+    clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace flash_xlstm::cuda
