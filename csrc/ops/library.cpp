@@ -27,6 +27,13 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
       "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap) -> Tensor");
+  // On the CPU only. `qkvo`, `gates` and `up` are the weights of layers that read the same input: stacked in one (q, k,
+  // v, output gate; input gate, forget gate; gate, up), or each for itself in that order.
+  lib.def(
+      "mlstm_block_step(Tensor x, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, Tensor? state_indices, Tensor norm_mlstm, "
+      "Tensor[] qkvo, Tensor[] gates, Tensor[] gate_biases, Tensor head_norm, Tensor out_proj, Tensor norm_ffn, "
+      "Tensor[] up, Tensor down, float norm_mlstm_eps, float eps, float head_norm_eps, float norm_ffn_eps, "
+      "float? gate_soft_cap) -> Tensor");
   // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
   lib.def(
       "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
@@ -92,7 +99,10 @@ void implement(Library& lib) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) { implement(lib); }
+STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, lib) {
+  implement(lib);
+  lib.impl("mlstm_block_step", TORCH_BOX(&flash_xlstm::mlstm_block_step));
+}
 
 // Registered in a CPU-only build too: there the ops say that CUDA kernels were not built.
 STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, lib) { implement(lib); }

@@ -54,7 +54,7 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
       to_dtype(x.scalar_type()),         rows,        in, out, x.data_ptr(), row_stride(x), weight.data_ptr(),
       bias ? bias->data_ptr() : nullptr, y.data_ptr()};
   if (x.is_cpu()) {
-    cpu::linear_rows(p);
+    cpu::linear_rows(&p, 1);
     return y;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA
