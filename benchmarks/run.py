@@ -48,6 +48,7 @@ PACKAGES = (
     "flashrnn",
     "fla-core",
     "flash-linear-attention",
+    "mamba_ssm",
 )
 
 
