@@ -17,7 +17,13 @@ from torch import Tensor
 
 MODELS = ("flash_xlstm", "transformers", "xlstm_large")
 # vocabulary, width, blocks, heads
-SIZES = {"7b": (50304, 4096, 32, 8), "134m": (32000, 768, 12, 4), "tiny": (256, 128, 2, 2)}
+SIZES = {
+    "7b": (50304, 4096, 32, 8),
+    "134m": (32000, 768, 12, 4),  # 110 million without the embedding table, of which a step reads a row
+    "101m": (32000, 640, 12, 5),
+    "110m_deep": (32000, 512, 24, 4),
+    "tiny": (256, 128, 2, 2),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,9 @@
 A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
 tokens, nothing computed twice, whatever a peer really computes), GB/s by each input and output read or written once
 (`Point.bytes_moved`), `share_of_floor`, the larger of both at the rates that the same run measured (row `rates`) over
-the time, and the memory that the call needed at its peak. Attention computes something else of the same width (heads of
-128, as many as make heads x dv) and has times only; `simple_gla` has neither normalizer nor input gate.
+the time, and the memory that the call needed at its peak. Attention and Mamba-2 compute something else of the
+same width (heads of 128, as many as make heads x dv; heads of 64 with a state of 64, twice as wide, as its layers are)
+and have times only; `simple_gla` has neither normalizer nor input gate.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 import torch
 
 import triton_warmup
-from peers import DTYPES, PEERS, Call, Point, memory_estimate, refusal, tensors
+from peers import DTYPES, OTHER_WORK, PEERS, Call, Point, memory_estimate, other_heads, refusal, tensors
 from run import (
     DeviceLostError,
     describe,
@@ -73,8 +74,8 @@ def points(args: argparse.Namespace) -> list[Point]:
 
 def _row(name: str, pass_name: str, point: Point, dtype: str) -> dict:
     row = {"what": "mlstm", "peer": name, "pass": pass_name, **vars(point), "dtype": dtype}
-    if PEERS[name].layout == "attention":
-        row["attention_heads"] = point.heads * point.dv // 128
+    if PEERS[name].layout in OTHER_WORK:
+        row[f"{PEERS[name].layout}_heads"] = other_heads(name, point)
     return row
 
 
@@ -103,7 +104,7 @@ def _measure(row: dict, call: Call, point: Point, rates: dict, args: argparse.Na
         function()  # compiles; tunes
         row["peak_memory_mib"] = peak_memory_bytes(function) / 2**20
     row["time_ms"] = median_time_ms(function, device, budget_s=args.seconds_each)
-    if PEERS[row["peer"]].layout == "attention":
+    if PEERS[row["peer"]].layout in OTHER_WORK:
         return
     flops, moved = point.flops(backward), point.bytes_moved(backward, dtype.itemsize)
     floor_ms = max(moved / rates["copy_gb_per_s"] / 1e6, flops / rates["matmul_tflops"] / 1e9)

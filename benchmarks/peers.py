@@ -1,12 +1,11 @@
-"""The mLSTM beside its peers: each peer's call, its layout, its dtypes.
-
-Mamba-2 (`mamba_ssm`) is no peer here: it needs a build of its own.
-"""
+"""The mLSTM beside its peers: each peer's call, its layout, its dtypes."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,7 +62,7 @@ Call = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Peer:
     load: Callable[[], Call]  # imports the package
-    layout: str  # seq_first: (batch, seq, heads, dim); heads_first: (batch, heads, seq, dim); gla; attention
+    layout: str  # seq_first: (batch, seq, heads, dim); heads_first: (batch, heads, seq, dim); gla; attention; mamba2
     chunk: int  # of the states that it keeps in memory, for the estimate; 0: none
     state_item: int = 4
     triton: bool = False  # compiles per setting
@@ -110,16 +109,35 @@ def _cudnn_attention() -> Call:
     return call
 
 
+def _mamba2() -> Call:
+    # The SSD op is Triton and Python, but the package's own __init__ imports compiled modules: it is not run.
+    if "mamba_ssm" not in sys.modules:
+        spec = importlib.util.find_spec("mamba_ssm")
+        if spec is None:
+            raise ModuleNotFoundError("No module named 'mamba_ssm'")
+        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)
+    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    return lambda x, dt, a, b, c: scan(x, dt, a, b, c, chunk_size=256)
+
+
 PEERS = {
     "flash_xlstm": Peer(_ours, "seq_first", chunk=128, state_item=2),
     "flash_xlstm_sig": Peer(_ours_sig, "seq_first", chunk=128, state_item=2),
     "tfla": Peer(_mlstm_kernels("triton_xl_chunk", 128), "heads_first", chunk=128, triton=True),
     "simple_gla": Peer(_simple_gla, "gla", chunk=64, triton=True),
     "cudnn_attention": Peer(_cudnn_attention, "attention", chunk=0),
+    "mamba2": Peer(_mamba2, "mamba2", chunk=256, triton=True),
     "tfla_limit_chunk": Peer(_mlstm_kernels("triton_limit_chunk", 64), "heads_first", chunk=64, triton=True),
     "tfla_siging": Peer(_mlstm_kernels("triton_xl_chunk_siging", 128), "heads_first", chunk=128, triton=True),
     "plain_pytorch": Peer(_plain, "seq_first", chunk=64, state_item=16),
 }
+
+OTHER_WORK = ("attention", "mamba2")  # layouts of peers that compute something else of the same width
+
+
+def other_heads(name: str, point: Point) -> int:
+    """Heads of such a peer: attention's of 128; Mamba-2's of 64, at twice the width, on which its layers work."""
+    return point.heads * point.dv // 128 if PEERS[name].layout == "attention" else 2 * point.heads * point.dv // 64
 
 
 def refusal(name: str, point: Point) -> str | None:
@@ -151,7 +169,12 @@ def tensors(name: str, point: Point, dtype: torch.dtype, device: torch.device | 
     b, s, h = point.batch, point.seq, point.heads
     layout = PEERS[name].layout
     if layout == "attention":
-        return [new(b, h * point.dv // 128, s, 128) for _ in range(3)]
+        return [new(b, other_heads(name, point), s, 128) for _ in range(3)]
+    if layout == "mamba2":  # x, dt, A, B, C: small steps, decay rates of 1 to 16, one group with a state of 64
+        heads, state = other_heads(name, point), 64
+        dt = F.softplus(new(b, s, heads, dtype=torch.float32) - 4.0)
+        rates = -torch.linspace(1.0, 16.0, heads, device=device)
+        return [new(b, s, heads, 64), dt, rates, new(b, s, 1, state), new(b, s, 1, state)]
     lead = (b, h, s) if layout == "heads_first" else (b, s, h)
     products = [new(*lead, d) for d in (point.dqk, point.dqk, point.dv)]
     i, f = new(*lead, dtype=torch.float32), new(*lead, dtype=torch.float32) + 3.0

@@ -48,6 +48,7 @@ PACKAGES = (
     "flashrnn",
     "fla-core",
     "flash-linear-attention",
+    "mamba_ssm",
 )
 
 
@@ -137,6 +138,19 @@ def median_time_ms(function: Callable[[], object], device: torch.device, *, budg
     return statistics.median(measure(min(200, max(5 if calls >= 5 else 3, calls))))
 
 
+def alternating_times_ms(functions: list[Callable[[], object]], *, budget_s: float) -> list[float]:
+    """Median times of calls on a CPU that take turns, four calls each, so that what else the machine does falls on all
+    of them; at least eight calls and about `budget_s` each, after two of warm-up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        _cpu_times_ms(function, 2)
+    deadline = time.perf_counter() + budget_s * len(functions)
+    while len(times[0]) < 8 or time.perf_counter() < deadline:
+        for function, taken in zip(functions, times, strict=True):
+            taken += _cpu_times_ms(function, 4)
+    return [statistics.median(taken) for taken in times]
+
+
 def peak_memory_bytes(function: Callable[[], object]) -> int:
     """CUDA memory that a call allocates at its peak, beyond what was allocated before it."""
     torch.cuda.synchronize()
@@ -171,8 +185,8 @@ def device_rates(device: torch.device) -> dict[str, float]:
     """What floors are measured against: bytes a second (read plus written) of a large copy, operations a second of a
     large product (bfloat16, 8192^3, on CUDA; float32, 1024^3, on a CPU)."""
     cuda = device.type == "cuda"
-    source = torch.empty(2**31 if cuda else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    # larger than caches, and touched before it is read
+    source, target = (torch.ones(2**31 if cuda else 2**28, dtype=torch.uint8, device=device) for _ in range(2))
     copy_ms = median_time_ms(lambda: target.copy_(source), device, budget_s=0.1)
     size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -23,6 +23,7 @@ void rms_norm_backward(const RmsNormBackward& params);
 void gated_head_norm(const GatedHeadNorm& params);
 void gated_head_norm_backward(const GatedHeadNormBackward& params);
 void swiglu(const Swiglu& params);
-void linear_rows(const LinearRows& params);
+// `count` products of the same x.
+void linear_rows(const LinearRows* products, int64_t count);
 
 }  // namespace flash_xlstm::cpu

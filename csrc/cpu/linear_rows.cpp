@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -7,14 +8,24 @@
 
 namespace flash_xlstm::cpu {
 
-void linear_rows(const LinearRows& p) {
+void linear_rows(const LinearRows* products, int64_t count) {
   const VectorKernels& kernels = vector_kernels();
-  std::vector<float> x(p.rows * p.in);
-  kernels.pack(x.data(), p.x, p.dtype, p.x_stride, p.rows, p.in, p.rows);
-  // At least 64k weights a thread, and whole groups of four columns; which thread has a column changes no result.
-  const int64_t grain = (1 + (int64_t{1} << 16) / p.in + 3) / 4;
-  torch::stable::parallel_for(0, (p.out + 3) / 4, grain, [&](int64_t begin, int64_t end) {
-    kernels.linear_rows(p, x.data(), begin * 4, end * 4 < p.out ? end * 4 : p.out);
+  const LinearRows& first = products[0];
+  std::vector<float> x(first.rows * first.in);
+  kernels.linear_rows_x(first, x.data());
+  // Groups of four columns, one product's after the other's. Which thread has a column changes no result.
+  const auto groups = [](const LinearRows& p) { return (p.out + 3) / 4; };
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += groups(products[i]);
+  const int64_t grain = (1 + (int64_t{1} << 16) / first.in + 3) / 4;  // at least 64k weights a thread
+  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < count; ++i) {
+      const LinearRows& p = products[i];
+      const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, groups(p));
+      if (from < to) kernels.linear_rows(p, x.data(), from * 4, std::min(to * 4, p.out));
+      begin -= groups(p);
+      end -= groups(p);
+    }
   });
 }
 

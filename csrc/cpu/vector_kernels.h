@@ -127,7 +127,9 @@ struct VectorKernels {
   // Columns [begin, end) of a row.
   void (*swiglu)(const Swiglu& p, int64_t row, int64_t begin, int64_t end);
 
-  // Columns [begin, end) of y; x holds the rows as float32, `in` apart.
+  // x (rows, in) as float32, in the order in which linear_rows reads it.
+  void (*linear_rows_x)(const LinearRows& p, float* x);
+  // Columns [begin, end) of y, from that x.
   void (*linear_rows)(const LinearRows& p, const float* x, int64_t begin, int64_t end);
 };
 

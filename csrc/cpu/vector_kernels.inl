@@ -454,22 +454,34 @@ void guarded_product(float* y, const float* p, int64_t p_stride, const float* z,
 
 // --- one token -----------------------------------------------------------------------------------------------------
 
+// Rows of the state, `rows` at once: h is read and written once for all of them.
+template <typename Type, int rows>
+void step_rows(typename Type::Bits* __restrict c, const float* __restrict v, float* __restrict h, const float* keys,
+               const float* queries, float keep, int64_t dv) {
+  for (int64_t x = 0; x < dv; ++x) {
+    float sum = h[x];
+    for (int r = 0; r < rows; ++r) {
+      const float value = keep * Type::load(c[r * dv + x]) + keys[r] * v[x];
+      c[r * dv + x] = Type::store(value);
+      sum += queries[r] * value;
+    }
+    h[x] = sum;
+  }
+}
+
 template <typename Type>
-float step_state(typename Type::Bits* c, float* n, const float* q, const float* k, const float* v, float* h, float keep,
+float step_state(typename Type::Bits* c, float* n, const float* q, float* k, const float* v, float* h, float keep,
                  float take, int64_t dqk, int64_t dv) {
   float s = 0.0f;
-  for (int64_t x = 0; x < dv; ++x) h[x] = 0.0f;
   for (int64_t r = 0; r < dqk; ++r) {
-    const float kr = take == 0.0f ? 0.0f : take * k[r], qr = q[r];
-    n[r] = keep * n[r] + kr;
-    s += qr * n[r];
-    auto* row = c + r * dv;
-    for (int64_t x = 0; x < dv; ++x) {
-      const float value = keep * Type::load(row[x]) + kr * v[x];
-      row[x] = Type::store(value);
-      h[x] += qr * value;
-    }
+    k[r] = take == 0.0f ? 0.0f : take * k[r];
+    n[r] = keep * n[r] + k[r];
+    s += q[r] * n[r];
   }
+  for (int64_t x = 0; x < dv; ++x) h[x] = 0.0f;
+  int64_t r = 0;
+  for (; r + 4 <= dqk; r += 4) step_rows<Type, 4>(c + r * dv, v, h, k + r, q + r, keep, dv);
+  for (; r < dqk; ++r) step_rows<Type, 1>(c + r * dv, v, h, k + r, q + r, keep, dv);
   return s;
 }
 
@@ -531,12 +543,17 @@ void soft_cap(const SoftCap& p, int64_t begin, int64_t end) {
     const Bits *x = static_cast<const Bits*>(p.x), *dy = static_cast<const Bits*>(p.dy);
     Bits* out = static_cast<Bits*>(p.out);
     const float cap = p.cap;
-    if (dy == nullptr) {
-      for (int64_t e = begin; e < end; ++e) out[e] = Type::store(cap * hyperbolic_tangent(Type::load(x[e]) / cap));
-    } else {
-      for (int64_t e = begin; e < end; ++e) {
-        const float t = hyperbolic_tangent(Type::load(x[e]) / cap);
-        out[e] = Type::store(Type::load(dy[e]) * (1.0f - t * t));
+    // In pieces of float32 on the stack: loops that convert and compute at once are not vectorised.
+    constexpr int64_t piece = 512;
+    float wide[piece];
+    for (int64_t start = begin; start < end; start += piece) {
+      const int64_t count = end - start < piece ? end - start : piece;
+      for (int64_t e = 0; e < count; ++e) wide[e] = Type::load(x[start + e]) / cap;
+      for (int64_t e = 0; e < count; ++e) wide[e] = hyperbolic_tangent(wide[e]);
+      if (dy == nullptr) {
+        for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(cap * wide[e]);
+      } else {
+        for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(Type::load(dy[start + e]) * (1.0f - wide[e] * wide[e]));
       }
     }
   });
@@ -555,7 +572,7 @@ const VectorKernels vector_kernels = {
     forward_tile, backward_tile, row_dots,    add_state_term, scan,        scan_back,    guarded_product,
     step,         product,       slstm_cell,  slstm_cell_backward, conv_token,
     add_product,  soft_cap,      rms_norm,    rms_norm_backward,
-    gated_head_norm, gated_head_norm_backward, swiglu, linear_rows,
+    gated_head_norm, gated_head_norm_backward, swiglu, linear_rows_x, linear_rows,
 };
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

@@ -11,24 +11,28 @@ constexpr int vector_bytes = 16;
 constexpr int vector_lanes = vector_bytes / 4;
 typedef float Vector __attribute__((vector_size(vector_bytes)));
 typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
-typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
 
+inline void load_vector(Vector& to, const float* from) { std::memcpy(&to, from, sizeof(to)); }
+
+// 2 * vector_lanes weights in two vectors, in the order that `linear_rows_x` gives x.
 template <typename Type>
-inline void load_vector(Vector& to, const typename Type::Bits* from) {
-  float values[vector_lanes];
-  for (int x = 0; x < vector_lanes; ++x) values[x] = Type::load(from[x]);
+inline void load_pair(Vector (&to)[2], const typename Type::Bits* from) {
+  float values[2 * vector_lanes];
+  for (int x = 0; x < 2 * vector_lanes; ++x) values[x] = Type::load(from[x]);
   std::memcpy(&to, values, sizeof(to));
 }
 template <>
-inline void load_vector<Float32>(Vector& to, const float* from) {
-  std::memcpy(&to, from, sizeof(to));
+inline void load_pair<Float32>(Vector (&to)[2], const float* from) {
+  load_vector(to[0], from);
+  load_vector(to[1], from + vector_lanes);
 }
 template <>
-inline void load_vector<BFloat16>(Vector& to, const uint16_t* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof(halves));
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  std::memcpy(&to, &words, sizeof(to));
+inline void load_pair<BFloat16>(Vector (&to)[2], const uint16_t* from) {  // those with even places, then the others
+  Words words;
+  std::memcpy(&words, from, sizeof(words));
+  const Words even = words << 16, odd = words & 0xffff0000u;
+  std::memcpy(&to[0], &even, sizeof(even));
+  std::memcpy(&to[1], &odd, sizeof(odd));
 }
 
 inline float lanes_total(const Vector& vector) {
@@ -37,35 +41,45 @@ inline float lanes_total(const Vector& vector) {
   return sum;
 }
 
+// Two sums side by side, to hide an addition's latency, whatever the number of rows, so that a row's result is the same
+// whatever it is multiplied together with. More are quicker from a cache and slower from memory.
+constexpr int64_t linear_step = 2 * vector_lanes;
+
+void linear_rows_x(const LinearRows& p, float* x) {
+  pack(x, p.x, p.dtype, p.x_stride, p.rows, p.in, p.rows);
+  if (p.dtype != DType::bfloat16) return;
+  for (int64_t row = 0; row < p.rows; ++row, x += p.in) {
+    for (int64_t k = 0; k + linear_step <= p.in; k += linear_step) {
+      float values[linear_step];
+      for (int64_t e = 0; e < linear_step; ++e) values[e % 2 * vector_lanes + e / 2] = x[k + e];
+      std::memcpy(x + k, values, sizeof(values));
+    }
+  }
+}
+
 // `rows` rows of x with one row of the weight.
 template <typename Type, int rows>
 void linear_block(const LinearRows& p, const float* x, int64_t row, int64_t column) {
   using Bits = typename Type::Bits;
-  // Sums side by side, to hide an addition's latency; as many for every `rows`, so that a row's result is the same
-  // whatever it is multiplied together with.
-  constexpr int unrolled = 2;
-  constexpr int64_t step = unrolled * vector_lanes;
-  constexpr int64_t ahead = 2048 / sizeof(Bits);  // bytes: rows follow each other, so it may reach into the next
+  constexpr int64_t line = 64 / sizeof(Bits), ahead = 32 * line;  // rows follow each other: it may reach into the next
   const Bits* weight = static_cast<const Bits*>(p.weight) + column * p.in;
   x += row * p.in;
-  Vector sums[rows][unrolled] = {};
+  Vector sums[rows][2] = {};
   int64_t k = 0;
-  for (; k + step <= p.in; k += step) {
-    for (int u = 0; u < unrolled; ++u) {
-      Vector w;
-      load_vector<Type>(w, weight + k + u * vector_lanes);
-      for (int r = 0; r < rows; ++r) {
+  for (; k + linear_step <= p.in; k += linear_step) {
+    Vector w[2];
+    load_pair<Type>(w, weight + k);
+    for (int r = 0; r < rows; ++r) {
+      for (int u = 0; u < 2; ++u) {
         Vector value;
-        load_vector<Float32>(value, x + r * p.in + k + u * vector_lanes);
-        sums[r][u] += value * w;
+        load_vector(value, x + r * p.in + k + u * vector_lanes);
+        sums[r][u] += value * w[u];
       }
     }
-    __builtin_prefetch(weight + k + ahead);
-    if (step * static_cast<int64_t>(sizeof(Bits)) > 64) __builtin_prefetch(weight + k + ahead + 64 / sizeof(Bits));
+    for (int64_t next = 0; next < linear_step; next += line) __builtin_prefetch(weight + k + ahead + next);
   }
   for (int r = 0; r < rows; ++r) {
-    float sum = 0.0f;
-    for (int u = 0; u < unrolled; ++u) sum += lanes_total(sums[r][u]);
+    float sum = lanes_total(sums[r][0]) + lanes_total(sums[r][1]);
     for (int64_t tail = k; tail < p.in; ++tail) sum += x[r * p.in + tail] * Type::load(weight[tail]);
     if (p.bias != nullptr) sum += Type::load(static_cast<const Bits*>(p.bias)[column]);
     static_cast<Bits*>(p.y)[(row + r) * p.out + column] = Type::store(sum);

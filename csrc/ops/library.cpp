@@ -31,6 +31,13 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
       "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap) -> Tensor");
+  // `qkvo`, `gates` and `up` are the weights of layers that read the same input: stacked in one (q, k, v, output gate;
+  // input gate, forget gate; gate, up), or each for itself in that order.
+  lib.def(
+      "mlstm_block_step(Tensor x, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, Tensor? state_indices, Tensor norm_mlstm, "
+      "Tensor[] qkvo, Tensor[] gates, Tensor[] gate_biases, Tensor head_norm, Tensor out_proj, Tensor norm_ffn, "
+      "Tensor[] up, Tensor down, float norm_mlstm_eps, float eps, float head_norm_eps, float norm_ffn_eps, "
+      "float? gate_soft_cap) -> Tensor");
   // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
   lib.def(
       "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
@@ -80,6 +87,7 @@ void implement(Library& lib) {
   lib.impl("mlstm_sig", TORCH_BOX(&flash_xlstm::mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&flash_xlstm::mlstm_sig_backward));
   lib.impl("mlstm_step", TORCH_BOX(&flash_xlstm::mlstm_step));
+  lib.impl("mlstm_block_step", TORCH_BOX(&flash_xlstm::mlstm_block_step));
   lib.impl("slstm", TORCH_BOX(&flash_xlstm::slstm));
   lib.impl("slstm_backward", TORCH_BOX(&flash_xlstm::slstm_backward));
   lib.impl("slstm_step", TORCH_BOX(&flash_xlstm::slstm_step));

@@ -80,8 +80,9 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
   const void* const bias_data = bias ? bias->data_ptr() : nullptr;
   if (x.is_cpu()) {
     x = with_uniform_rows(x);
-    cpu::linear_rows({to_dtype(x.scalar_type()), rows, in, out, x.data_ptr(), row_stride(x), weight.data_ptr(),
-                      bias_data, y.data_ptr()});
+    const LinearRows p{to_dtype(x.scalar_type()), rows,      in, out, x.data_ptr(), row_stride(x), weight.data_ptr(),
+                       bias_data,                 y.data_ptr()};
+    cpu::linear_rows(&p, 1);
     return y;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA

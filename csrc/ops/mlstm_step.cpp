@@ -2,6 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/cuda_context.h"
+#include "ops/mlstm_step.h"
 #include "ops/ops.h"
 #ifdef FLASH_XLSTM_WITH_CUDA
 #include "cuda/mlstm/launch.h"
@@ -37,6 +38,45 @@ void check_indices(const Tensor& indices, int64_t num_slots) {
 
 }  // namespace
 
+void set_step_state(MlstmStep& p, const Tensor& like, const Tensor& c, const Tensor& n, const Tensor& m,
+                    const OptTensor& state_indices) {
+  p.num_slots = p.batch;
+  if (state_indices) {
+    check_shape("state_indices", *state_indices, {p.batch}, "(batch,)");
+    check_dtype("state_indices", *state_indices, ScalarType::Int);
+    check_device("state_indices", *state_indices, like);
+    if (p.batch > 1 && state_indices->stride(0) != 1) value_error("state_indices must be contiguous");
+    p.num_slots = c.dim() > 0 ? c.size(0) : 0;
+    if (state_indices->is_cpu()) check_indices(*state_indices, p.num_slots);
+    p.state_indices = static_cast<const int32_t*>(state_indices->data_ptr());
+  }
+  check_shape("state c", c, {p.num_slots, p.heads, p.dqk, p.dv}, "(batch or slots, heads, dqk, dv)");
+  check_shape("state n", n, {p.num_slots, p.heads, p.dqk}, "(batch or slots, heads, dqk)");
+  check_shape("state m", m, {p.num_slots, p.heads}, "(batch or slots, heads)");
+  if (c.scalar_type() != ScalarType::Float && c.scalar_type() != ScalarType::BFloat16) {
+    type_error("state c has dtype ", dtype_text(c.scalar_type()), "; it must be float32 or bfloat16");
+  }
+  check_dtype("state n", n, ScalarType::Float);
+  check_dtype("state m", m, ScalarType::Float);
+  for (auto [name, t] : {std::pair{"state c", &c}, {"state n", &n}, {"state m", &m}}) {
+    check_device(name, *t, like);
+    check_contiguous(name, *t);
+  }
+  p.state_dtype = to_dtype(c.scalar_type());
+  p.c = c.data_ptr();
+  p.n = static_cast<float*>(n.data_ptr());
+  p.m = static_cast<float*>(m.data_ptr());
+}
+
+void set_step_options(MlstmStep& p, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap) {
+  const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
+  if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
+  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
+  p.gate_soft_cap = check_gate_soft_cap(gate_soft_cap);
+  p.scale = static_cast<float>(scale_value);
+  p.eps = static_cast<float>(eps);
+}
+
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
                   OptTensor state_indices, std::optional<double> scale, double eps,
                   std::optional<double> gate_soft_cap) {
@@ -59,51 +99,22 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
   check_step_gate("i", i, q, i.scalar_type());
   check_step_gate("f", f, q, i.scalar_type());
 
-  p.num_slots = p.batch;
-  if (state_indices) {
-    check_shape("state_indices", *state_indices, {p.batch}, "(batch,)");
-    check_dtype("state_indices", *state_indices, ScalarType::Int);
-    check_device("state_indices", *state_indices, q);
-    if (p.batch > 1 && state_indices->stride(0) != 1) value_error("state_indices must be contiguous");
-    p.num_slots = c.dim() > 0 ? c.size(0) : 0;
-    if (state_indices->is_cpu()) check_indices(*state_indices, p.num_slots);
-    p.state_indices = static_cast<const int32_t*>(state_indices->data_ptr());
+  set_step_state(p, q, c, n, m, state_indices);
+  set_step_options(p, scale, eps, gate_soft_cap);
+#ifdef FLASH_XLSTM_WITH_CUDA
+  if (q.is_cuda() && p.dqk > cuda::max_step_dqk) {
+    value_error("q has dqk ", p.dqk, "; on CUDA it must be at most ", cuda::max_step_dqk);
   }
-  check_shape("state c", c, {p.num_slots, p.heads, p.dqk, p.dv}, "(batch or slots, heads, dqk, dv)");
-  check_shape("state n", n, {p.num_slots, p.heads, p.dqk}, "(batch or slots, heads, dqk)");
-  check_shape("state m", m, {p.num_slots, p.heads}, "(batch or slots, heads)");
-  if (c.scalar_type() != ScalarType::Float && c.scalar_type() != ScalarType::BFloat16) {
-    type_error("state c has dtype ", dtype_text(c.scalar_type()), "; it must be float32 or bfloat16");
-  }
-  check_dtype("state n", n, ScalarType::Float);
-  check_dtype("state m", m, ScalarType::Float);
-  for (auto [name, t] : {std::pair{"state c", &c}, {"state n", &n}, {"state m", &m}}) {
-    check_device(name, *t, q);
-    check_contiguous(name, *t);
-  }
-  const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
-  if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
-  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
-  p.gate_soft_cap = check_gate_soft_cap(gate_soft_cap);
-  constexpr int64_t max_cuda_dqk = 8192;  // q and k fit a block's shared memory
-  if (q.is_cuda() && p.dqk > max_cuda_dqk) {
-    value_error("q has dqk ", p.dqk, "; on CUDA it must be at most ", max_cuda_dqk);
-  }
+#endif
 
   Tensor h = new_empty(q, {p.batch, p.heads, p.dv}, q.scalar_type());
   p.dtype = to_dtype(q.scalar_type());
   p.gate_dtype = to_dtype(i.scalar_type());
-  p.state_dtype = to_dtype(c.scalar_type());
-  p.scale = static_cast<float>(scale_value);
-  p.eps = static_cast<float>(eps);
   p.q = {q.data_ptr(), q.stride(0), 0, q.stride(1)};
   p.k = {k.data_ptr(), k.stride(0), 0, k.stride(1)};
   p.v = {v.data_ptr(), v.stride(0), 0, v.stride(1)};
   p.i = {i.data_ptr(), i.stride(0), 0, i.stride(1)};
   p.f = {f.data_ptr(), f.stride(0), 0, f.stride(1)};
-  p.c = c.data_ptr();
-  p.n = static_cast<float*>(n.data_ptr());
-  p.m = static_cast<float*>(m.data_ptr());
   p.h = h.data_ptr();
   if (p.batch > 0 && p.heads > 0) {
     if (q.is_cpu()) {

@@ -40,6 +40,12 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
                   OptTensor state_indices, std::optional<double> scale, double eps,
                   std::optional<double> gate_soft_cap);
 
+Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_indices, Tensor norm_mlstm,
+                        std::vector<Tensor> qkvo, std::vector<Tensor> gates, std::vector<Tensor> gate_biases,
+                        Tensor head_norm, Tensor out_proj, Tensor norm_ffn, std::vector<Tensor> up, Tensor down,
+                        double norm_mlstm_eps, double eps, double head_norm_eps, double norm_ffn_eps,
+                        std::optional<double> gate_soft_cap);
+
 Tensors6 slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
                OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state);
 

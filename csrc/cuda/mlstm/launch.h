@@ -14,6 +14,7 @@ cudaError_t mlstm_forward(const MlstmForward& params, void* workspace, cudaStrea
 int64_t mlstm_backward_workspace_bytes(const MlstmBackward& params);
 cudaError_t mlstm_backward(const MlstmBackward& params, void* workspace, cudaStream_t stream);
 
+constexpr int64_t max_step_dqk = 8192;  // q and k fit a block's shared memory
 int64_t mlstm_step_workspace_bytes(const MlstmStep& params);
 cudaError_t mlstm_step(const MlstmStep& params, void* workspace, cudaStream_t stream);
 

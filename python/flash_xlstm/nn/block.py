@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from flash_xlstm.nn.block_step import block_step
 from flash_xlstm.nn.feedforward import FeedForward
 from flash_xlstm.nn.mlstm import State, mLSTMLayer
 from flash_xlstm.nn.norm import RMSNorm
@@ -43,6 +44,10 @@ class mLSTMBlock(nn.Module):
         state_indices: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Arguments and results as :meth:`mLSTMLayer.forward`."""
+        if inplace and padding is None and state is not None:
+            out = block_step(self, x, state, state_indices)
+            if out is not None:
+                return out, state if return_state else None
         y, state = self.mlstm_layer(
             self.norm_mlstm(x),
             state,

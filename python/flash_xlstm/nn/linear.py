@@ -22,17 +22,24 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def _serves(layer: nn.Linear, x: Tensor) -> bool:
+def few_rows(x: Tensor) -> bool:
+    """Whether products with x may go by :func:`flash_xlstm.ops.linear_rows`, as far as x and torch's modes go."""
     dtypes, rows = _FEW_ROWS.get(x.device.type, ((), 0))
-    weight = layer.weight
     return (
         x.dtype in dtypes
-        and x.numel() <= rows * layer.in_features
-        and weight.dtype == x.dtype
-        and weight.device == x.device
+        and x.numel() <= rows * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
+    )
+
+
+def _serves(layer: nn.Linear, x: Tensor) -> bool:
+    weight = layer.weight
+    return (
+        few_rows(x)
+        and weight.dtype == x.dtype
+        and weight.device == x.device
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and type(weight) is nn.Parameter
         and (x.device.type != "cuda" or (layer.in_features % 8 == 0 and weight.data_ptr() % 16 == 0))

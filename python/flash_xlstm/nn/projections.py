@@ -69,6 +69,11 @@ class FusableProjections(nn.Module):
             for name, size in layers.items():
                 self.add_module(name, nn.Linear(in_features, size, bias=biases[fused]))
 
+    def projections(self, group: str) -> list[nn.Module]:
+        """The layers that there are of a group: the fused one, or the single ones."""
+        names = [group] if self.weight_mode == "fused" else self.projection_groups[group]
+        return [self._modules[name] for name in names]  # type: ignore[misc]
+
     def _project(self, x: Tensor, group: str) -> tuple[Tensor, ...]:
         """The outputs of a group's single layers; views of one tensor where they are fused."""
         parts = self.projection_groups[group]

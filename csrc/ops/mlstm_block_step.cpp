@@ -1,0 +1,268 @@
+// A whole mLSTM block on one token of each row, in one call. On the CPU the kernels of its parts one after the other,
+// each rounding as its own operator does: of a small model's token, calls are most. On CUDA six launches, with the norms,
+// the residuals and the SwiGLU inside the products (cuda/linear/linear_rows.cu), which round less often.
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/vector_kernels.h"
+#include "ops/cuda_context.h"
+#include "ops/mlstm_step.h"
+#include "ops/ops.h"
+#ifdef FLASH_XLSTM_WITH_CUDA
+#include "cuda/linear/launch.h"
+#include "cuda/mlstm/launch.h"
+#include "cuda/pointwise/launch.h"
+#endif
+
+namespace flash_xlstm {
+namespace {
+
+// What one of several layers with the same input puts out: rows `stride` elements apart.
+struct Part {
+  char* data;
+  int64_t stride;
+};
+
+// The rows of a token on their way through a block.
+class Rows {
+ public:
+  explicit Rows(const Tensor& x) : x_(x), dtype_(to_dtype(x.scalar_type())), rows_(x.numel() / x.size(x.dim() - 1)) {}
+
+  DType dtype() const { return dtype_; }
+  int64_t rows() const { return rows_; }
+  int64_t item() const { return dtype_ == DType::float32 ? 4 : 2; }
+
+  char* buffer(int64_t columns) {
+    if (!x_.is_cpu()) {
+      tensors_.push_back(new_empty(x_, {rows_, columns}, x_.scalar_type()));
+      return static_cast<char*>(tensors_.back().data_ptr());
+    }
+    buffers_.emplace_back(rows_ * columns * item());
+    return buffers_.back().data();
+  }
+
+  const void* parameter(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    check_shape(name, t, sizes, sizes.size() == 2 ? "(out, in)" : "(features,)");
+    check_dtype(name, t, x_.scalar_type(), ", as x");
+    check_device(name, t, x_, "x");
+    if (!t.is_contiguous()) value_error(name, " must be contiguous");
+    return t.data_ptr();
+  }
+
+  // x (rows, in) times the weights of layers with `sizes` outputs, which are stacked in one or apart; adds what there
+  // is to do to `products`.
+  std::vector<Part> project(std::vector<LinearRows>& products, const char* name, const void* x, int64_t in,
+                            const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                            const std::vector<int64_t>& sizes) {
+    const bool stacked = weights.size() == 1;
+    if (!stacked && weights.size() != sizes.size()) {
+      value_error(name, " has ", static_cast<int64_t>(weights.size()), " weights; it must have 1 or ",
+                  static_cast<int64_t>(sizes.size()));
+    }
+    if (!biases.empty() && biases.size() != weights.size()) value_error(name, " must have a bias for each weight");
+    int64_t total = 0;
+    for (int64_t size : sizes) total += size;
+    std::vector<Part> parts;
+    for (size_t w = 0; w < weights.size(); ++w) {
+      const int64_t out = stacked ? total : sizes[w];
+      char* y = buffer(out);
+      products.push_back({dtype_, rows_, in, out, x, in, parameter(name, weights[w], {out, in}),
+                          biases.empty() ? nullptr : parameter(name, biases[w], {out}), y});
+      if (!stacked) parts.push_back({y, out});
+      for (int64_t offset = 0, part = 0; stacked && offset < total; offset += sizes[part++]) {
+        parts.push_back({y + offset * item(), total});
+      }
+    }
+    return parts;
+  }
+
+  char* norm(const void* x, const void* residual, void* sum, const Tensor& weight, int64_t size, double eps) {
+    char* y = buffer(size);
+    cpu::rms_norm({dtype_, dtype_, rows_, size, static_cast<float>(eps), x, residual,
+                   parameter("norm", weight, {size}), y, sum});
+    return y;
+  }
+
+  char* linear(const char* name, const void* x, int64_t in, const Tensor& weight, int64_t out) {
+    std::vector<LinearRows> products;
+    char* y = project(products, name, x, in, {weight}, {}, {out})[0].data;
+    cpu::linear_rows(products.data(), 1);
+    return y;
+  }
+
+  // a + b, (rows, columns), in the dtype.
+  void add(void* sum, const void* a, const void* b, int64_t columns) const {
+    const cpu::VectorKernels& kernels = cpu::vector_kernels();
+    std::vector<float> wide(2 * rows_ * columns);
+    float *x = wide.data(), *y = x + rows_ * columns;
+    kernels.pack(x, a, dtype_, columns, rows_, columns, rows_);
+    kernels.pack(y, b, dtype_, columns, rows_, columns, rows_);
+    for (int64_t e = 0; e < rows_ * columns; ++e) x[e] += y[e];
+    kernels.unpack(sum, dtype_, columns, x, nullptr, rows_, columns);
+  }
+
+ private:
+  const Tensor& x_;
+  const DType dtype_;
+  const int64_t rows_;
+  std::vector<std::vector<char>> buffers_;  // on the CPU
+  std::vector<Tensor> tensors_;             // on CUDA
+};
+
+#ifdef FLASH_XLSTM_WITH_CUDA
+// `products` of one x as one launch.
+FusedLinearRows fused(const std::vector<LinearRows>& products) {
+  const LinearRows& first = products[0];
+  FusedLinearRows p{};
+  p.dtype = first.dtype;
+  p.rows = first.rows, p.in = first.in;
+  p.x = first.x, p.x_stride = first.x_stride;
+  for (const LinearRows& y : products) p.part[p.count++] = {y.weight, y.bias, y.y, y.out};
+  return p;
+}
+
+void set_norm(FusedLinearRows& p, const void* weight, double eps) {
+  p.norm_weight = weight, p.norm_dtype = p.dtype, p.norm_eps = static_cast<float>(eps);
+}
+
+void check_cuda_limits(const Tensor& x, const std::vector<LinearRows>& products) {
+  if (x.scalar_type() != ScalarType::BFloat16) {
+    type_error("x has dtype ", dtype_text(x.scalar_type()), "; on CUDA it must be bfloat16");
+  }
+  for (const LinearRows& p : products) {
+    if (p.in % 8 != 0 || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) {
+      value_error("on CUDA weights must begin at multiples of 16 bytes and have a multiple of 8 columns");
+    }
+  }
+}
+#endif
+
+}  // namespace
+
+Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_indices, Tensor norm_mlstm,
+                        std::vector<Tensor> qkvo, std::vector<Tensor> gates, std::vector<Tensor> gate_biases,
+                        Tensor head_norm, Tensor out_proj, Tensor norm_ffn, std::vector<Tensor> up, Tensor down,
+                        double norm_mlstm_eps, double eps, double head_norm_eps, double norm_ffn_eps,
+                        std::optional<double> gate_soft_cap) {
+  if (x.dim() < 1 || x.size(x.dim() - 1) < 1) value_error("x has shape ", shape_text(x), "; it must be (..., size)");
+  check_op_dtype("x", x.scalar_type());
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  if (down.dim() != 2) value_error("down has shape ", shape_text(down), "; it must be (out, in)");
+  if (c.dim() != 4) value_error("state c has shape ", shape_text(c), "; it must be (slots, heads, dqk, dv)");
+  Rows rows(x);
+  if (rows.rows() < 1 || rows.rows() > 16) value_error("x has ", rows.rows(), " rows; it must have 1 to 16");
+  const int64_t size = x.size(x.dim() - 1), up_size = down.size(1);
+  MlstmStep step{};
+  step.batch = rows.rows(), step.heads = c.size(1), step.dqk = c.size(2), step.dv = c.size(3);
+  set_step_state(step, x, c, n, m, state_indices);
+  set_step_options(step, std::nullopt, eps, gate_soft_cap);
+  if (up_size < 1 || step.dqk < 1 || step.dv < 1) value_error("down and state c must not be empty");
+  const int64_t heads = step.heads, qk_size = heads * step.dqk, v_size = heads * step.dv;
+
+  Tensor out = new_empty(x, sizes_of(x), x.scalar_type());
+  const auto set_step = [&](const std::vector<Part>& part, const std::vector<Part>& gate) {
+    step.dtype = step.gate_dtype = rows.dtype();
+    step.q = {part[0].data, part[0].stride, 0, step.dqk};
+    step.k = {part[1].data, part[1].stride, 0, step.dqk};
+    step.v = {part[2].data, part[2].stride, 0, step.dv};
+    step.i = {gate[0].data, gate[0].stride, 0, 1};
+    step.f = {gate[1].data, gate[1].stride, 0, 1};
+    step.h = rows.buffer(v_size);
+  };
+  const auto head_norm_of = [&](const Part& gate) {
+    return GatedHeadNorm{rows.dtype(), rows.dtype(), rows.rows(), heads, step.dv, static_cast<float>(head_norm_eps),
+                         step.h, gate.data, gate.stride, rows.parameter("head_norm", head_norm, {v_size}),
+                         rows.buffer(v_size)};
+  };
+  std::vector<LinearRows> products;
+  if (x.is_cpu()) {
+    const char* y = rows.norm(x.data_ptr(), nullptr, nullptr, norm_mlstm, size, norm_mlstm_eps);
+    const auto part = rows.project(products, "qkvo", y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
+    const auto gate = rows.project(products, "gates", y, size, gates, gate_biases, {heads, heads});
+    cpu::linear_rows(products.data(), products.size());
+    set_step(part, gate);
+    cpu::mlstm_step(step);
+    const GatedHeadNorm gated = head_norm_of(part[3]);
+    cpu::gated_head_norm(gated);
+    const char* mixed = rows.linear("out_proj", gated.y, v_size, out_proj, size);
+
+    char* sum = rows.buffer(size);
+    y = rows.norm(mixed, x.data_ptr(), sum, norm_ffn, size, norm_ffn_eps);
+    products.clear();
+    const auto wide = rows.project(products, "up", y, size, up, {}, {up_size, up_size});
+    cpu::linear_rows(products.data(), products.size());
+    Swiglu swiglu{};
+    swiglu.dtype = rows.dtype(), swiglu.rows = rows.rows(), swiglu.columns = up_size;
+    swiglu.x = wide[0].data, swiglu.x_stride = wide[0].stride;
+    swiglu.y = wide[1].data, swiglu.y_stride = wide[1].stride;
+    swiglu.out = rows.buffer(up_size);
+    cpu::swiglu(swiglu);
+    const char* fed = rows.linear("down", swiglu.out, up_size, down, size);
+    rows.add(out.data_ptr(), sum, fed, size);
+    return out;
+  }
+#ifdef FLASH_XLSTM_WITH_CUDA
+  if (step.dqk > cuda::max_step_dqk || step.dv > cuda::max_norm_dim) {
+    value_error("state c has shape ", shape_text(c), "; on CUDA dqk must be at most ", cuda::max_step_dqk,
+                ", dv at most ", cuda::max_norm_dim);
+  }
+  if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
+  const void* const x_data = x.data_ptr();
+  // Everything is checked before anything runs.
+  const auto part = rows.project(products, "qkvo", x_data, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
+  const auto gate = rows.project(products, "gates", x_data, size, gates, gate_biases, {heads, heads});
+  FusedLinearRows first = fused(products);
+  set_norm(first, rows.parameter("norm", norm_mlstm, {size}), norm_mlstm_eps);
+  set_step(part, gate);
+  const GatedHeadNorm gated = head_norm_of(part[3]);
+  std::vector<LinearRows> all = products;
+  const auto product_of = [&](const char* name, const void* from, int64_t in, const Tensor& weight, int64_t columns,
+                              void* to, const void* residual) {
+    const LinearRows p{rows.dtype(), rows.rows(), in, columns, from, in, rows.parameter(name, weight, {columns, in}),
+                       nullptr,      to};
+    all.push_back(p);
+    FusedLinearRows product = fused({p});
+    product.residual = residual, product.residual_stride = columns;
+    return product;
+  };
+  char* const sum = rows.buffer(size);
+  const FusedLinearRows mix = product_of("out_proj", gated.y, v_size, out_proj, size, sum, x_data);
+  products.clear();
+  rows.project(products, "up", sum, size, up, {}, {up_size, up_size});
+  all.insert(all.end(), products.begin(), products.end());
+  FusedLinearRows wide = fused(products);
+  if (wide.count == 1) {  // stacked: two parts of it
+    wide.part[1] = wide.part[0];
+    wide.part[1].weight = static_cast<const char*>(wide.part[0].weight) + up_size * size * rows.item();
+    wide.count = 2;
+  }
+  wide.part[0].out = wide.part[1].out = up_size;
+  wide.swiglu = true;
+  set_norm(wide, rows.parameter("norm", norm_ffn, {size}), norm_ffn_eps);
+  const FusedLinearRows last = product_of("down", wide.part[0].y, up_size, down, size, out.data_ptr(), sum);
+  check_cuda_limits(x, all);
+  for (const FusedLinearRows* p : {&first, &wide}) {
+    if (reinterpret_cast<uintptr_t>(p->norm_weight) % 16 != 0) {
+      value_error("on CUDA the norms' weights must begin at multiples of 16 bytes");
+    }
+  }
+
+  const int32_t device = x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  check_device_supported(device);
+  const cudaStream_t stream = current_stream(device);
+  Tensor workspace = new_empty(x, {cuda::mlstm_step_workspace_bytes(step)}, ScalarType::Byte);
+  constexpr const char* op = "mlstm_block_step";
+  check_cuda(cuda::fused_linear_rows(first, stream), op);
+  check_cuda(cuda::mlstm_step(step, workspace.data_ptr(), stream), op);
+  check_cuda(cuda::gated_head_norm(gated, stream), op);
+  check_cuda(cuda::fused_linear_rows(mix, stream), op);
+  check_cuda(cuda::fused_linear_rows(wide, stream), op);
+  check_cuda(cuda::fused_linear_rows(last, stream), op);
+#else
+  no_cuda_build("mlstm_block_step");
+#endif
+  return out;
+}
+
+}  // namespace flash_xlstm

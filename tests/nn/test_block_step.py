@@ -1,0 +1,102 @@
+"""A block's step in one call against the same step part by part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_xlstm.nn import FeedForward, mLSTMBlock, mLSTMLayer
+from flash_xlstm.nn import block as block_module
+
+
+def make_block(dtype=torch.float32, weight_mode="fused", use_bias=False, **options):
+    torch.manual_seed(0)
+    layer = mLSTMLayer(72, 2, qk_dim=36, v_dim=80, weight_mode=weight_mode, use_bias=use_bias, **options)
+    ffn = FeedForward(72, 100, weight_mode=weight_mode, use_bias=use_bias)
+    block = mLSTMBlock(72, layer, ffn, use_bias=use_bias).to(dtype)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return block
+
+
+def make_state(slots, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(slots, 2, 18, 40).to(dtype), torch.randn(slots, 2, 18), torch.randn(slots, 2)
+
+
+def tokens(rows, dtype):
+    return torch.randn(rows, 1, 72, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the one call gave, None where it did not serve."""
+    made, original = [], block_module.block_step
+    monkeypatch.setattr(block_module, "block_step", lambda *args: made.append(original(*args)) or made[-1])
+    return made
+
+
+def by_parts(block, *args):
+    handle = block.ffn.register_forward_hook(lambda *args: None)
+    try:
+        return block(*args)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_is_exactly_what_the_parts_give(calls, dtype, weight_mode, rows):
+    block, slots = make_block(dtype, weight_mode), torch.tensor([2, -1, 4, 0][:rows], dtype=torch.int32)
+    for state_dtype in (torch.float32, torch.bfloat16):
+        for indices, count in ((None, rows), (slots, 5)):
+            states = [make_state(count, state_dtype) for _ in range(2)]
+            for x in (tokens(rows, dtype), tokens(2 * rows, dtype)[::2]):
+                expected, state = by_parts(block, x, states[0], None, True, True, indices)
+                actual, ours = block(x, states[1], None, True, True, indices)
+                assert torch.equal(actual, expected) and actual.isfinite().all()
+                assert ours[0] is states[1][0] and all(map(torch.equal, ours, state))
+    assert [made is None for made in calls] == [True, False] * 8
+
+
+@torch.no_grad()
+def test_everything_else_goes_by_parts(calls):
+    x, state = tokens(2, torch.float32), make_state(2)
+
+    def run(block, x=x, state=state, padding=None):
+        return block(x, state, padding, True, True)[0]
+
+    run(make_block(use_bias=True))
+    run(make_block(step_kernel="reference"))
+    run(make_block(), tokens(5, torch.float32), make_state(5))
+    run(make_block(), state=make_state(2, torch.float16))
+    run(make_block(), state=tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in state))
+    run(make_block(torch.float64, step_kernel="reference", kernel="recurrent"), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        run(make_block())
+    hooked = make_block()
+    hooked.mlstm_layer.out_proj.register_forward_hook(lambda module, args, y: 0 * y)
+    assert torch.equal(run(hooked), run(hooked))
+    other = make_block()
+    other.ffn.proj_down = torch.nn.Sequential(other.ffn.proj_down)
+    run(other)
+    replaced = make_block()
+    replaced.ffn.forward = torch.zeros_like
+    run(replaced)
+    run(make_block(), torch.cat([x, x], 1))
+    run(make_block(), padding=torch.zeros(2, 1, dtype=torch.bool))
+    assert calls == [None] * len(calls)
+
+
+@torch.no_grad()
+def test_says_what_does_not_fit():
+    block, x, (c, n, m) = make_block(), tokens(2, torch.float32), make_state(2)
+    with pytest.raises(ValueError, match=r"^state n has shape"):
+        block(x, (c, n[:, :1], m), None, True, True)
+    with pytest.raises(ValueError, match=r"^state c has shape"):
+        block(x, (c[:1], n, m), None, True, True)
+    block.ffn.proj_down.weight = torch.nn.Parameter(torch.zeros(71, 100))
+    with pytest.raises(ValueError, match=r"^down has shape \(71, 100\)"):
+        block(x, (c, n, m), None, True, True)
