@@ -12,7 +12,7 @@ from flash_xlstm.nn import block as block_module
 def make_block(dtype=torch.float32, weight_mode="fused", use_bias=False, **options):
     torch.manual_seed(0)
     layer = mLSTMLayer(72, 2, qk_dim=36, v_dim=80, weight_mode=weight_mode, use_bias=use_bias, **options)
-    ffn = FeedForward(72, 100, weight_mode=weight_mode, use_bias=use_bias)
+    ffn = FeedForward(72, 104, weight_mode=weight_mode, use_bias=use_bias)
     block = mLSTMBlock(72, layer, ffn, use_bias=use_bias).to(dtype)
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -62,6 +62,44 @@ def test_is_exactly_what_the_parts_give(calls, dtype, weight_mode, rows):
 
 
 @torch.no_grad()
+@pytest.mark.cuda
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16])
+def test_on_cuda_is_as_exact_as_the_parts(calls, weight_mode, rows, state_dtype):
+    block = make_block(torch.bfloat16, weight_mode).cuda()
+    exact = make_block(torch.float64, weight_mode, step_kernel="reference", kernel="recurrent")
+    exact.load_state_dict({name: t.cpu().double() for name, t in block.state_dict().items()})
+    slots = torch.randperm(rows + 3, generator=torch.Generator().manual_seed(3))[:rows].int()
+    for indices in (None, slots):
+        x, count = tokens(rows, torch.bfloat16), rows if indices is None else rows + 3
+        states = [tuple(t.cuda() for t in make_state(count, state_dtype)) for _ in range(2)]
+        on_gpu = None if indices is None else indices.cuda()
+        parts, parts_state = by_parts(block, x.cuda(), states[0], None, True, True, on_gpu)
+        ours, our_state = block(x.cuda(), states[1], None, True, True, on_gpu)
+        wide = [t.double() for t in make_state(count, state_dtype)]
+        expected, state = exact(x.double(), tuple(wide), None, True, True, indices)
+
+        def error(actual, wanted):
+            return ((actual.cpu().double() - wanted).norm() / wanted.norm()).item()
+
+        for ours_part, parts_part, wanted in zip((ours, *our_state), (parts, *parts_state), (expected, *state)):
+            assert error(ours_part, wanted) <= 1.2 * error(parts_part, wanted) + 2e-3
+    assert [made is None for made in calls] == [True, False] * 2
+
+
+@torch.no_grad()
+@pytest.mark.cuda
+def test_on_cuda_goes_by_parts_where_the_products_do_not_serve(calls):
+    for block in (make_block(torch.float32), make_block(torch.float16)):
+        dtype = next(block.parameters()).dtype
+        block.cuda()(tokens(2, dtype).cuda(), tuple(t.cuda() for t in make_state(2)), None, True, True)
+    block = make_block(torch.bfloat16).cuda()
+    block(tokens(17, torch.bfloat16).cuda(), tuple(t.cuda() for t in make_state(17)), None, True, True)
+    assert calls == [None] * 3
+
+
+@torch.no_grad()
 def test_everything_else_goes_by_parts(calls):
     x, state = tokens(2, torch.float32), make_state(2)
 
@@ -97,6 +135,6 @@ def test_says_what_does_not_fit():
         block(x, (c, n[:, :1], m), None, True, True)
     with pytest.raises(ValueError, match=r"^state c has shape"):
         block(x, (c[:1], n, m), None, True, True)
-    block.ffn.proj_down.weight = torch.nn.Parameter(torch.zeros(71, 100))
-    with pytest.raises(ValueError, match=r"^down has shape \(71, 100\)"):
+    block.ffn.proj_down.weight = torch.nn.Parameter(torch.zeros(71, 104))
+    with pytest.raises(ValueError, match=r"^down has shape \(71, 104\)"):
         block(x, (c, n, m), None, True, True)

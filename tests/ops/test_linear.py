@@ -141,3 +141,109 @@ def test_errors_on_cuda():
         ops.linear_rows(x, torch.zeros(40 * 64 + 1, device="cuda", dtype=BF16)[1:].view(40, 64))
     with pytest.raises(ValueError, match="weight is on cpu"):
         ops.linear_rows(x, weight.cpu(), bias)
+
+
+# --- with what is around them -----------------------------------------------------------------------------------------
+
+
+def fused_in_float64(x, weights, biases, norm_weight=None, norm_eps=1e-6, residual=None, swiglu=False):
+    z = x.double()
+    if norm_weight is not None:
+        z = z * (z.square().mean(-1, keepdim=True) + norm_eps).rsqrt() * norm_weight.double()
+    ys = [z @ w.double().t() + (0 if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
+    if swiglu:
+        ys = [torch.nn.functional.silu(ys[0]) * ys[1]]
+    return ys if residual is None else [residual.double() + ys[0]]
+
+
+def fused_arguments(device, dtype, rows, size_in, sizes_out, norm=None, residual=False, bias=True):
+    x = normal(device, rows, size_in, dtype=dtype)
+    weights = [normal(device, out, size_in, dtype=dtype, seed=n) / size_in**0.5 for n, out in enumerate(sizes_out, 1)]
+    biases = [normal(device, out, dtype=dtype, seed=9) if bias and n != 1 else None for n, out in enumerate(sizes_out)]
+    options = {}
+    if norm is not None:
+        options |= {"norm_weight": 1 + 0.3 * normal(device, size_in, dtype=norm, seed=7), "norm_eps": 1e-3}
+    if residual:
+        options["residual"] = normal(device, rows, sizes_out[0], dtype=dtype, seed=8)
+    return (x, weights, biases), options
+
+
+@EVERY
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 16])
+@pytest.mark.parametrize("norm", [None, "float32", "same"])
+@pytest.mark.parametrize(
+    ("size_in", "sizes_out", "more"),
+    [
+        (64, (40,), {"residual": True}),
+        (72, (1,), {"residual": True}),
+        (1096, (33, 16, 40, 7, 8, 64, 1, 17), {}),
+        (4096, (24, 16), {}),
+        (64, (40, 40), {"swiglu": True}),
+        (1096, (33, 33), {"swiglu": True}),
+        (2056, (8, 8), {"swiglu": True}),
+    ],
+)
+def test_fused_matches_float64(place, dtype, rows, norm, size_in, sizes_out, more):
+    more = dict(more)
+    norm_dtype = {None: None, "float32": torch.float32, "same": dtype}[norm]
+    residual = more.pop("residual", False)
+    given, options = fused_arguments(place, dtype, rows, size_in, sizes_out, norm_dtype, residual)
+    got = ops.fused_linear_rows(*given, **options, **more)
+    expected = fused_in_float64(*given, **options, **more)
+    assert len(got) == len(expected)
+    for y, exact in zip(got, expected, strict=True):
+        assert y.dtype == dtype and y.shape == exact.shape
+        # A rounding of x (or of the normed x), one of each part on the CPU, one of the result.
+        assert (y.double() - exact).norm() <= 2.5 * ROUNDING[dtype] * (exact.norm() + (size_in == 72) * 8)
+
+
+@EVERY
+def test_fused_takes_strides_and_repeats_itself(place, dtype):
+    (x, weights, biases), options = fused_arguments(place, dtype, 6, 64, (40,), torch.float32, True)
+    (expected,) = ops.fused_linear_rows(x, weights, biases, **options)
+    wide = torch.full((6, 99), torch.nan, device=place, dtype=dtype)
+    for offset in (0, 8, 3):
+        wide[:, offset : offset + 64] = x
+        (y,) = ops.fused_linear_rows(wide[:, offset : offset + 64], weights, biases, **options)
+        assert torch.equal(y, expected)
+    options["residual"] = torch.stack([options["residual"]] * 2, 1)[:, 1]
+    assert torch.equal(ops.fused_linear_rows(x, weights, biases, **options)[0], expected)
+    (three,) = ops.fused_linear_rows(
+        x.view(2, 3, 64), weights, biases, **{**options, "residual": options["residual"].reshape(2, 3, 40)}
+    )
+    assert torch.equal(three.view(6, 40), expected)
+    for row in range(6):  # alone as among others
+        options_of_row = {**options, "residual": options["residual"][row]}
+        assert torch.equal(ops.fused_linear_rows(x[row], weights, biases, **options_of_row)[0], expected[row])
+
+
+@EVERY
+def test_fused_opcheck(place, dtype):
+    op = torch.ops.flash_xlstm.fused_linear_rows
+    (x, weights, biases), options = fused_arguments(place, dtype, 3, 64, (40,), torch.float32, True)
+    torch.library.opcheck(op, (x, weights, biases, options["norm_weight"], 1e-6, options["residual"], False))
+    (x, weights, biases), _ = fused_arguments(place, dtype, 3, 64, (40, 40))
+    torch.library.opcheck(op, (x, weights, biases, None, 1e-6, None, True))
+    torch.library.opcheck(op, (x, weights, biases, None, 1e-6, None, False))
+
+
+def test_fused_errors(device):
+    (x, weights, biases), options = fused_arguments(device, BF16, 3, 64, (40, 24))
+    residual, norm = torch.zeros(3, 40, dtype=BF16, device=device), torch.ones(64, device=device)
+    wrong = [
+        ((x, [], []), {}, ValueError, "weight has 0 tensors"),
+        ((x, weights[:1] * 9, None), {}, ValueError, "weight has 9 tensors"),
+        ((x, weights, biases[:1]), {}, ValueError, "bias has 1 tensors"),
+        ((x, weights, biases), {"swiglu": True}, ValueError, "weight must be two tensors of one shape"),
+        ((x, weights, biases), {"residual": residual}, ValueError, "residual is for one weight"),
+        ((x, weights[:1]), {"residual": residual[:2]}, ValueError, "residual has shape"),
+        ((x, weights[:1]), {"residual": residual.float()}, TypeError, "residual has dtype float32"),
+        ((x, weights), {"norm_weight": norm[:-1]}, ValueError, "norm_weight has shape"),
+        ((x, weights), {"norm_weight": norm.double()}, TypeError, "norm_weight has dtype float64"),
+        ((x, weights), {"norm_weight": norm, "norm_eps": -1.0}, ValueError, "norm_eps is -1"),
+    ]
+    for given, options, error, says in wrong:
+        with pytest.raises(error, match=f"^{says}"):
+            ops.fused_linear_rows(*given, **options)
+    with pytest.raises(RuntimeError, match="fused_linear_rows has no gradient"):
+        ops.fused_linear_rows(x.requires_grad_(), weights, biases)

@@ -15,6 +15,7 @@ struct Chunk {
   int64_t boundary;         // of its start
   int64_t first;            // first token within the row
   int length;               // 1 to `tokens`
+  bool is_first, is_last;   // of its sequence
 };
 
 template <int tokens>
@@ -36,12 +37,14 @@ struct ChunkLayout {
       out.seq = static_cast<uint32_t>(chunk) / static_cast<uint32_t>(chunks_per_seq);  // 64 bits divide slowly
       out.row = out.seq;
       const int64_t index = chunk - out.seq * chunks_per_seq;
+      out.is_first = index == 0, out.is_last = index == chunks_per_seq - 1;
       set_tokens(out, index * tokens, seq);
     } else {
       if (chunk >= first_chunk[num_seqs]) return false;
       out.seq = seq_of_chunk[chunk];
       out.row = 0;
       const int64_t index = chunk - first_chunk[out.seq];
+      out.is_first = index == 0, out.is_last = chunk == first_chunk[out.seq + 1] - 1;
       set_tokens(out, first_token[out.seq] + index * tokens, first_token[out.seq + 1]);
     }
     out.boundary = chunk + out.seq;

@@ -96,6 +96,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   Carver carver(workspace);
   w = Work{};
   w.p = p;
+  w.starts_empty = p.c0 == nullptr && p.n0 == nullptr;
   Layout& l = w.layout;
   const bool packed = p.cu_seqlens != nullptr;
   l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;
@@ -205,6 +206,7 @@ int64_t backward_workspace_bytes(const MlstmBackward& params) {
 cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t stream) {
   Work w;
   carve(params.p, true, workspace, w);
+  w.ends_empty = params.dc_last == nullptr && params.dn_last == nullptr;
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
   RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));

@@ -137,6 +137,7 @@ struct Roles {
 struct Tile {
   int row, first, length;  // the chunk's row of the batch, first token, tokens
   int item, head, index;   // index: of the column tile
+  bool has_state;          // else it is all zeros: nothing of it is read
 };
 
 // Where the ring stands; producer and consumers walk it alike.
@@ -198,6 +199,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     }
   };
   const auto load_state = [&](int index) {
+    if (!tile.has_state) return;
     const int col0 = index * tile_n;
     // From the last panel of A to the first: the last ones are still in the L2 cache.
     for (int k = (static_cast<int>(inner) - 1) / box * box; k >= 0; k -= box) {
@@ -278,7 +280,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
   // Columns whose state is not finite: what depends on the state is rightly not.
   unsigned state_odd = 0;
   for (int g = 0; g < groups; ++g) {
-    if (col0 + g * 32 >= columns) continue;
+    if (col0 + g * 32 >= columns || !tile.has_state) continue;
     float sum = R::gate_sums ? n[col0 + g * 32] * 0.0f : 0.0f;
 #pragma unroll 8
     for (int k = 0; k < inner; ++k) sum += state_at(col0 + g * 32, k) * 0.0f;
@@ -292,8 +294,9 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
     const int64_t token = (tile.row * p.seq + tile.first + row) * p.heads + tile.head;
     T* const out = static_cast<T*>(output == Output::dv ? args.dv : args.out) + token * columns;
     const float2 row_log = (R::rows_are_t ? w.alpha : w.beta)[at + row];
-    const float row_factor =
-        R::rows_are_t ? fast_exp2(log_sum(row_log, m_start)) : fast_exp2(log_difference(alpha_last, row_log));
+    const float row_factor = !tile.has_state ? 0.0f
+                             : R::rows_are_t ? fast_exp2(log_sum(row_log, m_start))
+                                             : fast_exp2(log_difference(alpha_last, row_log));
     // P of the tokens 32 x + lane, and whether they take part.
     float weights[chunk_tokens / 32], sum = 0.0f;
     unsigned takes_part[chunk_tokens / 32];
@@ -428,7 +431,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       ring.advance();
     }
     ptx::wgmma_wait<0>();
-    release(last);
+    if (width > 0) release(last);
   };
   // T, or q k^T, over the 64 columns from `begin` on.
   const auto block_product = [&](float (&to)[32], int begin, uint32_t stage) {
@@ -555,7 +558,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
     for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
     if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
-    for_panels(static_cast<int>(inner), [&](uint32_t stage) {
+    for_panels(tile.has_state ? static_cast<int>(inner) : 0, [&](uint32_t stage) {
 #pragma unroll
       for (int kk = 0; kk < box / 16; ++kk) {
         const uint64_t a = ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32);
@@ -576,6 +579,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   };
   // Calls f(column group, row 0 or 1, two neighbours of q's or k's row) for this thread's part of them.
   const auto for_dots = [&](auto&& f) {
+    if (!tile.has_state) return;
 #pragma unroll
     for (int x = 0; x < tile_n / box; x += 2) {
       ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
@@ -848,6 +852,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 template <Output output, int tile_n, typename T>
 struct One {
   using Shared = OutputShared<output, tile_n>;
+  static constexpr bool rows_are_t = Roles<output>::rows_are_t;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
     produce<output, tile_n>(args, sh, ring, tile);
@@ -860,6 +865,7 @@ struct One {
 template <int tile_dqk, int tile_dv, typename T>
 struct DkAndDv {
   using Shared = OutputShared<Output::dk, (tile_dqk > tile_dv ? tile_dqk : tile_dv)>;
+  static constexpr bool rows_are_t = false;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       Tile tile) {
     if (tile.index < args.tiles) {
@@ -910,8 +916,10 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
       if (!l.locate(chunk_index, chunk)) break;
       // The round is the same for all tiles of an item.
       const int turn = take_turns ? (index - item * tiles + round) % tiles : index - item * tiles;
+      const bool is_empty = Makes::rows_are_t ? chunk.is_first && args.w.starts_empty
+                                              : chunk.is_last && args.w.ends_empty;
       f(Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length, item, item - chunk_index * heads,
-             turn});
+             turn, !is_empty});
     }
   };
   RingState<num_stages> ring;

@@ -98,6 +98,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   const int64_t first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count) return;
   const bool is_last = last_step == count;
+  // Whether the state before a step is all zeros, which nobody reads; whether to read, backward, the one that lies there.
+  const bool begins_at_zero = backward ? w.ends_empty : w.starts_empty;
+  const auto is_zero = [&](int64_t step) { return begins_at_zero && step == 0; };
+  const auto reads_state = [&](int64_t step) { return !is_zero(step) && !(w.starts_empty && step == count - 1); };
   const int first_pass = is_last ? 1 : 0;  // pass 1 writes
 
   if (threadIdx.x == 0) {
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         Chunk chunk;
         l.locate(chunk_at(step), chunk);
         const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-        if (backward && pass == 1) {
+        if (backward && pass == 1 && reads_state(step)) {
           for (int g = 0; g < groups; ++g) {
             auto& s = next_stage(Shared::y_boxes * box_bytes);
             for (int b = 0; b < Shared::y_boxes; ++b) {
@@ -288,7 +292,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
 
       if (backward && writes) {
         float inner = 0.0f;
-        for (int g = 0; g < groups; ++g) {
+        for (int g = 0; g < (reads_state(step) ? groups : 0); ++g) {
           ptx::mbarrier_wait(&sh.full[stage], parity);
           if (g == group) {
 #pragma unroll
@@ -333,7 +337,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         }
         ptx::fence_async_shared();
         ptx::named_barrier(1 + group, 128);
-        if (thread == 0) {
+        if (thread == 0 && !is_zero(step)) {
           for (int b = 0; b < Shared::y_boxes; ++b) {
             if (group_row0 < l.dqk && col0 + b * box < l.dv) {
               ptx::bulk_store(w.block(item, group_row0 / box, col0 / box + b), sh.rounded[group][b], box_bytes);

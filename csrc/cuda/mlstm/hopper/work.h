@@ -37,9 +37,12 @@ struct Work {
   float2* m_start;         // [N] m before the chunk
   // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
   // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces
-  // it, once it has been read, by the gradient of the state at the chunk's end.
+  // it, once it has been read, by the gradient of the state at the chunk's end. A sequence's first state, or its last
+  // gradient, that is all zeros is neither written nor read: with 16 chunks a sixteenth of all that is moved.
   uint16_t* c;        // of q's type
-  float* n;           // [N][dqk], likewise
+  bool starts_empty;  // no initial state
+  bool ends_empty;    // backward: no gradient of the final c and n
+  float* n;           // [N][dqk], likewise, zeros too
   uint16_t* n_parts;  // forward: [N][3][dqk_pitch] n as a sum of three numbers of q's type, scaled as c
   // float16: [N] c is kept as 2^-state_log c and its gradient, in the backward, as 2^-grad_log dc. bfloat16: null.
   float *state_log, *grad_log;
