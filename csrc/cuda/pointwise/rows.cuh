@@ -1,10 +1,10 @@
 // What the norms share. A group of threads holds one row, 16 bytes a thread and pack; sums over a row go through
 // shuffles and, where a group has several warps, a barrier of its own.
 //
-//   row up to        threads a row   packs a thread
-//   1, 2 KiB         32              2, 4
-//   4, 8, ... 32 KiB 64, 128, ... 512    4
-//   any, unaligned   512             32 single elements
+//   row up to          threads a row     packs a thread
+//   1, 2 KiB           32                2, 4
+//   4, 8, 16, 32 KiB   64, 128, 256, 512 4
+//   any, unaligned     512               32 single elements
 //
 // Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor, walk over the rows and keep
 // their share of the weight's gradient in registers. They read rows ahead: each thread copies its packs of the next
