@@ -1,12 +1,15 @@
 """Subject pointwise: the pointwise ops, forward and backward, beside the same in PyTorch's own functions.
 
 `gb_per_s` counts every input read and every output written once (a backward reads the inputs again), `share_of_copy` is
-that over the copy bandwidth of the same run. The cache is overwritten before each call.
+that over the copy bandwidth of the same run, of 2 GiB. A launch is a large part of a small tensor's copy: op `copy` is
+PyTorch's `copy_` of one (rows, columns) tensor, and `share_of_same_size_copy` compares with a `copy_` that moves as
+many bytes as the op. The cache is overwritten before each call.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -57,7 +60,20 @@ def _inputs(op: str, rows: int, columns: int, dtype: torch.dtype, device: torch.
     return inputs + ([torch.ones(columns, device=device, dtype=dtype)] if op in WEIGHTED else [])
 
 
-def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace) -> None:
+def _copy_gb_per_s(rows: int, columns: int, args: argparse.Namespace) -> float:
+    source = torch.randn(rows, columns, device=args.device).to(DTYPES[args.dtype])
+    target = torch.empty_like(source)
+    time_ms = median_time_ms(lambda: target.copy_(source), source.device, budget_s=args.seconds_each)
+    return 2 * source.nbytes / time_ms / 1e6
+
+
+def _measure_copy(row: dict, rates: dict, args: argparse.Namespace) -> None:
+    row["gb_per_s"] = _copy_gb_per_s(row["rows"], row["columns"], args)
+    row["time_us"] = 2e-3 * row["rows"] * row["columns"] * DTYPES[args.dtype].itemsize / row["gb_per_s"]
+    row["share_of_copy"] = row["gb_per_s"] / rates["copy_gb_per_s"]
+
+
+def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace, same_size: Callable) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     inputs = _inputs(row["op"], row["rows"], row["columns"], dtype, device)
     _, _, read, written = OPS[row["op"]]
@@ -79,12 +95,24 @@ def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace) -
     row["time_us"] = time_ms * 1e3
     row["gb_per_s"] = moved / time_ms / 1e6
     row["share_of_copy"] = row["gb_per_s"] / rates["copy_gb_per_s"]
+    if row["peer"] == "flash_xlstm":
+        row["share_of_same_size_copy"] = row["gb_per_s"] / same_size((row["rows"] * tensors + 1) // 2, row["columns"])
 
 
 def run(args: argparse.Namespace) -> Iterator[dict]:
     device = torch.device(args.device)
     rates = device_rates(device)
     yield {"what": "rates", **rates}
+    same_size = functools.cache(functools.partial(_copy_gb_per_s, args=args))
+    for rows, columns in itertools.product(args.rows, args.columns):
+        row = {"what": "pointwise", "op": "copy", "pass": "forward", "peer": "torch", "rows": rows, "columns": columns}
+        row["dtype"] = args.dtype
+        try:
+            _measure_copy(row, rates, args)
+        except Exception as error:
+            row["error"] = describe(error)
+        free_memory(device)
+        yield row
     passes = ("forward", "backward")
     for op, rows, columns, name, peer in itertools.product(
         args.ops, args.rows, args.columns, passes, ("flash_xlstm", "torch")
@@ -92,7 +120,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
         row = {"what": "pointwise", "op": op, "pass": name, "peer": peer, "rows": rows, "columns": columns}
         row["dtype"] = args.dtype
         try:
-            _measure(row, OPS[op][peer == "torch"], rates, args)
+            _measure(row, OPS[op][peer == "torch"], rates, args, same_size)
         except Exception as error:
             row["error"] = describe(error)
         free_memory(device)

@@ -141,9 +141,9 @@ def main() -> None:
         ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
     torch.cuda.synchronize()
     print("ran the step and the soft cap")
-    # A warp, 128 and 512 threads a row; single elements.
+    # A warp to 512 threads a row; single elements.
     for dtype in (torch.float32, BF16, torch.float16):
-        for dim in (64, 1024, 8192, 35):
+        for dim in (64, 512, 1024, 2048, 4096, 8192, 16384, 35):
             pointwise(dtype, dim)
     print("ran the norms and swiglu")
     for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32)):

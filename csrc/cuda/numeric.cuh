@@ -67,6 +67,20 @@ __device__ __forceinline__ double log_sigmoid(double x) { return x >= 0.0 ? -log
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// open = sigmoid(x) and shut = sigmoid(-x) from one exponential and without a difference: relative to float64 within
+// 1e-6 where |x| is a few and within 1e-5 elsewhere. What is less than the smallest normal float becomes 0, and so does
+// shut where open does: their product is right.
+struct Sigmoids {
+  float open, shut;
+};
+__device__ __forceinline__ Sigmoids sigmoids(float x) {
+  constexpr float log2_e = 1.44269504f, largest = 3.40282347e38f;
+  float e, open;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -log2_e));  // inf from x = -89 on
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(open) : "f"(1.0f + e));
+  return {open, fminf(e, largest) * open};
+}
+
 // A gate's pre-activation, soft-capped; cap 0: not at all. Infinities stay: they mark padding.
 __device__ __forceinline__ float cap_gate(float x, float cap) {
   return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);

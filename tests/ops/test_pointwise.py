@@ -220,7 +220,7 @@ ROW_OPS = {
     "swiglu": (ops.swiglu, reference.swiglu, swiglu_inputs),
 }
 ROW_OP = pytest.mark.parametrize("op", ROW_OPS)
-# Every layout of the CUDA kernels: a warp, 128 and 512 threads a row, single elements; one element, whole packs, tails.
+# Every layout of the CUDA kernels: a warp to 512 threads a row, single elements; one element, whole packs, tails.
 DIMS = (1, 3, 64, 70, 256, 504, 512, 1000, 2048, 4096, 4104, 5000, 9000)
 
 

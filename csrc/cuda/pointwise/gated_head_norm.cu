@@ -1,45 +1,16 @@
-// y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradient: each row of a head read once and kept in
-// registers (rows.cuh). Mean and variance in two passes over the registers, so that a large mean costs no precision.
-//
-// Forward: a group of threads a row. Gradient: a block stays with one head, walks over the tokens and keeps its share
-// of the weight's gradient in registers; a second launch adds up the groups' shares in a fixed order.
+// y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradient: each row of a head read once (rows.cuh).
+// The variance is of what the mean leaves, so that a large mean costs no precision. A block of the gradient stays with
+// one head.
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
 namespace {
 
-// x = the row minus its mean, 0 beyond its end; returns 1 / sqrt(var + eps).
-template <typename L>
-__device__ __forceinline__ float load_centred(float (&x)[L::packs][L::width],
-                                              const Pack<typename L::T, L::width>* packs, int thread, int count,
-                                              float eps, float* mean_buffer, float* square_buffer) {
-  float sum[1] = {}, square[1] = {};
-#pragma unroll
-  for (int k = 0; k < L::packs; ++k) {
-    const bool inside = (thread + k * L::row_threads) * L::width < count;
-#pragma unroll
-    for (int e = 0; e < L::width; ++e) {
-      x[k][e] = inside ? to_float(packs[k].value[e]) : 0.0f;
-      sum[0] += x[k][e];
-    }
-  }
-  row_sums<L>(sum, mean_buffer);
-  const float mean = sum[0] / static_cast<float>(count);
-#pragma unroll
-  for (int k = 0; k < L::packs; ++k) {
-    if ((thread + k * L::row_threads) * L::width >= count) continue;
-#pragma unroll
-    for (int e = 0; e < L::width; ++e) {
-      x[k][e] -= mean;
-      square[0] += x[k][e] * x[k][e];
-    }
-  }
-  row_sums<L>(square, square_buffer);
-  return rsqrtf(square[0] / static_cast<float>(count) + eps);
-}
+constexpr int tensors = 3;  // that the gradient reads: h, gate, dy
 
 template <typename L>
-__global__ void __launch_bounds__(L::block_threads) gated_head_norm_kernel(const __grid_constant__ GatedHeadNorm p) {
+__global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
+    gated_head_norm_kernel(const __grid_constant__ GatedHeadNorm p) {
   using T = typename L::T;
   constexpr int width = L::width;
   __shared__ float buffer[2][L::groups][L::row_warps];
@@ -56,90 +27,139 @@ __global__ void __launch_bounds__(L::block_threads) gated_head_norm_kernel(const
     packs[k] = load_once<T, width>(p.h, row * p.dim + at);
     gate[k] = load_once<T, width>(p.gate, token * p.gate_stride + column + at);
   }
-  float x[L::packs][width];
-  const float inverse = load_centred<L>(x, packs, thread, count, p.eps, buffer[0][group], buffer[1][group]);
+  RowWeight<L> weights(p.weight, column, count, p.weight_dtype == DType::float32);
+  float sum[1] = {}, square[1] = {};
+#pragma unroll
+  for (int k = 0; k < L::packs; ++k) {
+    if ((thread + k * L::row_threads) * width >= count) continue;
+    float h[width];
+    unpack(h, packs[k]);
+#pragma unroll
+    for (int e = 0; e < width; ++e) sum[0] += h[e];
+  }
+  row_sums<L>(sum, buffer[0][group]);
+  const float mean = sum[0] / static_cast<float>(count);
+#pragma unroll
+  for (int k = 0; k < L::packs; ++k) {
+    if ((thread + k * L::row_threads) * width >= count) continue;
+    float h[width];
+    keep_packed(packs[k]);
+    unpack(h, packs[k]);
+#pragma unroll
+    for (int e = 0; e < width; ++e) square[0] += (h[e] - mean) * (h[e] - mean);
+  }
+  row_sums<L>(square, buffer[1][group]);
+  const float inverse = rsqrtf(square[0] / static_cast<float>(count) + p.eps);
 #pragma unroll
   for (int k = 0; k < L::packs; ++k) {
     const int at = (thread + k * L::row_threads) * width;
     if (at >= count) continue;
-    float weight[width];
-    load_weight<T>(weight, p.weight, column + at, p.weight_dtype == DType::float32);
+    float weight[width], h[width], pre[width];
+    weights.read(weight, k);
+    keep_packed(packs[k]);
+    unpack(h, packs[k]);
+    keep_packed(gate[k]);
+    unpack(pre, gate[k]);
 #pragma unroll
     for (int e = 0; e < width; ++e) {
-      packs[k].value[e] = from_float<T>(sigmoid(to_float(gate[k].value[e])) * (x[k][e] * inverse * weight[e]));
+      const float normed = (h[e] - mean) * inverse;
+      packs[k].value[e] = from_float<T>(sigmoids(pre[e]).open * (normed * weight[e]));
     }
     store_pack(p.y, row * p.dim + at, packs[k]);
   }
 }
 
 template <typename L>
-__global__ void __launch_bounds__(L::block_threads)
-    gated_head_norm_backward_kernel(const __grid_constant__ GatedHeadNormBackward b, float* partial) {
+__global__ void __launch_bounds__(walk_threads, 1)
+    gated_head_norm_backward_kernel(const __grid_constant__ GatedHeadNormBackward b, float* partial, int stages) {
   using T = typename L::T;
   constexpr int width = L::width;
   const GatedHeadNorm& p = b.p;
-  __shared__ float buffer[2][3][L::groups][2 * L::row_warps];
+  __shared__ float mean_buffer[L::walk_groups][L::row_warps], buffer[L::walk_groups][3 * L::row_warps];
+  extern __shared__ uint4 slots[];
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
   const int heads = static_cast<int>(p.heads), head = static_cast<int>(blockIdx.x) % heads;
-  const int64_t first = blockIdx.x / heads, step = gridDim.x / heads, column = head * p.dim;
-  const int count = static_cast<int>(p.dim);
-  float dweight[L::packs][width] = {};
-  int turn = 0;
-  for (int64_t token = first * L::groups + group; token < p.tokens; token += step * L::groups, turn ^= 1) {
-    const int64_t start = (token * p.heads + head) * p.dim, gate_start = token * p.gate_stride + column;
-    Pack<T, width> packs[L::packs], gate[L::packs], dy[L::packs];
-#pragma unroll
-    for (int k = 0; k < L::packs; ++k) {
-      const int at = (thread + k * L::row_threads) * width;
-      if (at >= count) continue;
-      packs[k] = load_once<T, width>(p.h, start + at);
-      gate[k] = load_once<T, width>(p.gate, gate_start + at);
-      dy[k] = load_once<T, width>(b.dy, start + at);
+  const int64_t first = blockIdx.x / heads, step = gridDim.x / heads * L::walk_groups, column = head * p.dim;
+  const int count = static_cast<int>(p.dim), ahead = stages - 1;
+  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
+  const auto start_of = [&](int64_t token) { return (token * p.heads + head) * p.dim; };
+  const auto gate_start_of = [&](int64_t token) { return token * p.gate_stride + column; };
+  const auto slots_of = [&](int stage) { return slots + stage * tensors * L::row_slots + threadIdx.x; };
+  const auto copy = [&](int64_t token, int stage) {
+    if (token < p.tokens) {
+      uint4* to = slots_of(stage);
+      copy_row<L>(to, p.h, start_of(token), count);
+      copy_row<L>(to + L::row_slots, p.gate, gate_start_of(token), count);
+      copy_row<L>(to + 2 * L::row_slots, b.dy, start_of(token), count);
     }
-    float x[L::packs][width];
-    const float inverse =
-        load_centred<L>(x, packs, thread, count, p.eps, buffer[turn][0][group], buffer[turn][1][group]);
-    float sums[2] = {};  // of the normed row's gradient, and of its product with the normed row
+    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
+  };
+  int64_t token = first * L::walk_groups + group;
+  for (int stage = 0; stage < ahead; ++stage) copy(token + stage * step, stage);
+  float weight[L::packs][width], dweight[L::packs][width] = {};
+  load_row_weight<L>(weight, p.weight, column, count, p.weight_dtype == DType::float32);
+  // The number of stages is a power of two.
+  for (int stage = 0; token < p.tokens; token += step, stage = (stage + 1) & ahead) {
+    copy(token + ahead * step, (stage + ahead) & ahead);
+    wait_for_copies(ahead);
+    const int64_t start = start_of(token), gate_start = gate_start_of(token);
+    const uint4 *h_slots = slots_of(stage), *gate_slots = h_slots + L::row_slots, *dy_slots = gate_slots + L::row_slots;
+    float sum[1] = {};
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
-      const int at = (thread + k * L::row_threads) * width;
-      if (at >= count) continue;
-      float weight[width];
-      load_weight<T>(weight, p.weight, column + at, p.weight_dtype == DType::float32);
+      float h[width];
+      unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
+#pragma unroll
+      for (int e = 0; e < width; ++e) sum[0] += h[e];
+    }
+    row_sums<L>(sum, mean_buffer[group]);
+    const float mean = sum[0] / static_cast<float>(count);
+    // Of the squares of the row without its mean, of the normed row's gradient, and of that times the row without mean.
+    float sums[3] = {};
+#pragma unroll
+    for (int k = 0; k < L::packs; ++k) {
+      if ((thread + k * L::row_threads) * width >= count) continue;
+      float h[width], gate[width], dy[width];
+      unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
+      unpack(gate, read_pack<L>(gate_slots, p.gate, gate_start, k, count));
+      unpack(dy, read_pack<L>(dy_slots, b.dy, start, k, count));
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        x[k][e] *= inverse;
-        const float pre = to_float(gate[k].value[e]), open = sigmoid(pre), gradient = to_float(dy[k].value[e]);
-        const float through = __fmul_rn(gradient, open);
-        dweight[k][e] += through * x[k][e];
-        gate[k].value[e] = from_float<T>(gradient * x[k][e] * weight[e] * open * sigmoid(-pre));
-        sums[0] += __fmul_rn(through, weight[e]);
-        sums[1] += __fmul_rn(through, weight[e]) * x[k][e];
+        const float centred = h[e] - mean;
+        const float through = __fmul_rn(__fmul_rn(dy[e], sigmoids(gate[e]).open), weight[k][e]);
+        sums[0] += centred * centred;
+        sums[1] += through;
+        sums[2] += through * centred;
       }
-      store_pack(b.dgate, start + at, gate[k]);
     }
-    row_sums<L>(sums, buffer[turn][2][group]);
-    const float mean = sums[0] / static_cast<float>(count), along = sums[1] / static_cast<float>(count);
+    row_sums<L>(sums, buffer[group]);
+    const float inverse = rsqrtf(sums[0] * share + p.eps);
+    const float through_mean = sums[1] * share, along = sums[2] * inverse * share;
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       const int at = (thread + k * L::row_threads) * width;
       if (at >= count) continue;
-      float weight[width];
-      load_weight<T>(weight, p.weight, column + at, p.weight_dtype == DType::float32);
-      // The gate was overwritten by its gradient: read again, from the second-level cache.
-      const auto again = load_pack<T, width>(p.gate, gate_start + at);
+      float h[width], gate[width], dy[width];
+      unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
+      unpack(gate, read_pack<L>(gate_slots, p.gate, gate_start, k, count));
+      unpack(dy, read_pack<L>(dy_slots, b.dy, start, k, count));
+      Pack<T, width> dh, dgate;
 #pragma unroll
       for (int e = 0; e < width; ++e) {
+        const float normed = (h[e] - mean) * inverse;
+        const Sigmoids s = sigmoids(gate[e]);
         // Rounded as in the sum: with one column nothing is left.
-        const float through =
-            __fmul_rn(__fmul_rn(to_float(dy[k].value[e]), sigmoid(to_float(again.value[e]))), weight[e]);
-        packs[k].value[e] = from_float<T>(inverse * (through - mean - x[k][e] * along));
+        const float opened = __fmul_rn(dy[e], s.open), through = __fmul_rn(opened, weight[k][e]);
+        dweight[k][e] += opened * normed;
+        dgate.value[e] = from_float<T>(through * normed * s.shut);
+        dh.value[e] = from_float<T>(inverse * (through - through_mean - normed * along));
       }
-      store_pack(b.dh, start + at, packs[k]);
+      store_pack(b.dgate, start + at, dgate);
+      store_pack(b.dh, start + at, dh);
     }
   }
   if (partial != nullptr)
-    write_partial<L>(dweight, partial + (first * L::groups + group) * p.heads * p.dim + column, count);
+    write_partial<L>(dweight, reinterpret_cast<float*>(slots), partial + first * p.heads * p.dim + column, count);
 }
 
 bool vectors(const GatedHeadNorm& p) {
@@ -170,21 +190,25 @@ cudaError_t gated_head_norm(const GatedHeadNorm& p, cudaStream_t stream) {
 }
 
 int64_t gated_head_norm_backward_workspace_bytes(const GatedHeadNormBackward& b) {
-  const int64_t groups = rows_of_block(b.p.dtype, b.p.dim, vectors(b));
-  const int64_t blocks = backward_blocks(b.p, groups);
-  return b.dweight == nullptr ? 0 : blocks * groups * b.p.dim * static_cast<int64_t>(sizeof(float));
+  if (b.dweight == nullptr) return 0;
+  const int64_t blocks = backward_blocks(b.p, walking_rows(b.p.dtype, b.p.dim, vectors(b)));
+  return blocks * b.p.dim * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* workspace, cudaStream_t stream) {
   const GatedHeadNorm& p = b.p;
   return dispatch_layout(p.dtype, p.dim, vectors(b), [&](auto layout) {
     using L = decltype(layout);
-    const int64_t blocks = backward_blocks(p, L::groups);
+    const int64_t blocks = backward_blocks(p, L::walk_groups);
+    const int stages = walking_stages<L>(tensors), bytes = stages * tensors * L::row_slots * 16;
     float* partial = b.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
-    gated_head_norm_backward_kernel<L><<<static_cast<unsigned>(blocks), L::block_threads, 0, stream>>>(b, partial);
-    const cudaError_t status = cudaGetLastError();
+    const auto kernel = gated_head_norm_backward_kernel<L>;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+    kernel<<<static_cast<unsigned>(blocks), walk_threads, bytes, stream>>>(b, partial, stages);
+    status = cudaGetLastError();
     if (status != cudaSuccess || partial == nullptr) return status;
-    return sum_rows(partial, blocks / p.heads * L::groups, p.heads * p.dim, b.dweight, p.weight_dtype, stream);
+    return sum_rows(partial, blocks / p.heads, p.heads * p.dim, b.dweight, p.weight_dtype, stream);
   });
 }
 

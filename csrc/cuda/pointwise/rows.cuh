@@ -1,20 +1,29 @@
-// What the norms share: a group of threads holds one row in registers, 16 bytes a thread and pack, so that a row is
-// read once; sums over a row go through shuffles and, where a group has several warps, a barrier of its own.
+// What the norms share. A group of threads holds one row, 16 bytes a thread and pack; sums over a row go through
+// shuffles and, where a group has several warps, a barrier of its own.
 //
-//   dim up to        threads a row   packs a thread
-//   1 KiB            32              2
-//   8 KiB            128             4
-//   32 KiB           512             4
-//   any, unaligned   512             32 single elements
+//   row up to          threads a row     packs a thread
+//   1, 2 KiB           32                2, 4
+//   4, 8, 16, 32 KiB   64, 128, 256, 512 4
+//   any, unaligned     512               32 single elements
+//
+// Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor, walk over the rows and keep
+// their share of the weight's gradient in registers. They read rows ahead: each thread copies its packs of the next
+// rows into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so that
+// it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into the
+// block's row of a workspace, whose rows a second launch adds up (sum_rows).
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/numeric.cuh"
 #include "cuda/pointwise/launch.h"
+#include "cuda/ptx/mma_sync.cuh"
 
 namespace flash_xlstm::cuda {
+
+constexpr int walk_threads = 512;  // of a walking block
 
 template <typename T, int width>
 struct alignas(sizeof(T) * width) Pack {
@@ -30,8 +39,17 @@ struct RowLayout {
   static constexpr int row_warps = row_threads / 32;
   static constexpr int block_threads = std::max(256, row_threads);
   static constexpr int groups = block_threads / row_threads;  // rows of a block
+  static constexpr int walk_groups = walk_threads / row_threads;
+  static constexpr int row_slots = width == 1 ? 0 : packs * walk_threads;  // 16 bytes each, of a walking block's rows
   static constexpr int capacity = row_threads * packs * width;
 };
+
+// For __launch_bounds__ of a forward kernel: registers for this many threads a multiprocessor where a thread has four
+// packs, and for half as many again where it has two, so that enough is on its way from memory.
+template <typename L>
+constexpr int resident_blocks(int threads) {
+  return L::width == 1 ? 1 : std::max(1, (L::packs == 2 ? threads * 3 / 2 : threads) / L::block_threads);
+}
 
 // Rows are read once: the first-level cache is for the weight.
 template <typename T, int width>
@@ -73,6 +91,33 @@ __device__ __forceinline__ void store_pack(void* data, int64_t element, const Pa
   }
 }
 
+template <typename T, int width>
+__device__ __forceinline__ void unpack(float (&to)[width], const Pack<T, width>& pack) {
+  if constexpr (std::is_same_v<T, bf16> && width % 2 == 0) {  // in one instruction an element
+    uint32_t pairs[width / 2];
+    memcpy(pairs, &pack, sizeof(pack));
+#pragma unroll
+    for (int x = 0; x < width / 2; ++x) {
+      to[2 * x] = __uint_as_float(pairs[x] << 16);
+      to[2 * x + 1] = __uint_as_float(pairs[x] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int x = 0; x < width; ++x) to[x] = to_float(pack.value[x]);
+  }
+}
+
+// Keeps the compiler from carrying a pack's elements on as floats, in up to twice the registers.
+template <typename T, int width>
+__device__ __forceinline__ void keep_packed(Pack<T, width>& pack) {
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+    memcpy(&pack, &bits, 16);
+  }
+}
+
 // The weight is float32 or a T.
 template <typename T, int width>
 __device__ __forceinline__ void load_weight(float (&to)[width], const void* data, int64_t element, bool is_float) {
@@ -89,11 +134,45 @@ __device__ __forceinline__ void load_weight(float (&to)[width], const void* data
       for (int x = 0; x < width; ++x) to[x] = __ldg(at + x);
     }
   } else {
-    const auto pack = load_pack<T, width>(data, element);
-#pragma unroll
-    for (int x = 0; x < width; ++x) to[x] = to_float(pack.value[x]);
+    unpack(to, load_pack<T, width>(data, element));
   }
 }
+
+// The weight of a forward row's packs: loaded beside the row, so that it is there when the row's sums are; but single
+// elements, and float32 beside a narrower T, twice the registers, only when read.
+template <typename L>
+struct RowWeight {
+  using T = typename L::T;
+
+  __device__ __forceinline__ RowWeight(const void* data, int64_t start, int count, bool is_float)
+      : first(static_cast<const char*>(data) + start * (is_float ? 4 : sizeof(T))),
+        is_float(is_float),
+        late(L::width == 1 || (is_float && sizeof(T) < 4)) {
+    if (late) return;
+#pragma unroll
+    for (int k = 0; k < L::packs; ++k) {
+      if (element(k) < count) early[k] = load_pack<T, L::width>(first, element(k));
+    }
+  }
+
+  // Of a pack within the row.
+  __device__ __forceinline__ void read(float (&to)[L::width], int k) {
+    if (late) {
+      load_weight<T>(to, first, element(k), is_float);
+    } else {
+      keep_packed(early[k]);
+      unpack(to, early[k]);
+    }
+  }
+
+  static __device__ __forceinline__ int element(int k) {
+    return (static_cast<int>(threadIdx.x) % L::row_threads + k * L::row_threads) * L::width;
+  }
+
+  const char* first;
+  bool is_float, late;
+  Pack<T, L::width> early[L::packs];
+};
 
 // Each value becomes its sum over the group's threads. `buffer`, row_warps * values floats of shared memory, must be
 // another than in the group's last call: a thread may still read that one.
@@ -123,17 +202,90 @@ __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
   }
 }
 
-// A group's sums, as its row of `partial`.
-template <typename Layout>
-__device__ __forceinline__ void write_partial(const float (&sums)[Layout::packs][Layout::width], float* partial,
-                                              int count) {
-  const int thread = threadIdx.x % Layout::row_threads;
+// The thread's packs of a row on their way into its slots: `slots` and every walk_threads-th behind. Zeros beyond the
+// row's end. Single elements are not copied.
+template <typename L>
+__device__ __forceinline__ void copy_row(uint4* slots, const void* data, int64_t start, int count) {
+  if constexpr (L::width > 1) {
+    const int thread = threadIdx.x % L::row_threads;
 #pragma unroll
-  for (int k = 0; k < Layout::packs; ++k) {
-    const int at = (thread + k * Layout::row_threads) * Layout::width;
+    for (int k = 0; k < L::packs; ++k) {
+      const int at = (thread + k * L::row_threads) * L::width;
+      ptx::cp_async_16(slots + k * walk_threads, static_cast<const typename L::T*>(data) + start + at,
+                       at < count ? 16 : 0);
+    }
+  }
+}
+
+// Pack k of what copy_row was given, once that has arrived. To be read again rather than kept in registers.
+template <typename L>
+__device__ __forceinline__ Pack<typename L::T, L::width> read_pack(const uint4* slots, const void* data, int64_t start,
+                                                                   int k, int count) {
+  Pack<typename L::T, L::width> pack{};
+  if constexpr (L::width > 1) {
+    uint4 bits;
+    asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(ptx::shared_address(slots + k * walk_threads)));
+    memcpy(&pack, &bits, 16);
+  } else {
+    const int at = threadIdx.x % L::row_threads + k * L::row_threads;
+    if (at < count) pack = load_once<typename L::T, 1>(data, start + at);
+  }
+  return pack;
+}
+
+// Until all but the last `pending` (0, 1 or 3) groups of this thread's copies have arrived.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+  if (pending == 0)
+    ptx::cp_async_wait<0>();
+  else if (pending == 1)
+    ptx::cp_async_wait<1>();
+  else
+    ptx::cp_async_wait<3>();
+}
+
+// The weight of a thread's packs, 0 beyond the row's end.
+template <typename L>
+__device__ __forceinline__ void load_row_weight(float (&to)[L::packs][L::width], const void* data, int64_t start,
+                                                int count, bool is_float) {
+#pragma unroll
+  for (int k = 0; k < L::packs; ++k) {
+    const int at = (static_cast<int>(threadIdx.x) % L::row_threads + k * L::row_threads) * L::width;
+#pragma unroll
+    for (int e = 0; e < L::width; ++e) to[k][e] = 0.0f;
+    if (at < count) load_weight<typename L::T>(to[k], data, start + at, is_float);
+  }
+}
+
+// The sums of a walking block's groups, as the block's `partial`; through `shared`, the slots. All threads must call.
+template <typename L>
+__device__ __forceinline__ void write_partial(const float (&sums)[L::packs][L::width], float* shared, float* partial,
+                                              int count) {
+  constexpr int step = L::width % 4 == 0 ? 4 : 1;
+  const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
+  float* to = L::walk_groups == 1 ? partial : shared + group * L::capacity;
+  if (L::walk_groups > 1) __syncthreads();  // all have read their slots
+#pragma unroll
+  for (int k = 0; k < L::packs; ++k) {
+    const int at = (thread + k * L::row_threads) * L::width;
     if (at >= count) continue;
 #pragma unroll
-    for (int x = 0; x < Layout::width; ++x) partial[at + x] = sums[k][x];
+    for (int e = 0; e < L::width; e += step) {
+      Pack<float, step> some;
+#pragma unroll
+      for (int x = 0; x < step; ++x) some.value[x] = sums[k][e + x];
+      *reinterpret_cast<Pack<float, step>*>(to + at + e) = some;
+    }
+  }
+  if constexpr (L::walk_groups > 1) {
+    __syncthreads();
+    for (int column = threadIdx.x; column < count; column += walk_threads) {
+      float sum = shared[column];
+#pragma unroll
+      for (int g = 1; g < L::walk_groups; ++g) sum += shared[g * L::capacity + column];
+      partial[column] = sum;
+    }
   }
 }
 
@@ -148,31 +300,46 @@ cudaError_t dispatch_layout(DType dtype, int64_t dim, bool vectors, F&& f) {
     if (vectors && dim % width == 0) {
       const int64_t packs = dim / width;
       if (packs <= 32 * 2) return f(RowLayout<T, width, 32, 2>{});
+      if (packs <= 32 * 4) return f(RowLayout<T, width, 32, 4>{});
+      if (packs <= 64 * 4) return f(RowLayout<T, width, 64, 4>{});
       if (packs <= 128 * 4) return f(RowLayout<T, width, 128, 4>{});
+      if (packs <= 256 * 4) return f(RowLayout<T, width, 256, 4>{});
       if (packs <= 512 * 4) return f(RowLayout<T, width, 512, 4>{});
     }
     return dim <= max_norm_dim ? f(RowLayout<T, 1, 512, 32>{}) : cudaErrorInvalidValue;
   });
 }
 
-// Blocks that walk over the rows, for the gradients: two a multiprocessor, 0 on an error.
-inline int64_t walking_blocks() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+// An attribute of the current device, 0 on an error.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
     return 0;
-  }
-  return 2 * count;
+  return value;
 }
 
-// The rows of a layout's block.
-inline int64_t rows_of_block(DType dtype, int64_t dim, bool vectors) {
+// Blocks that walk over the rows: one a multiprocessor, 0 on an error.
+inline int64_t walking_blocks() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// The rows that a layout's walking block has at a time.
+inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
   int64_t groups = 1;
   static_cast<void>(dispatch_layout(dtype, dim, vectors, [&](auto layout) {
-    groups = decltype(layout)::groups;
+    groups = decltype(layout)::walk_groups;
     return cudaSuccess;
   }));
   return groups;
+}
+
+// How many rows of `tensors` tensors a walking group has slots for: one, two or four, as many as the device's shared
+// memory allows but no more than about 200 KiB a block.
+template <typename L>
+int walking_stages(int tensors) {
+  constexpr int reserved = 4096;  // for the kernels' other buffers
+  const int each = tensors * L::row_slots * 16, limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int stages = L::packs <= 2 ? 4 : 2;
+  while (stages > 1 && stages * each + reserved > limit) stages /= 2;
+  return stages;
 }
 
 // out (columns; float32 or bfloat16 or float16) = the sums of `rows` rows of partial, in a fixed order.

@@ -3,15 +3,24 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-constexpr int columns_per_block = 32, lanes = 8;
+constexpr int columns_per_block = 32, lanes = 32;
+constexpr int batch = 8;  // loads of a thread at a time
 
-__global__ void sum_rows_kernel(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype) {
+__global__ void __launch_bounds__(columns_per_block* lanes, 2)
+    sum_rows_kernel(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype) {
   __shared__ float part[lanes][columns_per_block];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * columns_per_block + threadIdx.x;
   float sum = 0.0f;
   if (column < columns) {
-#pragma unroll 8
-    for (int64_t row = threadIdx.y; row < rows; row += lanes) sum += partial[row * columns + column];
+    const float* at = partial + threadIdx.y * columns + column;
+#pragma unroll 1
+    for (int64_t row = threadIdx.y; row < rows; row += batch * lanes) {
+      float value[batch];
+#pragma unroll
+      for (int x = 0; x < batch; ++x, at += lanes * columns) value[x] = row + x * lanes < rows ? *at : 0.0f;
+#pragma unroll
+      for (int x = 0; x < batch; ++x) sum += value[x];
+    }
   }
   part[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
