@@ -1,6 +1,7 @@
 // y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradient: each row of a head read once (rows.cuh).
 // The variance is of what the mean leaves, so that a large mean costs no precision. A block of the gradient stays with
 // one head.
+#include "cuda/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -11,6 +12,8 @@ constexpr int tensors = 3;  // that the gradient reads: h, gate, dy
 template <typename L>
 __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
     gated_head_norm_kernel(const __grid_constant__ GatedHeadNorm p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   using T = typename L::T;
   constexpr int width = L::width;
   __shared__ float buffer[2][L::groups][L::row_warps];
@@ -72,6 +75,8 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
 template <typename L>
 __global__ void __launch_bounds__(walk_threads, 1)
     gated_head_norm_backward_kernel(const __grid_constant__ GatedHeadNormBackward b, float* partial, int stages) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   using T = typename L::T;
   constexpr int width = L::width;
   const GatedHeadNorm& p = b.p;
@@ -184,8 +189,7 @@ cudaError_t gated_head_norm(const GatedHeadNorm& p, cudaStream_t stream) {
   return dispatch_layout(p.dtype, p.dim, vectors(p), [&](auto layout) {
     using L = decltype(layout);
     const unsigned blocks = static_cast<unsigned>((p.tokens * p.heads + L::groups - 1) / L::groups);
-    gated_head_norm_kernel<L><<<blocks, L::block_threads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_early(gated_head_norm_kernel<L>, dim3(blocks), dim3(L::block_threads), 0, 1, stream, p);
   });
 }
 
@@ -205,8 +209,8 @@ cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* works
     const auto kernel = gated_head_norm_backward_kernel<L>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
-    kernel<<<static_cast<unsigned>(blocks), walk_threads, bytes, stream>>>(b, partial, stages);
-    status = cudaGetLastError();
+    status = launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(walk_threads), bytes, 1, stream, b, partial,
+                          stages);
     if (status != cudaSuccess || partial == nullptr) return status;
     return sum_rows(partial, blocks / p.heads, p.heads * p.dim, b.dweight, p.weight_dtype, stream);
   });

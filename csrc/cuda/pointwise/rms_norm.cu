@@ -1,4 +1,5 @@
 // RMSNorm, with the residual's sum in front where there is one, and its gradient: each row read once (rows.cuh).
+#include "cuda/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -7,6 +8,8 @@ namespace {
 template <typename L>
 __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(1024))
     rms_norm_kernel(const __grid_constant__ RmsNorm p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   using T = typename L::T;
   constexpr int width = L::width;
   __shared__ float buffer[L::groups][L::row_warps];
@@ -70,6 +73,8 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(1024))
 template <typename L>
 __global__ void __launch_bounds__(walk_threads, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackward p, float* partial, int stages) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   using T = typename L::T;
   constexpr int width = L::width;
   __shared__ float buffer[2][L::walk_groups][2 * L::row_warps];
@@ -151,8 +156,7 @@ cudaError_t rms_norm(const RmsNorm& p, cudaStream_t stream) {
   return dispatch_layout(p.dtype, p.dim, vectors(p), [&](auto layout) {
     using L = decltype(layout);
     const unsigned blocks = static_cast<unsigned>((p.rows + L::groups - 1) / L::groups);
-    rms_norm_kernel<L><<<blocks, L::block_threads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_early(rms_norm_kernel<L>, dim3(blocks), dim3(L::block_threads), 0, 1, stream, p);
   });
 }
 
@@ -172,8 +176,8 @@ cudaError_t rms_norm_backward(const RmsNormBackward& p, void* workspace, cudaStr
     const auto kernel = rms_norm_backward_kernel<L>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
-    kernel<<<static_cast<unsigned>(blocks), walk_threads, bytes, stream>>>(p, partial, stages);
-    status = cudaGetLastError();
+    status = launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(walk_threads), bytes, 1, stream, p, partial,
+                          stages);
     if (status != cudaSuccess || partial == nullptr) return status;
     return sum_rows(partial, blocks, p.dim, p.dweight, p.weight_dtype, stream);
   });

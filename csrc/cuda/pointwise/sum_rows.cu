@@ -1,3 +1,4 @@
+#include "cuda/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -8,6 +9,8 @@ constexpr int batch = 8;  // loads of a thread at a time
 
 __global__ void __launch_bounds__(columns_per_block* lanes, 2)
     sum_rows_kernel(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   __shared__ float part[lanes][columns_per_block];
   const int64_t column = static_cast<int64_t>(blockIdx.x) * columns_per_block + threadIdx.x;
   float sum = 0.0f;
@@ -34,8 +37,8 @@ __global__ void __launch_bounds__(columns_per_block* lanes, 2)
 
 cudaError_t sum_rows(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>((columns + columns_per_block - 1) / columns_per_block);
-  sum_rows_kernel<<<blocks, dim3(columns_per_block, lanes), 0, stream>>>(partial, rows, columns, out, dtype);
-  return cudaGetLastError();
+  return launch_early(sum_rows_kernel, dim3(blocks), dim3(columns_per_block, lanes), 0, 1, stream, partial, rows, columns,
+                      out, dtype);
 }
 
 }  // namespace flash_xlstm::cuda

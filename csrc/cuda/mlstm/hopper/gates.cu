@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
 
 namespace flash_xlstm::cuda::hopper {
@@ -117,6 +118,8 @@ __device__ __forceinline__ Transform shuffle_up(const Transform& x, int d) {
 
 __global__ void __launch_bounds__(threads_per_block)
     scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   __shared__ Transform warp_total[num_warps], range_total;
   const Sequence s = find_sequence(w);
   const Range range(s.length);
@@ -260,6 +263,8 @@ __device__ __forceinline__ Walk shuffle_down(const Walk& x, int d) {
 __global__ void __launch_bounds__(threads_per_block)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
                           int state_tiles) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   __shared__ Walk warp_total[num_warps], range_total;
   const Sequence s = find_sequence(w);
   const Range range(s.length);
@@ -409,16 +414,8 @@ cudaError_t launch(const Work& w, void (*kernel)(Args...), cudaStream_t stream, 
   const int64_t sequences = w.layout.num_seqs * w.layout.heads, steps = ceil_div(w.layout.seq, tokens_per_step);
   unsigned cluster = 1;
   while (cluster < 8 && cluster * 2 <= steps && sequences * cluster < 64) cluster *= 2;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(sequences) * cluster);
-  config.blockDim = dim3(threads_per_block);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  return launch_early(kernel, dim3(static_cast<unsigned>(sequences) * cluster), dim3(threads_per_block), 0,
+                      static_cast<int>(cluster), stream, args...);
 }
 
 }  // namespace

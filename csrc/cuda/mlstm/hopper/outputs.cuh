@@ -43,6 +43,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -901,6 +902,8 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
     ptx::fence_barrier_init();
   }
   __syncthreads();
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
 
   // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. They take turns from
   // round to round: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
@@ -945,8 +948,8 @@ cudaError_t launch_outputs(OutputArgs args, int64_t tiles, cudaStream_t stream) 
   args.tiles_of_both = static_cast<int>(tiles);
   const int64_t count = args.w.layout.max_chunks * args.w.layout.heads * tiles;
   if (count > std::numeric_limits<int>::max() - resident) return cudaErrorInvalidConfiguration;  // 2^31 tiles
-  kernel<<<static_cast<unsigned>(count < resident ? count : resident), output_threads, bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_early(kernel, dim3(static_cast<unsigned>(count < resident ? count : resident)), dim3(output_threads),
+                      bytes, 1, stream, args);
 }
 
 template <Output output, typename T>

@@ -25,6 +25,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -75,6 +76,9 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
+
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
 
   const Work& w = args.w;
   const Layout& l = w.layout;
@@ -461,8 +465,7 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
     const cudaError_t status = prepared.resident_blocks(kernel, (groups + 1) * 128, bytes, resident);
     if (status != cudaSuccess) return status;
     const int64_t blocks = w.layout.num_seqs * w.layout.heads * args.dqk_tiles * args.dv_tiles * w.segments;
-    kernel<<<static_cast<unsigned>(blocks), (groups + 1) * 128, bytes, stream>>>(args);
-    return cudaGetLastError();
+    return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3((groups + 1) * 128), bytes, 1, stream, args);
   };
   return dispatch_16_bit(w.p.dtype, [&](auto t) {
     using T = decltype(t);
