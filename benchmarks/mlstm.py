@@ -167,5 +167,14 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our share of the floor."""
-    return summarize_speedups(rows, "mlstm", KEY, "share_of_floor")
+    """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our share of the floor; then
+    whether we are ahead of TFLA and of simple_gla everywhere, and twice as quick as TFLA in the median."""
+    lines = summarize_speedups(rows, "mlstm", KEY, "share_of_floor")
+    for line in [x for x in lines if x.get("speedup_over") in ("tfla", "simple_gla")]:
+        claims = {"ahead everywhere": line["least"] > 1.0}
+        if line["speedup_over"] == "tfla":
+            claims["twice as quick in the median"] = line["median"] >= 2.0
+        for claim, holds in claims.items():
+            over, settings = line["speedup_over"], line["settings"]
+            lines.append({"pass": line["pass"], "claim": f"{claim}, over {over}", "settings": settings, "holds": holds})
+    return lines

@@ -1,7 +1,8 @@
 """Plots of results: `python benchmarks/plot.py RESULTS.json [--out FOLDER]`.
 
 Of subject mlstm, mlstm_time_*.png (time over seq at a constant number of tokens, a line a peer) for each number of
-heads, dqk and dv that was measured at two or more seq, and mlstm_speedup.png (our speedup over TFLA at every setting).
+heads, dqk and dv that was measured at two or more seq, and mlstm_speedup.png (our speedup over TFLA and simple_gla at
+every setting).
 Of decode, decode.png (time a token over batch); of prefill, prefill.png (time over length) and prefill_memory.png (what
 is kept of a prompt, and the memory that reading it takes, over length).
 """
@@ -18,13 +19,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 LABELS = {
     "flash_xlstm": "flash-xlstm",
+    "flash_xlstm_sig": "flash-xlstm, sigmoid input gate",
     "tfla": "TFLA (triton_xl_chunk)",
     "tfla_limit_chunk": "triton_limit_chunk",
     "tfla_siging": "TFLA, sigmoid input gate",
     "simple_gla": "chunk_simple_gla",
+    "mamba2": "Mamba-2 SSD",
     "cudnn_attention": "cuDNN causal attention",
     "plain_pytorch": "plain PyTorch",
 }
@@ -38,8 +42,15 @@ def _title(dims: tuple) -> str:
     return f"{heads} heads, {dqk} x {dv}, {dtype}"
 
 
+def _log_ticks(axis) -> None:
+    """Plain numbers at 1, 2 and 5 times powers of ten on the y axis."""
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.minorticks_off()
+
+
 def plot_time(rows: list[dict], dims: tuple, gpu: str, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
     for axis, pass_name in zip(axes, PASSES, strict=True):
         for name, label in LABELS.items():
             points = sorted((r["seq"], r["time_ms"]) for r in rows if r["peer"] == name and r["pass"] == pass_name)
@@ -49,9 +60,10 @@ def plot_time(rows: list[dict], dims: tuple, gpu: str, path: Path) -> None:
         seqs = sorted({r["seq"] for r in rows})
         axis.set(xscale="log", yscale="log", title=pass_name, xlabel="seq", ylabel="ms")
         axis.set_xticks(seqs, [str(s) for s in seqs])
-        axis.minorticks_off()
+        _log_ticks(axis)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     tokens = rows[0]["batch"] * rows[0]["seq"]
     figure.suptitle(f"mLSTM, {tokens} tokens, {_title(dims)}; {gpu}")
     figure.savefig(path, dpi=150)
@@ -59,31 +71,40 @@ def plot_time(rows: list[dict], dims: tuple, gpu: str, path: Path) -> None:
 
 
 def plot_speedup(rows: list[dict], gpu: str, path: Path) -> bool:
+    """A panel a pass; in a column for dqk and dv, the settings by heads, then by seq."""
     times = {(r["peer"], r["pass"], r["batch"], r["seq"], *(r[d] for d in DIMS)): r["time_ms"] for r in rows}
-    ratios: dict[str, dict[tuple, float]] = {pass_name: {} for pass_name in PASSES}
+    ratios: dict[tuple, dict[tuple, float]] = {}
     for (peer, pass_name, *key), ours in times.items():
-        theirs = times.get(("tfla", pass_name, *key))
-        if peer == "flash_xlstm" and theirs is not None:
-            batch, seq, heads, dqk, dv, _ = key
-            ratios[pass_name][(dqk, dv, heads, seq, batch)] = theirs / ours
-    labels = sorted({key for by_key in ratios.values() for key in by_key})
-    if not labels:
+        batch, seq, heads, dqk, dv, dtype = key
+        for other in ("tfla", "simple_gla") if peer == "flash_xlstm" else ():
+            theirs = times.get((other, pass_name, *key))
+            if theirs is not None:
+                ratios.setdefault((pass_name, other), {})[(dqk, dv, dtype), (heads, seq, batch)] = theirs / ours
+    settings = {key for by_key in ratios.values() for key in by_key}
+    if not settings:
         return False
-    size = (max(8, 0.16 * len(labels)), 4.8)
-    figure, axis = plt.subplots(figsize=size, constrained_layout=True)
-    for pass_name, marker in zip(PASSES, "os", strict=True):
-        by_key = ratios[pass_name]
-        if by_key:
-            median = statistics.median(by_key.values())
-            shown = [(x, by_key[key]) for x, key in enumerate(labels) if key in by_key]
-            axis.plot(*zip(*shown, strict=True), marker, markersize=4, label=f"{pass_name}, median {median:.2f}")
-    axis.axhline(1.0, color="black", linewidth=0.8)
-    names = [f"{dqk}x{dv}, {heads} heads, {batch}x{seq}" for dqk, dv, heads, seq, batch in labels]
-    axis.set_xticks(range(len(labels)), names, rotation=90, fontsize=5)
-    axis.set(ylabel="TFLA's time over ours", title=f"Speedup over TFLA (dqk x dv, heads, batch x seq); {gpu}")
-    axis.set_ylim(bottom=0)
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend()
+    columns, within = (sorted({key[part] for key in settings}) for part in (0, 1))
+    figure, axes = plt.subplots(2, 1, figsize=(10, 7), sharex=True, constrained_layout=True)
+    for axis, pass_name in zip(axes, PASSES, strict=True):
+        for (other, marker), by_key in (
+            (x, ratios.get((pass_name, x[0]))) for x in (("tfla", "o"), ("simple_gla", "^"))
+        ):
+            if by_key:
+                x = [columns.index(c) + 0.8 * ((within.index(w) + 0.5) / len(within) - 0.5) for c, w in by_key]
+                y = list(by_key.values())
+                label = f"{LABELS[other]}: median {statistics.median(y):.2f}, least {min(y):.2f}"
+                axis.plot(x, y, marker, markersize=4, color=COLORS[other], label=label)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        for edge in range(1, len(columns)):
+            axis.axvline(edge - 0.5, color="black", linewidth=0.3)
+        axis.set(ylabel="their time over ours", title=pass_name)
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=8)
+    heads, seqs = (sorted({w[part] for w in within}) for part in (0, 1))
+    axes[1].set_xticks(range(len(columns)), [f"{dqk} x {dv}\n{dtype}" for dqk, dv, dtype in columns])
+    axes[1].set_xlabel(f"dqk x dv; within: heads {', '.join(map(str, heads))}, each at seq {', '.join(map(str, seqs))}")
+    figure.suptitle(f"Our speedup at every setting; {gpu}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
@@ -95,16 +116,16 @@ MODE_STYLES = {"graph": "-", "generate": "--", "eager": ":"}
 
 
 def _axes(title: str, xlabel: str, ylabel: str, ticks: list[int]):
-    figure, axis = plt.subplots(figsize=(7, 4.8), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(7, 5.6), constrained_layout=True)
     axis.set(xscale="log", yscale="log", title=title, xlabel=xlabel, ylabel=ylabel)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.xaxis.set_minor_locator(plt.NullLocator())
+    _log_ticks(axis)
     axis.grid(alpha=0.3)
     return figure, axis
 
 
 def _save(figure, axis, path: Path) -> Path:
-    axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -209,7 +209,7 @@ def test_prefill_embeds_and_keeps_no_more_than_a_piece(make_ours, tokens):
     assert max(seen) == 4 and sum(seen) == 30
     assert kept[0].shape[1] == 3 and kept[0].untyped_storage().nbytes() == kept[0].numel() * 4
     with torch.no_grad():
-        assert torch.equal(last, model(ids).logits[:, -3:])
+        assert torch.allclose(last, model(ids).logits[:, -3:], atol=1e-5)
         for keep in (1, 2, 4, 5, 9, 30, 99):
             assert torch.allclose(model(ids, logits_to_keep=keep).logits, model(ids).logits[:, -keep:], atol=1e-5)
 
