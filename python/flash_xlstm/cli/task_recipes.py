@@ -22,6 +22,8 @@ class Recipe:
         embedding_dim, mlstm_heads, slstm_heads: sizes of the models.
         steps, batch_size, learning_rate, weight_decay: of AdamW.
         test_rows: sequences of each length to test on.
+        even_tokens: batches of shorter sequences have more rows than `batch_size`, to have as many tokens as the longest.
+        tie_weights: whether the output layer is the embedding.
     """
 
     task: Task
@@ -35,11 +37,17 @@ class Recipe:
     weight_decay: float = 0.1
     mlstm_heads: int = 1
     slstm_heads: int = 1
+    even_tokens: bool = False
+    tie_weights: bool = False
 
     @property
     def longest(self) -> int:
         """The longest length that is trained on."""
         return self.train_lengths[-1]
+
+    def rows(self, length: int) -> int:
+        """Sequences of a training batch of that length."""
+        return self.batch_size * (self.longest // length if self.even_tokens else 1)
 
     def open_lengths(self, progress: float) -> tuple[int, ...]:
         """The lengths that batches are drawn from: a curriculum that opens one after the other, evenly spread over the
@@ -63,17 +71,18 @@ def _tracking(name: str, **sizes: Any) -> Recipe:
 
 
 _STATE_TRACKING = [name for name in TASKS if name != "mqar"]
-_FULL_SIZES: dict[str, Any] = {"embedding_dim": 64, "steps": 2000, "batch_size": 256, "learning_rate": 3e-3}
-_SMALL_SIZES: dict[str, Any] = {"embedding_dim": 32, "steps": 600, "batch_size": 64, "learning_rate": 5e-3}
+_FULL_SIZES: dict[str, Any] = {"embedding_dim": 64, "steps": 3000, "batch_size": 256, "learning_rate": 5e-3}
+_SMALL_SIZES: dict[str, Any] = {"embedding_dim": 32, "steps": 700, "batch_size": 64, "learning_rate": 1e-2}
 FULL = {
     **{name: _tracking(name, **_FULL_SIZES) for name in _STATE_TRACKING},
     "mqar": Recipe(
         TASKS["mqar"], (4, 8, 16, 32, 64), (16, 32, 64, 128, 256),
         embedding_dim=128, steps=3000, batch_size=64, learning_rate=2e-3, test_rows=256,
+        even_tokens=True, tie_weights=True,
     ),
 }  # fmt: skip
 SMALL = {
-    **{name: _tracking(name, **_SMALL_SIZES, test_rows=1024) for name in _STATE_TRACKING},
+    **{name: _tracking(name, **_SMALL_SIZES, test_rows=512) for name in _STATE_TRACKING},
     "mqar": Recipe(
         recall(64), (2, 4, 8), (4, 8, 16, 24),
         embedding_dim=64, steps=600, batch_size=64, learning_rate=3e-3, test_rows=256,
@@ -92,6 +101,7 @@ def build(recipe: Recipe, kind: str) -> blocks.xLSTMLMModel:
         vocab_size=recipe.task.vocab_size,
         num_blocks=len(MODELS[kind]),
         embedding_dim=recipe.embedding_dim,
+        tie_weights=recipe.tie_weights,
         slstm_at=[index for index, is_slstm in enumerate(MODELS[kind]) if is_slstm],
     )
     model = blocks.xLSTMLMModel(config)

@@ -124,7 +124,7 @@ class _Batches:
     def draw(self, length: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, (batch, seq) int64."""
         if not self.drawn.get(length):
-            rows = self.recipe.batch_size
+            rows = self.recipe.rows(length)
             sequences = self.recipe.task.sample(length, rows * _CHUNK, self.generator)
             self.drawn[length] = list(zip(*(t.split(rows) for t in sequences), strict=True))
         return self.drawn[length].pop()
