@@ -22,7 +22,7 @@ class Recipe:
         embedding_dim, mlstm_heads, slstm_heads: sizes of the models.
         steps, batch_size, learning_rate, weight_decay: of AdamW.
         test_rows: sequences of each length to test on.
-        even_tokens: batches of shorter sequences have more rows than `batch_size`, to have as many tokens as the longest.
+        even_tokens: shorter sequences come in batches of more than `batch_size`, to have as many tokens as the longest.
         tie_weights: whether the output layer is the embedding.
     """
 
@@ -71,7 +71,7 @@ def _tracking(name: str, **sizes: Any) -> Recipe:
 
 
 _STATE_TRACKING = [name for name in TASKS if name != "mqar"]
-_FULL_SIZES: dict[str, Any] = {"embedding_dim": 64, "steps": 3000, "batch_size": 256, "learning_rate": 5e-3}
+_FULL_SIZES: dict[str, Any] = {"embedding_dim": 64, "steps": 4000, "batch_size": 256, "learning_rate": 5e-3}
 _SMALL_SIZES: dict[str, Any] = {"embedding_dim": 32, "steps": 700, "batch_size": 64, "learning_rate": 1e-2}
 FULL = {
     **{name: _tracking(name, **_FULL_SIZES) for name in _STATE_TRACKING},
