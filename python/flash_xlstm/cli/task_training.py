@@ -96,7 +96,7 @@ def train(
             if position >= steps - tail:
                 total, summed = total + loss, summed + 1
             position, taken = position + 1, taken + 1
-            if taken % _CHECK_EVERY == 1:
+            if taken % _CHECK_EVERY == 1 or position >= steps:
                 value = float(loss)
                 if not math.isfinite(value):
                     raise CommandError(f"training of {title} diverged at step {taken - 1}: the loss is {value:.3g}")
