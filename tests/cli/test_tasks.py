@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from flash_xlstm.cli import main, tasks
+from flash_xlstm.cli import main, task_training, tasks
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def run(tmp_path, monkeypatch):
     short = {name: dataclasses.replace(recipe, test_rows=128, batch_size=32) for name, recipe in tasks.SMALL.items()}
     for name in short:
         if name != "mqar":
-            short[name] = dataclasses.replace(short[name], longest=16, test_lengths=(16, 32))
+            short[name] = dataclasses.replace(short[name], train_lengths=(8, 16), test_lengths=(16, 32))
     monkeypatch.setattr(tasks, "SMALL", short)
 
     def call(*options):
@@ -34,10 +34,12 @@ def test_the_slstm_learns_parity_and_the_mlstm_does_not(run, capsys):
     assert (slstm["model"], mlstm["model"]) == ("0:1", "1:0")
     assert min(slstm["accuracy"].values()) >= 0.99
     assert mlstm["accuracy"]["32"] < 0.7
-    assert results["environment"]["flash_xlstm"]["commit"] and slstm["steps"] == 400
+    assert results["environment"]["flash_xlstm"]["commit"] and slstm["most_steps"] == 400
+    assert slstm["stopped"] == "solved" and slstm["steps"] < 400
+    assert mlstm["stopped"] == "steps" and mlstm["steps"] == 400
     assert (folder / "tasks.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "tasks.txt").read_text()
-    assert "parity: accuracy in percent, chance 50; trained on 1 to 16 tokens" in table
+    assert "parity: accuracy in percent, chance 50; trained on up to 16 tokens" in table
     assert f"xLSTM[0:1]  {100 * slstm['accuracy']['16']:>7.1f}" in table
     captured = capsys.readouterr()
     assert table.strip() in captured.out and "parity xLSTM[1:0]" in captured.err
@@ -51,12 +53,36 @@ def test_every_task_and_model_runs(run):
     assert all(0 <= accuracy <= 1 for row in rows for accuracy in row["accuracy"].values())
 
 
+def test_a_time_limit_is_kept(run):
+    code, folder = run("--models", "1:0", "0:1", "--steps", "1000000", "--seconds", "4")
+    results = json.loads((folder / "tasks.json").read_text())
+    assert code == 0 and results["seconds"] < 20
+    for row in results["results"]:
+        assert row["stopped"] == "seconds" and 0 < row["steps"] < 1000000 and set(row["accuracy"]) == {"16", "32"}
+
+
+def test_results_are_written_after_each_model(run, tmp_path, monkeypatch):
+    build = tasks.build
+
+    def interrupted_at_the_second(recipe, kind):
+        if kind == "0:1":
+            raise KeyboardInterrupt
+        return build(recipe, kind)
+
+    monkeypatch.setattr(tasks, "build", interrupted_at_the_second)
+    assert run("--models", "1:0", "0:1", "--steps", "1")[0] == 130
+    assert [row["model"] for row in json.loads((tmp_path / "out" / "tasks.json").read_text())["results"]] == ["1:0"]
+
+
 @pytest.mark.parametrize("recipes", [tasks.FULL, tasks.SMALL], ids=["full", "small"])
 def test_recipes_are_whole(recipes):
     parity = recipes["parity"]
     assert set(parity.test_lengths) >= {n * parity.longest for n in range(2, 7)}
     assert 64 in tasks.FULL["mqar"].test_lengths
     for recipe in recipes.values():
+        assert list(recipe.train_lengths) == sorted(recipe.train_lengths)
+        assert recipe.open_lengths(0.0) == recipe.train_lengths[:1]
+        assert recipe.open_lengths(0.5) == recipe.open_lengths(0.999) == recipe.train_lengths
         for kind, layout in tasks.MODELS.items():
             model = tasks.build(recipe, kind)
             assert model.config.block_map == layout
@@ -74,3 +100,18 @@ def test_the_command_line_knows_every_task(run):
     assert set(tasks.FULL) == set(tasks.SMALL) == set(tasks.TASKS)
     with pytest.raises(SystemExit):
         run("--tasks", "nonsense")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", tasks.SMALL)
+def test_cuda_graphs_train_as_eager_steps_do(name):
+    losses = {}
+    for graphs in (False, True):
+        recipe = dataclasses.replace(tasks.SMALL[name], batch_size=8)
+        torch.manual_seed(0)
+        model = tasks.build(recipe, "1:1").to("cuda")
+        generator = torch.Generator("cuda").manual_seed(0)
+        trained = task_training.train(model, recipe, 30, generator, torch.float32, name, cuda_graphs=graphs)
+        assert trained.cuda_graphs == graphs and trained.steps == 30
+        losses[graphs] = trained.loss
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
