@@ -100,11 +100,11 @@ class DeviceLostError(RuntimeError):
 
 @functools.cache
 def _l2_flush(device: torch.device) -> torch.Tensor:
-    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    return torch.empty(2**30, dtype=torch.uint8, device=device)
 
 
 def _cuda_times_ms(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    """The second-level cache is overwritten before each call, which also lets the host run ahead."""
+    """The second-level cache is overwritten before each call, for so long that the host runs ahead."""
     flush = _l2_flush(device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for start, stop in events:

@@ -86,8 +86,8 @@ struct LinearRows {
   void* y;
 };
 
-// Several such products of one x, and what comes before and behind them: x may be normalized by its root mean square
-// first, and a sum with `residual` (one product) or silu(y of the first) * (y of the second) may follow.
+// Several such products of one x, and what comes behind them: a sum with `residual` (one product), or silu(y of the
+// first) * (y of the second).
 struct FusedLinearRows {
   static constexpr int max_parts = 8;
   struct Part {
@@ -102,9 +102,6 @@ struct FusedLinearRows {
   int64_t x_stride;
   int count;
   Part part[max_parts];
-  const void* norm_weight;  // (in), float32 or `dtype`; nullptr: no norm
-  DType norm_dtype;
-  float norm_eps;
   const void* residual;  // (rows, out) residual_stride apart; nullptr: none
   int64_t residual_stride;
   bool swiglu;  // two parts of equal out

@@ -1,4 +1,3 @@
-#include <cmath>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -102,7 +101,7 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
 }
 
 std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptTensor> biases,
-                                      OptTensor norm_weight, double norm_eps, OptTensor residual, bool swiglu) {
+                                      OptTensor residual, bool swiglu) {
   const auto [rows, in] = check_x(x);
   const int64_t count = static_cast<int64_t>(weights.size());
   if (count < 1 || count > FusedLinearRows::max_parts) {
@@ -115,17 +114,6 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   if (swiglu && (count != 2 || weights[0].size(0) != weights[1].size(0))) {
     value_error("weight must be two tensors of one shape with swiglu");
   }
-  if (norm_weight) {
-    check_shape("norm_weight", *norm_weight, {in}, "(in,)");
-    check_device("norm_weight", *norm_weight, x, "x");
-    if (norm_weight->scalar_type() != ScalarType::Float && norm_weight->scalar_type() != x.scalar_type()) {
-      type_error("norm_weight has dtype ", dtype_text(norm_weight->scalar_type()),
-                 "; it must be float32 or the dtype of x, ", dtype_text(x.scalar_type()));
-    }
-    if (!(norm_eps >= 0.0) || !std::isfinite(norm_eps)) {
-      value_error("norm_eps is ", norm_eps, "; it must be finite and at least 0");
-    }
-  }
   if (residual) {
     if (count != 1) value_error("residual is for one weight");
     std::vector<int64_t> sizes = sizes_of(x);
@@ -135,7 +123,6 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
     check_device("residual", *residual, x, "x");
   }
   if (x.is_cpu()) {  // step by step
-    if (norm_weight) x = rms_norm(x, *norm_weight, norm_eps);
     std::vector<Tensor> outputs;
     for (int64_t part = 0; part < count; ++part) outputs.push_back(linear_rows(x, weights[part], biases[part]));
     if (swiglu) outputs = {flash_xlstm::swiglu(outputs[0], outputs[1])};
@@ -161,13 +148,6 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   if (rows == 0 || columns == 0) return outputs;
   x = aligned_rows(x);
   p.x = x.data_ptr(), p.x_stride = row_stride(x);
-  if (norm_weight) {
-    norm_weight = torch::stable::contiguous(*norm_weight);
-    if (!aligned(*norm_weight)) norm_weight = torch::stable::clone(*norm_weight);
-    p.norm_weight = norm_weight->data_ptr();
-    p.norm_dtype = to_dtype(norm_weight->scalar_type());
-    p.norm_eps = static_cast<float>(norm_eps);
-  }
   if (residual) {
     residual = with_uniform_rows(*residual);
     p.residual = residual->data_ptr();

@@ -153,8 +153,9 @@ struct ForwardOutputs {
 };
 
 // Nothing is allocated that is not wanted: every tensor costs the host a microsecond.
+// `keep`: what the backward needs, s and m_seq.
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                       const Tensor& f, const Options& options, bool return_final_state) {
+                       const Tensor& f, const Options& options, bool return_final_state, bool keep = true) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   const auto make = [&](bool wanted, const std::vector<int64_t>& sizes) {
@@ -162,8 +163,8 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   };
   const bool has_n = options.has_n(), has_m = options.has_m();
   ForwardOutputs y{new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type()),
-                   make(has_n, {p.batch, p.seq, p.heads}),
-                   make(has_m, {p.batch, p.seq, p.heads}),
+                   make(has_n && keep, {p.batch, p.seq, p.heads}),
+                   make(has_m && keep, {p.batch, p.seq, p.heads}),
                    make(return_final_state, {p.num_seqs, p.heads, p.dqk, p.dv}),
                    make(return_final_state && has_n, {p.num_seqs, p.heads, p.dqk}),
                    make(return_final_state && has_m, {p.num_seqs, p.heads})};
@@ -172,6 +173,8 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.h = y.h.data_ptr();
   params.s = float_data(y.s);
   params.m = float_data(y.m_seq);
+  const OptTensor m_scratch = make(has_m && !keep, {p.batch, p.seq, p.heads});  // one kernel's for the next
+  if (m_scratch) params.m = float_data(m_scratch);
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
@@ -268,6 +271,12 @@ Tensors3 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
   const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, false);
   return {y.h, *y.s, *y.m_seq};
+}
+
+Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+               OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+               int64_t chunk_size) {
+  return forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, false, false).h;
 }
 
 Tensors6 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,

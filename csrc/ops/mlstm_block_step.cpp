@@ -1,5 +1,5 @@
 // A whole mLSTM block on one token of each row, in one call. On the CPU the kernels of its parts one after the other,
-// each rounding as its own operator does: of a small model's token, calls are most. On CUDA six launches, with the norms,
+// each rounding as its own operator does: of a small model's token, calls are most. On CUDA eight launches, with
 // the residuals and the SwiGLU inside the products (cuda/linear/linear_rows.cu), which round less often.
 #include <vector>
 
@@ -76,11 +76,9 @@ class Rows {
     return parts;
   }
 
-  char* norm(const void* x, const void* residual, void* sum, const Tensor& weight, int64_t size, double eps) {
-    char* y = buffer(size);
-    cpu::rms_norm({dtype_, dtype_, rows_, size, static_cast<float>(eps), x, residual,
-                   parameter("norm", weight, {size}), y, sum});
-    return y;
+  RmsNorm norm_of(const void* x, const Tensor& weight, int64_t size, double eps) {
+    return {dtype_,  dtype_,       rows_, size, static_cast<float>(eps), x, nullptr, parameter("norm", weight, {size}),
+            buffer(size), nullptr};
   }
 
   char* linear(const char* name, const void* x, int64_t in, const Tensor& weight, int64_t out) {
@@ -119,10 +117,6 @@ FusedLinearRows fused(const std::vector<LinearRows>& products) {
   p.x = first.x, p.x_stride = first.x_stride;
   for (const LinearRows& y : products) p.part[p.count++] = {y.weight, y.bias, y.y, y.out};
   return p;
-}
-
-void set_norm(FusedLinearRows& p, const void* weight, double eps) {
-  p.norm_weight = weight, p.norm_dtype = p.dtype, p.norm_eps = static_cast<float>(eps);
 }
 
 void check_cuda_limits(const Tensor& x, const std::vector<LinearRows>& products) {
@@ -176,9 +170,10 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   };
   std::vector<LinearRows> products;
   if (x.is_cpu()) {
-    const char* y = rows.norm(x.data_ptr(), nullptr, nullptr, norm_mlstm, size, norm_mlstm_eps);
-    const auto part = rows.project(products, "qkvo", y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
-    const auto gate = rows.project(products, "gates", y, size, gates, gate_biases, {heads, heads});
+    RmsNorm norm = rows.norm_of(x.data_ptr(), norm_mlstm, size, norm_mlstm_eps);
+    cpu::rms_norm(norm);
+    const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
+    const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});
     cpu::linear_rows(products.data(), products.size());
     set_step(part, gate);
     cpu::mlstm_step(step);
@@ -187,9 +182,11 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
     const char* mixed = rows.linear("out_proj", gated.y, v_size, out_proj, size);
 
     char* sum = rows.buffer(size);
-    y = rows.norm(mixed, x.data_ptr(), sum, norm_ffn, size, norm_ffn_eps);
+    norm = rows.norm_of(mixed, norm_ffn, size, norm_ffn_eps);
+    norm.residual = x.data_ptr(), norm.sum = sum;
+    cpu::rms_norm(norm);
     products.clear();
-    const auto wide = rows.project(products, "up", y, size, up, {}, {up_size, up_size});
+    const auto wide = rows.project(products, "up", norm.y, size, up, {}, {up_size, up_size});
     cpu::linear_rows(products.data(), products.size());
     Swiglu swiglu{};
     swiglu.dtype = rows.dtype(), swiglu.rows = rows.rows(), swiglu.columns = up_size;
@@ -202,17 +199,17 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
     return out;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA
-  if (step.dqk > cuda::max_step_dqk || step.dv > cuda::max_norm_dim) {
-    value_error("state c has shape ", shape_text(c), "; on CUDA dqk must be at most ", cuda::max_step_dqk,
-                ", dv at most ", cuda::max_norm_dim);
+  if (step.dqk > cuda::max_step_dqk || step.dv > cuda::max_norm_dim || size > cuda::max_norm_dim) {
+    value_error("state c has shape ", shape_text(c), ", x ", shape_text(x), "; on CUDA dqk must be at most ",
+                cuda::max_step_dqk, ", dv and the size of x at most ", cuda::max_norm_dim);
   }
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   const void* const x_data = x.data_ptr();
   // Everything is checked before anything runs.
-  const auto part = rows.project(products, "qkvo", x_data, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
-  const auto gate = rows.project(products, "gates", x_data, size, gates, gate_biases, {heads, heads});
-  FusedLinearRows first = fused(products);
-  set_norm(first, rows.parameter("norm", norm_mlstm, {size}), norm_mlstm_eps);
+  const RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
+  const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
+  const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});
+  const FusedLinearRows first = fused(products);
   set_step(part, gate);
   const GatedHeadNorm gated = head_norm_of(part[3]);
   std::vector<LinearRows> all = products;
@@ -227,8 +224,9 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   };
   char* const sum = rows.buffer(size);
   const FusedLinearRows mix = product_of("out_proj", gated.y, v_size, out_proj, size, sum, x_data);
+  const RmsNorm wide_norm = rows.norm_of(sum, norm_ffn, size, norm_ffn_eps);
   products.clear();
-  rows.project(products, "up", sum, size, up, {}, {up_size, up_size});
+  rows.project(products, "up", wide_norm.y, size, up, {}, {up_size, up_size});
   all.insert(all.end(), products.begin(), products.end());
   FusedLinearRows wide = fused(products);
   if (wide.count == 1) {  // stacked: two parts of it
@@ -238,25 +236,20 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   }
   wide.part[0].out = wide.part[1].out = up_size;
   wide.swiglu = true;
-  set_norm(wide, rows.parameter("norm", norm_ffn, {size}), norm_ffn_eps);
   const FusedLinearRows last = product_of("down", wide.part[0].y, up_size, down, size, out.data_ptr(), sum);
   check_cuda_limits(x, all);
-  for (const FusedLinearRows* p : {&first, &wide}) {
-    if (reinterpret_cast<uintptr_t>(p->norm_weight) % 16 != 0) {
-      value_error("on CUDA the norms' weights must begin at multiples of 16 bytes");
-    }
-  }
-
   const int32_t device = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   check_device_supported(device);
   const cudaStream_t stream = current_stream(device);
   Tensor workspace = new_empty(x, {cuda::mlstm_step_workspace_bytes(step)}, ScalarType::Byte);
   constexpr const char* op = "mlstm_block_step";
+  check_cuda(cuda::rms_norm(norm, stream), op);
   check_cuda(cuda::fused_linear_rows(first, stream), op);
   check_cuda(cuda::mlstm_step(step, workspace.data_ptr(), stream), op);
   check_cuda(cuda::gated_head_norm(gated, stream), op);
   check_cuda(cuda::fused_linear_rows(mix, stream), op);
+  check_cuda(cuda::rms_norm(wide_norm, stream), op);
   check_cuda(cuda::fused_linear_rows(wide, stream), op);
   check_cuda(cuda::fused_linear_rows(last, stream), op);
 #else

@@ -18,6 +18,9 @@ using Tensors8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 Tensors3 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                int64_t chunk_size);
+Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+               OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+               int64_t chunk_size);
 Tensors6 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                           OptTensor cu_seqlens, std::optional<double> scale, double eps,
                           std::optional<double> gate_soft_cap, int64_t chunk_size);
@@ -75,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h,
 
 Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias);
 std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptTensor> biases,
-                                      OptTensor norm_weight, double norm_eps, OptTensor residual, bool swiglu);
+                                      OptTensor residual, bool swiglu);
 
 Tensor swiglu(Tensor x, Tensor y);
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y);

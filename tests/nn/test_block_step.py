@@ -83,9 +83,10 @@ def test_on_cuda_is_as_exact_as_the_parts(calls, weight_mode, rows, state_dtype)
         def error(actual, wanted):
             return ((actual.cpu().double() - wanted).norm() / wanted.norm()).item()
 
-        for ours_part, parts_part, wanted in zip((ours, *our_state), (parts, *parts_state), (expected, *state)):
+        each = zip((ours, *our_state), (parts, *parts_state), (expected, *state), strict=True)
+        for ours_part, parts_part, wanted in each:
             assert error(ours_part, wanted) <= 1.2 * error(parts_part, wanted) + 2e-3
-    assert [made is None for made in calls] == [True, False] * 2
+    assert [made is None for made in calls] == [True, False, True] * 2  # the parts, the call, float64
 
 
 @torch.no_grad()

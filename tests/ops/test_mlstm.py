@@ -463,6 +463,19 @@ def test_opcheck(device, variant, final_state):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_opcheck_without_gradients(device, variant):
+    arguments = operator_inputs(device, **variant, requires_grad=False)
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_h, (*arguments, 0.7, 1e-6, 2.0, 0))
+
+
+def test_without_gradients_h_is_the_same(make_problem):
+    inputs = [make_problem(150, 16, 24).inputs[x] for x in "qkvif"]
+    with torch.no_grad():
+        assert torch.equal(ops.mlstm(*inputs), ops.mlstm(*inputs, return_final_state=True)[0])
+        assert torch.equal(ops.mlstm(*inputs), torch.ops.flash_xlstm.mlstm(*inputs, *[None] * 5, 1e-6, None, 0)[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("final_state", [True, False])
 def test_opcheck_of_the_backward(device, variant, final_state):
     arguments, cap = operator_inputs(device, **variant, requires_grad=False), 2.0 if final_state else None

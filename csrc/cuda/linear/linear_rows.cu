@@ -15,11 +15,11 @@
 //
 // Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
 //   - Several products of one x are one launch: a block finds its part of the columns.
-//   - An RMS norm in front costs no launch: x is multiplied by the norm's weight (and rounded) as it is loaded, its
-//     squares are summed on the way, and the sums are divided by the root at the end.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a block takes 8 rows of each of A and B.
-//   - The launch may overlap the kernel before (dependent_launch.cuh): a block fetches the beginning of its rows of W
-//     into the second-level cache before it waits for x.
+//   - The launch may overlap the kernel before (dependent_launch.cuh): the blocks that may come early fetch the
+//     beginning of their rows of W into the second-level cache before they wait for x.
+// An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
+// rows is more work than the products.
 #include "cuda/dependent_launch.cuh"
 #include "cuda/linear/launch.h"
 #include "cuda/numeric.cuh"
@@ -33,7 +33,8 @@ constexpr int tile_rows = 16;            // of W
 constexpr int warp_k = 64;               // of a warp at once
 constexpr int block_k = warps * warp_k;  // of a block at once
 constexpr int batch = 2;                 // of warp_k, loaded together
-constexpr int prefetch_k = 2 * batch * block_k;
+constexpr int prefetch_k = batch * block_k;
+constexpr unsigned early_blocks = 400;  // about as many as run at once
 
 // Zeros where not `inside`. One predicated instruction: with a branch around each, loads would not go out together.
 __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
@@ -47,51 +48,11 @@ __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
   return bits;
 }
 
-__device__ __forceinline__ float2 unpack(uint32_t two) {
-  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
-}
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&two);
-}
-
-// 8 values of the norm's weight.
-struct NormWeight {
-  float value[8];
-  __device__ NormWeight(const void* data, int at, bool is_float) {
-    if (is_float) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
-      const float4 a = __ldg(from), b = __ldg(from + 1);
-      value[0] = a.x, value[1] = a.y, value[2] = a.z, value[3] = a.w;
-      value[4] = b.x, value[5] = b.y, value[6] = b.z, value[7] = b.w;
-    } else {
-      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(data) + at));
-      const uint32_t four[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float2 two = unpack(four[e]);
-        value[2 * e] = two.x, value[2 * e + 1] = two.y;
-      }
-    }
-  }
-  // x times the weight; adds the squares of x to `squares`.
-  __device__ void apply(uint4& x, float& squares) const {
-    uint32_t* const four[4] = {&x.x, &x.y, &x.z, &x.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float2 two = unpack(*four[e]);
-      squares = fmaf(two.x, two.x, fmaf(two.y, two.y, squares));
-      *four[e] = pack(two.x * value[2 * e], two.y * value[2 * e + 1]);
-    }
-  }
-};
-
 // Up to 8 * row_tiles rows of x.
-template <int row_tiles, bool normed>
+template <int row_tiles>
 __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
     linear_rows_kernel(const __grid_constant__ FusedLinearRows p) {
   __shared__ float sums[warps][row_tiles * 8][tile_rows + 1];
-  __shared__ float squares[normed ? warps : 1][row_tiles * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int fragment_row = lane / 4, fragment_k = lane % 4 * 8;
   const int in = static_cast<int>(p.in);
@@ -114,7 +75,7 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
     const int64_t column = first_column + (second ? row - tile_columns : row);
     return static_cast<const bf16*>(p.part[second ? 1 : part].weight) + (column < out ? column : out - 1) * p.in;
   };
-  {
+  if (blockIdx.x < early_blocks) {
     constexpr int row_lines = prefetch_k / 64;  // 128 bytes each
     for (int line = threadIdx.x; line < tile_rows * row_lines; line += threads) {
       const int k = line % row_lines * 64;
@@ -134,7 +95,7 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
     x[t] = static_cast<const bf16*>(p.x) + (has_row[t] ? row : 0) * p.x_stride + fragment_k;
   }
 
-  float acc[row_tiles][4] = {}, square[row_tiles] = {};
+  float acc[row_tiles][4] = {};
   for (int k = warp * warp_k; k < in; k += batch * block_k) {
     uint4 a[batch][2][2];  // group, its 32, half of the rows
 #pragma unroll
@@ -157,12 +118,8 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
           uint4 value = zero;
-          if (has_row[t] && at + fragment_k < in) {
-            value = __ldg(reinterpret_cast<const uint4*>(x[t] + at));
-            if constexpr (normed) {
-              NormWeight(p.norm_weight, at + fragment_k, p.norm_dtype == DType::float32).apply(value, square[t]);
-            }
-          }
+          // A plain load: what another kernel has just written may lie stale in the read-only cache.
+          if (has_row[t] && at + fragment_k < in) value = *reinterpret_cast<const uint4*>(x[t] + at);
           ptx::mma_bf16(acc[t], first, value.x, value.y);
           ptx::mma_bf16(acc[t], second, value.z, value.w);
         }
@@ -177,30 +134,18 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
     for (int e = 0; e < 4; ++e) {
       sums[warp][t * 8 + lane % 4 * 2 + e % 2][fragment_row + e / 2 * 8] = acc[t][e];
     }
-    if constexpr (normed) {
-      square[t] += __shfl_xor_sync(0xffffffffu, square[t], 1);
-      square[t] += __shfl_xor_sync(0xffffffffu, square[t], 2);
-      if (lane % 4 == 0) squares[warp][t * 8 + fragment_row] = square[t];
-    }
   }
   __syncthreads();
   for (int item = threadIdx.x; item < static_cast<int>(p.rows) * tile_columns; item += threads) {
     const int row = item / tile_columns, tile_column = item % tile_columns;
     const int64_t column = first_column + tile_column;
     if (column >= out) continue;
-    float inverse = 1.0f;
-    if constexpr (normed) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int from = 0; from < warps; ++from) sum += squares[from][row];
-      inverse = rsqrtf(sum / static_cast<float>(in) + p.norm_eps);
-    }
     const auto sum_of = [&](int which, int tile_row) {
       float sum = 0.0f;
 #pragma unroll
       for (int from = 0; from < warps; ++from) sum += sums[from][row][tile_row];
       const void* const bias = p.part[which].bias;
-      return sum * inverse + (bias != nullptr ? to_float(static_cast<const bf16*>(bias)[column]) : 0.0f);
+      return sum + (bias != nullptr ? to_float(static_cast<const bf16*>(bias)[column]) : 0.0f);
     };
     float y = sum_of(part, tile_column);
     if (p.swiglu) y = y / (1.0f + expf(-y)) * sum_of(1, tile_column + tile_columns);
@@ -217,9 +162,7 @@ cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) {
     blocks += (p.part[part].out + tile_columns - 1) / tile_columns;
   }
-  const bool normed = p.norm_weight != nullptr;
-  const auto kernel = p.rows <= 8 ? (normed ? linear_rows_kernel<1, true> : linear_rows_kernel<1, false>)
-                                  : (normed ? linear_rows_kernel<2, true> : linear_rows_kernel<2, false>);
+  const auto kernel = p.rows <= 8 ? linear_rows_kernel<1> : linear_rows_kernel<2>;
   return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, 1, stream, p);
 }
 

@@ -6,7 +6,7 @@ namespace flash_xlstm::cuda {
 namespace {
 
 template <typename L>
-__global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(1024))
+__global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_threads == 512 ? 512 : 1024))
     rms_norm_kernel(const __grid_constant__ RmsNorm p) {
   let_next_kernel_start();
   wait_for_earlier_kernels();

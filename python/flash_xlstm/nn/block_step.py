@@ -40,7 +40,9 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
     gates = layer.projections("ifgate_preact")
     if not (_plain((*rest, *qkvo, *up), x) and _plain(gates, x, biases=True)):
         return None
-    if x.is_cuda and not (_fits_cuda((*rest, *qkvo, *up, *gates)) and c.shape[2] <= 8192 and c.shape[3] <= 16384):
+    if x.is_cuda and not (
+        _fits_cuda((*rest, *qkvo, *up, *gates)) and c.shape[2] <= 8192 and max(c.shape[3], x.shape[2]) <= 16384
+    ):
         return None
     norm, head_norm, out_proj, ffn_norm, down = _parameters("weight", rest)
     return torch.ops.flash_xlstm.mlstm_block_step.default(

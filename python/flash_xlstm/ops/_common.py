@@ -82,6 +82,22 @@ def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callab
     return call
 
 
+def may_need_gradients() -> bool:
+    """False where nothing can: an operator without a derivative then serves. Compilers see one operator only."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def without_gradients(name: str) -> Callable[..., Any]:
+    """What calls the operator `name`, which has no derivative, where :func:`may_need_gradients` says no."""
+    op = getattr(torch.ops.flash_xlstm, name).default
+
+    def call(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
 def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Registers the derivative of the operator `name`, and returns what calls it."""
     op = getattr(torch.ops.flash_xlstm, name).default

@@ -9,6 +9,7 @@ from flash_xlstm._build import build_info
 _OPS = (
     "causal_conv1d",
     "causal_conv1d_step",
+    "fused_linear_rows",
     "gated_head_norm",
     "linear_rows",
     "mlstm",
@@ -54,6 +55,6 @@ def kernel_for(op: str, device: torch.device | str) -> str:
         if hopper:
             return f"CUDA, Hopper (wgmma) for 16-bit types with dqk and dv multiples of 8, 16 to 1024, else {portable}"
         return f"CUDA, {portable}"
-    if op == "linear_rows":
+    if op in ("linear_rows", "fused_linear_rows"):
         return "CUDA, portable (mma.sync tensor cores), for bfloat16"
     return "CUDA, portable"

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from flash_xlstm.ops import _common
 
-MAX_WEIGHTS = 8
-
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for at most 16 rows: sums in float32, rounded once, the same from run to run.
@@ -36,24 +34,18 @@ def fused_linear_rows(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 1e-6,
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> list[Tensor]:
     """:func:`linear_rows` with several weights, and with what stands before and behind it; one launch on CUDA.
 
-    With ``z = rms_norm(x, norm_weight, norm_eps)``, or x without `norm_weight`, and ``y_p = z @ weights[p].T +
-    biases[p]``: ``[y_0, y_1, ...]``; with `residual` ``[residual + y_0]``; with `swiglu` ``[silu(y_0) * y_1]``. On CUDA
-    z is not rounded as such: x times `norm_weight` is, and what follows is float32 up to the one rounding of the
-    result.
+    With ``y_p = x @ weights[p].T + biases[p]``: ``[y_0, y_1, ...]``; with `residual` ``[residual + y_0]``; with
+    `swiglu` ``[silu(y_0) * y_1]``. On CUDA rounded once.
 
     Args:
         x: as for :func:`linear_rows`.
         weights: up to 8, (out_p, in), dtype and layout as for :func:`linear_rows`.
         biases: as many as weights, (out_p,) or None; or None for none at all.
-        norm_weight: (in,), float32 or the dtype of x, or None for no norm.
-        norm_eps: added to the mean square.
         residual: (..., out_0), dtype of x; with one weight only.
         swiglu: needs two weights of one shape, and no residual.
 
@@ -64,10 +56,8 @@ def fused_linear_rows(
         ValueError, TypeError, RuntimeError: as :func:`linear_rows`.
     """
     biases = [None] * len(weights) if biases is None else list(biases)
-    _no_gradient("fused_linear_rows", x, *weights, *biases, norm_weight, residual)
-    return torch.ops.flash_xlstm.fused_linear_rows(
-        x, list(weights), biases, norm_weight, norm_eps, residual, swiglu
-    )
+    _no_gradient("fused_linear_rows", x, *weights, *biases, residual)
+    return torch.ops.flash_xlstm.fused_linear_rows(x, list(weights), biases, residual, swiglu)
 
 
 def _no_gradient(name: str, *given: Tensor | None) -> None:
@@ -85,7 +75,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("flash_xlstm::fused_linear_rows")
-def _(x, weights, biases, norm_weight, norm_eps, residual, swiglu) -> list[Tensor]:
+def _(x, weights, biases, residual, swiglu) -> list[Tensor]:
     given = {f"weights[{n}]": t for n, t in enumerate(weights)} | {f"biases[{n}]": t for n, t in enumerate(biases)}
-    _common.no_mixed_meta(x, of="x", norm_weight=norm_weight, residual=residual, **given)
+    _common.no_mixed_meta(x, of="x", residual=residual, **given)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in (weights[:1] if swiglu else weights)]

@@ -73,7 +73,9 @@ def mlstm(
         c = c.float()
     chunk = _common.chunk_size_or_0(chunk_size)
     if not return_final_state:
-        return _mlstm(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk)[0]
+        op = _mlstm if _common.may_need_gradients() else _mlstm_h
+        h = op(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk)
+        return h if op is _mlstm_h else h[0]
     h, _, _, c_last, n_last, m_last = _mlstm_with_state(
         q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk
     )
@@ -144,6 +146,11 @@ def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_s
     return q.new_empty((batch, seq, heads, _common.size(v, 3))), *gates
 
 
+@torch.library.register_fake("flash_xlstm::mlstm_h")
+def _(*args):
+    return _fake(*args)[0]
+
+
 @torch.library.register_fake("flash_xlstm::mlstm_with_state")
 def _(q, k, v, i, f, c, n, m, cu_seqlens, *options):
     heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
@@ -187,5 +194,6 @@ def _backward(ctx, dh, _ds, _dm_seq, dc_last=None, dn_last=None, dm_last=None):
 
 
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
+_mlstm_h = _common.without_gradients("mlstm_h")
 _mlstm_with_state = _common.differentiable("mlstm_with_state", _setup_context, _backward)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")
