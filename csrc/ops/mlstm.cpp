@@ -173,8 +173,9 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.h = y.h.data_ptr();
   params.s = float_data(y.s);
   params.m = float_data(y.m_seq);
-  const OptTensor m_scratch = make(has_m && !keep, {p.batch, p.seq, p.heads});  // one kernel's for the next
-  if (m_scratch) params.m = float_data(m_scratch);
+  const OptTensor scratch = make(!keep, {2, p.batch, p.seq, p.heads});  // one kernel's for the next
+  if (scratch && has_n) params.s = float_data(scratch);
+  if (scratch && has_m) params.m = float_data(scratch) + p.batch * p.seq * p.heads;
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);

@@ -99,19 +99,22 @@ __global__ void __launch_bounds__(walk_threads, 1)
     }
     ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
   };
+  // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
   int64_t token = first * L::walk_groups + group;
   for (int stage = 0; stage < ahead; ++stage) copy(token + stage * step, stage);
   float weight[L::packs][width], dweight[L::packs][width] = {};
   load_row_weight<L>(weight, p.weight, column, count, p.weight_dtype == DType::float32);
   // The number of stages is a power of two.
-  for (int stage = 0; token < p.tokens; token += step, stage = (stage + 1) & ahead) {
+  for (int stage = 0; token - group < p.tokens; token += step, stage = (stage + 1) & ahead) {
     copy(token + ahead * step, (stage + ahead) & ahead);
     wait_for_copies(ahead);
     const int64_t start = start_of(token), gate_start = gate_start_of(token);
     const uint4 *h_slots = slots_of(stage), *gate_slots = h_slots + L::row_slots, *dy_slots = gate_slots + L::row_slots;
+    const bool has_row = token < p.tokens;
     float sum[1] = {};
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
+      if (!has_row) break;
       float h[width];
       unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
 #pragma unroll
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
     float sums[3] = {};
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
-      if ((thread + k * L::row_threads) * width >= count) continue;
+      if (!has_row || (thread + k * L::row_threads) * width >= count) continue;
       float h[width], gate[width], dy[width];
       unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
       unpack(gate, read_pack<L>(gate_slots, p.gate, gate_start, k, count));
@@ -138,6 +141,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
       }
     }
     row_sums<L>(sums, buffer[group]);
+    if (!has_row) continue;
     const float inverse = rsqrtf(sums[0] * share + p.eps);
     const float through_mean = sums[1] * share, along = sums[2] * inverse * share;
 #pragma unroll

@@ -93,19 +93,22 @@ __global__ void __launch_bounds__(walk_threads, 1)
     }
     ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
   };
+  // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
   int64_t row = static_cast<int64_t>(blockIdx.x) * L::walk_groups + group;
   for (int stage = 0; stage < ahead; ++stage) copy(row + stage * step, stage);
   float weight[L::packs][width], dweight[L::packs][width] = {};
   load_row_weight<L>(weight, p.weight, 0, count, p.weight_dtype == DType::float32);
   // The number of stages is a power of two.
-  for (int stage = 0, turn = 0; row < p.rows; row += step, stage = (stage + 1) & ahead, turn ^= 1) {
+  for (int stage = 0, turn = 0; row - group < p.rows; row += step, stage = (stage + 1) & ahead, turn ^= 1) {
     copy(row + ahead * step, (stage + ahead) & ahead);
     wait_for_copies(ahead);
     const int64_t start = row * p.dim;
     const uint4* from = slots_of(stage);
+    const bool has_row = row < p.rows;
     float sums[2] = {};  // x . x, x . (weight dy)
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
+      if (!has_row) break;
       float x[width], dy[width];
       unpack(x, read_pack<L>(from, p.x, start, k, count));
       unpack(dy, read_pack<L>(from + L::row_slots, p.dy, start, k, count));
@@ -116,6 +119,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
       }
     }
     row_sums<L>(sums, buffer[turn][group]);
+    if (!has_row) continue;
     const float inverse = rsqrtf(sums[0] * share + p.eps), mean = sums[1] * inverse * share;
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {

@@ -12,11 +12,12 @@
 // stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
 // chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
 //
-// With few heads a sequence is cut into segments. A block's first pass over its segment starts from zero (the first
-// segment's: from the initial state) and leaves the state at the segment's end in memory; what was before comes in by
-// state_end = keep state_start + that, segment after segment, keep being the product of g; the second pass starts from
-// the state so found. Nobody needs the last one's first pass; the first one's is for the others, who would wait for its
-// second. Blocks of a segment wait only for blocks with lower indices, which start first.
+// With few heads a sequence is cut into segments, one for each of some blocks, which need the states at their starts. So
+// what comes before the last segment is walked by all of them first, an equal piece each, cut once more where a segment
+// begins: from zero (the first from the initial state), leaving the state at the end of each run in memory. A state at
+// a segment's start is then state_end = keep state_start + that, run after run, keep being the product of g; from there
+// each block walks its own segment and writes. Blocks wait only for blocks with lower indices, which start first: the
+// run that ends where segment s begins belongs to block s or one before it.
 //
 // float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
 // blocks of a head since it comes from the weights alone; so are the weighted operands.
@@ -95,18 +96,26 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   const int row0 = tile_k * groups * box, col0 = tile_v * tile_dv;
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
-  const int64_t count = end - begin;
-  const auto chunk_at = [&](int64_t step) { return backward ? end - 1 - step : begin + step; };
+  const int count = static_cast<int>(end - begin);
+  const auto chunk_at = [&](int step) { return backward ? end - 1 - step : begin + step; };
   // Steps of this segment; past the sequence's end there is nothing to do, but an empty sequence has its final state.
-  const int64_t per_segment = (count + w.segments - 1) / w.segments;
-  const int64_t first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
+  const int per_segment = (count + w.segments - 1) / w.segments;
+  const int first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count) return;
   const bool is_last = last_step == count;
+  // The pieces that are walked first: of all steps before the last segment.
+  const int last_segment = count > 0 ? (count - 1) / per_segment : 0, before_last = last_segment * per_segment;
+  const int piece = (before_last + last_segment) / (last_segment + 1);
+  // Run `part`, 0 or 1, of block `owner`'s piece; may be empty.
+  const auto run_of = [&](int owner, int part, int& begin, int& end) {
+    const int from = min(owner * piece, before_last), to = min(from + piece, before_last);
+    const int cut = min((from / max(per_segment, 1) + 1) * per_segment, to);
+    begin = part == 0 ? from : cut, end = part == 0 ? cut : to;
+  };
   // Whether the state before a step is all zeros, which nobody reads; whether to read, backward, the one that lies there.
   const bool begins_at_zero = backward ? w.ends_empty : w.starts_empty;
-  const auto is_zero = [&](int64_t step) { return begins_at_zero && step == 0; };
-  const auto reads_state = [&](int64_t step) { return !is_zero(step) && !(w.starts_empty && step == count - 1); };
-  const int first_pass = is_last ? 1 : 0;  // pass 1 writes
+  const auto is_zero = [&](int step) { return begins_at_zero && step == 0; };
+  const auto reads_state = [&](int step) { return !is_zero(step) && !(w.starts_empty && step == count - 1); };
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -130,12 +139,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     const auto advance = [&] {
       if (++stage == num_stages) stage = 0, parity ^= 1;
     };
-    for (int pass = first_pass; pass < 2; ++pass)
-      for (int64_t step = first_step; step < last_step; ++step) {
+    for (int pass = 0; pass < 3; ++pass) {
+      int run_begin = first_step, run_end = last_step;
+      if (pass < 2) run_of(segment, pass, run_begin, run_end);
+      for (int step = run_begin; step < run_end; ++step) {
         Chunk chunk;
         l.locate(chunk_at(step), chunk);
         const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-        if (backward && pass == 1 && reads_state(step)) {
+        if (backward && pass == 2 && reads_state(step)) {
           for (int g = 0; g < groups; ++g) {
             auto& s = next_stage(Shared::y_boxes * box_bytes);
             for (int b = 0; b < Shared::y_boxes; ++b) {
@@ -157,6 +168,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
           advance();
         }
       }
+    }
     return;
   }
 
@@ -189,8 +201,9 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   };
   // The weights of the next chunk's tokens, one a thread, read a chunk early.
   float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f, next_keep_log = 0.0f;
-  const auto read_weights = [&](int64_t step) {
-    if (step >= last_step) return;
+  int run_begin = first_step, run_end = last_step;
+  const auto read_weights = [&](int step) {
+    if (step >= run_end) return;
     const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
     const float2 m_start = w.m_start[item], alpha_last = w.alpha_last[item];
     next_keep_log = log_sum(alpha_last, m_start);
@@ -207,11 +220,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   // float16: acc is 2^-exponent times the state.
   int exponent;
   const auto start = [&] {
-    exponent = segment == 0 && args.c_in != nullptr ? 0 : least_exponent;
+    exponent = run_begin == 0 && args.c_in != nullptr ? 0 : least_exponent;
     n[0] = n[1] = 0.0f;
 #pragma unroll
     for (int x = 0; x < tile_dv / 2; ++x) acc[x] = 0.0f;
-    if (segment > 0) return;
+    if (run_begin > 0) return;
     if (args.c_in != nullptr) {  // dv is a multiple of 8
       for_each_pair([&](float* a, int64_t at) {
         const float2 two = *reinterpret_cast<const float2*>(args.c_in + at);
@@ -221,24 +234,29 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
   };
 
-  // This warpgroup's share of the state at a segment's end: acc, n, keep and exponent, each thread's own.
+  // This warpgroup's share of the state at a run's end: acc, n, keep and exponent, each thread's own.
   constexpr int share_floats = (tile_dv / 2 + 4) * 128;
   const auto share_at = [&](int s) {
     return w.segment_ends + ((s * blocks + block_in_segment) * groups + group) * share_floats + thread;
   };
   const auto flag_at = [&](int s) { return args.flags + (s * blocks + block_in_segment) * groups + group; };
-  const auto publish = [&](float keep) {
-    float* const share = share_at(segment);
+  const auto publish = [&](int part, float keep) {
+    float* const share = share_at(segment * 2 + part);
 #pragma unroll
     for (int x = 0; x < tile_dv / 2; ++x) share[x * 128] = acc[x];
     share[tile_dv / 2 * 128] = n[0], share[(tile_dv / 2 + 1) * 128] = n[1], share[(tile_dv / 2 + 2) * 128] = keep;
     share[(tile_dv / 2 + 3) * 128] = static_cast<float>(exponent);
     __threadfence();
     ptx::named_barrier(1 + group, 128);
-    if (thread == 0) ptx::store_release(flag_at(segment), 1);
+    if (thread == 0) ptx::store_release(flag_at(segment * 2 + part), 1);
   };
-  const auto state_before = [&] {  // the first segment's end is a whole state already
-    for (int s = 0; s < segment; ++s) {
+  const auto state_before = [&] {
+    for (int s = 0; s < 2 * (segment + 1); ++s) {
+      int begin, end;
+      run_of(s / 2, s % 2, begin, end);
+      if (begin == end) continue;
+      if (begin >= first_step) break;
+      const bool is_whole = begin == 0;  // a state already
       if (thread == 0) {
         while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
       }
@@ -248,18 +266,18 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
       float kept = keep, added = 1.0f;
       if constexpr (is_half) {
         const int theirs = static_cast<int>(share[(tile_dv / 2 + 3) * 128]);
-        const int before = s == 0 ? theirs : exponent;
+        const int before = is_whole ? theirs : exponent;
         // At least what power_of_two can take back.
         const int kept_log = max(keep == 0.0f ? least_exponent : static_cast<int>(ceilf(log2f(keep))), -126);
-        exponent = s == 0 ? theirs : max(before + kept_log, theirs);
+        exponent = is_whole ? theirs : max(before + kept_log, theirs);
         kept = keep * power_of_two(max(before - exponent, -126));
         added = power_of_two(max(theirs - exponent, -126));
       }
 #pragma unroll
-      for (int x = 0; x < tile_dv / 2; ++x) acc[x] = s == 0 ? share[x * 128] : acc[x] * kept + share[x * 128] * added;
+      for (int x = 0; x < tile_dv / 2; ++x) acc[x] = is_whole ? share[x * 128] : acc[x] * kept + share[x * 128] * added;
       for (int r = 0; r < 2; ++r) {
         const float theirs = share[(tile_dv / 2 + r) * 128];
-        n[r] = s == 0 ? theirs : n[r] * keep + theirs;
+        n[r] = is_whole ? theirs : n[r] * keep + theirs;
       }
     }
   };
@@ -271,16 +289,21 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     if (++stage == num_stages) stage = 0, parity ^= 1;
   };
   int buffer = 0;
-  for (int pass = first_pass; pass < 2; ++pass) {
-    const bool writes = pass == 1;
+  for (int pass = 0; pass < 3; ++pass) {
+    const bool writes = pass == 2;
+    run_begin = first_step, run_end = last_step;
+    if (!writes) {
+      run_of(segment, pass, run_begin, run_end);
+      if (run_begin == run_end) continue;
+    }
     if (writes && segment > 0) {
       state_before();
     } else {
       start();
     }
     float keep_all = 1.0f;
-    read_weights(first_step);
-    for (int64_t step = first_step; step < last_step; ++step, buffer ^= 1) {
+    read_weights(run_begin);
+    for (int step = run_begin; step < run_end; ++step, buffer ^= 1) {
       const int64_t item = chunk_at(step) * l.heads + head;
       const float keep = next_keep, keep_log = next_keep_log;
       keep_all *= keep;
@@ -434,7 +457,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         n[r] = n[r] * keep + n_part[r];
       }
     }
-    if (!writes) publish(keep_all);
+    if (!writes) publish(pass, keep_all);
   }
 
   if (is_last && args.c_out != nullptr) {
@@ -499,7 +522,7 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const int64_t count =
       std::min({processors / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
   if (count < 3) return {1, 0, 0};  // two passes over half of the sequence each
-  const int64_t shares = count * blocks * groups;
+  const int64_t shares = 2 * count * blocks * groups;
   return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};
 }
 
