@@ -1,6 +1,6 @@
 """Subject mlstm: forward, and forward + backward, beside the peers of peers.py in the same run.
 
-A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
+Rows `host` hold what one of our forward calls takes the host. A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
 tokens, nothing computed twice, whatever a peer really computes), GB/s by each input and output read or written once
 (`Point.bytes_moved`), `share_of_floor`, the larger of both at the rates that the same run measured (row `rates`) over
 the time, and the memory that the call needed at its peak. Attention and Mamba-2 compute something else of the
@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import random
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -126,6 +127,22 @@ def _load(names: list[str], device: torch.device) -> tuple[dict[str, Call], list
     return calls, absent
 
 
+def _host_rows(call: Call, device: torch.device) -> Iterator[dict]:
+    """Microseconds that one forward call takes the host, of a problem so small that the device keeps up."""
+    leaves = tensors("flash_xlstm", Point(1, 256, 4, 64, 64), torch.bfloat16, device)
+    for gradients in (False, True):
+        leaves = [t.detach().requires_grad_(gradients) for t in leaves]
+        times = []
+        with torch.set_grad_enabled(gradients):
+            for _ in range(30):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for _ in range(100):
+                    call(*leaves)
+                times.append((time.perf_counter() - begin) / 100 * 1e6)
+        yield {"what": "host", "peer": "flash_xlstm", "gradients": gradients, "host_us": statistics.median(times)}
+
+
 def run(args: argparse.Namespace) -> Iterator[dict]:
     deadline = time.perf_counter() + args.seconds
     device = torch.device(args.device)
@@ -145,6 +162,8 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
     yield from absent
     rates = device_rates(device)
     yield {"what": "rates", **rates}
+    if "flash_xlstm" in calls and device.type == "cuda":
+        yield from _host_rows(calls["flash_xlstm"], device)
 
     for point, pass_name, name in itertools.product(wanted, args.passes, calls):
         row = _row(name, pass_name, point, args.dtype)

@@ -10,9 +10,13 @@ from torch import Tensor
 
 import flash_xlstm._build  # noqa: F401  (registers the operators)
 
+_library = torch.library.Library("flash_xlstm", "IMPL")
+
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating-point tensors to the autocast dtype of their device, where autocast is on."""
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):  # the short way for most calls
+        return tensors
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast for meta
         return tensors
@@ -88,14 +92,9 @@ def may_need_gradients() -> bool:
 
 
 def without_gradients(name: str) -> Callable[..., Any]:
-    """What calls the operator `name`, which has no derivative, where :func:`may_need_gradients` says no."""
-    op = getattr(torch.ops.flash_xlstm, name).default
-
-    def call(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
+    """The operator `name`, which has no derivative, to be called where :func:`may_need_gradients` says no."""
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # else torch looks for gradients that none wants
+    return getattr(torch.ops.flash_xlstm, name).default
 
 
 def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
