@@ -1,11 +1,12 @@
 """Subject mlstm: forward, and forward + backward, beside the peers of peers.py in the same run.
 
-Rows `host` hold what one of our forward calls takes the host. A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
+A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
 tokens, nothing computed twice, whatever a peer really computes), GB/s by each input and output read or written once
 (`Point.bytes_moved`), `share_of_floor`, the larger of both at the rates that the same run measured (row `rates`) over
 the time, and the memory that the call needed at its peak. Attention and Mamba-2 compute something else of the
 same width (heads of 128, as many as make heads x dv; heads of 64 with a state of 64, twice as wide, as its layers are)
-and have times only; `simple_gla` has neither normalizer nor input gate.
+and have times only; `simple_gla` has neither normalizer nor input gate. Rows `host`: what one of our forward calls
+takes the host; to be taken in a process without peers, whose packages slow Python down.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@
 
 namespace flash_xlstm::cuda {
 
-// bfloat16, at most 16 rows; `in` a multiple of 8; x, its rows, the weights and the norm's weight begin at multiples of
-// 16 bytes.
+// bfloat16, at most 16 rows; `in` a multiple of 8; x, its rows and the weights begin at multiples of 16 bytes.
 cudaError_t fused_linear_rows(const FusedLinearRows& params, cudaStream_t stream);
 
 }  // namespace flash_xlstm::cuda

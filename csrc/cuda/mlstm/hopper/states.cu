@@ -521,7 +521,7 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
   const int64_t count =
       std::min({processors / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
-  if (count < 3) return {1, 0, 0};  // two passes over half of the sequence each
+  if (count < 2) return {1, 0, 0};
   const int64_t shares = 2 * count * blocks * groups;
   return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};
 }
