@@ -81,13 +81,6 @@ class Rows {
             buffer(size), nullptr};
   }
 
-  char* linear(const char* name, const void* x, int64_t in, const Tensor& weight, int64_t out) {
-    std::vector<LinearRows> products;
-    char* y = project(products, name, x, in, {weight}, {}, {out})[0].data;
-    cpu::linear_rows(products.data(), 1);
-    return y;
-  }
-
   // a + b, (rows, columns), in the dtype.
   void add(void* sum, const void* a, const void* b, int64_t columns) const {
     const cpu::VectorKernels& kernels = cpu::vector_kernels();
@@ -168,33 +161,36 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
                          step.h, gate.data, gate.stride, rows.parameter("head_norm", head_norm, {v_size}),
                          rows.buffer(v_size)};
   };
+  // Everything is checked before anything runs.
   std::vector<LinearRows> products;
   if (x.is_cpu()) {
-    RmsNorm norm = rows.norm_of(x.data_ptr(), norm_mlstm, size, norm_mlstm_eps);
-    cpu::rms_norm(norm);
+    const RmsNorm norm = rows.norm_of(x.data_ptr(), norm_mlstm, size, norm_mlstm_eps);
     const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
     const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});
-    cpu::linear_rows(products.data(), products.size());
     set_step(part, gate);
-    cpu::mlstm_step(step);
     const GatedHeadNorm gated = head_norm_of(part[3]);
-    cpu::gated_head_norm(gated);
-    const char* mixed = rows.linear("out_proj", gated.y, v_size, out_proj, size);
-
-    char* sum = rows.buffer(size);
-    norm = rows.norm_of(mixed, norm_ffn, size, norm_ffn_eps);
-    norm.residual = x.data_ptr(), norm.sum = sum;
-    cpu::rms_norm(norm);
-    products.clear();
-    const auto wide = rows.project(products, "up", norm.y, size, up, {}, {up_size, up_size});
-    cpu::linear_rows(products.data(), products.size());
+    std::vector<LinearRows> mix, wide, last;
+    const char* const mixed = rows.project(mix, "out_proj", gated.y, v_size, {out_proj}, {}, {size})[0].data;
+    RmsNorm wide_norm = rows.norm_of(mixed, norm_ffn, size, norm_ffn_eps);
+    char* const sum = rows.buffer(size);
+    wide_norm.residual = x.data_ptr(), wide_norm.sum = sum;
+    const auto up_part = rows.project(wide, "up", wide_norm.y, size, up, {}, {up_size, up_size});
     Swiglu swiglu{};
     swiglu.dtype = rows.dtype(), swiglu.rows = rows.rows(), swiglu.columns = up_size;
-    swiglu.x = wide[0].data, swiglu.x_stride = wide[0].stride;
-    swiglu.y = wide[1].data, swiglu.y_stride = wide[1].stride;
+    swiglu.x = up_part[0].data, swiglu.x_stride = up_part[0].stride;
+    swiglu.y = up_part[1].data, swiglu.y_stride = up_part[1].stride;
     swiglu.out = rows.buffer(up_size);
+    const char* const fed = rows.project(last, "down", swiglu.out, up_size, {down}, {}, {size})[0].data;
+
+    cpu::rms_norm(norm);
+    cpu::linear_rows(products.data(), products.size());
+    cpu::mlstm_step(step);
+    cpu::gated_head_norm(gated);
+    cpu::linear_rows(mix.data(), mix.size());
+    cpu::rms_norm(wide_norm);
+    cpu::linear_rows(wide.data(), wide.size());
     cpu::swiglu(swiglu);
-    const char* fed = rows.linear("down", swiglu.out, up_size, down, size);
+    cpu::linear_rows(last.data(), last.size());
     rows.add(out.data_ptr(), sum, fed, size);
     return out;
   }
@@ -205,7 +201,6 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   }
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   const void* const x_data = x.data_ptr();
-  // Everything is checked before anything runs.
   const RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
   const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
   const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});

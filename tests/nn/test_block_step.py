@@ -139,3 +139,22 @@ def test_says_what_does_not_fit():
     block.ffn.proj_down.weight = torch.nn.Parameter(torch.zeros(71, 104))
     with pytest.raises(ValueError, match=r"^down has shape \(71, 104\)"):
         block(x, (c, n, m), None, True, True)
+    assert all(map(torch.equal, (c, n, m), make_state(2)))  # untouched
+
+
+@torch.no_grad()
+def test_opcheck():
+    for weight_mode in ("single", "fused"):
+        block = make_block(weight_mode=weight_mode)
+        layer, ffn = block.mlstm_layer, block.ffn
+        weights = lambda parts: [part.weight for part in parts]  # noqa: E731
+        gates = layer.projections("ifgate_preact")
+        made = (
+            tokens(2, torch.float32), *make_state(2), None, block.norm_mlstm.weight,
+            weights(layer.projections("qkv_opreact")), weights(gates), [part.bias for part in gates],
+            layer.multihead_norm.weight, layer.out_proj.weight, block.norm_ffn.weight,
+            weights(ffn.projections("proj_up_gate_z")), ffn.proj_down.weight, 1e-6, 1e-6, 1e-6, 1e-6, 15.0,
+        )  # fmt: skip
+        detached = [[t.detach() for t in x] if isinstance(x, list) else x for x in made]
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in detached]
+        torch.library.opcheck(torch.ops.flash_xlstm.mlstm_block_step, tuple(detached))
