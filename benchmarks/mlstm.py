@@ -103,7 +103,10 @@ def _measure(row: dict, call: Call, point: Point, rates: dict, args: argparse.Na
         return
     function = _calls(call, tensors(row["peer"], point, dtype, device), backward)
     if device.type == "cuda":
+        begin = time.perf_counter()
         function()  # compiles; tunes
+        torch.cuda.synchronize()
+        row["first_call_s"] = time.perf_counter() - begin
         row["peak_memory_mib"] = peak_memory_bytes(function) / 2**20
     row["time_ms"] = median_time_ms(function, device, budget_s=args.seconds_each)
     if PEERS[row["peer"]].layout in OTHER_WORK:

@@ -21,7 +21,11 @@
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include "cuda/dependent_launch.cuh"
+#include "cuda/device.h"
 #include "cuda/linear/launch.h"
+#ifdef FLASH_XLSTM_WITH_HOPPER
+#include "cuda/linear/hopper/linear_rows.h"
+#endif
 #include "cuda/numeric.cuh"
 #include "cuda/ptx/mma_sync.cuh"
 
@@ -157,6 +161,9 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
 }  // namespace
 
 cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
+#ifdef FLASH_XLSTM_WITH_HOPPER
+  if (device_is_hopper()) return linear_hopper::fused_linear_rows(p, stream);
+#endif
   int64_t blocks = 0;
   const int tile_columns = p.swiglu ? tile_rows / 2 : tile_rows;
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) {

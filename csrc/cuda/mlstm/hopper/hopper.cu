@@ -4,41 +4,13 @@
 #include <cuda.h>
 
 #include <array>
-#include <atomic>
 
+#include "cuda/device.h"
 #include "cuda/mlstm/hopper/hopper.h"
 #include "cuda/mlstm/hopper/work.h"
 
 namespace flash_xlstm::cuda::hopper {
 namespace {
-
-// Whether the current device is a Hopper GPU.
-bool device_is_hopper() {
-  constexpr int max_devices = 64;
-  static std::array<std::atomic<int>, max_devices> known{};  // 0 unknown, 1 no, 2 yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return false;
-  if (const int value = known[device].load(std::memory_order_relaxed)) return value == 2;
-  int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    return false;
-  }
-  const bool yes = major == 9 && minor == 0;
-  known[device].store(yes ? 2 : 1, std::memory_order_relaxed);
-  return yes;
-}
-
-int processor_count() {
-  constexpr int max_devices = 64;
-  static std::atomic<int> known[max_devices];
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (device < max_devices && (count = known[device].load(std::memory_order_relaxed)) > 0) return count;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  if (device < max_devices) known[device].store(count, std::memory_order_relaxed);
-  return count;
-}
 
 // Looked up at first use, so that nothing links the driver's library.
 auto encode_function() {

@@ -19,13 +19,12 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstring>
 
 #include "cuda/dependent_launch.cuh"
-#include "cuda/mlstm/launch.h"
-#include "cuda/numeric.cuh"
+#include "cuda/mlstm/portable/portable.h"
+#include "cuda/mlstm/step.cuh"
 
-namespace flash_xlstm::cuda {
+namespace flash_xlstm::cuda::portable {
 namespace {
 
 constexpr int threads = 256;
@@ -34,60 +33,6 @@ constexpr int batch_rows = 8;
 // Few enough (row, head) for 16 blocks each to be resident together.
 constexpr int64_t few_items = 96;
 constexpr int portable_cluster = 8, largest_cluster = 16;
-
-template <typename C, int width>
-struct alignas(sizeof(C) * width) Group {
-  C value[width];
-};
-
-template <typename C, int width>
-__device__ __forceinline__ Group<C, width> load_state(const C* at) {
-  Group<C, width> group;
-  if constexpr (width > 1) {
-    const uint4 bits = load_16_once(at);
-    memcpy(&group, &bits, 16);
-  } else {
-    group.value[0] = *at;
-  }
-  return group;
-}
-template <typename C, int width>
-__device__ __forceinline__ void store_state(C* at, const Group<C, width>& group) {
-  if constexpr (width > 1) {
-    uint4 bits;
-    memcpy(&bits, &group, 16);
-    store_16(at, bits);
-  } else {
-    *at = group.value[0];
-  }
-}
-
-// An element as it lies in memory, to be converted when it is needed: a conversion right behind each load would wait
-// for one after the other.
-struct Raw {
-  uint32_t bits;
-};
-__device__ __forceinline__ Raw load_raw(const void* data, int64_t index, bool is_float) {
-  if (is_float) return {static_cast<const uint32_t*>(data)[index]};
-  return {static_cast<const uint16_t*>(data)[index]};
-}
-__device__ __forceinline__ float raw_to_float(Raw raw, DType dtype) {
-  const float from_half = __half2float(__ushort_as_half(static_cast<unsigned short>(raw.bits)));
-  return dtype == DType::float16 ? from_half : __uint_as_float(dtype == DType::float32 ? raw.bits : raw.bits << 16);
-}
-
-// Relaxed: what has to come before the barrier are reads whose values have been used, and nothing has been written that
-// another block reads. A release would wait for memory.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait;" ::: "memory");
-#endif
-}
 
 // Blocks a multiprocessor: 80 registers a thread hold a batch of float32 rows, bfloat16 ones take more.
 constexpr int blocks_resident(int width) { return width == 8 ? 2 : 3; }
@@ -111,16 +56,16 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   let_next_kernel_start();
   // The first batch; in vain if an earlier kernel is about to change the index.
-  const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (guess >= 0 && guess < p.num_slots && column < p.dv) {
+  const int64_t guess = step_slot(p, row);
+  if (guess >= 0 && column < p.dv) {
     const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
     for (int r = group; r < min(dqk, batch_rows * groups); r += groups) prefetch_to_l2(first + r * p.dv);
   }
   wait_for_earlier_kernels();
 
-  const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
-    const float fill = slot == -1 ? 0.0f : NAN;
+  const int64_t slot = step_slot(p, row);
+  if (slot < 0) {  // the whole cluster alike
+    const float fill = slot == skipped_slot ? 0.0f : NAN;
     for (int64_t x = block * threads + threadIdx.x; x < p.dv; x += blocks * threads) {
       store_from_float(p.h, static_cast<int64_t>(item) * p.dv + x, p.dtype, fill);
     }
@@ -165,9 +110,9 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
   __shared__ float part[warps];
   __shared__ float sums[warps][tile_columns];
-  const float i = cap_gate(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
-  const float carried = log_sigmoid(cap_gate(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
-  const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
+  const StepGates gates(raw_to_float(i_raw, p.gate_dtype), raw_to_float(f_raw, p.gate_dtype), m_before,
+                        p.gate_soft_cap);
+  const float keep = gates.keep, take = gates.take;
   float s = 0.0f;
   for (int x = threadIdx.x; x < dqk; x += threads) {
     q[x] = raw_to_float(q_next, p.dtype);
@@ -175,17 +120,14 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     s += q[x] * (keep * n_next + k[x]);
     load_next(x + threads);
   }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
+  s = warp_sum(s);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // behind it, this block has read n and m
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll
   for (int w = 0; w < warps; ++w) s += part[w];
-  s *= p.scale;
-  // fmaxf would drop a NaN.
-  const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
+  const float factor = gates.factor(s, p.scale, p.eps);
 
   for (int tile = block; tile < tiles; tile += blocks) {
     column = static_cast<int64_t>(tile) * tile_columns + lane * width;
@@ -248,7 +190,7 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     writes = last;
   }
   if (!writes) return;
-  if (threadIdx.x == 0) p.m[state] = m;
+  if (threadIdx.x == 0) p.m[state] = gates.m;
   for (int x = threadIdx.x; x < dqk; x += threads) n[x] = keep * n[x] + k[x];
 }
 
@@ -328,14 +270,14 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
 
 }  // namespace
 
-int64_t mlstm_step_workspace_bytes(const MlstmStep& p) {
+int64_t step_workspace_bytes(const MlstmStep& p) {
   return p.batch * p.heads * static_cast<int64_t>(sizeof(unsigned));
 }
 
-cudaError_t mlstm_step(const MlstmStep& p, void* workspace, cudaStream_t stream) {
+cudaError_t step(const MlstmStep& p, void* workspace, cudaStream_t stream) {
   unsigned* counters = static_cast<unsigned*>(workspace);
   return p.state_dtype == DType::float32 ? launch_for<float>(p, counters, stream)
                                          : launch_for<bf16>(p, counters, stream);
 }
 
-}  // namespace flash_xlstm::cuda
+}  // namespace flash_xlstm::cuda::portable

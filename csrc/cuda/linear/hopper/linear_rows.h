@@ -1,0 +1,13 @@
+// Products with few rows for compute capability 9.0.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "pointwise_params.h"
+
+namespace flash_xlstm::cuda::linear_hopper {
+
+// As ../launch.h's, on a Hopper GPU.
+cudaError_t fused_linear_rows(const FusedLinearRows& params, cudaStream_t stream);
+
+}  // namespace flash_xlstm::cuda::linear_hopper
