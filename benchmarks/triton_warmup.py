@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+# where Triton keeps it by default; Inductor would move it once it compiles something, and nothing would be found again
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+
 
 def _compile_only(part: int, parts: int, most: int) -> None:
     """Every launch becomes a compilation; every autotuner of at most `most` configurations compiles its share."""

@@ -21,7 +21,6 @@
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
 #include "cuda/linear/launch.h"
 #ifdef FLASH_XLSTM_WITH_HOPPER
 #include "cuda/linear/hopper/linear_rows.h"
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
 
 cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
 #ifdef FLASH_XLSTM_WITH_HOPPER
-  if (device_is_hopper()) return linear_hopper::fused_linear_rows(p, stream);
+  if (linear_hopper::serves(p)) return linear_hopper::fused_linear_rows(p, stream);
 #endif
   int64_t blocks = 0;
   const int tile_columns = p.swiglu ? tile_rows / 2 : tile_rows;

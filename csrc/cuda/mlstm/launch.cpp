@@ -44,12 +44,4 @@ cudaError_t mlstm_backward(const MlstmBackward& params, void* workspace, cudaStr
                                 : portable::backward(params, workspace, stream);
 }
 
-int64_t mlstm_step_workspace_bytes(const MlstmStep& params) {
-  return serves(params) ? hopper::step_workspace_bytes(params) : portable::step_workspace_bytes(params);
-}
-
-cudaError_t mlstm_step(const MlstmStep& params, void* workspace, cudaStream_t stream) {
-  return serves(params) ? hopper::step(params, workspace, stream) : portable::step(params, workspace, stream);
-}
-
 }  // namespace flash_xlstm::cuda

@@ -7,7 +7,7 @@
 
 namespace flash_xlstm::cuda::linear_hopper {
 
-// As ../launch.h's, on a Hopper GPU.
+bool serves(const FusedLinearRows& params);
 cudaError_t fused_linear_rows(const FusedLinearRows& params, cudaStream_t stream);
 
 }  // namespace flash_xlstm::cuda::linear_hopper

@@ -1,45 +1,13 @@
 // The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
 // again (keeping the states of every layer would cost more memory than q, k, v, h together), dq with u, delta and e,
 // the states' gradients in place of the states, dk, dv, and last the gates.
-#include <cuda.h>
-
-#include <array>
-
 #include "cuda/device.h"
 #include "cuda/mlstm/hopper/hopper.h"
 #include "cuda/mlstm/hopper/work.h"
+#include "cuda/tensor_map.h"
 
 namespace flash_xlstm::cuda::hopper {
 namespace {
-
-// Looked up at first use, so that nothing links the driver's library.
-auto encode_function() {
-  static const auto function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  return function;
-}
-
-template <int rank>
-cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t, rank>& sizes,
-                   const std::array<uint64_t, rank - 1>& strides, const std::array<uint32_t, rank>& boxes,
-                   CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
-  const std::array<uint32_t, rank> ones = [] {
-    std::array<uint32_t, rank> x;
-    x.fill(1);
-    return x;
-  }();
-  const CUresult status =
-      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(data), sizes.data(),
-                        strides.data(), boxes.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 bool mappable(const Strided& t, const MlstmProblem& p) {
   const auto good = [](int64_t stride, int64_t size) { return size == 1 || (stride > 0 && stride % 8 == 0); };

@@ -11,16 +11,11 @@ namespace flash_xlstm::cuda::hopper {
 // that the copy engine can follow.
 bool serves(const MlstmForward& params);
 bool serves(const MlstmBackward& params);
-// A step: so many (row, head) that the multiprocessors can be dealt whole ones, or eighths.
-bool serves(const MlstmStep& params);
 
 int64_t forward_workspace_bytes(const MlstmForward& params);
 cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream);
 
 int64_t backward_workspace_bytes(const MlstmBackward& params);
 cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t stream);
-
-int64_t step_workspace_bytes(const MlstmStep& params);
-cudaError_t step(const MlstmStep& params, void* workspace, cudaStream_t stream);
 
 }  // namespace flash_xlstm::cuda::hopper

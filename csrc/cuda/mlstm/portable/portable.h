@@ -13,7 +13,4 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
 int64_t backward_workspace_bytes(const MlstmBackward& params);
 cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t stream);
 
-int64_t step_workspace_bytes(const MlstmStep& params);
-cudaError_t step(const MlstmStep& params, void* workspace, cudaStream_t stream);
-
 }  // namespace flash_xlstm::cuda::portable

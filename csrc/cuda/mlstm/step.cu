@@ -19,29 +19,95 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 
 #include "cuda/dependent_launch.cuh"
-#include "cuda/mlstm/portable/portable.h"
-#include "cuda/mlstm/step.cuh"
+#include "cuda/mlstm/launch.h"
+#include "cuda/numeric.cuh"
 
-namespace flash_xlstm::cuda::portable {
+namespace flash_xlstm::cuda {
 namespace {
 
-constexpr int threads = 256;
-constexpr int warps = threads / 32;
-constexpr int batch_rows = 8;
 // Few enough (row, head) for 16 blocks each to be resident together.
 constexpr int64_t few_items = 96;
 constexpr int portable_cluster = 8, largest_cluster = 16;
 
-// Blocks a multiprocessor: 80 registers a thread hold a batch of float32 rows, bfloat16 ones take more.
-constexpr int blocks_resident(int width) { return width == 8 ? 2 : 3; }
+template <typename C, int width>
+struct alignas(sizeof(C) * width) Group {
+  C value[width];
+};
+
+template <typename C, int width>
+__device__ __forceinline__ Group<C, width> load_state(const C* at) {
+  Group<C, width> group;
+  if constexpr (width > 1) {
+    const uint4 bits = load_16_once(at);
+    memcpy(&group, &bits, 16);
+  } else {
+    group.value[0] = *at;
+  }
+  return group;
+}
+template <typename C, int width>
+__device__ __forceinline__ void store_state(C* at, const Group<C, width>& group) {
+  if constexpr (width > 1) {
+    uint4 bits;
+    memcpy(&bits, &group, 16);
+    store_16(at, bits);
+  } else {
+    *at = group.value[0];
+  }
+}
+
+// An element as it lies in memory, to be converted when it is needed: a conversion right behind each load would wait
+// for one after the other.
+struct Raw {
+  uint32_t bits;
+};
+__device__ __forceinline__ Raw load_raw(const void* data, int64_t index, bool is_float) {
+  if (is_float) return {static_cast<const uint32_t*>(data)[index]};
+  return {static_cast<const uint16_t*>(data)[index]};
+}
+__device__ __forceinline__ float raw_to_float(Raw raw, DType dtype) {
+  const float from_half = __half2float(__ushort_as_half(static_cast<unsigned short>(raw.bits)));
+  return dtype == DType::float16 ? from_half : __uint_as_float(dtype == DType::float32 ? raw.bits : raw.bits << 16);
+}
+
+// Relaxed: what has to come before the barrier are reads whose values have been used, and nothing has been written that
+// another block reads. A release would wait for memory.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+// Fetches all that a (row, head) needs but c into the second-level cache.
+template <int threads>
+__device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row, int head, int64_t state) {
+  const int64_t item = p.dtype == DType::float32 ? 4 : 2, gate_item = p.gate_dtype == DType::float32 ? 4 : 2;
+  const auto fetch = [&](const void* at, int64_t bytes) {
+    for (int64_t b = threadIdx.x * 128; b < bytes; b += threads * 128) prefetch_to_l2(static_cast<const char*>(at) + b);
+  };
+  const auto fetch_row = [&](const Strided& t, int64_t size, int64_t item) {
+    fetch(static_cast<const char*>(t.data) + (row * t.batch + head * t.head) * item, size * item);
+  };
+  fetch(p.m + state, 4);
+  fetch(p.n + state * p.dqk, p.dqk * 4);
+  fetch_row(p.i, 1, gate_item), fetch_row(p.f, 1, gate_item);
+  fetch_row(p.q, p.dqk, item), fetch_row(p.k, p.dqk, item), fetch_row(p.v, p.dv, item);
+}
 
 // tiles: columns' tiles of a (row, head), which `blocks` blocks (a cluster, if `clustered`) share. counters: one zero
 // for each (row, head), where not clustered and blocks > 1.
-template <typename C, int width, int lanes>
-__global__ void __launch_bounds__(threads, blocks_resident(width))
+template <typename C, int width, int lanes, int threads, int batch_rows, int resident, bool ahead, bool vectors>
+__global__ void __launch_bounds__(threads, resident)
     step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters) {
+  constexpr int warps = threads / 32;
   constexpr int groups = threads / lanes;  // rows under way
   constexpr int tile_columns = lanes * width;
   // 32 bits: a division in 64 is a long call.
@@ -56,16 +122,17 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   let_next_kernel_start();
   // The first batch; in vain if an earlier kernel is about to change the index.
-  const int64_t guess = step_slot(p, row);
-  if (guess >= 0 && column < p.dv) {
+  const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
+  if (guess >= 0 && guess < p.num_slots && column < p.dv) {
     const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
     for (int r = group; r < min(dqk, batch_rows * groups); r += groups) prefetch_to_l2(first + r * p.dv);
   }
+  if (vectors && guess >= 0 && guess < p.num_slots) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
   wait_for_earlier_kernels();
 
-  const int64_t slot = step_slot(p, row);
-  if (slot < 0) {  // the whole cluster alike
-    const float fill = slot == skipped_slot ? 0.0f : NAN;
+  const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
+  if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
+    const float fill = slot == -1 ? 0.0f : NAN;
     for (int64_t x = block * threads + threadIdx.x; x < p.dv; x += blocks * threads) {
       store_from_float(p.h, static_cast<int64_t>(item) * p.dv + x, p.dtype, fill);
     }
@@ -75,15 +142,16 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   C* c = static_cast<C*>(p.c) + state * p.dqk * p.dv;
   float* n = p.n + state * p.dqk;
 
-  Group<C, width> held[batch_rows];
-  const auto load_batch = [&](int first) {
+  using Batch = Group<C, width>[batch_rows];
+  Batch held;
+  const auto load_batch = [&](Batch& held, int first) {
 #pragma unroll
     for (int b = 0; b < batch_rows; ++b) {
       const int r = first + b * groups;
       if (r < dqk && column < p.dv) held[b] = load_state<C, width>(c + r * p.dv + column);
     }
   };
-  load_batch(group);
+  load_batch(held, group);
 
   const bool is_float = p.dtype == DType::float32, gates_are_float = p.gate_dtype == DType::float32;
   const auto read = [&](const Strided& from, int64_t x) {
@@ -110,9 +178,9 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
   __shared__ float part[warps];
   __shared__ float sums[warps][tile_columns];
-  const StepGates gates(raw_to_float(i_raw, p.gate_dtype), raw_to_float(f_raw, p.gate_dtype), m_before,
-                        p.gate_soft_cap);
-  const float keep = gates.keep, take = gates.take;
+  const float i = cap_gate(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
+  const float carried = log_sigmoid(cap_gate(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
+  const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
   float s = 0.0f;
   for (int x = threadIdx.x; x < dqk; x += threads) {
     q[x] = raw_to_float(q_next, p.dtype);
@@ -120,14 +188,17 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     s += q[x] * (keep * n_next + k[x]);
     load_next(x + threads);
   }
-  s = warp_sum(s);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // behind it, this block has read n and m
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll
   for (int w = 0; w < warps; ++w) s += part[w];
-  const float factor = gates.factor(s, p.scale, p.eps);
+  s *= p.scale;
+  // fmaxf would drop a NaN.
+  const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
 
   for (int tile = block; tile < tiles; tile += blocks) {
     column = static_cast<int64_t>(tile) * tile_columns + lane * width;
@@ -135,8 +206,7 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     float v[width], acc[width] = {};
 #pragma unroll
     for (int x = 0; x < width; ++x) v[x] = take != 0.0f ? raw_to_float(v_raw[x], p.dtype) : 0.0f;
-    for (int first = group; first < dqk; first += batch_rows * groups) {
-      if (tile != block || first != group) load_batch(first);
+    const auto use_batch = [&](const Batch& held, int first) {
 #pragma unroll
       for (int b = 0; b < batch_rows; ++b) {
         const int r = first + b * groups;
@@ -150,6 +220,22 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
           updated.value[x] = from_float<C>(value);
         }
         store_state<C, width>(c + r * p.dv + column, updated);
+      }
+    };
+    constexpr int step = batch_rows * groups;
+    if (tile != block) load_batch(held, group);
+    if constexpr (ahead) {
+      for (int first = group; first < dqk; first += 2 * step) {
+        Batch next;
+        load_batch(next, first + step);
+        use_batch(held, first);
+        load_batch(held, first + 2 * step);
+        use_batch(next, first + step);
+      }
+    } else {
+      for (int first = group; first < dqk; first += step) {
+        if (first != group) load_batch(held, first);
+        use_batch(held, first);
       }
     }
     // A warp's rows first; then the warps'.
@@ -190,16 +276,16 @@ __global__ void __launch_bounds__(threads, blocks_resident(width))
     writes = last;
   }
   if (!writes) return;
-  if (threadIdx.x == 0) p.m[state] = gates.m;
+  if (threadIdx.x == 0) p.m[state] = m;
   for (int x = threadIdx.x; x < dqk; x += threads) n[x] = keep * n[x] + k[x];
 }
 
 constexpr int max_devices = 64;
 
 // Whether the code that runs on this device knows clusters, and how large they may be: 1, 8 or 16.
-template <typename C, int width, int lanes>
+template <typename C, int width, int lanes, int threads, int batch_rows, int resident, bool ahead, bool vectors>
 int cluster_limit(size_t shared_bytes) {
-  const auto kernel = step_kernel<C, width, lanes>;
+  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident, ahead, vectors>;
   static std::array<std::atomic<int>, max_devices> known{};
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return 1;
@@ -233,10 +319,10 @@ int cluster_limit(size_t shared_bytes) {
   return limit;
 }
 
-template <typename C, int width, int lanes>
+template <typename C, int width, int lanes, int threads = 256, int batch_rows = 8, int resident = width == 8 ? 2 : 3, bool ahead = false, bool vectors = true>
 cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int tile_columns = lanes * width;
-  const auto kernel = step_kernel<C, width, lanes>;
+  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident, ahead, vectors>;
   const size_t shared_bytes = 2 * sizeof(float) * p.dqk;
   if (shared_bytes > 32 * 1024) {
     const cudaError_t status =
@@ -245,7 +331,7 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
   }
   const int64_t items = p.batch * p.heads;
   const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
-  const int limit = cluster_limit<C, width, lanes>(shared_bytes);
+  const int limit = cluster_limit<C, width, lanes, threads, batch_rows, resident, ahead, vectors>(shared_bytes);
   const bool clusters = limit > 1;
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, clusters ? limit : largest_cluster));
   if (!clusters && blocks > 1) {
@@ -270,14 +356,14 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
 
 }  // namespace
 
-int64_t step_workspace_bytes(const MlstmStep& p) {
+int64_t mlstm_step_workspace_bytes(const MlstmStep& p) {
   return p.batch * p.heads * static_cast<int64_t>(sizeof(unsigned));
 }
 
-cudaError_t step(const MlstmStep& p, void* workspace, cudaStream_t stream) {
+cudaError_t mlstm_step(const MlstmStep& p, void* workspace, cudaStream_t stream) {
   unsigned* counters = static_cast<unsigned*>(workspace);
   return p.state_dtype == DType::float32 ? launch_for<float>(p, counters, stream)
                                          : launch_for<bf16>(p, counters, stream);
 }
 
-}  // namespace flash_xlstm::cuda::portable
+}  // namespace flash_xlstm::cuda

@@ -1,0 +1,42 @@
+// Tensor maps of 16-bit elements, which tell the copy engine of compute capability 9.0 how a tensor lies in memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+
+namespace flash_xlstm::cuda {
+
+// Looked up at first use, so that nothing links the driver's library; nullptr where the driver has none.
+inline auto encode_function() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return function;
+}
+
+// strides in bytes, of all dimensions but the first. What lies outside the tensor is read as 0.
+template <int rank>
+cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t, rank>& sizes,
+                   const std::array<uint64_t, rank - 1>& strides, const std::array<uint32_t, rank>& boxes,
+                   CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+  const std::array<uint32_t, rank> ones = [] {
+    std::array<uint32_t, rank> x;
+    x.fill(1);
+    return x;
+  }();
+  const CUresult status =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, rank, const_cast<void*>(data), sizes.data(),
+                        strides.data(), boxes.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace flash_xlstm::cuda
