@@ -145,6 +145,8 @@ def main() -> None:
     for dtype in (torch.float32, BF16, torch.float16):
         for dim in (64, 512, 1024, 2048, 4096, 8192, 16384, 35):
             pointwise(dtype, dim)
+    pointwise(BF16, 4096, 1500)  # more rows than blocks read ahead
+    pointwise(BF16, 256, 9000)
     print("ran the norms and swiglu")
     for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32)):
         x, weight = (torch.randn(n, size_in, device="cuda").to(BF16) for n in (rows, size_out))
@@ -164,9 +166,9 @@ def step(batch, dqk, dv, dtype, state_dtype):
     torch.cuda.synchronize()
 
 
-def pointwise(dtype, dim):
+def pointwise(dtype, dim, rows=9):
     new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype).requires_grad_()  # noqa: E731
-    x, y, weight, h, gate = new(9, dim), new(9, dim), new(dim), new(9, 2, dim), new(9, 2 * dim)
+    x, y, weight, h, gate = new(rows, dim), new(rows, dim), new(dim), new(rows, 2, dim), new(rows, 2 * dim)
     outputs = [
         ops.rms_norm(x, weight),
         *ops.rms_norm(x, weight, 1e-6, y),

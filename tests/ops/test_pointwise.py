@@ -58,6 +58,18 @@ def test_extremes(device, dtype):
     assert torch.equal(dx.float().nan_to_num(99.0), slopes.nan_to_num(99.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cap", [0.5, 15.0, 1e4])
+def test_every_16_bit_value(device, dtype, cap):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)
+    x = x[x.isfinite()].requires_grad_()
+    y = ops.soft_cap(x, cap)
+    assert_close(y.detach(), reference.soft_cap(x.detach().double(), cap), dtype)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    slope = 1 - torch.tanh(x.detach().double() / cap) ** 2
+    assert ((dx.double() - slope).abs() <= 1.01 * TOLERANCE[dtype] * slope + 4e-7).all()
+
+
 def test_stays_within_the_cap(device):
     x = normal(device, 10_000, size=100.0)
     assert ops.soft_cap(x, 15.0).abs().max() <= 15.0
@@ -275,6 +287,18 @@ def test_norms_with_float32_weights(device, dtype, op, dim):
 def test_row_ops_of_many_rows(device, op, rows):
     assert_matches(op, ROW_OPS[op][2](device, torch.float32, rows=rows, dim=512))
     assert_matches(op, ROW_OPS[op][2](device, torch.bfloat16, rows=rows, dim=36))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "gated_head_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rows", "dim"), [(12_000, 256), (9000, 512), (1500, 4096), (800, 8192), (400, 16384)])
+def test_norms_of_more_rows_than_are_read_ahead(op, dtype, rows, dim):
+    """A block of the gradients has some rows on their way, in slots that it uses again."""
+    inputs = ROW_OPS[op][2]("cuda", dtype, rows=rows, dim=dim)
+    assert_matches(op, inputs)
+    for a, b in zip(run(ROW_OPS[op][0], inputs), run(ROW_OPS[op][0], inputs), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_add_rms_norm_returns_the_sum(device):

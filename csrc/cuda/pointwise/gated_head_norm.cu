@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
 #pragma unroll
     for (int e = 0; e < width; ++e) {
       const float normed = (h[e] - mean) * inverse;
-      packs[k].value[e] = from_float<T>(sigmoids(pre[e]).open * (normed * weight[e]));
+      h[e] = sigmoids(pre[e]).open * (normed * weight[e]);
     }
-    store_pack(p.y, row * p.dim + at, packs[k]);
+    store_pack(p.y, row * p.dim + at, round_pack<T>(h));
   }
 }
 
@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
   let_next_kernel_start();
   wait_for_earlier_kernels();
   using T = typename L::T;
+  using S = Slots<L, tensors>;
   constexpr int width = L::width;
   const GatedHeadNorm& p = b.p;
   __shared__ float mean_buffer[L::walk_groups][L::row_warps], buffer[L::walk_groups][3 * L::row_warps];
@@ -86,39 +87,58 @@ __global__ void __launch_bounds__(walk_threads, 1)
   const int heads = static_cast<int>(p.heads), head = static_cast<int>(blockIdx.x) % heads;
   const int64_t first = blockIdx.x / heads, step = gridDim.x / heads * L::walk_groups, column = head * p.dim;
   const int count = static_cast<int>(p.dim), ahead = stages - 1;
-  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
-  const auto start_of = [&](int64_t token) { return (token * p.heads + head) * p.dim; };
-  const auto gate_start_of = [&](int64_t token) { return token * p.gate_stride + column; };
-  const auto slots_of = [&](int stage) { return slots + stage * tensors * L::row_slots + threadIdx.x; };
-  const auto copy = [&](int64_t token, int stage) {
-    if (token < p.tokens) {
-      uint4* to = slots_of(stage);
-      copy_row<L>(to, p.h, start_of(token), count);
-      copy_row<L>(to + L::row_slots, p.gate, gate_start_of(token), count);
-      copy_row<L>(to + 2 * L::row_slots, b.dy, start_of(token), count);
-    }
-    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
-  };
+  const bool weight_is_float = p.weight_dtype == DType::float32;
+  float weight[L::packs][width], dweight[L::packs][width] = {};
+  fetch_row_weight<L>(weight, p.weight, column, count, weight_is_float);
   // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
   int64_t token = first * L::walk_groups + group;
-  for (int stage = 0; stage < ahead; ++stage) copy(token + stage * step, stage);
-  float weight[L::packs][width], dweight[L::packs][width] = {};
-  load_row_weight<L>(weight, p.weight, column, count, p.weight_dtype == DType::float32);
-  // The number of stages is a power of two.
-  for (int stage = 0; token - group < p.tokens; token += step, stage = (stage + 1) & ahead) {
-    copy(token + ahead * step, (stage + ahead) & ahead);
-    wait_for_copies(ahead);
-    const int64_t start = start_of(token), gate_start = gate_start_of(token);
-    const uint4 *h_slots = slots_of(stage), *gate_slots = h_slots + L::row_slots, *dy_slots = gate_slots + L::row_slots;
+  const int64_t row_elements = p.heads * p.dim, step_elements = step * row_elements;  // of a token, of a step
+  int64_t next_start = token * row_elements + column + thread * width;
+  int64_t next_gate_start = token * p.gate_stride + column + thread * width;
+  const S ring(slots, stages);
+  uint32_t slot = ring.first;
+  const auto copy_next = [&](int64_t next) {
+    if (next < p.tokens) {
+      copy_row<L>(slot, p.h, next_start, count);
+      copy_row<L>(slot + S::tensor_bytes, p.gate, next_gate_start, count);
+      copy_row<L>(slot + 2 * S::tensor_bytes, b.dy, next_start, count);
+    }
+    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
+    next_start += step_elements, next_gate_start += step * p.gate_stride, slot = ring.after(slot);
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < ahead; ++stage) copy_next(token + stage * step);
+  widen_row_weight<L>(weight, weight_is_float);
+  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
+#pragma unroll 1
+  for (; token - group < p.tokens; token += step) {
+    copy_next(token + ahead * step);
+    wait_for_copies(ahead);  // the oldest are where the next will go
     const bool has_row = token < p.tokens;
+    const int64_t start = next_start - stages * step_elements;
+    const int64_t gate_start = next_gate_start - stages * step * p.gate_stride;
+    const auto within = [&](int k) { return (thread + k * L::row_threads) * width < count; };
+    float h[L::kept_packs][width], opened[L::kept_packs][width], shut[L::kept_packs][width];
+    const auto read_h = [&](int k) { unpack(h[k % L::kept_packs], read_pack<L>(slot, p.h, start, k, count)); };
+    const auto open_gate = [&](int k) {
+      float gate[width], dy[width];
+      unpack(gate, read_pack<L>(slot + S::tensor_bytes, p.gate, gate_start, k, count));
+      unpack(dy, read_pack<L>(slot + 2 * S::tensor_bytes, b.dy, start, k, count));
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        const Sigmoids s = sigmoids(gate[e]);
+        // Rounded alike for the sums and the gradients: with one column nothing is left.
+        opened[k % L::kept_packs][e] = __fmul_rn(dy[e], s.open);
+        shut[k % L::kept_packs][e] = s.shut;
+      }
+    };
     float sum[1] = {};
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       if (!has_row) break;
-      float h[width];
-      unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
+      read_h(k);
 #pragma unroll
-      for (int e = 0; e < width; ++e) sum[0] += h[e];
+      for (int e = 0; e < width; ++e) sum[0] += h[k % L::kept_packs][e];
     }
     row_sums<L>(sum, mean_buffer[group]);
     const float mean = sum[0] / static_cast<float>(count);
@@ -126,45 +146,38 @@ __global__ void __launch_bounds__(walk_threads, 1)
     float sums[3] = {};
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
-      if (!has_row || (thread + k * L::row_threads) * width >= count) continue;
-      float h[width], gate[width], dy[width];
-      unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
-      unpack(gate, read_pack<L>(gate_slots, p.gate, gate_start, k, count));
-      unpack(dy, read_pack<L>(dy_slots, b.dy, start, k, count));
+      if (!has_row || !within(k)) continue;
+      if (!L::kept) read_h(k);
+      open_gate(k);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        const float centred = h[e] - mean;
-        const float through = __fmul_rn(__fmul_rn(dy[e], sigmoids(gate[e]).open), weight[k][e]);
+        const float centred = h[k % L::kept_packs][e] - mean;
+        const float through = __fmul_rn(opened[k % L::kept_packs][e], weight[k][e]);
         sums[0] += centred * centred;
         sums[1] += through;
         sums[2] += through * centred;
       }
     }
     row_sums<L>(sums, buffer[group]);
-    if (!has_row) continue;
-    const float inverse = rsqrtf(sums[0] * share + p.eps);
-    const float through_mean = sums[1] * share, along = sums[2] * inverse * share;
+    if (has_row) {
+      const float inverse = rsqrtf(sums[0] * share + p.eps);
+      const float through_mean = sums[1] * share, along = sums[2] * inverse * share;
 #pragma unroll
-    for (int k = 0; k < L::packs; ++k) {
-      const int at = (thread + k * L::row_threads) * width;
-      if (at >= count) continue;
-      float h[width], gate[width], dy[width];
-      unpack(h, read_pack<L>(h_slots, p.h, start, k, count));
-      unpack(gate, read_pack<L>(gate_slots, p.gate, gate_start, k, count));
-      unpack(dy, read_pack<L>(dy_slots, b.dy, start, k, count));
-      Pack<T, width> dh, dgate;
+      for (int k = 0; k < L::packs; ++k) {
+        if (!within(k)) continue;
+        if (!L::kept) read_h(k), open_gate(k);
+        float dh[width], dgate[width];
 #pragma unroll
-      for (int e = 0; e < width; ++e) {
-        const float normed = (h[e] - mean) * inverse;
-        const Sigmoids s = sigmoids(gate[e]);
-        // Rounded as in the sum: with one column nothing is left.
-        const float opened = __fmul_rn(dy[e], s.open), through = __fmul_rn(opened, weight[k][e]);
-        dweight[k][e] += opened * normed;
-        dgate.value[e] = from_float<T>(through * normed * s.shut);
-        dh.value[e] = from_float<T>(inverse * (through - through_mean - normed * along));
+        for (int e = 0; e < width; ++e) {
+          const float normed = (h[k % L::kept_packs][e] - mean) * inverse;
+          const float incoming = opened[k % L::kept_packs][e], through = __fmul_rn(incoming, weight[k][e]);
+          dweight[k][e] += incoming * normed;
+          dgate[e] = through * normed * shut[k % L::kept_packs][e];
+          dh[e] = inverse * (through - through_mean - normed * along);
+        }
+        store_pack(b.dgate, start + k * L::row_threads * width, round_pack<T>(dgate));
+        store_pack(b.dh, start + k * L::row_threads * width, round_pack<T>(dh));
       }
-      store_pack(b.dgate, start + at, dgate);
-      store_pack(b.dh, start + at, dh);
     }
   }
   if (partial != nullptr)
@@ -205,7 +218,7 @@ int64_t gated_head_norm_backward_workspace_bytes(const GatedHeadNormBackward& b)
 
 cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* workspace, cudaStream_t stream) {
   const GatedHeadNorm& p = b.p;
-  return dispatch_layout(p.dtype, p.dim, vectors(b), [&](auto layout) {
+  return dispatch_walking_layout(p.dtype, p.dim, vectors(b), [&](auto layout) {
     using L = decltype(layout);
     const int64_t blocks = backward_blocks(p, L::walk_groups);
     const int stages = walking_stages<L>(tensors), bytes = stages * tensors * L::row_slots * 16;

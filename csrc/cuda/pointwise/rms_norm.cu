@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_th
       unpack(value, x[k]);
       unpack(other, residual[k]);
 #pragma unroll
-      for (int e = 0; e < width; ++e) x[k].value[e] = from_float<T>(value[e] + other[e]);
+      for (int e = 0; e < width; ++e) value[e] += other[e];
+      x[k] = round_pack<T>(value);
       keep_packed(x[k]);
       store_pack(p.sum, start + at, x[k]);
     }
@@ -65,78 +66,87 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_th
     keep_packed(x[k]);
     unpack(value, x[k]);
 #pragma unroll
-    for (int e = 0; e < width; ++e) x[k].value[e] = from_float<T>(value[e] * inverse * weight[e]);
-    store_pack(p.y, start + at, x[k]);
+    for (int e = 0; e < width; ++e) value[e] = value[e] * inverse * weight[e];
+    store_pack(p.y, start + at, round_pack<T>(value));
   }
 }
 
-template <typename L>
+// with_dsum: p.dsum is there.
+template <typename L, bool with_dsum>
 __global__ void __launch_bounds__(walk_threads, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackward p, float* partial, int stages) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   using T = typename L::T;
+  using S = Slots<L, with_dsum ? 3 : 2>;
   constexpr int width = L::width;
   __shared__ float buffer[2][L::walk_groups][2 * L::row_warps];
   extern __shared__ uint4 slots[];
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
-  const int count = static_cast<int>(p.dim), tensors = p.dsum != nullptr ? 3 : 2, ahead = stages - 1;
-  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
-  const int64_t step = static_cast<int64_t>(gridDim.x) * L::walk_groups;
-  const auto slots_of = [&](int stage) { return slots + stage * tensors * L::row_slots + threadIdx.x; };
-  const auto copy = [&](int64_t row, int stage) {
-    if (row < p.rows) {
-      uint4* to = slots_of(stage);
-      copy_row<L>(to, p.x, row * p.dim, count);
-      copy_row<L>(to + L::row_slots, p.dy, row * p.dim, count);
-      if (p.dsum != nullptr) copy_row<L>(to + 2 * L::row_slots, p.dsum, row * p.dim, count);
-    }
-    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
-  };
+  const int count = static_cast<int>(p.dim), ahead = stages - 1;
+  const bool weight_is_float = p.weight_dtype == DType::float32;
+  float weight[L::packs][width], dweight[L::packs][width] = {};
+  fetch_row_weight<L>(weight, p.weight, 0, count, weight_is_float);
   // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
   int64_t row = static_cast<int64_t>(blockIdx.x) * L::walk_groups + group;
-  for (int stage = 0; stage < ahead; ++stage) copy(row + stage * step, stage);
-  float weight[L::packs][width], dweight[L::packs][width] = {};
-  load_row_weight<L>(weight, p.weight, 0, count, p.weight_dtype == DType::float32);
-  // The number of stages is a power of two.
-  for (int stage = 0, turn = 0; row - group < p.rows; row += step, stage = (stage + 1) & ahead, turn ^= 1) {
-    copy(row + ahead * step, (stage + ahead) & ahead);
-    wait_for_copies(ahead);
-    const int64_t start = row * p.dim;
-    const uint4* from = slots_of(stage);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * L::walk_groups, step_elements = step * p.dim;
+  int64_t next_start = row * p.dim + thread * width;
+  const S ring(slots, stages);
+  uint32_t slot = ring.first;
+  const auto copy_next = [&](int64_t next) {
+    if (next < p.rows) {
+      copy_row<L>(slot, p.x, next_start, count);
+      copy_row<L>(slot + S::tensor_bytes, p.dy, next_start, count);
+      if (with_dsum) copy_row<L>(slot + 2 * S::tensor_bytes, p.dsum, next_start, count);
+    }
+    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
+    next_start += step_elements, slot = ring.after(slot);
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < ahead; ++stage) copy_next(row + stage * step);
+  widen_row_weight<L>(weight, weight_is_float);
+  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
+#pragma unroll 1
+  for (int turn = 0; row - group < p.rows; row += step, turn ^= 1) {
+    copy_next(row + ahead * step);
+    wait_for_copies(ahead);  // the oldest are where the next will go
     const bool has_row = row < p.rows;
+    const int64_t start = next_start - stages * step_elements;
+    float x[L::kept_packs][width], dy[L::kept_packs][width];
+    const auto read = [&](int k) {
+      unpack(x[k % L::kept_packs], read_pack<L>(slot, p.x, start, k, count));
+      unpack(dy[k % L::kept_packs], read_pack<L>(slot + S::tensor_bytes, p.dy, start, k, count));
+    };
     float sums[2] = {};  // x . x, x . (weight dy)
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       if (!has_row) break;
-      float x[width], dy[width];
-      unpack(x, read_pack<L>(from, p.x, start, k, count));
-      unpack(dy, read_pack<L>(from + L::row_slots, p.dy, start, k, count));
+      read(k);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        sums[0] += x[e] * x[e];
-        sums[1] += x[e] * weight[k][e] * dy[e];
+        const float value = x[k % L::kept_packs][e];
+        sums[0] += value * value;
+        sums[1] += value * weight[k][e] * dy[k % L::kept_packs][e];
       }
     }
     row_sums<L>(sums, buffer[turn][group]);
-    if (!has_row) continue;
-    const float inverse = rsqrtf(sums[0] * share + p.eps), mean = sums[1] * inverse * share;
+    if (has_row) {
+      const float inverse = rsqrtf(sums[0] * share + p.eps), mean = sums[1] * inverse * share;
 #pragma unroll
-    for (int k = 0; k < L::packs; ++k) {
-      const int at = (thread + k * L::row_threads) * width;
-      float x[width], dy[width], past[width] = {};
-      unpack(x, read_pack<L>(from, p.x, start, k, count));
-      unpack(dy, read_pack<L>(from + L::row_slots, p.dy, start, k, count));
-      if (p.dsum != nullptr) unpack(past, read_pack<L>(from + 2 * L::row_slots, p.dsum, start, k, count));
-      Pack<T, width> dx;
+      for (int k = 0; k < L::packs; ++k) {
+        float past[width], dx[width];
+        if (!L::kept) read(k);
+        if (with_dsum) unpack(past, read_pack<L>(slot + 2 * S::tensor_bytes, p.dsum, start, k, count));
 #pragma unroll
-      for (int e = 0; e < width; ++e) {
-        const float normed = x[e] * inverse;
-        dweight[k][e] += dy[e] * normed;
-        // past is 0 without dsum
-        dx.value[e] = from_float<T>(inverse * (weight[k][e] * dy[e] - normed * mean) + past[e]);
+        for (int e = 0; e < width; ++e) {
+          const float normed = x[k % L::kept_packs][e] * inverse, incoming = dy[k % L::kept_packs][e];
+          dweight[k][e] += incoming * normed;
+          dx[e] = inverse * (weight[k][e] * incoming - normed * mean);
+          if (with_dsum) dx[e] += past[e];
+        }
+        if ((thread + k * L::row_threads) * width < count)
+          store_pack(p.dx, start + k * L::row_threads * width, round_pack<T>(dx));
       }
-      if (at < count) store_pack(p.dx, start + at, dx);
     }
   }
   if (partial != nullptr)
@@ -170,14 +180,14 @@ int64_t rms_norm_backward_workspace_bytes(const RmsNormBackward& p) {
 }
 
 cudaError_t rms_norm_backward(const RmsNormBackward& p, void* workspace, cudaStream_t stream) {
-  return dispatch_layout(p.dtype, p.dim, vectors(p), [&](auto layout) {
+  return dispatch_walking_layout(p.dtype, p.dim, vectors(p), [&](auto layout) {
     using L = decltype(layout);
     const int64_t blocks = backward_blocks(p, L::walk_groups);
     if (blocks == 0) return cudaErrorUnknown;
     const int tensors = p.dsum != nullptr ? 3 : 2, stages = walking_stages<L>(tensors);
     const int bytes = stages * tensors * L::row_slots * 16;
     float* partial = p.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
-    const auto kernel = rms_norm_backward_kernel<L>;
+    const auto kernel = p.dsum != nullptr ? rms_norm_backward_kernel<L, true> : rms_norm_backward_kernel<L, false>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
     status = launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(walk_threads), bytes, 1, stream, p, partial,

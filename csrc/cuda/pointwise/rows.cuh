@@ -1,16 +1,24 @@
 // What the norms share. A group of threads holds one row, 16 bytes a thread and pack; sums over a row go through
 // shuffles and, where a group has several warps, a barrier of its own.
 //
-//   row up to          threads a row     packs a thread
-//   1, 2 KiB           32                2, 4
-//   4, 8, 16, 32 KiB   64, 128, 256, 512 4
-//   any, unaligned     512               32 single elements
+//   forward, row up to     threads a row         packs a thread
+//   1, 2 KiB               32                    2, 4
+//   4, 8, 16, 32 KiB       64, 128, 256, 512     4
+//   any, unaligned         512                   32 single elements
 //
 // Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor, walk over the rows and keep
 // their share of the weight's gradient in registers. They read rows ahead: each thread copies its packs of the next
 // rows into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so that
 // it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into the
 // block's row of a workspace, whose rows a second launch adds up (sum_rows).
+//
+//   walking, row up to        threads a row             packs a thread
+//   1, 2, 4, 8, 16 KiB        32, 64, 128, 256, 512     2
+//   32 KiB                    512                       4
+//   any, unaligned            512                       32 single elements
+//
+// Walking, the fewer packs a thread has the sooner the last rows of a block are done, which nothing overlaps; with two
+// there is room for more rows ahead, and for a row's elements in registers between the sums and the gradients.
 #pragma once
 
 #include <algorithm>
@@ -40,6 +48,8 @@ struct RowLayout {
   static constexpr int block_threads = std::max(256, row_threads);
   static constexpr int groups = block_threads / row_threads;  // rows of a block
   static constexpr int walk_groups = walk_threads / row_threads;
+  static constexpr int kept_packs = width > 1 && packs <= 2 ? packs : 1;  // that a walking thread has room to keep
+  static constexpr bool kept = kept_packs == packs;
   static constexpr int row_slots = width == 1 ? 0 : packs * walk_threads;  // 16 bytes each, of a walking block's rows
   static constexpr int capacity = row_threads * packs * width;
 };
@@ -51,13 +61,21 @@ constexpr int resident_blocks(int threads) {
   return L::width == 1 ? 1 : std::max(1, (L::packs == 2 ? threads * 3 / 2 : threads) / L::block_threads);
 }
 
-// Rows are read once: the first-level cache is for the weight.
+// Rows are read once: the first-level cache is for the weight, and in the second the lines go before others, of which
+// some would have to be written to memory first.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> load_once(const void* data, int64_t element) {
   const T* at = static_cast<const T*>(data) + element;
   Pack<T, width> pack;
   if constexpr (sizeof(pack) == 16) {
+#if __CUDA_ARCH__ >= 900
+    uint4 bits;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(at), "l"(ptx::evict_first_policy()));
+#else  // where the policy would take registers that the forward kernels do not have
     const uint4 bits = load_16_once(at);
+#endif
     memcpy(&pack, &bits, 16);
   } else {
     pack = *reinterpret_cast<const Pack<T, width>*>(at);
@@ -105,6 +123,28 @@ __device__ __forceinline__ void unpack(float (&to)[width], const Pack<T, width>&
 #pragma unroll
     for (int x = 0; x < width; ++x) to[x] = to_float(pack.value[x]);
   }
+}
+
+// Rounded to T; the 16-bit types two at a time, in one instruction.
+template <typename T, int width>
+__device__ __forceinline__ Pack<T, width> round_pack(const float (&from)[width]) {
+  Pack<T, width> pack;
+  if constexpr (sizeof(T) == 2 && width % 2 == 0) {
+    using Two = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+    Two pairs[width / 2];
+#pragma unroll
+    for (int x = 0; x < width / 2; ++x) {
+      if constexpr (std::is_same_v<T, bf16>)
+        pairs[x] = __floats2bfloat162_rn(from[2 * x], from[2 * x + 1]);
+      else
+        pairs[x] = __floats2half2_rn(from[2 * x], from[2 * x + 1]);
+    }
+    memcpy(&pack, pairs, sizeof(pack));
+  } else {
+#pragma unroll
+    for (int x = 0; x < width; ++x) pack.value[x] = from_float<T>(from[x]);
+  }
+  return pack;
 }
 
 // Keeps the compiler from carrying a pack's elements on as floats, in up to twice the registers.
@@ -195,42 +235,65 @@ __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
                  : "memory");
 #pragma unroll
     for (int v = 0; v < values; ++v) {
-      x[v] = 0.0f;
+      if constexpr (Layout::row_warps <= 4) {
+        x[v] = 0.0f;
 #pragma unroll
-      for (int w = 0; w < Layout::row_warps; ++w) x[v] += buffer[v * Layout::row_warps + w];
+        for (int w = 0; w < Layout::row_warps; ++w) x[v] += buffer[v * Layout::row_warps + w];
+      } else {  // of many warps' sums each thread reads one
+        x[v] = buffer[v * Layout::row_warps + threadIdx.x % Layout::row_warps];
+#pragma unroll
+        for (int distance = Layout::row_warps / 2; distance > 0; distance /= 2)
+          x[v] += __shfl_xor_sync(0xffffffffu, x[v], distance);
+      }
     }
   }
 }
 
-// The thread's packs of a row on their way into its slots: `slots` and every walk_threads-th behind. Zeros beyond the
-// row's end. Single elements are not copied.
+// A walking thread's slots: of a stage, its packs of a row of each of `tensors` tensors. Addresses within shared
+// memory, which go round.
+template <typename L, int tensors>
+struct Slots {
+  static constexpr uint32_t tensor_bytes = L::row_slots * 16, stage_bytes = tensors * tensor_bytes;
+
+  __device__ __forceinline__ Slots(const uint4* slots, int stages)
+      : first(ptx::shared_address(slots + threadIdx.x)), end(first + stages * stage_bytes) {}
+  __device__ __forceinline__ uint32_t after(uint32_t stage) const {
+    stage += stage_bytes;
+    return stage == end ? first : stage;
+  }
+
+  uint32_t first, end;
+};
+
+// Sends the thread's packs of a row on their way into its slots. `start`: of its first pack. Zeros beyond the row's
+// end. Single elements are not copied.
 template <typename L>
-__device__ __forceinline__ void copy_row(uint4* slots, const void* data, int64_t start, int count) {
+__device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64_t start, int count) {
   if constexpr (L::width > 1) {
     const int thread = threadIdx.x % L::row_threads;
+    const auto* from = static_cast<const typename L::T*>(data) + start;
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
-      const int at = (thread + k * L::row_threads) * L::width;
-      ptx::cp_async_16(slots + k * walk_threads, static_cast<const typename L::T*>(data) + start + at,
-                       at < count ? 16 : 0);
+      const bool within = (thread + k * L::row_threads) * L::width < count;
+      ptx::cp_async_16_once(slots + k * walk_threads * 16, from + k * L::row_threads * L::width, within ? 16 : 0);
     }
   }
 }
 
 // Pack k of what copy_row was given, once that has arrived. To be read again rather than kept in registers.
 template <typename L>
-__device__ __forceinline__ Pack<typename L::T, L::width> read_pack(const uint4* slots, const void* data, int64_t start,
+__device__ __forceinline__ Pack<typename L::T, L::width> read_pack(uint32_t slots, const void* data, int64_t start,
                                                                    int k, int count) {
   Pack<typename L::T, L::width> pack{};
   if constexpr (L::width > 1) {
     uint4 bits;
     asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "r"(ptx::shared_address(slots + k * walk_threads)));
+                 : "r"(slots + k * walk_threads * 16));
     memcpy(&pack, &bits, 16);
   } else {
     const int at = threadIdx.x % L::row_threads + k * L::row_threads;
-    if (at < count) pack = load_once<typename L::T, 1>(data, start + at);
+    if (at < count) pack = load_once<typename L::T, 1>(data, start + k * L::row_threads);
   }
   return pack;
 }
@@ -245,16 +308,36 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
     ptx::cp_async_wait<3>();
 }
 
-// The weight of a thread's packs, 0 beyond the row's end.
+// The weight of a thread's packs, 0 beyond the row's end: fetched, 16-bit elements as they are in the first half of
+// `to`, and when it has arrived widened. Between the two go the copies of the first rows: behind them the weight would
+// arrive last and hold up everything.
 template <typename L>
-__device__ __forceinline__ void load_row_weight(float (&to)[L::packs][L::width], const void* data, int64_t start,
-                                                int count, bool is_float) {
+__device__ __forceinline__ void fetch_row_weight(float (&to)[L::packs][L::width], const void* data, int64_t start,
+                                                 int count, bool is_float) {
 #pragma unroll
   for (int k = 0; k < L::packs; ++k) {
     const int at = (static_cast<int>(threadIdx.x) % L::row_threads + k * L::row_threads) * L::width;
 #pragma unroll
     for (int e = 0; e < L::width; ++e) to[k][e] = 0.0f;
-    if (at < count) load_weight<typename L::T>(to[k], data, start + at, is_float);
+    if (at >= count) continue;
+    if (L::width == 8 && !is_float) {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(static_cast<const typename L::T*>(data) + start + at));
+      memcpy(to[k], &bits, 16);
+    } else {
+      load_weight<typename L::T>(to[k], data, start + at, is_float);
+    }
+  }
+}
+template <typename L>
+__device__ __forceinline__ void widen_row_weight(float (&weight)[L::packs][L::width], bool is_float) {
+  if constexpr (L::width == 8) {
+    if (is_float) return;
+#pragma unroll
+    for (int k = 0; k < L::packs; ++k) {
+      Pack<typename L::T, L::width> pack;
+      memcpy(&pack, weight[k], sizeof(pack));
+      unpack(weight[k], pack);
+    }
   }
 }
 
@@ -310,6 +393,25 @@ cudaError_t dispatch_layout(DType dtype, int64_t dim, bool vectors, F&& f) {
   });
 }
 
+// The same of a walking kernel.
+template <typename F>
+cudaError_t dispatch_walking_layout(DType dtype, int64_t dim, bool vectors, F&& f) {
+  return dispatch_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int width = 16 / sizeof(T);
+    if (vectors && dim % width == 0) {
+      const int64_t packs = dim / width;
+      if (packs <= 32 * 2) return f(RowLayout<T, width, 32, 2>{});
+      if (packs <= 64 * 2) return f(RowLayout<T, width, 64, 2>{});
+      if (packs <= 128 * 2) return f(RowLayout<T, width, 128, 2>{});
+      if (packs <= 256 * 2) return f(RowLayout<T, width, 256, 2>{});
+      if (packs <= 512 * 2) return f(RowLayout<T, width, 512, 2>{});
+      if (packs <= 512 * 4) return f(RowLayout<T, width, 512, 4>{});
+    }
+    return dim <= max_norm_dim ? f(RowLayout<T, 1, 512, 32>{}) : cudaErrorInvalidValue;
+  });
+}
+
 // An attribute of the current device, 0 on an error.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -324,7 +426,7 @@ inline int64_t walking_blocks() { return device_attribute(cudaDevAttrMultiProces
 // The rows that a layout's walking block has at a time.
 inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
   int64_t groups = 1;
-  static_cast<void>(dispatch_layout(dtype, dim, vectors, [&](auto layout) {
+  static_cast<void>(dispatch_walking_layout(dtype, dim, vectors, [&](auto layout) {
     groups = decltype(layout)::walk_groups;
     return cudaSuccess;
   }));
