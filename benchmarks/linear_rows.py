@@ -7,6 +7,7 @@ written). Every call of a graph reads a weight of its own, so that none is found
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -19,7 +20,10 @@ from run import describe, device_rates, free_memory
 
 # in -> out: q, k, v and output gate together; both gates; output; up and gate, apart and together; down; head.
 SHAPES = ((4096, 12288), (4096, 16), (4096, 4096), (4096, 10944), (4096, 21888), (10944, 4096), (4096, 50304))
-PEERS: dict[str, Callable] = {"flash_xlstm": ops.linear_rows, "torch": F.linear}
+PEERS: dict[str, Callable] = {
+    "flash_xlstm": functools.partial(ops.linear_rows, constant_weights=True),  # as the model calls it
+    "torch": F.linear,
+}
 
 
 def _shape(text: str) -> tuple[int, int]:

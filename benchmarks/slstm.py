@@ -12,10 +12,13 @@ import argparse
 import functools
 import importlib
 import itertools
+import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop measuring after this time")
     parser.add_argument("--seconds-each", type=float, default=0.2, help="time for the calls of one measurement")
+    parser.add_argument("--workers", type=int, default=0, help="processes that build flashrnn's modules beforehand")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -123,6 +127,27 @@ def _calls(call: Call, leaves: list[Tensor], backward: bool) -> Callable[[], obj
     return lambda: torch.autograd.grad(call(*leaves), leaves, dh)
 
 
+def _build_ahead(wanted: list[Point], dtype: str, workers: int, seconds: float) -> dict:
+    """flashrnn's `cuda` compiles for each batch, heads and dim, one after the other for half a minute each: here in
+    `workers` processes, whose modules the measurement finds built."""
+    begin = time.perf_counter()
+    shares = [wanted[x::workers] for x in range(workers) if wanted[x::workers]]
+    running = []
+    for share in shares:
+        names = [f"{p.batch}x{p.heads}x{p.dim}" for p in share]
+        command = [sys.executable, str(Path(__file__).resolve()), dtype, *names]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+    done = 0
+    for process in running:
+        try:
+            output, _ = process.communicate(timeout=max(0.1, begin + seconds - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+        done += output.count("built\n")
+    return {"what": "flashrnn_build", "modules": len(wanted), "done": done, "seconds": time.perf_counter() - begin}
+
+
 def _measure(row: dict, call: Call, point: Point, args: argparse.Namespace) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     backward = row["pass"] != "forward"
@@ -147,6 +172,10 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
             calls[name] = PEERS[name]()
         except Exception as error:
             yield {"what": "absent", "peer": name, "error": describe(error)}
+    if args.workers and "flashrnn_cuda" in calls:
+        key = lambda p, name: ("flashrnn_cuda", name, *vars(p).values(), args.dtype)  # noqa: E731
+        wanted = [p for p in points(args) if any(key(p, name) not in earlier for name in args.passes)]
+        yield _build_ahead(wanted, args.dtype, args.workers, args.seconds / 2)
     for point, pass_name, name in itertools.product(points(args), args.passes, calls):
         row = {"what": "slstm", "peer": name, "pass": pass_name, **vars(point), "dtype": args.dtype}
         if tuple(row[k] for k in KEY) in earlier:
@@ -170,3 +199,17 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 def summarize(rows: list[dict]) -> list[dict]:
     """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our time of a step."""
     return summarize_speedups(rows, "slstm", KEY, "step_us")
+
+
+def main() -> None:
+    """Builds flashrnn's modules: a dtype, then batch x heads x dim."""
+    call, device = PEERS["flashrnn_cuda"](), torch.device("cuda")
+    for text in sys.argv[2:]:
+        batch, heads, dim = (int(n) for n in text.split("x"))
+        with torch.no_grad():
+            call(*_tensors(Point(batch, 2, heads, dim), DTYPES[sys.argv[1]], device))
+        print("built", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -72,9 +72,10 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, float eps, bool weight_gradient) "
       "-> (Tensor dh, Tensor dgate, Tensor dweight)");
-  lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias, bool constant_weights=False) -> Tensor");
   lib.def(
-      "fused_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, bool swiglu) -> Tensor[]");
+      "fused_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, bool swiglu, "
+      "bool constant_weights=False) -> Tensor[]");
   lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
 }

@@ -68,7 +68,7 @@ void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {
 
 }  // namespace
 
-Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
+Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weights) {
   const auto [rows, in] = check_x(x);
   check_weight(weight, bias, x, in);
   weight = torch::stable::contiguous(weight);
@@ -93,6 +93,7 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
   p.x = x.data_ptr(), p.x_stride = row_stride(x);
   p.count = 1;
   p.part[0] = {weight.data_ptr(), bias_data, y.data_ptr(), out};
+  p.constant_weights = constant_weights;
   run_cuda("linear_rows", x, p);
 #else
   no_cuda_build("linear_rows");
@@ -101,7 +102,7 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias) {
 }
 
 std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptTensor> biases,
-                                      OptTensor residual, bool swiglu) {
+                                      OptTensor residual, bool swiglu, bool constant_weights) {
   const auto [rows, in] = check_x(x);
   const int64_t count = static_cast<int64_t>(weights.size());
   if (count < 1 || count > FusedLinearRows::max_parts) {
@@ -124,7 +125,7 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   }
   if (x.is_cpu()) {  // step by step
     std::vector<Tensor> outputs;
-    for (int64_t part = 0; part < count; ++part) outputs.push_back(linear_rows(x, weights[part], biases[part]));
+    for (int64_t part = 0; part < count; ++part) outputs.push_back(linear_rows(x, weights[part], biases[part], constant_weights));
     if (swiglu) outputs = {flash_xlstm::swiglu(outputs[0], outputs[1])};
     if (residual) outputs[0] = torch::stable::subtract(*residual, outputs[0], -1.0);
     return outputs;
@@ -154,6 +155,7 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
     p.residual_stride = row_stride(*residual);
   }
   p.swiglu = swiglu;
+  p.constant_weights = constant_weights;
   run_cuda("fused_linear_rows", x, p);
 #else
   no_cuda_build("fused_linear_rows");

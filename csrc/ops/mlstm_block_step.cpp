@@ -108,6 +108,7 @@ FusedLinearRows fused(const std::vector<LinearRows>& products) {
   p.dtype = first.dtype;
   p.rows = first.rows, p.in = first.in;
   p.x = first.x, p.x_stride = first.x_stride;
+  p.constant_weights = true;  // parameters of a model
   for (const LinearRows& y : products) p.part[p.count++] = {y.weight, y.bias, y.y, y.out};
   return p;
 }

@@ -76,9 +76,9 @@ Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps);
 std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
                                                             bool weight_gradient);
 
-Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias);
+Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weights);
 std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std::vector<OptTensor> biases,
-                                      OptTensor residual, bool swiglu);
+                                      OptTensor residual, bool swiglu, bool constant_weights);
 
 Tensor swiglu(Tensor x, Tensor y);
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y);

@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(threads, resident)
 
   extern __shared__ float shared[];
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
+  float* const n_new = k + dqk;
   __shared__ float part[warps];
   __shared__ float sums[warps][tile_columns];
   const float i = cap_gate(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
@@ -185,7 +186,8 @@ __global__ void __launch_bounds__(threads, resident)
   for (int x = threadIdx.x; x < dqk; x += threads) {
     q[x] = raw_to_float(q_next, p.dtype);
     k[x] = take != 0.0f ? take * raw_to_float(k_next, p.dtype) : 0.0f;
-    s += q[x] * (keep * n_next + k[x]);
+    n_new[x] = keep * n_next + k[x];
+    s += q[x] * n_new[x];
     load_next(x + threads);
   }
 #pragma unroll
@@ -199,6 +201,14 @@ __global__ void __launch_bounds__(threads, resident)
   s *= p.scale;
   // fmaxf would drop a NaN.
   const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
+  const auto write_n_and_m = [&] {
+    if (threadIdx.x == 0) p.m[state] = m;
+    for (int x = threadIdx.x; x < dqk; x += threads) n[x] = n_new[x];
+  };
+  if (clustered && block == 0) {  // while c is still on its way
+    cluster_wait();
+    write_n_and_m();
+  }
 
   for (int tile = block; tile < tiles; tile += blocks) {
     column = static_cast<int64_t>(tile) * tile_columns + lane * width;
@@ -262,10 +272,11 @@ __global__ void __launch_bounds__(threads, resident)
     }
   }
 
-  bool writes = block == 0;
   if (clustered) {
-    cluster_wait();
-  } else if (blocks > 1) {
+    if (block != 0) cluster_wait();
+    return;
+  }
+  if (blocks > 1) {
     __shared__ bool last;
     if (threadIdx.x == 0) {
       __threadfence();
@@ -273,11 +284,9 @@ __global__ void __launch_bounds__(threads, resident)
       __threadfence();
     }
     __syncthreads();
-    writes = last;
+    if (!last) return;
   }
-  if (!writes) return;
-  if (threadIdx.x == 0) p.m[state] = m;
-  for (int x = threadIdx.x; x < dqk; x += threads) n[x] = keep * n[x] + k[x];
+  write_n_and_m();
 }
 
 constexpr int max_devices = 64;
@@ -323,7 +332,7 @@ template <typename C, int width, int lanes, int threads = 256, int batch_rows = 
 cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int tile_columns = lanes * width;
   const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident, ahead, vectors>;
-  const size_t shared_bytes = 2 * sizeof(float) * p.dqk;
+  const size_t shared_bytes = 3 * sizeof(float) * p.dqk;
   if (shared_bytes > 32 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

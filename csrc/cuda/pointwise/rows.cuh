@@ -61,21 +61,13 @@ constexpr int resident_blocks(int threads) {
   return L::width == 1 ? 1 : std::max(1, (L::packs == 2 ? threads * 3 / 2 : threads) / L::block_threads);
 }
 
-// Rows are read once: the first-level cache is for the weight, and in the second the lines go before others, of which
-// some would have to be written to memory first.
+// Rows are read once: the first-level cache is for the weight.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> load_once(const void* data, int64_t element) {
   const T* at = static_cast<const T*>(data) + element;
   Pack<T, width> pack;
   if constexpr (sizeof(pack) == 16) {
-#if __CUDA_ARCH__ >= 900
-    uint4 bits;
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "l"(at), "l"(ptx::evict_first_policy()));
-#else  // where the policy would take registers that the forward kernels do not have
     const uint4 bits = load_16_once(at);
-#endif
     memcpy(&pack, &bits, 16);
   } else {
     pack = *reinterpret_cast<const Pack<T, width>*>(at);
@@ -275,7 +267,7 @@ __device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       const bool within = (thread + k * L::row_threads) * L::width < count;
-      ptx::cp_async_16_once(slots + k * walk_threads * 16, from + k * L::row_threads * L::width, within ? 16 : 0);
+      ptx::cp_async_16(slots + k * walk_threads * 16, from + k * L::row_threads * L::width, within ? 16 : 0);
     }
   }
 }

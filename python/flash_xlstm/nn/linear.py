@@ -18,7 +18,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; by :func:`flash_xlstm.ops.linear_rows` where `layer` is a plain linear layer, no gradient is needed
     and x has few rows."""
     if type(layer) is nn.Linear and _serves(layer, x):
-        return ops.linear_rows(x, layer.weight, layer.bias)
+        return ops.linear_rows(x, layer.weight, layer.bias, constant_weights=True)
     return layer(x)
 
 

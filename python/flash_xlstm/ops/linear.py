@@ -10,13 +10,15 @@ from torch import Tensor
 from flash_xlstm.ops import _common
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant_weights: bool = False) -> Tensor:
     """``x @ weight.T + bias`` for at most 16 rows: sums in float32, rounded once, the same from run to run.
 
     Args:
         x: (..., in), at most 16 rows in all. On the CPU float32, bfloat16 or float16; on CUDA bfloat16.
         weight: (out, in), dtype of x, as ``torch.nn.Linear`` keeps it. On CUDA `in` must be a multiple of 8.
         bias: (out,), dtype of x, or None.
+        constant_weights: a promise that no operator of this package that may still run on the GPU writes `weight`:
+            so it is for a model's parameters. A Hopper GPU then begins to read it while the operator before still runs.
 
     Returns:
         (..., out) in the dtype of x.
@@ -26,7 +28,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         RuntimeError: a gradient would be needed: this product has none. Use ``torch.nn.functional.linear``.
     """
     _no_gradient("linear_rows", x, weight, bias)
-    return torch.ops.flash_xlstm.linear_rows(x, weight, bias)
+    return torch.ops.flash_xlstm.linear_rows(x, weight, bias, constant_weights)
 
 
 def fused_linear_rows(
@@ -36,6 +38,7 @@ def fused_linear_rows(
     *,
     residual: Tensor | None = None,
     swiglu: bool = False,
+    constant_weights: bool = False,
 ) -> list[Tensor]:
     """:func:`linear_rows` with several weights, and with what stands before and behind it; one launch on CUDA.
 
@@ -48,6 +51,7 @@ def fused_linear_rows(
         biases: as many as weights, (out_p,) or None; or None for none at all.
         residual: (..., out_0), dtype of x; with one weight only.
         swiglu: needs two weights of one shape, and no residual.
+        constant_weights: as for :func:`linear_rows`.
 
     Returns:
         (..., out_p) for each weight; one tensor with `swiglu`.
@@ -57,7 +61,7 @@ def fused_linear_rows(
     """
     biases = [None] * len(weights) if biases is None else list(biases)
     _no_gradient("fused_linear_rows", x, *weights, *biases, residual)
-    return torch.ops.flash_xlstm.fused_linear_rows(x, list(weights), biases, residual, swiglu)
+    return torch.ops.flash_xlstm.fused_linear_rows(x, list(weights), biases, residual, swiglu, constant_weights)
 
 
 def _no_gradient(name: str, *given: Tensor | None) -> None:
@@ -69,13 +73,13 @@ def _no_gradient(name: str, *given: Tensor | None) -> None:
 
 
 @torch.library.register_fake("flash_xlstm::linear_rows")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, constant_weights: bool = False) -> Tensor:
     _common.no_mixed_meta(x, of="x", weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("flash_xlstm::fused_linear_rows")
-def _(x, weights, biases, residual, swiglu) -> list[Tensor]:
+def _(x, weights, biases, residual, swiglu, constant_weights=False) -> list[Tensor]:
     given = {f"weights[{n}]": t for n, t in enumerate(weights)} | {f"biases[{n}]": t for n, t in enumerate(biases)}
     _common.no_mixed_meta(x, of="x", residual=residual, **given)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in (weights[:1] if swiglu else weights)]

@@ -2,9 +2,8 @@
 // multiprocessor has one block, and every block as good as the same number of W's rows: so all end together, and each
 // reads its share as one stream, from the first stage to the last, that never waits for a sum.
 //
-// The rows of W are cut into tiles, as tall as makes them come out even (up to 96). A stage holds 128 or 256 of k of a
-// tile's rows and of every row of x, two boxes of the copy engine; x comes from the second-level cache, once for each
-// tile. Eight warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and
+// The rows of W are cut into tiles, as tall as makes them come out even (up to 48). A stage holds 128 of k of a tile's
+// rows and of every row of x, boxes of the copy engine; x comes from the second-level cache, once for each tile. Eight warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and
 // W as the 8 columns. Each thread reads 16 neighbouring bytes of a row and takes them as the k that the fragment's
 // layout gives it: a sum does not mind the order, as long as x and W are taken in the same. At a tile's end the four
 // sums over k are added through shared memory, in a fixed order.
@@ -13,8 +12,9 @@
 //   - Several products of one x are one launch: the tiles of all are dealt out.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a tile has rows of A and the same of B.
 //   - The launch may overlap the kernel before (dependent_launch.cuh): a block takes less than half of the shared
-//     memory, so that it can wait beside the last one's, and fetches the beginning of its share into the second-level
-//     cache meanwhile.
+//     memory, so that it can wait beside the last one's, its stages filled with the beginning of its share of W, where
+//     the caller has promised that nothing under way writes W (`constant_weights`). Without the promise W waits too;
+//     fetching it into the second-level cache meanwhile gained nothing.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include <algorithm>
@@ -31,8 +31,10 @@ namespace {
 
 constexpr int consumers = 8, consumer_threads = consumers * 32, threads = consumer_threads + 32;
 constexpr int k_groups = 4, column_groups = consumers / k_groups;
-constexpr int warp_k = 32, stage_k = k_groups * warp_k, row_bytes = stage_k * 2;  // of a warp, of a stage
-constexpr int most_stages = 8, largest_tile = 96;
+constexpr int warp_k = 32, stage_k = k_groups * warp_k;  // of a warp, of a stage
+// A box: 64 of k, 128 bytes of a row, whose 16-byte pieces are swizzled.
+constexpr int box_k = 64, boxes = stage_k / box_k, row_bytes = box_k * 2;
+constexpr int most_stages = 8, largest_tile = 48;
 // Two blocks on a multiprocessor: this one, and the next kernel's that waits.
 constexpr int shared_limit = 113 * 1024;
 
@@ -41,11 +43,12 @@ template <int row_tiles, int column_tiles>
 struct Shape {
   static constexpr int x_rows = row_tiles * 8;
   static constexpr int tile = column_groups * column_tiles * 8;  // rows of W, at most
-  static constexpr int stage_bytes = (x_rows + tile) * row_bytes;
+  static constexpr int box_bytes = (x_rows + tile) * row_bytes;  // x's rows, then W's
+  static constexpr int stage_bytes = boxes * box_bytes;
   static constexpr int sums_stride = tile + 8;  // 8 banks on from row to row
   static constexpr int sums_bytes = k_groups * x_rows * sums_stride * 4;
-  static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 256) / stage_bytes);
-  static constexpr int shared_bytes = stages * stage_bytes + sums_bytes + 128;  // to align
+  static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 1280) / stage_bytes);
+  static constexpr int shared_bytes = stages * stage_bytes + sums_bytes + 1024;  // to align
   static_assert(stages >= 2);
 };
 
@@ -63,11 +66,6 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
       "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(k), "r"(row),
       "l"(once ? evict_first : evict_last)
       : "memory");
-}
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int k, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)),
-               "r"(k), "r"(row)
-               : "memory");
 }
 
 // A tile of `columns` columns of y (rows of W): the part it belongs to, and its first column there.
@@ -88,10 +86,10 @@ struct Tile {
 template <int row_tiles, int column_tiles>
 __global__ void __launch_bounds__(threads, 2)
     linear_rows_kernel(const __grid_constant__ FusedLinearRows p, const __grid_constant__ Maps maps, const int tiles,
-                       const int columns, const int fetched, const int turn) {
+                       const int columns) {
   using S = Shape<row_tiles, column_tiles>;
   extern __shared__ uint8_t unaligned[];
-  uint8_t* const ring = unaligned + ptx::bytes_to_align<128>(unaligned);
+  uint8_t* const ring = unaligned + ptx::bytes_to_align<1024>(unaligned);
   float* const sums = reinterpret_cast<float*>(ring + S::stages * S::stage_bytes);
   __shared__ uint64_t full[S::stages], empty[S::stages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -109,30 +107,43 @@ __global__ void __launch_bounds__(threads, 2)
 
   if (warp == consumers) {
     if (lane != 0) return;
+    const int pieces = (in + stage_k - 1) / stage_k;
     // Blocks begin at different places of k, or all would ask the same few slices of the cache for x at a time.
-    const int pieces = (in + stage_k - 1) / stage_k, begin = turn ? blockIdx.x * pieces / blocks : 0;
+    const int begin = static_cast<int>(blockIdx.x) * pieces / blocks;
+    const auto place_of = [&](int piece) {
+      const int at = begin + piece;
+      return (at < pieces ? at : at - pieces) * stage_k;
+    };
+    const auto load_weights = [&](const Tile& tile, int piece, int stage) {
+      ptx::mbarrier_arrive_expect(full + stage, boxes * (S::x_rows + columns * (p.swiglu ? 2 : 1)) * row_bytes);
+#pragma unroll
+      for (int box = 0; box < boxes; ++box) {
+        uint8_t* const to = ring + stage * S::stage_bytes + box * S::box_bytes + S::x_rows * row_bytes;
+        const int k = place_of(piece) + box * box_k;
+        load_box(to, &maps.weight[tile.part], full + stage, k, tile.first, true);
+        if (p.swiglu) load_box(to + S::tile / 2 * row_bytes, &maps.weight[1], full + stage, k, tile.first, true);
+      }
+    };
+    const auto load_x = [&](int piece, int stage) {
+#pragma unroll
+      for (int box = 0; box < boxes; ++box) {
+        uint8_t* const to = ring + stage * S::stage_bytes + box * S::box_bytes;
+        load_box(to, &maps.x, full + stage, place_of(piece) + box * box_k, 0, false);
+      }
+    };
+    if (!p.constant_weights) wait_for_earlier_kernels();
     const Tile first(p, blockIdx.x, columns);
-    for (int piece = 0; piece < pieces && piece < fetched; ++piece) {
-      const int k = (begin + piece) % pieces * stage_k;
-      prefetch_box(&maps.weight[first.part], k, first.first);
-      if (p.swiglu) prefetch_box(&maps.weight[1], k, first.first);
-    }
-    wait_for_earlier_kernels();
-    const int bytes = (S::x_rows + columns * (p.swiglu ? 2 : 1)) * row_bytes;
-    int stage = 0, parity = 1;
-    for (int t = blockIdx.x; t < tiles; t += blocks) {
+    const int ahead = min(S::stages, pieces);
+    for (int piece = 0; piece < ahead; ++piece) load_weights(first, piece, piece);
+    if (p.constant_weights) wait_for_earlier_kernels();
+    for (int piece = 0; piece < ahead; ++piece) load_x(piece, piece);
+    int stage = ahead % S::stages, parity = ahead == S::stages ? 0 : 1, piece = ahead;
+    for (int t = blockIdx.x; t < tiles; t += blocks, piece = 0) {
       const Tile tile(p, t, columns);
-      for (int piece = 0; piece < pieces; ++piece) {
-        const int k = (begin + piece) % pieces * stage_k;
+      for (; piece < pieces; ++piece) {
         ptx::mbarrier_wait(empty + stage, parity);
-        ptx::mbarrier_arrive_expect(full + stage, bytes);
-        uint8_t* const to = ring + stage * S::stage_bytes;
-        uint8_t* const to_weight = to + S::x_rows * row_bytes;
-        load_box(to_weight, &maps.weight[tile.part], full + stage, k, tile.first, true);
-        if (p.swiglu) {
-          load_box(to_weight + columns * row_bytes, &maps.weight[1], full + stage, k, tile.first, true);
-        }
-        load_box(to, &maps.x, full + stage, k, 0, false);
+        load_weights(tile, piece, stage);
+        load_x(piece, stage);
         if (++stage == S::stages) stage = 0, parity ^= 1;
       }
     }
@@ -140,9 +151,11 @@ __global__ void __launch_bounds__(threads, 2)
   }
 
   const int k_group = warp % k_groups, column_group = warp / k_groups;
-  const int fragment_row = lane / 4;
-  const uint8_t* const fragment =
-      ring + fragment_row * row_bytes + k_group * warp_k * 2 + lane % 4 * 16;
+  // Eight lanes read from shared memory at a time: two rows, which lie in different banks if they are 4 apart.
+  const auto place = [](int n) { return n % 2 * 4 + n / 2; };
+  const int fragment_row = place(lane / 4);
+  const uint8_t* const fragment = ring + k_group / 2 * S::box_bytes + fragment_row * row_bytes +
+                                  ((k_group % 2 * 4 + lane % 4) ^ fragment_row) * 16;
   wait_for_earlier_kernels();
   int stage = 0, parity = 0;
   for (int t = blockIdx.x; t < tiles; t += blocks) {
@@ -168,14 +181,16 @@ __global__ void __launch_bounds__(threads, 2)
     const auto sum_at = [&](int group, int row, int column) -> float& {
       return sums[(group * S::x_rows + row) * S::sums_stride + column];
     };
-    // A thread holds columns 2 (lane % 4) and the next of each 8, for rows fragment_row and fragment_row + 8 of x.
+    // A thread holds two columns of each 8, for rows fragment_row and fragment_row + 8 of x.
 #pragma unroll
     for (int c = 0; c < column_tiles; ++c) {
 #pragma unroll
       for (int half = 0; half < row_tiles; ++half) {
-        const int column = (column_group * column_tiles + c) * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(&sum_at(k_group, fragment_row + half * 8, column)) =
-            make_float2(acc[c][half * 2], acc[c][half * 2 + 1]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = (column_group * column_tiles + c) * 8 + place(lane % 4 * 2 + e);
+          sum_at(k_group, fragment_row + half * 8, column) = acc[c][half * 2 + e];
+        }
       }
     }
     ptx::named_barrier(1, consumer_threads);
@@ -193,7 +208,7 @@ __global__ void __launch_bounds__(threads, 2)
         return sum + (bias != nullptr ? to_float(static_cast<const bf16*>(bias)[column]) : 0.0f);
       };
       float y = sum_of(tile.part, tile_column);
-      if (p.swiglu) y = y / (1.0f + expf(-y)) * sum_of(1, tile_column + columns);
+      if (p.swiglu) y = y / (1.0f + expf(-y)) * sum_of(1, tile_column + S::tile / 2);
       if (p.residual != nullptr) y += to_float(static_cast<const bf16*>(p.residual)[row * p.residual_stride + column]);
       static_cast<bf16*>(p.part[tile.part].y)[row * out + column] = from_float<bf16>(y);
     }
@@ -225,7 +240,7 @@ Plan plan(const FusedLinearRows& p, int most_rows) {
 }
 
 template <int row_tiles, int column_tiles>
-cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stream, int fetched = 8, int turn = 1) {
+cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stream) {
   using S = Shape<row_tiles, column_tiles>;
   const auto kernel = linear_rows_kernel<row_tiles, column_tiles>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
@@ -233,8 +248,7 @@ cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stre
   Maps maps;
   const auto map = [&](CUtensorMap& to, const void* data, int64_t count, int64_t stride, int box) {
     return encode<2>(to, data, {static_cast<uint64_t>(p.in), static_cast<uint64_t>(count)},
-                     {static_cast<uint64_t>(stride) * 2}, {stage_k, static_cast<uint32_t>(box)},
-                     CU_TENSOR_MAP_SWIZZLE_NONE);
+                     {static_cast<uint64_t>(stride) * 2}, {box_k, static_cast<uint32_t>(box)});
   };
   status = map(maps.x, p.x, p.rows, p.rows > 1 ? p.x_stride : p.in, S::x_rows);
   for (int part = 0; part < p.count && status == cudaSuccess; ++part) {
@@ -242,7 +256,7 @@ cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stre
   }
   if (status != cudaSuccess) return status;
   return launch_early(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), S::shared_bytes, 1, stream, p,
-                      maps, plan.tiles, plan.columns, fetched, turn);
+                      maps, plan.tiles, plan.columns);
 }
 
 template <int row_tiles>
@@ -251,9 +265,7 @@ cudaError_t launch_for(const FusedLinearRows& p, cudaStream_t stream) {
   const int tile = chosen.columns * (p.swiglu ? 2 : 1);
   if (tile <= 16) return launch<row_tiles, 1>(p, chosen, stream);
   if (tile <= 32) return launch<row_tiles, 2>(p, chosen, stream);
-  if (tile <= 48) return launch<row_tiles, 3>(p, chosen, stream);
-  if (tile <= 64) return launch<row_tiles, 4>(p, chosen, stream);
-  return launch<row_tiles, 6>(p, chosen, stream);
+  return launch<row_tiles, 3>(p, chosen, stream);
 }
 
 }  // namespace
