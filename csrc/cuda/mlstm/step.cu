@@ -17,6 +17,7 @@
 //   many             16     256             8 for each
 //   dv > 1024 x 4 B  32     512             dv / 128
 #include <algorithm>
+#include <cstdlib>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -120,7 +121,6 @@ __global__ void __launch_bounds__(threads, resident)
   const int dqk = static_cast<int>(p.dqk);
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
-  let_next_kernel_start();
   // The first batch; in vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
   if (guess >= 0 && guess < p.num_slots && column < p.dv) {
@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(threads, resident)
   for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // behind it, this block has read n and m
+  let_next_kernel_start();
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll
@@ -357,6 +358,12 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
   constexpr int width = 16 / sizeof(C);
   if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) return launch<C, 1, 32>(p, counters, stream);
   if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
+    if constexpr (sizeof(C) == 4) { const char* e = getenv("FX_STEP");
+      if (e && *e == '1') return launch<C, width, 8, 512, 4, 2>(p, counters, stream);
+      if (e && *e == '2') return launch<C, width, 16>(p, counters, stream);
+      if (e && *e == '3') return launch<C, width, 16, 512, 4, 2>(p, counters, stream);
+      if (e && *e == '4') return launch<C, width, 8, 512, 4, 2, false, false>(p, counters, stream);
+    }
     return launch<C, width, 8>(p, counters, stream);
   }
   if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16>(p, counters, stream);
