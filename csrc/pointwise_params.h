@@ -105,7 +105,7 @@ struct FusedLinearRows {
   const void* residual;  // (rows, out) residual_stride apart; nullptr: none
   int64_t residual_stride;
   bool swiglu;  // two parts of equal out
-  int early, trig; bool constant_weights;  // nothing that may still run writes the weights: they may be read before it has ended
+  bool constant_weights;  // nothing that may still run writes the weights: they may be read before it has ended
 };
 
 }  // namespace flash_xlstm

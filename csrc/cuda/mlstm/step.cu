@@ -3,21 +3,21 @@
 // The state c of a (row, head), dqk x dv, is cut into tiles of columns, one block each, so that h needs no sum across
 // blocks. Every block of a (row, head) works out the gates and the normalizer for itself, from the old n and m; so n
 // and m must not change before all of them have read them. The tiles of a (row, head) form a cluster: each block
-// arrives at the cluster's barrier once it has read n and m, and block 0 writes the new ones behind that barrier. Where
-// there are no clusters (before compute capability 9.0) a counter for each (row, head) takes the barrier's place: the
-// block that finds itself last writes.
+// arrives at the cluster's barrier once it has read n and m, and block 0 writes the new ones behind that barrier, while
+// its rows of c are still on their way. Where there are no clusters (before compute capability 9.0) a counter for each
+// (row, head) takes the barrier's place: the block that finds itself last writes.
 //
-// A block has 256 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that 256 / lanes rows are
-// under way at once; a thread loads up to `batch` rows before it uses the first (32 KiB a block in flight). The first
-// batch is issued before anything else is waited for. Sums over rows go through shuffles, then through shared memory,
-// in a fixed order.
+// A block has 256 or 512 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that threads / lanes
+// rows are under way at once; a thread loads up to 8 or 4 rows before it uses the first (32 KiB a block in flight). The
+// first rows are issued before anything else is waited for. Sums over rows go through shuffles, then through shared
+// memory, in a fixed order.
 //
-//   tiles            lanes  bytes of a row  blocks at 8 heads, dv 512, float32
-//   few (row, head)  8      128             16 for each: batch 1 fills 128 multiprocessors
-//   many             16     256             8 for each
-//   dv > 1024 x 4 B  32     512             dv / 128
+//   tiles            threads  lanes  bytes of a row  blocks at 8 heads, dv 512, float32
+//   few (row, head)  512*     8      128             16 for each: batch 1 fills 128 multiprocessors
+//   many             256      16     256             8 for each
+//   dv > 1024 x 4 B  256      32     512             dv / 128
+//   * 256 where c is bfloat16, which takes more registers
 #include <algorithm>
-#include <cstdlib>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -32,6 +32,7 @@ namespace {
 // Few enough (row, head) for 16 blocks each to be resident together.
 constexpr int64_t few_items = 96;
 constexpr int portable_cluster = 8, largest_cluster = 16;
+constexpr unsigned early_blocks = 400;  // about as many as run at once
 
 template <typename C, int width>
 struct alignas(sizeof(C) * width) Group {
@@ -94,8 +95,8 @@ __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row
   const auto fetch = [&](const void* at, int64_t bytes) {
     for (int64_t b = threadIdx.x * 128; b < bytes; b += threads * 128) prefetch_to_l2(static_cast<const char*>(at) + b);
   };
-  const auto fetch_row = [&](const Strided& t, int64_t size, int64_t item) {
-    fetch(static_cast<const char*>(t.data) + (row * t.batch + head * t.head) * item, size * item);
+  const auto fetch_row = [&](const Strided& t, int64_t size, int64_t bytes) {
+    fetch(static_cast<const char*>(t.data) + (row * t.batch + head * t.head) * bytes, size * bytes);
   };
   fetch(p.m + state, 4);
   fetch(p.n + state * p.dqk, p.dqk * 4);
@@ -105,10 +106,11 @@ __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row
 
 // tiles: columns' tiles of a (row, head), which `blocks` blocks (a cluster, if `clustered`) share. counters: one zero
 // for each (row, head), where not clustered and blocks > 1.
-template <typename C, int width, int lanes, int threads, int batch_rows, int resident, bool ahead, bool vectors>
+template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 __global__ void __launch_bounds__(threads, resident)
     step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters) {
   constexpr int warps = threads / 32;
+  constexpr bool few = lanes == 8;
   constexpr int groups = threads / lanes;  // rows under way
   constexpr int tile_columns = lanes * width;
   // 32 bits: a division in 64 is a long call.
@@ -121,13 +123,14 @@ __global__ void __launch_bounds__(threads, resident)
   const int dqk = static_cast<int>(p.dqk);
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
-  // The first batch; in vain if an earlier kernel is about to change the index.
+  let_next_kernel_start();
+  // The first batch, of blocks that may be early; in vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (guess >= 0 && guess < p.num_slots && column < p.dv) {
+  if (blockIdx.x < early_blocks && guess >= 0 && guess < p.num_slots && column < p.dv) {
     const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
     for (int r = group; r < min(dqk, batch_rows * groups); r += groups) prefetch_to_l2(first + r * p.dv);
+    if constexpr (few) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
   }
-  if (vectors && guess >= 0 && guess < p.num_slots) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
   wait_for_earlier_kernels();
 
   const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
@@ -142,16 +145,15 @@ __global__ void __launch_bounds__(threads, resident)
   C* c = static_cast<C*>(p.c) + state * p.dqk * p.dv;
   float* n = p.n + state * p.dqk;
 
-  using Batch = Group<C, width>[batch_rows];
-  Batch held;
-  const auto load_batch = [&](Batch& held, int first) {
+  Group<C, width> held[batch_rows];
+  const auto load_batch = [&](int first) {
 #pragma unroll
     for (int b = 0; b < batch_rows; ++b) {
       const int r = first + b * groups;
       if (r < dqk && column < p.dv) held[b] = load_state<C, width>(c + r * p.dv + column);
     }
   };
-  load_batch(held, group);
+  load_batch(group);
 
   const bool is_float = p.dtype == DType::float32, gates_are_float = p.gate_dtype == DType::float32;
   const auto read = [&](const Strided& from, int64_t x) {
@@ -176,25 +178,24 @@ __global__ void __launch_bounds__(threads, resident)
 
   extern __shared__ float shared[];
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
-  float* const n_new = k + dqk;
   __shared__ float part[warps];
   __shared__ float sums[warps][tile_columns];
   const float i = cap_gate(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
   const float carried = log_sigmoid(cap_gate(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
   const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
-  float s = 0.0f;
+  float s = 0.0f, n_first = 0.0f;  // the thread's first of the new n
   for (int x = threadIdx.x; x < dqk; x += threads) {
     q[x] = raw_to_float(q_next, p.dtype);
     k[x] = take != 0.0f ? take * raw_to_float(k_next, p.dtype) : 0.0f;
-    n_new[x] = keep * n_next + k[x];
-    s += q[x] * n_new[x];
+    const float updated = keep * n_next + k[x];
+    if (x == static_cast<int>(threadIdx.x)) n_first = updated;
+    s += q[x] * updated;
     load_next(x + threads);
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // behind it, this block has read n and m
-  let_next_kernel_start();
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll
@@ -204,7 +205,9 @@ __global__ void __launch_bounds__(threads, resident)
   const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
   const auto write_n_and_m = [&] {
     if (threadIdx.x == 0) p.m[state] = m;
-    for (int x = threadIdx.x; x < dqk; x += threads) n[x] = n_new[x];
+    for (int x = threadIdx.x; x < dqk; x += threads) {
+      n[x] = x == static_cast<int>(threadIdx.x) ? n_first : keep * n[x] + k[x];
+    }
   };
   if (clustered && block == 0) {  // while c is still on its way
     cluster_wait();
@@ -217,7 +220,8 @@ __global__ void __launch_bounds__(threads, resident)
     float v[width], acc[width] = {};
 #pragma unroll
     for (int x = 0; x < width; ++x) v[x] = take != 0.0f ? raw_to_float(v_raw[x], p.dtype) : 0.0f;
-    const auto use_batch = [&](const Batch& held, int first) {
+    for (int first = group; first < dqk; first += batch_rows * groups) {
+      if (tile != block || first != group) load_batch(first);
 #pragma unroll
       for (int b = 0; b < batch_rows; ++b) {
         const int r = first + b * groups;
@@ -231,22 +235,6 @@ __global__ void __launch_bounds__(threads, resident)
           updated.value[x] = from_float<C>(value);
         }
         store_state<C, width>(c + r * p.dv + column, updated);
-      }
-    };
-    constexpr int step = batch_rows * groups;
-    if (tile != block) load_batch(held, group);
-    if constexpr (ahead) {
-      for (int first = group; first < dqk; first += 2 * step) {
-        Batch next;
-        load_batch(next, first + step);
-        use_batch(held, first);
-        load_batch(held, first + 2 * step);
-        use_batch(next, first + step);
-      }
-    } else {
-      for (int first = group; first < dqk; first += step) {
-        if (first != group) load_batch(held, first);
-        use_batch(held, first);
       }
     }
     // A warp's rows first; then the warps'.
@@ -293,9 +281,9 @@ __global__ void __launch_bounds__(threads, resident)
 constexpr int max_devices = 64;
 
 // Whether the code that runs on this device knows clusters, and how large they may be: 1, 8 or 16.
-template <typename C, int width, int lanes, int threads, int batch_rows, int resident, bool ahead, bool vectors>
+template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 int cluster_limit(size_t shared_bytes) {
-  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident, ahead, vectors>;
+  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident>;
   static std::array<std::atomic<int>, max_devices> known{};
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return 1;
@@ -329,11 +317,11 @@ int cluster_limit(size_t shared_bytes) {
   return limit;
 }
 
-template <typename C, int width, int lanes, int threads = 256, int batch_rows = 8, int resident = width == 8 ? 2 : 3, bool ahead = false, bool vectors = true>
+template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int tile_columns = lanes * width;
-  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident, ahead, vectors>;
-  const size_t shared_bytes = 3 * sizeof(float) * p.dqk;
+  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident>;
+  const size_t shared_bytes = 2 * sizeof(float) * p.dqk;
   if (shared_bytes > 32 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -341,7 +329,7 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
   }
   const int64_t items = p.batch * p.heads;
   const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
-  const int limit = cluster_limit<C, width, lanes, threads, batch_rows, resident, ahead, vectors>(shared_bytes);
+  const int limit = cluster_limit<C, width, lanes, threads, batch_rows, resident>(shared_bytes);
   const bool clusters = limit > 1;
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, clusters ? limit : largest_cluster));
   if (!clusters && blocks > 1) {
@@ -356,18 +344,17 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
 template <typename C>
 cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int width = 16 / sizeof(C);
-  if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) return launch<C, 1, 32>(p, counters, stream);
-  if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
-    if constexpr (sizeof(C) == 4) { const char* e = getenv("FX_STEP");
-      if (e && *e == '1') return launch<C, width, 8, 512, 4, 2>(p, counters, stream);
-      if (e && *e == '2') return launch<C, width, 16>(p, counters, stream);
-      if (e && *e == '3') return launch<C, width, 16, 512, 4, 2>(p, counters, stream);
-      if (e && *e == '4') return launch<C, width, 8, 512, 4, 2, false, false>(p, counters, stream);
-    }
-    return launch<C, width, 8>(p, counters, stream);
+  // Blocks a multiprocessor: 80 registers a thread hold 8 rows of float32, bfloat16 ones take more.
+  constexpr int resident = width == 8 ? 2 : 3;
+  if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) {
+    return launch<C, 1, 32, 256, 8, 3>(p, counters, stream);
   }
-  if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16>(p, counters, stream);
-  return launch<C, width, 32>(p, counters, stream);
+  if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
+    return width == 8 ? launch<C, width, 8, 256, 8, 2>(p, counters, stream)
+                      : launch<C, width, 8, 512, 4, 2>(p, counters, stream);
+  }
+  if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16, 256, 8, resident>(p, counters, stream);
+  return launch<C, width, 32, 256, 8, resident>(p, counters, stream);
 }
 
 }  // namespace

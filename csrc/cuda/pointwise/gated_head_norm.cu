@@ -12,6 +12,7 @@ constexpr int tensors = 3;  // that the gradient reads: h, gate, dy
 template <typename L>
 __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
     gated_head_norm_kernel(const __grid_constant__ GatedHeadNorm p) {
+  let_next_kernel_start();
   wait_for_earlier_kernels();
   using T = typename L::T;
   constexpr int width = L::width;
@@ -40,7 +41,6 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
     for (int e = 0; e < width; ++e) sum[0] += h[e];
   }
   row_sums<L>(sum, buffer[0][group]);
-  let_next_kernel_start();  // not before: what it fetches would hold up what this one waits for
   const float mean = sum[0] / static_cast<float>(count);
 #pragma unroll
   for (int k = 0; k < L::packs; ++k) {

@@ -8,6 +8,7 @@ namespace {
 template <typename L>
 __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_threads == 512 ? 512 : 1024))
     rms_norm_kernel(const __grid_constant__ RmsNorm p) {
+  let_next_kernel_start();
   wait_for_earlier_kernels();
   using T = typename L::T;
   constexpr int width = L::width;
@@ -55,7 +56,6 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_th
     for (int e = 0; e < width; ++e) sums[0] += value[e] * value[e];
   }
   row_sums<L>(sums, buffer[group]);
-  let_next_kernel_start();  // not before: what it fetches would hold up what this one waits for
   const float inverse = rsqrtf(sums[0] / static_cast<float>(count) + p.eps);
 #pragma unroll
   for (int k = 0; k < L::packs; ++k) {

@@ -11,14 +11,12 @@
 // Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
 //   - Several products of one x are one launch: the tiles of all are dealt out.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a tile has rows of A and the same of B.
-//   - The launch may overlap the kernel before (dependent_launch.cuh): a block takes less than half of the shared
-//     memory, so that it can wait beside the last one's, its stages filled with the beginning of its share of W, where
-//     the caller has promised that nothing under way writes W (`constant_weights`). Without the promise W waits too;
-//     fetching it into the second-level cache meanwhile gained nothing.
+//   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found a multiprocessor begins to
+//     read W, where the caller has promised that nothing under way writes it (`constant_weights`). Without the promise
+//     W waits as x does; fetching it into the second-level cache meanwhile gained nothing.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/dependent_launch.cuh"
 #include "cuda/device.h"
@@ -36,8 +34,11 @@ constexpr int warp_k = 32, stage_k = k_groups * warp_k;  // of a warp, of a stag
 // A box: 64 of k, 128 bytes of a row, whose 16-byte pieces are swizzled.
 constexpr int box_k = 64, boxes = stage_k / box_k, row_bytes = box_k * 2;
 constexpr int most_stages = 16, largest_tile = 48;
-// Two blocks on a multiprocessor: this one, and the next kernel's that waits.
-constexpr int shared_limit = 113 * 1024;
+// More than half of a multiprocessor's, so that each has one block. With room for two, the blocks of the next launch
+// would come while this one's end, two where one has ended early and none elsewhere.
+constexpr int exclusive_bytes = 116 * 1024, shared_limit = 200 * 1024;
+// Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for.
+constexpr int early_stages = 6;
 
 // column_tiles: 8 rows of W each, of a warp.
 template <int row_tiles, int column_tiles>
@@ -48,8 +49,8 @@ struct Shape {
   static constexpr int stage_bytes = boxes * box_bytes;
   static constexpr int sums_stride = tile + 8;  // 8 banks on from row to row
   static constexpr int sums_bytes = k_groups * x_rows * sums_stride * 4;
-  static int stages_in(int limit) { return std::min<int>(most_stages, (limit - sums_bytes - 1280) / stage_bytes); }
-  static int shared_bytes(int stages) { return stages * stage_bytes + sums_bytes + 1024; }  // to align
+  static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 1024) / stage_bytes);
+  static constexpr int shared_bytes = std::max(exclusive_bytes, stages * stage_bytes + sums_bytes + 1024);  // to align
 };
 
 struct Maps {
@@ -84,20 +85,20 @@ struct Tile {
 };
 
 template <int row_tiles, int column_tiles>
-__global__ void __launch_bounds__(threads, 2)
+__global__ void __launch_bounds__(threads, 1)
     linear_rows_kernel(const __grid_constant__ FusedLinearRows p, const __grid_constant__ Maps maps, const int tiles,
-                       const int columns, const int stages) {
+                       const int columns) {
   using S = Shape<row_tiles, column_tiles>;
   extern __shared__ uint8_t unaligned[];
   uint8_t* const ring = unaligned + ptx::bytes_to_align<1024>(unaligned);
-  float* const sums = reinterpret_cast<float*>(ring + stages * S::stage_bytes);
-  __shared__ uint64_t full[most_stages], empty[most_stages];
+  float* const sums = reinterpret_cast<float*>(ring + S::stages * S::stage_bytes);
+  __shared__ uint64_t full[S::stages], empty[S::stages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int in = static_cast<int>(p.in), rows = static_cast<int>(p.rows), blocks = static_cast<int>(gridDim.x);
 
-  if (p.trig == 0) let_next_kernel_start();
+  let_next_kernel_start();
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < stages; ++stage) {
+    for (int stage = 0; stage < S::stages; ++stage) {
       ptx::mbarrier_init(full + stage, 1);
       ptx::mbarrier_init(empty + stage, consumers);
     }
@@ -133,24 +134,22 @@ __global__ void __launch_bounds__(threads, 2)
     };
     if (!p.constant_weights) wait_for_earlier_kernels();
     const Tile first(p, blockIdx.x, columns);
-    const int ahead = min(stages, pieces);
-    const int early = min(ahead, p.early);
+    const int ahead = min(S::stages, pieces);
+    const int early = min(ahead, early_stages);
     for (int piece = 0; piece < early; ++piece) load_weights(first, piece, piece);
     if (p.constant_weights) wait_for_earlier_kernels();
     for (int piece = early; piece < ahead; ++piece) load_weights(first, piece, piece);
     for (int piece = 0; piece < ahead; ++piece) load_x(piece, piece);
-    int stage = ahead % stages, parity = ahead == stages ? 0 : 1, piece = ahead;
+    int stage = ahead % S::stages, parity = ahead == S::stages ? 0 : 1, piece = ahead;
     for (int t = blockIdx.x; t < tiles; t += blocks, piece = 0) {
       const Tile tile(p, t, columns);
       for (; piece < pieces; ++piece) {
         ptx::mbarrier_wait(empty + stage, parity);
         load_weights(tile, piece, stage);
         load_x(piece, stage);
-        if (++stage == stages) stage = 0, parity ^= 1;
-        if (p.trig == 2 && t + blocks >= tiles && piece == max(0, pieces - 24)) let_next_kernel_start();
+        if (++stage == S::stages) stage = 0, parity ^= 1;
       }
     }
-    if (p.trig == 1) let_next_kernel_start();
     return;
   }
 
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(threads, 2)
       }
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(empty + stage);
-      if (++stage == stages) stage = 0, parity ^= 1;
+      if (++stage == S::stages) stage = 0, parity ^= 1;
     }
 
     ptx::named_barrier(1, consumer_threads);  // the last tile's sums have been read
@@ -247,9 +246,7 @@ template <int row_tiles, int column_tiles>
 cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stream) {
   using S = Shape<row_tiles, column_tiles>;
   const auto kernel = linear_rows_kernel<row_tiles, column_tiles>;
-  int limit = shared_limit; if (const char* e = getenv("FX_SM")) limit = atoi(e) * 1024;
-  const int stages = S::stages_in(limit), bytes = limit > shared_limit ? std::max(S::shared_bytes(stages), 120 * 1024) : S::shared_bytes(stages);
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
   if (status != cudaSuccess) return status;
   Maps maps;
   const auto map = [&](CUtensorMap& to, const void* data, int64_t count, int64_t stride, int box) {
@@ -261,8 +258,8 @@ cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stre
     if (p.part[part].out > 0) status = map(maps.weight[part], p.part[part].weight, p.part[part].out, p.in, plan.columns);
   }
   if (status != cudaSuccess) return status;
-  return launch_early(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), bytes, 1, stream, p,
-                      maps, plan.tiles, plan.columns, stages);
+  return launch_early(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), S::shared_bytes, 1, stream, p,
+                      maps, plan.tiles, plan.columns);
 }
 
 template <int row_tiles>
@@ -276,9 +273,9 @@ cudaError_t launch_for(const FusedLinearRows& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool serves(const FusedLinearRows&) { if (const char* e = getenv("FX_LIN"); e && *e == '0') return false; return device_is_hopper() && encode_function() != nullptr; }
+bool serves(const FusedLinearRows&) { return device_is_hopper() && encode_function() != nullptr; }
 
-cudaError_t fused_linear_rows(const FusedLinearRows& q, cudaStream_t stream) { FusedLinearRows p = q; p.early = 100; p.trig = 0; if (const char* e = getenv("FX_TRIG")) p.trig = atoi(e); if (const char* e = getenv("FX_CONST"); e && *e == '0') p.constant_weights = false; if (const char* e = getenv("FX_AHEAD")) p.early = atoi(e);
+cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
   return p.rows <= 8 ? launch_for<1>(p, stream) : launch_for<2>(p, stream);
 }
 
