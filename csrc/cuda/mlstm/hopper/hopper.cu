@@ -166,6 +166,13 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   const uint64_t block_rows = static_cast<uint64_t>(w.blocks_k) * w.blocks_v * box;
   RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items}, {box * 2, block_rows * box * 2}, {box, box, 1},
                              CU_TENSOR_MAP_SWIZZLE_NONE));
+  if (has_small_tiles(p)) {
+    const auto encode_logs = [&](CUtensorMap& map, const float2* logs) {
+      return encode<3>(map, logs, {256, 2, items}, {512, 1024}, {256, 2, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+    };
+    RETURN_IF_FAILED(encode_logs(maps.alpha, w.alpha));
+    RETURN_IF_FAILED(encode_logs(maps.beta, w.beta));
+  }
   if (w.n_parts != nullptr) {
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
     RETURN_IF_FAILED(

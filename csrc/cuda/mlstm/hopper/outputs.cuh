@@ -70,8 +70,17 @@ constexpr int output_threads = (consumer_warps + 4) * 32;
 constexpr int ab_bytes = 2 * box_bytes;
 constexpr unsigned all_lanes = 0xffffffffu;
 
+// One tile of an output: a chunk of one head by tile_n columns.
+struct Tile {
+  int row, first, length;  // the chunk's row of the batch, first token, tokens
+  int item, head, index;   // index: of the column tile
+  bool has_state;          // else it is all zeros: nothing of it is read
+};
+
 template <Output output, int tile_n>
 struct OutputShared {
+  static constexpr bool is_small = false;
+  static constexpr int blocks_per_processor = 1, consumer_registers = 240;
   static constexpr bool is_h = output == Output::h, is_dq = output == Output::dq;
   static constexpr int stage_bytes = ab_bytes + (tile_n == 64 ? 2 : tile_n / box) * box_bytes;
   static constexpr int n_bytes = 8 * box * 2;
@@ -87,6 +96,21 @@ struct OutputShared {
   float2 col_log[2][chunk_tokens];  // beta, or alpha
   float col_inv_d[2][is_h || is_dq ? 1 : chunk_tokens], col_delta[2][is_h || is_dq ? 1 : chunk_tokens];
   float n[2][is_h ? 2 : tile_n];
+  uint64_t full[num_stages], empty[num_stages];
+};
+
+// Small tiles: two blocks a multiprocessor. A stage holds one operand: a panel of A, one of B, S with the gates beside
+// it, or all of Z.
+template <Output output>
+struct SmallShared {
+  static constexpr bool is_small = true;  // dqk and dv are one panel each
+  static constexpr int blocks_per_processor = 2, consumer_registers = 104;
+  static constexpr int stage_bytes = ab_bytes, num_stages = 6;
+  static constexpr int n_bytes = 8 * box * 2, log_bytes = chunk_tokens * sizeof(float2);
+  static constexpr int n_at = box_bytes, alpha_at = n_at + n_bytes, beta_at = alpha_at + log_bytes;
+  alignas(1024) unsigned char stage[num_stages][stage_bytes];
+  alignas(16) unsigned char own[consumer_warps][1024];  // each warp's own: rows on their way out
+  Tile tile[num_stages];                                // the one that begins in a stage
   uint64_t full[num_stages], empty[num_stages];
 };
 
@@ -134,13 +158,6 @@ struct Roles {
   __device__ static bool reaches_both(int group) { return group == (rows_are_t ? 1 : 0); }
 };
 
-// One tile of an output: a chunk of one head by tile_n columns.
-struct Tile {
-  int row, first, length;  // the chunk's row of the batch, first token, tokens
-  int item, head, index;   // index: of the column tile
-  bool has_state;          // else it is all zeros: nothing of it is read
-};
-
 // Where the ring stands; producer and consumers walk it alike.
 template <int num_stages>
 struct RingState {
@@ -160,6 +177,19 @@ __device__ __forceinline__ int state_tile(const OutputArgs& args, const Tile& ti
   return x == count - 1 ? tile.index : index < args.tiles ? index : index - args.tiles;
 }
 
+template <Output output>
+__device__ __forceinline__ const CUtensorMap& a_of(const Maps& maps) {
+  return output == Output::h ? maps.q : output == Output::dq ? maps.dh : output == Output::dk ? maps.v : maps.k;
+}
+template <Output output>
+__device__ __forceinline__ const CUtensorMap& b_of(const Maps& maps) {
+  return output == Output::h ? maps.k : output == Output::dq ? maps.v : output == Output::dk ? maps.dh : maps.q;
+}
+template <Output output>
+__device__ __forceinline__ const CUtensorMap& z_of(const Maps& maps) {
+  return output == Output::h ? maps.v : output == Output::dq ? maps.k : output == Output::dk ? maps.q : maps.dh;
+}
+
 template <Output output, int tile_n, typename Shared>
 __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                         const Tile& tile) {
@@ -177,18 +207,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     ptx::tma_load(to, &map, full, col, head, token, row);
     ptx::tma_load(to + box_bytes, &map, full, col, head, token + box, row);
   };
-  const CUtensorMap& a = output == Output::h    ? maps.q
-                         : output == Output::dq ? maps.dh
-                         : output == Output::dk ? maps.v
-                                                : maps.k;
-  const CUtensorMap& b = output == Output::h    ? maps.k
-                         : output == Output::dq ? maps.v
-                         : output == Output::dk ? maps.dh
-                                                : maps.q;
-  const CUtensorMap& z = output == Output::h    ? maps.v
-                         : output == Output::dq ? maps.k
-                         : output == Output::dk ? maps.q
-                                                : maps.dh;
+  const CUtensorMap &a = a_of<output>(maps), &b = b_of<output>(maps), &z = z_of<output>(maps);
   constexpr int boxes_n = tile_n / box;
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
   const auto load_ab = [&](const CUtensorMap& left, const CUtensorMap& right, int64_t width) {
@@ -245,6 +264,42 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     }
     ring.advance();
   }
+}
+
+// The same for a small tile, which goes along with A, so that consumers need not work it out; the gates go with S.
+template <Output output, typename Shared>
+__device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
+                                              const Tile& tile) {
+  const Maps& maps = args.maps;
+  const auto begin_stage = [&](int bytes) {
+    ptx::mbarrier_arrive_expect(&sh.full[ring.stage], bytes);
+    return sh.stage[ring.stage];
+  };
+  const auto wait_for_stage = [&] { ptx::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1); };
+  const auto load_panel = [&](const CUtensorMap& map) {  // 128 tokens x 64
+    unsigned char* to = begin_stage(ab_bytes);
+    uint64_t* full = &sh.full[ring.stage];
+    ptx::tma_load(to, &map, full, 0, tile.head, tile.first, tile.row);
+    ptx::tma_load(to + box_bytes, &map, full, 0, tile.head, tile.first + box, tile.row);
+    ring.advance();
+  };
+  wait_for_stage();
+  sh.tile[ring.stage] = tile;
+  load_panel(a_of<output>(maps));
+  wait_for_stage();
+  load_panel(b_of<output>(maps));
+  wait_for_stage();
+  unsigned char* to = begin_stage(2 * Shared::log_bytes + (tile.has_state ? box_bytes + Shared::n_bytes : 0));
+  uint64_t* full = &sh.full[ring.stage];
+  ptx::tma_load(to + Shared::alpha_at, &maps.alpha, full, 0, 0, tile.item);
+  ptx::tma_load(to + Shared::beta_at, &maps.beta, full, 0, 0, tile.item);
+  if (tile.has_state) {
+    ptx::tma_load(to, &maps.c, full, 0, 0, tile.item);
+    ptx::tma_load(to + Shared::n_at, &maps.n_parts, full, 0, 0, tile.item);
+  }
+  ring.advance();
+  wait_for_stage();
+  load_panel(z_of<output>(maps));
 }
 
 // Makes those elements of the warp's 16 written rows (from `first_row` on) that are not finite once more, one by one in
@@ -365,6 +420,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   using R = Roles<output>;
   constexpr bool gate_sums = R::gate_sums, is_h = output == Output::h, is_dq = output == Output::dq;
   constexpr bool is_dk = output == Output::dk, is_dv = output == Output::dv, is_half = std::is_same_v<T, half>;
+  constexpr bool is_small = Shared::is_small;
   const Work& w = args.w;
   const Layout& l = w.layout;
   const int thread = threadIdx.x, group = thread / 128, warp = thread / 32, lane = thread % 32;
@@ -373,16 +429,20 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int col0 = tile.index * tile_n;
   const int columns = static_cast<int>(R::inner_is_dqk ? w.p.dv : w.p.dqk);
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
-  const bool reaches_both = R::reaches_both(group);
+  // Small: known to be the same for a warp's lanes; the products behind a branch that may not be are serialized.
+  const bool reaches_both = R::reaches_both(is_small ? __shfl_sync(all_lanes, group, 0) : group);
   const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
   const int diagonal = group * box, full = box - diagonal;  // first columns of the blocks
 
-  // The gates, on their way; used after the first products.
-  const float2 row_log[2] = {(R::rows_are_t ? w.alpha : w.beta)[at + rows[0]],
-                             (R::rows_are_t ? w.alpha : w.beta)[at + rows[1]]};
+  // The gates, on their way; used after the first products. Small tiles: most of them come through the ring.
+  float2 row_log[2] = {}, col_log{};
+  if constexpr (!is_small) {
+    row_log[0] = (R::rows_are_t ? w.alpha : w.beta)[at + rows[0]];
+    row_log[1] = (R::rows_are_t ? w.alpha : w.beta)[at + rows[1]];
+  }
   const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
   const float state_log = is_half ? (R::rows_are_t ? w.state_log : w.grad_log)[tile.item] : 0.0f;
-  const float2 col_log = (R::rows_are_t ? w.beta : w.alpha)[at + thread % 128];
+  if constexpr (!is_small) col_log = (R::rows_are_t ? w.beta : w.alpha)[at + thread % 128];
   float inv_d_of_col = 0.0f, delta_of_col = 0.0f, n_of_col[2] = {0.0f, 0.0f};
   if constexpr (is_dk || is_dv) inv_d_of_col = w.p.scale * w.inv_d[at + thread % 128];
   if constexpr (is_dk) delta_of_col = w.p.scale * w.delta[at + thread % 128];
@@ -393,9 +453,11 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       if (c < tile_n && col0 + c < columns) n_of_col[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
+  const float2* col_logs = nullptr;  // of the columns' tokens, in shared memory
+  if constexpr (!is_small) col_logs = sh.col_log[group];
   const auto share_gates = [&] {
     ptx::named_barrier(1 + group, 128);  // the last tile's have been read
-    sh.col_log[group][thread % 128] = col_log;
+    if constexpr (!is_small) sh.col_log[group][thread % 128] = col_log;
     if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
     if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
     if constexpr (gate_sums) {
@@ -409,7 +471,18 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
   const auto m_at = [&](int64_t token) { return args.m == nullptr ? 0.0f : args.m[token]; };
-  const auto token_index = [&](int row) { return (tile.row * l.seq + tile.first + row) * l.heads + tile.head; };
+  float m_of_row[2] = {0.0f, 0.0f};  // small tiles: on its way early
+  const int64_t first_token = (tile.row * l.seq + tile.first) * l.heads + tile.head;
+  const auto token_index = [&](int row) -> int64_t {
+    if constexpr (is_small) return first_token + row * static_cast<int>(l.heads);  // fewer registers and instructions
+    return (tile.row * l.seq + tile.first + row) * l.heads + tile.head;
+  };
+  if constexpr (is_small && is_h) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (rows[r] < tile.length) m_of_row[r] = m_at(token_index(rows[r]));
+    }
+  }
   const auto stage_address = [&](int s) { return ptx::shared_address(sh.stage[s]); };
   const auto release = [&](int s) {
     __syncwarp();
@@ -435,8 +508,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (width > 0) release(last);
   };
   // T, or q k^T, over the 64 columns from `begin` on.
-  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage) {
-    const uint32_t right = stage + ab_bytes + begin / box * box_bytes;
+  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage, uint32_t stage_b) {
+    const uint32_t right = stage_b + begin / box * box_bytes;
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
       ptx::Wgmma<T, 64>::template a_shared<false>(to, ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32),
@@ -449,11 +522,18 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
     for (int x = 0; x < 32; ++x) to0[x] = to1[x] = 0.0f;
     for_panels(static_cast<int>(width), [&](uint32_t stage) {
-      block_product(to0, diagonal, stage);
-      block_product(to1, full, stage);
+      block_product(to0, diagonal, stage, stage + ab_bytes);
+      block_product(to1, full, stage, stage + ab_bytes);
     });
     ptx::hold(to0);
     ptx::hold(to1);
+  };
+  // Waits for the next stage and passes it.
+  const auto take_stage = [&] {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(&sh.full[stage], ring.parity);
+    ring.advance();
+    return stage;
   };
 
   // Where the diagonal block's columns end for this thread: pair c's first column is at c * 8 beyond it, row - column.
@@ -466,7 +546,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const auto for_decays = [&](int begin, auto&& f) {
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const float4 logs = *reinterpret_cast<const float4*>(&sh.col_log[group][begin + c * 8 + pos * 2]);
+      const float4 logs = *reinterpret_cast<const float4*>(col_logs + begin + c * 8 + pos * 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -478,10 +558,12 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
   };
 
+  [[maybe_unused]] uint32_t p_diagonal[4][4], p_full[4][4];  // small tiles: P
   float inv_d[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};  // dq
   float row_sum[2] = {0.0f, 0.0f}, row_inside[2] = {0.0f, 0.0f};
   float* const own_weights = reinterpret_cast<float*>(sh.own[warp]) + lane;  // dq
-  float* const own_full_weights = reinterpret_cast<float*>(sh.own_full[warp % 4]) + lane;
+  float* own_full_weights = nullptr;
+  if constexpr (!is_small) own_full_weights = reinterpret_cast<float*>(sh.own_full[warp % 4]) + lane;
   float* const own_full_t = own_full_weights + 1024;
   // T, of which t(x) is an element, becomes P in place.
   const auto weigh = [&](auto&& t, int begin, auto masked) {
@@ -569,7 +651,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
         } else {
           ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
         }
-        if constexpr (is_h) {
+        if constexpr (is_h && !is_small) {
           ptx::Wgmma<T, 8>::template a_shared<false>(
               q_n, a, ptx::wgmma_descriptor(ptx::shared_address(sh.n_parts[ring.stage]) + kk * 32), true);
         }
@@ -604,11 +686,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int64_t shares_stride = l.max_chunks * l.heads * chunk_tokens;
   // Of the rows' tokens: how far the state reaches.
   float state_factor[2];
+  const auto set_state_factor = [&] {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    state_factor[r] =
-        R::rows_are_t ? fast_exp2(log_sum(row_log[r], m_start)) : fast_exp2(log_difference(alpha_last, row_log[r]));
-  }
+    for (int r = 0; r < 2; ++r) {
+      state_factor[r] =
+          R::rows_are_t ? fast_exp2(log_sum(row_log[r], m_start)) : fast_exp2(log_difference(alpha_last, row_log[r]));
+    }
+  };
+  if constexpr (!is_small) set_state_factor();
   const float state_up = is_half ? fast_exp2(state_log) : 1.0f;
   float across[2] = {0.0f, 0.0f};
 
@@ -685,17 +770,72 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
+  } else if constexpr (is_small) {
+    const int stage_a = take_stage(), stage_b = take_stage();
+    const auto make_t = [&](int begin) {
+#pragma unroll
+      for (int x = 0; x < 32; ++x) tile_t[x] = 0.0f;
+      ptx::wgmma_fence();
+      block_product(tile_t, begin, stage_address(stage_a), stage_address(stage_b));
+      ptx::wgmma_commit();
+    };
+    make_t(diagonal);
+    const int stage_s = take_stage();
+    const auto logs_at = [&](int offset) { return reinterpret_cast<const float2*>(sh.stage[stage_s] + offset); };
+    const float2* const row_logs = logs_at(R::rows_are_t ? Shared::alpha_at : Shared::beta_at);
+    col_logs = logs_at(R::rows_are_t ? Shared::beta_at : Shared::alpha_at);
+    row_log[0] = row_logs[rows[0]], row_log[1] = row_logs[rows[1]];
+    set_state_factor();
+    ptx::wgmma_wait<0>();
+    ptx::hold(tile_t);
+    weigh(of_diagonal, diagonal, std::true_type{});
+    fragments(p_diagonal, of_diagonal);
+    // Both groups make the full block's products, though only one needs them: see product_both.
+    make_t(full);
+#pragma unroll
+    for (int x = 0; x < 16; ++x) p_full[x / 4][x % 4] = 0u;
+    ptx::wgmma_wait<0>();
+    ptx::hold(tile_t);
+    release(stage_b);
+    if (reaches_both) {
+      weigh(of_diagonal, full, std::false_type{});
+      fragments(p_full, of_diagonal);
+    }
+
+#pragma unroll
+    for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
+    q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
+#pragma unroll 1
+    for (int k = 0; k < (tile.has_state ? 1 : 0); ++k) {  // a branch the compiler would make of it serializes products
+      const uint32_t s = stage_address(stage_s);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < box / 16; ++kk) {
+        const uint64_t a = ptx::wgmma_descriptor(stage_address(stage_a) + group * box_bytes + kk * 32);
+        ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
+        ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::wgmma_descriptor(s + Shared::n_at + kk * 32), true);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+    }
+    ptx::hold(out);
+    ptx::hold(q_n);
+    release(stage_a);
+    release(stage_s);
   } else {
     product_both(tile_t, second, inner);
     share_gates();
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
   }
-  scale_rows(of_diagonal, of_full);
   // For want of registers P waits in shared memory for the state's product, which dq has had before.
-  uint4* const own_p = reinterpret_cast<uint4*>(sh.own[warp]) + lane;
-  uint4* const own_full_p = reinterpret_cast<uint4*>(sh.own_full[warp % 4]) + lane;
-  if constexpr (!is_dq) {
+  uint4 *own_p = nullptr, *own_full_p = nullptr;
+  if constexpr (!is_small) {
+    scale_rows(of_diagonal, of_full);
+    own_p = reinterpret_cast<uint4*>(sh.own[warp]) + lane;
+    own_full_p = reinterpret_cast<uint4*>(sh.own_full[warp % 4]) + lane;
+  }
+  if constexpr (!is_dq && !is_small) {
     uint32_t p[4][4];
     fragments(p, of_diagonal);
 #pragma unroll
@@ -717,7 +857,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     const float of_n = (is_dq ? state_factor[r] * delta[r] : state_factor[r]) * down[r];
 #pragma unroll
     for (int c = 0; c < tile_n / 8; ++c) {
-      const float2 n = gate_sums ? pair_at(sh.n[group], c * 8 + pos * 2) : float2{};
+      float2 n{};
+      if constexpr (gate_sums) n = pair_at(sh.n[group], c * 8 + pos * 2);
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
         float& x = out[c * 4 + r * 2 + y];
@@ -738,7 +879,25 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
   }
 
-  {  // P Z
+  if constexpr (is_small) {  // P Z
+    const int stage_z = take_stage();
+    const auto add_product = [&](const uint32_t (&p)[4][4], int begin) {
+#pragma unroll
+      for (int kk = 0; kk < box / 16; ++kk) {
+        ptx::Wgmma<T, tile_n>::template a_registers<true>(
+            out, p[kk], ptx::wgmma_descriptor(stage_address(stage_z) + begin / box * box_bytes + kk * 2048, box_bytes),
+            true);
+      }
+    };
+    ptx::hold(out);
+    ptx::wgmma_fence();
+    add_product(p_diagonal, diagonal);
+    add_product(p_full, reaches_both ? full : diagonal);  // zeros times what the rows depend on anyway
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    release(stage_z);
+  } else {
     const int first = ring.stage, first_parity = ring.parity;
     ring.advance();
     const int last = ring.stage, last_parity = ring.parity;
@@ -782,7 +941,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       factor[r] *= w.p.scale;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        factor[r] *= Normalizer(s, m_at(token), w.p.eps, w.p.normalize).inverse;
+        factor[r] *= Normalizer(s, is_small ? m_of_row[r] : m_at(token), w.p.eps, w.p.normalize).inverse;
         if (tile.index == 0 && pos == 0 && args.s_out != nullptr) args.s_out[token] = s;
       }
     }
@@ -807,22 +966,28 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (tile.index == 0) w.k_dk[(w.dk_tiles + block) * shares_stride + at + token] = w.p.scale * sum;
   }
 
-  // Rows go out through shared memory, 16 rows x 64 columns a warp at a time, 16 bytes a lane.
-  T* to[4];  // of the rows that this lane writes to; null where there is none
+  unsigned char* const part = sh.own[warp];
+  // Rows go out through shared memory, 16 rows x 64 columns (small tiles: 32) a warp at a time, 16 bytes a lane.
+  constexpr int part_cols = is_small ? box / 2 : box, lanes_a_row = part_cols / 8, rows_a_store = 32 / lanes_a_row;
+  constexpr int stores = 16 / rows_a_store;
+  T* to[stores];  // of the rows that this lane writes to; null where there is none
 #pragma unroll
-  for (int y = 0; y < 4; ++y) {
-    const int row = group * 64 + (warp % 4) * 16 + y * 4 + lane / 8;
-    to[y] = static_cast<T*>(is_dv ? args.dv : args.out) + token_index(row) * columns + col0 + lane % 8 * 8;
+  for (int y = 0; y < stores; ++y) {
+    const int row = group * 64 + (warp % 4) * 16 + y * rows_a_store + lane / lanes_a_row;
+    to[y] = static_cast<T*>(is_dv ? args.dv : args.out) + token_index(row) * columns + col0 + lane % lanes_a_row * 8;
     if (row >= tile.length) to[y] = nullptr;
   }
-  unsigned char* const part = sh.own[warp];
+  // Neighbouring rows' chunks of 16 bytes at different banks.
+  const auto part_at = [&](int row, int chunk16) {
+    return part + row * part_cols * 2 + (chunk16 ^ (is_small ? row / 2 % 4 : row % 8)) * 16;
+  };
   uint32_t odd = 0;
 #pragma unroll
-  for (int x = 0; x < tile_n / box; ++x) {
+  for (int x = 0; x < tile_n / part_cols; ++x) {
     __syncwarp();
 #pragma unroll
-    for (int y = 0; y < 4; ++y) {
-      const int i = (x * 4 + y) * 8;
+    for (int y = 0; y < part_cols / 16; ++y) {
+      const int i = (x * (part_cols / 16) + y) * 8;
       const int row = lane % 16, chunk16 = y * 2 + lane / 16;
       uint32_t two[4];
 #pragma unroll
@@ -830,15 +995,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
         two[z] = pack<T>(out[i + z * 2] * factor[z % 2], out[i + z * 2 + 1] * factor[z % 2]);
         note_odd<T>(odd, two[z]);
       }
-      ptx::stmatrix_x4(part + row * 128 + (chunk16 ^ (row % 8)) * 16, two[0], two[1], two[2], two[3]);
+      ptx::stmatrix_x4(part_at(row, chunk16), two[0], two[1], two[2], two[3]);
     }
     __syncwarp();
 #pragma unroll
-    for (int y = 0; y < 4; ++y) {
-      const int row = y * 4 + lane / 8, chunk16 = lane % 8;
-      if (to[y] != nullptr && col0 + x * box + chunk16 * 8 < columns) {
-        __stcs(reinterpret_cast<uint4*>(to[y] + x * box),
-               *reinterpret_cast<const uint4*>(part + row * 128 + (chunk16 ^ (row % 8)) * 16));
+    for (int y = 0; y < stores; ++y) {
+      const int row = y * rows_a_store + lane / lanes_a_row, chunk16 = lane % lanes_a_row;
+      if (to[y] != nullptr && col0 + x * part_cols + chunk16 * 8 < columns) {
+        __stcs(reinterpret_cast<uint4*>(to[y] + x * part_cols), *reinterpret_cast<const uint4*>(part_at(row, chunk16)));
       }
     }
   }
@@ -850,13 +1014,17 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 }
 
 // What a kernel makes: one output, or dk and dv together, whose tiles of one chunk share much of what they read.
-template <Output output, int tile_n, typename T>
+template <Output output, int tile_n, typename T, bool is_small = false>
 struct One {
-  using Shared = OutputShared<output, tile_n>;
+  using Shared = std::conditional_t<is_small, SmallShared<output>, OutputShared<output, tile_n>>;
   static constexpr bool rows_are_t = Roles<output>::rows_are_t;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
-    produce<output, tile_n>(args, sh, ring, tile);
+    if constexpr (is_small) {
+      produce_small<output>(args, sh, ring, tile);
+    } else {
+      produce<output, tile_n>(args, sh, ring, tile);
+    }
   }
   __device__ static void consume_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
@@ -888,7 +1056,8 @@ struct DkAndDv {
 };
 
 template <typename Makes>
-__global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid_constant__ OutputArgs args) {
+__global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_processor)
+    outputs_kernel(const __grid_constant__ OutputArgs args) {
   using Shared = typename Makes::Shared;
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
@@ -931,8 +1100,19 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
     if (threadIdx.x != consumer_warps * 32) return;
     for_tiles([&](const Tile& tile) { Makes::produce_tile(args, sh, ring, tile); });
   } else {
-    ptx::more_registers<240>();
-    for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
+    ptx::more_registers<Shared::consumer_registers>();
+    if constexpr (Shared::is_small) {
+      const int64_t chunks = l.first_chunk == nullptr ? l.max_chunks : l.first_chunk[l.num_seqs];
+      const int count = static_cast<int>(chunks * l.heads) * args.tiles_of_both;
+      for (int index = blockIdx.x; index < count; index += gridDim.x) {
+        ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
+        Tile tile = sh.tile[ring.stage];
+        tile.has_state = __shfl_sync(all_lanes, static_cast<int>(tile.has_state), 0) != 0;  // the same for all, so one
+        Makes::consume_tile(args, sh, ring, tile);
+      }
+    } else {
+      for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
+    }
   }
 }
 
