@@ -55,10 +55,12 @@ struct StateArgs {
 
 template <int groups, int tile_dv, typename T>
 struct StateShared {
-  // Small states: the length of a step bounds a walk, not what it moves. So a step waits for less, for which larger
-  // states lack the registers.
+  // Small states: the length of a step bounds a walk, not what it moves. So several blocks share a multiprocessor where
+  // they fit, and a step waits for less, for which larger states lack the registers.
   static constexpr bool is_small = tile_dv <= 128;
   static constexpr int num_stages = is_small && groups == 2 ? 4 : 3;
+  static constexpr int blocks_per_processor = groups == 1 && is_small ? (tile_dv == 64 ? 3 : 2) : 1;
+  static constexpr int consumer_registers = groups == 2 ? 240 : blocks_per_processor == 3 ? 136 : 232;
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
     T x[groups][box * box];   // 64 tokens x 64 dqk, one box for each warpgroup
@@ -75,7 +77,8 @@ struct StateShared {
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 
 template <int groups, int tile_dv, bool backward, typename T>
-__global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __grid_constant__ StateArgs args) {
+__global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_dv, T>::blocks_per_processor))
+    states_kernel(const __grid_constant__ StateArgs args) {
   using Shared = StateShared<groups, tile_dv, T>;
   constexpr bool is_half = std::is_same_v<T, half>, is_small = Shared::is_small;
   constexpr int least_exponent = -100;  // float16: of the scale of a state without weights
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     return;
   }
 
-  ptx::more_registers<groups == 2 ? 240 : 232>();
+  ptx::more_registers<Shared::consumer_registers>();
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int group_row0 = row0 + group * box;
   const int quad = lane / 4, pos = lane % 4;
@@ -587,8 +590,10 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   constexpr int64_t least_chunks = 8, most = 32;  // of a segment; of a sequence
   const int groups = consumer_groups(p.dqk);
   const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
+  // The smallest states' blocks share multiprocessors. More of them would gain less than walking twice costs.
+  const int64_t room = groups == 1 && column_tile(p.dv) == box ? processors * 3 / 2 : processors;
   const int64_t count =
-      std::min({processors / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
+      std::min({room / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
   if (count < 2) return {1, 0, 0};
   const int64_t shares = 2 * count * blocks * groups;
   return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};
