@@ -421,6 +421,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   constexpr bool gate_sums = R::gate_sums, is_h = output == Output::h, is_dq = output == Output::dq;
   constexpr bool is_dk = output == Output::dk, is_dv = output == Output::dv, is_half = std::is_same_v<T, half>;
   constexpr bool is_small = Shared::is_small;
+  // Registers suffice to have what is read from memory on its way early, and nothing made of it before a product.
+  constexpr bool reads_early = tile_n <= 128;
   const Work& w = args.w;
   const Layout& l = w.layout;
   const int thread = threadIdx.x, group = thread / 128, warp = thread / 32, lane = thread % 32;
@@ -471,16 +473,17 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
   const auto m_at = [&](int64_t token) { return args.m == nullptr ? 0.0f : args.m[token]; };
-  float m_of_row[2] = {0.0f, 0.0f};  // small tiles: on its way early
+  float m_of_row[2] = {0.0f, 0.0f}, s_of_row[2] = {0.0f, 0.0f};
   const int64_t first_token = (tile.row * l.seq + tile.first) * l.heads + tile.head;
   const auto token_index = [&](int row) -> int64_t {
     if constexpr (is_small) return first_token + row * static_cast<int>(l.heads);  // fewer registers and instructions
     return (tile.row * l.seq + tile.first + row) * l.heads + tile.head;
   };
-  if constexpr (is_small && is_h) {
+  if constexpr (reads_early && (is_h || is_dq)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (rows[r] < tile.length) m_of_row[r] = m_at(token_index(rows[r]));
+      if (is_dq && args.s != nullptr && rows[r] < tile.length) s_of_row[r] = args.s[token_index(rows[r])];
     }
   }
   const auto stage_address = [&](int s) { return ptx::shared_address(sh.stage[s]); };
@@ -693,17 +696,18 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
           R::rows_are_t ? fast_exp2(log_sum(row_log[r], m_start)) : fast_exp2(log_difference(alpha_last, row_log[r]));
     }
   };
-  if constexpr (!is_small) set_state_factor();
+  if constexpr (!reads_early) set_state_factor();
   const float state_up = is_half ? fast_exp2(state_log) : 1.0f;
   float across[2] = {0.0f, 0.0f};
 
   if constexpr (is_dq) {
-    share_gates();
+    if constexpr (!reads_early) share_gates();
     float all_dots[2] = {0.0f, 0.0f}, dot_out[2], dot_n[2];
     const int count = state_tile_count<output>(args);
 #pragma unroll 1
     for (int x = 0; x < count; ++x) {
       state_product();
+      if (reads_early && x == 0) share_gates();
       dot_out[0] = dot_out[1] = dot_n[0] = dot_n[1] = 0.0f;
       for_dots([&](int c, int r, float2 q) {
         const float2 n = pair_at(sh.n[group], c * 8 + pos * 2);
@@ -724,6 +728,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 
     // D (q k^T) waits in shared memory, each thread's own.
     product_both(tile_t, second, w.p.dqk);
+    if constexpr (reads_early) set_state_factor();
     for_decays(diagonal, [&](int c, int r, int y, float d) {
       const int x = c * 4 + r * 2 + y;
       own_weights[x * 32] = d == 0.0f || !reaches(c, r, y) ? 0.0f : d * tile_t[x];
@@ -758,7 +763,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       float e = 0.0f;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        const Normalizer d(args.s == nullptr ? 0.0f : args.s[token], m_at(token), w.p.eps, w.p.normalize);
+        const float s = reads_early ? s_of_row[r] : args.s == nullptr ? 0.0f : args.s[token];
+        const Normalizer d(s, reads_early ? m_of_row[r] : m_at(token), w.p.eps, w.p.normalize);
         const float u = sum * d.inverse;
         inv_d[r] = d.inverse;
         delta[r] = d.sign == 0.0f ? 0.0f : -u * d.inverse * d.sign;
@@ -825,6 +831,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   } else {
     product_both(tile_t, second, inner);
     share_gates();
+    if constexpr (reads_early) set_state_factor();
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
   }
@@ -941,7 +948,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       factor[r] *= w.p.scale;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        factor[r] *= Normalizer(s, is_small ? m_of_row[r] : m_at(token), w.p.eps, w.p.normalize).inverse;
+        factor[r] *= Normalizer(s, reads_early ? m_of_row[r] : m_at(token), w.p.eps, w.p.normalize).inverse;
         if (tile.index == 0 && pos == 0 && args.s_out != nullptr) args.s_out[token] = s;
       }
     }
