@@ -167,11 +167,17 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items}, {box * 2, block_rows * box * 2}, {box, box, 1},
                              CU_TENSOR_MAP_SWIZZLE_NONE));
   if (has_small_tiles(p)) {
-    const auto encode_logs = [&](CUtensorMap& map, const float2* logs) {
-      return encode<3>(map, logs, {256, 2, items}, {512, 1024}, {256, 2, 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+    const auto encode_item = [&](CUtensorMap& map, const void* data, uint64_t row, uint64_t rows, uint32_t box_row) {
+      return encode<3>(map, data, {row, rows, items}, {row * 2, row * rows * 2},
+                       {box_row, static_cast<uint32_t>(rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
     };
-    RETURN_IF_FAILED(encode_logs(maps.alpha, w.alpha));
-    RETURN_IF_FAILED(encode_logs(maps.beta, w.beta));
+    RETURN_IF_FAILED(encode_item(maps.alpha, w.alpha, 256, 2, 256));
+    RETURN_IF_FAILED(encode_item(maps.beta, w.beta, 256, 2, 256));
+    if (dh != nullptr) {
+      RETURN_IF_FAILED(encode_item(maps.inv_d, w.inv_d, 256, 1, 256));
+      RETURN_IF_FAILED(encode_item(maps.delta, w.delta, 256, 1, 256));
+      RETURN_IF_FAILED(encode_item(maps.n, w.n, static_cast<uint64_t>(p.dqk) * 2, 1, 2 * box));
+    }
   }
   if (w.n_parts != nullptr) {
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);

@@ -36,6 +36,10 @@
 // float16: P and the states may leave its range. A row of P is scaled by a power of two to below 1, and so is its state
 // term; states are kept scaled by a power of two for each chunk (Work::state_log).
 //
+// Small heads (up to 64 x 64, bfloat16) are bound by the length of a tile's chain of waits. There the gates come
+// through the ring, what serves twice is loaded once (A for T and S; dk's operands for dv), P stays in registers, and
+// two blocks that make h share a multiprocessor: see SmallShared.
+//
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
 // out; dq: 3 stages, and 48 KiB for D (q k^T).
 #pragma once
@@ -99,19 +103,32 @@ struct OutputShared {
   uint64_t full[num_stages], empty[num_stages];
 };
 
-// Small tiles: two blocks a multiprocessor. A stage holds one operand: a panel of A, one of B, S with the gates beside
-// it, or all of Z.
-template <Output output>
+// Small tiles, of heads up to 64 x 64: `blocks` blocks share a multiprocessor. A stage holds one operand, S with the
+// gates and the tile itself beside it. dk and dv of a chunk are made one after the other, from what is loaded once.
+template <int blocks>
 struct SmallShared {
-  static constexpr bool is_small = true;  // dqk and dv are one panel each
-  static constexpr int blocks_per_processor = 2, consumer_registers = 104;
-  static constexpr int stage_bytes = ab_bytes, num_stages = 6;
+  static constexpr bool is_small = true;
+  static constexpr int blocks_per_processor = blocks, consumer_registers = blocks == 2 ? 104 : 240;
+  static constexpr int stage_bytes = ab_bytes, num_stages = blocks == 2 ? 6 : 12;
+  // In the stage of S.
   static constexpr int n_bytes = 8 * box * 2, log_bytes = chunk_tokens * sizeof(float2);
+  static constexpr int float_bytes = chunk_tokens * sizeof(float);
   static constexpr int n_at = box_bytes, alpha_at = n_at + n_bytes, beta_at = alpha_at + log_bytes;
+  static constexpr int inv_d_at = beta_at + log_bytes, delta_at = inv_d_at + float_bytes;
+  static constexpr int tile_at = delta_at + float_bytes;
   alignas(1024) unsigned char stage[num_stages][stage_bytes];
   alignas(16) unsigned char own[consumer_warps][1024];  // each warp's own: rows on their way out
-  Tile tile[num_stages];                                // the one that begins in a stage
   uint64_t full[num_stages], empty[num_stages];
+};
+
+// Where a small tile's operands lie, counted from its first stage. h: q, k, c, v; dk and dv: v, dh, dc, k, q.
+template <Output output>
+struct SmallStages {
+  static constexpr int a = output == Output::dv ? 3 : 0, b = output == Output::dv ? 4 : 1, s = 2;
+  static constexpr int z = output == Output::dv ? 1 : output == Output::dk ? 4 : 3;
+  static constexpr int gate_rows = 3;                    // dk: k
+  static constexpr bool is_last = output != Output::dk;  // dv, which comes next, needs the others
+  static constexpr int count = output == Output::h ? 4 : 5;
 };
 
 // Not finite if `sum` or an element of `two` is not; else 0.
@@ -166,6 +183,15 @@ struct RingState {
     if (++stage == num_stages) stage = 0, parity ^= 1;
   }
 };
+
+// Waits for the ring's stage `ahead` of where it stands.
+template <typename Shared>
+__device__ __forceinline__ int wait_for_stage(Shared& sh, RingState<Shared::num_stages> ring, int ahead) {
+#pragma unroll
+  for (int x = 0; x < ahead; ++x) ring.advance();
+  ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
+  return ring.stage;
+}
 
 // The column tiles whose A S a tile makes, its own last.
 template <Output output>
@@ -266,40 +292,55 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
   }
 }
 
-// The same for a small tile, which goes along with A, so that consumers need not work it out; the gates go with S.
+// The same for a small tile of h, or dk and dv. The tile itself goes along, so that consumers need not work it out.
 template <Output output, typename Shared>
 __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                               const Tile& tile) {
+  constexpr bool is_h = output == Output::h;
   const Maps& maps = args.maps;
-  const auto begin_stage = [&](int bytes) {
-    ptx::mbarrier_arrive_expect(&sh.full[ring.stage], bytes);
-    return sh.stage[ring.stage];
-  };
   const auto wait_for_stage = [&] { ptx::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1); };
-  const auto load_panel = [&](const CUtensorMap& map) {  // 128 tokens x 64
-    unsigned char* to = begin_stage(ab_bytes);
+  const auto load_rows = [&](const CUtensorMap& map) {  // 128 tokens x 64
+    unsigned char* const to = sh.stage[ring.stage];
     uint64_t* full = &sh.full[ring.stage];
+    ptx::mbarrier_arrive_expect(full, ab_bytes);
     ptx::tma_load(to, &map, full, 0, tile.head, tile.first, tile.row);
     ptx::tma_load(to + box_bytes, &map, full, 0, tile.head, tile.first + box, tile.row);
     ring.advance();
   };
   wait_for_stage();
-  sh.tile[ring.stage] = tile;
-  load_panel(a_of<output>(maps));
+  load_rows(is_h ? maps.q : maps.v);
   wait_for_stage();
-  load_panel(b_of<output>(maps));
+  load_rows(is_h ? maps.k : maps.dh);
+
   wait_for_stage();
-  unsigned char* to = begin_stage(2 * Shared::log_bytes + (tile.has_state ? box_bytes + Shared::n_bytes : 0));
+  unsigned char* const to = sh.stage[ring.stage];
   uint64_t* full = &sh.full[ring.stage];
-  ptx::tma_load(to + Shared::alpha_at, &maps.alpha, full, 0, 0, tile.item);
-  ptx::tma_load(to + Shared::beta_at, &maps.beta, full, 0, 0, tile.item);
+  *reinterpret_cast<Tile*>(to + Shared::tile_at) = tile;
+  ptx::fence_async_shared();  // before the copy engine overwrites it, in time
+  const auto load_item = [&](int offset, const CUtensorMap& map) {
+    ptx::tma_load(to + offset, &map, full, 0, 0, tile.item);
+  };
+  constexpr int gate_bytes = 2 * Shared::log_bytes + (is_h ? 0 : 2 * Shared::float_bytes);
+  constexpr int state_bytes = box_bytes + (is_h ? Shared::n_bytes : box * static_cast<int>(sizeof(float)));
+  ptx::mbarrier_arrive_expect(full, gate_bytes + (tile.has_state ? state_bytes : 0));
+  load_item(Shared::alpha_at, maps.alpha);
+  load_item(Shared::beta_at, maps.beta);
+  if constexpr (!is_h) {
+    load_item(Shared::inv_d_at, maps.inv_d);
+    load_item(Shared::delta_at, maps.delta);
+  }
   if (tile.has_state) {
-    ptx::tma_load(to, &maps.c, full, 0, 0, tile.item);
-    ptx::tma_load(to + Shared::n_at, &maps.n_parts, full, 0, 0, tile.item);
+    load_item(0, maps.c);
+    load_item(Shared::n_at, is_h ? maps.n_parts : maps.n);
   }
   ring.advance();
+
   wait_for_stage();
-  load_panel(z_of<output>(maps));
+  load_rows(is_h ? maps.v : maps.k);
+  if constexpr (!is_h) {
+    wait_for_stage();
+    load_rows(maps.q);
+  }
 }
 
 // Makes those elements of the warp's 16 written rows (from `first_row` on) that are not finite once more, one by one in
@@ -431,8 +472,9 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int col0 = tile.index * tile_n;
   const int columns = static_cast<int>(R::inner_is_dqk ? w.p.dv : w.p.dqk);
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
-  // Small: known to be the same for a warp's lanes; the products behind a branch that may not be are serialized.
+  // Small: known to be the same for a warp's lanes; products behind a branch that may not be are serialized.
   const bool reaches_both = R::reaches_both(is_small ? __shfl_sync(all_lanes, group, 0) : group);
+  const bool has_state = is_small ? __shfl_sync(all_lanes, tile.has_state ? 1 : 0, 0) != 0 : tile.has_state;
   const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
   const int diagonal = group * box, full = box - diagonal;  // first columns of the blocks
 
@@ -446,31 +488,44 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const float state_log = is_half ? (R::rows_are_t ? w.state_log : w.grad_log)[tile.item] : 0.0f;
   if constexpr (!is_small) col_log = (R::rows_are_t ? w.beta : w.alpha)[at + thread % 128];
   float inv_d_of_col = 0.0f, delta_of_col = 0.0f, n_of_col[2] = {0.0f, 0.0f};
-  if constexpr (is_dk || is_dv) inv_d_of_col = w.p.scale * w.inv_d[at + thread % 128];
-  if constexpr (is_dk) delta_of_col = w.p.scale * w.delta[at + thread % 128];
-  if constexpr (gate_sums) {
+  if constexpr ((is_dk || is_dv) && !is_small) inv_d_of_col = w.p.scale * w.inv_d[at + thread % 128];
+  if constexpr (is_dk && !is_small) delta_of_col = w.p.scale * w.delta[at + thread % 128];
+  if constexpr (gate_sums && !is_small) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       const int c = thread % 128 + x * 128;
       if (c < tile_n && col0 + c < columns) n_of_col[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
-  const float2* col_logs = nullptr;  // of the columns' tokens, in shared memory
-  if constexpr (!is_small) col_logs = sh.col_log[group];
+  // In shared memory: of the columns' tokens; n of the output's columns.
+  const float2* col_logs = nullptr;
+  const float *col_inv_d = nullptr, *col_delta = nullptr, *n_of_out = nullptr;
+  if constexpr (!is_small) {
+    col_logs = sh.col_log[group], col_inv_d = sh.col_inv_d[group], col_delta = sh.col_delta[group];
+    n_of_out = sh.n[group];
+  }
   const auto share_gates = [&] {
-    ptx::named_barrier(1 + group, 128);  // the last tile's have been read
-    if constexpr (!is_small) sh.col_log[group][thread % 128] = col_log;
-    if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
-    if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
-    if constexpr (gate_sums) {
+    if constexpr (!is_small) {
+      ptx::named_barrier(1 + group, 128);  // the last tile's have been read
+      sh.col_log[group][thread % 128] = col_log;
+      if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
+      if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
+      if constexpr (gate_sums) {
 #pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        if (thread % 128 + x * 128 < tile_n) sh.n[group][thread % 128 + x * 128] = n_of_col[x];
+        for (int x = 0; x < 2; ++x) {
+          if (thread % 128 + x * 128 < tile_n) sh.n[group][thread % 128 + x * 128] = n_of_col[x];
+        }
       }
+      ptx::named_barrier(1 + group, 128);
     }
-    ptx::named_barrier(1 + group, 128);
   };
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
+
+  const auto scaled_pair_at = [&](const float* from, int col) {  // the larger tiles' have been scaled
+    float2 two = pair_at(from, col);
+    if constexpr (is_small) two.x *= w.p.scale, two.y *= w.p.scale;
+    return two;
+  };
 
   const auto m_at = [&](int64_t token) { return args.m == nullptr ? 0.0f : args.m[token]; };
   float m_of_row[2] = {0.0f, 0.0f}, s_of_row[2] = {0.0f, 0.0f};
@@ -531,13 +586,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     ptx::hold(to0);
     ptx::hold(to1);
   };
-  // Waits for the next stage and passes it.
-  const auto take_stage = [&] {
-    const int stage = ring.stage;
-    ptx::mbarrier_wait(&sh.full[stage], ring.parity);
-    ring.advance();
-    return stage;
-  };
+  // Small tiles: waits for one of the tile's stages.
+  const auto small_stage = [&](int index) { return wait_for_stage(sh, ring, index); };
 
   // Where the diagonal block's columns end for this thread: pair c's first column is at c * 8 beyond it, row - column.
   const int to_diagonal = (warp % 4) * 16 + quad - pos * 2;
@@ -575,10 +625,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     for_decays(begin, [&](int c, int r, int y, float d) {
       float& x = t(c * 4 + r * 2 + y);
       if constexpr (is_dk || is_dv) {
-        if (r == 0 && y == 0) cols_inv_d = pair_at(sh.col_inv_d[group], begin + c * 8 + pos * 2);
+        if (r == 0 && y == 0) cols_inv_d = scaled_pair_at(col_inv_d, begin + c * 8 + pos * 2);
       }
       if constexpr (is_dk) {
-        if (r == 0 && y == 0) cols_delta = pair_at(sh.col_delta[group], begin + c * 8 + pos * 2);
+        if (r == 0 && y == 0) cols_delta = scaled_pair_at(col_delta, begin + c * 8 + pos * 2);
       }
       float value = x;
       if constexpr (is_dq) value = value * inv_d[r] + delta[r];
@@ -668,8 +718,13 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (!tile.has_state) return;
 #pragma unroll
     for (int x = 0; x < tile_n / box; x += 2) {
-      ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
-      const unsigned char* const from = sh.stage[ring.stage] + rows[0] * 128 + pos * 4;
+      int stage = ring.stage;
+      if constexpr (is_small) {
+        stage = small_stage(SmallStages<output>::gate_rows);
+      } else {
+        ptx::mbarrier_wait(&sh.full[stage], ring.parity);
+      }
+      const unsigned char* const from = sh.stage[stage] + rows[0] * 128 + pos * 4;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {  // both rows have quad in their address's low bits
         const unsigned char* const at_c = from + (c ^ quad) * 16;
@@ -681,8 +736,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
           }
         ptx::keep_order();
       }
-      release(ring.stage);
-      ring.advance();
+      if constexpr (!is_small) {
+        release(ring.stage);
+        ring.advance();
+      }
     }
   };
 
@@ -710,7 +767,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       if (reads_early && x == 0) share_gates();
       dot_out[0] = dot_out[1] = dot_n[0] = dot_n[1] = 0.0f;
       for_dots([&](int c, int r, float2 q) {
-        const float2 n = pair_at(sh.n[group], c * 8 + pos * 2);
+        const float2 n = pair_at(n_of_out, c * 8 + pos * 2);
         // In place: the compiler would put the sums off to behind the loop, which alone uses the last.
         ptx::fma_in_place(dot_out[r], q.x, out[c * 4 + r * 2]);
         ptx::fma_in_place(dot_out[r], q.y, out[c * 4 + r * 2 + 1]);
@@ -777,7 +834,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
   } else if constexpr (is_small) {
-    const int stage_a = take_stage(), stage_b = take_stage();
+    using At = SmallStages<output>;
+    const int stage_a = small_stage(At::a), stage_b = small_stage(At::b);
     const auto make_t = [&](int begin) {
 #pragma unroll
       for (int x = 0; x < 32; ++x) tile_t[x] = 0.0f;
@@ -786,10 +844,13 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       ptx::wgmma_commit();
     };
     make_t(diagonal);
-    const int stage_s = take_stage();
+    const int stage_s = small_stage(At::s);
     const auto logs_at = [&](int offset) { return reinterpret_cast<const float2*>(sh.stage[stage_s] + offset); };
     const float2* const row_logs = logs_at(R::rows_are_t ? Shared::alpha_at : Shared::beta_at);
     col_logs = logs_at(R::rows_are_t ? Shared::beta_at : Shared::alpha_at);
+    col_inv_d = reinterpret_cast<const float*>(sh.stage[stage_s] + Shared::inv_d_at);
+    col_delta = reinterpret_cast<const float*>(sh.stage[stage_s] + Shared::delta_at);
+    n_of_out = reinterpret_cast<const float*>(sh.stage[stage_s] + Shared::n_at);
     row_log[0] = row_logs[rows[0]], row_log[1] = row_logs[rows[1]];
     set_state_factor();
     ptx::wgmma_wait<0>();
@@ -802,7 +863,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     for (int x = 0; x < 16; ++x) p_full[x / 4][x % 4] = 0u;
     ptx::wgmma_wait<0>();
     ptx::hold(tile_t);
-    release(stage_b);
+    if constexpr (At::is_last) release(stage_b);
     if (reaches_both) {
       weigh(of_diagonal, full, std::false_type{});
       fragments(p_full, of_diagonal);
@@ -810,24 +871,29 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 
 #pragma unroll
     for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
-    q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
+    if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
 #pragma unroll 1
-    for (int k = 0; k < (tile.has_state ? 1 : 0); ++k) {  // a branch the compiler would make of it serializes products
+    for (int k = 0; k < (has_state ? 1 : 0); ++k) {
       const uint32_t s = stage_address(stage_s);
       ptx::wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < box / 16; ++kk) {
         const uint64_t a = ptx::wgmma_descriptor(stage_address(stage_a) + group * box_bytes + kk * 32);
-        ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
-        ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::wgmma_descriptor(s + Shared::n_at + kk * 32), true);
+        if constexpr (R::state_rows_are_k) {
+          ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
+        } else {
+          ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
+        }
+        if constexpr (is_h) {
+          ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::wgmma_descriptor(s + Shared::n_at + kk * 32), true);
+        }
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
     }
     ptx::hold(out);
-    ptx::hold(q_n);
+    if constexpr (is_h) ptx::hold(q_n);
     release(stage_a);
-    release(stage_s);
   } else {
     product_both(tile_t, second, inner);
     share_gates();
@@ -865,7 +931,11 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
     for (int c = 0; c < tile_n / 8; ++c) {
       float2 n{};
-      if constexpr (gate_sums) n = pair_at(sh.n[group], c * 8 + pos * 2);
+      if constexpr (is_small && gate_sums) {
+        if (has_state) n = pair_at(n_of_out, c * 8 + pos * 2);
+      } else if constexpr (gate_sums) {
+        n = pair_at(n_of_out, c * 8 + pos * 2);
+      }
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
         float& x = out[c * 4 + r * 2 + y];
@@ -887,7 +957,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   }
 
   if constexpr (is_small) {  // P Z
-    const int stage_z = take_stage();
+    using At = SmallStages<output>;
+    const int stage_z = small_stage(At::z);
     const auto add_product = [&](const uint32_t (&p)[4][4], int begin) {
 #pragma unroll
       for (int kk = 0; kk < box / 16; ++kk) {
@@ -903,7 +974,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::hold(out);
-    release(stage_z);
+    if constexpr (At::is_last) release(stage_z);
   } else {
     const int first = ring.stage, first_parity = ring.parity;
     ring.advance();
@@ -1018,20 +1089,24 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     mend_rows<output, tile_n, T>(args, tile, group * 64 + (warp % 4) * 16, make_float2(inv_d[0], inv_d[1]),
                                  make_float2(delta[0], delta[1]));
   }
+  if constexpr (is_small) {
+    using At = SmallStages<output>;
+    if constexpr (At::is_last) {
+      release(small_stage(At::s));  // with it the tile itself
+#pragma unroll
+      for (int x = 0; x < At::count; ++x) ring.advance();
+    }
+  }
 }
 
 // What a kernel makes: one output, or dk and dv together, whose tiles of one chunk share much of what they read.
-template <Output output, int tile_n, typename T, bool is_small = false>
+template <Output output, int tile_n, typename T>
 struct One {
-  using Shared = std::conditional_t<is_small, SmallShared<output>, OutputShared<output, tile_n>>;
+  using Shared = OutputShared<output, tile_n>;
   static constexpr bool rows_are_t = Roles<output>::rows_are_t;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
-    if constexpr (is_small) {
-      produce_small<output>(args, sh, ring, tile);
-    } else {
-      produce<output, tile_n>(args, sh, ring, tile);
-    }
+    produce<output, tile_n>(args, sh, ring, tile);
   }
   __device__ static void consume_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
@@ -1059,6 +1134,23 @@ struct DkAndDv {
       tile.index -= args.tiles;
       consume<Output::dv, tile_dv, T>(args, sh, ring, tile);
     }
+  }
+};
+
+// Small tiles of h, or dk and dv.
+template <int blocks, Output first, Output... others>
+struct Small {
+  using Shared = SmallShared<blocks>;
+  using Ring = RingState<Shared::num_stages>;
+  static constexpr bool rows_are_t = Roles<first>::rows_are_t;
+  __device__ static void produce_tile(const OutputArgs& args, Shared& sh, Ring& ring, const Tile& tile) {
+    produce_small<first>(args, sh, ring, tile);
+  }
+  __device__ static void consume_tile(const OutputArgs& args, Shared& sh, Ring& ring) {
+    const int stage = wait_for_stage(sh, ring, SmallStages<first>::s);
+    const Tile& tile = *reinterpret_cast<const Tile*>(sh.stage[stage] + Shared::tile_at);
+    consume<first, box, bf16>(args, sh, ring, tile);
+    (consume<others, box, bf16>(args, sh, ring, tile), ...);
   }
 };
 
@@ -1112,10 +1204,7 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
       const int64_t chunks = l.first_chunk == nullptr ? l.max_chunks : l.first_chunk[l.num_seqs];
       const int count = static_cast<int>(chunks * l.heads) * args.tiles_of_both;
       for (int index = blockIdx.x; index < count; index += gridDim.x) {
-        ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
-        Tile tile = sh.tile[ring.stage];
-        tile.has_state = __shfl_sync(all_lanes, static_cast<int>(tile.has_state), 0) != 0;  // the same for all, so one
-        Makes::consume_tile(args, sh, ring, tile);
+        Makes::consume_tile(args, sh, ring);
       }
     } else {
       for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
