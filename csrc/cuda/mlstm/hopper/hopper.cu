@@ -106,6 +106,19 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   const uint64_t block_rows = static_cast<uint64_t>(w.blocks_k) * w.blocks_v * box;
   RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items}, {box * 2, block_rows * box * 2}, {box, box, 1},
                              CU_TENSOR_MAP_SWIZZLE_NONE));
+  if (has_small_tiles(p)) {
+    const auto encode_item = [&](CUtensorMap& map, const void* data, uint64_t row, uint64_t rows, uint32_t box_row) {
+      return encode<3>(map, data, {row, rows, items}, {row * 2, row * rows * 2},
+                       {box_row, static_cast<uint32_t>(rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+    };
+    RETURN_IF_FAILED(encode_item(maps.alpha, w.alpha, 256, 2, 256));
+    RETURN_IF_FAILED(encode_item(maps.beta, w.beta, 256, 2, 256));
+    if (dh != nullptr) {
+      RETURN_IF_FAILED(encode_item(maps.inv_d, w.inv_d, 256, 1, 256));
+      RETURN_IF_FAILED(encode_item(maps.delta, w.delta, 256, 1, 256));
+      RETURN_IF_FAILED(encode_item(maps.n, w.n, static_cast<uint64_t>(p.dqk) * 2, 1, 2 * box));
+    }
+  }
   if (w.n_parts != nullptr) {
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
     RETURN_IF_FAILED(

@@ -13,7 +13,11 @@ cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const Strided& dh, 
   const OutputArgs args{w, maps, dk, dv, nullptr, nullptr, nullptr, dh, w.dk_tiles, 0};
 #define CASE(k, v) \
   if (tile_dqk == k && tile_dv == v) return launch_outputs<DkAndDv<k, v, T>>(args, tiles, stream)
-  CASE(64, 64);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (has_small_tiles(w.p)) return launch_outputs<Small<1, Output::dk, Output::dv>>(args, 1, stream);
+  } else {
+    CASE(64, 64);
+  }
   CASE(64, 128);
   CASE(64, 256);
   CASE(128, 64);

@@ -36,6 +36,10 @@
 // float16: P and the states may leave its range. A row of P is scaled by a power of two to below 1, and so is its state
 // term; states are kept scaled by a power of two for each chunk (Work::state_log).
 //
+// Small heads (up to 64 x 64, bfloat16) are bound by the length of a tile's chain of waits. There the gates come
+// through the ring, what serves twice is loaded once (A for T and S; dk's operands for dv), P stays in registers, and
+// two blocks that make h share a multiprocessor: see SmallShared.
+//
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
 // out; dq: 3 stages, and 48 KiB for D (q k^T).
 #pragma once
@@ -70,8 +74,17 @@ constexpr int output_threads = (consumer_warps + 4) * 32;
 constexpr int ab_bytes = 2 * box_bytes;
 constexpr unsigned all_lanes = 0xffffffffu;
 
+// One tile of an output: a chunk of one head by tile_n columns.
+struct Tile {
+  int row, first, length;  // the chunk's row of the batch, first token, tokens
+  int item, head, index;   // index: of the column tile
+  bool has_state;          // else it is all zeros: nothing of it is read
+};
+
 template <Output output, int tile_n>
 struct OutputShared {
+  static constexpr bool is_small = false;
+  static constexpr int blocks_per_processor = 1, consumer_registers = 240;
   static constexpr bool is_h = output == Output::h, is_dq = output == Output::dq;
   static constexpr int stage_bytes = ab_bytes + (tile_n == 64 ? 2 : tile_n / box) * box_bytes;
   static constexpr int n_bytes = 8 * box * 2;
@@ -88,6 +101,34 @@ struct OutputShared {
   float col_inv_d[2][is_h || is_dq ? 1 : chunk_tokens], col_delta[2][is_h || is_dq ? 1 : chunk_tokens];
   float n[2][is_h ? 2 : tile_n];
   uint64_t full[num_stages], empty[num_stages];
+};
+
+// Small tiles, of heads up to 64 x 64: `blocks` blocks share a multiprocessor. A stage holds one operand, S with the
+// gates and the tile itself beside it. dk and dv of a chunk are made one after the other, from what is loaded once.
+template <int blocks>
+struct SmallShared {
+  static constexpr bool is_small = true;
+  static constexpr int blocks_per_processor = blocks, consumer_registers = blocks == 2 ? 104 : 240;
+  static constexpr int stage_bytes = ab_bytes, num_stages = blocks == 2 ? 6 : 12;
+  // In the stage of S.
+  static constexpr int n_bytes = 8 * box * 2, log_bytes = chunk_tokens * sizeof(float2);
+  static constexpr int float_bytes = chunk_tokens * sizeof(float);
+  static constexpr int n_at = box_bytes, alpha_at = n_at + n_bytes, beta_at = alpha_at + log_bytes;
+  static constexpr int inv_d_at = beta_at + log_bytes, delta_at = inv_d_at + float_bytes;
+  static constexpr int tile_at = delta_at + float_bytes;
+  alignas(1024) unsigned char stage[num_stages][stage_bytes];
+  alignas(16) unsigned char own[consumer_warps][1024];  // each warp's own: rows on their way out
+  uint64_t full[num_stages], empty[num_stages];
+};
+
+// Where a small tile's operands lie, counted from its first stage. h: q, k, c, v; dk and dv: v, dh, dc, k, q.
+template <Output output>
+struct SmallStages {
+  static constexpr int a = output == Output::dv ? 3 : 0, b = output == Output::dv ? 4 : 1, s = 2;
+  static constexpr int z = output == Output::dv ? 1 : output == Output::dk ? 4 : 3;
+  static constexpr int gate_rows = 3;                    // dk: k
+  static constexpr bool is_last = output != Output::dk;  // dv, which comes next, needs the others
+  static constexpr int count = output == Output::h ? 4 : 5;
 };
 
 // Not finite if `sum` or an element of `two` is not; else 0.
@@ -134,13 +175,6 @@ struct Roles {
   __device__ static bool reaches_both(int group) { return group == (rows_are_t ? 1 : 0); }
 };
 
-// One tile of an output: a chunk of one head by tile_n columns.
-struct Tile {
-  int row, first, length;  // the chunk's row of the batch, first token, tokens
-  int item, head, index;   // index: of the column tile
-  bool has_state;          // else it is all zeros: nothing of it is read
-};
-
 // Where the ring stands; producer and consumers walk it alike.
 template <int num_stages>
 struct RingState {
@@ -150,6 +184,15 @@ struct RingState {
   }
 };
 
+// Waits for the ring's stage `ahead` of where it stands.
+template <typename Shared>
+__device__ __forceinline__ int wait_for_stage(Shared& sh, RingState<Shared::num_stages> ring, int ahead) {
+#pragma unroll
+  for (int x = 0; x < ahead; ++x) ring.advance();
+  ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
+  return ring.stage;
+}
+
 // The column tiles whose A S a tile makes, its own last.
 template <Output output>
 __device__ __forceinline__ int state_tile_count(const OutputArgs& args) {
@@ -158,6 +201,19 @@ __device__ __forceinline__ int state_tile_count(const OutputArgs& args) {
 __device__ __forceinline__ int state_tile(const OutputArgs& args, const Tile& tile, int count, int x) {
   const int index = tile.index + 1 + x;
   return x == count - 1 ? tile.index : index < args.tiles ? index : index - args.tiles;
+}
+
+template <Output output>
+__device__ __forceinline__ const CUtensorMap& a_of(const Maps& maps) {
+  return output == Output::h ? maps.q : output == Output::dq ? maps.dh : output == Output::dk ? maps.v : maps.k;
+}
+template <Output output>
+__device__ __forceinline__ const CUtensorMap& b_of(const Maps& maps) {
+  return output == Output::h ? maps.k : output == Output::dq ? maps.v : output == Output::dk ? maps.dh : maps.q;
+}
+template <Output output>
+__device__ __forceinline__ const CUtensorMap& z_of(const Maps& maps) {
+  return output == Output::h ? maps.v : output == Output::dq ? maps.k : output == Output::dk ? maps.q : maps.dh;
 }
 
 template <Output output, int tile_n, typename Shared>
@@ -177,18 +233,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
     ptx::tma_load(to, &map, full, col, head, token, row);
     ptx::tma_load(to + box_bytes, &map, full, col, head, token + box, row);
   };
-  const CUtensorMap& a = output == Output::h    ? maps.q
-                         : output == Output::dq ? maps.dh
-                         : output == Output::dk ? maps.v
-                                                : maps.k;
-  const CUtensorMap& b = output == Output::h    ? maps.k
-                         : output == Output::dq ? maps.v
-                         : output == Output::dk ? maps.dh
-                                                : maps.q;
-  const CUtensorMap& z = output == Output::h    ? maps.v
-                         : output == Output::dq ? maps.k
-                         : output == Output::dk ? maps.q
-                                                : maps.dh;
+  const CUtensorMap &a = a_of<output>(maps), &b = b_of<output>(maps), &z = z_of<output>(maps);
   constexpr int boxes_n = tile_n / box;
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
   const auto load_ab = [&](const CUtensorMap& left, const CUtensorMap& right, int64_t width) {
@@ -244,6 +289,57 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
                     token + R::half_begin(half), row);
     }
     ring.advance();
+  }
+}
+
+// The same for a small tile of h, or dk and dv. The tile itself goes along, so that consumers need not work it out.
+template <Output output, typename Shared>
+__device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
+                                              const Tile& tile) {
+  constexpr bool is_h = output == Output::h;
+  const Maps& maps = args.maps;
+  const auto wait_for_stage = [&] { ptx::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1); };
+  const auto load_rows = [&](const CUtensorMap& map) {  // 128 tokens x 64
+    unsigned char* const to = sh.stage[ring.stage];
+    uint64_t* full = &sh.full[ring.stage];
+    ptx::mbarrier_arrive_expect(full, ab_bytes);
+    ptx::tma_load(to, &map, full, 0, tile.head, tile.first, tile.row);
+    ptx::tma_load(to + box_bytes, &map, full, 0, tile.head, tile.first + box, tile.row);
+    ring.advance();
+  };
+  wait_for_stage();
+  load_rows(is_h ? maps.q : maps.v);
+  wait_for_stage();
+  load_rows(is_h ? maps.k : maps.dh);
+
+  wait_for_stage();
+  unsigned char* const to = sh.stage[ring.stage];
+  uint64_t* full = &sh.full[ring.stage];
+  *reinterpret_cast<Tile*>(to + Shared::tile_at) = tile;
+  ptx::fence_async_shared();  // before the copy engine overwrites it, in time
+  const auto load_item = [&](int offset, const CUtensorMap& map) {
+    ptx::tma_load(to + offset, &map, full, 0, 0, tile.item);
+  };
+  constexpr int gate_bytes = 2 * Shared::log_bytes + (is_h ? 0 : 2 * Shared::float_bytes);
+  constexpr int state_bytes = box_bytes + (is_h ? Shared::n_bytes : box * static_cast<int>(sizeof(float)));
+  ptx::mbarrier_arrive_expect(full, gate_bytes + (tile.has_state ? state_bytes : 0));
+  load_item(Shared::alpha_at, maps.alpha);
+  load_item(Shared::beta_at, maps.beta);
+  if constexpr (!is_h) {
+    load_item(Shared::inv_d_at, maps.inv_d);
+    load_item(Shared::delta_at, maps.delta);
+  }
+  if (tile.has_state) {
+    load_item(0, maps.c);
+    load_item(Shared::n_at, is_h ? maps.n_parts : maps.n);
+  }
+  ring.advance();
+
+  wait_for_stage();
+  load_rows(is_h ? maps.v : maps.k);
+  if constexpr (!is_h) {
+    wait_for_stage();
+    load_rows(maps.q);
   }
 }
 
@@ -365,6 +461,9 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   using R = Roles<output>;
   constexpr bool gate_sums = R::gate_sums, is_h = output == Output::h, is_dq = output == Output::dq;
   constexpr bool is_dk = output == Output::dk, is_dv = output == Output::dv, is_half = std::is_same_v<T, half>;
+  constexpr bool is_small = Shared::is_small;
+  // Registers suffice to have what is read from memory on its way early, and nothing made of it before a product.
+  constexpr bool reads_early = tile_n <= 128;
   const Work& w = args.w;
   const Layout& l = w.layout;
   const int thread = threadIdx.x, group = thread / 128, warp = thread / 32, lane = thread % 32;
@@ -373,43 +472,75 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int col0 = tile.index * tile_n;
   const int columns = static_cast<int>(R::inner_is_dqk ? w.p.dv : w.p.dqk);
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
-  const bool reaches_both = R::reaches_both(group);
+  // Small: known to be the same for a warp's lanes; products behind a branch that may not be are serialized.
+  const bool reaches_both = R::reaches_both(is_small ? __shfl_sync(all_lanes, group, 0) : group);
+  const bool has_state = is_small ? __shfl_sync(all_lanes, tile.has_state ? 1 : 0, 0) != 0 : tile.has_state;
   const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
   const int diagonal = group * box, full = box - diagonal;  // first columns of the blocks
 
-  // The gates, on their way; used after the first products.
-  const float2 row_log[2] = {(R::rows_are_t ? w.alpha : w.beta)[at + rows[0]],
-                             (R::rows_are_t ? w.alpha : w.beta)[at + rows[1]]};
+  // The gates, on their way; used after the first products. Small tiles: most of them come through the ring.
+  float2 row_log[2] = {}, col_log{};
+  if constexpr (!is_small) {
+    row_log[0] = (R::rows_are_t ? w.alpha : w.beta)[at + rows[0]];
+    row_log[1] = (R::rows_are_t ? w.alpha : w.beta)[at + rows[1]];
+  }
   const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];
   const float state_log = is_half ? (R::rows_are_t ? w.state_log : w.grad_log)[tile.item] : 0.0f;
-  const float2 col_log = (R::rows_are_t ? w.beta : w.alpha)[at + thread % 128];
+  if constexpr (!is_small) col_log = (R::rows_are_t ? w.beta : w.alpha)[at + thread % 128];
   float inv_d_of_col = 0.0f, delta_of_col = 0.0f, n_of_col[2] = {0.0f, 0.0f};
-  if constexpr (is_dk || is_dv) inv_d_of_col = w.p.scale * w.inv_d[at + thread % 128];
-  if constexpr (is_dk) delta_of_col = w.p.scale * w.delta[at + thread % 128];
-  if constexpr (gate_sums) {
+  if constexpr ((is_dk || is_dv) && !is_small) inv_d_of_col = w.p.scale * w.inv_d[at + thread % 128];
+  if constexpr (is_dk && !is_small) delta_of_col = w.p.scale * w.delta[at + thread % 128];
+  if constexpr (gate_sums && !is_small) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
       const int c = thread % 128 + x * 128;
       if (c < tile_n && col0 + c < columns) n_of_col[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
+  // In shared memory: of the columns' tokens; n of the output's columns.
+  const float2* col_logs = nullptr;
+  const float *col_inv_d = nullptr, *col_delta = nullptr, *n_of_out = nullptr;
+  if constexpr (!is_small) {
+    col_logs = sh.col_log[group], col_inv_d = sh.col_inv_d[group], col_delta = sh.col_delta[group];
+    n_of_out = sh.n[group];
+  }
   const auto share_gates = [&] {
-    ptx::named_barrier(1 + group, 128);  // the last tile's have been read
-    sh.col_log[group][thread % 128] = col_log;
-    if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
-    if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
-    if constexpr (gate_sums) {
+    if constexpr (!is_small) {
+      ptx::named_barrier(1 + group, 128);  // the last tile's have been read
+      sh.col_log[group][thread % 128] = col_log;
+      if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
+      if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
+      if constexpr (gate_sums) {
 #pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        if (thread % 128 + x * 128 < tile_n) sh.n[group][thread % 128 + x * 128] = n_of_col[x];
+        for (int x = 0; x < 2; ++x) {
+          if (thread % 128 + x * 128 < tile_n) sh.n[group][thread % 128 + x * 128] = n_of_col[x];
+        }
       }
+      ptx::named_barrier(1 + group, 128);
     }
-    ptx::named_barrier(1 + group, 128);
   };
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
+  const auto scaled_pair_at = [&](const float* from, int col) {  // the larger tiles' have been scaled
+    float2 two = pair_at(from, col);
+    if constexpr (is_small) two.x *= w.p.scale, two.y *= w.p.scale;
+    return two;
+  };
+
   const auto m_at = [&](int64_t token) { return args.m == nullptr ? 0.0f : args.m[token]; };
-  const auto token_index = [&](int row) { return (tile.row * l.seq + tile.first + row) * l.heads + tile.head; };
+  float m_of_row[2] = {0.0f, 0.0f}, s_of_row[2] = {0.0f, 0.0f};
+  const int64_t first_token = (tile.row * l.seq + tile.first) * l.heads + tile.head;
+  const auto token_index = [&](int row) -> int64_t {
+    if constexpr (is_small) return first_token + row * static_cast<int>(l.heads);  // fewer registers and instructions
+    return (tile.row * l.seq + tile.first + row) * l.heads + tile.head;
+  };
+  if constexpr (reads_early && (is_h || is_dq)) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (rows[r] < tile.length) m_of_row[r] = m_at(token_index(rows[r]));
+      if (is_dq && args.s != nullptr && rows[r] < tile.length) s_of_row[r] = args.s[token_index(rows[r])];
+    }
+  }
   const auto stage_address = [&](int s) { return ptx::shared_address(sh.stage[s]); };
   const auto release = [&](int s) {
     __syncwarp();
@@ -435,8 +566,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (width > 0) release(last);
   };
   // T, or q k^T, over the 64 columns from `begin` on.
-  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage) {
-    const uint32_t right = stage + ab_bytes + begin / box * box_bytes;
+  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage, uint32_t stage_b) {
+    const uint32_t right = stage_b + begin / box * box_bytes;
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
       ptx::Wgmma<T, 64>::template a_shared<false>(to, ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32),
@@ -449,12 +580,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
     for (int x = 0; x < 32; ++x) to0[x] = to1[x] = 0.0f;
     for_panels(static_cast<int>(width), [&](uint32_t stage) {
-      block_product(to0, diagonal, stage);
-      block_product(to1, full, stage);
+      block_product(to0, diagonal, stage, stage + ab_bytes);
+      block_product(to1, full, stage, stage + ab_bytes);
     });
     ptx::hold(to0);
     ptx::hold(to1);
   };
+  // Small tiles: waits for one of the tile's stages.
+  const auto small_stage = [&](int index) { return wait_for_stage(sh, ring, index); };
 
   // Where the diagonal block's columns end for this thread: pair c's first column is at c * 8 beyond it, row - column.
   const int to_diagonal = (warp % 4) * 16 + quad - pos * 2;
@@ -466,7 +599,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const auto for_decays = [&](int begin, auto&& f) {
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const float4 logs = *reinterpret_cast<const float4*>(&sh.col_log[group][begin + c * 8 + pos * 2]);
+      const float4 logs = *reinterpret_cast<const float4*>(col_logs + begin + c * 8 + pos * 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -478,10 +611,12 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
   };
 
+  [[maybe_unused]] uint32_t p_diagonal[4][4], p_full[4][4];  // small tiles: P
   float inv_d[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};  // dq
   float row_sum[2] = {0.0f, 0.0f}, row_inside[2] = {0.0f, 0.0f};
   float* const own_weights = reinterpret_cast<float*>(sh.own[warp]) + lane;  // dq
-  float* const own_full_weights = reinterpret_cast<float*>(sh.own_full[warp % 4]) + lane;
+  float* own_full_weights = nullptr;
+  if constexpr (!is_small) own_full_weights = reinterpret_cast<float*>(sh.own_full[warp % 4]) + lane;
   float* const own_full_t = own_full_weights + 1024;
   // T, of which t(x) is an element, becomes P in place.
   const auto weigh = [&](auto&& t, int begin, auto masked) {
@@ -490,10 +625,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     for_decays(begin, [&](int c, int r, int y, float d) {
       float& x = t(c * 4 + r * 2 + y);
       if constexpr (is_dk || is_dv) {
-        if (r == 0 && y == 0) cols_inv_d = pair_at(sh.col_inv_d[group], begin + c * 8 + pos * 2);
+        if (r == 0 && y == 0) cols_inv_d = scaled_pair_at(col_inv_d, begin + c * 8 + pos * 2);
       }
       if constexpr (is_dk) {
-        if (r == 0 && y == 0) cols_delta = pair_at(sh.col_delta[group], begin + c * 8 + pos * 2);
+        if (r == 0 && y == 0) cols_delta = scaled_pair_at(col_delta, begin + c * 8 + pos * 2);
       }
       float value = x;
       if constexpr (is_dq) value = value * inv_d[r] + delta[r];
@@ -569,7 +704,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
         } else {
           ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
         }
-        if constexpr (is_h) {
+        if constexpr (is_h && !is_small) {
           ptx::Wgmma<T, 8>::template a_shared<false>(
               q_n, a, ptx::wgmma_descriptor(ptx::shared_address(sh.n_parts[ring.stage]) + kk * 32), true);
         }
@@ -583,8 +718,13 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (!tile.has_state) return;
 #pragma unroll
     for (int x = 0; x < tile_n / box; x += 2) {
-      ptx::mbarrier_wait(&sh.full[ring.stage], ring.parity);
-      const unsigned char* const from = sh.stage[ring.stage] + rows[0] * 128 + pos * 4;
+      int stage = ring.stage;
+      if constexpr (is_small) {
+        stage = small_stage(SmallStages<output>::gate_rows);
+      } else {
+        ptx::mbarrier_wait(&sh.full[stage], ring.parity);
+      }
+      const unsigned char* const from = sh.stage[stage] + rows[0] * 128 + pos * 4;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {  // both rows have quad in their address's low bits
         const unsigned char* const at_c = from + (c ^ quad) * 16;
@@ -596,32 +736,38 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
           }
         ptx::keep_order();
       }
-      release(ring.stage);
-      ring.advance();
+      if constexpr (!is_small) {
+        release(ring.stage);
+        ring.advance();
+      }
     }
   };
 
   const int64_t shares_stride = l.max_chunks * l.heads * chunk_tokens;
   // Of the rows' tokens: how far the state reaches.
   float state_factor[2];
+  const auto set_state_factor = [&] {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    state_factor[r] =
-        R::rows_are_t ? fast_exp2(log_sum(row_log[r], m_start)) : fast_exp2(log_difference(alpha_last, row_log[r]));
-  }
+    for (int r = 0; r < 2; ++r) {
+      state_factor[r] =
+          R::rows_are_t ? fast_exp2(log_sum(row_log[r], m_start)) : fast_exp2(log_difference(alpha_last, row_log[r]));
+    }
+  };
+  if constexpr (!reads_early) set_state_factor();
   const float state_up = is_half ? fast_exp2(state_log) : 1.0f;
   float across[2] = {0.0f, 0.0f};
 
   if constexpr (is_dq) {
-    share_gates();
+    if constexpr (!reads_early) share_gates();
     float all_dots[2] = {0.0f, 0.0f}, dot_out[2], dot_n[2];
     const int count = state_tile_count<output>(args);
 #pragma unroll 1
     for (int x = 0; x < count; ++x) {
       state_product();
+      if (reads_early && x == 0) share_gates();
       dot_out[0] = dot_out[1] = dot_n[0] = dot_n[1] = 0.0f;
       for_dots([&](int c, int r, float2 q) {
-        const float2 n = pair_at(sh.n[group], c * 8 + pos * 2);
+        const float2 n = pair_at(n_of_out, c * 8 + pos * 2);
         // In place: the compiler would put the sums off to behind the loop, which alone uses the last.
         ptx::fma_in_place(dot_out[r], q.x, out[c * 4 + r * 2]);
         ptx::fma_in_place(dot_out[r], q.y, out[c * 4 + r * 2 + 1]);
@@ -639,6 +785,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 
     // D (q k^T) waits in shared memory, each thread's own.
     product_both(tile_t, second, w.p.dqk);
+    if constexpr (reads_early) set_state_factor();
     for_decays(diagonal, [&](int c, int r, int y, float d) {
       const int x = c * 4 + r * 2 + y;
       own_weights[x * 32] = d == 0.0f || !reaches(c, r, y) ? 0.0f : d * tile_t[x];
@@ -673,7 +820,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       float e = 0.0f;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        const Normalizer d(args.s == nullptr ? 0.0f : args.s[token], m_at(token), w.p.eps, w.p.normalize);
+        const float s = reads_early ? s_of_row[r] : args.s == nullptr ? 0.0f : args.s[token];
+        const Normalizer d(s, reads_early ? m_of_row[r] : m_at(token), w.p.eps, w.p.normalize);
         const float u = sum * d.inverse;
         inv_d[r] = d.inverse;
         delta[r] = d.sign == 0.0f ? 0.0f : -u * d.inverse * d.sign;
@@ -685,17 +833,82 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
+  } else if constexpr (is_small) {
+    using At = SmallStages<output>;
+    const int stage_a = small_stage(At::a), stage_b = small_stage(At::b);
+    const auto make_t = [&](int begin) {
+#pragma unroll
+      for (int x = 0; x < 32; ++x) tile_t[x] = 0.0f;
+      ptx::wgmma_fence();
+      block_product(tile_t, begin, stage_address(stage_a), stage_address(stage_b));
+      ptx::wgmma_commit();
+    };
+    make_t(diagonal);
+    const int stage_s = small_stage(At::s);
+    const auto logs_at = [&](int offset) { return reinterpret_cast<const float2*>(sh.stage[stage_s] + offset); };
+    const float2* const row_logs = logs_at(R::rows_are_t ? Shared::alpha_at : Shared::beta_at);
+    col_logs = logs_at(R::rows_are_t ? Shared::beta_at : Shared::alpha_at);
+    col_inv_d = reinterpret_cast<const float*>(sh.stage[stage_s] + Shared::inv_d_at);
+    col_delta = reinterpret_cast<const float*>(sh.stage[stage_s] + Shared::delta_at);
+    n_of_out = reinterpret_cast<const float*>(sh.stage[stage_s] + Shared::n_at);
+    row_log[0] = row_logs[rows[0]], row_log[1] = row_logs[rows[1]];
+    set_state_factor();
+    ptx::wgmma_wait<0>();
+    ptx::hold(tile_t);
+    weigh(of_diagonal, diagonal, std::true_type{});
+    fragments(p_diagonal, of_diagonal);
+    // Both groups make the full block's products, though only one needs them: see product_both.
+    make_t(full);
+#pragma unroll
+    for (int x = 0; x < 16; ++x) p_full[x / 4][x % 4] = 0u;
+    ptx::wgmma_wait<0>();
+    ptx::hold(tile_t);
+    if constexpr (At::is_last) release(stage_b);
+    if (reaches_both) {
+      weigh(of_diagonal, full, std::false_type{});
+      fragments(p_full, of_diagonal);
+    }
+
+#pragma unroll
+    for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
+    if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
+#pragma unroll 1
+    for (int k = 0; k < (has_state ? 1 : 0); ++k) {
+      const uint32_t s = stage_address(stage_s);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < box / 16; ++kk) {
+        const uint64_t a = ptx::wgmma_descriptor(stage_address(stage_a) + group * box_bytes + kk * 32);
+        if constexpr (R::state_rows_are_k) {
+          ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
+        } else {
+          ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
+        }
+        if constexpr (is_h) {
+          ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::wgmma_descriptor(s + Shared::n_at + kk * 32), true);
+        }
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+    }
+    ptx::hold(out);
+    if constexpr (is_h) ptx::hold(q_n);
+    release(stage_a);
   } else {
     product_both(tile_t, second, inner);
     share_gates();
+    if constexpr (reads_early) set_state_factor();
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
   }
-  scale_rows(of_diagonal, of_full);
   // For want of registers P waits in shared memory for the state's product, which dq has had before.
-  uint4* const own_p = reinterpret_cast<uint4*>(sh.own[warp]) + lane;
-  uint4* const own_full_p = reinterpret_cast<uint4*>(sh.own_full[warp % 4]) + lane;
-  if constexpr (!is_dq) {
+  uint4 *own_p = nullptr, *own_full_p = nullptr;
+  if constexpr (!is_small) {
+    scale_rows(of_diagonal, of_full);
+    own_p = reinterpret_cast<uint4*>(sh.own[warp]) + lane;
+    own_full_p = reinterpret_cast<uint4*>(sh.own_full[warp % 4]) + lane;
+  }
+  if constexpr (!is_dq && !is_small) {
     uint32_t p[4][4];
     fragments(p, of_diagonal);
 #pragma unroll
@@ -717,7 +930,12 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     const float of_n = (is_dq ? state_factor[r] * delta[r] : state_factor[r]) * down[r];
 #pragma unroll
     for (int c = 0; c < tile_n / 8; ++c) {
-      const float2 n = gate_sums ? pair_at(sh.n[group], c * 8 + pos * 2) : float2{};
+      float2 n{};
+      if constexpr (is_small && gate_sums) {
+        if (has_state) n = pair_at(n_of_out, c * 8 + pos * 2);
+      } else if constexpr (gate_sums) {
+        n = pair_at(n_of_out, c * 8 + pos * 2);
+      }
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
         float& x = out[c * 4 + r * 2 + y];
@@ -738,7 +956,26 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
   }
 
-  {  // P Z
+  if constexpr (is_small) {  // P Z
+    using At = SmallStages<output>;
+    const int stage_z = small_stage(At::z);
+    const auto add_product = [&](const uint32_t (&p)[4][4], int begin) {
+#pragma unroll
+      for (int kk = 0; kk < box / 16; ++kk) {
+        ptx::Wgmma<T, tile_n>::template a_registers<true>(
+            out, p[kk], ptx::wgmma_descriptor(stage_address(stage_z) + begin / box * box_bytes + kk * 2048, box_bytes),
+            true);
+      }
+    };
+    ptx::hold(out);
+    ptx::wgmma_fence();
+    add_product(p_diagonal, diagonal);
+    add_product(p_full, reaches_both ? full : diagonal);  // zeros times what the rows depend on anyway
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::hold(out);
+    if constexpr (At::is_last) release(stage_z);
+  } else {
     const int first = ring.stage, first_parity = ring.parity;
     ring.advance();
     const int last = ring.stage, last_parity = ring.parity;
@@ -782,7 +1019,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       factor[r] *= w.p.scale;
       if (row < tile.length) {
         const int64_t token = token_index(row);
-        factor[r] *= Normalizer(s, m_at(token), w.p.eps, w.p.normalize).inverse;
+        factor[r] *= Normalizer(s, reads_early ? m_of_row[r] : m_at(token), w.p.eps, w.p.normalize).inverse;
         if (tile.index == 0 && pos == 0 && args.s_out != nullptr) args.s_out[token] = s;
       }
     }
@@ -807,22 +1044,28 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (tile.index == 0) w.k_dk[(w.dk_tiles + block) * shares_stride + at + token] = w.p.scale * sum;
   }
 
-  // Rows go out through shared memory, 16 rows x 64 columns a warp at a time, 16 bytes a lane.
-  T* to[4];  // of the rows that this lane writes to; null where there is none
+  unsigned char* const part = sh.own[warp];
+  // Rows go out through shared memory, 16 rows x 64 columns (small tiles: 32) a warp at a time, 16 bytes a lane.
+  constexpr int part_cols = is_small ? box / 2 : box, lanes_a_row = part_cols / 8, rows_a_store = 32 / lanes_a_row;
+  constexpr int stores = 16 / rows_a_store;
+  T* to[stores];  // of the rows that this lane writes to; null where there is none
 #pragma unroll
-  for (int y = 0; y < 4; ++y) {
-    const int row = group * 64 + (warp % 4) * 16 + y * 4 + lane / 8;
-    to[y] = static_cast<T*>(is_dv ? args.dv : args.out) + token_index(row) * columns + col0 + lane % 8 * 8;
+  for (int y = 0; y < stores; ++y) {
+    const int row = group * 64 + (warp % 4) * 16 + y * rows_a_store + lane / lanes_a_row;
+    to[y] = static_cast<T*>(is_dv ? args.dv : args.out) + token_index(row) * columns + col0 + lane % lanes_a_row * 8;
     if (row >= tile.length) to[y] = nullptr;
   }
-  unsigned char* const part = sh.own[warp];
+  // Neighbouring rows' chunks of 16 bytes at different banks.
+  const auto part_at = [&](int row, int chunk16) {
+    return part + row * part_cols * 2 + (chunk16 ^ (is_small ? row / 2 % 4 : row % 8)) * 16;
+  };
   uint32_t odd = 0;
 #pragma unroll
-  for (int x = 0; x < tile_n / box; ++x) {
+  for (int x = 0; x < tile_n / part_cols; ++x) {
     __syncwarp();
 #pragma unroll
-    for (int y = 0; y < 4; ++y) {
-      const int i = (x * 4 + y) * 8;
+    for (int y = 0; y < part_cols / 16; ++y) {
+      const int i = (x * (part_cols / 16) + y) * 8;
       const int row = lane % 16, chunk16 = y * 2 + lane / 16;
       uint32_t two[4];
 #pragma unroll
@@ -830,15 +1073,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
         two[z] = pack<T>(out[i + z * 2] * factor[z % 2], out[i + z * 2 + 1] * factor[z % 2]);
         note_odd<T>(odd, two[z]);
       }
-      ptx::stmatrix_x4(part + row * 128 + (chunk16 ^ (row % 8)) * 16, two[0], two[1], two[2], two[3]);
+      ptx::stmatrix_x4(part_at(row, chunk16), two[0], two[1], two[2], two[3]);
     }
     __syncwarp();
 #pragma unroll
-    for (int y = 0; y < 4; ++y) {
-      const int row = y * 4 + lane / 8, chunk16 = lane % 8;
-      if (to[y] != nullptr && col0 + x * box + chunk16 * 8 < columns) {
-        __stcs(reinterpret_cast<uint4*>(to[y] + x * box),
-               *reinterpret_cast<const uint4*>(part + row * 128 + (chunk16 ^ (row % 8)) * 16));
+    for (int y = 0; y < stores; ++y) {
+      const int row = y * rows_a_store + lane / lanes_a_row, chunk16 = lane % lanes_a_row;
+      if (to[y] != nullptr && col0 + x * part_cols + chunk16 * 8 < columns) {
+        __stcs(reinterpret_cast<uint4*>(to[y] + x * part_cols), *reinterpret_cast<const uint4*>(part_at(row, chunk16)));
       }
     }
   }
@@ -846,6 +1088,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     __syncwarp();
     mend_rows<output, tile_n, T>(args, tile, group * 64 + (warp % 4) * 16, make_float2(inv_d[0], inv_d[1]),
                                  make_float2(delta[0], delta[1]));
+  }
+  if constexpr (is_small) {
+    using At = SmallStages<output>;
+    if constexpr (At::is_last) {
+      release(small_stage(At::s));  // with it the tile itself
+#pragma unroll
+      for (int x = 0; x < At::count; ++x) ring.advance();
+    }
   }
 }
 
@@ -887,8 +1137,26 @@ struct DkAndDv {
   }
 };
 
+// Small tiles of h, or dk and dv.
+template <int blocks, Output first, Output... others>
+struct Small {
+  using Shared = SmallShared<blocks>;
+  using Ring = RingState<Shared::num_stages>;
+  static constexpr bool rows_are_t = Roles<first>::rows_are_t;
+  __device__ static void produce_tile(const OutputArgs& args, Shared& sh, Ring& ring, const Tile& tile) {
+    produce_small<first>(args, sh, ring, tile);
+  }
+  __device__ static void consume_tile(const OutputArgs& args, Shared& sh, Ring& ring) {
+    const int stage = wait_for_stage(sh, ring, SmallStages<first>::s);
+    const Tile& tile = *reinterpret_cast<const Tile*>(sh.stage[stage] + Shared::tile_at);
+    consume<first, box, bf16>(args, sh, ring, tile);
+    (consume<others, box, bf16>(args, sh, ring, tile), ...);
+  }
+};
+
 template <typename Makes>
-__global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid_constant__ OutputArgs args) {
+__global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_processor)
+    outputs_kernel(const __grid_constant__ OutputArgs args) {
   using Shared = typename Makes::Shared;
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
@@ -931,8 +1199,16 @@ __global__ void __launch_bounds__(output_threads, 1) outputs_kernel(const __grid
     if (threadIdx.x != consumer_warps * 32) return;
     for_tiles([&](const Tile& tile) { Makes::produce_tile(args, sh, ring, tile); });
   } else {
-    ptx::more_registers<240>();
-    for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
+    ptx::more_registers<Shared::consumer_registers>();
+    if constexpr (Shared::is_small) {
+      const int64_t chunks = l.first_chunk == nullptr ? l.max_chunks : l.first_chunk[l.num_seqs];
+      const int count = static_cast<int>(chunks * l.heads) * args.tiles_of_both;
+      for (int index = blockIdx.x; index < count; index += gridDim.x) {
+        Makes::consume_tile(args, sh, ring);
+      }
+    } else {
+      for_tiles([&](const Tile& tile) { Makes::consume_tile(args, sh, ring, tile); });
+    }
   }
 }
 

@@ -22,6 +22,8 @@
 // float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
 // blocks of a head since it comes from the weights alone; so are the weighted operands.
 //
+// Small states (dv up to 128) wait less: see StateShared.
+//
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
 #include <type_traits>
@@ -53,7 +55,12 @@ struct StateArgs {
 
 template <int groups, int tile_dv, typename T>
 struct StateShared {
-  static constexpr int num_stages = 3;
+  // Small states: the length of a step bounds a walk, not what it moves. So several blocks share a multiprocessor where
+  // they fit, and a step waits for less, for which larger states lack the registers.
+  static constexpr bool is_small = tile_dv <= 128;
+  static constexpr int num_stages = is_small && groups == 2 ? 4 : 3;
+  static constexpr int blocks_per_processor = groups == 1 && is_small ? (tile_dv == 64 ? 3 : 2) : 1;
+  static constexpr int consumer_registers = groups == 2 ? 240 : blocks_per_processor == 3 ? 136 : 232;
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
     T x[groups][box * box];   // 64 tokens x 64 dqk, one box for each warpgroup
@@ -70,9 +77,10 @@ struct StateShared {
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 
 template <int groups, int tile_dv, bool backward, typename T>
-__global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __grid_constant__ StateArgs args) {
+__global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_dv, T>::blocks_per_processor))
+    states_kernel(const __grid_constant__ StateArgs args) {
   using Shared = StateShared<groups, tile_dv, T>;
-  constexpr bool is_half = std::is_same_v<T, half>;
+  constexpr bool is_half = std::is_same_v<T, half>, is_small = Shared::is_small;
   constexpr int least_exponent = -100;  // float16: of the scale of a state without weights
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
@@ -172,7 +180,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     return;
   }
 
-  ptx::more_registers<groups == 2 ? 240 : 232>();
+  ptx::more_registers<Shared::consumer_registers>();
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int group_row0 = row0 + group * box;
   const int quad = lane / 4, pos = lane % 4;
@@ -202,18 +210,32 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   // The weights of the next chunk's tokens, one a thread, read a chunk early.
   float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f, next_keep_log = 0.0f;
   int run_begin = first_step, run_end = last_step;
+  const auto make_weights = [&](float2 m_start, float2 alpha_last, auto&& log, auto&& inv_d, auto&& delta) {
+    next_keep_log = log_sum(alpha_last, m_start);
+    next_keep = fast_exp2(next_keep_log);
+    if constexpr (backward) {
+      const float g = w.p.scale * fast_exp2(log_sum(log(), m_start));
+      next_w = g * inv_d();
+      next_wn = g * delta();
+    } else {
+      next_w = next_wn = fast_exp2(log_difference(alpha_last, log()));
+    }
+  };
+  // Small: what they are made of. Made at once, they would wait for it.
+  float2 next_m_start{}, next_alpha_last{}, next_log{};
+  float next_inv_d = 0.0f, next_delta = 0.0f;
   const auto read_weights = [&](int step) {
     if (step >= run_end) return;
     const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
     const float2 m_start = w.m_start[item], alpha_last = w.alpha_last[item];
-    next_keep_log = log_sum(alpha_last, m_start);
-    next_keep = fast_exp2(next_keep_log);
-    if constexpr (backward) {
-      const float g = w.p.scale * fast_exp2(log_sum(w.alpha[at + thread], m_start));
-      next_w = g * w.inv_d[at + thread];
-      next_wn = g * w.delta[at + thread];
+    const auto log = [&] { return (backward ? w.alpha : w.beta)[at + thread]; };
+    const auto inv_d = [&] { return w.inv_d[at + thread]; };
+    const auto delta = [&] { return w.delta[at + thread]; };
+    if constexpr (is_small) {
+      next_m_start = m_start, next_alpha_last = alpha_last, next_log = log();
+      if constexpr (backward) next_inv_d = inv_d(), next_delta = delta();
     } else {
-      next_w = next_wn = fast_exp2(log_difference(alpha_last, w.beta[at + thread]));
+      make_weights(m_start, alpha_last, log, inv_d, delta);
     }
   };
 
@@ -251,16 +273,28 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     if (thread == 0) ptx::store_release(flag_at(segment * 2 + part), 1);
   };
   const auto state_before = [&] {
+    if constexpr (is_small) {  // many short waits: all at once
+      for (int s = thread; s < 2 * (segment + 1); s += 128) {
+        int begin, end;
+        run_of(s / 2, s % 2, begin, end);
+        if (begin == end || begin >= first_step) continue;
+        while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
+      }
+      __syncwarp();
+      ptx::named_barrier(1 + group, 128);
+    }
     for (int s = 0; s < 2 * (segment + 1); ++s) {
       int begin, end;
       run_of(s / 2, s % 2, begin, end);
       if (begin == end) continue;
       if (begin >= first_step) break;
       const bool is_whole = begin == 0;  // a state already
-      if (thread == 0) {
-        while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
+      if constexpr (!is_small) {
+        if (thread == 0) {
+          while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
+        }
+        ptx::named_barrier(1 + group, 128);
       }
-      ptx::named_barrier(1 + group, 128);
       const float* const share = share_at(s);
       const float keep = share[(tile_dv / 2 + 2) * 128];
       float kept = keep, added = 1.0f;
@@ -283,10 +317,16 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
   };
 
   int stage = 0, parity = 0;
-  const auto release = [&] {
+  const auto give_back = [&](int stage) {
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&sh.empty[stage]);
+  };
+  const auto advance = [&] {
     if (++stage == num_stages) stage = 0, parity ^= 1;
+  };
+  const auto release = [&] {
+    give_back(stage);
+    advance();
   };
   int buffer = 0;
   for (int pass = 0; pass < 3; ++pass) {
@@ -305,6 +345,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
     read_weights(run_begin);
     for (int step = run_begin; step < run_end; ++step, buffer ^= 1) {
       const int64_t item = chunk_at(step) * l.heads + head;
+      if constexpr (is_small) {
+        make_weights(
+            next_m_start, next_alpha_last, [&] { return next_log; }, [&] { return next_inv_d; },
+            [&] { return next_delta; });
+      }
       const float keep = next_keep, keep_log = next_keep_log;
       keep_all *= keep;
       float* const weight = sh.weight[buffer][group];
@@ -351,6 +396,20 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
         }
       }
 
+      const auto write_n = [&](int exponent) {
+        for_each_n([&](float& x, int row) {
+          if (pos != 0) return;
+          w.n[item * l.dqk + row] = x;
+          if (!backward && w.n_parts != nullptr) {  // as a sum of three 16-bit numbers
+            float left = is_half ? x * power_of_two(-exponent) : x;
+            for (int part = 0; part < 3; ++part) {
+              const T high = from_float<T>(left);
+              reinterpret_cast<T*>(w.n_parts)[(item * 3 + part) * w.dqk_pitch + row] = high;
+              left -= to_float(high);
+            }
+          }
+        });
+      };
       // The rounded state to its slot.
       if (writes && thread == 0) ptx::bulk_store_wait_read<0>();
       ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
@@ -372,24 +431,21 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
           }
           ptx::bulk_store_commit();
         }
-        for_each_n([&](float& x, int row) {
-          if (pos != 0) return;
-          w.n[item * l.dqk + row] = x;
-          if (!backward && w.n_parts != nullptr) {  // as a sum of three 16-bit numbers
-            float left = is_half ? x * power_of_two(-exponent) : x;
-            for (int part = 0; part < 3; ++part) {
-              const T high = from_float<T>(left);
-              reinterpret_cast<T*>(w.n_parts)[(item * 3 + part) * w.dqk_pitch + row] = high;
-              left -= to_float(high);
-            }
-          }
-        });
+        if constexpr (!is_small) write_n(exponent);
         if (is_half && tile_k == 0 && tile_v == 0 && threadIdx.x == 0) args.log[item] = static_cast<float>(exponent);
       }
 
       // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
-      const bool zeros = __any_sync(0xffffffffu, weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f ||
-                                                     weight[lane * 4 + 2] == 0.0f || weight[lane * 4 + 3] == 0.0f);
+      bool has_zero;
+      if constexpr (is_small) {
+        const float4 four = reinterpret_cast<const float4*>(weight)[lane];
+        has_zero = fminf(fminf(fabsf(four.x), fabsf(four.y)), fminf(fabsf(four.z), fabsf(four.w))) == 0.0f;
+      } else {
+        has_zero = weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f || weight[lane * 4 + 2] == 0.0f ||
+                   weight[lane * 4 + 3] == 0.0f;
+      }
+      const bool zeros = __any_sync(0xffffffffu, has_zero);
+      const int exponent_before = exponent;
       float keep_acc = keep, weight_scale = 1.0f;
       if constexpr (is_half) {
         const unsigned (&most)[4] = sh.most[buffer][group];
@@ -402,7 +458,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
 #pragma unroll
       for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep_acc;
       float n_part[2] = {0.0f, 0.0f};
-#pragma unroll 1
+      int first_stage = 0;
+#pragma unroll(is_small ? stages_per_chunk : 1)
       for (int part = 0; part < stages_per_chunk; ++part) {
         ptx::mbarrier_wait(&sh.full[stage], parity);
         auto& s = sh.stage[stage];
@@ -438,7 +495,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
             fragment[kk][r] = is_half ? pack<T>(two.x * weight_scale, two.y * weight_scale) : pack<T>(two.x, two.y);
           }
         }
-        ptx::hold(acc);
+        if (!is_small || part == 0) ptx::hold(acc);
         ptx::wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < stage_tokens / 16; ++kk) {
@@ -446,9 +503,23 @@ __global__ void __launch_bounds__((groups + 1) * 128, 1) states_kernel(const __g
               acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
         }
         ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::hold(acc);
-        release();
+        if constexpr (is_small) {  // the second half's fragments are made while the first's products run
+          if (part == 0) {
+            first_stage = stage;
+          } else {
+            ptx::wgmma_wait<1>();
+            give_back(first_stage);
+            if (writes) write_n(exponent_before);
+            ptx::wgmma_wait<0>();
+            ptx::hold(acc);
+            give_back(stage);
+          }
+          advance();
+        } else {
+          ptx::wgmma_wait<0>();
+          ptx::hold(acc);
+          release();
+        }
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -519,8 +590,10 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   constexpr int64_t least_chunks = 8, most = 32;  // of a segment; of a sequence
   const int groups = consumer_groups(p.dqk);
   const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
+  // The smallest states' blocks share multiprocessors. More of them would gain less than walking twice costs.
+  const int64_t room = groups == 1 && column_tile(p.dv) == box ? processors * 3 / 2 : processors;
   const int64_t count =
-      std::min({processors / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
+      std::min({room / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
   if (count < 2) return {1, 0, 0};
   const int64_t shares = 2 * count * blocks * groups;
   return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};

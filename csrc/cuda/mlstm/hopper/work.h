@@ -116,6 +116,9 @@ __device__ __forceinline__ float log_difference(float2 a, float2 b) { return (a.
 // overlaps.
 struct Maps {
   CUtensorMap q, k, v, dh, n_parts, c;
+  // Small tiles only, as 16-bit numbers: alpha, beta as (256, 2, item); inv_d, delta as (256, 1, item), n as (2 dqk, 1,
+  // item).
+  CUtensorMap alpha, beta, inv_d, delta, n;
 };
 
 // Sets a kernel up on the current device, once, and says how many of its blocks run at once there.
@@ -170,6 +173,10 @@ cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const flo
                       cudaStream_t stream);
 // Also fills k_dk but its last two parts.
 cudaError_t output_dk_dv(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv, cudaStream_t stream);
+
+// Whether the outputs' tiles are small: see outputs.cuh. float16 would need more registers, for the largest weights of
+// both blocks of T before the first is rounded.
+inline bool has_small_tiles(const MlstmProblem& p) { return p.dtype == DType::bfloat16 && p.dqk <= box && p.dv <= box; }
 
 // Width of an output's column tile.
 inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
