@@ -113,6 +113,12 @@ def test_few_heads_in_segments(dqk, dv):
     assert_errors(*draw(1, 20000, 1, dqk, dv), ROUNDING)
 
 
+@pytest.mark.parametrize("kind", ["normal", "initial"])  # "initial": what is carried passes through many tiles
+@pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 5000, 8), (1, 3000, 17), (3, 900, 5)])
+def test_gates_in_tiles(batch, seq, heads, kind):
+    assert_errors(*draw(batch, seq, heads, 64, 64, kind), (3e-3, 6e-3, 6e-3, 6e-3, 1e-2, 2e-2))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("which", range(3))
 def test_not_finite_reaches_only_what_depends_on_it(which, bad):
