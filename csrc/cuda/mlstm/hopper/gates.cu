@@ -1,13 +1,18 @@
-// Everything that is one number per token. The gates lie with the heads innermost, so a block takes a tile: some chunks
-// of one sequence, of up to eight heads at once. What is done element by element goes along memory, through shared
-// memory to warps that own a chunk of one head each, four consecutive tokens a lane; scans run in float64. What is
-// carried from tile to tile: for the scan a launch before leaves every tile's share, and each tile adds up those before
-// it; for the gradients, which read more, each tile leaves its share with a flag and waits for those of later tiles.
+// Everything that is one number per token. The gates lie with the heads innermost, so they are taken in tiles: some
+// chunks of one sequence, of up to eight heads at once. What is done element by element goes along memory, through
+// shared memory to warps that own a chunk of one head each, four consecutive tokens a lane; scans run in float64. What
+// is carried from tile to tile: for the scan, a cluster of blocks has a sequence, some consecutive tiles each, and a
+// block reads from the earlier ones' shared memory what their tiles do to m; for the gradients every tile has a block,
+// which leaves its share with a flag and waits for those of later tiles.
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <climits>
 #include <cmath>
 
 #include "cuda/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace flash_xlstm::cuda::hopper {
@@ -17,50 +22,61 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int tokens_per_lane = 4;
 constexpr int most_heads = 8;  // of a tile: 32 bytes of float32 gates
 constexpr int most_warps = 32;
+constexpr int portable_cluster = 8, largest_cluster = 16;
 static_assert(chunk_tokens == 32 * tokens_per_lane, "a chunk is a warp");
 
 __device__ __forceinline__ double infinity() { return static_cast<double>(INFINITY); }
 
-// A block's chunks of one sequence.
-struct Tile {
-  int seq, index, count;  // the sequence; this tile among its tiles
-  int tokens;             // 0: the sequence has none
-  int64_t first;          // token, within its row of the batch
-  int64_t chunk;          // the first, among those of all sequences
-
-  // begin, chunks_before: where the sequence begins.
-  __device__ static Tile of(const Work& w, int seq, int index, int count, int64_t begin, int64_t length,
-                            int64_t chunks_before) {
-    const int64_t chunks = int64_t{index} * w.tiles.chunks, before = chunks * chunk_tokens;
-    const int64_t tokens = min(length - before, int64_t{w.tiles.chunks} * chunk_tokens);
-    return {seq, index, count, static_cast<int>(tokens), begin + before, chunks_before + chunks};
-  }
-  __device__ int64_t row(const Work& w) const { return w.p.cu_seqlens == nullptr ? seq : 0; }
-  __device__ bool is_last() const { return index == count - 1; }
+struct Sequence {
+  int seq, length;
+  int begin;  // token, within its row of the batch
+  int chunk;  // the first, among those of all sequences
+  // One without tokens has a tile too.
+  __device__ int tiles(const Work& w) const { return max((length - 1) / (w.tiles.chunks * chunk_tokens) + 1, 1); }
 };
 
+// Some chunks of one sequence.
+struct Tile {
+  int seq, index;  // the sequence; this tile among its tiles
+  bool is_last;
+  int tokens;  // 0: the sequence has none
+  int first;   // token, within its row of the batch
+  int chunk;   // the first, among those of all sequences
+
+  __device__ Tile(const Work& w, const Sequence& s, int index) : seq(s.seq), index(index) {
+    const int chunks = index * w.tiles.chunks, before = chunks * chunk_tokens, most = w.tiles.chunks * chunk_tokens;
+    is_last = s.length - before <= most;
+    tokens = min(s.length - before, most);
+    first = s.begin + before, chunk = s.chunk + chunks;
+  }
+  __device__ int64_t row(const Work& w) const { return w.p.cu_seqlens == nullptr ? seq : 0; }
+};
+
+// Finds part `id` of all sequences', each cut into parts of so many tokens: its sequence, and which of its parts it is.
 // Packed: sequences are placed by their offsets, clamped to [0, seq] and kept from decreasing, so that wrong ones
-// cannot lead outside the tensors. A sequence without tokens has a tile too. False: there are fewer tiles than that.
-__device__ bool find_tile(const Work& w, unsigned id, Tile& out) {
+// cannot lead outside the tensors. A sequence without tokens has a part too. False: there are fewer parts than that.
+__device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int part_tokens, Sequence& out,
+                          int& index) {
   const Layout& l = w.layout;
   if (w.p.cu_seqlens == nullptr) {
-    const unsigned per_seq = static_cast<unsigned>(w.tiles.per_seq), seq = id / per_seq;
-    out = Tile::of(w, static_cast<int>(seq), static_cast<int>(id - seq * per_seq), static_cast<int>(per_seq), 0, l.seq,
-                   seq * l.chunks_per_seq);
+    const unsigned per_seq = static_cast<unsigned>(parts_per_seq), seq = static_cast<unsigned>(id) / per_seq;
+    out = {static_cast<int>(seq), static_cast<int>(l.seq), 0, static_cast<int>(seq * l.chunks_per_seq)};
+    index = static_cast<int>(static_cast<unsigned>(id) - seq * per_seq);
     return true;
   }
-  __shared__ Tile found;
+  __shared__ Sequence found;
+  __shared__ int found_index;
   __shared__ int warp_end[most_warps];
   __shared__ int2 warp_sum[most_warps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int tile_tokens = w.tiles.chunks * chunk_tokens, wanted = static_cast<int>(id);
+  const int wanted = static_cast<int>(id);
   const auto offset = [&](int64_t s) {
     return static_cast<int>(min(max(int64_t{w.p.cu_seqlens[s]}, int64_t{0}), l.seq));
   };
   if (threadIdx.x == 0) found.seq = -1;
   __syncthreads();
-  int stop = offset(0), chunks = 0, tiles = 0;  // of the sequences before `base`
-  for (int64_t base = 0; base < l.num_seqs && tiles <= wanted; base += blockDim.x) {
+  int stop = offset(0), chunks = 0, parts = 0;  // of the sequences before `base`
+  for (int64_t base = 0; base < l.num_seqs && parts <= wanted; base += blockDim.x) {
     const int64_t s = base + threadIdx.x;
     const bool exists = s < l.num_seqs;
     int end = exists ? offset(s + 1) : 0;
@@ -77,26 +93,27 @@ __device__ bool find_tile(const Work& w, unsigned id, Tile& out) {
     const int end_before = __shfl_up_sync(all_lanes, end, 1);
     if (lane > 0) begin = end_before;
     const int own_chunks = (end - begin + chunk_tokens - 1) / chunk_tokens;
-    const int own_tiles = exists ? max((end - begin + tile_tokens - 1) / tile_tokens, 1) : 0;
-    int2 sum = make_int2(own_chunks, own_tiles);
+    const int own_parts = exists ? max((end - begin - 1) / part_tokens + 1, 1) : 0;
+    int2 sum = make_int2(own_chunks, own_parts);
     for (int d = 1; d < 32; d *= 2) {
       const int2 before = make_int2(__shfl_up_sync(all_lanes, sum.x, d), __shfl_up_sync(all_lanes, sum.y, d));
       if (lane >= d) sum.x += before.x, sum.y += before.y;
     }
     if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
-    int first_chunk = chunks + sum.x - own_chunks, first_tile = tiles + sum.y - own_tiles;
+    int first_chunk = chunks + sum.x - own_chunks, first_part = parts + sum.y - own_parts;
 #pragma unroll 1
     for (int x = 0; x < warps; ++x) {
-      if (x < warp) first_chunk += warp_sum[x].x, first_tile += warp_sum[x].y;
-      chunks += warp_sum[x].x, tiles += warp_sum[x].y;
+      if (x < warp) first_chunk += warp_sum[x].x, first_part += warp_sum[x].y;
+      chunks += warp_sum[x].x, parts += warp_sum[x].y;
     }
-    if (first_tile <= wanted && wanted < first_tile + own_tiles) {
-      found = Tile::of(w, static_cast<int>(s), wanted - first_tile, own_tiles, begin, end - begin, first_chunk);
+    if (first_part <= wanted && wanted < first_part + own_parts) {
+      found = {static_cast<int>(s), end - begin, begin, first_chunk};
+      found_index = wanted - first_part;
     }
     __syncthreads();
   }
-  out = found;
+  out = found, index = found_index;
   return out.seq >= 0;
 }
 
@@ -106,7 +123,7 @@ __device__ void write_table(const Work& w, const Tile& tile) {
   if (threadIdx.x < count) w.seq_of_chunk[tile.chunk + threadIdx.x] = tile.seq;
   if (threadIdx.x != 0) return;
   if (tile.index == 0) w.first_chunk[tile.seq] = tile.chunk, w.first_token[tile.seq] = tile.first;
-  if (tile.is_last() && tile.seq == w.layout.num_seqs - 1) {
+  if (tile.is_last && tile.seq == w.layout.num_seqs - 1) {
     w.first_chunk[tile.seq + 1] = tile.chunk + count;
     w.first_token[tile.seq + 1] = tile.first + tile.tokens;
   }
@@ -243,6 +260,7 @@ struct Unit {
 };
 
 extern __shared__ __align__(16) float rows[];
+size_t shared_bytes(int heads, int chunks) { return 2 * sizeof(float) * heads * (chunks * chunk_tokens + 4); }
 
 // The tile's log gates into shared memory: i in the first rows, lf in the others.
 __device__ __forceinline__ void load_logs(const Work& w, const Tile& tile, const Elements& own) {
@@ -264,59 +282,38 @@ __device__ __forceinline__ ChunkLogs scan_unit(const Work& w, const Unit& unit) 
   return scan_chunk(rows + at, rows + w.tiles.heads * pitch + at, unit.lane);
 }
 
-// What each tile that another follows does to m.
-__global__ void __launch_bounds__(most_warps * 32) tile_totals_kernel(const __grid_constant__ Work w) {
-  let_next_kernel_start();
-  wait_for_earlier_kernels();
-  __shared__ Transform unit_total[most_warps];
-  Tile tile;
-  if (!find_tile(w, blockIdx.x, tile) || tile.is_last()) return;
-  load_logs(w, tile, Elements(w, tile));
-  __syncthreads();
-  const Unit unit(w, tile);
-  const Transform all = scan_unit(w, unit).all;
-  if (unit.lane == 31) unit_total[unit.warp] = all;
-  __syncthreads();
-  const int heads = w.tiles.heads, head = threadIdx.x;
-  if (head < heads && blockIdx.y * heads + head < w.layout.heads) {
-    Transform total = unit_total[head];
+// What the tile does to m, for the first threads: a head each.
+__device__ __forceinline__ Transform tile_total(const Work& w, const Transform* unit_total) {
+  Transform total = unit_total[threadIdx.x];
 #pragma unroll 1
-    for (int c = 1; c < w.tiles.chunks; ++c) total = total.then(unit_total[c * heads + head]);
-    w.tile_totals[int64_t{blockIdx.x} * w.layout.heads + blockIdx.y * heads + head] =
-        make_double2(total.sum, total.top);
-  }
+  for (int c = 1; c < w.tiles.chunks; ++c) total = total.then(unit_total[c * w.tiles.heads + threadIdx.x]);
+  return total;
 }
 
-// m before the tile, in lane 0: each lane takes a run of the tiles before it, then the runs are joined.
-__device__ double m_before(const Work& w, const Tile& tile, int64_t head, int lane) {
-  Transform mine{0.0, -infinity()};
-  const int each = (tile.index + 31) / 32, end = min((lane + 1) * each, tile.index);
-  const int64_t heads = w.layout.heads;
-  const double2* totals = w.tile_totals + (int64_t{blockIdx.x} - tile.index) * heads + head;
-#pragma unroll 1
-  for (int x = lane * each; x < end; x += 4) {
-    double2 some[4];  // on their way together
-#pragma unroll
-    for (int y = 0; y < 4; ++y) {
-      some[y] = totals[min(x + y, end - 1) * heads];
-      if (x + y >= end) some[y] = make_double2(0.0, -infinity());
-    }
-#pragma unroll
-    for (const double2& total : some) mine = mine.then({total.x, total.y});
+// What the blocks of the cluster before this one do to m, in order; in lane 0 of a whole warp.
+__device__ Transform earlier_blocks(const double2* own_total, int rank, int lane) {
+  Transform all{0.0, -infinity()};
+  if (lane < rank) {
+    const double2 theirs = ptx::load_peer(own_total, lane);
+    all = {theirs.x, theirs.y};
   }
-  for (int d = 1; d < 32 && tile.index > 0; d *= 2) {
-    mine = mine.then({__shfl_down_sync(all_lanes, mine.sum, d), __shfl_down_sync(all_lanes, mine.top, d)});
+#pragma unroll
+  for (int d = 1; d < largest_cluster; d *= 2) {
+    all = all.then({__shfl_down_sync(all_lanes, all.sum, d), __shfl_down_sync(all_lanes, all.top, d)});
   }
-  const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
-  return mine.from(from_0 ? 0.0 : w.p.m0[tile.seq * heads + head]);
+  return all;
 }
 
+// A cluster has a sequence, packed ones too: its tiles in runs, one for each block. What a run does to m has to be
+// known before the runs behind it can be written, so a block with several tiles goes through them twice.
 __global__ void __launch_bounds__(most_warps * 32)
-    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last) {
+    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last, int cluster) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   __shared__ Transform unit_total[most_warps];
+  __shared__ double2 block_total[most_heads];
   __shared__ double m_in[most_heads];
+  __shared__ Sequence seq;  // read anew where it is needed: registers are few
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   const auto clear = [&](int* flags, int64_t count) {
 #pragma unroll 1
@@ -324,76 +321,141 @@ __global__ void __launch_bounds__(most_warps * 32)
   };
   clear(w.segment_flags, w.num_flags);
   if (w.tile_flags != nullptr) clear(w.tile_flags, w.tiles.count * w.layout.heads);
-  Tile tile;
-  if (!find_tile(w, blockIdx.x, tile)) return;
-  if (w.p.cu_seqlens != nullptr && blockIdx.y == 0) write_table(w, tile);
   const Layout& l = w.layout;
-  const Elements own(w, tile);
-  const Unit unit(w, tile);
-  const int heads = w.tiles.heads;
-  const int64_t head = blockIdx.y * heads + unit.head;
-  load_logs(w, tile, own);
-  if (unit.chunk == 0 && head < l.heads) {
-    const double m = m_before(w, tile, head, unit.lane);
-    if (unit.lane == 0) {
-      m_in[unit.head] = m;
-      if (tile.tokens == 0 && m_last != nullptr) m_last[tile.seq * l.heads + head] = static_cast<float>(m);
-    }
+  int begin, end;   // of this block's tiles
+  bool goes_twice;  // what the last tiles do to m nobody needs
+  {
+    Sequence found;
+    int only;  // part
+    find_part(w, blockIdx.x / cluster, 1, INT_MAX, found, only);
+    const int tiles = found.tiles(w), each = (tiles - 1) / cluster + 1;
+    begin = static_cast<int>(blockIdx.x % cluster) * each, end = min(begin + each, tiles);
+    goes_twice = end < tiles && end - begin > 1;
+    if (threadIdx.x == 0) seq = found;
   }
   __syncthreads();
-  const ChunkLogs logs = scan_unit(w, unit);
-  if (unit.lane == 31) unit_total[unit.warp] = logs.all;
-  __syncthreads();
-
-  if (unit.tokens > 0) {
-    const bool sigmoid = w.p.input_gate == InputGate::sigmoid;  // m stays 0
-    double m = m_in[unit.head];
+  if (begin >= end) {  // nothing to do, but the others of the cluster wait
+    ptx::cluster_barrier();
+    ptx::cluster_barrier();
+    return;
+  }
+  const int heads = w.tiles.heads;
+  // The first threads do what is once a head.
+  const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
+  if (has_head()) {
+    const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
+    const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
+    const double m = from_0 ? 0.0 : w.p.m0[at];
+    m_in[threadIdx.x] = m;
+    if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
+  }
+  if (goes_twice) {
+    Transform total{0.0, -infinity()};
 #pragma unroll 1
-    for (int x = unit.head; x < unit.warp; x += heads) m = unit_total[x].from(m);
-    double alpha = sigmoid ? 0.0 : fmin(-m, logs.least_before);
-    float2 log_alpha = split_log(alpha);
-    if (unit.lane == 0) w.m_start[unit.item] = make_float2(-log_alpha.x, -log_alpha.y);
-    const int first = unit.lane * tokens_per_lane;
-    const int64_t at = unit.item * chunk_tokens + first;
-    float2 alphas[tokens_per_lane], betas[tokens_per_lane];
-    float ms[tokens_per_lane];
-    unsigned resets = 0;
-#pragma unroll
-    for (int x = 0; x < tokens_per_lane; ++x) {
-      betas[x] = split_log(logs.beta[x]);
-      if (sigmoid) {
-        alpha = logs.b[x], log_alpha = split_log(alpha);
-      } else if (logs.beta[x] <= alpha) {
-        alpha = logs.beta[x], log_alpha = betas[x];
-        resets |= 1u << (8 * x);
-      }
-      ms[x] = static_cast<float>(logs.b[x] - alpha);
-      alphas[x] = first + x < unit.tokens ? log_alpha : make_float2(-INFINITY, 0.0f);
+    for (int index = begin; index < end; ++index) {
+      const Tile tile(w, seq, index);
+      load_logs(w, tile, Elements(w, tile));
+      __syncthreads();
+      const Unit unit(w, tile);
+      const Transform all = scan_unit(w, unit).all;
+      if (unit.lane == 31) unit_total[unit.warp] = all;
+      __syncthreads();
+      if (has_head()) total = total.then(tile_total(w, unit_total));
     }
-    const auto store = [&](float2* to, const float2(&from)[tokens_per_lane]) {
-      reinterpret_cast<float4*>(to + at)[0] = make_float4(from[0].x, from[0].y, from[1].x, from[1].y);
-      reinterpret_cast<float4*>(to + at)[1] = make_float4(from[2].x, from[2].y, from[3].x, from[3].y);
-    };
-    store(w.alpha, alphas);
-    store(w.beta, betas);
-    if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
-    if (unit.lane == 31) {
-      w.alpha_last[unit.item] = log_alpha;  // nothing past the sequence's end changes it, nor m
-      const bool ends = tile.is_last() && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
-      if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
+    if (has_head()) block_total[threadIdx.x] = make_double2(total.sum, total.top);
+  }
+
+#pragma unroll 1
+  for (int index = begin; index < end; ++index) {
+    {  // the same once more behind the barrier, from seq: it is not kept in registers meanwhile
+      const Tile tile(w, seq, index);
+      if (w.p.cu_seqlens != nullptr && blockIdx.y == 0) write_table(w, tile);
+      load_logs(w, tile, Elements(w, tile));
+    }
+    __syncthreads();
+    const Tile tile(w, seq, index);
+    const Unit unit(w, tile);
+    const int64_t head = blockIdx.y * heads + unit.head;
+    const ChunkLogs logs = scan_unit(w, unit);
+    if (unit.lane == 31) unit_total[unit.warp] = logs.all;
+    __syncthreads();
+    if (cluster > 1 && index == begin) {
+      if (has_head() && !goes_twice) {
+        const Transform total = tile_total(w, unit_total);
+        block_total[threadIdx.x] = make_double2(total.sum, total.top);
+      }
+      ptx::cluster_barrier();
+      if (unit.chunk == 0 && head < l.heads) {
+        const int rank = static_cast<int>(blockIdx.x % cluster);
+        const Transform before = earlier_blocks(block_total + unit.head, rank, unit.lane);
+        if (unit.lane == 0) m_in[unit.head] = before.from(m_in[unit.head]);
+      }
+      ptx::cluster_arrive();
+      __syncthreads();
+    }
+
+    if (unit.tokens > 0) {
+      const bool sigmoid = w.p.input_gate == InputGate::sigmoid;  // m stays 0
+      double m = m_in[unit.head];
+#pragma unroll 1
+      for (int x = unit.head; x < unit.warp; x += heads) m = unit_total[x].from(m);
+      double alpha = sigmoid ? 0.0 : fmin(-m, logs.least_before);
+      float2 log_alpha = split_log(alpha);
+      if (unit.lane == 0) w.m_start[unit.item] = make_float2(-log_alpha.x, -log_alpha.y);
+      const int first = unit.lane * tokens_per_lane;
+      const int64_t at = unit.item * chunk_tokens + first;
+      float2 alphas[tokens_per_lane], betas[tokens_per_lane];
+      float ms[tokens_per_lane];
+      unsigned resets = 0;
+#pragma unroll
+      for (int x = 0; x < tokens_per_lane; ++x) {
+        betas[x] = split_log(logs.beta[x]);
+        if (sigmoid) {
+          alpha = logs.b[x], log_alpha = split_log(alpha);
+        } else if (logs.beta[x] <= alpha) {
+          alpha = logs.beta[x], log_alpha = betas[x];
+          resets |= 1u << (8 * x);
+        }
+        ms[x] = static_cast<float>(logs.b[x] - alpha);
+        alphas[x] = first + x < unit.tokens ? log_alpha : make_float2(-INFINITY, 0.0f);
+      }
+      const auto store = [&](float2* to, const float2(&from)[tokens_per_lane]) {
+        reinterpret_cast<float4*>(to + at)[0] = make_float4(from[0].x, from[0].y, from[1].x, from[1].y);
+        reinterpret_cast<float4*>(to + at)[1] = make_float4(from[2].x, from[2].y, from[3].x, from[3].y);
+      };
+      store(w.alpha, alphas);
+      store(w.beta, betas);
+      if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
+      if (unit.lane == 31) {
+        w.alpha_last[unit.item] = log_alpha;  // nothing past the sequence's end changes it, nor m
+        const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
+        if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
+      }
+      if (m_out != nullptr) {
+        float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
+        *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // over i, which is read
+      }
     }
     if (m_out != nullptr) {
-      float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
-      *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // over i, which is read
+      __syncthreads();
+      const Elements own(w, tile);
+      float* to = m_out + own.output(w, tile);
+#pragma unroll
+      for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
+        if (x < own.inside) *to = rows[own.row + x * own.step];
+      }
+    }
+    if (index + 1 < end) {
+      __syncthreads();
+      if (has_head()) {
+        double m = m_in[threadIdx.x];
+#pragma unroll 1
+        for (int c = 0; c < w.tiles.chunks; ++c) m = unit_total[c * heads + threadIdx.x].from(m);
+        m_in[threadIdx.x] = m;
+      }
     }
   }
-  if (m_out == nullptr) return;
-  __syncthreads();
-  float* to = m_out + own.output(w, tile);
-#pragma unroll
-  for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
-    if (x < own.inside) *to = rows[own.row + x * own.step];
-  }
+  if (cluster > 1) ptx::cluster_wait();  // no block leaves while others may read its total
 }
 
 // The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
@@ -420,11 +482,11 @@ struct Walk {
 
 // What the later tiles of the sequence do to it. Blocks are numbered from the last tile on, and a block with a lower
 // number starts first: waiting for it cannot hang.
-__device__ Walk later_tiles(const Work& w, const Tile& tile, int64_t id, int64_t head, int lane) {
+__device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t id, int64_t head, int lane) {
   Walk behind{0.0, 0.0, 0};
-  for (int first = tile.index + 1; first < tile.count && !behind.reset; first += 32) {
+  for (int first = tile.index + 1; first < count && !behind.reset; first += 32) {
     Walk mine{0.0, 0.0, 0};
-    if (first + lane < tile.count) {
+    if (first + lane < count) {
       const int64_t at = (id - tile.index + first + lane) * w.layout.heads + head;
       int flag;
       while ((flag = ptx::load_acquire(w.tile_flags + at)) == 0) __nanosleep(50);
@@ -453,8 +515,11 @@ __global__ void __launch_bounds__(most_warps * 32)
   __shared__ Walk unit_walk[most_warps];
   __shared__ Carried carried_in[most_heads];
   const unsigned id = static_cast<unsigned>(w.tiles.count - 1 - blockIdx.x);
-  Tile tile;
-  if (!find_tile(w, id, tile)) return;
+  Sequence seq;
+  int index;
+  if (!find_part(w, id, w.tiles.per_seq, w.tiles.chunks * chunk_tokens, seq, index)) return;
+  const int tiles = seq.tiles(w);
+  const Tile tile(w, seq, index);
   const Layout& l = w.layout;
   const Unit unit(w, tile);
   const int lane = unit.lane, heads = w.tiles.heads, pitch = Elements::row_pitch(w);
@@ -536,7 +601,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     }
     // No stabilizer: as if past a reset, with nothing to carry.
     const Carried at_end{sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head], !sigmoid};
-    const Carried carried = later_tiles(w, tile, id, head, lane).from(at_end);
+    const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
     if (lane == 0) {
       carried_in[unit.head] = carried;
       if (tile.tokens == 0 && dm0 != nullptr) dm0[tile.seq * l.heads + head] = static_cast<float>(carried.value);
@@ -625,39 +690,83 @@ __global__ void __launch_bounds__(most_warps * 32)
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(const Work& w, void (*kernel)(Parameters...), cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks, int cluster, cudaStream_t stream,
+                   Arguments... arguments) {
   const Tiles& tiles = w.tiles;
-  const dim3 grid(static_cast<unsigned>(tiles.count), static_cast<unsigned>(ceil_div(w.layout.heads, tiles.heads)));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(w.layout.heads, tiles.heads)));
   const unsigned threads = static_cast<unsigned>(tiles.heads * tiles.chunks) * 32;
-  const size_t bytes = 2 * sizeof(float) * tiles.heads * (tiles.chunks * chunk_tokens + 4);
-  return launch_early(kernel, grid, dim3(threads), bytes, 1, stream, arguments...);
+  return launch_early(kernel, grid, dim3(threads), shared_bytes(tiles.heads, tiles.chunks), cluster, stream,
+                      arguments...);
+}
+
+// How large clusters may be, for blocks of any size.
+int cluster_limit() {
+  constexpr int max_devices = 64;
+  static std::array<std::atomic<int>, max_devices> known{};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return portable_cluster;
+  if (const int found = known[device].load(std::memory_order_relaxed)) return found;
+  int limit = portable_cluster;
+  if (cudaFuncSetAttribute(scan_gates_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = largest_cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(largest_cluster);
+    config.blockDim = dim3(most_warps * 32);
+    config.dynamicSmemBytes = shared_bytes(most_heads, most_warps / most_heads);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, scan_gates_kernel, &config) == cudaSuccess && clusters > 0) {
+      limit = largest_cluster;
+    }
+  }
+  cudaGetLastError();  // a refusal above is an answer, not an error
+  known[device].store(limit, std::memory_order_relaxed);
+  return limit;
+}
+
+// Blocks for a sequence's tiles. Packed, one sequence may have nearly all tokens and many blocks then have nothing to
+// do: there are no more of these than fill the device about once.
+int choose_cluster(const Work& w) {
+  constexpr int64_t most_packed_blocks = 256;
+  int64_t most = cluster_limit();
+  if (w.p.cu_seqlens != nullptr) {
+    const int64_t alone = w.p.num_seqs * ceil_div(w.p.heads, int64_t{w.tiles.heads});
+    most = std::clamp(most_packed_blocks / std::max(alone, int64_t{1}), int64_t{1}, most);
+  }
+  const int64_t each = ceil_div(w.tiles.per_seq, most);
+  return static_cast<int>(ceil_div(w.tiles.per_seq, each));
 }
 
 }  // namespace
 
-// Blocks of 16 warps, two of which fit a multiprocessor; of up to 32 where a tile then has the whole sequence, and
-// nothing is carried.
+// Blocks of up to 32 warps where a tile then has the whole sequence, and nothing is carried. Else of 16 warps, two of
+// which fit a multiprocessor, as long as a cluster has a block for every tile; behind that of 32.
 Tiles choose_tiles(const MlstmProblem& p) {
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t groups = ceil_div(p.heads, most_heads), heads = ceil_div(p.heads, groups);
   const int64_t length = packed ? ceil_div(p.seq, std::max(p.num_seqs, int64_t{1})) : p.seq;
   const int64_t length_chunks = std::max(ceil_div(length, chunk_tokens), int64_t{1});
   const bool whole = !packed && length_chunks * heads <= most_warps;
-  const int64_t chunks = whole ? length_chunks : std::clamp(most_warps / 2 / heads, int64_t{1}, length_chunks);
+  const int64_t few = most_warps / 2 / heads, many = most_warps / heads;
+  const int64_t chunks =
+      whole ? length_chunks
+            : std::clamp(length_chunks <= few * largest_cluster ? few : many, int64_t{1}, length_chunks);
   const int64_t per_seq = std::max(ceil_div(p.seq, chunks * chunk_tokens), int64_t{1});
   return {static_cast<int>(heads), static_cast<int>(chunks), per_seq,
           packed ? p.seq / (chunks * chunk_tokens) + p.num_seqs : per_seq * p.num_seqs};
 }
 
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
-  if (w.tiles.per_seq > 1) {
-    if (cudaError_t status = launch(w, tile_totals_kernel, stream, w); status != cudaSuccess) return status;
-  }
-  return launch(w, scan_gates_kernel, stream, w, m_out, m_last);
+  const int cluster = choose_cluster(w);
+  return launch(w, scan_gates_kernel, w.p.num_seqs * cluster, cluster, stream, w, m_out, m_last, cluster);
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  return launch(w, gate_gradients_kernel, stream, w, params.dm_last, params.di, params.df, params.dm0,
+  return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.di, params.df, params.dm0,
                 state_tiles(w.p));
 }
 

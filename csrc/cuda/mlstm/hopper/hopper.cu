@@ -127,8 +127,10 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   carver.take(w.segment_ends, segments.floats);
   carver.take(w.segment_flags, w.num_flags);
   w.tiles = choose_tiles(p);
-  carver.take(w.tile_totals, w.tiles.count * p.heads);
-  if (backward) carver.take(w.tile_flags, w.tiles.count * p.heads);
+  if (backward) {
+    carver.take(w.tile_totals, w.tiles.count * p.heads);
+    carver.take(w.tile_flags, w.tiles.count * p.heads);
+  }
   if (packed) {
     carver.take(w.first_chunk, p.num_seqs + 1);
     carver.take(w.first_token, p.num_seqs + 1);

@@ -20,7 +20,7 @@ constexpr int box_bytes = box * box * 2;
 
 using Layout = ChunkLayout<chunk_tokens>;
 
-// How gates.cu cuts sequences into tiles, a block each.
+// How gates.cu cuts sequences into tiles.
 struct Tiles {
   int heads, chunks;  // at most, of a tile
   int64_t per_seq;    // packed: of the longest sequence there can be
@@ -69,9 +69,9 @@ struct Work {
   float* segment_ends;
   int* segment_flags;
   int num_flags;
-  // [tiles.count][heads] what a tile does to what is carried through it, and in the backward flags that say it is there
-  // (zeroed by scan_gates).
   Tiles tiles;
+  // Backward, [tiles.count][heads]: what a tile does to what gate_gradients carries through it, and flags that say it
+  // is there (zeroed by scan_gates).
   double2* tile_totals;
   int* tile_flags;
   int64_t* first_chunk;  // packed only: see ChunkLayout
