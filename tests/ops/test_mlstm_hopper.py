@@ -113,6 +113,20 @@ def test_few_heads_in_segments(dqk, dv):
     assert_errors(*draw(1, 20000, 1, dqk, dv), ROUNDING)
 
 
+@pytest.mark.parametrize("kind", ["normal", "initial"])  # "initial": what is carried passes through many tiles
+@pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 5000, 8), (1, 3000, 17), (3, 900, 5)])
+def test_gates_in_tiles(batch, seq, heads, kind):
+    assert_errors(*draw(batch, seq, heads, 64, 64, kind), (3e-3, 6e-3, 6e-3, 6e-3, 1e-2, 2e-2))
+
+
+@pytest.mark.parametrize("kind", ["normal", "initial"])
+@pytest.mark.parametrize("offsets", [(0, 0, 9000, 9100, 12000), (*range(128), 3000)])
+def test_packed_gates_in_tiles(offsets, kind):
+    inputs, dh = draw(1, offsets[-1], 8, 64, 64, kind)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=CUDA)
+    assert_errors(inputs, dh, (3e-3, 6e-3, 6e-3, 6e-3, 1e-2, 2e-2), cu_seqlens=cu_seqlens)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("which", range(3))
 def test_not_finite_reaches_only_what_depends_on_it(which, bad):
@@ -157,11 +171,12 @@ def launches(function):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_launches(packed):
+@pytest.mark.parametrize(("seq", "heads"), [(512, 2), (5000, 8), (20000, 8)])  # one tile of gates and many
+def test_launches(seq, heads, packed):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("counts the Hopper kernels' launches")
-    inputs, dh = draw(1, 512, 2, 128, 128)
-    options = {"cu_seqlens": torch.tensor([0, 100, 512], dtype=torch.int32, device=CUDA)} if packed else {}
+    inputs, dh = draw(1, seq, heads, 128, 128)
+    options = {"cu_seqlens": torch.tensor([0, 100, seq], dtype=torch.int32, device=CUDA)} if packed else {}
     inputs = [t.requires_grad_() for t in inputs]
     ops.mlstm(*inputs, **options)
     forward = launches(lambda: ops.mlstm(*inputs, **options))
@@ -171,8 +186,9 @@ def test_launches(packed):
     assert len(backward) == 6, backward
 
 
-def test_no_synchronization_and_graph_capture():
-    inputs, dh = draw(2, 400, 2, 64, 128)
+@pytest.mark.parametrize(("seq", "heads"), [(400, 2), (9000, 8)])
+def test_no_synchronization_and_graph_capture(seq, heads):
+    inputs, dh = draw(2, seq, heads, 64, 128)
     expected = run(ops.mlstm, inputs, dh)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-// Thin wrappers of thread-block clusters: ranks, barriers, stores to another block's shared memory (sm_90).
+// Thin wrappers of thread-block clusters: ranks, barriers, another block's shared memory (sm_90).
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -19,11 +19,27 @@ __device__ __forceinline__ void cluster_barrier() {
           : "memory");
 }
 
-// The address, for store_async, of block `rank`'s counterpart of an address in this block's shared memory.
+// Its two halves. Between them a block goes on with what does not concern the others.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The address, for loads and store_async, of block `rank`'s counterpart of an address in this block's shared memory.
 __device__ __forceinline__ uint32_t peer_address(const void* shared, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
   return address;
+}
+
+// From block `rank`'s counterpart of an address in this block's shared memory.
+__device__ __forceinline__ double2 load_peer(const double2* shared, int rank) {
+  double2 value;
+  asm volatile("ld.shared::cluster.v2.f64 {%0, %1}, [%2];"
+               : "=d"(value.x), "=d"(value.y)
+               : "r"(peer_address(shared, rank))
+               : "memory");
+  return value;
 }
 
 // 16 bytes to a block of the cluster; then the barrier there, in the same block, is told of 16 bytes.

@@ -1,233 +1,461 @@
-// Everything that is one number per token. A block owns one head of one sequence and walks it in steps of 4,096 tokens,
-// eight consecutive ones a thread, so that a chunk is 16 lanes; scans over threads run in float64. Few long sequences:
-// a cluster of up to eight blocks shares the walk, each a range of steps; a first pass finds what each range does to
-// what is carried through it, and the others read it from the block's shared memory.
-#include <cooperative_groups.h>
-
+// Everything that is one number per token. The gates lie with the heads innermost, so they are taken in tiles: some
+// chunks of one sequence, of up to eight heads at once. What is done element by element goes along memory, through
+// shared memory to warps that own a chunk of one head each, four consecutive tokens a lane; scans run in float64. What
+// is carried from tile to tile: for the scan, a cluster of blocks has a sequence, some consecutive tiles each, and a
+// block reads from the earlier ones' shared memory what their tiles do to m; for the gradients every tile has a block,
+// which leaves its share with a flag and waits for those of later tiles.
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <climits>
 #include <cmath>
 
 #include "cuda/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/tma.cuh"
 
 namespace flash_xlstm::cuda::hopper {
 namespace {
 
 constexpr unsigned all_lanes = 0xffffffffu;
-constexpr int tokens_per_thread = 8;
-constexpr int threads_per_block = 512;
-constexpr int tokens_per_step = threads_per_block * tokens_per_thread;
-constexpr int lanes_per_chunk = chunk_tokens / tokens_per_thread;
-constexpr int num_warps = threads_per_block / 32;
-static_assert(lanes_per_chunk == 16, "a chunk is half a warp");
+constexpr int tokens_per_lane = 4;
+constexpr int most_heads = 8;  // of a tile: 32 bytes of float32 gates
+constexpr int most_warps = 32;
+constexpr int portable_cluster = 8, largest_cluster = 16;
+static_assert(chunk_tokens == 32 * tokens_per_lane, "a chunk is a warp");
 
-__device__ __forceinline__ double negative_infinity() { return -static_cast<double>(INFINITY); }
+__device__ __forceinline__ double infinity() { return static_cast<double>(INFINITY); }
 
-// The block's sequence. Packed: its place among the chunks, from the offsets clamped to [0, seq] and kept from
-// decreasing, so that wrong ones cannot lead outside the tensors; blocks of head 0 write the table for later kernels.
 struct Sequence {
-  int64_t seq, row, first_token, length, first_chunk;
-  int head;
+  int seq, length;
+  int begin;  // token, within its row of the batch
+  int chunk;  // the first, among those of all sequences
+  // One without tokens has a tile too.
+  __device__ int tiles(const Work& w) const { return max((length - 1) / (w.tiles.chunks * chunk_tokens) + 1, 1); }
 };
 
-__device__ Sequence find_sequence(const Work& w) {
+// Some chunks of one sequence.
+struct Tile {
+  int seq, index;  // the sequence; this tile among its tiles
+  bool is_last;
+  int tokens;  // 0: the sequence has none
+  int first;   // token, within its row of the batch
+  int chunk;   // the first, among those of all sequences
+
+  __device__ Tile(const Work& w, const Sequence& s, int index) : seq(s.seq), index(index) {
+    const int chunks = index * w.tiles.chunks, before = chunks * chunk_tokens, most = w.tiles.chunks * chunk_tokens;
+    is_last = s.length - before <= most;
+    tokens = min(s.length - before, most);
+    first = s.begin + before, chunk = s.chunk + chunks;
+  }
+  __device__ int64_t row(const Work& w) const { return w.p.cu_seqlens == nullptr ? seq : 0; }
+};
+
+// Finds part `id` of all sequences', each cut into parts of so many tokens: its sequence, and which of its parts it is.
+// Packed: sequences are placed by their offsets, clamped to [0, seq] and kept from decreasing, so that wrong ones
+// cannot lead outside the tensors. A sequence without tokens has a part too. False: there are fewer parts than that.
+__device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int part_tokens, Sequence& out,
+                          int& index) {
   const Layout& l = w.layout;
-  Sequence out;
-  const int64_t index = blockIdx.x / cooperative_groups::this_cluster().num_blocks();
-  out.seq = index / l.heads;
-  out.head = static_cast<int>(index % l.heads);
   if (w.p.cu_seqlens == nullptr) {
-    out.row = out.seq, out.first_token = 0, out.length = l.seq, out.first_chunk = out.seq * l.chunks_per_seq;
-    return out;
+    const unsigned per_seq = static_cast<unsigned>(parts_per_seq), seq = static_cast<unsigned>(id) / per_seq;
+    out = {static_cast<int>(seq), static_cast<int>(l.seq), 0, static_cast<int>(seq * l.chunks_per_seq)};
+    index = static_cast<int>(static_cast<unsigned>(id) - seq * per_seq);
+    return true;
   }
-  __shared__ int64_t found[3];
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    const auto offset = [&](int64_t s) { return min(max(static_cast<int64_t>(w.p.cu_seqlens[s]), int64_t{0}), l.seq); };
-    int64_t start = offset(0), chunks = 0, stop = start;
-    for (int64_t base = 0; base <= out.seq; base += 32) {
-      const int64_t s = base + lane;
-      int64_t end = s <= out.seq ? offset(s + 1) : 0;
-      for (int d = 1; d < 32; d *= 2) {
-        const int64_t other = __shfl_up_sync(all_lanes, end, d);
-        if (lane >= d) end = max(end, other);
-      }
-      end = max(end, stop);
-      int64_t begin = __shfl_up_sync(all_lanes, end, 1);
-      if (lane == 0) begin = stop;
-      int64_t count = s < out.seq ? (end - begin + chunk_tokens - 1) / chunk_tokens : 0;
-      for (int d = 16; d > 0; d /= 2) count += __shfl_xor_sync(all_lanes, count, d);
-      chunks += count;
-      const int last = static_cast<int>(min(out.seq - base, int64_t{31}));
-      start = __shfl_sync(all_lanes, begin, last);
-      stop = __shfl_sync(all_lanes, end, last);
-    }
-    if (lane == 0) found[0] = start, found[1] = stop, found[2] = chunks;
-  }
+  __shared__ Sequence found;
+  __shared__ int found_index;
+  __shared__ int warp_end[most_warps];
+  __shared__ int2 warp_sum[most_warps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int wanted = static_cast<int>(id);
+  const auto offset = [&](int64_t s) {
+    return static_cast<int>(min(max(int64_t{w.p.cu_seqlens[s]}, int64_t{0}), l.seq));
+  };
+  if (threadIdx.x == 0) found.seq = -1;
   __syncthreads();
-  out.row = 0, out.first_token = found[0], out.length = found[1] - found[0], out.first_chunk = found[2];
-  return out;
-}
-
-__device__ void write_table(const Work& w, const Sequence& s) {
-  const int64_t count = (s.length + chunk_tokens - 1) / chunk_tokens;
-  for (int64_t c = threadIdx.x; c < count; c += threads_per_block) {
-    w.seq_of_chunk[s.first_chunk + c] = static_cast<int32_t>(s.seq);
-  }
-  if (threadIdx.x == 0) {
-    w.first_chunk[s.seq] = s.first_chunk;
-    w.first_token[s.seq] = s.first_token;
-    if (s.seq == w.layout.num_seqs - 1) {
-      w.first_chunk[s.seq + 1] = s.first_chunk + count;
-      w.first_token[s.seq + 1] = s.first_token + s.length;
+  int stop = offset(0), chunks = 0, parts = 0;  // of the sequences before `base`
+  for (int64_t base = 0; base < l.num_seqs && parts <= wanted; base += blockDim.x) {
+    const int64_t s = base + threadIdx.x;
+    const bool exists = s < l.num_seqs;
+    int end = exists ? offset(s + 1) : 0;
+    for (int d = 1; d < 32; d *= 2) end = max(end, __shfl_up_sync(all_lanes, end, d));
+    if (lane == 31) warp_end[warp] = end;
+    __syncthreads();
+    int begin = stop;
+#pragma unroll 1
+    for (int x = 0; x < warps; ++x) {
+      if (x < warp) begin = max(begin, warp_end[x]);
+      stop = max(stop, warp_end[x]);
     }
+    end = max(end, begin);
+    const int end_before = __shfl_up_sync(all_lanes, end, 1);
+    if (lane > 0) begin = end_before;
+    const int own_chunks = (end - begin + chunk_tokens - 1) / chunk_tokens;
+    const int own_parts = exists ? max((end - begin - 1) / part_tokens + 1, 1) : 0;
+    int2 sum = make_int2(own_chunks, own_parts);
+    for (int d = 1; d < 32; d *= 2) {
+      const int2 before = make_int2(__shfl_up_sync(all_lanes, sum.x, d), __shfl_up_sync(all_lanes, sum.y, d));
+      if (lane >= d) sum.x += before.x, sum.y += before.y;
+    }
+    if (lane == 31) warp_sum[warp] = sum;
+    __syncthreads();
+    int first_chunk = chunks + sum.x - own_chunks, first_part = parts + sum.y - own_parts;
+#pragma unroll 1
+    for (int x = 0; x < warps; ++x) {
+      if (x < warp) first_chunk += warp_sum[x].x, first_part += warp_sum[x].y;
+      chunks += warp_sum[x].x, parts += warp_sum[x].y;
+    }
+    if (first_part <= wanted && wanted < first_part + own_parts) {
+      found = {static_cast<int>(s), end - begin, begin, first_chunk};
+      found_index = wanted - first_part;
+    }
+    __syncthreads();
+  }
+  out = found, index = found_index;
+  return out.seq >= 0;
+}
+
+// The tables of packed sequences, for later kernels.
+__device__ void write_table(const Work& w, const Tile& tile) {
+  const int count = (tile.tokens + chunk_tokens - 1) / chunk_tokens;
+  if (threadIdx.x < count) w.seq_of_chunk[tile.chunk + threadIdx.x] = tile.seq;
+  if (threadIdx.x != 0) return;
+  if (tile.index == 0) w.first_chunk[tile.seq] = tile.chunk, w.first_token[tile.seq] = tile.first;
+  if (tile.is_last && tile.seq == w.layout.num_seqs - 1) {
+    w.first_chunk[tile.seq + 1] = tile.chunk + count;
+    w.first_token[tile.seq + 1] = tile.first + tile.tokens;
   }
 }
 
-// This block's steps of 4,096 tokens among its cluster's.
-struct Range {
-  int64_t begin, end;
-  int rank, ranks;
-  bool is_last;  // the sequence's end is in it, or past it
-  __device__ explicit Range(int64_t length) {
-    const auto cluster = cooperative_groups::this_cluster();
-    rank = static_cast<int>(cluster.block_rank()), ranks = static_cast<int>(cluster.num_blocks());
-    const int64_t steps = (length + tokens_per_step - 1) / tokens_per_step, each = (steps + ranks - 1) / ranks;
-    begin = min(rank * each, steps), end = min(begin + each, steps);
-    is_last = rank == ranks - 1;
+// This thread's elements of the tile: four tokens of one head, `step` apart; neighbouring threads have neighbouring
+// heads, then tokens. Shared memory holds two rows of the tile's tokens for each head.
+struct Elements {
+  int head, token, step;  // head within the tile's; first token within the tile
+  int inside;             // how many of the four are the sequence's
+  int row;                // of the first in shared memory
+  __device__ Elements(const Work& w, const Tile& tile) {
+    const int heads = w.tiles.heads;
+    head = threadIdx.x % heads, token = threadIdx.x / heads, step = w.tiles.chunks * (chunk_tokens / tokens_per_lane);
+    inside = 0;
+    if (blockIdx.y * heads + head < w.layout.heads) {
+      for (int x = 0; x < tokens_per_lane; ++x) inside += token + x * step < tile.tokens;
+    }
+    row = head * row_pitch(w) + token;
   }
+  // Of the first in di, df, m.
+  __device__ int64_t output(const Work& w, const Tile& tile) const {
+    const int64_t token_of_all = tile.row(w) * w.layout.seq + tile.first + token;
+    return token_of_all * w.layout.heads + blockIdx.y * w.tiles.heads + head;
+  }
+  // 16 bytes more than the tokens, so that the heads' elements lie in different banks.
+  __device__ static int row_pitch(const Work& w) { return w.tiles.chunks * chunk_tokens + 4; }
 };
+
+// Loads are on their way all four before the first is used.
+__device__ __forceinline__ void load_gates(float (&out)[tokens_per_lane], const Work& w, const Strided& gate,
+                                           const Tile& tile, const Elements& own, float outside) {
+  const int64_t first = tile.row(w) * gate.batch + (tile.first + own.token) * gate.seq +
+                        (blockIdx.y * w.tiles.heads + own.head) * gate.head;
+  const auto load = [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(gate.data) + first;
+    T raw[tokens_per_lane];
+#pragma unroll
+    for (int x = 0; x < tokens_per_lane; ++x, from += own.step * gate.seq) raw[x] = x < own.inside ? *from : zero;
+#pragma unroll
+    for (int x = 0; x < tokens_per_lane; ++x) out[x] = x < own.inside ? to_float(raw[x]) : outside;
+  };
+  switch (w.p.gate_dtype) {
+    case DType::float32: load(0.0f); break;
+    case DType::bfloat16: load(from_float<bf16>(0.0f)); break;
+    default: load(from_float<half>(0.0f));
+  }
+}
+
+// The same bits as log_sigmoid, without its branches: lanes do not go two ways, and tokens overlap. log1pf is written
+// out for e in [0, 1]: 1 + e = 2^k (1 + r).
+__device__ __forceinline__ float straight_log_sigmoid(float x) {
+  const float e = expf(-fabsf(x));
+  const int k = (__float_as_int(__fadd_rz(e, 1.0f)) - 0x3f400000) & static_cast<int>(0xff800000);  // times 2^23
+  const float r = __int_as_float(__float_as_int(e) - k) + fmaf(__int_as_float(0x40800000 - k), 0.25f, -1.0f);
+  constexpr float coefficients[] = {0.105468884f, -0.132297039f, 0.144914463f, -0.166415647f,
+                                    0.199888676f, -0.250001967f, 0.333335102f, -0.5f};
+  float p = -0.0453486145f;
+#pragma unroll
+  for (const float c : coefficients) p = fmaf(r, p, c);
+  const float log1p_e = fmaf(static_cast<float>(k) * 0x1p-23f, 0.693147182f, fmaf(r, r * p, r));
+  return (x >= 0.0f ? 0.0f : x) - log1p_e;  // NaN too
+}
+
+// What follows from x (its conversion to float64) is worked out again behind this: kept, it would take more registers
+// than there are.
+__device__ __forceinline__ void derive_anew(float& x) { asm volatile("" : "+f"(x)); }
 
 // A natural log as one to base 2, a whole number and the rest.
 __device__ __forceinline__ float2 split_log(double x) {
   constexpr double log2_e = 1.4426950408889634;
   x *= log2_e;
-  const double whole = isinf(x) ? x : rint(x);
-  return make_float2(static_cast<float>(whole), isinf(x) ? 0.0f : static_cast<float>(x - whole));
+  const double whole = rint(x);
+  const float high = static_cast<float>(whole);
+  return make_float2(high, isinf(high) ? 0.0f : static_cast<float>(x - whole));
 }
 
 // What a run of tokens does to m: m -> max(m + sum, top).
 struct Transform {
   double sum, top;
   __device__ Transform then(const Transform& next) const { return {sum + next.sum, fmax(top + next.sum, next.top)}; }
+  __device__ double from(double m) const { return fmax(m + sum, top); }
 };
 
-__device__ __forceinline__ Transform shuffle_up(const Transform& x, int d) {
-  return {__shfl_up_sync(all_lanes, x.sum, d), __shfl_up_sync(all_lanes, x.top, d)};
+// With b_t the cumulative log forget gate from the chunk's start on, beta_t = b_t - i_t and
+// alpha_t = min(-m_start, min_{j <= t} beta_j),
+//   m_t = max(m_start + b_t, max_{j <= t} b_t - b_j + i_j) = b_t - alpha_t:
+// a sum, then a minimum, neither of which waits for m_start.
+struct ChunkLogs {
+  double b[tokens_per_lane], beta[tokens_per_lane];
+  double least_before;  // beta before this lane's tokens
+  Transform all;        // of the whole chunk, in the last lane
+};
+
+__device__ ChunkLogs scan_chunk(const float* i_row, const float* lf_row, int lane) {
+  ChunkLogs out;
+  const float4 i = reinterpret_cast<const float4*>(i_row)[lane], lf = reinterpret_cast<const float4*>(lf_row)[lane];
+  out.b[0] = lf.x, out.b[1] = out.b[0] + lf.y, out.b[2] = out.b[1] + lf.z, out.b[3] = out.b[2] + lf.w;
+  double sum = out.b[3];
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const double before = __shfl_up_sync(all_lanes, sum, d);
+    if (lane >= d) sum += before;
+  }
+  const double before = __shfl_up_sync(all_lanes, sum, 1);
+  if (lane > 0) {
+#pragma unroll
+    for (double& b : out.b) b += before;
+  }
+  out.beta[0] = out.b[0] - i.x, out.beta[1] = out.b[1] - i.y;
+  out.beta[2] = out.b[2] - i.z, out.beta[3] = out.b[3] - i.w;
+  const auto least = [](double a, double b) { return b < a ? b : a; };
+  double through = least(least(out.beta[0], out.beta[1]), least(out.beta[2], out.beta[3]));
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) through = least(through, __shfl_up_sync(all_lanes, through, d));
+  out.least_before = __shfl_up_sync(all_lanes, through, 1);
+  if (lane == 0) out.least_before = infinity();
+  out.all = {out.b[3], out.b[3] - through};
+  return out;
 }
 
-__global__ void __launch_bounds__(threads_per_block)
-    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last) {
+// The warp's chunk of a head.
+struct Unit {
+  int lane, warp, head, chunk;  // head, chunk: within the tile
+  int tokens;                   // 0: none here
+  int64_t item;
+  __device__ Unit(const Work& w, const Tile& tile) {
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = warp % w.tiles.heads, chunk = warp / w.tiles.heads;
+    const int64_t tile_head = blockIdx.y * w.tiles.heads + head;
+    tokens = tile_head < w.layout.heads ? max(min(tile.tokens - chunk * chunk_tokens, chunk_tokens), 0) : 0;
+    item = (tile.chunk + chunk) * w.layout.heads + tile_head;
+  }
+};
+
+extern __shared__ __align__(16) float rows[];
+size_t shared_bytes(int heads, int chunks) { return 2 * sizeof(float) * heads * (chunks * chunk_tokens + 4); }
+
+// The tile's log gates into shared memory: i in the first rows, lf in the others.
+__device__ __forceinline__ void load_logs(const Work& w, const Tile& tile, const Elements& own) {
+  float i[tokens_per_lane], f[tokens_per_lane];
+  load_gates(i, w, w.p.i, tile, own, -INFINITY);
+  load_gates(f, w, w.p.f, tile, own, INFINITY);
+#pragma unroll
+  for (int x = 0; x < tokens_per_lane; ++x) {
+    i[x] = cap_gate(i[x], w.p.gate_soft_cap);
+    if (w.p.input_gate == InputGate::sigmoid) i[x] = straight_log_sigmoid(i[x]);
+    rows[own.row + x * own.step] = i[x];
+    rows[w.tiles.heads * Elements::row_pitch(w) + own.row + x * own.step] =
+        straight_log_sigmoid(cap_gate(f[x], w.p.gate_soft_cap));
+  }
+}
+
+__device__ __forceinline__ ChunkLogs scan_unit(const Work& w, const Unit& unit) {
+  const int pitch = Elements::row_pitch(w), at = unit.head * pitch + unit.chunk * chunk_tokens;
+  return scan_chunk(rows + at, rows + w.tiles.heads * pitch + at, unit.lane);
+}
+
+// What the tile does to m, for the first threads: a head each.
+__device__ __forceinline__ Transform tile_total(const Work& w, const Transform* unit_total) {
+  Transform total = unit_total[threadIdx.x];
+#pragma unroll 1
+  for (int c = 1; c < w.tiles.chunks; ++c) total = total.then(unit_total[c * w.tiles.heads + threadIdx.x]);
+  return total;
+}
+
+// What the blocks of the cluster before this one do to m, in order; in lane 0 of a whole warp.
+__device__ Transform earlier_blocks(const double2* own_total, int rank, int lane) {
+  Transform all{0.0, -infinity()};
+  if (lane < rank) {
+    const double2 theirs = ptx::load_peer(own_total, lane);
+    all = {theirs.x, theirs.y};
+  }
+#pragma unroll
+  for (int d = 1; d < largest_cluster; d *= 2) {
+    all = all.then({__shfl_down_sync(all_lanes, all.sum, d), __shfl_down_sync(all_lanes, all.top, d)});
+  }
+  return all;
+}
+
+// A cluster has a sequence, packed ones too: its tiles in runs, one for each block. What a run does to m has to be
+// known before the runs behind it can be written, so a block with several tiles goes through them twice.
+__global__ void __launch_bounds__(most_warps * 32)
+    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last, int cluster) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  __shared__ Transform warp_total[num_warps], range_total;
-  const Sequence s = find_sequence(w);
-  const Range range(s.length);
-  if (blockIdx.x == 0) {
-    for (int x = threadIdx.x; x < w.num_flags; x += threads_per_block) w.segment_flags[x] = 0;
-  }
-  if (w.p.cu_seqlens != nullptr && s.head == 0 && range.rank == 0) write_table(w, s);
+  __shared__ Transform unit_total[most_warps];
+  __shared__ double2 block_total[most_heads];
+  __shared__ double m_in[most_heads];
+  __shared__ Sequence seq;  // read anew where it is needed: registers are few
+  const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  const auto clear = [&](int* flags, int64_t count) {
+#pragma unroll 1
+    for (int64_t x = block * blockDim.x + threadIdx.x; x < count; x += blocks * blockDim.x) flags[x] = 0;
+  };
+  clear(w.segment_flags, w.num_flags);
+  if (w.tile_flags != nullptr) clear(w.tile_flags, w.tiles.count * w.layout.heads);
   const Layout& l = w.layout;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Strided &gi = w.p.i, &gf = w.p.f;
-  const int64_t i_base = s.row * gi.batch + s.first_token * gi.seq + s.head * gi.head;
-  const int64_t f_base = s.row * gf.batch + s.first_token * gf.seq + s.head * gf.head;
-  const bool sigmoid = w.p.input_gate == InputGate::sigmoid;
-  double m_in = sigmoid || w.p.m0 == nullptr ? 0.0 : w.p.m0[s.seq * l.heads + s.head];
+  int begin, end;   // of this block's tiles
+  bool goes_twice;  // what the last tiles do to m nobody needs
+  {
+    Sequence found;
+    int only;  // part
+    find_part(w, blockIdx.x / cluster, 1, INT_MAX, found, only);
+    const int tiles = found.tiles(w), each = (tiles - 1) / cluster + 1;
+    begin = static_cast<int>(blockIdx.x % cluster) * each, end = min(begin + each, tiles);
+    goes_twice = end < tiles && end - begin > 1;
+    if (threadIdx.x == 0) seq = found;
+  }
+  __syncthreads();
+  if (begin >= end) {  // nothing to do, but the others of the cluster wait
+    ptx::cluster_barrier();
+    ptx::cluster_barrier();
+    return;
+  }
+  const int heads = w.tiles.heads;
+  // The first threads do what is once a head.
+  const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
+  if (has_head()) {
+    const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
+    const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
+    const double m = from_0 ? 0.0 : w.p.m0[at];
+    m_in[threadIdx.x] = m;
+    if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
+  }
+  if (goes_twice) {
+    Transform total{0.0, -infinity()};
+#pragma unroll 1
+    for (int index = begin; index < end; ++index) {
+      const Tile tile(w, seq, index);
+      load_logs(w, tile, Elements(w, tile));
+      __syncthreads();
+      const Unit unit(w, tile);
+      const Transform all = scan_unit(w, unit).all;
+      if (unit.lane == 31) unit_total[unit.warp] = all;
+      __syncthreads();
+      if (has_head()) total = total.then(tile_total(w, unit_total));
+    }
+    if (has_head()) block_total[threadIdx.x] = make_double2(total.sum, total.top);
+  }
 
-  Transform total{0.0, negative_infinity()};
-  for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
-    const bool writes = pass == 1;
-    if (writes && range.ranks > 1) {
-      const auto cluster = cooperative_groups::this_cluster();
-      if (threadIdx.x == 0) range_total = total;
-      cluster.sync();
-      for (int r = 0; r < range.rank; ++r) {
-        const Transform earlier = *cluster.map_shared_rank(&range_total, r);
-        m_in = fmax(m_in + earlier.sum, earlier.top);
+#pragma unroll 1
+  for (int index = begin; index < end; ++index) {
+    {  // the same once more behind the barrier, from seq: it is not kept in registers meanwhile
+      const Tile tile(w, seq, index);
+      if (w.p.cu_seqlens != nullptr && blockIdx.y == 0) write_table(w, tile);
+      load_logs(w, tile, Elements(w, tile));
+    }
+    __syncthreads();
+    const Tile tile(w, seq, index);
+    const Unit unit(w, tile);
+    const int64_t head = blockIdx.y * heads + unit.head;
+    const ChunkLogs logs = scan_unit(w, unit);
+    if (unit.lane == 31) unit_total[unit.warp] = logs.all;
+    __syncthreads();
+    if (cluster > 1 && index == begin) {
+      if (has_head() && !goes_twice) {
+        const Transform total = tile_total(w, unit_total);
+        block_total[threadIdx.x] = make_double2(total.sum, total.top);
+      }
+      ptx::cluster_barrier();
+      if (unit.chunk == 0 && head < l.heads) {
+        const int rank = static_cast<int>(blockIdx.x % cluster);
+        const Transform before = earlier_blocks(block_total + unit.head, rank, unit.lane);
+        if (unit.lane == 0) m_in[unit.head] = before.from(m_in[unit.head]);
+      }
+      ptx::cluster_arrive();
+      __syncthreads();
+    }
+
+    if (unit.tokens > 0) {
+      const bool sigmoid = w.p.input_gate == InputGate::sigmoid;  // m stays 0
+      double m = m_in[unit.head];
+#pragma unroll 1
+      for (int x = unit.head; x < unit.warp; x += heads) m = unit_total[x].from(m);
+      double alpha = sigmoid ? 0.0 : fmin(-m, logs.least_before);
+      float2 log_alpha = split_log(alpha);
+      if (unit.lane == 0) w.m_start[unit.item] = make_float2(-log_alpha.x, -log_alpha.y);
+      const int first = unit.lane * tokens_per_lane;
+      const int64_t at = unit.item * chunk_tokens + first;
+      float2 alphas[tokens_per_lane], betas[tokens_per_lane];
+      float ms[tokens_per_lane];
+      unsigned resets = 0;
+#pragma unroll
+      for (int x = 0; x < tokens_per_lane; ++x) {
+        betas[x] = split_log(logs.beta[x]);
+        if (sigmoid) {
+          alpha = logs.b[x], log_alpha = split_log(alpha);
+        } else if (logs.beta[x] <= alpha) {
+          alpha = logs.beta[x], log_alpha = betas[x];
+          resets |= 1u << (8 * x);
+        }
+        ms[x] = static_cast<float>(logs.b[x] - alpha);
+        alphas[x] = first + x < unit.tokens ? log_alpha : make_float2(-INFINITY, 0.0f);
+      }
+      const auto store = [&](float2* to, const float2(&from)[tokens_per_lane]) {
+        reinterpret_cast<float4*>(to + at)[0] = make_float4(from[0].x, from[0].y, from[1].x, from[1].y);
+        reinterpret_cast<float4*>(to + at)[1] = make_float4(from[2].x, from[2].y, from[3].x, from[3].y);
+      };
+      store(w.alpha, alphas);
+      store(w.beta, betas);
+      if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
+      if (unit.lane == 31) {
+        w.alpha_last[unit.item] = log_alpha;  // nothing past the sequence's end changes it, nor m
+        const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
+        if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
+      }
+      if (m_out != nullptr) {
+        float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
+        *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // over i, which is read
       }
     }
-    for (int64_t step = range.begin; step < range.end; ++step) {
-      const int64_t first = step * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
-      float i[tokens_per_thread], lf[tokens_per_thread];
-#pragma unroll
-      for (int x = 0; x < tokens_per_thread; ++x) {
-        const int64_t t = first + x;
-        const bool inside = t < s.length;
-        i[x] = inside ? load_as_float(gi.data, i_base + t * gi.seq, w.p.gate_dtype) : -INFINITY;
-        lf[x] = inside ? load_as_float(gf.data, f_base + t * gf.seq, w.p.gate_dtype) : INFINITY;
-        i[x] = cap_gate(i[x], w.p.gate_soft_cap);
-        lf[x] = cap_gate(lf[x], w.p.gate_soft_cap);
-        if (sigmoid) i[x] = log_sigmoid(i[x]);
-      }
-      Transform mine{0.0, negative_infinity()};
-#pragma unroll
-      for (int x = 0; x < tokens_per_thread; ++x) {
-        lf[x] = log_sigmoid(lf[x]);
-        mine = mine.then({lf[x], i[x]});
-      }
-      Transform through = mine;
-      for (int d = 1; d < 32; d *= 2) {
-        const Transform before = shuffle_up(through, d);
-        if (lane >= d) through = before.then(through);
-      }
-      if (lane == 31) warp_total[warp] = through;
-      Transform before = shuffle_up(through, 1);
-      if (lane == 0) before = {0.0, negative_infinity()};
+    if (m_out != nullptr) {
       __syncthreads();
-      Transform start{0.0, negative_infinity()}, all = start;
-      for (int x = 0; x < num_warps; ++x) {
-        if (x == warp) start = all;
-        all = all.then(warp_total[x]);
-      }
-      const double b_chunk = __shfl_sync(all_lanes, before.sum, lane & lanes_per_chunk);
-      double b = before.sum - b_chunk;
-      before = start.then(before);
-      double m = sigmoid ? 0.0 : fmax(m_in + before.sum, before.top);
-      total = total.then(all);
-      if (!writes) {
-        __syncthreads();
-        continue;
-      }
-      m_in = fmax(m_in + all.sum, all.top);
-
-      const int64_t chunk = s.first_chunk + first / chunk_tokens;
-      const bool kept = first / chunk_tokens < (s.length + chunk_tokens - 1) / chunk_tokens;
-      const int64_t item = chunk * l.heads + s.head;
-      const int64_t at = item * chunk_tokens + first % chunk_tokens;
-      if (kept && lane % lanes_per_chunk == 0) w.m_start[item] = split_log(m);
-      float2 alpha[tokens_per_thread], beta[tokens_per_thread];
+      const Elements own(w, tile);
+      float* to = m_out + own.output(w, tile);
 #pragma unroll
-      for (int x = 0; x < tokens_per_thread; ++x) {
-        const double carried = lf[x] + m;
-        const bool reset = !sigmoid && i[x] >= carried;
-        m = sigmoid ? 0.0 : fmax(carried, static_cast<double>(i[x]));
-        b += lf[x];
-        const float2 log_decay = split_log(b - m);
-        if (kept && x == tokens_per_thread - 1 && lane % lanes_per_chunk == lanes_per_chunk - 1) {
-          w.alpha_last[item] = log_decay;  // nothing past the chunk's end changes it
-        }
-        alpha[x] = first + x < s.length ? log_decay : make_float2(-INFINITY, 0.0f);
-        beta[x] = split_log(b - i[x]);
-        if (kept && w.reset != nullptr) w.reset[at + x] = reset;
-        if (first + x < s.length && m_out != nullptr) {
-          m_out[(s.row * l.seq + s.first_token + first + x) * l.heads + s.head] = static_cast<float>(m);
-        }
+      for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
+        if (x < own.inside) *to = rows[own.row + x * own.step];
       }
-      if (kept) {
-#pragma unroll
-        for (int x = 0; x < tokens_per_thread; x += 2) {
-          const auto four = [&](const float2* two) { return make_float4(two[0].x, two[0].y, two[1].x, two[1].y); };
-          *reinterpret_cast<float4*>(w.alpha + at + x) = four(alpha + x);
-          *reinterpret_cast<float4*>(w.beta + at + x) = four(beta + x);
-        }
+    }
+    if (index + 1 < end) {
+      __syncthreads();
+      if (has_head()) {
+        double m = m_in[threadIdx.x];
+#pragma unroll 1
+        for (int c = 0; c < w.tiles.chunks; ++c) m = unit_total[c * heads + threadIdx.x].from(m);
+        m_in[threadIdx.x] = m;
       }
-      __syncthreads();  // warp_total is read before the next step writes it
     }
   }
-  if (range.ranks > 1) cooperative_groups::this_cluster().sync();  // nobody leaves while others read its total
-  if (range.is_last && threadIdx.x == 0 && m_last != nullptr)
-    m_last[s.seq * l.heads + s.head] = static_cast<float>(m_in);
+  if (cluster > 1) ptx::cluster_wait();  // no block leaves while others may read its total
 }
 
 // The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
@@ -252,180 +480,293 @@ struct Walk {
   }
 };
 
-__device__ __forceinline__ Walk shuffle_down(const Walk& x, int d) {
-  return {__shfl_down_sync(all_lanes, x.closed, d), __shfl_down_sync(all_lanes, x.open, d),
-          __shfl_down_sync(all_lanes, x.reset, d)};
+// What the later tiles of the sequence do to it. Blocks are numbered from the last tile on, and a block with a lower
+// number starts first: waiting for it cannot hang.
+__device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t id, int64_t head, int lane) {
+  Walk behind{0.0, 0.0, 0};
+  for (int first = tile.index + 1; first < count && !behind.reset; first += 32) {
+    Walk mine{0.0, 0.0, 0};
+    if (first + lane < count) {
+      const int64_t at = (id - tile.index + first + lane) * w.layout.heads + head;
+      int flag;
+      while ((flag = ptx::load_acquire(w.tile_flags + at)) == 0) __nanosleep(50);
+      const double2 sums = w.tile_totals[at];
+      mine = {sums.x, sums.y, flag - 1};
+    }
+    __syncwarp();
+    const auto from_lane = [&](int source) {
+      return Walk{__shfl_sync(all_lanes, mine.closed, source), __shfl_sync(all_lanes, mine.open, source),
+                  __shfl_sync(all_lanes, mine.reset, source)};
+    };
+    for (int d = 1; d < 32; d *= 2) mine = from_lane(lane + d).then(mine);  // right where 0 gets it from
+    behind = from_lane(0).then(behind);
+  }
+  return behind;
 }
 
 // dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
 // before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
 // cancels but inside.
-__global__ void __launch_bounds__(threads_per_block)
+__global__ void __launch_bounds__(most_warps * 32)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
                           int state_tiles) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  __shared__ Walk warp_total[num_warps], range_total;
-  const Sequence s = find_sequence(w);
-  const Range range(s.length);
+  __shared__ Walk unit_walk[most_warps];
+  __shared__ Carried carried_in[most_heads];
+  const unsigned id = static_cast<unsigned>(w.tiles.count - 1 - blockIdx.x);
+  Sequence seq;
+  int index;
+  if (!find_part(w, id, w.tiles.per_seq, w.tiles.chunks * chunk_tokens, seq, index)) return;
+  const int tiles = seq.tiles(w);
+  const Tile tile(w, seq, index);
   const Layout& l = w.layout;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % lanes_per_chunk;
+  const Unit unit(w, tile);
+  const int lane = unit.lane, heads = w.tiles.heads, pitch = Elements::row_pitch(w);
+  const int64_t head = blockIdx.y * heads + unit.head;
   const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
-  const int64_t chunks = (s.length + chunk_tokens - 1) / chunk_tokens;
-  // No stabilizer: as if past a reset, with nothing to carry.
+  const int64_t at = unit.item * chunk_tokens + lane * tokens_per_lane;
   const bool sigmoid = w.p.input_gate == InputGate::sigmoid;
-  Carried carried{sigmoid || dm_last == nullptr ? 0.0 : dm_last[s.seq * l.heads + s.head], !sigmoid};
+  // Across the chunk's ends; within it, k . dk and q . dq - k . dk.
+  float qdq[tokens_per_lane] = {}, kdk[tokens_per_lane] = {}, in_k[tokens_per_lane] = {}, within[tokens_per_lane] = {},
+        e[tokens_per_lane] = {};
+  unsigned resets = 0;  // a byte a token
+  double through = 0.0;
+  if (unit.tokens > 0) {
+    const auto add = [&](float (&to)[tokens_per_lane], const float* from) {
+      const float4 four = *reinterpret_cast<const float4*>(from + at);
+      to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;
+    };
+    add(qdq, w.q_dq);
+    add(kdk, w.k_dk);
+    add(e, w.e);
+    add(within, w.q_dq + w.dq_tiles * stride);
+    add(in_k, w.k_dk + w.dk_tiles * stride);
+    add(in_k, w.k_dk + (w.dk_tiles + 1) * stride);
+    resets = *reinterpret_cast<const unsigned*>(w.reset + at);
+    if (lane < state_tiles) through = w.through[unit.item * state_tiles + lane];
+#pragma unroll 1
+    for (int c = 1; c < w.dq_tiles; ++c) add(qdq, w.q_dq + c * stride);
+#pragma unroll 1
+    for (int c = 1; c < w.dk_tiles; ++c) add(kdk, w.k_dk + c * stride);
+#pragma unroll 1
+    for (int t = lane + 32; t < state_tiles; t += 32) through += w.through[unit.item * state_tiles + t];
+#pragma unroll
+    for (int x = 0; x < tokens_per_lane; ++x) within[x] -= in_k[x];
+  }
 
-  const Walk nothing{0.0, 0.0, 0};
-  Walk total = nothing;
-  for (int pass = range.ranks > 1 ? 0 : 1; pass < 2; ++pass) {
-    const bool writes = pass == 1;
-    if (writes && range.ranks > 1) {
-      const auto cluster = cooperative_groups::this_cluster();
-      if (threadIdx.x == 0) range_total = total;
-      cluster.sync();
-      for (int r = range.ranks - 1; r > range.rank; --r)
-        carried = cluster.map_shared_rank(&range_total, r)->from(carried);
+  // Sums over later and earlier tokens of the chunk, and what is carried, over this lane's tokens and then the warp's.
+  double later = 0.0, earlier = 0.0, closed = 0.0;
+#pragma unroll
+  for (int x = tokens_per_lane - 1; x >= 0; --x) {
+    later += static_cast<double>(qdq[x]) + within[x];
+    earlier += kdk[x];
+    closed = resets >> (8 * x) & 1 ? 0.0 : closed + e[x];
+  }
+  const double own_earlier = earlier;
+  const unsigned lanes_with_reset = __ballot_sync(all_lanes, resets != 0), from_here = lanes_with_reset >> lane;
+  const int next_reset = from_here != 0 ? __ffs(static_cast<int>(from_here)) - 1 : 32;  // lanes ahead
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const double more_later = __shfl_down_sync(all_lanes, later, d);
+    const double more_earlier = __shfl_up_sync(all_lanes, earlier, d);
+    const double more_closed = __shfl_down_sync(all_lanes, closed, d);
+    if (lane + d < 32) later += more_later;
+    if (lane >= d) earlier += more_earlier;
+    if (lane + d < 32 && d <= next_reset) closed += more_closed;
+    through += __shfl_xor_sync(all_lanes, through, d);
+  }
+  const double all_earlier = __shfl_sync(all_lanes, earlier, 31);
+  if (lane == 0) {
+    const bool reset = lanes_with_reset != 0;
+    unit_walk[unit.warp] = {closed, reset ? 0.0 : closed + later - all_earlier, reset};
+  }
+  // From here on those of the tokens behind this lane's, and before them.
+  earlier -= own_earlier;
+  later = __shfl_down_sync(all_lanes, later, 1);
+  closed = __shfl_down_sync(all_lanes, closed, 1);
+  if (lane == 31) later = closed = 0.0;
+  __syncthreads();
+
+  if (unit.chunk == 0 && head < l.heads) {
+    if (tile.index > 0) {
+      Walk all = unit_walk[unit.head];
+#pragma unroll 1
+      for (int c = 1; c < w.tiles.chunks; ++c) all = unit_walk[c * heads + unit.head].then(all);
+      if (lane == 0) {
+        const int64_t to = int64_t{id} * l.heads + head;
+        w.tile_totals[to] = make_double2(all.closed, all.open);
+        ptx::store_release(w.tile_flags + to, 1 + all.reset);
+      }
     }
-    for (int64_t index = range.end - 1; index >= range.begin; --index) {
-      const int64_t first = index * tokens_per_step + static_cast<int64_t>(threadIdx.x) * tokens_per_thread;
-      const int64_t chunk = first / chunk_tokens;
-      const bool kept = chunk < chunks;
-      const int64_t item = (s.first_chunk + chunk) * l.heads + s.head;
-      const int64_t at = item * chunk_tokens + first % chunk_tokens;
-      float qdq[tokens_per_thread] = {}, kdk[tokens_per_thread] = {}, in_q[tokens_per_thread] = {},
-            in_k[tokens_per_thread] = {}, e[tokens_per_thread] = {};
-      unsigned resets = 0;
-      double through = 0.0;
-      if (kept) {
-        const auto add = [&](float (&to)[tokens_per_thread], const float* from) {
-#pragma unroll
-          for (int x = 0; x < tokens_per_thread; x += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + at + x);
-            to[x] += four.x, to[x + 1] += four.y, to[x + 2] += four.z, to[x + 3] += four.w;
-          }
-        };
-        for (int c = 0; c < w.dq_tiles; ++c) add(qdq, w.q_dq + c * stride);
-        for (int c = 0; c < w.dk_tiles; ++c) add(kdk, w.k_dk + c * stride);
-        add(in_q, w.q_dq + w.dq_tiles * stride);
-        add(in_k, w.k_dk + w.dk_tiles * stride);
-        add(in_k, w.k_dk + (w.dk_tiles + 1) * stride);
-        add(e, w.e);
-#pragma unroll
-        for (int x = 0; x < tokens_per_thread; ++x) resets |= static_cast<unsigned>(w.reset[at + x]) << x;
-        for (int t = part; writes && t < state_tiles; t += lanes_per_chunk)
-          through += w.through[item * state_tiles + t];
-      }
-      double later = 0.0, earlier = 0.0;  // this thread's sums
-#pragma unroll
-      for (int x = 0; x < tokens_per_thread; ++x) {
-        later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
-        earlier += kdk[x];
-      }
-      const double own_earlier = earlier, own_later = later;
-      double cross_q = 0.0;
-#pragma unroll
-      for (int x = 0; x < tokens_per_thread; ++x) cross_q += qdq[x];
-      for (int d = 1; d < lanes_per_chunk; d *= 2) {
-        const double after = __shfl_down_sync(all_lanes, later, d, lanes_per_chunk);
-        const double before = __shfl_up_sync(all_lanes, earlier, d, lanes_per_chunk);
-        if (part + d < lanes_per_chunk) later += after;
-        if (part >= d) earlier += before;
-        cross_q += __shfl_xor_sync(all_lanes, cross_q, d);
-        through += __shfl_xor_sync(all_lanes, through, d);
-      }
-      later -= own_later, earlier -= own_earlier;
-
-      // What is carried into this thread's last token.
-      Walk mine = nothing;
-#pragma unroll
-      for (int x = tokens_per_thread - 1; x >= 0; --x) {
-        mine = mine.then({e[x], e[x] + (static_cast<double>(qdq[x]) - kdk[x] + (in_q[x] - in_k[x])), 0});
-        if (resets >> x & 1) mine = {0.0, 0.0, 1};
-      }
-      Walk from = mine;
-      for (int d = 1; d < 32; d *= 2) {
-        const Walk after = shuffle_down(from, d);
-        if (lane + d < 32) from = after.then(from);
-      }
-      if (lane == 0) warp_total[warp] = from;
-      Walk after = shuffle_down(from, 1);
-      if (lane == 31) after = nothing;
-      __syncthreads();
-      Walk start = nothing, all = nothing;
-      for (int x = num_warps - 1; x >= 0; --x) {
-        if (x == warp) start = all;
-        all = all.then(warp_total[x]);
-      }
-      after = start.then(after);
-      total = total.then(all);
-      if (!writes) {
-        __syncthreads();
-        continue;
-      }
-      Carried a = after.from(carried);
-      carried = all.from(carried);
-      if (index == 0 && threadIdx.x == 0 && dm0 != nullptr) {
-        dm0[s.seq * l.heads + s.head] = static_cast<float>(
-            carried.value + (carried.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
-      }
-
-      double before = own_earlier + earlier;  // k . dk across, of tokens up to x
-#pragma unroll
-      for (int x = tokens_per_thread - 1; x >= 0; --x) {
-        const double dlf_behind = through + later + before;
-        before -= kdk[x];
-        later += static_cast<double>(qdq[x]) + (in_q[x] - in_k[x]);
-        const double dlf = through + later + before;
-        const bool reset = resets >> x & 1;
-        const double taken = reset ? (a.open ? a.value - dlf_behind : a.value) + e[x] : 0.0;
-        a.value += a.open ? e[x] + (dlf - dlf_behind) : e[x];
-        const int64_t t = first + x;
-        if (t < s.length) {
-          const int64_t token = s.first_token + t, out = (s.row * l.seq + token) * l.heads + s.head;
-          const double with_a = reset ? dlf : a.open ? a.value : dlf + a.value;
-          // Through the logarithm and the cap; a slope of 0 ends what is behind it.
-          const auto to_gate = [&](const Strided& gate, float gradient, bool through_log_sigmoid) {
-            const float raw =
-                load_as_float(gate.data, s.row * gate.batch + token * gate.seq + s.head * gate.head, w.p.gate_dtype);
-            const float capped = cap_gate(raw, w.p.gate_soft_cap);
-            const float slope = (through_log_sigmoid ? flash_xlstm::cuda::sigmoid(-capped) : 1.0f) *
-                                cap_gate_slope(raw, w.p.gate_soft_cap);
-            return slope == 0.0f ? 0.0f : gradient * slope;
-          };
-          const float into_i = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);
-          store_from_float(di, out, w.p.gate_dtype,
-                           sigmoid || w.p.gate_soft_cap != 0.0f ? to_gate(w.p.i, into_i, sigmoid) : into_i);
-          store_from_float(df, out, w.p.gate_dtype, to_gate(w.p.f, static_cast<float>(with_a), true));
-        }
-        if (reset) a = {0.0, false};
-      }
-      __syncthreads();
+    // No stabilizer: as if past a reset, with nothing to carry.
+    const Carried at_end{sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head], !sigmoid};
+    const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
+    if (lane == 0) {
+      carried_in[unit.head] = carried;
+      if (tile.tokens == 0 && dm0 != nullptr) dm0[tile.seq * l.heads + head] = static_cast<float>(carried.value);
     }
   }
-  if (range.ranks > 1) cooperative_groups::this_cluster().sync();
-  if (s.length == 0 && range.rank == 0 && threadIdx.x == 0 && dm0 != nullptr)
-    dm0[s.seq * l.heads + s.head] = static_cast<float>(carried.value);
+  __syncthreads();
+
+  if (unit.tokens > 0) {
+    Carried carried = carried_in[unit.head];
+#pragma unroll 1
+    for (int c = w.tiles.chunks - 1; c > unit.chunk; --c) carried = unit_walk[c * heads + unit.head].from(carried);
+    if (tile.index == 0 && unit.chunk == 0 && dm0 != nullptr) {
+      double cross_q = 0.0;
+      for (float x : qdq) cross_q += x;
+      for (int d = 1; d < 32; d *= 2) cross_q += __shfl_xor_sync(all_lanes, cross_q, d);
+      const Carried at_start = unit_walk[unit.warp].from(carried);
+      if (lane == 0) {
+        dm0[tile.seq * l.heads + head] = static_cast<float>(
+            at_start.value + (at_start.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
+      }
+    }
+    // Open, dlf + a has the carried sum less all k . dk for through, and a the difference of the two besides its e.
+    double a = closed, base = through, besides = 0.0;
+    if (from_here >> 1 == 0) {
+      if (carried.open)
+        base = carried.value - all_earlier, besides = base - through;
+      else
+        a += carried.value;
+    }
+#pragma unroll
+    for (int x = 0; x < tokens_per_lane; ++x) {
+      derive_anew(qdq[x]), derive_anew(kdk[x]), derive_anew(within[x]), derive_anew(e[x]);
+    }
+    double before = own_earlier + earlier;  // k . dk across, of tokens up to x
+    float into_i[tokens_per_lane], into_f[tokens_per_lane];
+#pragma unroll
+    for (int x = tokens_per_lane - 1; x >= 0; --x) {
+      before -= kdk[x];
+      later += static_cast<double>(qdq[x]) + within[x];
+      a += e[x];
+      const bool reset = resets >> (8 * x) & 1;
+      const double taken = reset ? a + besides : 0.0;
+      if (reset) a = 0.0, base = through, besides = 0.0;
+      into_f[x] = static_cast<float>(base + later + before + a);
+      into_i[x] = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);
+    }
+    float* to = rows + unit.head * pitch + unit.chunk * chunk_tokens + lane * tokens_per_lane;
+    *reinterpret_cast<float4*>(to) = make_float4(into_i[0], into_i[1], into_i[2], into_i[3]);
+    *reinterpret_cast<float4*>(to + heads * pitch) = make_float4(into_f[0], into_f[1], into_f[2], into_f[3]);
+  }
+
+  // Through the logarithm and the cap; a slope of 0 ends what is behind it.
+  const Elements own(w, tile);
+  const float cap = w.p.gate_soft_cap;
+  const bool i_has_slope = sigmoid || cap != 0.0f;
+  float i[tokens_per_lane], f[tokens_per_lane];
+  load_gates(f, w, w.p.f, tile, own, INFINITY);
+  if (i_has_slope) load_gates(i, w, w.p.i, tile, own, -INFINITY);
+  __syncthreads();
+  const auto to_gate = [&](float gate, float gradient, bool through_log_sigmoid) {
+    const float slope =
+        (through_log_sigmoid ? flash_xlstm::cuda::sigmoid(-cap_gate(gate, cap)) : 1.0f) * cap_gate_slope(gate, cap);
+    return slope == 0.0f ? 0.0f : gradient * slope;
+  };
+#pragma unroll
+  for (int x = 0; x < tokens_per_lane; ++x) {
+    const float into_i = rows[own.row + x * own.step], into_f = rows[heads * pitch + own.row + x * own.step];
+    i[x] = i_has_slope ? to_gate(i[x], into_i, sigmoid) : into_i;
+    f[x] = to_gate(f[x], into_f, true);
+  }
+  int64_t to = own.output(w, tile);
+  const auto store = [&](auto zero) {
+    using T = decltype(zero);
+#pragma unroll
+    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
+      if (x >= own.inside) break;
+      static_cast<T*>(di)[to] = from_float<T>(i[x]);
+      static_cast<T*>(df)[to] = from_float<T>(f[x]);
+    }
+  };
+  switch (w.p.gate_dtype) {
+    case DType::float32: store(float{}); break;
+    case DType::bfloat16: store(bf16{}); break;
+    default: store(half{});
+  }
 }
 
-// One block a head of a sequence, or a cluster of them where that leaves most of the GPU idle.
-template <typename... Args>
-cudaError_t launch(const Work& w, void (*kernel)(Args...), cudaStream_t stream, Args... args) {
-  const int64_t sequences = w.layout.num_seqs * w.layout.heads, steps = ceil_div(w.layout.seq, tokens_per_step);
-  unsigned cluster = 1;
-  while (cluster < 8 && cluster * 2 <= steps && sequences * cluster < 64) cluster *= 2;
-  return launch_early(kernel, dim3(static_cast<unsigned>(sequences) * cluster), dim3(threads_per_block), 0,
-                      static_cast<int>(cluster), stream, args...);
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks, int cluster, cudaStream_t stream,
+                   Arguments... arguments) {
+  const Tiles& tiles = w.tiles;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(w.layout.heads, tiles.heads)));
+  const unsigned threads = static_cast<unsigned>(tiles.heads * tiles.chunks) * 32;
+  return launch_early(kernel, grid, dim3(threads), shared_bytes(tiles.heads, tiles.chunks), cluster, stream,
+                      arguments...);
+}
+
+// How large clusters may be, for blocks of any size.
+int cluster_limit() {
+  constexpr int max_devices = 64;
+  static std::array<std::atomic<int>, max_devices> known{};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return portable_cluster;
+  if (const int found = known[device].load(std::memory_order_relaxed)) return found;
+  int limit = portable_cluster;
+  if (cudaFuncSetAttribute(scan_gates_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = largest_cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(largest_cluster);
+    config.blockDim = dim3(most_warps * 32);
+    config.dynamicSmemBytes = shared_bytes(most_heads, most_warps / most_heads);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, scan_gates_kernel, &config) == cudaSuccess && clusters > 0) {
+      limit = largest_cluster;
+    }
+  }
+  cudaGetLastError();  // a refusal above is an answer, not an error
+  known[device].store(limit, std::memory_order_relaxed);
+  return limit;
+}
+
+// Blocks for a sequence's tiles. Packed, one sequence may have nearly all tokens and many blocks then have nothing to
+// do: there are no more of these than fill the device about once.
+int choose_cluster(const Work& w) {
+  constexpr int64_t most_packed_blocks = 256;
+  int64_t most = cluster_limit();
+  if (w.p.cu_seqlens != nullptr) {
+    const int64_t alone = w.p.num_seqs * ceil_div(w.p.heads, int64_t{w.tiles.heads});
+    most = std::clamp(most_packed_blocks / std::max(alone, int64_t{1}), int64_t{1}, most);
+  }
+  const int64_t each = ceil_div(w.tiles.per_seq, most);
+  return static_cast<int>(ceil_div(w.tiles.per_seq, each));
 }
 
 }  // namespace
 
+// Blocks of up to 32 warps where a tile then has the whole sequence, and nothing is carried. Else of 16 warps, two of
+// which fit a multiprocessor, as long as a cluster has a block for every tile; behind that of 32.
+Tiles choose_tiles(const MlstmProblem& p) {
+  const bool packed = p.cu_seqlens != nullptr;
+  const int64_t groups = ceil_div(p.heads, most_heads), heads = ceil_div(p.heads, groups);
+  const int64_t length = packed ? ceil_div(p.seq, std::max(p.num_seqs, int64_t{1})) : p.seq;
+  const int64_t length_chunks = std::max(ceil_div(length, chunk_tokens), int64_t{1});
+  const bool whole = !packed && length_chunks * heads <= most_warps;
+  const int64_t few = most_warps / 2 / heads, many = most_warps / heads;
+  const int64_t chunks =
+      whole ? length_chunks
+            : std::clamp(length_chunks <= few * largest_cluster ? few : many, int64_t{1}, length_chunks);
+  const int64_t per_seq = std::max(ceil_div(p.seq, chunks * chunk_tokens), int64_t{1});
+  return {static_cast<int>(heads), static_cast<int>(chunks), per_seq,
+          packed ? p.seq / (chunks * chunk_tokens) + p.num_seqs : per_seq * p.num_seqs};
+}
+
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
-  return launch(w, scan_gates_kernel, stream, w, m_out, m_last);
+  const int cluster = choose_cluster(w);
+  return launch(w, scan_gates_kernel, w.p.num_seqs * cluster, cluster, stream, w, m_out, m_last, cluster);
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  return launch(w, gate_gradients_kernel, stream, w, params.dm_last, params.di, params.df, params.dm0,
+  return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.di, params.df, params.dm0,
                 state_tiles(w.p));
 }
 

@@ -66,6 +66,11 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   w.num_flags = static_cast<int>(segments.flags) * (backward ? 2 : 1);
   carver.take(w.segment_ends, segments.floats);
   carver.take(w.segment_flags, w.num_flags);
+  w.tiles = choose_tiles(p);
+  if (backward) {
+    carver.take(w.tile_totals, w.tiles.count * p.heads);
+    carver.take(w.tile_flags, w.tiles.count * p.heads);
+  }
   if (packed) {
     carver.take(w.first_chunk, p.num_seqs + 1);
     carver.take(w.first_token, p.num_seqs + 1);

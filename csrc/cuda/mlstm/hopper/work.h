@@ -20,6 +20,13 @@ constexpr int box_bytes = box * box * 2;
 
 using Layout = ChunkLayout<chunk_tokens>;
 
+// How gates.cu cuts sequences into tiles.
+struct Tiles {
+  int heads, chunks;  // at most, of a tile
+  int64_t per_seq;    // packed: of the longest sequence there can be
+  int64_t count;      // of all sequences, packed: at most
+};
+
 // N = max_chunks * heads, an item is chunk * heads + head. All logs are to base 2. Within a chunk, with b_t the
 // cumulative log forget gate from the chunk's start on:
 //   D_tj = 2^(alpha_t - beta_j), g_t = 2^(alpha_t + m_start), w_j = 2^(alpha_last - beta_j).
@@ -62,6 +69,11 @@ struct Work {
   float* segment_ends;
   int* segment_flags;
   int num_flags;
+  Tiles tiles;
+  // Backward, [tiles.count][heads]: what a tile does to what gate_gradients carries through it, and flags that say it
+  // is there (zeroed by scan_gates).
+  double2* tile_totals;
+  int* tile_flags;
   int64_t* first_chunk;  // packed only: see ChunkLayout
   int64_t* first_token;
   int32_t* seq_of_chunk;
@@ -148,6 +160,7 @@ class Prepared {
 };
 
 // gates.cu
+Tiles choose_tiles(const MlstmProblem& p);
 // Fills alpha, beta, m_start, the packed table, in the backward reset; m_out (batch, seq, heads), m_last if not null.
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, through, e.
