@@ -27,12 +27,13 @@ int look_up(Known& known, int otherwise, F find) {
 bool device_is_hopper() {
   static Known known{};  // 1 no, 2 yes
   return look_up(known, 1, [](int device, int& value) {
-    int major = 0, minor = 0;
-    const bool found = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-    value = major == 9 && minor == 0 ? 2 : 1;
-    return found;
-  }) == 2;
+           int major = 0, minor = 0;
+           const bool found =
+               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+           value = major == 9 && minor == 0 ? 2 : 1;
+           return found;
+         }) == 2;
 }
 
 int processor_count() {

@@ -7,10 +7,10 @@
 // its rows of c are still on their way. Where there are no clusters (before compute capability 9.0) a counter for each
 // (row, head) takes the barrier's place: the block that finds itself last writes.
 //
-// A block has 256 or 512 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that threads / lanes
-// rows are under way at once; a thread loads up to 8 or 4 rows before it uses the first (32 KiB a block in flight). The
-// first rows are issued before anything else is waited for. Sums over rows go through shuffles, then through shared
-// memory, in a fixed order.
+// A block has 256 or 512 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that threads /
+// lanes rows are under way at once; a thread loads up to 8 or 4 rows before it uses the first (32 KiB a block in
+// flight). The first rows are issued before anything else is waited for. Sums over rows go through shuffles, then
+// through shared memory, in a fixed order.
 //
 //   tiles            threads  lanes  bytes of a row  blocks at 8 heads, dv 512, float32
 //   few (row, head)  512*     8      128             16 for each: batch 1 fills 128 multiprocessors
@@ -29,10 +29,9 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-// Few enough (row, head) for 16 blocks each to be resident together.
-constexpr int64_t few_items = 96;
+// Few enough (row, head) that 16 blocks of 512 threads each run together.
+constexpr int64_t few_items = 16;
 constexpr int portable_cluster = 8, largest_cluster = 16;
-constexpr unsigned early_blocks = 400;  // about as many as run at once
 
 template <typename C, int width>
 struct alignas(sizeof(C) * width) Group {
@@ -124,9 +123,9 @@ __global__ void __launch_bounds__(threads, resident)
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   let_next_kernel_start();
-  // The first batch, of blocks that may be early; in vain if an earlier kernel is about to change the index.
+  // The first batch; in vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (blockIdx.x < early_blocks && guess >= 0 && guess < p.num_slots && column < p.dv) {
+  if (guess >= 0 && guess < p.num_slots && column < p.dv) {
     const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
     for (int r = group; r < min(dqk, batch_rows * groups); r += groups) prefetch_to_l2(first + r * p.dv);
     if constexpr (few) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);

@@ -3,15 +3,17 @@
 // reads its share as one stream, from the first stage to the last, that never waits for a sum.
 //
 // The rows of W are cut into tiles, as tall as makes them come out even (up to 48). A stage holds 128 of k of a tile's
-// rows and of every row of x, boxes of the copy engine; x comes from the second-level cache, once for each tile. Eight warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and
-// W as the 8 columns. Each thread reads 16 neighbouring bytes of a row and takes them as the k that the fragment's
-// layout gives it: a sum does not mind the order, as long as x and W are taken in the same. At a tile's end the four
-// sums over k are added through shared memory, in a fixed order.
+// rows and of every row of x, boxes of the copy engine; x comes from the second-level cache, once for each tile. Eight
+// warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and W as the 8
+// columns. Each thread reads 16 neighbouring bytes of a row and takes them as the k that the fragment's layout gives
+// it: a sum does not mind the order, as long as x and W are taken in the same. At a tile's end the four sums over k are
+// added through shared memory, in a fixed order.
 //
 // Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
 //   - Several products of one x are one launch: the tiles of all are dealt out.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a tile has rows of A and the same of B.
-//   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found a multiprocessor begins to
+//   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found a multiprocessor begins
+//   to
 //     read W, where the caller has promised that nothing under way writes it (`constant_weights`). Without the promise
 //     W waits as x does; fetching it into the second-level cache meanwhile gained nothing.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
@@ -50,7 +52,7 @@ struct Shape {
   static constexpr int sums_stride = tile + 8;  // 8 banks on from row to row
   static constexpr int sums_bytes = k_groups * x_rows * sums_stride * 4;
   static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 1024) / stage_bytes);
-  static constexpr int shared_bytes = std::max(exclusive_bytes, stages * stage_bytes + sums_bytes + 1024);  // to align
+  static constexpr int shared_bytes = std::max(exclusive_bytes, stages* stage_bytes + sums_bytes + 1024);  // to align
 };
 
 struct Maps {
@@ -62,7 +64,8 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
                                          bool once) {
   constexpr uint64_t evict_first = 0x12f0000000000000ull, evict_last = 0x14f0000000000000ull;
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
+      "%4}], "
       "[%2], %5;" ::"r"(ptx::shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(k), "r"(row),
       "l"(once ? evict_first : evict_last)
@@ -157,8 +160,8 @@ __global__ void __launch_bounds__(threads, 1)
   // Eight lanes read from shared memory at a time: two rows, which lie in different banks if they are 4 apart.
   const auto place = [](int n) { return n % 2 * 4 + n / 2; };
   const int fragment_row = place(lane / 4);
-  const uint8_t* const fragment = ring + k_group / 2 * S::box_bytes + fragment_row * row_bytes +
-                                  ((k_group % 2 * 4 + lane % 4) ^ fragment_row) * 16;
+  const uint8_t* const fragment =
+      ring + k_group / 2 * S::box_bytes + fragment_row * row_bytes + ((k_group % 2 * 4 + lane % 4) ^ fragment_row) * 16;
   wait_for_earlier_kernels();
   int stage = 0, parity = 0;
   for (int t = blockIdx.x; t < tiles; t += blocks) {
@@ -255,7 +258,8 @@ cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stre
   };
   status = map(maps.x, p.x, p.rows, p.rows > 1 ? p.x_stride : p.in, S::x_rows);
   for (int part = 0; part < p.count && status == cudaSuccess; ++part) {
-    if (p.part[part].out > 0) status = map(maps.weight[part], p.part[part].weight, p.part[part].out, p.in, plan.columns);
+    if (p.part[part].out > 0)
+      status = map(maps.weight[part], p.part[part].weight, p.part[part].out, p.in, plan.columns);
   }
   if (status != cudaSuccess) return status;
   return launch_early(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), S::shared_bytes, 1, stream, p,

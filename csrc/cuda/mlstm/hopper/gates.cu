@@ -1,9 +1,10 @@
 // Everything that is one number per token. The gates lie with the heads innermost, so they are taken in tiles: some
-// chunks of one sequence, of up to eight heads at once. What is done element by element goes along memory, through
-// shared memory to warps that own a chunk of one head each, four consecutive tokens a lane; scans run in float64. What
-// is carried from tile to tile: for the scan, a cluster of blocks has a sequence, some consecutive tiles each, and a
-// block reads from the earlier ones' shared memory what their tiles do to m; for the gradients every tile has a block,
-// which leaves its share with a flag and waits for those of later tiles.
+// chunks of one sequence, of up to eight heads at once (the scan of a long sequence: of fewer, to have more blocks).
+// What is done element by element goes along memory, through shared memory to warps that own a chunk of one head each,
+// four consecutive tokens a lane; scans run in float64. What is carried from tile to tile: for the scan, a cluster of
+// blocks has a sequence, some consecutive tiles each, and a block reads from the earlier ones' shared memory what their
+// tiles do to m; for the gradients every tile has a block, which leaves its share with a flag and waits for those of
+// later tiles.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     for (int64_t x = block * blockDim.x + threadIdx.x; x < count; x += blocks * blockDim.x) flags[x] = 0;
   };
   clear(w.segment_flags, w.num_flags);
-  if (w.tile_flags != nullptr) clear(w.tile_flags, w.tiles.count * w.layout.heads);
+  clear(w.tile_flags, w.num_tile_flags);
   const Layout& l = w.layout;
   int begin, end;   // of this block's tiles
   bool goes_twice;  // what the last tiles do to m nobody needs
@@ -728,6 +729,25 @@ int cluster_limit() {
   return limit;
 }
 
+// The scan's tiles: of so few heads that a cluster of portable size has a block for every tile of a sequence, where
+// that is enough; so long sequences occupy as many multiprocessors as many short ones do.
+Tiles choose_scan_tiles(const Work& w) {
+  Tiles tiles = w.tiles;
+  const int64_t length_chunks = ceil_div(w.p.seq, chunk_tokens);
+  if (w.p.cu_seqlens != nullptr || tiles.per_seq == 1) return tiles;
+  for (int heads = tiles.heads;; heads = (heads + 1) / 2) {
+    for (const int warps : {most_warps / 2, most_warps}) {
+      tiles.heads = heads;
+      tiles.chunks = static_cast<int>(std::clamp(int64_t{warps / heads}, int64_t{1}, length_chunks));
+      tiles.per_seq = ceil_div(length_chunks, tiles.chunks);
+      if (tiles.per_seq <= portable_cluster) break;
+    }
+    if (tiles.per_seq <= portable_cluster || heads == 1) break;
+  }
+  tiles.count = tiles.per_seq * w.p.num_seqs;
+  return tiles;
+}
+
 // Blocks for a sequence's tiles. Packed, one sequence may have nearly all tokens and many blocks then have nothing to
 // do: there are no more of these than fill the device about once.
 int choose_cluster(const Work& w) {
@@ -760,7 +780,9 @@ Tiles choose_tiles(const MlstmProblem& p) {
           packed ? p.seq / (chunks * chunk_tokens) + p.num_seqs : per_seq * p.num_seqs};
 }
 
-cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
+cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, cudaStream_t stream) {
+  Work w = work;
+  w.tiles = choose_scan_tiles(work);
   const int cluster = choose_cluster(w);
   return launch(w, scan_gates_kernel, w.p.num_seqs * cluster, cluster, stream, w, m_out, m_last, cluster);
 }

@@ -69,11 +69,12 @@ struct Work {
   float* segment_ends;
   int* segment_flags;
   int num_flags;
-  Tiles tiles;
+  Tiles tiles;  // the gradients'; the scan makes its own
   // Backward, [tiles.count][heads]: what a tile does to what gate_gradients carries through it, and flags that say it
   // is there (zeroed by scan_gates).
   double2* tile_totals;
   int* tile_flags;
+  int64_t num_tile_flags;
   int64_t* first_chunk;  // packed only: see ChunkLayout
   int64_t* first_token;
   int32_t* seq_of_chunk;
