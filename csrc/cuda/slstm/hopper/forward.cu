@@ -23,6 +23,8 @@
 namespace flash_xlstm::cuda::slstm_hopper {
 namespace {
 
+constexpr int max_warps = 8;
+
 template <int k_registers, int n_tiles, bool k_extra>
 struct Layout {
   static constexpr int stages = k_extra ? 2 : 4;  // of x
@@ -325,7 +327,7 @@ Choice choose(const SlstmProblem& p) {
   Geometry g{};
   g.groups = static_cast<int>(p.dim / units_a_group);
   const auto spread = [&](int warps, int k_registers) {
-    g.warps = warps;
+    g.warps = g.block_groups = warps;
     g.cluster = (g.groups + warps - 1) / warps;
     const int k_tiles = static_cast<int>((p.dim + 15) / 16);
     g.extra = std::max(0, (k_tiles - k_registers + 1) / 2);
@@ -352,8 +354,8 @@ Choice choose(const SlstmProblem& p) {
 
 Choice choose(const SlstmForward& params) {
   const SlstmProblem& p = params.p;
-  const bool fits = p.dtype != DType::float32 && p.dim % units_a_group == 0 && p.dim <= 768 && p.seq < (1ll << 31) &&
-                    params.x_batch % 8 == 0 && params.x_seq % 8 == 0 && params.x_gate % 8 == 0 &&
+  const bool fits = p.dtype != DType::float32 && p.dim % units_a_group == 0 && p.dim <= max_dim &&
+                    p.seq < (1ll << 31) && params.x_batch % 8 == 0 && params.x_seq % 8 == 0 && params.x_gate % 8 == 0 &&
                     params.x_head % 8 == 0 && aligned_16(params.x) && aligned_16(params.h);
   if (!fits) return {};
   return p.dtype == DType::bfloat16 ? choose<bf16>(p) : choose<half>(p);
