@@ -16,7 +16,7 @@
 //   dx_t to memory                off the path
 //
 // Of dim 768 a block has 295 KB of R^T: 144 of 255 registers of 8 warps take half, shared memory the other. Of dim 512
-// the registers of 8 warps take all.
+// the registers of 8 warps take all, and shared memory has room for the parts of 32 rows.
 //
 // Parts and dx are double-buffered. A block sends parts for step s + 2 once it has all parts for step s + 1, and every
 // warp that sent those had passed the barrier of its block behind the reading of the parts for step s. Barriers are
@@ -454,6 +454,8 @@ Choice choose(const SlstmBackward& params) {
   } else if (p.dim <= 512) {
     spread(4, 8);
     consider<4, 8, 1, 1, 1, false>(best, p, g);
+    consider<4, 8, 1, 2, 1, false>(best, p, g);
+    consider<4, 8, 1, 4, 2, false>(best, p, g);
   } else {
     spread(6, 8);
     g.extra = ((g.groups + 1) / 2 + g.warps - 1) / g.warps - 3;
