@@ -198,6 +198,19 @@ def test_dimensions_of_models_clipped_and_again_the_same(make_problem, dim):
     assert all(torch.equal(t, again[name]) for name, t in first.items())
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dim", [64, 128, 256, 512, 640])
+def test_float16_carries_gradients_of_any_size(make_problem, dim):
+    """Those of gates may be far below what float16 holds; those of the state are float32 and lose nothing by it."""
+    problem = make_problem(9, 12, 2, dim, dtype=torch.float16)
+    expected, cotangents = problem(ops.slstm, THROUGH["state"]), problem.cotangents
+    for scale in (2.0**-30, 2.0**10):
+        problem.cotangents = {name: t * scale for name, t in cotangents.items()}
+        got = problem(ops.slstm, THROUGH["state"])
+        for name in STATE:
+            assert relative_error(got[f"d{name}"] / scale, expected[f"d{name}"]) < 1e-6, name
+
+
 def test_long_sequence(make_problem):
     assert_float32_exact(make_problem(1, 1500, 1, 8))
 

@@ -18,6 +18,10 @@
 // Of dim 768 a block has 295 KB of R^T: 144 of 255 registers of 8 warps take half, shared memory the other. Of dim 512
 // the registers of 8 warps take all, and shared memory has room for the parts of 32 rows.
 //
+// float16 has too small a range for dx as an operand. So each warp multiplies its group's dx of a row of the batch by
+// the power of two that makes the largest as large as float16 allows, and what two k tiles, which are a group, add to a
+// product is divided by it in float32. bfloat16 has float32's range and needs none of it.
+//
 // Parts and dx are double-buffered. A block sends parts for step s + 2 once it has all parts for step s + 1, and every
 // warp that sent those had passed the barrier of its block behind the reading of the parts for step s. Barriers are
 // rearmed as in the forward.
@@ -35,8 +39,9 @@ constexpr int max_warps = 8;
 struct Route {
   uint32_t offset, base;
 };
-constexpr int routes_offset = header_bytes, dx_offset = routes_offset + 512;
-static_assert(max_dim / 16 * sizeof(Route) <= dx_offset - routes_offset);
+constexpr int routes_offset = header_bytes, inverses_offset = routes_offset + 512, dx_offset = inverses_offset + 2048;
+static_assert(max_dim / 16 * sizeof(Route) <= inverses_offset - routes_offset);
+static_assert(2 * max_warps * 4 * rows_a_tile * sizeof(float) <= dx_offset - inverses_offset);
 
 // A warp's share of R^T: m_tiles (and g.extra more) x k_tiles; `k_parts` warps share an m tile.
 template <int m_tiles, int k_tiles, int k_parts, int n_tiles, bool m_extra>
@@ -78,21 +83,50 @@ __device__ __forceinline__ void load_weights(uint32_t (&a)[4], const SlstmProble
   }
 }
 
+// Multiplies dx of a group, of rows 2 (lane % 4) and the next, each by the power of two that brings the row's largest
+// to 2^14 and more; returns the inverses. All lanes of a row have the same.
+__device__ __forceinline__ float2 scale(float (&dx)[2][4]) {
+  constexpr uint32_t smallest = 15, target = 127 + 14;  // exponents as float32 has them
+  uint32_t largest = 0;                                 // of both rows, 16 bits each
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float size = fmaxf(fmaxf(fabsf(dx[j][0]), fabsf(dx[j][1])), fmaxf(fabsf(dx[j][2]), fabsf(dx[j][3])));
+    largest |= (__float_as_uint(size) >> 23) << (16 * j);
+  }
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) {
+    largest = __vmaxu2(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+  }
+  float undo[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t exponent = max(largest >> (16 * j) & 0xffffu, smallest);
+    const float factor = __uint_as_float((target + 127 - exponent) << 23);
+    undo[j] = __uint_as_float((exponent + 127 - target) << 23);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) dx[j][gate] *= factor;
+  }
+  return make_float2(undo[0], undo[1]);
+}
+
 template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, bool m_extra>
 __global__ void __launch_bounds__(max_warps * 32, 1)
     backward_kernel(const __grid_constant__ SlstmBackward params, const __grid_constant__ Geometry g) {
   using Shared = Layout<m_tiles, k_tiles, k_parts, n_tiles, m_extra>;
   constexpr int stages = Shared::stages, rows = Shared::rows;
+  constexpr bool scaled = std::is_same_v<T, half>;
   // The m tiles that are multiplied at a time, whose accumulators fit into registers; chains along k hide latency.
-  constexpr int m_at_once = m_tiles * n_tiles > 8 ? 8 / n_tiles : m_tiles;
-  constexpr int chains = m_at_once * n_tiles >= 4 ? 1 : m_at_once * n_tiles >= 2 ? 2 : 4;
-  constexpr int extra_chains = n_tiles == 1 ? 4 : 2;
+  constexpr int at_once = !scaled ? 8 : m_extra ? 1 : 4 / cell_tiles;
+  constexpr int m_at_once = m_tiles * n_tiles > at_once ? std::max(1, at_once / n_tiles) : m_tiles;
+  constexpr int chains = scaled || m_at_once * n_tiles >= 4 ? 1 : m_at_once * n_tiles >= 2 ? 2 : 4;
+  constexpr int extra_chains = scaled ? 1 : n_tiles == 1 ? 4 : 2;
   static_assert(m_tiles % m_at_once == 0 && n_tiles % cell_tiles == 0);
   extern __shared__ uint4 shared[];
   char* base = reinterpret_cast<char*>(shared);
   uint64_t* full = reinterpret_cast<uint64_t*>(base);
   SlstmRow* row_table = reinterpret_cast<SlstmRow*>(base + rows_offset);
   Route* routes = reinterpret_cast<Route*>(base + routes_offset);
+  float* inverses = reinterpret_cast<float*>(base + inverses_offset);  // [buffer][group of the block][row]
   T* dx_buffers = reinterpret_cast<T*>(base + dx_offset);
   const int dx_pitch = Shared::dx_pitch(g), sources = Shared::sources(g), parts_bytes = Shared::parts_bytes(g);
   const int pairs = g.block_groups / 2;
@@ -114,6 +148,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   // --- start: rows, barriers, R^T
   if (threadIdx.x < rows) row_table[threadIdx.x] = slstm_row(p, first_row + threadIdx.x);
   for (int x = threadIdx.x; x < 2 * rows * dx_pitch; x += blockDim.x) dx_buffers[x] = from_float<T>(0.0f);
+  for (int x = threadIdx.x; scaled && x < 2 * g.block_groups * rows; x += blockDim.x) inverses[x] = 0.0f;
   for (int m = threadIdx.x; m < m_count; m += blockDim.x) {
     routes[m].offset = m % pairs * n_tiles * fragment_bytes;
     routes[m].base = alone ? 0u : ptx::peer_address(base, m / pairs);
@@ -279,6 +314,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     __syncwarp();
     if (s > 0) add_parts(s);
     T* dx_tile = dx_buffers + s % 2 * rows * dx_pitch;
+    float* inverse = inverses + s % 2 * g.block_groups * rows;
     if (active) {
 #pragma unroll
       for (int nt = 0; nt < cell_tiles; ++nt) {
@@ -300,6 +336,13 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
           grad[nt][j].dh += to_float(reinterpret_cast<const T*>(here + dh_offset)[at]);
           slstm_unit_backward<FastMath>(kept, c, n, grad[nt][j], dx[j]);
         }
+        if constexpr (scaled) {
+          const float2 undo = scale(dx);
+          if (lane < 4) {
+            const int row = (first_tile + nt) * rows_a_tile + 2 * quad;
+            *reinterpret_cast<float2*>(inverse + local_group * rows + row) = undo;
+          }
+        }
         T* to = dx_tile + ((first_tile + nt) * rows_a_tile + lane % 8) * dx_pitch + local_group * 32 + lane / 8 * 8;
         ptx::stmatrix_x4_transposed(to, pack<T>(dx[0][0], dx[1][0]), pack<T>(dx[0][1], dx[1][1]),
                                     pack<T>(dx[0][2], dx[1][2]), pack<T>(dx[0][3], dx[1][3]));
@@ -307,6 +350,25 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     }
     __syncthreads();
 
+    // Products of two k tiles, a group's dx, for 8 rows of the batch.
+    const auto multiply = [&](float (&even)[4], float (&odd)[4], const uint32_t (&a0)[4], const uint32_t (&a1)[4],
+                              const uint32_t (&b)[4], float2 undo) {
+      if constexpr (scaled) {
+        float product[4] = {};
+        mma<T>(product, a0, b[0], b[1]);
+        mma<T>(product, a1, b[2], b[3]);
+        even[0] += product[0] * undo.x, even[1] += product[1] * undo.y;
+        even[2] += product[2] * undo.x, even[3] += product[3] * undo.y;
+      } else {
+        mma<T>(even, a0, b[0], b[1]);
+        mma<T>(odd, a1, b[2], b[3]);
+      }
+    };
+    const auto undo_of = [&](int k, int nt) {
+      if constexpr (!scaled) return float2{};
+      const int at = (k_part * k_tiles + k) / 2 * rows + nt * rows_a_tile + 2 * quad;
+      return *reinterpret_cast<const float2*>(inverse + at);
+    };
     const T* b_from = dx_tile + lane % 8 * dx_pitch + k_part * k_tiles * 16 + lane / 8 * 8;
 #pragma unroll
     for (int m_from = 0; m_from < m_tiles; m_from += m_at_once) {
@@ -317,10 +379,11 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
         for (int nt = 0; nt < n_tiles; ++nt) {
           uint32_t b[4];
           ptx::ldmatrix_x4<false>(b, b_from + nt * rows_a_tile * dx_pitch + k * 16);
+          const float2 undo = undo_of(k, nt);
 #pragma unroll
           for (int m = 0; m < m_at_once; ++m) {
-            mma<T>(acc[k % chains][m][nt], weights[m_from + m][k], b[0], b[1]);
-            mma<T>(acc[(k + 1) % chains][m][nt], weights[m_from + m][k + 1], b[2], b[3]);
+            multiply(acc[k % chains][m][nt], acc[(k + 1) % chains][m][nt], weights[m_from + m][k],
+                     weights[m_from + m][k + 1], b, undo);
           }
         }
       }
@@ -355,8 +418,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
           for (int nt = 0; nt < n_tiles; ++nt) {
             uint32_t b[4];
             ptx::ldmatrix_x4<false>(b, b_from + nt * rows_a_tile * dx_pitch + k * 16);
-            mma<T>(part[k % extra_chains][nt], a[0], b[0], b[1]);
-            mma<T>(part[(k + 1) % extra_chains][nt], a[1], b[2], b[3]);
+            multiply(part[k % extra_chains][nt], part[(k + 1) % extra_chains][nt], a[0], a[1], b, undo_of(k, nt));
           }
         }
 #pragma unroll
@@ -378,7 +440,17 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
       if (t < row_length(nt, lane % 8)) {
         const T* from =
             dx_tile + ((first_tile + nt) * rows_a_tile + lane % 8) * dx_pitch + local_group * 32 + lane / 8 * 8;
-        *reinterpret_cast<uint4*>(dx_to[nt]) = *reinterpret_cast<const uint4*>(from);
+        uint32_t word[4];
+        load_16_bytes(word, from);
+        if constexpr (scaled) {
+          const float undo = inverse[local_group * rows + (first_tile + nt) * rows_a_tile + lane % 8];
+#pragma unroll
+          for (int x = 0; x < 4; ++x) {
+            const float2 pair = unpack<T>(word[x]);
+            word[x] = pack<T>(pair.x * undo, pair.y * undo);
+          }
+        }
+        *reinterpret_cast<uint4*>(dx_to[nt]) = make_uint4(word[0], word[1], word[2], word[3]);
       }
       dx_to[nt] = before(dx_to[nt], 4);
     }
@@ -413,10 +485,10 @@ struct Choice {
   int64_t cost = 0;
 };
 
-template <int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, bool m_extra>
+template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, bool m_extra>
 void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
   static std::atomic<int> known[16][17];
-  auto* kernel = backward_kernel<bf16, m_tiles, k_tiles, k_parts, n_tiles, cell_tiles, m_extra>;
+  auto* kernel = backward_kernel<T, m_tiles, k_tiles, k_parts, n_tiles, cell_tiles, m_extra>;
   const int bytes = Layout<m_tiles, k_tiles, k_parts, n_tiles, m_extra>::total(g);
   const int active = active_clusters(kernel, g.cluster, 32 * g.warps, bytes, known);
   if (active == 0) return;
@@ -424,14 +496,9 @@ void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
   if (best.kernel == nullptr || cost < best.cost) best = {kernel, g, n_tiles, bytes, cost};
 }
 
-Choice choose(const SlstmBackward& params) {
-  const SlstmProblem& p = params.p;
-  const bool fits = p.dtype == DType::bfloat16 && p.dim % units_a_group == 0 && p.dim <= max_dim &&
-                    p.seq < (1ll << 30) && p.heads * p.dim < (1ll << 28) && params.dh_batch % 8 == 0 &&
-                    params.dh_seq % 8 == 0 && params.dh_head % 8 == 0 && aligned_16(params.dh) &&
-                    aligned_16(params.dx) && aligned_16(params.kept) && aligned_16(p.c0) && aligned_16(p.n0);
+template <typename T>
+Choice choose(const SlstmProblem& p) {
   Choice best;
-  if (!fits) return best;
   Geometry g{};
   g.groups = static_cast<int>(p.dim / units_a_group);
   const auto spread = [&](int block_groups, int warps) {
@@ -440,28 +507,38 @@ Choice choose(const SlstmBackward& params) {
   };
   if (p.dim <= 64) {
     spread(8, 8);
-    consider<1, 8, 2, 1, 1, false>(best, p, g);
-    consider<1, 8, 2, 2, 2, false>(best, p, g);
-    consider<1, 8, 2, 4, 4, false>(best, p, g);
+    consider<T, 1, 8, 2, 1, 1, false>(best, p, g);
+    consider<T, 1, 8, 2, 2, 2, false>(best, p, g);
+    consider<T, 1, 8, 2, 4, 4, false>(best, p, g);
   } else if (p.dim <= 128) {
     spread(8, 8);
-    consider<1, 16, 1, 1, 1, false>(best, p, g);
-    consider<1, 16, 1, 2, 2, false>(best, p, g);
+    consider<T, 1, 16, 1, 1, 1, false>(best, p, g);
+    consider<T, 1, 16, 1, 2, 2, false>(best, p, g);
   } else if (p.dim <= 256) {
     spread(4, 4);
-    consider<4, 8, 1, 1, 1, false>(best, p, g);
-    consider<4, 8, 1, 2, 2, false>(best, p, g);
+    consider<T, 4, 8, 1, 1, 1, false>(best, p, g);
+    consider<T, 4, 8, 1, 2, 2, false>(best, p, g);
   } else if (p.dim <= 512) {
     spread(4, 8);
-    consider<4, 8, 1, 1, 1, false>(best, p, g);
-    consider<4, 8, 1, 2, 1, false>(best, p, g);
-    consider<4, 8, 1, 4, 2, false>(best, p, g);
+    consider<T, 4, 8, 1, 1, 1, false>(best, p, g);
+    consider<T, 4, 8, 1, 2, 1, false>(best, p, g);
+    if constexpr (!std::is_same_v<T, half>) consider<T, 4, 8, 1, 4, 2, false>(best, p, g);
   } else {
     spread(6, 8);
     g.extra = ((g.groups + 1) / 2 + g.warps - 1) / g.warps - 3;
-    consider<3, 12, 1, 1, 1, true>(best, p, g);
+    consider<T, 3, 12, 1, 1, 1, true>(best, p, g);
   }
   return best;
+}
+
+Choice choose(const SlstmBackward& params) {
+  const SlstmProblem& p = params.p;
+  const bool fits = p.dtype != DType::float32 && p.dim % units_a_group == 0 && p.dim <= max_dim &&
+                    p.seq < (1ll << 30) && p.heads * p.dim < (1ll << 28) && params.dh_batch % 8 == 0 &&
+                    params.dh_seq % 8 == 0 && params.dh_head % 8 == 0 && aligned_16(params.dh) &&
+                    aligned_16(params.dx) && aligned_16(params.kept) && aligned_16(p.c0) && aligned_16(p.n0);
+  if (!fits) return {};
+  return p.dtype == DType::bfloat16 ? choose<bf16>(p) : choose<half>(p);
 }
 
 }  // namespace
