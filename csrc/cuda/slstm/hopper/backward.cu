@@ -43,10 +43,10 @@ constexpr int routes_offset = header_bytes, inverses_offset = routes_offset + 51
 static_assert(max_dim / 16 * sizeof(Route) <= inverses_offset - routes_offset);
 static_assert(2 * max_warps * 4 * rows_a_tile * sizeof(float) <= dx_offset - inverses_offset);
 
-// A warp's share of R^T: m_tiles (and g.extra more) x k_tiles; `k_parts` warps share an m tile.
-template <int m_tiles, int k_tiles, int k_parts, int n_tiles, bool m_extra>
+// A warp's share of R^T: m_tiles (and m_extra more) x k_tiles; `k_parts` warps share an m tile.
+template <int m_tiles, int k_tiles, int k_parts, int n_tiles, int m_extra>
 struct Layout {
-  static constexpr int stages = m_extra ? 2 : n_tiles == 1 ? 4 : 3;
+  static constexpr int stages = m_extra > 0 ? 2 : n_tiles == 1 ? 4 : 3;
   static constexpr int rows = n_tiles * rows_a_tile;
 
   __host__ __device__ static int dx_pitch(const Geometry& g) { return 32 * g.block_groups + 8; }  // elements
@@ -62,7 +62,7 @@ struct Layout {
     return ring_offset(g) + g.block_groups * stages * n_tiles * ring_bytes;
   }
   __host__ __device__ static int total(const Geometry& g) {
-    return weights_offset(g) + g.warps * g.extra * k_tiles * fragment_bytes;
+    return weights_offset(g) + g.warps * m_extra * k_tiles * fragment_bytes;
   }
 };
 
@@ -109,18 +109,17 @@ __device__ __forceinline__ float2 scale(float (&dx)[2][4]) {
   return make_float2(undo[0], undo[1]);
 }
 
-template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, bool m_extra>
+template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, int m_extra>
 __global__ void __launch_bounds__(max_warps * 32, 1)
     backward_kernel(const __grid_constant__ SlstmBackward params, const __grid_constant__ Geometry g) {
   using Shared = Layout<m_tiles, k_tiles, k_parts, n_tiles, m_extra>;
   constexpr int stages = Shared::stages, rows = Shared::rows;
   constexpr bool scaled = std::is_same_v<T, half>;
   // The m tiles that are multiplied at a time, whose accumulators fit into registers; chains along k hide latency.
-  constexpr int at_once = !scaled ? 8 : m_extra ? 1 : 4 / cell_tiles;
-  constexpr int m_at_once = m_tiles * n_tiles > at_once ? std::max(1, at_once / n_tiles) : m_tiles;
+  constexpr int all_tiles = m_tiles + m_extra, at_once = !scaled ? 8 : m_extra > 0 ? 1 : 4 / cell_tiles;
+  constexpr int m_at_once = all_tiles * n_tiles > at_once ? std::max(1, at_once / n_tiles) : all_tiles;
   constexpr int chains = scaled || m_at_once * n_tiles >= 4 ? 1 : m_at_once * n_tiles >= 2 ? 2 : 4;
-  constexpr int extra_chains = scaled ? 1 : n_tiles == 1 ? 4 : 2;
-  static_assert(m_tiles % m_at_once == 0 && n_tiles % cell_tiles == 0);
+  static_assert(all_tiles % m_at_once == 0 && n_tiles % cell_tiles == 0);
   extern __shared__ uint4 shared[];
   char* base = reinterpret_cast<char*>(shared);
   uint64_t* full = reinterpret_cast<uint64_t*>(base);
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     ptx::fence_barrier_init();
   }
   uint32_t weights[m_tiles][k_tiles][4];
-  char* extra_weights = base + Shared::weights_offset(g) + warp * g.extra * k_tiles * fragment_bytes + lane * 16;
+  char* extra_weights = base + Shared::weights_offset(g) + warp * m_extra * k_tiles * fragment_bytes + lane * 16;
   const auto load_all = [&](auto zero) {
     using W = decltype(zero);
 #pragma unroll
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
         load_weights<T, W>(weights[m][k], p, head, first_group, m * m_warps + m_first, k_part * k_tiles + k);
       }
     }
-    for (int x = 0; m_extra && x < g.extra * k_tiles; ++x) {
+    for (int x = 0; m_extra > 0 && x < m_extra * k_tiles; ++x) {
       uint32_t a[4];
       load_weights<T, W>(a, p, head, first_group, (m_tiles + x / k_tiles) * m_warps + m_first,
                          k_part * k_tiles + x % k_tiles);
@@ -371,19 +370,32 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     };
     const T* b_from = dx_tile + lane % 8 * dx_pitch + k_part * k_tiles * 16 + lane / 8 * 8;
 #pragma unroll
-    for (int m_from = 0; m_from < m_tiles; m_from += m_at_once) {
+    for (int m_from = 0; m_from < all_tiles; m_from += m_at_once) {
       float acc[chains][m_at_once][n_tiles][4] = {};
 #pragma unroll
       for (int k = 0; k < k_tiles; k += 2) {
+        uint32_t b[n_tiles][4];
+        float2 undo[n_tiles];
 #pragma unroll
         for (int nt = 0; nt < n_tiles; ++nt) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4<false>(b, b_from + nt * rows_a_tile * dx_pitch + k * 16);
-          const float2 undo = undo_of(k, nt);
+          ptx::ldmatrix_x4<false>(b[nt], b_from + nt * rows_a_tile * dx_pitch + k * 16);
+          undo[nt] = undo_of(k, nt);
+        }
 #pragma unroll
-          for (int m = 0; m < m_at_once; ++m) {
-            multiply(acc[k % chains][m][nt], acc[(k + 1) % chains][m][nt], weights[m_from + m][k],
-                     weights[m_from + m][k + 1], b, undo);
+        for (int m = 0; m < m_at_once; ++m) {
+          auto& even = acc[k % chains][m];
+          auto& odd = acc[(k + 1) % chains][m];
+          const int x = m_from + m - m_tiles;
+          if (x < 0) {
+            const auto& a = weights[m_from + m];
+#pragma unroll
+            for (int nt = 0; nt < n_tiles; ++nt) multiply(even[nt], odd[nt], a[k], a[k + 1], b[nt], undo[nt]);
+          } else {
+            uint32_t a[2][4];
+            load_16_bytes(a[0], extra_weights + (x * k_tiles + k) * fragment_bytes);
+            load_16_bytes(a[1], extra_weights + (x * k_tiles + k + 1) * fragment_bytes);
+#pragma unroll
+            for (int nt = 0; nt < n_tiles; ++nt) multiply(even[nt], odd[nt], a[0], a[1], b[nt], undo[nt]);
           }
         }
       }
@@ -400,35 +412,6 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
             for (int c = 1; c < chains; ++c) sum[r] += acc[c][m][nt][r];
           }
           if (m_tile < m_count) send(s + 1, m_tile, nt, sum);
-        }
-      }
-    }
-    if constexpr (m_extra) {
-#pragma unroll 1
-      for (int x = 0; x < g.extra; ++x) {
-        const int m_tile = (m_tiles + x) * m_warps + m_first;
-        if (m_tile >= m_count) break;
-        float part[extra_chains][n_tiles][4] = {};
-#pragma unroll
-        for (int k = 0; k < k_tiles; k += 2) {
-          uint32_t a[2][4];
-          load_16_bytes(a[0], extra_weights + (x * k_tiles + k) * fragment_bytes);
-          load_16_bytes(a[1], extra_weights + (x * k_tiles + k + 1) * fragment_bytes);
-#pragma unroll
-          for (int nt = 0; nt < n_tiles; ++nt) {
-            uint32_t b[4];
-            ptx::ldmatrix_x4<false>(b, b_from + nt * rows_a_tile * dx_pitch + k * 16);
-            multiply(part[k % extra_chains][nt], part[(k + 1) % extra_chains][nt], a[0], a[1], b, undo_of(k, nt));
-          }
-        }
-#pragma unroll
-        for (int nt = 0; nt < n_tiles; ++nt) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int c = 1; c < extra_chains; ++c) part[0][nt][r] += part[c][nt][r];
-          }
-          send(s + 1, m_tile, nt, part[0][nt]);
         }
       }
     }
@@ -485,7 +468,7 @@ struct Choice {
   int64_t cost = 0;
 };
 
-template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, bool m_extra>
+template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, int m_extra>
 void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
   static std::atomic<int> known[16][17];
   auto* kernel = backward_kernel<T, m_tiles, k_tiles, k_parts, n_tiles, cell_tiles, m_extra>;
@@ -507,26 +490,25 @@ Choice choose(const SlstmProblem& p) {
   };
   if (p.dim <= 64) {
     spread(8, 8);
-    consider<T, 1, 8, 2, 1, 1, false>(best, p, g);
-    consider<T, 1, 8, 2, 2, 2, false>(best, p, g);
-    consider<T, 1, 8, 2, 4, 4, false>(best, p, g);
+    consider<T, 1, 8, 2, 1, 1, 0>(best, p, g);
+    consider<T, 1, 8, 2, 2, 2, 0>(best, p, g);
+    consider<T, 1, 8, 2, 4, 4, 0>(best, p, g);
   } else if (p.dim <= 128) {
     spread(8, 8);
-    consider<T, 1, 16, 1, 1, 1, false>(best, p, g);
-    consider<T, 1, 16, 1, 2, 2, false>(best, p, g);
+    consider<T, 1, 16, 1, 1, 1, 0>(best, p, g);
+    consider<T, 1, 16, 1, 2, 2, 0>(best, p, g);
   } else if (p.dim <= 256) {
     spread(4, 4);
-    consider<T, 4, 8, 1, 1, 1, false>(best, p, g);
-    consider<T, 4, 8, 1, 2, 2, false>(best, p, g);
+    consider<T, 4, 8, 1, 1, 1, 0>(best, p, g);
+    consider<T, 4, 8, 1, 2, 2, 0>(best, p, g);
   } else if (p.dim <= 512) {
     spread(4, 8);
-    consider<T, 4, 8, 1, 1, 1, false>(best, p, g);
-    consider<T, 4, 8, 1, 2, 1, false>(best, p, g);
-    if constexpr (!std::is_same_v<T, half>) consider<T, 4, 8, 1, 4, 2, false>(best, p, g);
+    consider<T, 4, 8, 1, 1, 1, 0>(best, p, g);
+    consider<T, 4, 8, 1, 2, 1, 0>(best, p, g);
+    if constexpr (!std::is_same_v<T, half>) consider<T, 4, 8, 1, 4, 2, 0>(best, p, g);
   } else {
     spread(6, 8);
-    g.extra = ((g.groups + 1) / 2 + g.warps - 1) / g.warps - 3;
-    consider<T, 3, 12, 1, 1, 1, true>(best, p, g);
+    consider<T, 3, 12, 1, 1, 1, 3>(best, p, g);
   }
   return best;
 }

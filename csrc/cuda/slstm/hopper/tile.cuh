@@ -28,7 +28,7 @@ struct Geometry {
   int warps;         // a block
   int block_groups;  // of units, a block
   int groups;        // of units, in all: dim / 8
-  int extra;  // operand tiles of a warp that lie in shared memory: pairs of k tiles (forward), m tiles (backward)
+  int extra;         // pairs of k tiles of a warp whose fragments lie in shared memory (forward)
 };
 
 template <typename T>
