@@ -29,25 +29,24 @@
 namespace flash_xlstm::cuda::slstm_hopper {
 namespace {
 
-// `halves` warps share a group. A warp has k_registers + 2 g.extra k tiles.
+// `halves` warps share a group. With k_extra a warp has as many k tiles in shared memory as in registers.
 template <int k_registers, int n_tiles, int halves, bool k_extra>
 struct Layout {
   static constexpr int max_warps = k_extra ? 12 : 8;
   static constexpr int stages = k_extra ? 2 : 4;  // of x
   static constexpr int rows = n_tiles * rows_a_tile;
+  static constexpr int extra_tiles = k_extra ? k_registers : 0, half_tiles = k_registers + extra_tiles;  // of k, a warp
+  // Elements of a row of h; the 16 bytes beyond the operand spread rows over the banks.
+  static constexpr int pitch = halves * half_tiles * 16 + 8, h_bytes = rows * pitch * 2;
+  static constexpr int x_offset = header_bytes + 2 * h_bytes;
   static constexpr int cell_tiles = n_tiles > halves ? n_tiles / halves : 1;
   static constexpr int x_bytes = cell_tiles * fragment_bytes;  // a warp and stage: 4 gates x 8 rows x 8 units
   static constexpr int sums_bytes = halves == 1 ? 0 : cell_tiles * 2 * fragment_bytes;  // that a warp gives away
 
-  __host__ __device__ static int half_tiles(const Geometry& g) { return k_registers + 2 * g.extra; }
-  // Elements of a row of h; the 16 bytes beyond the operand spread rows over the banks.
-  __host__ __device__ static int pitch(const Geometry& g) { return halves * half_tiles(g) * 16 + 8; }
-  __host__ __device__ static int h_bytes(const Geometry& g) { return rows * pitch(g) * 2; }
-  __host__ __device__ static int x_offset(const Geometry& g) { return header_bytes + 2 * h_bytes(g); }
-  __host__ __device__ static int sums_offset(const Geometry& g) { return x_offset(g) + g.warps * stages * x_bytes; }
+  __host__ __device__ static int sums_offset(const Geometry& g) { return x_offset + g.warps * stages * x_bytes; }
   __host__ __device__ static int weights_offset(const Geometry& g) { return sums_offset(g) + g.warps * sums_bytes; }
   __host__ __device__ static int total(const Geometry& g) {
-    return weights_offset(g) + g.warps * g.extra * 4 * fragment_bytes;
+    return weights_offset(g) + g.warps * extra_tiles * 2 * fragment_bytes;
   }
 };
 
@@ -71,15 +70,15 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
     forward_kernel(const __grid_constant__ SlstmForward params, const __grid_constant__ Geometry g) {
   using Shared = Layout<k_registers, n_tiles, halves, k_extra>;
   constexpr int stages = Shared::stages, rows = Shared::rows, cell_tiles = Shared::cell_tiles;
-  // Independent chains of products, for each pair of gates: 8 of them hide the tensor cores' latency; of three warps on
-  // a part of the multiprocessor 4 each do.
-  constexpr int chains = std::max(1, (k_extra ? 2 : 4) / n_tiles);
+  // Independent chains of products, for each pair of gates: 8 of them hide the tensor cores' latency. Of 12 warps,
+  // three to a scheduler, 2 each nearly do, and there are no registers for more.
+  constexpr int chains = k_extra ? 1 : std::max(1, 4 / n_tiles);
   extern __shared__ uint4 shared[];
   char* base = reinterpret_cast<char*>(shared);
   uint64_t* full = reinterpret_cast<uint64_t*>(base);
   SlstmRow* row_table = reinterpret_cast<SlstmRow*>(base + rows_offset);
   T* h_buffers = reinterpret_cast<T*>(base + header_bytes);
-  const int pitch = Shared::pitch(g);
+  constexpr int pitch = Shared::pitch, extra_tiles = Shared::extra_tiles;
 
   const SlstmProblem& p = params.p;
   const bool alone = g.cluster == 1;
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
   // The n tiles of this warp's cells are first_tile and on; those of the other half's are other_tile and on.
   const bool has_cells = n_tiles >= halves || half == 0;
   const int first_tile = n_tiles >= halves ? half * cell_tiles : 0, other_tile = (1 - half) * cell_tiles;
-  const int first_k = half * Shared::half_tiles(g);
+  const int first_k = half * Shared::half_tiles;
   const int active_threads = 32 * min(g.warps, g.groups);  // where the block is alone
   const int64_t unit = group * units_a_group + lane / 4;
   const uint32_t step_bytes = g.groups * n_tiles * rows_a_tile * 16;
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
     ptx::fence_barrier_init();
   }
   uint32_t weights[k_registers][2][4];
-  char* extra_weights = base + Shared::weights_offset(g) + warp * g.extra * 4 * fragment_bytes + lane * 16;
+  char* extra_weights = base + Shared::weights_offset(g) + warp * extra_tiles * 2 * fragment_bytes + lane * 16;
   if (active) {
     const auto load_all = [&](auto zero) {
       using W = decltype(zero);
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
         load_weights<T, W>(weights[k][0], p, head, group, 0, first_k + k);
         load_weights<T, W>(weights[k][1], p, head, group, 1, first_k + k);
       }
-      for (int x = 0; k_extra && x < 4 * g.extra; ++x) {
+      for (int x = 0; x < 2 * extra_tiles; ++x) {
         uint32_t a[4];
         load_weights<T, W>(a, p, head, group, x % 2, first_k + k_registers + x / 2);
         *reinterpret_cast<uint4*>(extra_weights + x * fragment_bytes) = make_uint4(a[0], a[1], a[2], a[3]);
@@ -145,9 +144,10 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
     SlstmUnit state[cell_tiles][2];
     int length[cell_tiles][2];
     const T* x_from[cell_tiles];
-    int x_length[cell_tiles];
     T* h_to[cell_tiles];
-    int h_length[cell_tiles];
+    const auto row_length = [&](int nt, int row) {
+      return static_cast<int>(row_table[(first_tile + nt) * rows_a_tile + row].length);
+    };
 #pragma unroll
     for (int nt = 0; nt < cell_tiles; ++nt) {
       const int first = (first_tile + nt) * rows_a_tile;
@@ -160,10 +160,8 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
                         initial(p.n0, p, row, head, unit), initial(p.m0, p, row, head, unit)};
       }
       const SlstmRow of_x = row_table[first + lane % 8], of_h = row_table[first + lane / 4];
-      x_length[nt] = static_cast<int>(of_x.length);
       x_from[nt] = static_cast<const T*>(params.x) + of_x.batch * params.x_batch + of_x.start * params.x_seq +
                    lane / 8 * params.x_gate + head * params.x_head + group * units_a_group;
-      h_length[nt] = quad == 3 ? static_cast<int>(of_h.length) : 0;
       h_to[nt] = static_cast<T*>(params.h) + ((of_h.batch * p.seq + of_h.start) * p.heads + head) * p.dim +
                  group * units_a_group;
     }
@@ -173,11 +171,11 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
     for (int gate = 0; gate < 4; ++gate) {
       bias[gate] = load_as_float(p.bias, (gate * p.heads + head) * p.dim + unit, p.bias_dtype);
     }
-    char* x_ring = base + Shared::x_offset(g) + warp * stages * Shared::x_bytes + lane * 16;
+    char* x_ring = base + Shared::x_offset + warp * stages * Shared::x_bytes + lane * 16;
     const auto prefetch = [&](int t) {
 #pragma unroll
       for (int nt = 0; has_cells && nt < cell_tiles; ++nt) {
-        const bool there = t < x_length[nt];
+        const bool there = t < row_length(nt, lane % 8);
         ptx::cp_async_16(x_ring + (t % stages * cell_tiles + nt) * fragment_bytes,
                          there ? x_from[nt] : static_cast<const T*>(params.x), there ? 16 : 0);
         x_from[nt] += params.x_seq;
@@ -232,8 +230,8 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
 #pragma unroll
       for (int k = 0; k < k_registers; k += 2) {
         multiply(k, weights + k);
-        // Here and there, so that some warps load while others multiply.
-        if (k_extra && k < 2 * g.extra) {
+        // In turns, so that loads overlap with products.
+        if constexpr (k_extra) {
           uint32_t extra[2][2][4];
 #pragma unroll
           for (int y = 0; y < 4; ++y) load_16_bytes(extra[y / 2][y % 2], extra_weights + (2 * k + y) * fragment_bytes);
@@ -299,7 +297,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
             }
           }
         }
-        if (t < h_length[nt]) {
+        if (quad == 3 && t < row_length(nt, lane / 4)) {
           *reinterpret_cast<uint4*>(h_to[nt]) = make_uint4(word[0], word[1], word[2], word[3]);
         }
         h_to[nt] += width;
@@ -364,32 +362,30 @@ Choice choose(const SlstmProblem& p) {
   Choice best;
   Geometry g{};
   g.groups = static_cast<int>(p.dim / units_a_group);
-  const auto spread = [&](int block_groups, int halves, int k_registers) {
+  const auto spread = [&](int block_groups, int halves) {
     g.block_groups = block_groups, g.warps = halves * block_groups;
     g.cluster = (g.groups + block_groups - 1) / block_groups;
-    const int k_tiles = static_cast<int>((p.dim + 16 * halves - 1) / (16 * halves));  // a warp
-    g.extra = std::max(0, (k_tiles - k_registers + 1) / 2);
   };
   if (p.dim <= 64) {
-    spread(std::min(8, g.groups), 1, 4);
+    spread(std::min(8, g.groups), 1);
     consider<T, 4, 1, 1, false>(best, p, g);
     consider<T, 4, 2, 1, false>(best, p, g);
     consider<T, 4, 4, 1, false>(best, p, g);
   } else if (p.dim <= 128) {
-    spread(8, 1, 8);
+    spread(8, 1);
     consider<T, 8, 1, 1, false>(best, p, g);
     consider<T, 8, 2, 1, false>(best, p, g);
   } else if (p.dim <= 256) {
-    spread(4, 1, 16);
+    spread(4, 1);
     consider<T, 16, 1, 1, false>(best, p, g);
     consider<T, 16, 2, 1, false>(best, p, g);
   } else if (p.dim <= 512) {
-    spread(4, 2, 16);
+    spread(4, 2);
     consider<T, 16, 1, 2, false>(best, p, g);
     consider<T, 16, 2, 2, false>(best, p, g);
     consider<T, 16, 4, 2, false>(best, p, g);
   } else {
-    spread(6, 2, 12);
+    spread(6, 2);
     consider<T, 12, 1, 2, true>(best, p, g);
     consider<T, 12, 2, 2, true>(best, p, g);
   }

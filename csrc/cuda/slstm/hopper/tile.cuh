@@ -28,7 +28,6 @@ struct Geometry {
   int warps;         // a block
   int block_groups;  // of units, a block
   int groups;        // of units, in all: dim / 8
-  int extra;         // pairs of k tiles of a warp whose fragments lie in shared memory (forward)
 };
 
 template <typename T>
