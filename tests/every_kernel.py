@@ -38,8 +38,8 @@ VARIED = [
     (1, 100, 1, 33, 16, torch.float16, None),
 ]
 
-# batch, seq, heads, dim, dtype, offsets of the sLSTM: one block and clusters, R in registers and in shared memory too,
-# packing; portable.
+# batch, seq, heads, dim, dtype, offsets of the sLSTM: one block and clusters, one and two warps a group of units, 8 to
+# 32 rows a cluster, R in registers and in shared memory too, packing; portable.
 SLSTM_PROBLEMS = [
     (9, 6, 2, 64, BF16, None),
     (3, 6, 1, 32, torch.float16, None),
@@ -47,7 +47,15 @@ SLSTM_PROBLEMS = [
     (3, 6, 1, 256, BF16, None),
     (1, 20, 1, 256, BF16, [0, 0, 7, 8, 20]),
     (2, 4, 1, 512, BF16, None),
+    (40, 3, 2, 512, BF16, None),
+    (70, 3, 2, 512, BF16, None),
+    (1, 20, 1, 512, BF16, [0, 0, 7, 8, 20]),
+    (9, 4, 1, 128, torch.float16, None),
+    (3, 4, 1, 256, torch.float16, None),
+    (40, 3, 2, 512, torch.float16, None),
+    (2, 3, 1, 640, torch.float16, None),
     (2, 3, 1, 768, BF16, None),
+    (60, 3, 1, 520, BF16, None),
     (600, 3, 4, 64, BF16, None),
     (300, 3, 4, 256, BF16, None),
     (5, 6, 2, 40, torch.float32, None),

@@ -155,15 +155,17 @@ def test_16_bit(make_problem, sizes, dtype, weights):
         assert_16_bit_exact(problem, THROUGH[through])
 
 
-# What the Hopper kernels take: dims of one block and of a cluster, rows that leave tiles part empty, weights from
-# shared memory beside those in registers.
+# What the Hopper kernels take: dims of one block and of a cluster, rows that leave tiles part empty, 8, 16 and 32 rows
+# a cluster, two warps a group of units (dims above 256), weights from shared memory beside those in registers (above
+# 512).
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "sizes",
     [
         (16, 70, 12, 64), (3, 33, 2, 32), (16, 40, 4, 256), (1, 50, 1, 128), (40, 20, 2, 96), (70, 9, 2, 256),
-        (9, 17, 2, 512), (4, 12, 1, 768), (2, 6, 1, 1024), (5, 11, 1, 328), (200, 5, 12, 64),
+        (9, 17, 2, 512), (4, 12, 1, 768), (2, 6, 1, 1024), (5, 11, 1, 328), (200, 5, 12, 64), (40, 11, 2, 512),
+        (70, 9, 2, 512), (5, 30, 1, 640), (9, 11, 2, 520), (70, 7, 1, 768), (60, 8, 1, 664), (40, 300, 2, 152),
     ],
     ids=str,
 )  # fmt: skip
@@ -177,13 +179,36 @@ def test_dimensions_of_models(make_problem, sizes, dtype):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dim", [64, 256, 512, 640])
 def test_dimensions_of_models_packed_and_padded(make_problem, dim):
     offsets = [0, 0, 5, 6, 40, 41, 90, 90, 150, 151, 200]
     problem = make_problem(1, 200, 2, dim, dtype=torch.bfloat16, cu_seqlens=offsets)
     pad(problem, torch.rand(1, 200, generator=torch.Generator().manual_seed(0)) < 0.3)
     avoid_kinks(problem)
     assert_16_bit_exact(problem)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dim", [64, 256, 512, 640])
+def test_dimensions_of_models_clipped_and_again_the_same(make_problem, dim):
+    problem = make_problem(20, 30, 2, dim, dtype=torch.bfloat16, recurrent_grad_clip=0.05)
+    avoid_kinks(problem)
+    assert_16_bit_exact(problem)
+    first, again = problem(ops.slstm), problem(ops.slstm)
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dim", [64, 128, 256, 512, 640])
+def test_float16_carries_gradients_of_any_size(make_problem, dim):
+    """Those of gates may be far below what float16 holds; those of the state are float32 and lose nothing by it."""
+    problem = make_problem(9, 12, 2, dim, dtype=torch.float16)
+    expected, cotangents = problem(ops.slstm, THROUGH["state"]), problem.cotangents
+    for scale in (2.0**-30, 2.0**10):
+        problem.cotangents = {name: t * scale for name, t in cotangents.items()}
+        got = problem(ops.slstm, THROUGH["state"])
+        for name in STATE:
+            assert relative_error(got[f"d{name}"] / scale, expected[f"d{name}"]) < 1e-6, name
 
 
 def test_long_sequence(make_problem):

@@ -2,8 +2,10 @@
 //
 // Units come in groups of 8. A warp owns a group for all tokens: as rows of an m16n8k16 accumulator the group's gates
 // are (i; f) and (z; o), 8 units each, and columns are 8 rows of the batch, so that a thread holds all four gates of
-// unit lane / 4 for rows 2 (lane % 4) and the next: the cell needs no exchange. A block has `warps` groups, a cluster
-// as many blocks as the head needs, and `n_tiles` times 8 rows of the batch.
+// unit lane / 4 for rows 2 (lane % 4) and the next: the cell needs no exchange. A block has `block_groups` groups, a
+// cluster as many blocks as the head needs, and `n_tiles` times 8 rows of the batch. From dim 264 on a block has more
+// warps than groups, whose registers hold more of R: warp w has group w % block_groups, and of the cell's n tiles
+// `cell_tiles` from (w / block_groups) * cell_tiles on, where there are so many.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +17,17 @@
 
 namespace flash_xlstm::cuda::slstm_hopper {
 
-constexpr int max_warps = 8, units_a_group = 8, rows_a_tile = 8;
+constexpr int units_a_group = 8, rows_a_tile = 8, max_dim = 768;
 constexpr int header_bytes = 1024;  // two barriers, then the rows
 constexpr int rows_offset = 64;
 constexpr int fragment_bytes = 512;  // a 16 x 16 operand tile, or a 16 x 8 float32 one, of a warp
 static_assert(rows_offset + 4 * rows_a_tile * sizeof(SlstmRow) <= header_bytes);
 
 struct Geometry {
-  int cluster;  // blocks
-  int warps;    // a block
-  int groups;   // of units, in all: dim / 8
-  int extra;    // operand tiles of a warp that lie in shared memory: pairs of k tiles (forward), m tiles (backward)
+  int cluster;       // blocks
+  int warps;         // a block
+  int block_groups;  // of units, a block
+  int groups;        // of units, in all: dim / 8
 };
 
 template <typename T>
