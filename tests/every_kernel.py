@@ -158,9 +158,11 @@ def main() -> None:
     pointwise(BF16, 4096, 1500)  # more rows than blocks read ahead
     pointwise(BF16, 256, 9000)
     print("ran the norms and swiglu")
-    for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32)):
+    for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32), (3, 200, 3000), (9, 264, 7001)):
         x, weight = (torch.randn(n, size_in, device="cuda").to(BF16) for n in (rows, size_out))
         ops.linear_rows(x, weight, weight[:, 0])
+        ops.fused_linear_rows(x, [weight, weight], swiglu=True, constant_weights=True)
+        ops.fused_linear_rows(x, [weight, weight[:7]], constant_weights=True)
     torch.cuda.synchronize()
     print("ran the products of few rows")
 

@@ -37,6 +37,29 @@ def test_matches_float64(place, dtype, rows, size_in, size_out):
     assert_exact(*arguments(place, dtype, rows, size_in, size_out, bias=rows % 2 == 0))
 
 
+# Columns for every tile height of the Hopper kernel, and for several tiles a block.
+WIDE = [(200, 3000), (264, 6001), (72, 20003), (1096, 6200)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("size_in", "size_out"), WIDE)
+def test_many_columns(rows, size_in, size_out):
+    assert_exact(*arguments("cuda", BF16, rows, size_in, size_out))
+
+
+@EVERY
+@pytest.mark.parametrize("rows", [3, 16])
+def test_constant_weights_change_nothing(place, dtype, rows):
+    x, weight, bias = arguments(place, dtype, rows, 1096, 333)
+    expected = ops.linear_rows(x, weight, bias)
+    for _ in range(3):  # one behind the other
+        assert torch.equal(ops.linear_rows(x, weight, bias, constant_weights=True), expected)
+    weights, biases = [weight, weight], [bias, None]
+    expected = ops.fused_linear_rows(x, weights, biases, swiglu=True)
+    assert torch.equal(ops.fused_linear_rows(x, weights, biases, swiglu=True, constant_weights=True)[0], expected[0])
+
+
 @pytest.mark.parametrize("size_in", [1, 5, 31, 67, 515])
 def test_any_length_on_the_cpu(size_in):
     for dtype in ROUNDING:
@@ -188,6 +211,22 @@ def test_fused_matches_float64(place, dtype, rows, size_in, sizes_out, more):
         assert y.dtype == dtype and y.shape == exact.shape
         # On the CPU each step rounds; a single column may be the small sum of large parts.
         assert (y.double() - exact).norm() <= 2.5 * ROUNDING[dtype] * (exact.norm() + (size_in == 72) * 8)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [2, 16])
+@pytest.mark.parametrize(
+    ("size_in", "sizes_out", "more"),
+    [
+        (200, (3000,), {"residual": True}),
+        (1096, (6200, 16, 300), {}),
+        (72, (4001, 17, 9000, 1, 128), {}),
+        (264, (3000, 3000), {"swiglu": True}),
+        (72, (10001, 10001), {"swiglu": True}),
+    ],
+)
+def test_fused_many_columns(rows, size_in, sizes_out, more):
+    test_fused_matches_float64("cuda", BF16, rows, size_in, sizes_out, more)
 
 
 @EVERY

@@ -256,13 +256,16 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
           *place(half, x / 2, x % 2) = make_float4(from[0], from[1], from[2], from[3]);
         }
         ptx::named_barrier(2 + local_group, 64);
-        if (!has_cells) continue;
+        if (has_cells) {
 #pragma unroll
-        for (int x = 0; x < 2 * cell_tiles; ++x) {
-          const float4 more = *place(1 - half, x / 2, x % 2);
-          float (&to)[4] = acc[0][x % 2][x / 2];
-          to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
+          for (int x = 0; x < 2 * cell_tiles; ++x) {
+            const float4 more = *place(1 - half, x / 2, x % 2);
+            float (&to)[4] = acc[0][x % 2][x / 2];
+            to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
+          }
         }
+        ptx::named_barrier(2 + local_group, 64);  // they have been read
+        if (!has_cells) continue;
       }
 
       SlstmUnitKept kept[cell_tiles][2];
