@@ -3,8 +3,9 @@
 //
 // A kernel launched by `launch_early` must call `wait_for_earlier_kernels` in every thread that goes on, before it
 // reads or writes what another kernel writes or reads; until then it may fetch into the second-level cache, which
-// serves everyone, and nothing else. It calls `let_next_kernel_start` where the next may begin to do that: at once, in
-// all kernels here. Kernels of anyone else neither start early nor let others do so.
+// serves everyone, or read what the caller has promised is at rest (FusedLinearRows::constant_weights), and nothing
+// else. It calls `let_next_kernel_start` where the next may begin to do that: at once, in all kernels here. Kernels of
+// anyone else neither start early nor let others do so.
 #pragma once
 
 #include <cuda_runtime.h>
