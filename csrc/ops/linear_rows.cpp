@@ -52,9 +52,11 @@ void check_cuda_limits(const Tensor& x, const Tensor& weight) {
   if (!aligned(weight)) value_error("weight begins at no multiple of 16 bytes; call weight.clone()");
 }
 
-// With rows that begin at multiples of 16 bytes.
+// With rows that begin at multiples of 16 bytes and do not overlap, as those of an expanded x do.
 Tensor aligned_rows(const Tensor& x) {
-  const Tensor t = with_uniform_rows(x);
+  Tensor t = with_uniform_rows(x);
+  const int64_t in = t.size(t.dim() - 1);
+  if (t.numel() > in && row_stride(t) < in) t = torch::stable::contiguous(t);
   return aligned(t) && row_stride(t) * 2 % vector_bytes == 0 ? t : torch::stable::clone(t);
 }
 

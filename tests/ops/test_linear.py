@@ -79,6 +79,7 @@ def test_shapes_and_strides(place, dtype):
         assert torch.equal(ops.linear_rows(wide[:, offset : offset + 64], weight, bias), expected)
     assert torch.equal(ops.linear_rows(x.t().contiguous().t(), weight, bias), expected)
     assert torch.equal(ops.linear_rows(x, weight.t().contiguous().t(), bias), expected)
+    assert torch.equal(ops.linear_rows(x[:1].expand(6, 64), weight, bias), expected[:1].expand(6, 40))
     assert ops.linear_rows(x[:0], weight, bias).shape == (0, 40)
     assert ops.linear_rows(x, weight[:0], bias[:0]).shape == (6, 0)
 

@@ -1,5 +1,5 @@
-// y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums, on Hopper: what decoding does with every weight. A
-// multiprocessor has one block, and every block as good as the same number of W's rows: so all end together, and each
+// y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums, on Hopper: what decoding does with every weight.
+// Each multiprocessor has one block, and each block nearly the same number of W's rows: so all end together, and each
 // reads its share as one stream, from the first stage to the last, that never waits for a sum.
 //
 // The rows of W are cut into tiles, as tall as makes them come out even (up to 48). A stage holds 128 of k of a tile's
@@ -13,9 +13,8 @@
 //   - Several products of one x are one launch: the tiles of all are dealt out.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a tile has rows of A and the same of B.
 //   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found a multiprocessor begins
-//   to
-//     read W, where the caller has promised that nothing under way writes it (`constant_weights`). Without the promise
-//     W waits as x does; fetching it into the second-level cache meanwhile gained nothing.
+//     to read W, where the caller has promised that nothing under way writes it (`constant_weights`). Without the
+//     promise W waits as x does; fetching it into the second-level cache meanwhile gained nothing.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include <algorithm>
@@ -52,7 +51,7 @@ struct Shape {
   static constexpr int sums_stride = tile + 8;  // 8 banks on from row to row
   static constexpr int sums_bytes = k_groups * x_rows * sums_stride * 4;
   static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 1024) / stage_bytes);
-  static constexpr int shared_bytes = std::max(exclusive_bytes, stages* stage_bytes + sums_bytes + 1024);  // to align
+  static constexpr int shared_bytes = std::max(exclusive_bytes, stages * stage_bytes + sums_bytes + 1024);  // to align
 };
 
 struct Maps {
@@ -65,8 +64,7 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, u
   constexpr uint64_t evict_first = 0x12f0000000000000ull, evict_last = 0x14f0000000000000ull;
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
-      "%4}], "
-      "[%2], %5;" ::"r"(ptx::shared_address(shared)),
+      "%4}], [%2], %5;" ::"r"(ptx::shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(k), "r"(row),
       "l"(once ? evict_first : evict_last)
       : "memory");
@@ -277,7 +275,10 @@ cudaError_t launch_for(const FusedLinearRows& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool serves(const FusedLinearRows&) { return device_is_hopper() && encode_function() != nullptr; }
+// A tensor map's rows lie apart: not those of an expanded x.
+bool serves(const FusedLinearRows& p) {
+  return device_is_hopper() && encode_function() != nullptr && (p.rows == 1 || p.x_stride >= p.in);
+}
 
 cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
   return p.rows <= 8 ? launch_for<1>(p, stream) : launch_for<2>(p, stream);
