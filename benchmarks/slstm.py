@@ -12,7 +12,6 @@ import argparse
 import functools
 import importlib
 import itertools
-import subprocess
 import sys
 import time
 import types
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from peers import DTYPES
+from processes import outputs
 from run import DeviceLostError, describe, free_memory, median_time_ms, peak_memory_bytes, summarize_speedups
 
 PASSES = ("forward", "forward+backward")
@@ -132,19 +132,9 @@ def _build_ahead(wanted: list[Point], dtype: str, workers: int, seconds: float) 
     `workers` processes, whose modules the measurement finds built."""
     begin = time.perf_counter()
     shares = [wanted[x::workers] for x in range(workers) if wanted[x::workers]]
-    running = []
-    for share in shares:
-        names = [f"{p.batch}x{p.heads}x{p.dim}" for p in share]
-        command = [sys.executable, str(Path(__file__).resolve()), dtype, *names]
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
-    done = 0
-    for process in running:
-        try:
-            output, _ = process.communicate(timeout=max(0.1, begin + seconds - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-        done += output.count("built\n")
+    script = [sys.executable, str(Path(__file__).resolve()), dtype]
+    commands = [[*script, *(f"{p.batch}x{p.heads}x{p.dim}" for p in share)] for share in shares]
+    done = sum(output.count("built\n") for output, _ in outputs(commands, seconds))
     return {"what": "flashrnn_build", "modules": len(wanted), "done": done, "seconds": time.perf_counter() - begin}
 
 

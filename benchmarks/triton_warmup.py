@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+
+from processes import outputs
 
 # where Triton keeps it by default; Inductor would move it once it compiles something, and nothing would be found again
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
@@ -88,18 +89,10 @@ def warm(wanted: list[dict], workers: int, seconds: float) -> dict:
     begin = time.perf_counter()
     shares = [wanted[x::workers] for x in range(workers) if wanted[x::workers]]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    running = []
-    for share in shares:
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(share)]
-        pipe = subprocess.PIPE
-        running.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+    script = [sys.executable, str(Path(__file__).resolve())]
     done, messages = 0, set()
-    for process in running:
-        try:
-            output, _ = process.communicate(timeout=max(0.1, begin + seconds - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+    for output, in_time in outputs([[*script, json.dumps(share)] for share in shares], seconds, environment):
+        if not in_time:
             messages.add("out of time")
         done += output.count("compiled\n")
         messages |= {line for line in output.splitlines() if line.startswith("failed")}
