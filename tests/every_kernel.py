@@ -1,11 +1,13 @@
-"""A small run of every CUDA kernel, for compute-sanitizer:
+"""A small run of every CUDA kernel, or of the families named, for compute-sanitizer:
 
 for tool in memcheck racecheck synccheck initcheck; do
-    compute-sanitizer --tool $tool python tests/every_kernel.py
+    compute-sanitizer --tool $tool python tests/every_kernel.py [slstm] [conv] [mlstm] [step] [pointwise] [linear]
 done
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -122,13 +124,19 @@ def run_conv(batch, seq, channels, kernel, dtype, offsets):
     torch.cuda.synchronize()
 
 
-def main() -> None:
+def every_slstm() -> None:
     for problem in SLSTM_PROBLEMS:
         run_slstm(*problem)
         print("ran slstm", *problem, flush=True)
+
+
+def every_conv() -> None:
     for problem in CONV_PROBLEMS:
         run_conv(*problem)
         print("ran causal_conv1d", *problem, flush=True)
+
+
+def every_mlstm() -> None:
     for problem in PROBLEMS:
         run(*problem)
         print("ran", *problem, flush=True)
@@ -136,6 +144,9 @@ def main() -> None:
         for normalize, gate_soft_cap in ((None, 15.0), (True, None), (True, 15.0), (False, 15.0)):
             run(*problem, normalize, gate_soft_cap)
             print("ran", *problem, "normalize", normalize, "gate_soft_cap", gate_soft_cap, flush=True)
+
+
+def every_step() -> None:
     for dtype in (torch.float32, BF16, torch.float16):
         q = torch.randn(2, 2, 64, device="cuda", dtype=dtype)
         i = torch.randn(2, 2, device="cuda")
@@ -148,23 +159,41 @@ def main() -> None:
             (2, 30, BF16),
         ):
             step(batch, 64, dv, dtype, state_dtype)
-        ops.soft_cap(q.requires_grad_(), 3.0).sum().backward()
-    torch.cuda.synchronize()
-    print("ran the step and the soft cap")
+
+
+def every_pointwise() -> None:
     # A warp to 512 threads a row; single elements.
     for dtype in (torch.float32, BF16, torch.float16):
+        ops.soft_cap(torch.randn(2, 2, 64, device="cuda").to(dtype).requires_grad_(), 3.0).sum().backward()
         for dim in (64, 512, 1024, 2048, 4096, 8192, 16384, 35):
             pointwise(dtype, dim)
     pointwise(BF16, 4096, 1500)  # more rows than blocks read ahead
     pointwise(BF16, 256, 9000)
-    print("ran the norms and swiglu")
+
+
+def every_linear() -> None:
     for rows, size_in, size_out in ((1, 64, 40), (9, 1096, 17), (16, 4096, 32), (3, 200, 3000), (9, 264, 7001)):
         x, weight = (torch.randn(n, size_in, device="cuda").to(BF16) for n in (rows, size_out))
         ops.linear_rows(x, weight, weight[:, 0])
         ops.fused_linear_rows(x, [weight, weight], swiglu=True, constant_weights=True)
         ops.fused_linear_rows(x, [weight, weight[:7]], constant_weights=True)
-    torch.cuda.synchronize()
-    print("ran the products of few rows")
+
+
+FAMILIES = {
+    "slstm": every_slstm,
+    "conv": every_conv,
+    "mlstm": every_mlstm,
+    "step": every_step,
+    "pointwise": every_pointwise,
+    "linear": every_linear,
+}
+
+
+def main() -> None:
+    for family in sys.argv[1:] or FAMILIES:
+        FAMILIES[family]()
+        torch.cuda.synchronize()
+        print("ran the family", family, flush=True)
 
 
 def step(batch, dqk, dv, dtype, state_dtype):
