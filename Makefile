@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Processes of pytest; one thread each, for most of a test's time is spent in one.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 
 venv := .venv
 bin := $(venv)/bin
@@ -14,7 +16,7 @@ demo: $(venv)/installed
 	$(bin)/flash-xlstm demo
 
 test: lint
-	$(bin)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(venv)/installed
 	$(bin)/ruff check .

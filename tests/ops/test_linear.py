@@ -99,16 +99,6 @@ def test_repeats_itself(place, dtype):
     assert torch.equal(ops.linear_rows(*given), ops.linear_rows(*given))
 
 
-def test_threads_change_nothing():
-    given, threads = arguments("cpu", torch.float32, 2, 1000, 333), torch.get_num_threads()
-    expected = ops.linear_rows(*given)
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(ops.linear_rows(*given), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
 @EVERY
 def test_opcheck(place, dtype):
     for bias in (True, False):

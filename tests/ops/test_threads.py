@@ -1,0 +1,72 @@
+"""The CPU kernels with four threads, and with one: the same results, and the same from run to run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_xlstm import ops
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape).requires_grad_()
+
+
+def mlstm() -> list[Tensor]:
+    q, k, v, i, f = randn(2, 300, 3, 24), randn(2, 300, 3, 24), randn(2, 300, 3, 40), randn(2, 300, 3), randn(2, 300, 3)
+    h, last = ops.mlstm(q, k, v, i, f + 2, return_final_state=True)
+    return [h, *last, *torch.autograd.grad([h, *last], [q, k, v, i, f], [torch.ones_like(t) for t in (h, *last)])]
+
+
+def mlstm_step() -> list[Tensor]:
+    state = torch.randn(3, 4, 64, 96), torch.randn(3, 4, 64), torch.randn(3, 4)
+    with torch.no_grad():
+        q, k, v, i, f = randn(3, 4, 64), randn(3, 4, 64), randn(3, 4, 96), randn(3, 4), randn(3, 4)
+        return [ops.mlstm_step(q, k, v, i, f, state)[0], *state]
+
+
+def slstm() -> list[Tensor]:
+    x, R, b = randn(9, 20, 4, 3, 40), randn(4, 3, 40, 40), randn(4, 3, 40)
+    h = ops.slstm(x, R * 0.1, b)
+    return [h, *torch.autograd.grad(h, [x, R, b], torch.ones_like(h))]
+
+
+def causal_conv1d() -> list[Tensor]:
+    inputs = [randn(2, 200, 70), randn(70, 4), randn(70)]
+    y = ops.causal_conv1d(*inputs, activation="silu")
+    return [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+
+
+def pointwise() -> list[Tensor]:
+    x, y, weight, h = randn(50, 512), randn(50, 512), randn(512), randn(50, 4, 128)
+    outputs = [
+        ops.rms_norm(x, weight),
+        *ops.rms_norm(x, weight, 1e-6, y),
+        ops.gated_head_norm(h, x, weight),
+        ops.swiglu(x, y),
+        ops.soft_cap(x, 3.0),
+    ]
+    return [*outputs, *torch.autograd.grad(outputs, [x, y, weight, h], [torch.ones_like(t) for t in outputs])]
+
+
+def linear_rows() -> list[Tensor]:
+    with torch.no_grad():
+        return [ops.linear_rows(randn(2, 1000), randn(333, 1000), randn(333))]
+
+
+@pytest.mark.parametrize(
+    "run", [mlstm, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows], ids=lambda run: run.__name__
+)
+def test_threads_change_nothing(run):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 4, 4):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for one, four, again in zip(*found, strict=True):
+        assert torch.equal(four, again)
+        torch.testing.assert_close(four, one, rtol=2e-5, atol=2e-5 * float(one.detach().abs().max()))
