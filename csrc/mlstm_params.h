@@ -39,8 +39,8 @@ struct MlstmProblem {
 struct MlstmForward {
   MlstmProblem p;
   void* h;          // (batch, seq, heads, dv) contiguous, dtype
-  float* s;         // (batch, seq, heads): the signed normalizer sum s_t
-  float* m;         // (batch, seq, heads): the stabilizer m_t
+  float* s;         // (batch, seq, heads): the signed normalizer sum s_t; nullptr: not wanted
+  float* m;         // (batch, seq, heads): the stabilizer m_t; nullptr: not wanted
   float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
   float* n_last = nullptr;
   float* m_last = nullptr;

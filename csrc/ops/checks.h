@@ -23,6 +23,7 @@ namespace flash_xlstm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed, also from a braced list: nothing is allocated
 
 // Defined beside the pybind11 module: throws what Python sees as a TypeError.
 [[noreturn]] void throw_type_error(const std::string& message);
@@ -89,9 +90,10 @@ inline DType to_dtype(ScalarType t) {
 }
 
 // `want` describes the shape in words, e.g. "(batch, seq, heads, dqk)"; -1 in `sizes` matches anything.
-inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, const char* want) {
-  bool good = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t d = 0; good && d < sizes.size(); ++d) good = sizes[d] < 0 || t.size(d) == sizes[d];
+inline void check_shape(const char* name, const Tensor& t, Sizes sizes, const char* want) {
+  const Sizes has = t.sizes();
+  bool good = has.size() == sizes.size();
+  for (size_t d = 0; good && d < sizes.size(); ++d) good = sizes[d] < 0 || has[d] == sizes[d];
   if (good) return;
   std::string out = join_text(name, " has shape ", shape_text(t), "; it must be ", want);
   bool known = false;
@@ -106,11 +108,14 @@ inline void check_shape(const char* name, const Tensor& t, const std::vector<int
   throw std::invalid_argument(out);
 }
 
+inline int32_t device_type(const Tensor& t) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
+}
+
 inline void check_device(const char* name, const Tensor& t, const Tensor& like, const char* like_name = "q") {
-  if (t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
-      (t.is_cpu() || t.get_device_index() == like.get_device_index())) {
-    return;
-  }
+  if (device_type(t) == device_type(like) && (t.is_cpu() || t.get_device_index() == like.get_device_index())) return;
   value_error(name, " is on ", device_text(t), "; it must be on the device of ", like_name, ", ", device_text(like));
 }
 
@@ -175,8 +180,11 @@ inline int64_t check_cu_seqlens(const Tensor& cu, const Tensor& first, const cha
   return cu.size(0) - 1;
 }
 
-inline Strided strided_4d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-inline Strided strided_3d(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+// Of (batch, seq, heads, dim) or (batch, seq, heads).
+inline Strided strided(const Tensor& t) {
+  const Sizes strides = t.strides();
+  return {t.data_ptr(), strides[0], strides[1], strides[2]};
+}
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes(t.dim());
@@ -203,7 +211,7 @@ inline Tensor with_uniform_rows(const Tensor& t) {
 }
 
 // Contiguous, on the device of `like`; past the dispatcher, which takes several times as long as the allocation.
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::array<int64_t, 8> strides;
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {

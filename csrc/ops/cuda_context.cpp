@@ -6,20 +6,40 @@
 #include <atomic>
 
 namespace flash_xlstm {
+namespace {
+
+// Looked up at first use: linking libtorch_cuda would tie the module to a CUDA build of torch, and Python loads
+// torch's libraries with local visibility, so that a weak symbol would stay null.
+template <typename F>
+F torch_cuda_function(const char* name) {
+  void* lib = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return lib ? reinterpret_cast<F>(dlsym(lib, name)) : nullptr;
+}
+
+}  // namespace
 
 cudaStream_t current_stream(int32_t device) {
-  // Looked up at first use: linking libtorch_cuda would tie the module to a CUDA build of torch, and Python loads
-  // torch's libraries with local visibility, so that a weak symbol would stay null.
   using Get = int32_t (*)(int32_t, void**);
-  static const Get get = [] {
-    void* lib = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return lib ? reinterpret_cast<Get>(dlsym(lib, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
+  static const Get get = torch_cuda_function<Get>("aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   if (!get || get(device, &stream) != 0) {
     throw std::runtime_error("flash_xlstm: could not get torch's current CUDA stream (is this a CUDA build of torch?)");
   }
   return static_cast<cudaStream_t>(stream);
+}
+
+Scratch::Scratch(int64_t bytes) {
+  using Allocate = int32_t (*)(uint64_t, void**);
+  static const Allocate allocate = torch_cuda_function<Allocate>("aoti_torch_cuda_caching_allocator_raw_alloc");
+  if (!allocate || allocate(static_cast<uint64_t>(bytes), &data_) != 0) {
+    throw std::runtime_error("flash_xlstm: torch could not allocate CUDA memory; its message is above");
+  }
+}
+
+Scratch::~Scratch() {
+  using Free = int32_t (*)(void*);
+  static const Free free = torch_cuda_function<Free>("aoti_torch_cuda_caching_allocator_raw_delete");
+  if (free && data_) free(data_);
 }
 
 void check_cuda(cudaError_t status, const char* what) {

@@ -16,6 +16,20 @@ cudaStream_t current_stream(int32_t device);
 // Raises RuntimeError with `what` and CUDA's own message.
 void check_cuda(cudaError_t status, const char* what);
 
+// Memory of the current device for the launches of one call, from torch's allocator: in the order of torch's current
+// stream, as a tensor's is, but the host makes no tensor.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
 // Raises RuntimeError where the device is older than the kernels (compute capability 8.0).
 void check_device_supported(int32_t device);
 #endif

@@ -9,7 +9,12 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
-      "-> (Tensor h, Tensor s, Tensor m_seq)");
+      "-> (Tensor h, Tensor kept)");
+  // The same without a derivative: for autograd.Function, within which torch's look for one costs microseconds.
+  lib.def(
+      "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor h, Tensor kept)");
   // Without what a backward would need: every tensor that is returned takes the host a microsecond or two.
   lib.def(
       "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
@@ -17,11 +22,11 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
-      "-> (Tensor h, Tensor s, Tensor m_seq, Tensor c_last, Tensor n_last, Tensor m_last)");
+      "-> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
-      "Tensor h, Tensor s, Tensor m_seq, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "Tensor h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(
       "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
@@ -86,6 +91,7 @@ namespace {
 template <typename Library>
 void implement(Library& lib) {
   lib.impl("mlstm", TORCH_BOX(&flash_xlstm::mlstm));
+  lib.impl("mlstm_forward", TORCH_BOX(&flash_xlstm::mlstm));
   lib.impl("mlstm_h", TORCH_BOX(&flash_xlstm::mlstm_h));
   lib.impl("mlstm_with_state", TORCH_BOX(&flash_xlstm::mlstm_with_state));
   lib.impl("mlstm_backward", TORCH_BOX(&flash_xlstm::mlstm_backward));

@@ -1,6 +1,7 @@
 #include "ops/ops.h"
 
 #include <cmath>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "ops/cuda_context.h"
@@ -40,21 +41,19 @@ const float* hold_float32(CheckedProblem& checked, const Tensor& t) {
   return static_cast<const float*>(dense.data_ptr());
 }
 
-void check_gate(const char* name, const Tensor& gate, const Tensor& q, ScalarType gate_dtype) {
+void check_gate(const char* name, const Tensor& gate, const Tensor& q, ScalarType dtype, ScalarType gate_dtype) {
   check_shape(name, gate, {q.size(0), q.size(1), q.size(2)}, "(batch, seq, heads)");
   check_device(name, gate, q);
-  if (gate.scalar_type() != ScalarType::Float && gate.scalar_type() != q.scalar_type()) {
-    type_error(name, " has dtype ", dtype_text(gate.scalar_type()), "; it must be float32 or the dtype of q, ",
-               dtype_text(q.scalar_type()));
+  const ScalarType has = gate.scalar_type();
+  if (has != ScalarType::Float && has != dtype) {
+    type_error(name, " has dtype ", dtype_text(has), "; it must be float32 or the dtype of q, ", dtype_text(dtype));
   }
-  if (gate.scalar_type() != gate_dtype) {
-    type_error(name, " has dtype ", dtype_text(gate.scalar_type()), "; it must be that of i, ",
-               dtype_text(gate_dtype));
+  if (has != gate_dtype) {
+    type_error(name, " has dtype ", dtype_text(has), "; it must be that of i, ", dtype_text(gate_dtype));
   }
 }
 
-void check_state(const char* name, const Tensor& t, const Tensor& q, const std::vector<int64_t>& sizes,
-                 const char* want) {
+void check_state(const char* name, const Tensor& t, const Tensor& q, Sizes sizes, const char* want) {
   check_shape(name, t, sizes, want);
   check_device(name, t, q);
   check_dtype(name, t, ScalarType::Float);
@@ -87,7 +86,8 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   CheckedProblem checked{};
   MlstmProblem& p = checked.p;
   check_shape("q", q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
-  check_op_dtype("q", q.scalar_type());
+  const ScalarType dtype = q.scalar_type(), gate_dtype = i.scalar_type();  // read once: torch looks for them in a list
+  check_op_dtype("q", dtype);
   p.batch = q.size(0), p.seq = q.size(1), p.heads = q.size(2), p.dqk = q.size(3);
   if (p.seq < 1) value_error("q has seq ", p.seq, "; it must be at least 1");
   if (p.dqk < 1) value_error("q has dqk ", p.dqk, "; it must be at least 1");
@@ -95,15 +95,15 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   check_shape("v", v, {p.batch, p.seq, p.heads, -1}, "(batch, seq, heads, dv)");
   p.dv = v.size(3);
   if (p.dv < 1) value_error("v has dv ", p.dv, "; it must be at least 1");
-  check_dtype("k", k, q.scalar_type(), ", as q");
-  check_dtype("v", v, q.scalar_type(), ", as q");
+  check_dtype("k", k, dtype, ", as q");
+  check_dtype("v", v, dtype, ", as q");
   check_device("k", k, q);
   check_device("v", v, q);
   check_last_dim_contiguous("q", q);
   check_last_dim_contiguous("k", k);
   check_last_dim_contiguous("v", v);
-  check_gate("i", i, q, i.scalar_type());
-  check_gate("f", f, q, i.scalar_type());
+  check_gate("i", i, q, dtype, gate_dtype);
+  check_gate("f", f, q, dtype, gate_dtype);
 
   p.num_seqs = p.batch;
   if (cu_seqlens) {
@@ -121,13 +121,13 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.gate_soft_cap = check_gate_soft_cap(options.gate_soft_cap);
   p.input_gate = options.input_gate;
   p.normalize = options.normalize;
-  p.dtype = to_dtype(q.scalar_type());
-  p.gate_dtype = to_dtype(i.scalar_type());
+  p.dtype = to_dtype(dtype);
+  p.gate_dtype = to_dtype(gate_dtype);
   p.scale = static_cast<float>(scale);
   p.eps = static_cast<float>(eps);
   p.chunk_size = chunk_size;
-  p.q = strided_4d(q), p.k = strided_4d(k), p.v = strided_4d(v);
-  p.i = strided_3d(i), p.f = strided_3d(f);
+  p.q = strided(q), p.k = strided(k), p.v = strided(v);
+  p.i = strided(i), p.f = strided(f);
   return checked;
 }
 
@@ -142,40 +142,36 @@ void launch_cuda(const Tensor& q, const Params& params, int64_t (*workspace_byte
   const int32_t device = q.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   check_device_supported(device);
-  Tensor workspace = new_empty(q, {workspace_bytes(params)}, ScalarType::Byte);
-  check_cuda(launch(params, workspace.data_ptr(), current_stream(device)), op);
+  const Scratch workspace(workspace_bytes(params));
+  check_cuda(launch(params, workspace.data(), current_stream(device)), op);
 }
 #endif
 
 struct ForwardOutputs {
   Tensor h;
-  OptTensor s, m_seq, c_last, n_last, m_last;  // what there is and was asked for
+  OptTensor kept, c_last, n_last, m_last;  // what there is and was asked for
 };
 
 // Nothing is allocated that is not wanted: every tensor costs the host a microsecond.
-// `keep`: what the backward needs, s and m_seq.
+// `keep`: what the backward needs. s and m are one tensor (2, batch, seq, heads), s alone is (batch, seq, heads).
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                        const Tensor& f, const Options& options, bool return_final_state, bool keep = true) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
-  const auto make = [&](bool wanted, const std::vector<int64_t>& sizes) {
+  const auto make = [&](bool wanted, Sizes sizes) {
     return wanted ? OptTensor(new_empty(q, sizes, ScalarType::Float)) : std::nullopt;
   };
   const bool has_n = options.has_n(), has_m = options.has_m();
   ForwardOutputs y{new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type()),
-                   make(has_n && keep, {p.batch, p.seq, p.heads}),
-                   make(has_m && keep, {p.batch, p.seq, p.heads}),
+                   has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
                    make(return_final_state, {p.num_seqs, p.heads, p.dqk, p.dv}),
                    make(return_final_state && has_n, {p.num_seqs, p.heads, p.dqk}),
                    make(return_final_state && has_m, {p.num_seqs, p.heads})};
   MlstmForward params{};
   params.p = p;
   params.h = y.h.data_ptr();
-  params.s = float_data(y.s);
-  params.m = float_data(y.m_seq);
-  const OptTensor scratch = make(!keep, {2, p.batch, p.seq, p.heads});  // one kernel's for the next
-  if (scratch && has_n) params.s = float_data(scratch);
-  if (scratch && has_m) params.m = float_data(scratch) + p.batch * p.seq * p.heads;
+  params.s = float_data(y.kept);
+  if (y.kept && has_m) params.m = params.s + p.batch * p.seq * p.heads;
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
@@ -193,18 +189,11 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   return y;
 }
 
-// One number a token that the forward left.
-const float* hold_tokens(CheckedProblem& checked, const char* name, const Tensor& t) {
-  check_shape(name, t, {checked.p.batch, checked.p.seq, checked.p.heads}, "(batch, seq, heads)");
-  check_dtype(name, t, ScalarType::Float);
-  return hold_float32(checked, t);
-}
-
-// Gradients of q, k, v, i, f and the initial state; empty where there is none. s and m_seq: where the options have
-// them.
+// Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
+// where there is none.
 Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                   const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                  const Tensor& f, const Options& options, Tensor h, const Tensor* s, const Tensor* m_seq) {
+                  const Tensor& f, const Options& options, Tensor h, const char* kept_name, const Tensor& kept) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   check_shape("h", h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
@@ -213,14 +202,22 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
 
   MlstmBackward params{};
   params.p = p;
-  if (options.has_n()) params.s = hold_tokens(checked, "s", *s);
-  if (options.has_m()) params.m = hold_tokens(checked, "m_seq", *m_seq);
+  if (options.has_m()) {
+    check_shape(kept_name, kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
+  } else if (options.has_n()) {
+    check_shape(kept_name, kept, {p.batch, p.seq, p.heads}, "(batch, seq, heads)");
+  }
+  if (options.has_n()) {
+    check_dtype(kept_name, kept, ScalarType::Float);
+    params.s = hold_float32(checked, kept);
+    if (options.has_m()) params.m = params.s + p.batch * p.seq * p.heads;
+  }
   if (dh) {
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
     check_dtype("dh", *dh, q.scalar_type(), ", as q");
     check_device("dh", *dh, q);
     if (p.dv > 1 && dh->stride(3) != 1) dh = torch::stable::contiguous(*dh);
-    params.dh = strided_4d(*dh);
+    params.dh = strided(*dh);
   }
   if (dc_last) {
     check_state("dc_last", *dc_last, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
@@ -266,12 +263,12 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
 
 }  // namespace
 
-Tensors3 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+Tensors2 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                int64_t chunk_size) {
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
-  const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, false);
-  return {y.h, *y.s, *y.m_seq};
+  ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, false);
+  return {std::move(y.h), std::move(*y.kept)};
 }
 
 Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
@@ -280,20 +277,20 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
   return forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, false, false).h;
 }
 
-Tensors6 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                           OptTensor cu_seqlens, std::optional<double> scale, double eps,
                           std::optional<double> gate_soft_cap, int64_t chunk_size) {
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
   const ForwardOutputs y = forward("mlstm_with_state", q, k, v, i, f, options, true);
-  return {y.h, *y.s, *y.m_seq, *y.c_last, *y.n_last, *y.m_last};
+  return {y.h, *y.kept, *y.c_last, *y.n_last, *y.m_last};
 }
 
 Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                         Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
-                        Tensor h, Tensor s, Tensor m_seq, std::optional<double> scale, double eps,
+                        Tensor h, Tensor kept, std::optional<double> scale, double eps,
                         std::optional<double> gate_soft_cap, int64_t chunk_size) {
   return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
-                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, &s, &m_seq);
+                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
 }
 
 Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
@@ -307,7 +304,7 @@ Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c
     return t ? *t : new_empty(q, sizes, ScalarType::Float);
   };
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
-  return {y.h, or_empty(y.s, {0, seq, heads}), or_empty(y.c_last, {0, heads, dqk, dv}),
+  return {y.h, or_empty(y.kept, {0, seq, heads}), or_empty(y.c_last, {0, heads, dqk, dv}),
           or_empty(y.n_last, {0, heads, dqk})};
 }
 
@@ -318,7 +315,7 @@ Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, 
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
   auto [dq, dk, dv, di, df, dc, dn, dm] =
-      backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, &s, nullptr);
+      backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, "s", s);
   return {dq, dk, dv, di, df, dc, dn};
 }
 

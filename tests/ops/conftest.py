@@ -279,6 +279,10 @@ def nan_memory():
             torch.use_deterministic_algorithms(True)
             assert torch.utils.deterministic.fill_uninitialized_memory
             assert torch.empty(3).isnan().all()
+            if torch.cuda.is_available():  # scratch may be no tensor: it is then of the allocator's free blocks
+                torch.cuda.empty_cache()
+                blocks = [torch.full((size,), torch.nan, device="cuda") for size in [1 << 18] * 16 + [1 << 26]]
+                del blocks
 
         def __exit__(self, *exception):
             torch.use_deterministic_algorithms(self.before)

@@ -465,24 +465,41 @@ def test_opcheck(device, variant, final_state):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_opcheck_without_gradients(device, variant):
     arguments = operator_inputs(device, **variant, requires_grad=False)
-    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_h, (*arguments, 0.7, 1e-6, 2.0, 0))
+    for op in torch.ops.flash_xlstm.mlstm_h, torch.ops.flash_xlstm.mlstm_forward:
+        torch.library.opcheck(op, (*arguments, 0.7, 1e-6, 2.0, 0))
 
 
-def test_without_gradients_h_is_the_same(make_problem):
-    inputs = [make_problem(150, 16, 24).inputs[x] for x in "qkvif"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_h_is_the_same(make_problem, dtype):
+    inputs = [make_problem(150, 16, 24, dtype=dtype).inputs[x] for x in "qkvif"]
+    h = ops.mlstm(*inputs)  # none is required
+    assert not h.requires_grad
     with torch.no_grad():
-        assert torch.equal(ops.mlstm(*inputs), ops.mlstm(*inputs, return_final_state=True)[0])
-        assert torch.equal(ops.mlstm(*inputs), torch.ops.flash_xlstm.mlstm(*inputs, *[None] * 5, 1e-6, None, 0)[0])
+        assert torch.equal(ops.mlstm(*inputs), h)
+        assert torch.equal(ops.mlstm(*inputs, return_final_state=True)[0], h)
+        assert torch.equal(torch.ops.flash_xlstm.mlstm(*inputs, *[None] * 5, 1e-6, None, 0)[0], h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_eager_call_has_the_operators_gradients(make_problem, dtype):
+    inputs = [make_problem(150, 16, 24, dtype=dtype).inputs[x].requires_grad_() for x in "qkvif"]
+    h, kept = torch.ops.flash_xlstm.mlstm(*inputs, *[None] * 5, 1e-6, None, 0)
+    assert h.requires_grad and not kept.requires_grad
+    from_op = torch.autograd.grad(h.sum(), inputs)
+    eager = ops.mlstm(*inputs)
+    assert torch.equal(eager, h)
+    for actual, expected in zip(torch.autograd.grad(eager.sum(), inputs), from_op, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("final_state", [True, False])
 def test_opcheck_of_the_backward(device, variant, final_state):
     arguments, cap = operator_inputs(device, **variant, requires_grad=False), 2.0 if final_state else None
-    h, s, m_seq, *last = torch.ops.flash_xlstm.mlstm_with_state(*arguments, None, 1e-6, cap, 0)
+    h, kept, *last = torch.ops.flash_xlstm.mlstm_with_state(*arguments, None, 1e-6, cap, 0)
     last = [torch.ones_like(t) for t in last] if final_state else (None, None, None)
     torch.library.opcheck(
-        torch.ops.flash_xlstm.mlstm_backward, (torch.ones_like(h), *last, *arguments, h, s, m_seq, None, 1e-6, cap, 0)
+        torch.ops.flash_xlstm.mlstm_backward, (torch.ones_like(h), *last, *arguments, h, kept, None, 1e-6, cap, 0)
     )
 
 

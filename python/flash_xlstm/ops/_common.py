@@ -70,15 +70,28 @@ def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state
     )
 
 
+def is_eager() -> bool:
+    """Whether neither a compiler nor functorch looks on. Those see one operator, which has a derivative."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def needs_gradients(args: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for x in args:  # any() would take a generator's microsecond
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
 def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callable[..., Any]:
     """Calls `op` past the Python layer that torch.library puts around an operator with a derivative: that layer runs
     without gradients too, and takes as long as all the rest of the call. Compilers and functorch get the operator
     itself."""
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if not is_eager():
             return op(*args)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        if needs_gradients(args):
             return differentiated(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -86,13 +99,8 @@ def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callab
     return call
 
 
-def may_need_gradients() -> bool:
-    """False where nothing can: an operator without a derivative then serves. Compilers see one operator only."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def without_gradients(name: str) -> Callable[..., Any]:
-    """The operator `name`, which has no derivative, to be called where :func:`may_need_gradients` says no."""
+    """The operator `name`, which has no derivative, to be called where :func:`is_eager` and nothing needs one."""
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # else torch looks for gradients that none wants
     return getattr(torch.ops.flash_xlstm, name).default
 

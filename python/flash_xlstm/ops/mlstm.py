@@ -66,20 +66,21 @@ def mlstm(
         ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
             runs and naming the argument.
     """
-    q, k, v = _common.autocast(q, k, v)
+    is_eager = _common.is_eager()
+    if not is_eager or torch._C._is_any_autocast_enabled():
+        q, k, v = _common.autocast(q, k, v)
     c, n, m = (None, None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state)
     state_dtype = torch.float32 if c is None else c.dtype
     if c is not None and state_dtype == torch.bfloat16:
         c = c.float()
-    chunk = _common.chunk_size_or_0(chunk_size)
-    if not return_final_state:
-        op = _mlstm if _common.may_need_gradients() else _mlstm_h
-        h = op(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk)
-        return h if op is _mlstm_h else h[0]
-    h, _, _, c_last, n_last, m_last = _mlstm_with_state(
-        q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk
-    )
-    return h, (c_last.to(state_dtype), n_last, m_last)
+    inputs = q, k, v, i, f, c, n, m, cu_seqlens
+    options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
+    if return_final_state:
+        h, _, c_last, n_last, m_last = _mlstm_with_state(*inputs, *options)
+        return h, (c_last.to(state_dtype), n_last, m_last)
+    if not is_eager:
+        return _mlstm(*inputs, *options)[0]
+    return _Mlstm.apply(*inputs, options) if _common.needs_gradients(inputs) else _mlstm_h(*inputs, *options)
 
 
 def mlstm_step(
@@ -136,14 +137,15 @@ def mlstm_step(
 
 
 @torch.library.register_fake("flash_xlstm::mlstm")
+@torch.library.register_fake("flash_xlstm::mlstm_forward")
 def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens,
         **{"initial_state c": c, "initial_state n": n, "initial_state m": m},
     )  # fmt: skip
     batch, seq, heads = (_common.size(q, d) for d in range(3))
-    gates = (q.new_empty((batch, seq, heads), dtype=torch.float32) for _ in range(2))
-    return q.new_empty((batch, seq, heads, _common.size(v, 3))), *gates
+    kept = q.new_empty((2, batch, seq, heads), dtype=torch.float32)
+    return q.new_empty((batch, seq, heads, _common.size(v, 3))), kept
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_h")
@@ -162,8 +164,7 @@ def _(q, k, v, i, f, c, n, m, cu_seqlens, *options):
 
 @torch.library.register_fake("flash_xlstm::mlstm_backward")
 def _(
-    dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq,
-    scale, eps, gate_soft_cap, chunk_size,
+    dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size
 ):  # fmt: skip
     return _common.fake_gradients(q, k, v, i, f, c, n, m)
 
@@ -178,22 +179,39 @@ def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap):
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options = inputs
-    h, s, m_seq, *_ = output
-    ctx.mark_non_differentiable(s, m_seq)
+    h, kept, *_ = output
+    ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq)
+    ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, h, kept)
 
 
-def _backward(ctx, dh, _ds, _dm_seq, dc_last=None, dn_last=None, dm_last=None):
-    q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq = ctx.saved_tensors
+def _backward(ctx, dh, _dkept=None, dc_last=None, dn_last=None, dm_last=None):
+    q, k, v, i, f, c, n, m, cu_seqlens, h, kept = ctx.saved_tensors
     dq, dk, dv, di, df, dc, dn, dm = _mlstm_backward(
-        dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, s, m_seq, *ctx.options
+        dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, *ctx.options
     )  # fmt: skip
     dc, dn, dm = (g if t is not None else None for g, t in ((dc, c), (dn, n), (dm, m)))
     return dq, dk, dv, di, df, dc, dn, dm, *[None] * 5
 
 
+class _Mlstm(torch.autograd.Function):
+    """h alone, for eager calls: every argument and every output of a Function takes the host a good part of a
+    microsecond, so that the options are one argument and `kept` is no output."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *inputs, ctx.options = args
+        h, kept = _mlstm_forward(*inputs, *ctx.options)
+        ctx.save_for_backward(*inputs, h, kept)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        return *_backward(ctx, dh)[:8], None, None
+
+
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
+_mlstm_forward = _common.without_gradients("mlstm_forward")
 _mlstm_h = _common.without_gradients("mlstm_h")
 _mlstm_with_state = _common.differentiable("mlstm_with_state", _setup_context, _backward)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")

@@ -32,7 +32,8 @@ bool serves_problem(const MlstmProblem& p) {
          encode_function() != nullptr;
 }
 
-int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
+// m: the forward's m_t where its caller wants none: the outputs read it; null: not needed.
+int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, float** m = nullptr) {
   Carver carver(workspace);
   w = Work{};
   w.p = p;
@@ -54,6 +55,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   carver.take(w.beta, tokens);
   carver.take(w.alpha_last, items);
   carver.take(w.m_start, items);
+  if (m != nullptr) carver.take(*m, p.batch * p.seq * p.heads);
   carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
   carver.take(w.n, items * p.dqk);
   if (!backward) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
@@ -92,18 +94,21 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   return carver.used();
 }
 
+int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, float*& m) {
+  const bool given = params.m != nullptr || params.p.input_gate == InputGate::sigmoid;
+  m = params.m;
+  return carve(params.p, false, workspace, w, given ? nullptr : &m);
+}
+
 #define RETURN_IF_FAILED(call)                                             \
   do {                                                                     \
     if (cudaError_t status = (call); status != cudaSuccess) return status; \
   } while (0)
 
+// Called after a launch: encoding needs the device's context to be this thread's, which a thread of autograd's that has
+// not yet used the device lacks. The kernel that needs no maps runs meanwhile.
 cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   const MlstmProblem& p = w.p;
-  // Encoding needs the device's context to be this thread's, which a thread of autograd's that has not yet used the
-  // device lacks.
-  int device = 0;
-  RETURN_IF_FAILED(cudaGetDevice(&device));
-  RETURN_IF_FAILED(cudaSetDevice(device));
   RETURN_IF_FAILED(encode_rows(maps.q, p.q, p, p.dqk));
   RETURN_IF_FAILED(encode_rows(maps.k, p.k, p, p.dqk));
   RETURN_IF_FAILED(encode_rows(maps.v, p.v, p, p.dv));
@@ -144,17 +149,19 @@ bool serves(const MlstmBackward& params) {
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {
   Work w;
-  return carve(params.p, false, nullptr, w);
+  float* m;
+  return carve_forward(params, nullptr, w, m);
 }
 
 cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream) {
   Work w;
-  carve(params.p, false, workspace, w);
+  float* m;
+  carve_forward(params, workspace, w, m);
+  RETURN_IF_FAILED(scan_gates(w, m, params.m_last, stream));
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, nullptr, maps));
-  RETURN_IF_FAILED(scan_gates(w, params.m, params.m_last, stream));
   RETURN_IF_FAILED(forward_states(w, maps, params.c_last, params.n_last, stream));
-  return output_h(w, maps, params.h, params.s, params.m, stream);
+  return output_h(w, maps, params.h, params.s, m, stream);
 }
 
 int64_t backward_workspace_bytes(const MlstmBackward& params) {
@@ -166,9 +173,9 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   Work w;
   carve(params.p, true, workspace, w);
   w.ends_empty = params.dc_last == nullptr && params.dn_last == nullptr;
+  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
-  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
   RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
   RETURN_IF_FAILED(output_dq(w, maps, params.s, params.m, params.dh, params.dq, stream));
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));

@@ -75,7 +75,7 @@ struct OutputArgs {
   Work w;
   Strided dh;
   void* out;      // contiguous (batch, seq, heads, columns)
-  float* s_out;   // Output::h only
+  float* s_out;   // Output::h only; null: not wanted
   float* partial; // q_dq or k_dk
 };
 template <Output output, typename T>

@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
         if (w.p.normalize) {
           const float s = sh.row_sum[0][row] + sh.row_sum[1][row] + sh.row_scale[row] * sh.q_n[row];
           factor = Normalizer(s, sh.m[row], w.p.eps).inverse;
-          if (tile == 0 && warp % 2 == 0 && pos == 0) args.s_out[token * l.heads + head] = s;
+          if (tile == 0 && warp % 2 == 0 && pos == 0 && args.s_out != nullptr) args.s_out[token * l.heads + head] = s;
         }
       }
       T* to = result + (token * l.heads + head) * columns;
