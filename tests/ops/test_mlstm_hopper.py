@@ -113,6 +113,23 @@ def test_few_heads_in_segments(dqk, dv):
     assert_errors(*draw(1, 20000, 1, dqk, dv), ROUNDING)
 
 
+# What a segment's start still knows of the tokens before: a chunk, all, all since token 9,000 or so.
+@pytest.mark.parametrize("forgets", [slice(None), slice(0), slice(9000, 9400)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dqk", "dv"), [(64, 64), (128, 256)])
+def test_segments_begin_with_what_is_not_forgotten(dqk, dv, dtype, forgets):
+    inputs, dh = draw(1, 20000, 1, dqk, dv, dtype=dtype)
+    inputs[4] += 20.0
+    inputs[4][:, forgets] -= 25.0
+    state = [torch.randn(1, 1, *shape, device=CUDA) for shape in ((dqk, dv), (dqk,), ())]
+    actual = run(ops.mlstm, inputs, dh, initial_state=tuple(state))
+    options = {"chunk_size": 128, "initial_state": tuple(t.double() for t in state)}
+    expected = run(reference.mlstm_chunkwise, inputs, dh, torch.float64, **options)
+    bounds = ROUNDING if dtype == torch.bfloat16 else ROUNDING_F16
+    errors = {name: relative_error(a, e) for name, a, e in zip(NAMES, actual, expected, strict=True)}
+    assert all(errors[name] <= bound for name, bound in zip(NAMES, bounds, strict=True)), errors
+
+
 @pytest.mark.parametrize("kind", ["normal", "initial"])  # "initial": what is carried passes through many tiles
 @pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 5000, 8), (1, 3000, 17), (3, 900, 5)])
 def test_gates_in_tiles(batch, seq, heads, kind):

@@ -16,13 +16,18 @@
 // what comes before the last segment is walked by all of them first, an equal piece each, cut once more where a segment
 // begins: from zero (the first from the initial state), leaving the state at the end of each run in memory. A state at
 // a segment's start is then state_end = keep state_start + that, run after run, keep being the product of g; from there
-// each block walks its own segment and writes. Blocks wait only for blocks with lower indices, which start first: the
-// run that ends where segment s begins belongs to block s or one before it.
+// each block walks its own segment and writes. The first walk of a run leaves out what the gates have forgotten by its
+// end, mostly all but some thousand tokens. Blocks wait only for blocks with lower indices, which start first: the run
+// that ends where segment s begins belongs to block s or one before it.
 //
 // float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
 // blocks of a head since it comes from the weights alone; so are the weighted operands.
 //
-// Small states (dv up to 128) wait less: see StateShared.
+// The weights of a step's tokens, and g, are made by three more warps of the producer's, each for every third step, so
+// that no consumer waits for the memory that they are read from.
+//
+// Of a chunk's two halves the second's fragments are made while the first's products run. Small states (dv up to 128),
+// whose walks are bounded by the length of a step, not by what it moves, share multiprocessors where they fit.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
@@ -53,14 +58,31 @@ struct StateArgs {
   const float* log0;  // backward: of what was kept before
 };
 
+// What a step takes of a chunk's tokens.
+struct alignas(16) Weights {
+  float product[chunk_tokens];  // of the product
+  float n[chunk_tokens];        // of the n sum; backward only
+  float keep, keep_log;         // g, log2 g
+  unsigned most;                // float16: the bits of the largest
+  bool has_zero;
+};
+constexpr int weighers = 3;  // warps that make them, each those of every third step
+
+// log2 of what is left at a run's end of a state that need not be walked: beside newer tokens of weight 1, and of
+// states up to 2^34 less than any normal number.
+constexpr float forgotten = -160.0f;
+
 template <int groups, int tile_dv, typename T>
 struct StateShared {
-  // Small states: the length of a step bounds a walk, not what it moves. So several blocks share a multiprocessor where
-  // they fit, and a step waits for less, for which larger states lack the registers.
   static constexpr bool is_small = tile_dv <= 128;
   static constexpr int num_stages = is_small && groups == 2 ? 4 : 3;
   static constexpr int blocks_per_processor = groups == 1 && is_small ? (tile_dv == 64 ? 3 : 2) : 1;
-  static constexpr int consumer_registers = groups == 2 ? 240 : blocks_per_processor == 3 ? 136 : 232;
+  // No more in all than the launch gives the block, or the consumers would wait for the rest forever.
+  static constexpr int launch_registers = 65536 / ((groups + 1) * 128 * blocks_per_processor) / 8 * 8;
+  static constexpr int producer_registers = blocks_per_processor == 3 ? 40 : 48;
+  static constexpr int consumer_registers =
+      blocks_per_processor == 3 ? 120 : blocks_per_processor == 2 ? 208 : groups == 1 ? 232 : 224;
+  static_assert(producer_registers + groups * consumer_registers <= (groups + 1) * std::min(launch_registers, 232));
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
     T x[groups][box * box];   // 64 tokens x 64 dqk, one box for each warpgroup
@@ -68,10 +90,10 @@ struct StateShared {
   };
   alignas(1024) Stage stage[num_stages];
   T rounded[groups][y_boxes][box * box];    // 64 dqk x tile_dv
-  float weight[2][groups][chunk_tokens];    // of the product; alternates with the chunks
-  float weight_n[2][groups][chunk_tokens];  // of the n sum
-  unsigned most[2][groups][4];              // float16: the largest weight of a warp's tokens
+  Weights weights[weighers];                // of step s: weights[s % weighers]
   uint64_t full[num_stages], empty[num_stages];
+  uint64_t weights_full[weighers], weights_empty[weighers];
+  int run_begin[2];  // of this block's two runs, without what is forgotten by their ends
 };
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
@@ -80,7 +102,7 @@ template <int groups, int tile_dv, bool backward, typename T>
 __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_dv, T>::blocks_per_processor))
     states_kernel(const __grid_constant__ StateArgs args) {
   using Shared = StateShared<groups, tile_dv, T>;
-  constexpr bool is_half = std::is_same_v<T, half>, is_small = Shared::is_small;
+  constexpr bool is_half = std::is_same_v<T, half>;
   constexpr int least_exponent = -100;  // float16: of the scale of a state without weights
   constexpr int num_stages = Shared::num_stages;
   extern __shared__ unsigned char shared_bytes[];
@@ -130,14 +152,106 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       ptx::mbarrier_init(&sh.full[s], 1);
       ptx::mbarrier_init(&sh.empty[s], groups * 4);
     }
+    for (int s = 0; s < weighers; ++s) {
+      ptx::mbarrier_init(&sh.weights_full[s], 32);
+      ptx::mbarrier_init(&sh.weights_empty[s], groups * 4);
+    }
     ptx::fence_barrier_init();
   }
+  if (const int warp = threadIdx.x / 32, lane = threadIdx.x % 32; warp < 2 && w.segments > 1) {
+    int run_begin, run_end;
+    run_of(segment, warp, run_begin, run_end);
+    float left = 0.0f;  // log2 of what is left of the state behind the steps seen so far, from the last on
+    for (int last = run_end - 1; last >= run_begin; last -= 32) {
+      const int step = last - lane;
+      float log = 0.0f;
+      if (step >= run_begin) {
+        const int64_t item = chunk_at(step) * l.heads + head;
+        log = log_sum(w.alpha_last[item], w.m_start[item]);
+      }
+      for (int d = 1; d < 32; d *= 2) {
+        const float later = __shfl_up_sync(0xffffffffu, log, d);
+        if (lane >= d) log += later;
+      }
+      const unsigned enough = __ballot_sync(0xffffffffu, left + log < forgotten);
+      if (enough != 0) {
+        run_begin = max(run_begin, last - (__ffs(enough) - 1));
+        break;
+      }
+      left += __shfl_sync(0xffffffffu, log, 31);
+    }
+    if (lane == 0) sh.run_begin[warp] = run_begin;
+  }
   __syncthreads();
+  // What is walked of this block's runs.
+  const auto walk_of = [&](int part, int& begin, int& end) {
+    run_of(segment, part, begin, end);
+    begin = w.segments > 1 ? sh.run_begin[part] : begin;
+  };
 
   const int group = threadIdx.x / 128;
   if (group == groups) {
-    ptx::fewer_registers<24>();
-    if (threadIdx.x % 128 != 0) return;
+    ptx::fewer_registers<Shared::producer_registers>();
+    const auto for_each_step = [&](auto&& f) {
+      for (int pass = 0; pass < 3; ++pass) {
+        int run_begin = first_step, run_end = last_step;
+        if (pass < 2) walk_of(pass, run_begin, run_end);
+        for (int step = run_begin; step < run_end; ++step) f(step, pass == 2);
+      }
+    };
+    const int weigher = static_cast<int>(threadIdx.x % 128) / 32 - 1, lane = threadIdx.x % 32;
+    if (weigher >= 0) {
+      int turn = 0, parity = 1;
+      for_each_step([&](int step, bool) {
+        const bool mine = turn == weigher;
+        if (++turn == weighers) turn = 0;
+        if (!mine) return;
+        const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens + lane * 4;
+        const float2 m_start = w.m_start[item], alpha_last = w.alpha_last[item];
+        const float4* const logs = reinterpret_cast<const float4*>((backward ? w.alpha : w.beta) + at);
+        const float4 low = logs[0], high = logs[1];
+        const float2 log[4] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
+        float product[4], of_n[4];
+        if constexpr (backward) {
+          const float4 inv_d = *reinterpret_cast<const float4*>(w.inv_d + at);
+          const float4 delta = *reinterpret_cast<const float4*>(w.delta + at);
+          const float inv_ds[4] = {inv_d.x, inv_d.y, inv_d.z, inv_d.w};
+          const float deltas[4] = {delta.x, delta.y, delta.z, delta.w};
+#pragma unroll
+          for (int x = 0; x < 4; ++x) {
+            const float g = w.p.scale * fast_exp2(log_sum(log[x], m_start));
+            product[x] = g * inv_ds[x], of_n[x] = g * deltas[x];
+          }
+        } else {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) product[x] = fast_exp2(log_difference(alpha_last, log[x]));
+        }
+        Weights& to = sh.weights[weigher];
+        ptx::mbarrier_wait(&sh.weights_empty[weigher], parity);
+        parity ^= 1;
+        reinterpret_cast<float4*>(to.product)[lane] = make_float4(product[0], product[1], product[2], product[3]);
+        if constexpr (backward) {
+          reinterpret_cast<float4*>(to.n)[lane] = make_float4(of_n[0], of_n[1], of_n[2], of_n[3]);
+        }
+        if constexpr (is_half) {
+          unsigned most = 0;
+#pragma unroll
+          for (int x = 0; x < 4; ++x) most = max(most, __float_as_uint(fabsf(product[x])));
+          most = __reduce_max_sync(0xffffffffu, most);
+          if (lane == 0) to.most = most;
+        }
+        const bool has_zero = __any_sync(0xffffffffu, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f ||
+                                                          product[3] == 0.0f);
+        if (lane == 0) {
+          to.has_zero = has_zero;
+          to.keep_log = log_sum(alpha_last, m_start);
+          to.keep = fast_exp2(to.keep_log);
+        }
+        ptx::mbarrier_arrive(&sh.weights_full[weigher]);
+      });
+      return;
+    }
+    if (lane != 0) return;
     int stage = 0, parity = 1;
     const auto next_stage = [&](int bytes) -> typename Shared::Stage& {
       ptx::mbarrier_wait(&sh.empty[stage], parity);
@@ -147,36 +261,32 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     const auto advance = [&] {
       if (++stage == num_stages) stage = 0, parity ^= 1;
     };
-    for (int pass = 0; pass < 3; ++pass) {
-      int run_begin = first_step, run_end = last_step;
-      if (pass < 2) run_of(segment, pass, run_begin, run_end);
-      for (int step = run_begin; step < run_end; ++step) {
-        Chunk chunk;
-        l.locate(chunk_at(step), chunk);
-        const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-        if (backward && pass == 2 && reads_state(step)) {
-          for (int g = 0; g < groups; ++g) {
-            auto& s = next_stage(Shared::y_boxes * box_bytes);
-            for (int b = 0; b < Shared::y_boxes; ++b) {
-              ptx::tma_load(s.y[b], &args.c, &sh.full[stage], 0, w.block_index(row0 / box + g, col0 / box + b) * box,
-                            item);
-            }
-            advance();
-          }
-        }
-        for (int part = 0; part < stages_per_chunk; ++part) {
-          const int token = static_cast<int>(chunk.first) + part * stage_tokens;
-          auto& s = next_stage((groups + Shared::y_boxes) * box_bytes);
-          for (int g = 0; g < groups; ++g) {
-            ptx::tma_load(s.x[g], &args.x, &sh.full[stage], row0 + g * box, head, token, row);
-          }
+    for_each_step([&](int step, bool writes) {
+      Chunk chunk;
+      l.locate(chunk_at(step), chunk);
+      const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
+      if (backward && writes && reads_state(step)) {
+        for (int g = 0; g < groups; ++g) {
+          auto& s = next_stage(Shared::y_boxes * box_bytes);
           for (int b = 0; b < Shared::y_boxes; ++b) {
-            ptx::tma_load(s.y[b], &args.y, &sh.full[stage], col0 + b * box, head, token, row);
+            ptx::tma_load(s.y[b], &args.c, &sh.full[stage], 0, w.block_index(row0 / box + g, col0 / box + b) * box,
+                          item);
           }
           advance();
         }
       }
-    }
+      for (int part = 0; part < stages_per_chunk; ++part) {
+        const int token = static_cast<int>(chunk.first) + part * stage_tokens;
+        auto& s = next_stage((groups + Shared::y_boxes) * box_bytes);
+        for (int g = 0; g < groups; ++g) {
+          ptx::tma_load(s.x[g], &args.x, &sh.full[stage], row0 + g * box, head, token, row);
+        }
+        for (int b = 0; b < Shared::y_boxes; ++b) {
+          ptx::tma_load(s.y[b], &args.y, &sh.full[stage], col0 + b * box, head, token, row);
+        }
+        advance();
+      }
+    });
     return;
   }
 
@@ -207,37 +317,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       if (row < l.dqk) f(n[r], row);
     }
   };
-  // The weights of the next chunk's tokens, one a thread, read a chunk early.
-  float next_w = 0.0f, next_wn = 0.0f, next_keep = 0.0f, next_keep_log = 0.0f;
   int run_begin = first_step, run_end = last_step;
-  const auto make_weights = [&](float2 m_start, float2 alpha_last, auto&& log, auto&& inv_d, auto&& delta) {
-    next_keep_log = log_sum(alpha_last, m_start);
-    next_keep = fast_exp2(next_keep_log);
-    if constexpr (backward) {
-      const float g = w.p.scale * fast_exp2(log_sum(log(), m_start));
-      next_w = g * inv_d();
-      next_wn = g * delta();
-    } else {
-      next_w = next_wn = fast_exp2(log_difference(alpha_last, log()));
-    }
-  };
-  // Small: what they are made of. Made at once, they would wait for it.
-  float2 next_m_start{}, next_alpha_last{}, next_log{};
-  float next_inv_d = 0.0f, next_delta = 0.0f;
-  const auto read_weights = [&](int step) {
-    if (step >= run_end) return;
-    const int64_t item = chunk_at(step) * l.heads + head, at = item * chunk_tokens;
-    const float2 m_start = w.m_start[item], alpha_last = w.alpha_last[item];
-    const auto log = [&] { return (backward ? w.alpha : w.beta)[at + thread]; };
-    const auto inv_d = [&] { return w.inv_d[at + thread]; };
-    const auto delta = [&] { return w.delta[at + thread]; };
-    if constexpr (is_small) {
-      next_m_start = m_start, next_alpha_last = alpha_last, next_log = log();
-      if constexpr (backward) next_inv_d = inv_d(), next_delta = delta();
-    } else {
-      make_weights(m_start, alpha_last, log, inv_d, delta);
-    }
-  };
 
   // float16: acc is 2^-exponent times the state.
   int exponent;
@@ -273,30 +353,29 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     if (thread == 0) ptx::store_release(flag_at(segment * 2 + part), 1);
   };
   const auto state_before = [&] {
-    if constexpr (is_small) {  // many short waits: all at once
-      for (int s = thread; s < 2 * (segment + 1); s += 128) {
-        int begin, end;
-        run_of(s / 2, s % 2, begin, end);
-        if (begin == end || begin >= first_step) continue;
-        while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
-      }
-      __syncwarp();
-      ptx::named_barrier(1 + group, 128);
+    for (int s = thread; s < 2 * (segment + 1); s += 128) {
+      int begin, end;
+      run_of(s / 2, s % 2, begin, end);
+      if (begin == end || begin >= first_step) continue;
+      while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
     }
-    for (int s = 0; s < 2 * (segment + 1); ++s) {
+    __syncwarp();
+    ptx::named_barrier(1 + group, 128);
+    // From the last run that leaves nothing of those before it.
+    int first = 2 * segment + 1;
+    for (; first > 0; --first) {
+      int begin, end;
+      run_of(first / 2, first % 2, begin, end);
+      if (begin < end && begin < first_step && share_at(first)[(tile_dv / 2 + 2) * 128] == 0.0f) break;
+    }
+    for (int s = first; s < 2 * (segment + 1); ++s) {
       int begin, end;
       run_of(s / 2, s % 2, begin, end);
       if (begin == end) continue;
       if (begin >= first_step) break;
-      const bool is_whole = begin == 0;  // a state already
-      if constexpr (!is_small) {
-        if (thread == 0) {
-          while (ptx::load_acquire(flag_at(s)) == 0) __nanosleep(100);
-        }
-        ptx::named_barrier(1 + group, 128);
-      }
       const float* const share = share_at(s);
       const float keep = share[(tile_dv / 2 + 2) * 128];
+      const bool is_whole = begin == 0 || keep == 0.0f;  // a state already
       float kept = keep, added = 1.0f;
       if constexpr (is_half) {
         const int theirs = static_cast<int>(share[(tile_dv / 2 + 3) * 128]);
@@ -328,39 +407,31 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     give_back(stage);
     advance();
   };
-  int buffer = 0;
+  int turn = 0, weights_parity = 0;  // of the weights
   for (int pass = 0; pass < 3; ++pass) {
     const bool writes = pass == 2;
     run_begin = first_step, run_end = last_step;
+    bool forgets = false;
     if (!writes) {
       run_of(segment, pass, run_begin, run_end);
       if (run_begin == run_end) continue;
+      const int whole = run_begin;
+      walk_of(pass, run_begin, run_end);
+      forgets = run_begin > whole;
     }
     if (writes && segment > 0) {
       state_before();
     } else {
       start();
     }
-    float keep_all = 1.0f;
-    read_weights(run_begin);
-    for (int step = run_begin; step < run_end; ++step, buffer ^= 1) {
+    float keep_all = forgets ? 0.0f : 1.0f;
+    for (int step = run_begin; step < run_end; ++step) {
       const int64_t item = chunk_at(step) * l.heads + head;
-      if constexpr (is_small) {
-        make_weights(
-            next_m_start, next_alpha_last, [&] { return next_log; }, [&] { return next_inv_d; },
-            [&] { return next_delta; });
-      }
-      const float keep = next_keep, keep_log = next_keep_log;
+      const Weights& weights = sh.weights[turn];
+      ptx::mbarrier_wait(&sh.weights_full[turn], weights_parity);
+      const float keep = weights.keep, keep_log = weights.keep_log;
+      const float* const weight = weights.product;
       keep_all *= keep;
-      float* const weight = sh.weight[buffer][group];
-      float* const weight_n = sh.weight_n[buffer][group];
-      weight[thread] = next_w;
-      if constexpr (backward) weight_n[thread] = next_wn;
-      if constexpr (is_half) {
-        const unsigned most = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(next_w)));
-        if (lane == 0) sh.most[buffer][group][warp] = most;
-      }
-      read_weights(step + 1);
 
       if (backward && writes) {
         float inner = 0.0f;
@@ -410,10 +481,9 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           }
         });
       };
-      // The rounded state to its slot.
-      if (writes && thread == 0) ptx::bulk_store_wait_read<0>();
-      ptx::named_barrier(1 + group, 128);  // weights are in, the last chunk's copy is out
-      if (writes) {
+      if (writes) {  // the rounded state to its slot
+        if (thread == 0) ptx::bulk_store_wait_read<0>();
+        ptx::named_barrier(1 + group, 128);  // the last chunk's copy is out
 #pragma unroll
         for (int c = 0; c < tile_dv / 16; ++c) {
           const int row = warp * 16 + lane % 16, chunk16 = (c % 4) * 2 + lane / 16;
@@ -431,25 +501,15 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           }
           ptx::bulk_store_commit();
         }
-        if constexpr (!is_small) write_n(exponent);
         if (is_half && tile_k == 0 && tile_v == 0 && threadIdx.x == 0) args.log[item] = static_cast<float>(exponent);
       }
 
       // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
-      bool has_zero;
-      if constexpr (is_small) {
-        const float4 four = reinterpret_cast<const float4*>(weight)[lane];
-        has_zero = fminf(fminf(fabsf(four.x), fabsf(four.y)), fminf(fabsf(four.z), fabsf(four.w))) == 0.0f;
-      } else {
-        has_zero = weight[lane * 4] == 0.0f || weight[lane * 4 + 1] == 0.0f || weight[lane * 4 + 2] == 0.0f ||
-                   weight[lane * 4 + 3] == 0.0f;
-      }
-      const bool zeros = __any_sync(0xffffffffu, has_zero);
+      const bool zeros = weights.has_zero;
       const int exponent_before = exponent;
       float keep_acc = keep, weight_scale = 1.0f;
       if constexpr (is_half) {
-        const unsigned (&most)[4] = sh.most[buffer][group];
-        const int of_weights = static_cast<int>(max(max(most[0], most[1]), max(most[2], most[3])) >> 23) - 126;
+        const int of_weights = static_cast<int>(weights.most >> 23) - 126;
         const int kept = exponent + static_cast<int>(fmaxf(ceilf(keep_log), 4.0f * least_exponent));
         const int next = min(max(max(kept, of_weights), least_exponent), 120);
         keep_acc = fast_exp2(keep_log + static_cast<float>(exponent - next)), weight_scale = power_of_two(-next);
@@ -459,7 +519,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       for (int x = 0; x < tile_dv / 2; ++x) acc[x] *= keep_acc;
       float n_part[2] = {0.0f, 0.0f};
       int first_stage = 0;
-#pragma unroll(is_small ? stages_per_chunk : 1)
+#pragma unroll
       for (int part = 0; part < stages_per_chunk; ++part) {
         ptx::mbarrier_wait(&sh.full[stage], parity);
         auto& s = sh.stage[stage];
@@ -486,7 +546,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
             const float2 wt = *reinterpret_cast<const float2*>(part_weight + t);
             float2 two = unpack<T>(raw[r]);
             if constexpr (backward) {
-              const float2 wn = *reinterpret_cast<const float2*>(weight_n + part * stage_tokens + t);
+              const float2 wn = *reinterpret_cast<const float2*>(weights.n + part * stage_tokens + t);
               n_part[r % 2] += (wn.x == 0.0f ? 0.0f : two.x * wn.x) + (wn.y == 0.0f ? 0.0f : two.y * wn.y);
             }
             two.x = wt.x == 0.0f ? 0.0f : two.x * wt.x;
@@ -495,7 +555,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
             fragment[kk][r] = is_half ? pack<T>(two.x * weight_scale, two.y * weight_scale) : pack<T>(two.x, two.y);
           }
         }
-        if (!is_small || part == 0) ptx::hold(acc);
+        if (part == 0) ptx::hold(acc);
         ptx::wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < stage_tokens / 16; ++kk) {
@@ -503,23 +563,17 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
               acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
         }
         ptx::wgmma_commit();
-        if constexpr (is_small) {  // the second half's fragments are made while the first's products run
-          if (part == 0) {
-            first_stage = stage;
-          } else {
-            ptx::wgmma_wait<1>();
-            give_back(first_stage);
-            if (writes) write_n(exponent_before);
-            ptx::wgmma_wait<0>();
-            ptx::hold(acc);
-            give_back(stage);
-          }
-          advance();
+        if (part == 0) {  // the second half's fragments are made while these products run
+          first_stage = stage;
         } else {
+          ptx::wgmma_wait<1>();
+          give_back(first_stage);
+          if (writes) write_n(exponent_before);
           ptx::wgmma_wait<0>();
           ptx::hold(acc);
-          release();
+          give_back(stage);
         }
+        advance();
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -527,6 +581,9 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
         n[r] = n[r] * keep + n_part[r];
       }
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&sh.weights_empty[turn]);
+      if (++turn == weighers) turn = 0, weights_parity ^= 1;
     }
     if (!writes) publish(pass, keep_all);
   }
