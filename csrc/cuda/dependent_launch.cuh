@@ -12,6 +12,8 @@
 
 #include <utility>
 
+#include "cuda/device.h"
+
 namespace flash_xlstm::cuda {
 
 __device__ __forceinline__ void let_next_kernel_start() {
@@ -27,9 +29,6 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 }
 __device__ __forceinline__ void prefetch_to_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Whether the code that runs on the current device was compiled for one that knows dependent launches (9.0 and later).
-bool knows_dependent_launch();
-
 // A launch whose blocks may start early. clusters: blocks of a cluster; 1: none.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, int cluster,
@@ -41,7 +40,7 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (knows_dependent_launch()) {
+  if (code_knows_hopper()) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

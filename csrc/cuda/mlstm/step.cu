@@ -18,11 +18,10 @@
 //   dv > 1024 x 4 B  256      32     512             dv / 128
 //   * 256 where c is bfloat16, which takes more registers
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstring>
 
 #include "cuda/dependent_launch.cuh"
+#include "cuda/device.h"
 #include "cuda/mlstm/launch.h"
 #include "cuda/numeric.cuh"
 
@@ -277,45 +276,6 @@ __global__ void __launch_bounds__(threads, resident)
   write_n_and_m();
 }
 
-constexpr int max_devices = 64;
-
-// Whether the code that runs on this device knows clusters, and how large they may be: 1, 8 or 16.
-template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
-int cluster_limit(size_t shared_bytes) {
-  const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident>;
-  static std::array<std::atomic<int>, max_devices> known{};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return 1;
-  const int found = known[device].load(std::memory_order_relaxed);
-  if (found != 0) return found;
-  int limit = 1;
-  cudaFuncAttributes code{};
-  int major = 0;
-  if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90 &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9) {
-    limit = portable_cluster;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
-      cudaLaunchConfig_t config{};
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = largest_cluster;
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      config.gridDim = dim3(largest_cluster);
-      config.blockDim = dim3(threads);
-      config.dynamicSmemBytes = shared_bytes;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      int clusters = 0;
-      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) {
-        limit = largest_cluster;
-      }
-    }
-    cudaGetLastError();  // a refusal above is an answer, not an error
-  }
-  known[device].store(limit, std::memory_order_relaxed);
-  return limit;
-}
-
 template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int tile_columns = lanes * width;
@@ -328,7 +288,8 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
   }
   const int64_t items = p.batch * p.heads;
   const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
-  const int limit = cluster_limit<C, width, lanes, threads, batch_rows, resident>(shared_bytes);
+  static PerDevice known;
+  const int limit = cluster_limit(known, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
   const bool clusters = limit > 1;
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, clusters ? limit : largest_cluster));
   if (!clusters && blocks > 1) {

@@ -25,6 +25,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/device.h"
 #include "cuda/numeric.cuh"
 #include "cuda/pointwise/launch.h"
 #include "cuda/ptx/mma_sync.cuh"
@@ -404,17 +405,6 @@ cudaError_t dispatch_walking_layout(DType dtype, int64_t dim, bool vectors, F&& 
   });
 }
 
-// An attribute of the current device, 0 on an error.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return 0;
-  return value;
-}
-
-// Blocks that walk over the rows: one a multiprocessor, 0 on an error.
-inline int64_t walking_blocks() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-
 // The rows that a layout's walking block has at a time.
 inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
   int64_t groups = 1;
@@ -430,7 +420,7 @@ inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
 template <typename L>
 int walking_stages(int tensors) {
   constexpr int reserved = 4096;  // for the kernels' other buffers
-  const int each = tensors * L::row_slots * 16, limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int each = tensors * L::row_slots * 16, limit = shared_memory_limit();
   int stages = L::packs <= 2 ? 4 : 2;
   while (stages > 1 && stages * each + reserved > limit) stages /= 2;
   return stages;

@@ -6,12 +6,11 @@
 // tiles do to m; for the gradients every tile has a block, which leaves its share with a flag and waits for those of
 // later tiles.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <climits>
 #include <cmath>
 
 #include "cuda/dependent_launch.cuh"
+#include "cuda/device.h"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -700,35 +699,6 @@ cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks,
                       arguments...);
 }
 
-// How large clusters may be, for blocks of any size.
-int cluster_limit() {
-  constexpr int max_devices = 64;
-  static std::array<std::atomic<int>, max_devices> known{};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= max_devices) return portable_cluster;
-  if (const int found = known[device].load(std::memory_order_relaxed)) return found;
-  int limit = portable_cluster;
-  if (cudaFuncSetAttribute(scan_gates_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = largest_cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = dim3(largest_cluster);
-    config.blockDim = dim3(most_warps * 32);
-    config.dynamicSmemBytes = shared_bytes(most_heads, most_warps / most_heads);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, scan_gates_kernel, &config) == cudaSuccess && clusters > 0) {
-      limit = largest_cluster;
-    }
-  }
-  cudaGetLastError();  // a refusal above is an answer, not an error
-  known[device].store(limit, std::memory_order_relaxed);
-  return limit;
-}
-
 // The scan's tiles: of so few heads that a cluster of portable size has a block for every tile of a sequence, where
 // that is enough; so long sequences occupy as many multiprocessors as many short ones do.
 Tiles choose_scan_tiles(const Work& w) {
@@ -752,7 +722,9 @@ Tiles choose_scan_tiles(const Work& w) {
 // do: there are no more of these than fill the device about once.
 int choose_cluster(const Work& w) {
   constexpr int64_t most_packed_blocks = 256;
-  int64_t most = cluster_limit();
+  static PerDevice known;
+  int64_t most = cluster_limit(known, reinterpret_cast<const void*>(scan_gates_kernel), most_warps * 32,
+                               shared_bytes(most_heads, most_warps / most_heads));
   if (w.p.cu_seqlens != nullptr) {
     const int64_t alone = w.p.num_seqs * ceil_div(w.p.heads, int64_t{w.tiles.heads});
     most = std::clamp(most_packed_blocks / std::max(alone, int64_t{1}), int64_t{1}, most);

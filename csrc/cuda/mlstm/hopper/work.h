@@ -4,10 +4,9 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include <array>
-#include <atomic>
 #include <type_traits>
 
+#include "cuda/device.h"
 #include "cuda/mlstm/chunk_layout.cuh"
 #include "cuda/numeric.cuh"
 #include "mlstm_params.h"
@@ -139,25 +138,21 @@ class Prepared {
  public:
   template <typename Kernel>
   cudaError_t resident_blocks(Kernel kernel, int threads, int bytes, int& blocks) {
-    int device = 0, processors = 0, per_processor = 0;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    std::atomic<int>* known = device < max_devices ? &known_[device] : nullptr;
-    if (known != nullptr && (blocks = known->load(std::memory_order_acquire)) > 0) return cudaSuccess;
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (status == cudaSuccess) {
-      status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (status == cudaSuccess) {
-      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
-    }
-    blocks = processors * per_processor;
-    if (status == cudaSuccess && known != nullptr) known->store(blocks, std::memory_order_release);
+    cudaError_t status = cudaSuccess;
+    blocks = known_.get(0, [&](int, int& value) {
+      int per_processor = 0;
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (status == cudaSuccess) {
+        status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
+      }
+      value = processor_count() * per_processor;
+      return status == cudaSuccess;
+    });
     return status;
   }
 
  private:
-  static constexpr int max_devices = 64;
-  std::array<std::atomic<int>, max_devices> known_{};
+  PerDevice known_;
 };
 
 // gates.cu
