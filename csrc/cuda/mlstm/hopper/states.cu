@@ -17,7 +17,7 @@
 // begins: from zero (the first from the initial state), leaving the state at the end of each run in memory. A state at
 // a segment's start is then state_end = keep state_start + that, run after run, keep being the product of g; from there
 // each block walks its own segment and writes. The first walk of a run leaves out what the gates have forgotten by its
-// end, mostly all but some thousand tokens. Blocks wait only for blocks with lower indices, which start first: the run
+// end, mostly all but some thousand tokens (and with it a NaN there, which g = 0 would keep). Blocks wait only for blocks with lower indices, which start first: the run
 // that ends where segment s begins belongs to block s or one before it.
 //
 // float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
@@ -68,8 +68,7 @@ struct alignas(16) Weights {
 };
 constexpr int weighers = 3;  // warps that make them, each those of every third step
 
-// log2 of what is left at a run's end of a state that need not be walked: beside newer tokens of weight 1, and of
-// states up to 2^34 less than any normal number.
+// log2 of what is left at a run's end of a state that need not be walked: of one up to 2^34 less than any normal number.
 constexpr float forgotten = -160.0f;
 
 template <int groups, int tile_dv, typename T>
