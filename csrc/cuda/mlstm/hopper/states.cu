@@ -12,13 +12,14 @@
 // stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
 // chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
 //
-// With few heads a sequence is cut into segments, one for each of some blocks, which need the states at their starts. So
-// what comes before the last segment is walked by all of them first, an equal piece each, cut once more where a segment
-// begins: from zero (the first from the initial state), leaving the state at the end of each run in memory. A state at
-// a segment's start is then state_end = keep state_start + that, run after run, keep being the product of g; from there
-// each block walks its own segment and writes. The first walk of a run leaves out what the gates have forgotten by its
-// end, mostly all but some thousand tokens (and with it a NaN there, which g = 0 would keep). Blocks wait only for blocks with lower indices, which start first: the run
-// that ends where segment s begins belongs to block s or one before it.
+// With few heads a sequence is cut into segments, one for each of some blocks, which need the states at their starts.
+// So what comes before the last segment is walked by all of them first, an equal piece each, cut once more where a
+// segment begins: from zero (the first from the initial state), leaving the state at the end of each run in memory. A
+// state at a segment's start is then state_end = keep state_start + that, run after run, keep being the product of g;
+// from there each block walks its own segment and writes. The first walk of a run leaves out what the gates have
+// forgotten by its end, mostly all but some thousand tokens (and with it a NaN there, which g = 0 would keep). Blocks
+// wait only for blocks with lower indices, which start first: the run that ends where segment s begins belongs to block
+// s or one before it.
 //
 // float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
 // blocks of a head since it comes from the weights alone; so are the weighted operands.
@@ -68,7 +69,8 @@ struct alignas(16) Weights {
 };
 constexpr int weighers = 3;  // warps that make them, each those of every third step
 
-// log2 of what is left at a run's end of a state that need not be walked: of one up to 2^34 less than any normal number.
+// log2 of what is left at a run's end of a state that need not be walked: of one up to 2^34, less than any normal
+// number.
 constexpr float forgotten = -160.0f;
 
 template <int groups, int tile_dv, typename T>
@@ -141,7 +143,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     const int cut = min((from / max(per_segment, 1) + 1) * per_segment, to);
     begin = part == 0 ? from : cut, end = part == 0 ? cut : to;
   };
-  // Whether the state before a step is all zeros, which nobody reads; whether to read, backward, the one that lies there.
+  // Whether the state before a step is all zeros, which nobody reads; whether to read, backward, the one that lies
+  // there.
   const bool begins_at_zero = backward ? w.ends_empty : w.starts_empty;
   const auto is_zero = [&](int step) { return begins_at_zero && step == 0; };
   const auto reads_state = [&](int step) { return !is_zero(step) && !(w.starts_empty && step == count - 1); };
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     }
     for (int s = 0; s < weighers; ++s) {
       ptx::mbarrier_init(&sh.weights_full[s], 32);
-      ptx::mbarrier_init(&sh.weights_empty[s], groups * 4);
+      ptx::mbarrier_init(&sh.weights_empty[s], groups * 128);  // racecheck takes a thread at its own word
     }
     ptx::fence_barrier_init();
   }
@@ -580,8 +583,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
         n[r] = n[r] * keep + n_part[r];
       }
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&sh.weights_empty[turn]);
+      ptx::mbarrier_arrive(&sh.weights_empty[turn]);
       if (++turn == weighers) turn = 0, weights_parity ^= 1;
     }
     if (!writes) publish(pass, keep_all);
