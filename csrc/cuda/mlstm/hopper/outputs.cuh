@@ -2,7 +2,7 @@
 //
 //   output  rows   A   B   T = A B^T        state S (at the chunk's)   Z    out row
 //   h       t      q   k   q_t . k_j        c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) scale / d_t
-//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    (sum_j P_tj k_j + a_t (S-term) + n-term) scale
+//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    (sum_j P_tj k_j + a_t S-term + n-term) scale
 //   dk      j      v   dh  dh_t . v_j       dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
 //   dv      j      k   q   q_t . k_j        dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
 //
