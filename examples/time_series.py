@@ -99,7 +99,8 @@ def train(values: Tensor, steps: int, seed: int) -> tuple[Forecaster, Scaling]:
 @torch.no_grad()
 def evaluate(model: Forecaster, scaling: Scaling, values: Tensor, held_out: int) -> dict[str, Tensor]:
     """Forecasts (origins, 12) from every held-out month that has twelve after it, or is the one before them, with what
-    came, and with two that need no training: the value a year before, and that plus the mean change of a year."""
+    came, and with three that need no training: the value a year before, that plus the mean change of a year, and that
+    plus the change of the last year, from which the model starts."""
     origins = torch.arange(len(values) - held_out - 1, len(values) - HORIZON)
     months = origins[:, None] + 1 + torch.arange(HORIZON)
     changes = model(scaling(values)[None])[0, origins - SEASON]  # causal: a prediction sees the months before it only
@@ -109,6 +110,7 @@ def evaluate(model: Forecaster, scaling: Scaling, values: Tensor, held_out: int)
         "slstm": naive + scaling.undo(changes),
         "seasonal_naive": naive,
         "seasonal_naive_with_drift": naive + scaling.mean,
+        "seasonal_naive_with_last_change": naive + (values[origins] - values[origins - SEASON])[:, None],
     }
 
 

@@ -43,7 +43,7 @@ def test_names_a_kernel_on_this_gpu(op):
     assert kernel_for(op, "cuda").startswith("CUDA, ")
 
 
-@pytest.mark.parametrize("op", ["mlstm", "slstm"])
+@pytest.mark.parametrize("op", ["mlstm", "slstm", "linear_rows"])
 def test_names_the_hopper_kernels(op, monkeypatch):
     facts = {**build_info(), "cuda": "13.0", "architectures": "80-real,90a-real"}
     monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)

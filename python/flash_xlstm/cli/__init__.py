@@ -138,7 +138,7 @@ def _add_train(commands: Any) -> None:
     course.add("warmup", _whole_number, "steps of linear warm-up")
     course.add("weight_decay", _not_negative_float, "of matrices; biases and norms have none")
     course.add("clip", _positive_float, "largest norm of the gradient")
-    course.add("seed", _whole_number, "of initialization and data order")
+    course.add("seed", _seed, "of initialization and data order")
     course.add("dtype", str, "auto: bfloat16 on a GPU, else float32", choices=["auto", "float32", "bfloat16"])
     course.switch("compile", "torch.compile the model")
 
@@ -146,7 +146,7 @@ def _add_train(commands: Any) -> None:
     run.add("out", str, "folder for checkpoints, metrics and the loss curve", metavar="FOLDER")
     run.switch("resume", "go on from the newest checkpoint in OUT")
     run.add("device", str, "cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
-    run.add("threads", _positive_int, "CPU threads; default: one a core")
+    run.add("threads", _threads, "CPU threads; default: one a core")
     run.add("time_limit", _positive_float, "save and stop after so many seconds", metavar="SECONDS")
     run.add("save_every", _positive_int, "steps between checkpoints")
     run.add("eval_every", _whole_number, "steps between evaluations on held-out data; 0: first and last only")
@@ -165,7 +165,7 @@ def _add_generate(commands: Any) -> None:
     )  # fmt: skip
     add("--top-k", type=_positive_int, metavar="K", help="sample from the K likeliest tokens only")
     add("--top-p", type=_fraction, metavar="P", help="sample from the likeliest tokens that make up P only")
-    add("--seed", type=_whole_number, metavar="N", help="makes sampling repeatable")
+    add("--seed", type=_seed, metavar="N", help="makes sampling repeatable")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 
@@ -202,9 +202,9 @@ def _add_tasks(commands: Any) -> None:
         help="time for all of it: each model's training is cut to an even share of what is left (default: no limit)",
     )  # fmt: skip
     add("--eager", action="store_true", help="no CUDA graphs")
-    add("--seed", type=_whole_number, default=0, metavar="N", help="of weights and data (default: %(default)s)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of weights and data (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in (default: %(default)s)")
-    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
+    add("--threads", type=_threads, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 
@@ -243,6 +243,8 @@ def _number(kind: type, low: float, text: str, *, above: bool = False, high: flo
 
 _positive_int = _number(int, 1, "a whole number of at least 1")
 _whole_number = _number(int, 0, "a whole number of at least 0")
+_seed = _number(int, 0, "a whole number from 0 to 2^63 - 1", high=2**63 - 1)
+_threads = _number(int, 1, "a whole number from 1 to 1024", high=1024)
 _positive_float = _number(float, 0, "a number greater than 0", above=True)
 _not_negative_float = _number(float, 0, "a number of at least 0")
 _fraction = _number(float, 0, "a number from 0 to 1", high=1)

@@ -71,11 +71,15 @@ def _resume(given: dict[str, Any], given_options: dict[str, Any]) -> Trainer:
     if folder is None:
         raise CommandError(f"cannot resume: there is no checkpoint in {options.out}")
     state = checkpoint.load_state(folder)
-    if state.get("format") != STATE_FORMAT:
-        raise CommandError(f"cannot resume: {folder} is of another version of flash-xlstm")
-    options = RunOptions(**{**state["options"], **given_options})
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise CommandError(f"cannot resume: {folder} is of another version of flash-xlstm, or corrupt")
+    try:
+        options = RunOptions(**{**state["options"], **given_options})
+        settings = TrainSettings(**state["settings"])
+    except (KeyError, TypeError) as error:
+        raise CommandError(f"cannot resume: corrupt checkpoint {folder}: its state does not fit ({error})") from error
     _use_threads(options.threads)
-    settings = _merge(TrainSettings(**state["settings"]), given, folder, device)
+    settings = _merge(settings, given, folder, device)
     model = checkpoint.load_model(folder, dtype=torch.float32)
     tokenizer = checkpoint.load_tokenizer_of(folder, model.config.vocab_size)
     _check_model(settings, given, folder, model.config, tokenizer)

@@ -48,7 +48,7 @@ def kernel_for(op: str, device: torch.device | str) -> str:
     if op == "slstm" and hopper:
         return (
             "CUDA, Hopper (a cluster a head, R in registers) for bfloat16 and float16 with dim a multiple of 8, up to "
-            "768 (backward: bfloat16, up to 512), else portable"
+            "768, else portable"
         )
     if op in ("mlstm", "mlstm_sig"):
         portable = "portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)"
@@ -56,5 +56,7 @@ def kernel_for(op: str, device: torch.device | str) -> str:
             return f"CUDA, Hopper (wgmma) for 16-bit types with dqk and dv multiples of 8, 16 to 1024, else {portable}"
         return f"CUDA, {portable}"
     if op in ("linear_rows", "fused_linear_rows"):
+        if hopper:
+            return "CUDA, Hopper (a stream of the copy engine, mma.sync), for bfloat16"
         return "CUDA, portable (mma.sync tensor cores), for bfloat16"
     return "CUDA, portable"

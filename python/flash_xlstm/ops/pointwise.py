@@ -102,11 +102,13 @@ def _(dy: Tensor, x: Tensor, cap: float) -> Tensor:
 
 @torch.library.register_fake("flash_xlstm::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _common.no_mixed_meta(x, of="x", weight=weight)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("flash_xlstm::add_rms_norm")
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _common.no_mixed_meta(x, of="x", residual=residual, weight=weight)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -117,6 +119,7 @@ def _(dy, dsum, x, weight, eps, weight_gradient):
 
 @torch.library.register_fake("flash_xlstm::gated_head_norm")
 def _(h: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _common.no_mixed_meta(h, of="h", gate=gate, weight=weight)
     return h.new_empty(gate.shape)
 
 
@@ -127,6 +130,7 @@ def _(dy, h, gate, weight, eps, weight_gradient):
 
 @torch.library.register_fake("flash_xlstm::swiglu")
 def _(x: Tensor, y: Tensor) -> Tensor:
+    _common.no_mixed_meta(x, of="x", y=y)
     return x.new_empty(x.shape)
 
 
