@@ -61,7 +61,9 @@ def test_a_missing_extra_is_named(command, package):
 
 
 def test_wrong_usage_ends_with_2(capsys):
-    for arguments in ([], ["nonsense"], ["train", "--steps", "0"], ["train", "--learning-rate", "nan"]):
+    out_of_range = [["--seed", str(2**63)], ["--threads", "40000"]]
+    wrong = [[], ["nonsense"], ["train", "--steps", "0"], ["train", "--learning-rate", "nan"]]
+    for arguments in (*wrong, *(["train", "--out", "run", *x] for x in out_of_range)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

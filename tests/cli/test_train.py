@@ -386,6 +386,19 @@ def _garble(path):
     path.write_text("{nonsense")
 
 
+def _no_options(path):
+    torch.save({name: x for name, x in torch.load(path, weights_only=True).items() if name != "options"}, path)
+
+
+def _unknown_setting(path):
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "settings": {**state["settings"], "nonsense": 1}}, path)
+
+
+def _list(path):
+    torch.save([1], path)
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -396,6 +409,9 @@ def _garble(path):
         ("config.json", _garble),
         (checkpoint.STATE, _truncate),
         (checkpoint.STATE, os.remove),
+        (checkpoint.STATE, _no_options),
+        (checkpoint.STATE, _unknown_setting),
+        (checkpoint.STATE, _list),
     ],
 )
 def test_a_corrupt_checkpoint(train, resume, error_line, name, damage):

@@ -453,6 +453,15 @@ def test_row_ops_on_meta():
             assert y.is_meta and y.shape == (3, inputs[-1].shape[-1]) and y.dtype == torch.bfloat16
 
 
+@ROW_OP
+def test_row_ops_refuse_meta_among_others(op):
+    form, _, make = ROW_OPS[op]
+    inputs = make("cpu", torch.float32)
+    for x in range(1, len(inputs)):
+        with pytest.raises(ValueError, match="is on meta; it must be on the device of"):
+            form(*(t.to("meta") if y == x else t for y, t in enumerate(inputs)))
+
+
 ROW_OP_ERRORS = {
     "rms_norm": {
         "x of no dimension": ({0: torch.tensor(1.0)}, ValueError, "x has shape"),
