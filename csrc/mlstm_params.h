@@ -76,6 +76,7 @@ struct MlstmStep {
   // (batch): the slot of each row; -1 leaves the row out (its h is 0). nullptr: row b uses slot b.
   const int32_t* state_indices = nullptr;
   void* h;  // (batch, heads, dv) contiguous, dtype
+  bool settled_state = false;  // nothing that may still run writes the state: it may be read before it has ended
 };
 
 }  // namespace flash_xlstm

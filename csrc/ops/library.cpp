@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn)");
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
-      "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap) -> Tensor");
+      "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap, bool settled_state=False) -> Tensor");
   // `qkvo`, `gates` and `up` are the weights of layers that read the same input: stacked in one (q, k, v, output gate;
   // input gate, forget gate; gate, up), or each for itself in that order.
   lib.def(

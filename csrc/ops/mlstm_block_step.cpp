@@ -141,6 +141,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   if (rows.rows() < 1 || rows.rows() > 16) value_error("x has ", rows.rows(), " rows; it must have 1 to 16");
   const int64_t size = x.size(x.dim() - 1), up_size = down.size(1);
   MlstmStep step{};
+  step.settled_state = true;
   step.batch = rows.rows(), step.heads = c.size(1), step.dqk = c.size(2), step.dv = c.size(3);
   set_step_state(step, x, c, n, m, state_indices);
   set_step_options(step, std::nullopt, eps, gate_soft_cap);

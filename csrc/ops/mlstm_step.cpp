@@ -79,8 +79,9 @@ void set_step_options(MlstmStep& p, std::optional<double> scale, double eps, std
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
                   OptTensor state_indices, std::optional<double> scale, double eps,
-                  std::optional<double> gate_soft_cap) {
+                  std::optional<double> gate_soft_cap, bool settled_state) {
   MlstmStep p{};
+  p.settled_state = settled_state;
   check_shape("q", q, {-1, -1, -1}, "(batch, heads, dqk)");
   check_op_dtype("q", q.scalar_type());
   p.batch = q.size(0), p.heads = q.size(1), p.dqk = q.size(2);

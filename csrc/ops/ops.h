@@ -41,7 +41,7 @@ Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, 
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
                   OptTensor state_indices, std::optional<double> scale, double eps,
-                  std::optional<double> gate_soft_cap);
+                  std::optional<double> gate_soft_cap, bool settled_state);
 
 Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_indices, Tensor norm_mlstm,
                         std::vector<Tensor> qkvo, std::vector<Tensor> gates, std::vector<Tensor> gate_biases,

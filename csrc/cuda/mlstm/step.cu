@@ -122,14 +122,16 @@ __global__ void __launch_bounds__(threads, resident)
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   let_next_kernel_start();
+  // c may be read at once.
+  const bool early = p.settled_state && p.state_indices == nullptr;
   // The first batch; in vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
   if (guess >= 0 && guess < p.num_slots && column < p.dv) {
     const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
-    for (int r = group; r < min(dqk, batch_rows * groups); r += groups) prefetch_to_l2(first + r * p.dv);
+    for (int r = group; r < (early ? 0 : min(dqk, batch_rows * groups)); r += groups) prefetch_to_l2(first + r * p.dv);
     if constexpr (few) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
   }
-  wait_for_earlier_kernels();
+  if (!early) wait_for_earlier_kernels();
 
   const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
   if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
@@ -152,6 +154,7 @@ __global__ void __launch_bounds__(threads, resident)
     }
   };
   load_batch(group);
+  if (early) wait_for_earlier_kernels();
 
   const bool is_float = p.dtype == DType::float32, gates_are_float = p.gate_dtype == DType::float32;
   const auto read = [&](const Strided& from, int64_t x) {

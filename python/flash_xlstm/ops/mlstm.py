@@ -95,6 +95,7 @@ def mlstm_step(
     scale: float | None = None,
     eps: float = 1e-6,
     gate_soft_cap: float | None = None,
+    settled_state: bool = False,
 ) -> Tensor:
     """One token of the mLSTM for every row of a batch; updates `state` in place.
 
@@ -112,6 +113,8 @@ def mlstm_step(
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
         gate_soft_cap: as in :func:`mlstm`.
+        settled_state: a promise that no operator of this package that may still run on the GPU writes `state`. A GPU
+            from Hopper on then begins to read c while the operator before still runs.
 
     On CUDA, dqk is at most 8,192.
 
@@ -133,7 +136,7 @@ def mlstm_step(
             "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
             "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
         )
-    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap)
+    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state)
 
 
 @torch.library.register_fake("flash_xlstm::mlstm")
@@ -170,7 +173,7 @@ def _(
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_step")
-def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap):
+def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state=False):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, state_indices=state_indices, **{"state c": c, "state n": n, "state m": m}
     )  # fmt: skip
