@@ -196,8 +196,7 @@ bool vectors(const GatedHeadNormBackward& b) {
 
 // A multiple of the heads.
 int64_t backward_blocks(const GatedHeadNorm& p, int64_t groups) {
-  const int64_t each = std::max<int64_t>(1, processor_count() / p.heads);
-  return p.heads * std::min(each, (p.tokens + groups - 1) / groups);
+  return p.heads * walking_blocks(p.tokens, groups, std::max<int64_t>(1, processor_count() / p.heads));
 }
 
 }  // namespace

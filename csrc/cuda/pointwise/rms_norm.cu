@@ -161,7 +161,7 @@ bool vectors(const RmsNormBackward& p) {
 }
 
 int64_t backward_blocks(const RmsNormBackward& p, int64_t groups) {
-  return std::min<int64_t>(processor_count(), (p.rows + groups - 1) / groups);
+  return walking_blocks(p.rows, groups, processor_count());
 }
 
 }  // namespace

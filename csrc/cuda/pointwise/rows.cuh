@@ -7,8 +7,8 @@
 //   any, unaligned         512                   32 single elements
 //
 // Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor, walk over the rows and keep
-// their share of the weight's gradient in registers. They read rows ahead: each thread copies its packs of the next
-// rows into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so that
+// their share of the weight's gradient in registers. They read a row ahead: each thread copies its packs of the next
+// row into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so that
 // it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into the
 // block's row of a workspace, whose rows a second launch adds up (sum_rows).
 //
@@ -18,7 +18,7 @@
 //   any, unaligned            512                       32 single elements
 //
 // Walking, the fewer packs a thread has the sooner the last rows of a block are done, which nothing overlaps; with two
-// there is room for more rows ahead, and for a row's elements in registers between the sums and the gradients.
+// there is room for a row's elements in registers between the sums and the gradients.
 #pragma once
 
 #include <algorithm>
@@ -291,14 +291,12 @@ __device__ __forceinline__ Pack<typename L::T, L::width> read_pack(uint32_t slot
   return pack;
 }
 
-// Until all but the last `pending` (0, 1 or 3) groups of this thread's copies have arrived.
+// Until all but the last `pending` (0 or 1) groups of this thread's copies have arrived.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   if (pending == 0)
     ptx::cp_async_wait<0>();
-  else if (pending == 1)
-    ptx::cp_async_wait<1>();
   else
-    ptx::cp_async_wait<3>();
+    ptx::cp_async_wait<1>();
 }
 
 // The weight of a thread's packs, 0 beyond the row's end: fetched, 16-bit elements as they are in the first half of
@@ -415,15 +413,19 @@ inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
   return groups;
 }
 
-// How many rows of `tensors` tensors a walking group has slots for: one, two or four, as many as the device's shared
-// memory allows but no more than about 200 KiB a block.
+// How many rows of `tensors` tensors a walking group has slots for: two, or one where the device has not the shared
+// memory. More than one row ahead made the kernels slower.
 template <typename L>
 int walking_stages(int tensors) {
   constexpr int reserved = 4096;  // for the kernels' other buffers
-  const int each = tensors * L::row_slots * 16, limit = shared_memory_limit();
-  int stages = L::packs <= 2 ? 4 : 2;
-  while (stages > 1 && stages * each + reserved > limit) stages /= 2;
-  return stages;
+  return 2 * tensors * L::row_slots * 16 + reserved <= shared_memory_limit() ? 2 : 1;
+}
+
+// How many blocks walk over `rows`, `groups` at a time each: one a multiprocessor, but no more than it takes for all to
+// be done at once.
+inline int64_t walking_blocks(int64_t rows, int64_t groups, int64_t processors) {
+  const int64_t turns = std::max<int64_t>(1, (rows + groups * processors - 1) / (groups * processors));
+  return (rows + groups * turns - 1) / (groups * turns);
 }
 
 // out (columns; float32 or bfloat16 or float16) = the sums of `rows` rows of partial, in a fixed order.
