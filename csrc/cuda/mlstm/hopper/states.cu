@@ -28,7 +28,8 @@
 // that no consumer waits for the memory that they are read from.
 //
 // Of a chunk's two halves the second's fragments are made while the first's products run. Small states (dv up to 128),
-// whose walks are bounded by the length of a step, not by what it moves, share multiprocessors where they fit.
+// whose walks are bounded by the length of a step, not by what it moves, share multiprocessors where they fit. A step
+// holds a chunk's two stages to its end, so what is on its way meanwhile is the rest of the ring: at 64 x 64 four more.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
@@ -76,13 +77,13 @@ constexpr float forgotten = -160.0f;
 template <int groups, int tile_dv, typename T>
 struct StateShared {
   static constexpr bool is_small = tile_dv <= 128;
-  static constexpr int num_stages = is_small && groups == 2 ? 4 : 3;
-  static constexpr int blocks_per_processor = groups == 1 && is_small ? (tile_dv == 64 ? 3 : 2) : 1;
+  static constexpr int num_stages = groups == 1 && tile_dv == 64 ? 6 : groups == 2 && is_small ? 4 : 3;
+  static constexpr int blocks_per_processor = groups == 1 && is_small ? 2 : 1;
   // No more in all than the launch gives the block, or the consumers would wait for the rest forever.
   static constexpr int launch_registers = 65536 / ((groups + 1) * 128 * blocks_per_processor) / 8 * 8;
-  static constexpr int producer_registers = blocks_per_processor == 3 ? 40 : 48;
+  static constexpr int producer_registers = 48;
   static constexpr int consumer_registers =
-      blocks_per_processor == 3 ? 120 : blocks_per_processor == 2 ? 208 : groups == 1 ? 232 : 224;
+      blocks_per_processor == 2 ? 208 : groups == 1 ? 232 : 224;
   static_assert(producer_registers + groups * consumer_registers <= (groups + 1) * std::min(launch_registers, 232));
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
@@ -648,10 +649,12 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   constexpr int64_t least_chunks = 8, most = 32;  // of a segment; of a sequence
   const int groups = consumer_groups(p.dqk);
   const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
-  // The smallest states' blocks share multiprocessors. More of them would gain less than walking twice costs.
-  const int64_t room = groups == 1 && column_tile(p.dv) == box ? processors * 3 / 2 : processors;
-  const int64_t count =
-      std::min({room / std::max(blocks, int64_t{1}), ceil_div(p.seq, chunk_tokens) / least_chunks, most});
+  const int64_t chunks = ceil_div(p.seq, chunk_tokens);
+  // The smallest states' blocks share multiprocessors; but the more there are, the more is walked twice. Of a long
+  // sequence that is little, for most of it is forgotten.
+  const bool is_smallest = groups == 1 && column_tile(p.dv) == box;
+  const int64_t room = !is_smallest ? processors : chunks < 256 ? processors * 5 / 4 : processors * 2;
+  const int64_t count = std::min({room / std::max(blocks, int64_t{1}), chunks / least_chunks, most});
   if (count < 2) return {1, 0, 0};
   const int64_t shares = 2 * count * blocks * groups;
   return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};
