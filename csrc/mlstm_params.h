@@ -77,6 +77,7 @@ struct MlstmStep {
   const int32_t* state_indices = nullptr;
   void* h;  // (batch, heads, dv) contiguous, dtype
   bool settled_state = false;  // nothing that may still run writes the state: it may be read before it has ended
+  bool holds_next = false;     // the next kernel starts only when all before this one have ended
 };
 
 }  // namespace flash_xlstm

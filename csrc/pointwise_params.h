@@ -104,8 +104,9 @@ struct FusedLinearRows {
   Part part[max_parts];
   const void* residual;  // (rows, out) residual_stride apart; nullptr: none
   int64_t residual_stride;
-  bool swiglu;  // two parts of equal out
+  bool swiglu;            // two parts of equal out
   bool constant_weights;  // nothing that may still run writes the weights: they may be read before it has ended
+  bool holds_next;        // the next kernel starts only when all before this one have ended
 };
 
 }  // namespace flash_xlstm

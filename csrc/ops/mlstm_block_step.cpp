@@ -141,7 +141,6 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   if (rows.rows() < 1 || rows.rows() > 16) value_error("x has ", rows.rows(), " rows; it must have 1 to 16");
   const int64_t size = x.size(x.dim() - 1), up_size = down.size(1);
   MlstmStep step{};
-  step.settled_state = true;
   step.batch = rows.rows(), step.heads = c.size(1), step.dqk = c.size(2), step.dv = c.size(3);
   set_step_state(step, x, c, n, m, state_indices);
   set_step_options(step, std::nullopt, eps, gate_soft_cap);
@@ -206,7 +205,9 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   const RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
   const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
   const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});
-  const FusedLinearRows first = fused(products);
+  // The step reads the state while this product runs: what wrote it may be the kernels just before.
+  FusedLinearRows first = fused(products);
+  first.holds_next = step.settled_state = true;
   set_step(part, gate);
   const GatedHeadNorm gated = head_norm_of(part[3]);
   std::vector<LinearRows> all = products;

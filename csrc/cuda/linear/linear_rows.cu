@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
       if (k < in) prefetch_to_l2(weight_row(line / row_lines) + k);
     }
   }
-  let_next_kernel_start();
+  if (!p.holds_next) let_next_kernel_start();
   wait_for_earlier_kernels();
+  if (p.holds_next) let_next_kernel_start();
 
   const bf16* const w[2] = {weight_row(fragment_row) + fragment_k, weight_row(fragment_row + 8) + fragment_k};
   const bf16* x[row_tiles];

@@ -30,6 +30,8 @@ namespace {
 
 // Few enough (row, head) that 16 blocks of 512 threads each run together.
 constexpr int64_t few_items = 16;
+// Batches of rows of c that a block fetches into the second-level cache first of all.
+constexpr int early_batches = 2;
 constexpr int portable_cluster = 8, largest_cluster = 16;
 
 template <typename C, int width>
@@ -121,17 +123,27 @@ __global__ void __launch_bounds__(threads, resident)
   const int dqk = static_cast<int>(p.dqk);
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
-  let_next_kernel_start();
-  // c may be read at once.
-  const bool early = p.settled_state && p.state_indices == nullptr;
-  // The first batch; in vain if an earlier kernel is about to change the index.
+  // Many blocks gain nothing by reading their own rows of c at once, where the cache can be asked for more.
+  const bool early = few && p.settled_state && p.state_indices == nullptr, holds_next = few && p.holds_next;
+  if (!holds_next) let_next_kernel_start();
+  // In vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (guess >= 0 && guess < p.num_slots && column < p.dv) {
-    const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + column;
-    for (int r = group; r < (early ? 0 : min(dqk, batch_rows * groups)); r += groups) prefetch_to_l2(first + r * p.dv);
+  if (guess >= 0 && guess < p.num_slots) {
+    constexpr int line = 128 / sizeof(C), lines = std::max<int>(1, tile_columns * sizeof(C) / 128);  // of a row
+    const int64_t first_column = static_cast<int64_t>(block) * tile_columns;
+    const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + first_column;
+    const int wanted = early ? 0 : min(dqk, early_batches * batch_rows * groups) * lines;
+    for (int x = threadIdx.x; x < wanted; x += threads) {
+      const int r = x / lines, at = x % lines * line;
+      if (first_column + at < p.dv) prefetch_to_l2(first + r * p.dv + at);
+    }
     if constexpr (few) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
   }
-  if (!early) wait_for_earlier_kernels();
+  const auto wait = [&] {
+    wait_for_earlier_kernels();
+    if (holds_next) let_next_kernel_start();
+  };
+  if (!early) wait();
 
   const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
   if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
@@ -154,7 +166,7 @@ __global__ void __launch_bounds__(threads, resident)
     }
   };
   load_batch(group);
-  if (early) wait_for_earlier_kernels();
+  if (early) wait();
 
   const bool is_float = p.dtype == DType::float32, gates_are_float = p.gate_dtype == DType::float32;
   const auto read = [&](const Strided& from, int64_t x) {
@@ -313,8 +325,10 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
     return launch<C, 1, 32, 256, 8, 3>(p, counters, stream);
   }
   if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
-    return width == 8 ? launch<C, width, 8, 256, 8, 2>(p, counters, stream)
-                      : launch<C, width, 8, 512, 4, 2>(p, counters, stream);
+    if constexpr (width == 8)
+      return launch<C, width, 8, 256, 8, 2>(p, counters, stream);
+    else
+      return launch<C, width, 8, 512, 4, 2>(p, counters, stream);
   }
   if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16, 256, 8, resident>(p, counters, stream);
   return launch<C, width, 32, 256, 8, resident>(p, counters, stream);

@@ -113,8 +113,9 @@ def mlstm_step(
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
         gate_soft_cap: as in :func:`mlstm`.
-        settled_state: a promise that no operator of this package that may still run on the GPU writes `state`. A GPU
-            from Hopper on then begins to read c while the operator before still runs.
+        settled_state: a promise that no operator of this package that may still run on the GPU writes `state`: the
+            last few may, but of steps with this promise only the last. For few rows, a GPU from Hopper on then begins
+            to read c while the operator before still runs.
 
     On CUDA, dqk is at most 8,192.
 
@@ -136,7 +137,9 @@ def mlstm_step(
             "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
             "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
         )
-    return torch.ops.flash_xlstm.mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state)
+    return torch.ops.flash_xlstm.mlstm_step(
+        q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state
+    )
 
 
 @torch.library.register_fake("flash_xlstm::mlstm")

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(threads, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int in = static_cast<int>(p.in), rows = static_cast<int>(p.rows), blocks = static_cast<int>(gridDim.x);
 
-  let_next_kernel_start();
+  if (!p.holds_next) let_next_kernel_start();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::stages; ++stage) {
       ptx::mbarrier_init(full + stage, 1);
@@ -161,6 +161,7 @@ __global__ void __launch_bounds__(threads, 1)
   const uint8_t* const fragment =
       ring + k_group / 2 * S::box_bytes + fragment_row * row_bytes + ((k_group % 2 * 4 + lane % 4) ^ fragment_row) * 16;
   wait_for_earlier_kernels();
+  if (p.holds_next) let_next_kernel_start();
   int stage = 0, parity = 0;
   for (int t = blockIdx.x; t < tiles; t += blocks) {
     float acc[column_tiles][4] = {};
