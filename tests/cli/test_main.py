@@ -60,6 +60,25 @@ def test_a_missing_extra_is_named(command, package):
     )
 
 
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_an_interrupt_while_modules_are_imported(module, tmp_path):
+    code = f"""
+import contextlib, importlib.metadata, os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            with contextlib.suppress(KeyboardInterrupt):  # as some imports do
+                os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+(command,) = importlib.metadata.entry_points(group="console_scripts", name="flash-xlstm")
+sys.exit(command.load()())
+"""
+    arguments = [sys.executable, "-c", code, "generate", str(tmp_path), "x"]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == 130
+    assert result.stderr == "\nflash-xlstm: interrupted\n"
+
+
 def test_wrong_usage_ends_with_2(capsys):
     out_of_range = [["--seed", str(2**63)], ["--threads", "40000"]]
     wrong = [[], ["nonsense"], ["train", "--steps", "0"], ["train", "--learning-rate", "nan"]]

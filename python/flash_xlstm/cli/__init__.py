@@ -15,6 +15,7 @@ import torch
 
 from flash_xlstm.cli.errors import CommandError, Interrupted, reason
 from flash_xlstm.cli.settings import RunOptions, TrainSettings, flag
+from flash_xlstm_command import interrupt_ends_imports
 
 _TRAIN_HELP = """
 Trains a language model and writes a Hugging Face checkpoint folder, OUT/checkpoint-STEP: config.json and
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for an error, told in one line; 130 if interrupted.
     """
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return _import(args.command).run(args)
     except CommandError as error:
         print(f"flash-xlstm: error: {error}", file=sys.stderr)
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _import(command: str) -> ModuleType:
     """A command's module; only `info` can do with torch alone."""
     try:
-        return importlib.import_module(f"flash_xlstm.cli.{command}")
+        with interrupt_ends_imports():
+            return importlib.import_module(f"flash_xlstm.cli.{command}")
     except ImportError as error:
         cause = error
         while cause.name is None and isinstance(cause.__cause__, ImportError):
