@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flash_xlstm.cli import generate, main
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
@@ -127,6 +128,39 @@ def test_a_vocabulary_that_does_not_match(folder, error_line):
     xLSTMForCausalLM(xLSTMConfig.from_dict({**config, "vocab_size": 300})).save_pretrained(folder)
     assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
     assert "the vocabulary does not match" in error_line()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: {}, "does not have the model_type 'xlstm'"),
+        (lambda config: [], "does not have the model_type 'xlstm'"),
+        (lambda config: {**config, "model_type": "llama"}, "does not have the model_type 'xlstm'"),
+        (lambda config: {"model_type": "xlstm"}, "weights do not fit config.json"),
+        (lambda config: {**config, "num_blocks": 3, "num_hidden_layers": 3}, "weights do not fit config.json"),
+        (lambda config: {**config, "ffn_proj_factor": 50.0}, "weights do not fit config.json"),
+    ],
+)
+def test_no_model_is_built_that_the_weights_do_not_fit(folder, error_line, monkeypatch, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    monkeypatch.setattr(xLSTMForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("built a model"))
+    assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
+    assert message in error_line()
+
+
+@pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {"weight_mode": "fused"}])
+def test_models_that_are_saved_in_another_form(folder, error_line, capsys, change):
+    config = xLSTMConfig.from_pretrained(folder)
+    for name, value in change.items():
+        setattr(config, name, value)
+    xLSTMForCausalLM(config).save_pretrained(folder)
+    if config.tie_word_embeddings:  # as transformers' own saves it
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert main(["generate", str(folder), "x", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("x")
 
 
 @pytest.mark.cuda

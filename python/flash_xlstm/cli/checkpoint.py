@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from flash_xlstm.cli.data import BYTES, load_tokenizer
 from flash_xlstm.cli.errors import CommandError, reason
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
+from flash_xlstm.models.checkpoints import weight_modes
 
 STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
@@ -136,6 +137,7 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
         CommandError: the checkpoint is not whole.
     """
     with _readable(folder):
+        _check_sizes(folder)
         model, report = xLSTMForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
@@ -143,6 +145,28 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
     if wrong:
         raise CommandError(f"corrupt checkpoint {folder}: weights do not fit config.json, among them {wrong[0]}")
     return model
+
+
+def _check_sizes(folder: Path) -> None:
+    """Compares the weights with config.json before a model of the size that it asks for takes memory and time."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or values.get("model_type") != xLSTMConfig.model_type:
+        raise ValueError(f"config.json does not have the model_type {xLSTMConfig.model_type!r}")
+    shapes = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+    if not shapes:  # from_pretrained knows other files, or what is missing
+        return
+    config = xLSTMConfig.from_dict(values)
+    config.weight_mode, _ = weight_modes(xLSTMConfig, folder, config, {})
+    with torch.device("meta"):
+        wanted = {name: list(t.shape) for name, t in xLSTMForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.setdefault("lm_head.weight", wanted["lm_head.weight"])
+    wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
+    if wrong:
+        raise ValueError(f"weights do not fit config.json, among them {wrong[0]}")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
