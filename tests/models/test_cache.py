@@ -106,6 +106,9 @@ def test_load_errors(config, tmp_path):
     other = xLSTMConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_heads=2)
     with pytest.raises(ValueError, match=r"holds the cache of another model.*2 layers of shape"):
         xLSTMCache.load(path, other)
+    device = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ValueError, match=f"device is '{device}', which torch cannot use"):
+        xLSTMCache.load(path, config, device)
 
 
 def test_expand_and_copy(config):

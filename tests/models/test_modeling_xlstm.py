@@ -568,6 +568,10 @@ def test_errors(make_ours, tokens):
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(2, 4, 128))
+    with pytest.raises(ValueError, match=r"input_ids has shape \(4,\); it must be \(batch, seq\)"):
+        model(ids[0])
+    with pytest.raises(ValueError, match=r"inputs_embeds has shape \(4, 128\); it must be \(batch, seq, hidden_size\)"):
+        model(inputs_embeds=torch.zeros(4, 128))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
         model(ids, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="attention_mask has shape"):

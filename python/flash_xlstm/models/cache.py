@@ -208,8 +208,12 @@ class xLSTMCache:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it holds no cache, or that of another model.
+            ValueError: it holds no cache, or that of another model; or there is no such device.
         """
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+            raise ValueError(f"device is {str(device)!r}, which torch cannot use: {error}") from error
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
                 facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}

@@ -54,14 +54,17 @@ class _Default(int):
 
 def _same(first_name: str, first: int, second_name: str, second: int | None) -> int:
     """The value of two names for one parameter."""
-    if second is None or second == first:
-        return first
-    if isinstance(first, _Default):
-        return second
-    raise ValueError(
-        f"{first_name} is {first} and {second_name} is {second}; they are two names of one size and must "
-        "be equal (give one of them)"
-    )
+    value = first if second is None else second
+    if value != first and not isinstance(first, _Default):
+        raise ValueError(
+            f"{first_name} is {first} and {second_name} is {second}; they are two names of one size and must "
+            "be equal (give one of them)"
+        )
+    return int(value) if _is_whole(value) else value  # no _Default; what is no number check() refuses
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class xLSTMConfig(PreTrainedConfig):
@@ -182,8 +185,8 @@ class xLSTMConfig(PreTrainedConfig):
         hidden_size = _Default(4096) if hidden_size is None else hidden_size
         num_hidden_layers = _Default(32) if num_hidden_layers is None else num_hidden_layers
         self.vocab_size = vocab_size
-        self.hidden_size = int(_same("hidden_size", hidden_size, "embedding_dim", embedding_dim))
-        self.num_hidden_layers = int(_same("num_hidden_layers", num_hidden_layers, "num_blocks", num_blocks))
+        self.hidden_size = _same("hidden_size", hidden_size, "embedding_dim", embedding_dim)
+        self.num_hidden_layers = _same("num_hidden_layers", num_hidden_layers, "num_blocks", num_blocks)
         self.num_heads = num_heads
         self.use_bias = use_bias
         self.norm_reduction_force_float32 = norm_reduction_force_float32
@@ -253,7 +256,7 @@ class xLSTMConfig(PreTrainedConfig):
             "ffn_round_up_to_multiple_of", "max_inference_chunksize",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         for name in ("qk_dim_factor", "v_dim_factor", "ffn_proj_factor", "norm_eps", "eps"):
             self._check_positive(name)

@@ -280,6 +280,11 @@ class xLSTMModel(xLSTMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
+        name, sizes = (
+            ("input_ids", "batch, seq") if inputs_embeds is None else ("inputs_embeds", "batch, seq, hidden_size")
+        )
+        if inputs.dim() != sizes.count(",") + 1:
+            raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it must be ({sizes})")
         use_cache = self._resolve_use_cache(use_cache, cache_params)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
