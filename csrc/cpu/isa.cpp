@@ -1,5 +1,6 @@
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/vector_kernels.h"
 
@@ -22,19 +23,21 @@ struct Choice {
   const char* name;
 };
 
-// The best that the processor has; at most what FLASH_XLSTM_CPU_ISA names (baseline, avx2), so that one machine can test
-// what others run.
+// The best that the processor has; at most what FLASH_XLSTM_CPU_ISA names, so that one machine can test what others
+// run.
 Choice choose() {
+  const char* value = std::getenv("FLASH_XLSTM_CPU_ISA");
+  const std::string limit = value != nullptr && *value != '\0' ? value : "avx512";
+  if (limit != "baseline" && limit != "avx2" && limit != "avx512") {
+    throw std::invalid_argument("FLASH_XLSTM_CPU_ISA is '" + limit + "'; it must be baseline, avx2 or avx512");
+  }
 #ifdef FLASH_XLSTM_X86_ISAS
-  const char* limit = std::getenv("FLASH_XLSTM_CPU_ISA");
-  const auto limited_to = [&](const char* name) { return limit != nullptr && std::strcmp(limit, name) == 0; };
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && !limited_to("avx2") &&
-      !limited_to("baseline")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && limit == "avx512") {
     return {&avx512::vector_kernels, "AVX-512"};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !limited_to("baseline")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && limit != "baseline") {
     return {&avx2::vector_kernels, "AVX2"};
   }
 #endif

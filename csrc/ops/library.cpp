@@ -3,8 +3,8 @@
 #include "ops/ops.h"
 
 // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
-// `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so are
-// s and n without `normalize`, which then are no inputs either.
+// `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so
+// are s and n without `normalize`, which then are no inputs either.
 STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "

@@ -25,14 +25,15 @@ std::pair<int64_t, int64_t> check_x(const Tensor& x) {
   return {rows, in};
 }
 
-void check_weight(const Tensor& weight, const OptTensor& bias, const Tensor& x, int64_t in) {
-  check_shape("weight", weight, {-1, in}, "(out, in)");
-  check_dtype("weight", weight, x.scalar_type(), ", as x");
-  check_device("weight", weight, x, "x");
+void check_weight(const char* name, const Tensor& weight, const char* bias_name, const OptTensor& bias, const Tensor& x,
+                  int64_t in) {
+  check_shape(name, weight, {-1, in}, "(out, in)");
+  check_dtype(name, weight, x.scalar_type(), ", as x");
+  check_device(name, weight, x, "x");
   if (!bias) return;
-  check_shape("bias", *bias, {weight.size(0)}, "(out,)");
-  check_dtype("bias", *bias, x.scalar_type(), ", as x");
-  check_device("bias", *bias, x, "x");
+  check_shape(bias_name, *bias, {weight.size(0)}, "(out,)");
+  check_dtype(bias_name, *bias, x.scalar_type(), ", as x");
+  check_device(bias_name, *bias, x, "x");
 }
 
 Tensor output_of(const Tensor& x, const Tensor& weight) {
@@ -42,14 +43,14 @@ Tensor output_of(const Tensor& x, const Tensor& weight) {
 }
 
 #ifdef FLASH_XLSTM_WITH_CUDA
-void check_cuda_limits(const Tensor& x, const Tensor& weight) {
+void check_cuda_limits(const Tensor& x, const char* name, const Tensor& weight) {
   if (x.scalar_type() != ScalarType::BFloat16) {
     type_error("x has dtype ", dtype_text(x.scalar_type()), "; on CUDA it must be bfloat16");
   }
   if (weight.size(1) % 8 != 0) {
-    value_error("weight has shape ", shape_text(weight), "; on CUDA its second dimension must be a multiple of 8");
+    value_error(name, " has shape ", shape_text(weight), "; on CUDA its second dimension must be a multiple of 8");
   }
-  if (!aligned(weight)) value_error("weight begins at no multiple of 16 bytes; call weight.clone()");
+  if (!aligned(weight)) value_error(name, " begins at no multiple of 16 bytes; call ", name, ".clone()");
 }
 
 // With rows that begin at multiples of 16 bytes and do not overlap, as those of an expanded x do.
@@ -72,7 +73,7 @@ void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {
 
 Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weights) {
   const auto [rows, in] = check_x(x);
-  check_weight(weight, bias, x, in);
+  check_weight("weight", weight, "bias", bias, x, in);
   weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   Tensor y = output_of(x, weight);
@@ -87,7 +88,7 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weight
     return y;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA
-  check_cuda_limits(x, weight);
+  check_cuda_limits(x, "weight", weight);
   x = aligned_rows(x);
   FusedLinearRows p{};
   p.dtype = to_dtype(x.scalar_type());
@@ -108,14 +109,18 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   const auto [rows, in] = check_x(x);
   const int64_t count = static_cast<int64_t>(weights.size());
   if (count < 1 || count > FusedLinearRows::max_parts) {
-    value_error("weight has ", count, " tensors; it must have 1 to ", int64_t{FusedLinearRows::max_parts});
+    value_error("weights has ", count, " tensors; it must have 1 to ", int64_t{FusedLinearRows::max_parts});
   }
   if (static_cast<int64_t>(biases.size()) != count) {
-    value_error("bias has ", static_cast<int64_t>(biases.size()), " tensors; it must have as many as weight, ", count);
+    value_error("biases has ", static_cast<int64_t>(biases.size()), " tensors; it must have as many as weights, ",
+                count);
   }
-  for (int64_t x_part = 0; x_part < count; ++x_part) check_weight(weights[x_part], biases[x_part], x, in);
+  const auto name = [](const char* list, int64_t part) { return join_text(list, "[", part, "]"); };
+  for (int64_t part = 0; part < count; ++part) {
+    check_weight(name("weights", part).c_str(), weights[part], name("biases", part).c_str(), biases[part], x, in);
+  }
   if (swiglu && (count != 2 || weights[0].size(0) != weights[1].size(0))) {
-    value_error("weight must be two tensors of one shape with swiglu");
+    value_error("weights must be two tensors of one shape with swiglu");
   }
   if (residual) {
     if (count != 1) value_error("residual is for one weight");
@@ -127,7 +132,9 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   }
   if (x.is_cpu()) {  // step by step
     std::vector<Tensor> outputs;
-    for (int64_t part = 0; part < count; ++part) outputs.push_back(linear_rows(x, weights[part], biases[part], constant_weights));
+    for (int64_t part = 0; part < count; ++part) {
+      outputs.push_back(linear_rows(x, weights[part], biases[part], constant_weights));
+    }
     if (swiglu) outputs = {flash_xlstm::swiglu(outputs[0], outputs[1])};
     if (residual) outputs[0] = torch::stable::subtract(*residual, outputs[0], -1.0);
     return outputs;
@@ -141,7 +148,7 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   p.count = static_cast<int>(count);
   int64_t columns = 0;
   for (int64_t part = 0; part < count; ++part) {
-    check_cuda_limits(x, weights[part]);
+    check_cuda_limits(x, name("weights", part).c_str(), weights[part]);
     weights[part] = torch::stable::contiguous(weights[part]);
     if (biases[part]) biases[part] = torch::stable::contiguous(*biases[part]);
     p.part[part] = {weights[part].data_ptr(), biases[part] ? biases[part]->data_ptr() : nullptr,

@@ -36,9 +36,23 @@ print(build_info()["cpu_isa"])
 """
 
 
+def _run(program, isa):
+    environment = {**os.environ, "FLASH_XLSTM_CPU_ISA": isa}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_exact_with_fewer_instructions(isa):
-    environment = {**os.environ, "FLASH_XLSTM_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True)
+    done = _run(_PROGRAM, isa)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().lower() in (isa, "baseline")
+
+
+def test_an_empty_limit_is_none():
+    program = "import flash_xlstm; print(flash_xlstm.build_info()['cpu_isa'])"
+    assert _run(program, "").stdout == _run(program, "avx512").stdout != ""
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    done = _run("import flash_xlstm", "avx-2")
+    assert "ValueError: FLASH_XLSTM_CPU_ISA is 'avx-2'; it must be baseline, avx2 or avx512" in done.stderr

@@ -155,6 +155,8 @@ def test_errors_on_cuda():
         ops.linear_rows(x, torch.zeros(40 * 64 + 1, device="cuda", dtype=BF16)[1:].view(40, 64))
     with pytest.raises(ValueError, match="weight is on cpu"):
         ops.linear_rows(x, weight.cpu(), bias)
+    with pytest.raises(ValueError, match=r"weights\[1\] begins at no multiple of 16 bytes; call weights\[1\].clone"):
+        ops.fused_linear_rows(x, [weight, torch.zeros(40 * 64 + 1, device="cuda", dtype=BF16)[1:].view(40, 64)])
 
 
 # --- with what is around them -----------------------------------------------------------------------------------------
@@ -254,10 +256,12 @@ def test_fused_errors(device):
     (x, weights, biases), _ = fused_arguments(device, BF16, 3, 64, (40, 24))
     residual = torch.zeros(3, 40, dtype=BF16, device=device)
     wrong = [
-        ((x, [], []), {}, ValueError, "weight has 0 tensors"),
-        ((x, weights[:1] * 9, None), {}, ValueError, "weight has 9 tensors"),
-        ((x, weights, biases[:1]), {}, ValueError, "bias has 1 tensors"),
-        ((x, weights, biases), {"swiglu": True}, ValueError, "weight must be two tensors of one shape"),
+        ((x, [], []), {}, ValueError, "weights has 0 tensors"),
+        ((x, weights[:1] * 9, None), {}, ValueError, "weights has 9 tensors"),
+        ((x, weights, biases[:1]), {}, ValueError, "biases has 1 tensors"),
+        ((x, [weights[0], weights[1].float()]), {}, TypeError, r"weights\[1\] has dtype float32"),
+        ((x, weights, [None, biases[0]]), {}, ValueError, r"biases\[1\] has shape \(40,\)"),
+        ((x, weights, biases), {"swiglu": True}, ValueError, "weights must be two tensors of one shape"),
         ((x, weights, biases), {"residual": residual}, ValueError, "residual is for one weight"),
         ((x, weights[:1]), {"residual": residual[:2]}, ValueError, "residual has shape"),
         ((x, weights[:1]), {"residual": residual.float()}, TypeError, "residual has dtype float32"),
