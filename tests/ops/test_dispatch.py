@@ -28,10 +28,19 @@ def test_says_when_cuda_was_not_built(op, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_says_when_torch_sees_no_such_gpu(op, monkeypatch):
+    facts = {**build_info(), "cuda": "13.0"}
+    monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)
+    count = torch.cuda.device_count()
+    assert kernel_for(op, f"cuda:{count}") == f"none: torch sees {count} GPUs"
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_needs_ampere(op, capability, has, monkeypatch):
     facts = {**build_info(), "cuda": "13.0"}
     monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     kernel = kernel_for(op, "cuda")
     assert kernel.startswith("CUDA, ") if has else kernel.startswith("none: ") and "8.0" in kernel
@@ -47,6 +56,7 @@ def test_names_a_kernel_on_this_gpu(op):
 def test_names_the_hopper_kernels(op, monkeypatch):
     facts = {**build_info(), "cuda": "13.0", "architectures": "80-real,90a-real"}
     monkeypatch.setattr("flash_xlstm.ops.dispatch.build_info", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for capability, has in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
         assert ("Hopper" in kernel_for(op, "cuda")) == has

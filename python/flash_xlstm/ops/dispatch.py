@@ -42,6 +42,8 @@ def kernel_for(op: str, device: torch.device | str) -> str:
         return "none: flash-xlstm has kernels for CPU and CUDA"
     if not build_info()["cuda"]:
         return "none: built without CUDA kernels"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"none: torch sees {torch.cuda.device_count()} GPUs"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "none: the CUDA kernels need compute capability 8.0 or later"
     hopper = torch.cuda.get_device_capability(device) == (9, 0) and "90a" in build_info()["architectures"]
