@@ -677,7 +677,6 @@ ERRORS = {
     "m of other heads": ({"initial_state": state(m=(2, 3))}, *SHAPE, "initial_state m"),
     "c without n": ({"initial_state": state(n=None)}, ValueError, "all of", "initial_state"),
     "no c": ({"initial_state": state(c=None)}, ValueError, "all of", "initial_state"),
-    "c in float16": ({"initial_state": state(dtypes=(F16, torch.float32, torch.float32))}, *DTYPE, "initial_state c"),
     "n in bfloat16": ({"initial_state": state(dtypes=(torch.float32, BF16, torch.float32))}, *DTYPE, "initial_state n"),
     "m in float64": ({"initial_state": state(dtypes=(torch.float32, torch.float32, F64))}, *DTYPE, "initial_state m"),
     "gate_soft_cap 0": ({"gate_soft_cap": 0.0}, ValueError, "greater than 0", "gate_soft_cap"),
@@ -763,6 +762,12 @@ WRAPPED_ERRORS = {
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "it must be", "chunk_size"),
     "state of two": ({"initial_state": lambda d: state()(d)[:2]}, TypeError, "it must be", "initial_state"),
     "state a tensor": ({"initial_state": zeros(3, 3)}, TypeError, "it must be", "initial_state"),
+    "c in float16": (
+        {"initial_state": state(dtypes=(F16, torch.float32, torch.float32))},
+        TypeError,
+        "it must be float32 or bfloat16",
+        "initial_state c",
+    ),
     "k on meta": ({"k": lambda d: torch.zeros(2, 8, 2, 4, device="meta")}, ValueError, "it must be", "k"),
     "i on meta": ({"i": lambda d: torch.zeros(2, 8, 2, device="meta")}, ValueError, "it must be", "i"),
     "cu_seqlens on meta": (

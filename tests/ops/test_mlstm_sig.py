@@ -453,7 +453,6 @@ ERRORS = {
     ),
     "c of another batch": ({"initial_state": state((3, 2, 4, 6), (3, 2, 4))}, *SHAPE, "initial_state c"),
     "n of another dqk": ({"initial_state": state(n=(2, 2, 5))}, *SHAPE, "initial_state n"),
-    "c in float16": ({"initial_state": state(dtype=torch.float16)}, *DTYPE, "initial_state c"),
     "c without n": ({"initial_state": state(n=None)}, ValueError, r"all of \(c, n\)", "initial_state"),
     "n without c": ({"initial_state": state(c=None)}, ValueError, r"all of \(c, n\)", "initial_state"),
     "n without normalizer": (
@@ -468,6 +467,12 @@ WRAPPED_ERRORS = {
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "it must be", "chunk_size"),
     "state of three": ({"initial_state": lambda d: (*state()(d), None)}, TypeError, "it must be", "initial_state"),
     "state a tensor": ({"initial_state": zeros(2, 2)}, TypeError, "it must be", "initial_state"),
+    "c in float16": (
+        {"initial_state": state(dtype=torch.float16)},
+        TypeError,
+        "it must be float32 or bfloat16",
+        "initial_state c",
+    ),
     "k on meta": ({"k": zeros(2, 8, 2, 4, device="meta")}, ValueError, "it must be", "k"),
     "state on meta": ({"initial_state": state(device="meta")}, ValueError, "it must be", "initial_state c"),
 }

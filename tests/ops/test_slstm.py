@@ -759,6 +759,7 @@ STEP_ERRORS = {
     "x of 3 dimensions": ({"x": zeros(2, 4, 6)}, *SHAPE, "x"),
     "R of another dim": ({"R": zeros(4, 2, 4, 4)}, *SHAPE, "R"),
     "state of three": ({"state": lambda d: state()(d)[:3]}, TypeError, "it must be", "state"),
+    "state a tensor": ({"state": zeros(4, 2, 2, 3)}, TypeError, "it must be", "state"),
     "state h None": ({"state": state(None)}, TypeError, "is None", "state h"),
     "state c of another batch": ({"state": state((2, 2, 3), (1, 2, 3))}, *SHAPE, "state c"),
     "state n in bfloat16": ({"state": state(dtypes=(F32, F32, BF16, F32))}, *DTYPE, "state n"),

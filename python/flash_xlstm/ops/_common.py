@@ -33,6 +33,15 @@ def unpack_state(name: str, state, parts: str = "c, n, m") -> tuple[Tensor | Non
     return tuple(state)
 
 
+def float32_c(c: Tensor | None) -> tuple[Tensor | None, torch.dtype]:
+    """An initial c as the operators take it, and the dtype of the one that is returned."""
+    if c is None or c.dtype == torch.float32:
+        return c, torch.float32
+    if c.dtype != torch.bfloat16:
+        raise TypeError(f"initial_state c has dtype {str(c.dtype)[6:]}; it must be float32 or bfloat16")
+    return c.float(), torch.bfloat16
+
+
 def chunk_size_or_0(chunk_size: int | None) -> int:
     """The chunk_size of the operators, to which 0 is None."""
     if chunk_size == 0:
@@ -54,8 +63,8 @@ def size(t: Tensor, dim: int):
     return t.shape[dim] if t.dim() > dim else 1
 
 
-def num_seqs(q: Tensor, cu_seqlens: Tensor | None):
-    return size(q, 0) if cu_seqlens is None else size(cu_seqlens, 0) - 1
+def num_seqs(first: Tensor, cu_seqlens: Tensor | None):
+    return size(first, 0) if cu_seqlens is None else size(cu_seqlens, 0) - 1
 
 
 def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor | None) -> tuple[Tensor, ...]:

@@ -86,24 +86,19 @@ def _is_silu(activation: str | None) -> bool:
     return activation == "silu"
 
 
-# The fakes accept malformed shapes: the operators themselves raise for those.
-def _size(t: Tensor, dim: int):
-    return t.shape[dim] if t.dim() > dim else 1
-
-
 @torch.library.register_fake("flash_xlstm::causal_conv1d")
 def _(x, weight, bias, state, cu_seqlens, silu, return_final_state):
     _common.no_mixed_meta(x, of="x", weight=weight, bias=bias, initial_state=state, cu_seqlens=cu_seqlens)
-    batch, seq, channels = (_size(x, d) for d in range(3))
-    rows = batch if cu_seqlens is None else _size(cu_seqlens, 0) - 1
-    before = max(_size(weight, 1) - 1, 0)
+    batch, seq, channels = (_common.size(x, d) for d in range(3))
+    rows = _common.num_seqs(x, cu_seqlens)
+    before = max(_common.size(weight, 1) - 1, 0)
     return x.new_empty((batch, seq, channels)), x.new_empty((rows if return_final_state else 0, before, channels))
 
 
 @torch.library.register_fake("flash_xlstm::causal_conv1d_backward")
 def _(dy, dlast, x, weight, bias, state, cu_seqlens, silu):
     dbias = x.new_empty((0,), dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
-    no_state = (0, max(_size(weight, 1) - 1, 0), _size(x, 2))
+    no_state = (0, max(_common.size(weight, 1) - 1, 0), _common.size(x, 2))
     dstate = x.new_empty(no_state if state is None else state.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
 

@@ -70,9 +70,7 @@ def mlstm(
     if not is_eager or torch._C._is_any_autocast_enabled():
         q, k, v = _common.autocast(q, k, v)
     c, n, m = (None, None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state)
-    state_dtype = torch.float32 if c is None else c.dtype
-    if c is not None and state_dtype == torch.bfloat16:
-        c = c.float()
+    c, state_dtype = _common.float32_c(c)
     inputs = q, k, v, i, f, c, n, m, cu_seqlens
     options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
     if return_final_state:

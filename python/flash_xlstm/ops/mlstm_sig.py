@@ -64,9 +64,7 @@ def mlstm_sig(
     """
     q, k, v = _common.autocast(q, k, v)
     c, n = (None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state, "c, n")
-    state_dtype = torch.float32 if c is None else c.dtype
-    if c is not None and state_dtype == torch.bfloat16:
-        c = c.float()
+    c, state_dtype = _common.float32_c(c)
     h, _, c_last, n_last = _mlstm_sig(
         q, k, v, i, f, c, n, cu_seqlens,
         scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state, normalize,

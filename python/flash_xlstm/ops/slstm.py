@@ -10,6 +10,7 @@ from torch import Tensor
 from flash_xlstm.ops import _common
 
 SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
+_PARTS = "h, c, n, m"
 _KEPT = 6  # values of a token and unit that the forward keeps for the backward (csrc/slstm_params.h)
 
 
@@ -65,7 +66,7 @@ def slstm(
             runs and naming the argument.
     """
     x, R, b = _autocast(x, R, b)
-    state = (None,) * 4 if initial_state is None else _unpack_state("initial_state", initial_state)
+    state = (None,) * 4 if initial_state is None else _common.unpack_state("initial_state", initial_state, _PARTS)
     if recurrent_grad_clip is None:
         recurrent_grad_clip = math.inf
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, R, b, *state))
@@ -93,7 +94,7 @@ def slstm_step(x: Tensor, R: Tensor, b: Tensor, state: SlstmState) -> Tensor:
             seq 1 and ``return_final_state=True``.
     """
     x, R, b = _autocast(x, R, b)
-    parts = _unpack_state("state", state)
+    parts = _common.unpack_state("state", state, _PARTS)
     for name, t in zip("hcnm", parts, strict=True):
         if t is None:
             raise TypeError(f"state {name} is None; it must be a tensor")
@@ -110,25 +111,12 @@ def _autocast(x: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast_x, cast_R, b if cast_x is x and cast_R is R else b.float()
 
 
-def _unpack_state(name: str, state) -> tuple[Tensor | None, ...]:
-    if not isinstance(state, (tuple, list)) or len(state) != 4:
-        was = f"{len(state)} values" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
-        raise TypeError(f"{name} is {was}; it must be a tuple of 4 tensors, (h, c, n, m)")
-    return tuple(state)
-
-
-# The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
-# compiled call should end there too.
-def _size(t: Tensor, dim: int):
-    return t.shape[dim] if t.dim() > dim else 1
-
-
 @torch.library.register_fake("flash_xlstm::slstm")
 def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state):
     initial = {f"initial_state {name}": t for name, t in zip("hcnm", (h0, c0, n0, m0), strict=True)}
     _common.no_mixed_meta(x, of="x", R=R, b=b, cu_seqlens=cu_seqlens, **initial)
-    batch, seq, heads, dim = (_size(x, d) for d in (0, 1, 3, 4))
-    rows = batch if cu_seqlens is None else _size(cu_seqlens, 0) - 1
+    batch, seq, heads, dim = (_common.size(x, d) for d in (0, 1, 3, 4))
+    rows = _common.num_seqs(x, cu_seqlens)
     last = (rows if return_final_state else 0, heads, dim)
     new = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
     kept = new(batch if keep else 0, seq, heads, _KEPT, dim)
@@ -137,7 +125,7 @@ def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_fin
 
 @torch.library.register_fake("flash_xlstm::slstm_backward")
 def _(dh, dh_last, dc_last, dn_last, dm_last, R, b, h0, c0, n0, m0, cu_seqlens, h, kept, recurrent_grad_clip):
-    batch, seq, heads, dim = (_size(h, d) for d in range(4))
+    batch, seq, heads, dim = (_common.size(h, d) for d in range(4))
     initial = (h.new_empty((0, heads, dim) if t is None else t.shape, dtype=torch.float32) for t in (h0, c0, n0, m0))
     return h.new_empty((batch, seq, 4, heads, dim)), R.new_empty(R.shape), b.new_empty(b.shape), *initial
 
@@ -146,7 +134,7 @@ def _(dh, dh_last, dc_last, dn_last, dm_last, R, b, h0, c0, n0, m0, cu_seqlens, 
 def _(x, R, b, h, c, n, m):
     state = {f"state {name}": t for name, t in zip("hcnm", (h, c, n, m), strict=True)}
     _common.no_mixed_meta(x, of="x", R=R, b=b, **state)
-    return x.new_empty((_size(x, 0), _size(x, 2), _size(x, 3)))
+    return x.new_empty(tuple(_common.size(x, d) for d in (0, 2, 3)))
 
 
 def _setup_context(ctx, inputs, output) -> None:
