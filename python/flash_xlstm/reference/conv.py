@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from flash_xlstm.reference import _common
 
 
 def _sequence(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +26,7 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Arguments and results as :func:`flash_xlstm.ops.causal_conv1d`, any float dtype; computed in float32 (float64 for
     float64) and rounded once."""
-    wide = _wide(x.dtype)
+    wide = _common.wide(x.dtype)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     kernel = weight.shape[1]
     shape = (rows, kernel - 1, x.shape[2])

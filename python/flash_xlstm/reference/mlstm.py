@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_xlstm.reference import _common
 from flash_xlstm.reference.pointwise import cap_gate
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -39,12 +40,8 @@ class Options:
         return torch.maximum(s.abs(), torch.exp(-m)) + self.eps if self.normalize else torch.ones_like(s)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _initial(q, v, initial_state) -> State:
-    wide = _wide(q.dtype)
+    wide = _common.wide(q.dtype)
     if initial_state is None:
         batch, _, heads, dqk = q.shape
         shapes = (batch, heads, dqk, v.shape[-1]), (batch, heads, dqk), (batch, heads)
@@ -57,7 +54,7 @@ def _prepare(q, k, v, i, f, initial_state, options: Options):
     state = _initial(q, v, initial_state)
     if options.scale is None:
         options = dataclasses.replace(options, scale=q.shape[-1] ** -0.5)
-    i, f = options.log_gates(i, f, _wide(q.dtype))
+    i, f = options.log_gates(i, f, _common.wide(q.dtype))
     q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))
     return q, k, v, i, f, state, options
 
@@ -209,7 +206,7 @@ def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6
     """One token, q (batch, heads, dqk). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.mlstm_step`."""
     c, n, m = state
-    wide = _wide(q.dtype)
+    wide = _common.wide(q.dtype)
     rows = torch.arange(q.shape[0], device=q.device)
     slots = rows if state_indices is None else state_indices.long()
     rows = rows[slots >= 0]

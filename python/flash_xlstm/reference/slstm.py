@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_xlstm.reference import _common
+
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_LOG_KEEP = 80.0  # keeps 0 * inf out of a fresh unit, where c = n = 0
 
@@ -29,13 +31,9 @@ class _ClipGradient(torch.autograd.Function):
         return dx.clamp(-ctx.clip, ctx.clip), None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _zero_state(x: Tensor, rows: int) -> State:
     shape = (rows, *x.shape[-2:])
-    return tuple(torch.zeros(shape, dtype=_wide(x.dtype), device=x.device) for _ in range(4))
+    return tuple(torch.zeros(shape, dtype=_common.wide(x.dtype), device=x.device) for _ in range(4))
 
 
 def _token(x: Tensor, R: Tensor, b: Tensor, state: State, clip: float | None) -> State:
@@ -72,7 +70,7 @@ def slstm(
 ) -> Tensor | tuple[Tensor, State]:
     """The sLSTM token by token: the definition. Arguments and results as :func:`flash_xlstm.ops.slstm`, any float
     dtype; states come back in float32 (float64 for float64)."""
-    wide = _wide(x.dtype)
+    wide = _common.wide(x.dtype)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     state = _zero_state(x, rows) if initial_state is None else tuple(t.to(wide) for t in initial_state)
     R, b = R.to(x.dtype), b.to(wide)
@@ -92,7 +90,7 @@ def slstm(
 def slstm_step(x, R, b, state) -> Tensor:
     """One token, x (batch, 4, heads, dim). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.slstm_step`."""
-    wide = _wide(x.dtype)
+    wide = _common.wide(x.dtype)
     after = _token(x, R.to(x.dtype), b.to(wide), tuple(t.to(wide) for t in state), None)
     for old, new in zip(state, after, strict=True):
         old.copy_(new)
