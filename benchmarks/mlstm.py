@@ -25,13 +25,14 @@ import torch
 import triton_warmup
 from peers import DTYPES, OTHER_WORK, PEERS, Call, Point, memory_estimate, other_heads, refusal, tensors
 from run import (
-    DeviceLostError,
     describe,
     device_rates,
-    free_memory,
+    measured,
     median_time_ms,
+    pair,
     peak_memory_bytes,
     summarize_speedups,
+    timed_call,
 )
 
 SHAPES = ((128, 512), (32, 2048), (8, 8192), (1, 65536))
@@ -43,17 +44,12 @@ PASSES = ("forward", "forward+backward")
 KEY = ("peer", "pass", "batch", "seq", "heads", "dqk", "dv", "dtype")
 
 
-def _pair(text: str) -> tuple[int, int]:
-    first, second = text.split("x")
-    return int(first), int(second)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", choices=("headline", "grid", "small"), default="headline")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="default: all; three for the grid")
     parser.add_argument("--heads", nargs="+", type=int, help="grid: number of heads")
-    parser.add_argument("--dims", nargs="+", type=_pair, help="grid: dqk x dv, as 256x512")
-    parser.add_argument("--shapes", nargs="+", type=_pair, help="batch x seq, as 8x8192")
+    parser.add_argument("--dims", nargs="+", type=pair, help="grid: dqk x dv, as 256x512")
+    parser.add_argument("--shapes", nargs="+", type=pair, help="batch x seq, as 8x8192")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop measuring after this time")
@@ -82,15 +78,6 @@ def _row(name: str, pass_name: str, point: Point, dtype: str) -> dict:
     return row
 
 
-def _calls(call: Call, leaves: list[torch.Tensor], backward: bool):
-    if not backward:
-        return torch.no_grad()(functools.partial(call, *leaves))
-    leaves = [t.requires_grad_() for t in leaves]
-    with torch.no_grad():
-        dh = torch.randn_like(call(*leaves))
-    return lambda: torch.autograd.grad(call(*leaves), leaves, dh)
-
-
 def _measure(row: dict, call: Call, point: Point, rates: dict, args: argparse.Namespace) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     backward = row["pass"] != "forward"
@@ -102,7 +89,7 @@ def _measure(row: dict, call: Call, point: Point, rates: dict, args: argparse.Na
     if reason is not None:
         row["skipped"] = reason
         return
-    function = _calls(call, tensors(row["peer"], point, dtype, device), backward)
+    function = timed_call(call, tensors(row["peer"], point, dtype, device), backward)
     if device.type == "cuda":
         begin = time.perf_counter()
         function()  # compiles; tunes
@@ -178,17 +165,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
         if time.perf_counter() > deadline:
             yield {"what": "stopped", "error": f"{args.seconds:.0f} s were over"}
             return
-        try:
-            _measure(row, calls[name], point, rates, args)
-        except Exception as error:
-            row["error"] = describe(error)
-        try:
-            free_memory(device)
-        except DeviceLostError:
-            row.setdefault("error", "the GPU is unusable after this")
-            yield row
-            raise
-        yield row
+        yield from measured(row, functools.partial(_measure, row, calls[name], point, rates, args), device)
 
 
 def summarize(rows: list[dict]) -> list[dict]:

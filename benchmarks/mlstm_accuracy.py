@@ -6,6 +6,7 @@ All see the same inputs, rounded to the dtype; the reference is the chunkwise fo
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flash_xlstm.reference import mlstm_chunkwise
 from peers import DTYPES, PEERS, Point
-from run import DeviceLostError, describe, free_memory
+from run import describe, free_memory, measured
 
 ERRORS = ("error_h", "error_dq", "error_dk", "error_dv", "error_di", "error_df")
 POINTS = {"4096": Point(1, 4096, 2, 256, 512), "131072": Point(1, 131072, 1, 256, 512)}
@@ -60,6 +61,11 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return (torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact)).item()
 
 
+def _measure(row: dict, call: Callable, tensors: list[Tensor], exact: list[Tensor]) -> None:
+    found = _results(call, tensors, PEERS[row["peer"]].layout == "heads_first")
+    row.update({n: _error(t, e) for n, t, e in zip(ERRORS, found, exact, strict=True)})
+
+
 def run(args: argparse.Namespace) -> Iterator[dict]:
     deadline = time.perf_counter() + args.seconds
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
@@ -98,17 +104,5 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
                 continue
             free_memory(device)
             for row in rows:
-                try:
-                    found = _results(calls[row["peer"]], tensors, PEERS[row["peer"]].layout == "heads_first")
-                    row.update({n: _error(t, e) for n, t, e in zip(ERRORS, found, exact, strict=True)})
-                    del found
-                except Exception as error:
-                    row["error"] = describe(error)
-                try:
-                    free_memory(device)
-                except DeviceLostError:
-                    row.setdefault("error", "the GPU is unusable after this")
-                    yield row
-                    raise
-                yield row
+                yield from measured(row, functools.partial(_measure, row, calls[row["peer"]], tensors, exact), device)
             del exact, tensors

@@ -8,25 +8,23 @@ measurement, as a list or one by one. It may have `summarize(rows) -> list[dict]
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-import flash_xlstm
+from flash_xlstm.cli import info
 
 SUBJECTS = (
     "mlstm",
@@ -52,16 +50,6 @@ PACKAGES = (
 )
 
 
-def _cpu_name() -> str:
-    """As the kernel calls it, where it says; else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _gpu_driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -73,14 +61,7 @@ def _gpu_driver() -> str | None:
 
 def environment() -> dict[str, object]:
     """Where and with what a measurement was taken."""
-    facts: dict[str, object] = {
-        "date": datetime.date.today().isoformat(),
-        "flash_xlstm": flash_xlstm.build_info(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _cpu_name(),
-        "cpu_threads": torch.get_num_threads(),
-    }
+    facts = info.environment()
     for name in PACKAGES:
         try:
             facts[name] = importlib.metadata.version(name)
@@ -171,6 +152,37 @@ def free_memory(device: torch.device) -> None:
             torch.cuda.empty_cache()
         except Exception as error:
             raise DeviceLostError(str(error)) from error
+
+
+def pair(text: str) -> tuple[int, int]:
+    """Of an argument as 4x256."""
+    first, second = text.split("x")
+    return int(first), int(second)
+
+
+def timed_call(call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], backward: bool) -> Callable[[], object]:
+    """A call without gradients, or with all of them."""
+    if not backward:
+        return torch.no_grad()(functools.partial(call, *leaves))
+    leaves = [t.requires_grad_() for t in leaves]
+    with torch.no_grad():
+        dh = torch.randn_like(call(*leaves))
+    return lambda: torch.autograd.grad(call(*leaves), leaves, dh)
+
+
+def measured(row: dict, measure: Callable[[], None], device: torch.device) -> Iterator[dict]:
+    """`row` with what `measure` enters, or its error; raises once it is out where the GPU is unusable."""
+    try:
+        measure()
+    except Exception as error:
+        row["error"] = describe(error)
+    try:
+        free_memory(device)
+    except DeviceLostError:
+        row.setdefault("error", "the GPU is unusable after this")
+        yield row
+        raise
+    yield row
 
 
 def describe(error: BaseException) -> str:

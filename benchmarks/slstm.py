@@ -24,7 +24,7 @@ from torch import Tensor
 
 from peers import DTYPES
 from processes import outputs
-from run import DeviceLostError, describe, free_memory, median_time_ms, peak_memory_bytes, summarize_speedups
+from run import describe, measured, median_time_ms, pair, peak_memory_bytes, summarize_speedups, timed_call
 
 PASSES = ("forward", "forward+backward")
 KEY = ("peer", "pass", "batch", "seq", "heads", "dim", "dtype")
@@ -83,16 +83,11 @@ PEERS: dict[str, Callable[[], Call]] = {
 }
 
 
-def _pair(text: str) -> tuple[int, int]:
-    first, second = text.split("x")
-    return int(first), int(second)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", choices=("headline", "grid", "small"), default="headline")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="grid: batch sizes")
-    parser.add_argument("--dims", nargs="+", type=_pair, default=HEADS_AND_DIMS, help="grid: heads x dim, as 4x256")
+    parser.add_argument("--dims", nargs="+", type=pair, default=HEADS_AND_DIMS, help="grid: heads x dim, as 4x256")
     parser.add_argument("--seq", type=int, default=1024, help="grid: tokens")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -118,15 +113,6 @@ def _tensors(point: Point, dtype: torch.dtype, device: torch.device) -> list[Ten
     return [t.to(dtype) for t in (x, R, torch.zeros(4, point.heads, point.dim, device=device))]
 
 
-def _calls(call: Call, leaves: list[Tensor], backward: bool) -> Callable[[], object]:
-    if not backward:
-        return torch.no_grad()(functools.partial(call, *leaves))
-    leaves = [t.requires_grad_() for t in leaves]
-    with torch.no_grad():
-        dh = torch.randn_like(call(*leaves))
-    return lambda: torch.autograd.grad(call(*leaves), leaves, dh)
-
-
 def _build_ahead(wanted: list[Point], dtype: str, workers: int, seconds: float) -> dict:
     """flashrnn's `cuda` compiles for each batch, heads and dim, one after the other for half a minute each: here in
     `workers` processes, whose modules the measurement finds built."""
@@ -141,7 +127,7 @@ def _build_ahead(wanted: list[Point], dtype: str, workers: int, seconds: float) 
 def _measure(row: dict, call: Call, point: Point, args: argparse.Namespace) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     backward = row["pass"] != "forward"
-    function = _calls(call, _tensors(point, dtype, device), backward)
+    function = timed_call(call, _tensors(point, dtype, device), backward)
     function()  # compiles; tunes
     if device.type == "cuda":
         row["peak_memory_mib"] = peak_memory_bytes(function) / 2**20
@@ -173,17 +159,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
         if time.perf_counter() > deadline:
             yield {"what": "stopped", "error": f"{args.seconds:.0f} s were over"}
             return
-        try:
-            _measure(row, calls[name], point, args)
-        except Exception as error:
-            row["error"] = describe(error)
-        try:
-            free_memory(device)
-        except DeviceLostError:
-            row.setdefault("error", "the GPU is unusable after this")
-            yield row
-            raise
-        yield row
+        yield from measured(row, functools.partial(_measure, row, calls[name], point, args), device)
 
 
 def summarize(rows: list[dict]) -> list[dict]:

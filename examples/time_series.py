@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import trange
 
-import flash_xlstm
+from flash_xlstm.cli.info import environment
 from flash_xlstm.nn import blocks
 
 SEASON = HORIZON = 12  # months
@@ -155,14 +154,7 @@ def main() -> int:
     plot(months, values, forecasts, HELD_OUT, args.out / "forecast.png")
     results = {
         "subject": "time_series",
-        "environment": {
-            "date": datetime.date.today().isoformat(),
-            "flash_xlstm": flash_xlstm.build_info(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cpu": _cpu_name(),
-            "cpu_threads": torch.get_num_threads(),
-        },
+        "environment": environment(),
         "results": [
             {
                 "series": "statsmodels co2, monthly means",
@@ -183,14 +175,6 @@ def main() -> int:
     better = errors["slstm"] < errors["seasonal_naive"]
     print(f"results and plot: {args.out}")
     return 0 if better else 1
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import platform
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +22,28 @@ def run(args: argparse.Namespace) -> int:
     for line in _lines():
         print(line)
     return 0
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what results were taken, for a file of them."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "flash_xlstm": build_info(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    """As the kernel calls it, where it says; else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _lines() -> Iterator[str]:

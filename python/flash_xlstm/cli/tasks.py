@@ -4,11 +4,9 @@ section 4.1)."""
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
 import math
-import platform
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -19,9 +17,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import flash_xlstm
 from flash_xlstm.cli import checkpoint
 from flash_xlstm.cli.device import choose_device
+from flash_xlstm.cli.info import environment
 from flash_xlstm.cli.task_data import TASKS
 from flash_xlstm.cli.task_recipes import FULL, MODELS, SMALL, Recipe, build
 from flash_xlstm.cli.task_training import accuracy, train
@@ -90,28 +88,10 @@ def _measure(
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "flash_xlstm": flash_xlstm.build_info(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _cpu_name(),
-        "cpu_threads": torch.get_num_threads(),
-        "device": str(device),
-    }
+    facts = {**environment(), "device": str(device)}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def _cpu_name() -> str:
-    """As the kernel calls it, where it says; else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _write(out: Path, document: dict[str, Any]) -> None:
