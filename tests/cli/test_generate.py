@@ -150,7 +150,7 @@ def test_no_model_is_built_that_the_weights_do_not_fit(folder, error_line, monke
 
 
 @pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {"weight_mode": "fused"}])
-def test_models_that_are_saved_in_another_form(folder, error_line, capsys, change):
+def test_models_that_are_saved_in_another_form(folder, capsys, change):
     config = xLSTMConfig.from_pretrained(folder)
     for name, value in change.items():
         setattr(config, name, value)
