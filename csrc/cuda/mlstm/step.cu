@@ -30,8 +30,8 @@ namespace {
 
 // Few enough (row, head) that 16 blocks of 512 threads each run together.
 constexpr int64_t few_items = 16;
-// Batches of rows of c that a block fetches into the second-level cache first of all.
-constexpr int early_batches = 2;
+// Of many (row, head), blocks ask the second-level cache for two batches of rows of c first of all, else for one.
+constexpr int64_t many_items = 2048;
 constexpr int portable_cluster = 8, largest_cluster = 16;
 
 template <typename C, int width>
@@ -105,10 +105,11 @@ __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row
 }
 
 // tiles: columns' tiles of a (row, head), which `blocks` blocks (a cluster, if `clustered`) share. counters: one zero
-// for each (row, head), where not clustered and blocks > 1.
+// for each (row, head), where not clustered and blocks > 1. early_batches: of c, fetched into the second-level cache.
 template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 __global__ void __launch_bounds__(threads, resident)
-    step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters) {
+    step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters,
+                int early_batches) {
   constexpr int warps = threads / 32;
   constexpr bool few = lanes == 8;
   constexpr int groups = threads / lanes;  // rows under way
@@ -129,6 +130,7 @@ __global__ void __launch_bounds__(threads, resident)
   // In vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
   if (guess >= 0 && guess < p.num_slots) {
+    prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
     constexpr int line = 128 / sizeof(C), lines = std::max<int>(1, tile_columns * sizeof(C) / 128);  // of a row
     const int64_t first_column = static_cast<int64_t>(block) * tile_columns;
     const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + first_column;
@@ -137,7 +139,6 @@ __global__ void __launch_bounds__(threads, resident)
       const int r = x / lines, at = x % lines * line;
       if (first_column + at < p.dv) prefetch_to_l2(first + r * p.dv + at);
     }
-    if constexpr (few) prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
   }
   const auto wait = [&] {
     wait_for_earlier_kernels();
@@ -313,7 +314,8 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
   }
   const bool clustered = clusters && blocks > 1;
   return launch_early(kernel, dim3(static_cast<unsigned>(items * blocks)), dim3(threads), shared_bytes,
-                      clustered ? blocks : 1, stream, p, static_cast<int>(tiles), blocks, clustered, counters);
+                      clustered ? blocks : 1, stream, p, static_cast<int>(tiles), blocks, clustered, counters,
+                      items >= many_items ? 2 : 1);
 }
 
 template <typename C>
