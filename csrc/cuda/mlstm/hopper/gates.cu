@@ -700,12 +700,14 @@ cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks,
 }
 
 // The scan's tiles: of so few heads that a cluster of portable size has a block for every tile of a sequence, where
-// that is enough; so long sequences occupy as many multiprocessors as many short ones do.
+// that is enough; so long sequences occupy as many multiprocessors as many short ones do. Of two at most, and of 16
+// warps rather than 32: smaller clusters fit together where some multiprocessors are left over (on an H200, 15 clusters
+// of 8 blocks of 32 warps do, and 8 sequences of 8 heads make 16).
 Tiles choose_scan_tiles(const Work& w) {
   Tiles tiles = w.tiles;
   const int64_t length_chunks = ceil_div(w.p.seq, chunk_tokens);
   if (w.p.cu_seqlens != nullptr || tiles.per_seq == 1) return tiles;
-  for (int heads = tiles.heads;; heads = (heads + 1) / 2) {
+  for (int heads = std::min(tiles.heads, 2);; heads = 1) {
     for (const int warps : {most_warps / 2, most_warps}) {
       tiles.heads = heads;
       tiles.chunks = static_cast<int>(std::clamp(int64_t{warps / heads}, int64_t{1}, length_chunks));
