@@ -8,6 +8,8 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0
 
 venv := .venv
 bin := $(venv)/bin
+# Without bytecode: most of what is installed is never imported.
+pip := $(bin)/python -m pip install --quiet --no-compile
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
 .PHONY: demo test lint clean
@@ -25,13 +27,13 @@ lint: $(venv)/installed
 
 $(venv)/build-tools: Makefile
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install --quiet --upgrade pip
-	$(bin)/python -m pip install --quiet $(TORCH) 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24' numpy
+	$(pip) --upgrade pip
+	$(pip) $(TORCH) 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24' numpy
 	touch $@
 
 # Not isolated: the build uses the torch that it runs on, and only what changed is compiled again.
 $(venv)/installed: $(venv)/build-tools $(sources)
-	$(bin)/python -m pip install --quiet --no-build-isolation '.[test]'
+	$(pip) --no-build-isolation '.[test]'
 	touch $@
 
 clean:

@@ -91,6 +91,27 @@ def test_on_cuda_is_as_exact_as_the_parts(calls, weight_mode, rows, state_dtype)
 
 @torch.no_grad()
 @pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 16])
+def test_on_cuda_steps_may_follow_at_once(rows):
+    # The step reads the state while the product before it runs; the last step, eight launches ago, has written it.
+    block = make_block(torch.bfloat16).cuda()
+    x = tokens(rows, torch.bfloat16).cuda()
+    apart, together = (tuple(t.cuda() for t in make_state(rows)) for _ in range(2))
+    expected = x
+    for _ in range(50):
+        expected, _ = block(expected, apart, None, True, True)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = x
+        for _ in range(50):
+            actual, _ = block(actual, together, None, True, True)
+    graph.replay()
+    assert torch.equal(actual, expected) and actual.isfinite().all() and all(map(torch.equal, together, apart))
+
+
+@torch.no_grad()
+@pytest.mark.cuda
 def test_on_cuda_goes_by_parts_where_the_products_do_not_serve(calls):
     for block in (make_block(torch.float32), make_block(torch.float16)):
         dtype = next(block.parameters()).dtype

@@ -179,6 +179,35 @@ def test_no_row_and_no_slot(device):
     assert ops.mlstm_step(**arguments(device, heads=0), state=pool(device, 3, heads=0)).shape == (3, 0, 6)
 
 
+def test_settled_state_changes_nothing(device):
+    given, states = arguments(device), [pool(device, 3) for _ in range(2)]
+    h = [ops.mlstm_step(**given, state=state, settled_state=bool(x)) for x, state in enumerate(states)]
+    assert torch.equal(*h) and all(map(torch.equal, *states))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("batch", "heads", "dqk", "dv"), [(1, 8, 256, 512), (2, 8, 64, 64), (1, 2, 33, 65), (4, 8, 64, 128)]
+)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_settled_states_in_turn(batch, heads, dqk, dv, state_dtype):
+    # Three states in turn, as few as the promise allows, with nothing between the steps: one read too early shows.
+    given = arguments("cuda", batch, heads, dqk, dv)
+    start = [pool("cuda", batch, heads, dqk, dv, seed=20 * x) for x in range(3)]
+    apart, in_turn = ([(c.to(state_dtype, copy=True), n.clone(), m.clone()) for c, n, m in start] for _ in range(2))
+    expected = []
+    for t in range(90):
+        expected.append(ops.mlstm_step(**given, state=apart[t % 3]))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = [ops.mlstm_step(**given, state=in_turn[t % 3], settled_state=True) for t in range(90)]
+    graph.replay()
+    assert all(map(torch.equal, actual, expected))
+    for ours, theirs in zip(in_turn, apart, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("wrong", [7, 2**31 - 1, -2, -(2**31)])
 def test_an_index_outside_the_pool_gives_nan_on_cuda(wrong):
