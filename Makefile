@@ -8,8 +8,9 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0
 
 venv := .venv
 bin := $(venv)/bin
-# Without bytecode: most of what is installed is never imported.
+# Most of what is installed is never imported: bytecode is made of what is, when it is.
 pip := $(bin)/python -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
 .PHONY: demo test lint clean
