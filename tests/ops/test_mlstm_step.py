@@ -105,14 +105,16 @@ def test_gate_soft_cap_leaves_padding_alone(device):
     assert all(torch.equal(t[1], was[1]) for t, was in zip(state, before, strict=True))
 
 
-# The CUDA kernel's tiles: one or many of columns, few or many rows and heads, single elements, several tiles a block,
-# more keys than a batch of rows.
+# The CUDA kernel's tiles: one or many of columns, few or many rows and heads, about a multiprocessor's block for each,
+# single elements, several tiles a block, more keys than a batch of rows.
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("batch", "heads", "dqk", "dv"),
     [
         (1, 8, 256, 512),
         (13, 8, 64, 512),
+        (26, 4, 33, 136),
+        (13, 4, 68, 400),
         (2, 1, 16, 1040),
         (1, 1, 8, 4104),
         (2, 2, 40, 30),
@@ -187,7 +189,8 @@ def test_settled_state_changes_nothing(device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    ("batch", "heads", "dqk", "dv"), [(1, 8, 256, 512), (2, 8, 64, 64), (1, 2, 33, 65), (4, 8, 64, 128)]
+    ("batch", "heads", "dqk", "dv"),
+    [(1, 8, 256, 512), (2, 8, 64, 64), (1, 2, 33, 65), (4, 8, 64, 128), (8, 8, 128, 512), (3, 8, 256, 512)],
 )
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_settled_states_in_turn(batch, heads, dqk, dv, state_dtype):
@@ -202,6 +205,26 @@ def test_settled_states_in_turn(batch, heads, dqk, dv, state_dtype):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         actual = [ops.mlstm_step(**given, state=in_turn[t % 3], settled_state=True) for t in range(90)]
+    graph.replay()
+    assert all(map(torch.equal, actual, expected))
+    for ours, theirs in zip(in_turn, apart, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.cuda
+def test_settled_states_of_different_shapes_in_turn():
+    # A step of many rows, too, must keep the next from starting while the one before it runs: that has the same state.
+    shapes = [(1, 8, 256, 512), (3, 8, 256, 64)]
+    given = [arguments("cuda", *shape) for shape in shapes]
+    start = [pool("cuda", *shape) for shape in shapes]
+    apart, in_turn = ([clone(state) for state in start] for _ in range(2))
+    expected = []
+    for t in range(80):
+        expected.append(ops.mlstm_step(**given[t % 2], state=apart[t % 2]))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = [ops.mlstm_step(**given[t % 2], state=in_turn[t % 2], settled_state=True) for t in range(80)]
     graph.replay()
     assert all(map(torch.equal, actual, expected))
     for ours, theirs in zip(in_turn, apart, strict=True):

@@ -8,15 +8,19 @@
 // (row, head) takes the barrier's place: the block that finds itself last writes.
 //
 // A block has 256 or 512 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that threads /
-// lanes rows are under way at once; a thread loads up to 8 or 4 rows before it uses the first (32 KiB a block in
-// flight). The first rows are issued before anything else is waited for. Sums over rows go through shuffles, then
-// through shared memory, in a fixed order.
+// lanes rows are under way at once; a thread loads a batch of rows before it uses the first (32 KiB a block in flight;
+// in one wave 96, in halves: while it works on one, the other is on its way). The first rows are issued before anything
+// else is waited for. Sums over rows go through shuffles, then through shared memory, in a fixed order.
 //
 //   tiles            threads  lanes  bytes of a row  blocks at 8 heads, dv 512, float32
 //   few (row, head)  512*     8      128             16 for each: batch 1 fills 128 multiprocessors
 //   many             256      16     256             8 for each
+//   one wave         512      64     1024            2 for each: batch 8 fills 128 multiprocessors
 //   dv > 1024 x 4 B  256      32     512             dv / 128
 //   * 256 where c is bfloat16, which takes more registers
+//
+// Clusters of 8 leave some multiprocessors without a block, and where there is one wave of blocks and a bit, that bit
+// takes as long as a wave: so as many (row, head) as make one block a multiprocessor have clusters of 2.
 #include <algorithm>
 #include <cstring>
 
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(threads, resident)
     step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters,
                 int early_batches) {
   constexpr int warps = threads / 32;
-  constexpr bool few = lanes == 8;
+  constexpr bool one_wave = lanes == 8 || lanes == 64;  // of blocks, more or less
   constexpr int groups = threads / lanes;  // rows under way
   constexpr int tile_columns = lanes * width;
   // 32 bits: a division in 64 is a long call.
@@ -125,8 +129,8 @@ __global__ void __launch_bounds__(threads, resident)
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   // Many blocks gain nothing by reading their own rows of c at once, where the cache can be asked for more.
-  const bool early = few && p.settled_state && p.state_indices == nullptr, holds_next = few && p.holds_next;
-  if (!holds_next) let_next_kernel_start();
+  const bool early = one_wave && p.settled_state && p.state_indices == nullptr;
+  if (!p.holds_next) let_next_kernel_start();
   // In vain if an earlier kernel is about to change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
   if (guess >= 0 && guess < p.num_slots) {
@@ -142,7 +146,7 @@ __global__ void __launch_bounds__(threads, resident)
   }
   const auto wait = [&] {
     wait_for_earlier_kernels();
-    if (holds_next) let_next_kernel_start();
+    if (p.holds_next) let_next_kernel_start();
   };
   if (!early) wait();
 
@@ -158,13 +162,18 @@ __global__ void __launch_bounds__(threads, resident)
   C* c = static_cast<C*>(p.c) + state * p.dqk * p.dv;
   float* n = p.n + state * p.dqk;
 
-  Group<C, width> held[batch_rows];
+  constexpr int parts = lanes == 64 ? 2 : 1, part_rows = batch_rows / parts;
+  Group<C, width> held[parts][part_rows];
+  const auto load_part = [&](Group<C, width>(&to)[part_rows], int first) {
+#pragma unroll
+    for (int b = 0; b < part_rows; ++b) {
+      const int r = first + b * groups;
+      if (r < dqk && column < p.dv) to[b] = load_state<C, width>(c + r * p.dv + column);
+    }
+  };
   const auto load_batch = [&](int first) {
 #pragma unroll
-    for (int b = 0; b < batch_rows; ++b) {
-      const int r = first + b * groups;
-      if (r < dqk && column < p.dv) held[b] = load_state<C, width>(c + r * p.dv + column);
-    }
+    for (int part = 0; part < parts; ++part) load_part(held[part], first + part * part_rows * groups);
   };
   load_batch(group);
   if (early) wait();
@@ -193,7 +202,8 @@ __global__ void __launch_bounds__(threads, resident)
   extern __shared__ float shared[];
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
   __shared__ float part[warps];
-  __shared__ float sums[warps][tile_columns];
+  constexpr int shares = lanes < 32 ? warps : groups;  // of a column's sum: a warp's, or a row's
+  __shared__ float sums[shares][tile_columns];
   const float i = cap_gate(raw_to_float(i_raw, p.gate_dtype), p.gate_soft_cap);
   const float carried = log_sigmoid(cap_gate(raw_to_float(f_raw, p.gate_dtype), p.gate_soft_cap)) + m_before;
   const float m = fmaxf(carried, i), keep = expf(carried - m), take = expf(i - m);
@@ -235,23 +245,28 @@ __global__ void __launch_bounds__(threads, resident)
 #pragma unroll
     for (int x = 0; x < width; ++x) v[x] = take != 0.0f ? raw_to_float(v_raw[x], p.dtype) : 0.0f;
     for (int first = group; first < dqk; first += batch_rows * groups) {
-      if (tile != block || first != group) load_batch(first);
+      if (first == group ? tile != block : parts == 1) load_batch(first);
 #pragma unroll
-      for (int b = 0; b < batch_rows; ++b) {
-        const int r = first + b * groups;
-        if (r >= dqk || column >= p.dv) continue;
-        const float qr = q[r], kr = k[r];
-        Group<C, width> updated;
+      for (int part = 0; part < parts; ++part) {
+        const int part_first = first + part * part_rows * groups;
 #pragma unroll
-        for (int x = 0; x < width; ++x) {
-          const float value = keep * to_float(held[b].value[x]) + kr * v[x];
-          acc[x] += qr * value;
-          updated.value[x] = from_float<C>(value);
+        for (int b = 0; b < part_rows; ++b) {
+          const int r = part_first + b * groups;
+          if (r >= dqk || column >= p.dv) continue;
+          const float qr = q[r], kr = k[r];
+          Group<C, width> updated;
+#pragma unroll
+          for (int x = 0; x < width; ++x) {
+            const float value = keep * to_float(held[part][b].value[x]) + kr * v[x];
+            acc[x] += qr * value;
+            updated.value[x] = from_float<C>(value);
+          }
+          store_state<C, width>(c + r * p.dv + column, updated);
         }
-        store_state<C, width>(c + r * p.dv + column, updated);
+        if constexpr (parts > 1) load_part(held[part], part_first + batch_rows * groups);
       }
     }
-    // A warp's rows first; then the warps'.
+    // A warp's rows first, where it has several; then the rest.
 #pragma unroll
     for (int x = 0; x < width; ++x) {
 #pragma unroll
@@ -261,8 +276,9 @@ __global__ void __launch_bounds__(threads, resident)
     }
     if (tile != block) __syncthreads();  // the last tile's sums have been read
     if (threadIdx.x % 32 < lanes) {
+      float* const share = sums[lanes < 32 ? threadIdx.x / 32 : group] + lane * width;
 #pragma unroll
-      for (int x = 0; x < width; ++x) sums[threadIdx.x / 32][lane * width + x] = acc[x];
+      for (int x = 0; x < width; ++x) share[x] = acc[x];
     }
     __syncthreads();
     for (int x = threadIdx.x; x < tile_columns; x += threads) {
@@ -270,7 +286,7 @@ __global__ void __launch_bounds__(threads, resident)
       if (out >= p.dv) break;
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < warps; ++w) sum += sums[w][x];
+      for (int y = 0; y < shares; ++y) sum += sums[y][x];
       store_from_float(p.h, static_cast<int64_t>(item) * p.dv + out, p.dtype, sum * factor);
     }
   }
@@ -331,6 +347,10 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
       return launch<C, width, 8, 256, 8, 2>(p, counters, stream);
     else
       return launch<C, width, 8, 512, 4, 2>(p, counters, stream);
+  }
+  if constexpr (width == 4) {
+    const int64_t blocks = p.batch * p.heads * ((p.dv + 64 * width - 1) / (64 * width)), most = processor_count();
+    if (blocks <= most && blocks * 4 >= most * 3) return launch<C, width, 64, 512, 12, 1>(p, counters, stream);
   }
   if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16, 256, 8, resident>(p, counters, stream);
   return launch<C, width, 32, 256, 8, resident>(p, counters, stream);

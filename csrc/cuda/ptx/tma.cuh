@@ -79,6 +79,9 @@ __device__ __forceinline__ void bulk_store_wait() {
 // Makes this thread's ordinary shared-memory stores visible to the copy engine and wgmma.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Between ordinary accesses, of this thread or of others whose flag it has seen, and those of the copy engine.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // Keeps the compiler from moving loads across: it would hoist so many that registers run out. A real instruction, since
 // the assembler orders nothing by an empty one.
 __device__ __forceinline__ void keep_order() { __syncwarp(); }

@@ -320,6 +320,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     for (int64_t x = block * blockDim.x + threadIdx.x; x < count; x += blocks * blockDim.x) flags[x] = 0;
   };
   clear(w.segment_flags, w.num_flags);
+  clear(w.state_flags, w.num_state_flags);
   clear(w.tile_flags, w.num_tile_flags);
   const Layout& l = w.layout;
   int begin, end;   // of this block's tiles

@@ -68,6 +68,10 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, fl
   w.num_flags = static_cast<int>(segments.flags) * (backward ? 2 : 1);
   carver.take(w.segment_ends, segments.floats);
   carver.take(w.segment_flags, w.num_flags);
+  if (!backward && has_small_tiles(p)) {
+    w.num_state_flags = items + 1;
+    carver.take(w.state_flags, w.num_state_flags);
+  }
   w.tiles = choose_tiles(p);
   if (backward) {
     carver.take(w.tile_totals, w.tiles.count * p.heads);

@@ -38,7 +38,9 @@
 //
 // Small heads (up to 64 x 64, bfloat16) are bound by the length of a tile's chain of waits. There the gates come
 // through the ring, what serves twice is loaded once (A for T and S; dk's operands for dv), P stays in registers, and
-// two blocks that make h share a multiprocessor: see SmallShared.
+// two blocks that make h share a multiprocessor: see SmallShared. h's blocks start beside those of the states, where
+// these leave room, instead of behind them, and take tiles in the order in which the states come: k and v, which both
+// read, are then still in the L2 cache, and neither's ramps are for nothing.
 //
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
 // out; dq: 3 stages, and 48 KiB for D (q k^T).
@@ -307,6 +309,11 @@ __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh
     ptx::tma_load(to + box_bytes, &map, full, 0, tile.head, tile.first + box, tile.row);
     ring.advance();
   };
+  if constexpr (is_h) {  // q, k, v, too, are there once a states' block runs
+    const int* const flag = args.w.state_flags + tile.item;
+    while (ptx::load_acquire(flag) == 0) __nanosleep(50);
+    ptx::fence_async();  // between the stores of others and this thread's copies
+  }
   wait_for_stage();
   load_rows(is_h ? maps.q : maps.v);
   wait_for_stage();
@@ -455,6 +462,15 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
   }
 }
 
+// Small tiles: out takes T's registers.
+template <bool is_small, int count>
+__device__ __forceinline__ auto& out_registers(float (&own)[count], float (&t)[32]) {
+  if constexpr (is_small)
+    return t;
+  else
+    return own;
+}
+
 template <Output output, int tile_n, typename T, typename Shared>
 __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                         const Tile& tile) {
@@ -566,12 +582,12 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     if (width > 0) release(last);
   };
   // T, or q k^T, over the 64 columns from `begin` on.
-  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage, uint32_t stage_b) {
+  const auto block_product = [&](float (&to)[32], int begin, uint32_t stage, uint32_t stage_b, bool adds) {
     const uint32_t right = stage_b + begin / box * box_bytes;
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
       ptx::Wgmma<T, 64>::template a_shared<false>(to, ptx::wgmma_descriptor(stage + group * box_bytes + kk * 32),
-                                                  ptx::wgmma_descriptor(right + kk * 32), true);
+                                                  ptx::wgmma_descriptor(right + kk * 32), adds || kk > 0);
     }
   };
   // Both groups make both blocks, though one needs a half of it: the products of a branch the compiler would serialize
@@ -580,8 +596,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
     for (int x = 0; x < 32; ++x) to0[x] = to1[x] = 0.0f;
     for_panels(static_cast<int>(width), [&](uint32_t stage) {
-      block_product(to0, diagonal, stage, stage + ab_bytes);
-      block_product(to1, full, stage, stage + ab_bytes);
+      block_product(to0, diagonal, stage, stage + ab_bytes, true);
+      block_product(to1, full, stage, stage + ab_bytes, true);
     });
     ptx::hold(to0);
     ptx::hold(to1);
@@ -688,7 +704,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   float tile_t[32], second[32];  // the diagonal block and the full one
   const auto of_diagonal = [&](int x) -> float& { return tile_t[x]; };
   const auto of_full = [&](int x) -> float& { return is_dq ? own_full_t[x * 32] : second[x]; };
-  float out[tile_n / 2];
+  float own_out[tile_n / 2];
+  float (&out)[tile_n / 2] = out_registers<is_small>(own_out, tile_t);
   float q_n[4];
   const auto state_product = [&] {
 #pragma unroll
@@ -836,14 +853,19 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   } else if constexpr (is_small) {
     using At = SmallStages<output>;
     const int stage_a = small_stage(At::a), stage_b = small_stage(At::b);
-    const auto make_t = [&](int begin) {
+    // False, but the compiler does not know: so T's second block and out take over the registers of the first. Zeros
+    // written ahead would have their own, and there are not enough for that.
+    const bool adds = args.tiles_of_both < 0;
+    const auto make_t = [&](int begin, bool is_first) {
+      if (is_first) {
 #pragma unroll
-      for (int x = 0; x < 32; ++x) tile_t[x] = 0.0f;
+        for (int x = 0; x < 32; ++x) tile_t[x] = 0.0f;
+      }
       ptx::wgmma_fence();
-      block_product(tile_t, begin, stage_address(stage_a), stage_address(stage_b));
+      block_product(tile_t, begin, stage_address(stage_a), stage_address(stage_b), is_first || adds);
       ptx::wgmma_commit();
     };
-    make_t(diagonal);
+    make_t(diagonal, true);
     const int stage_s = small_stage(At::s);
     const auto logs_at = [&](int offset) { return reinterpret_cast<const float2*>(sh.stage[stage_s] + offset); };
     const float2* const row_logs = logs_at(R::rows_are_t ? Shared::alpha_at : Shared::beta_at);
@@ -858,7 +880,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     weigh(of_diagonal, diagonal, std::true_type{});
     fragments(p_diagonal, of_diagonal);
     // Both groups make the full block's products, though only one needs them: see product_both.
-    make_t(full);
+    make_t(full, false);
 #pragma unroll
     for (int x = 0; x < 16; ++x) p_full[x / 4][x % 4] = 0u;
     ptx::wgmma_wait<0>();
@@ -869,8 +891,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       fragments(p_full, of_diagonal);
     }
 
+    if (!has_state) {
 #pragma unroll
-    for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
+      for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
+    }
     if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
 #pragma unroll 1
     for (int k = 0; k < (has_state ? 1 : 0); ++k) {
@@ -880,9 +904,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       for (int kk = 0; kk < box / 16; ++kk) {
         const uint64_t a = ptx::wgmma_descriptor(stage_address(stage_a) + group * box_bytes + kk * 32);
         if constexpr (R::state_rows_are_k) {
-          ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
+          ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes),
+                                                         adds || kk > 0);
         } else {
-          ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
+          ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), adds || kk > 0);
         }
         if constexpr (is_h) {
           ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::wgmma_descriptor(s + Shared::n_at + kk * 32), true);
@@ -1103,7 +1128,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 template <Output output, int tile_n, typename T>
 struct One {
   using Shared = OutputShared<output, tile_n>;
-  static constexpr bool rows_are_t = Roles<output>::rows_are_t;
+  static constexpr bool rows_are_t = Roles<output>::rows_are_t, follows_states = false;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
     produce<output, tile_n>(args, sh, ring, tile);
@@ -1116,7 +1141,7 @@ struct One {
 template <int tile_dqk, int tile_dv, typename T>
 struct DkAndDv {
   using Shared = OutputShared<Output::dk, (tile_dqk > tile_dv ? tile_dqk : tile_dv)>;
-  static constexpr bool rows_are_t = false;
+  static constexpr bool rows_are_t = false, follows_states = false;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       Tile tile) {
     if (tile.index < args.tiles) {
@@ -1143,14 +1168,24 @@ struct Small {
   using Shared = SmallShared<blocks>;
   using Ring = RingState<Shared::num_stages>;
   static constexpr bool rows_are_t = Roles<first>::rows_are_t;
+  static constexpr bool follows_states = first == Output::h;  // starts beside the states' kernel
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, Ring& ring, const Tile& tile) {
     produce_small<first>(args, sh, ring, tile);
   }
-  __device__ static void consume_tile(const OutputArgs& args, Shared& sh, Ring& ring) {
+  // A tile without tokens is the end.
+  __device__ static void produce_end(Shared& sh, Ring ring) {
+    for (int x = 0; x < SmallStages<first>::s; ++x) ring.advance();
+    ptx::mbarrier_wait(&sh.empty[ring.stage], ring.parity ^ 1);
+    reinterpret_cast<Tile*>(sh.stage[ring.stage] + Shared::tile_at)->length = 0;
+    ptx::mbarrier_arrive(&sh.full[ring.stage]);
+  }
+  __device__ static bool consume_tile(const OutputArgs& args, Shared& sh, Ring& ring) {
     const int stage = wait_for_stage(sh, ring, SmallStages<first>::s);
     const Tile& tile = *reinterpret_cast<const Tile*>(sh.stage[stage] + Shared::tile_at);
+    if (__shfl_sync(all_lanes, tile.length, 0) == 0) return false;
     consume<first, box, bf16>(args, sh, ring, tile);
     (consume<others, box, bf16>(args, sh, ring, tile), ...);
+    return true;
   }
 };
 
@@ -1171,8 +1206,14 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
   }
   __syncthreads();
   let_next_kernel_start();
-  wait_for_earlier_kernels();
+  if constexpr (!Makes::follows_states) wait_for_earlier_kernels();
 
+  const auto tile_of = [&](const Chunk& chunk, int head, int index) {
+    const bool is_empty = Makes::rows_are_t ? chunk.is_first && args.w.starts_empty
+                                            : chunk.is_last && args.w.ends_empty;
+    return Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length,
+                static_cast<int>(chunk.chunk * l.heads) + head, head, index, !is_empty};
+  };
   // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. They take turns from
   // round to round: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
   // only, all the long ones (dk's) or all the short ones (dv's).
@@ -1187,20 +1228,52 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
       if (!l.locate(chunk_index, chunk)) break;
       // The round is the same for all tiles of an item.
       const int turn = take_turns ? (index - item * tiles + round) % tiles : index - item * tiles;
-      const bool is_empty = Makes::rows_are_t ? chunk.is_first && args.w.starts_empty
-                                              : chunk.is_last && args.w.ends_empty;
-      f(Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length, item, item - chunk_index * heads,
-             turn, !is_empty});
+      f(tile_of(chunk, item - chunk_index * heads, turn));
+    }
+  };
+  // In the order in which their states come, each to the next block that has room for it; packed, in their own order.
+  const auto for_tiles_in_turn = [&](auto&& f) {
+    const Work& w = args.w;
+    const auto heads = static_cast<unsigned>(l.heads);
+    const bool packed = l.first_chunk != nullptr;
+    const auto segments = static_cast<unsigned>(packed ? 1 : w.segments);
+    const auto chunks = static_cast<unsigned>(packed ? l.max_chunks : l.chunks_per_seq);
+    const auto rows = static_cast<unsigned>(packed ? 1 : l.num_seqs);
+    const unsigned per_segment = (chunks + segments - 1) / segments, side_by_side = segments * rows * heads;
+    const unsigned count = per_segment * side_by_side;
+    int* const taken = w.state_flags + w.num_state_flags - 1;
+    for (unsigned index = blockIdx.x; index < count;) {
+      const unsigned next = gridDim.x + static_cast<unsigned>(atomicAdd(taken, 1));  // on its way while this one loads
+      const unsigned step = index / side_by_side;
+      unsigned rest = index - step * side_by_side;
+      const unsigned head = rest % heads;
+      rest /= heads;
+      const unsigned row = rest % rows, in_row = rest / rows * per_segment + step;
+      index = next;
+      if (in_row >= chunks) continue;
+      Chunk chunk;
+      if (!l.locate(int64_t{row} * chunks + in_row, chunk)) continue;
+      f(tile_of(chunk, static_cast<int>(head), 0));
     }
   };
   RingState<num_stages> ring;
   if (threadIdx.x >= consumer_warps * 32) {
     ptx::fewer_registers<24>();
     if (threadIdx.x != consumer_warps * 32) return;
-    for_tiles([&](const Tile& tile) { Makes::produce_tile(args, sh, ring, tile); });
+    const auto produce_tile = [&](const Tile& tile) { Makes::produce_tile(args, sh, ring, tile); };
+    if constexpr (Makes::follows_states) {
+      for_tiles_in_turn(produce_tile);
+      Makes::produce_end(sh, ring);
+    } else {
+      for_tiles(produce_tile);
+    }
   } else {
     ptx::more_registers<Shared::consumer_registers>();
-    if constexpr (Shared::is_small) {
+    if constexpr (Makes::follows_states) {
+      while (Makes::consume_tile(args, sh, ring)) {
+      }
+      wait_for_earlier_kernels();  // so that what waits for this kernel has waited for the states' as well
+    } else if constexpr (Shared::is_small) {
       const int64_t chunks = l.first_chunk == nullptr ? l.max_chunks : l.first_chunk[l.num_seqs];
       const int count = static_cast<int>(chunks * l.heads) * args.tiles_of_both;
       for (int index = blockIdx.x; index < count; index += gridDim.x) {

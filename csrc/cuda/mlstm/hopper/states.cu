@@ -30,6 +30,7 @@
 // Of a chunk's two halves the second's fragments are made while the first's products run. Small states (dv up to 128),
 // whose walks are bounded by the length of a step, not by what it moves, share multiprocessors where they fit. A step
 // holds a chunk's two stages to its end, so what is on its way meanwhile is the rest of the ring: at 64 x 64 four more.
+// Forward, the outputs of these start beside the walk (outputs.cuh): each waits for a flag that its state is there.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
@@ -107,11 +108,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   constexpr bool is_half = std::is_same_v<T, half>;
   constexpr int least_exponent = -100;  // float16: of the scale of a state without weights
   constexpr int num_stages = Shared::num_stages;
+  constexpr bool may_tell = !backward && !is_half && groups == 1 && tile_dv == box;  // the outputs of small tiles
   extern __shared__ unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
 
-  let_next_kernel_start();
+  // The outputs of small tiles rely on this order: where they have started, the gates are there, and all blocks of this
+  // kernel run.
   wait_for_earlier_kernels();
+  let_next_kernel_start();
 
   const Work& w = args.w;
   const Layout& l = w.layout;
@@ -205,7 +209,16 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     const int weigher = static_cast<int>(threadIdx.x % 128) / 32 - 1, lane = threadIdx.x % 32;
     if (weigher >= 0) {
       int turn = 0, parity = 1;
-      for_each_step([&](int step, bool) {
+      // Tells the outputs that a state has been written; a consumer need not wait for that.
+      const auto tell = [&](int64_t item) {
+        if (lane == 0) ptx::store_release(w.state_flags + item, 1);
+      };
+      const bool tells = may_tell && w.state_flags != nullptr;
+      if (tells && weigher == 0 && first_step < last_step && is_zero(first_step)) {
+        tell(chunk_at(first_step) * l.heads + head);
+      }
+      int64_t written = -1;  // the item of this warp's last step
+      for_each_step([&](int step, bool writes) {
         const bool mine = turn == weigher;
         if (++turn == weighers) turn = 0;
         if (!mine) return;
@@ -251,7 +264,15 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           to.keep = fast_exp2(to.keep_log);
         }
         ptx::mbarrier_arrive(&sh.weights_full[weigher]);
+        if (tells) {
+          if (written >= 0) tell(written);
+          written = writes ? item : -1;
+        }
       });
+      if (tells && written >= 0) {
+        ptx::mbarrier_wait(&sh.weights_empty[weigher], parity);
+        tell(written);
+      }
       return;
     }
     if (lane != 0) return;
@@ -399,7 +420,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   };
 
   int stage = 0, parity = 0;
-  const auto give_back = [&](int stage) {
+  const auto free_stage = [&](int stage) {
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&sh.empty[stage]);
   };
@@ -407,7 +428,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     if (++stage == num_stages) stage = 0, parity ^= 1;
   };
   const auto release = [&] {
-    give_back(stage);
+    free_stage(stage);
     advance();
   };
   int turn = 0, weights_parity = 0;  // of the weights
@@ -570,11 +591,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           first_stage = stage;
         } else {
           ptx::wgmma_wait<1>();
-          give_back(first_stage);
+          free_stage(first_stage);
           if (writes) write_n(exponent_before);
           ptx::wgmma_wait<0>();
           ptx::hold(acc);
-          give_back(stage);
+          free_stage(stage);
         }
         advance();
       }
@@ -584,6 +605,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
         n[r] = n[r] * keep + n_part[r];
       }
+      if (may_tell && writes && thread == 0) ptx::bulk_store_wait<0>();  // then the weigher tells
       ptx::mbarrier_arrive(&sh.weights_empty[turn]);
       if (++turn == weighers) turn = 0, weights_parity ^= 1;
     }

@@ -68,6 +68,10 @@ struct Work {
   float* segment_ends;
   int* segment_flags;
   int num_flags;
+  // Forward of small tiles, whose outputs start beside the states: [N] flags that say that an item's c and n_parts are
+  // there, then how many tiles have been taken (zeroed by scan_gates). Else null.
+  int* state_flags;
+  int64_t num_state_flags;
   Tiles tiles;  // the gradients'; the scan makes its own
   // Backward, [tiles.count][heads]: what a tile does to what gate_gradients carries through it, and flags that say it
   // is there (zeroed by scan_gates).
