@@ -157,6 +157,7 @@ def every_step() -> None:
             (2, 512, torch.float32),
             (2, 512, BF16),
             (60, 512, torch.float32),
+            (30, 400, torch.float32),
             (2, 30, BF16),
         ):
             step(batch, 64, dv, dtype, state_dtype)
