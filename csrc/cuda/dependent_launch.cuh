@@ -8,6 +8,9 @@
 // mostly at once, so that several kernels may be under way; behind its own wait (`holds_next`) where the next one's
 // promise holds only for what comes before the kernel just before it. Kernels of anyone else neither start early nor
 // let others do so.
+//
+// The mLSTM's h of small heads waits at its end only: what it reads of the kernel before it, it finds by flags, and the
+// rest was there when that kernel let it start, behind its own wait (mlstm/hopper/outputs.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
