@@ -1,5 +1,5 @@
 // The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
-// again (keeping the states of every layer would cost more memory than q, k, v, h together), dq with u, delta and e,
+// again (kept, they would take two thirds of the memory of q, k, v, h together at 256 x 512), dq with u, delta and e,
 // the states' gradients in place of the states, dk, dv, and last the gates.
 #include "cuda/device.h"
 #include "cuda/mlstm/hopper/hopper.h"
