@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -28,13 +29,19 @@ def time_in_graph_ms(calls: Sequence[Callable[[], object]], device: torch.device
     """Median time of one of `calls`, which run one after the other in one graph; on a CPU, of one call by itself.
 
     Calls that work on as much memory together as the second-level cache cannot hold are measured as a model makes
-    them: each finds its operands in memory. A graph has at least 16 calls, so that its own launch does not count.
+    them: each finds its operands in memory. A graph has at least 16 calls and runs for 5 ms or more: what precedes its
+    first call (its own launch, tens of MB in the cache that must be written back) takes some 20 us.
     """
     if device.type != "cuda":
         return statistics.median(median_time_ms(call, device, budget_s=budget_s / len(calls)) for call in calls)
+
+    def measure(rounds: int, budget_s: float) -> float:
+        graph = capture(lambda: [call() for _ in range(rounds) for call in calls])
+        return median_time_ms(graph.replay, device, budget_s=budget_s) / (rounds * len(calls))
+
     rounds = -(-16 // len(calls))
-    graph = capture(lambda: [call() for _ in range(rounds) for call in calls])
-    return median_time_ms(graph.replay, device, budget_s=budget_s) / (rounds * len(calls))
+    estimate_ms = measure(rounds, budget_s / 10)
+    return measure(max(rounds, math.ceil(5.0 / (estimate_ms * len(calls)))), budget_s)
 
 
 def copies_beyond_cache(bytes_each: float, device: torch.device) -> int:

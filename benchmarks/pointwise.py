@@ -1,9 +1,12 @@
 """Subject pointwise: the pointwise ops, forward and backward, beside the same in PyTorch's own functions.
 
-`gb_per_s` counts every input read and every output written once (a backward reads the inputs again), `share_of_copy` is
-that over the copy bandwidth of the same run, of 2 GiB. A launch is a large part of a small tensor's copy: op `copy` is
-PyTorch's `copy_` of one (rows, columns) tensor, and `share_of_same_size_copy` compares with a `copy_` that moves as
-many bytes as the op. The cache is overwritten before each call.
+`time_us` is of a call by itself, the cache overwritten before: a launch and tens of MB in the cache to be written back
+belong to it. `gb_per_s` counts every input read and every output written once (a backward reads the inputs again),
+`share_of_copy` is that over the copy bandwidth of the same run, of 2 GiB. A launch is a large part of a small tensor's
+copy: op `copy` is PyTorch's `copy_` of one (rows, columns) tensor, and `share_of_same_size_copy` compares with a
+`copy_` that moves as many bytes as the op. `chain_time_us` is of one of many calls in a CUDA graph, one after the other
+as in a model, each with inputs and outputs of its own; `share_of_same_size_copy_in_chain` compares it with a chain of
+such copies.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flash_xlstm import ops
+from graphs import copies_beyond_cache, time_in_graph_ms
 from run import describe, device_rates, free_memory, median_time_ms
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,6 +44,15 @@ OPS: dict[str, tuple[Callable, Callable, int, int]] = {
     "gated_head_norm": (ops.gated_head_norm, _torch_gated, 2, 1),
     "swiglu": (ops.swiglu, lambda x, y: F.silu(x) * y, 2, 1),
     "soft_cap": (lambda x: ops.soft_cap(x, 15.0), lambda x: 15.0 * torch.tanh(x / 15.0), 1, 1),
+}
+_operators = torch.ops.flash_xlstm
+# Of the outputs' gradients, then the inputs, for a chain: autograd stays out of a graph.
+GRADIENTS: dict[str, Callable] = {
+    "rms_norm": lambda dy, x, w: _operators.rms_norm_backward(dy, None, x, w, 1e-6, True),
+    "add_rms_norm": lambda dy, dsum, x, w: _operators.rms_norm_backward(dy, dsum, x, w, 1e-6, True),
+    "gated_head_norm": lambda dy, h, gate, w: _operators.gated_head_norm_backward(dy, h, gate, w, 1e-6, True),
+    "swiglu": lambda dout, x, y: _operators.swiglu_backward(dout, x, y),
+    "soft_cap": lambda dy, x: _operators.soft_cap_backward(dy, x, 15.0),
 }
 WEIGHTED = ("rms_norm", "add_rms_norm", "gated_head_norm")
 
@@ -67,13 +80,30 @@ def _copy_gb_per_s(rows: int, columns: int, args: argparse.Namespace) -> float:
     return 2 * source.nbytes / time_ms / 1e6
 
 
+def _chain_ms(form: Callable, make: Callable[[], list[Tensor]], moved: int, args: argparse.Namespace) -> float:
+    device = torch.device(args.device)
+    sets = [make() for _ in range(max(3, copies_beyond_cache(moved, device)))]
+    with torch.no_grad():
+        return time_in_graph_ms([lambda s=s: form(*s) for s in sets], device, args.seconds_each)
+
+
+def _copy_chain_gb_per_s(rows: int, columns: int, args: argparse.Namespace) -> float:
+    def make() -> list[Tensor]:
+        return [torch.randn(rows, columns, device=args.device).to(DTYPES[args.dtype])]
+
+    moved = 2 * rows * columns * DTYPES[args.dtype].itemsize
+    in_chain = moved / _chain_ms(torch.clone, make, moved, args) / 1e6
+    # A graph leaves copies of 500 MB to an engine that is slower than a kernel.
+    return max(in_chain, _copy_gb_per_s(rows, columns, args))
+
+
 def _measure_copy(row: dict, rates: dict, args: argparse.Namespace) -> None:
     row["gb_per_s"] = _copy_gb_per_s(row["rows"], row["columns"], args)
     row["time_us"] = 2e-3 * row["rows"] * row["columns"] * DTYPES[args.dtype].itemsize / row["gb_per_s"]
     row["share_of_copy"] = row["gb_per_s"] / rates["copy_gb_per_s"]
 
 
-def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace, same_size: Callable) -> None:
+def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace, copies: Sequence[Callable]) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     inputs = _inputs(row["op"], row["rows"], row["columns"], dtype, device)
     _, _, read, written = OPS[row["op"]]
@@ -95,15 +125,28 @@ def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace, s
     row["time_us"] = time_ms * 1e3
     row["gb_per_s"] = moved / time_ms / 1e6
     row["share_of_copy"] = row["gb_per_s"] / rates["copy_gb_per_s"]
-    if row["peer"] == "flash_xlstm":
-        row["share_of_same_size_copy"] = row["gb_per_s"] / same_size((row["rows"] * tensors + 1) // 2, row["columns"])
+    if row["peer"] != "flash_xlstm":
+        return
+    same = (row["rows"] * tensors + 1) // 2, row["columns"]
+    row["share_of_same_size_copy"] = row["gb_per_s"] / copies[0](*same)
+
+    def make() -> list[Tensor]:
+        new = _inputs(row["op"], row["rows"], row["columns"], dtype, device)
+        if row["pass"] == "forward":
+            return new
+        # The gradient of add_rms_norm reads dy, dsum and the sum.
+        return [torch.randn_like(t) for t in given] + (new[1:] if row["op"] == "add_rms_norm" else new)
+
+    chain_ms = _chain_ms(form if row["pass"] == "forward" else GRADIENTS[row["op"]], make, moved, args)
+    row["chain_time_us"] = chain_ms * 1e3
+    row["share_of_same_size_copy_in_chain"] = moved / chain_ms / 1e6 / copies[1](*same)
 
 
 def run(args: argparse.Namespace) -> Iterator[dict]:
     device = torch.device(args.device)
     rates = device_rates(device)
     yield {"what": "rates", **rates}
-    same_size = functools.cache(functools.partial(_copy_gb_per_s, args=args))
+    copies = [functools.cache(functools.partial(form, args=args)) for form in (_copy_gb_per_s, _copy_chain_gb_per_s)]
     for rows, columns in itertools.product(args.rows, args.columns):
         row = {"what": "pointwise", "op": "copy", "pass": "forward", "peer": "torch", "rows": rows, "columns": columns}
         row["dtype"] = args.dtype
@@ -120,7 +163,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
         row = {"what": "pointwise", "op": op, "pass": name, "peer": peer, "rows": rows, "columns": columns}
         row["dtype"] = args.dtype
         try:
-            _measure(row, OPS[op][peer == "torch"], rates, args, same_size)
+            _measure(row, OPS[op][peer == "torch"], rates, args, copies)
         except Exception as error:
             row["error"] = describe(error)
         free_memory(device)

@@ -43,11 +43,15 @@ struct alignas(sizeof(C) * width) Group {
   C value[width];
 };
 
+// A row of the state is read once and written once: neither copy is kept in the caches for a second use.
 template <typename C, int width>
 __device__ __forceinline__ Group<C, width> load_state(const C* at) {
   Group<C, width> group;
   if constexpr (width > 1) {
-    const uint4 bits = load_16_once(at);
+    uint4 bits;
+    asm volatile("ld.global.cv.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(at));
     memcpy(&group, &bits, 16);
   } else {
     group.value[0] = *at;
@@ -59,7 +63,9 @@ __device__ __forceinline__ void store_state(C* at, const Group<C, width>& group)
   if constexpr (width > 1) {
     uint4 bits;
     memcpy(&bits, &group, 16);
-    store_16(at, bits);
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
   } else {
     *at = group.value[0];
   }

@@ -38,8 +38,10 @@ constexpr int most_stages = 16, largest_tile = 48;
 // More than half of a multiprocessor's, so that each has one block. With room for two, the blocks of the next launch
 // would come while this one's end, two where one has ended early and none elsewhere.
 constexpr int exclusive_bytes = 116 * 1024, shared_limit = 200 * 1024;
-// Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for.
-constexpr int early_stages = 6;
+// Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for; but
+// of a small product, whose blocks have one tile of not much more than a ring, all go: between its launches memory has
+// nothing else to do.
+constexpr int early_stages = 6, small_rings = 3;
 
 // column_tiles: 8 rows of W each, of a warp.
 template <int row_tiles, int column_tiles>
@@ -136,7 +138,8 @@ __global__ void __launch_bounds__(threads, 1)
     if (!p.constant_weights) wait_for_earlier_kernels();
     const Tile first(p, blockIdx.x, columns);
     const int ahead = min(S::stages, pieces);
-    const int early = min(ahead, early_stages);
+    const bool small = tiles <= blocks && pieces <= small_rings * S::stages;
+    const int early = small ? ahead : min(ahead, early_stages);
     for (int piece = 0; piece < early; ++piece) load_weights(first, piece, piece);
     if (p.constant_weights) wait_for_earlier_kernels();
     for (int piece = early; piece < ahead; ++piece) load_weights(first, piece, piece);
@@ -162,8 +165,30 @@ __global__ void __launch_bounds__(threads, 1)
       ring + k_group / 2 * S::box_bytes + fragment_row * row_bytes + ((k_group % 2 * 4 + lane % 4) ^ fragment_row) * 16;
   wait_for_earlier_kernels();
   if (p.holds_next) let_next_kernel_start();
+  // Of the results that a thread will write, at most this many.
+  constexpr int items = (S::x_rows * S::tile + consumer_threads - 1) / consumer_threads;
   int stage = 0, parity = 0;
   for (int t = blockIdx.x; t < tiles; t += blocks) {
+    const Tile tile(p, t, columns);
+    const int64_t out = p.part[tile.part].out;
+    const int valid = static_cast<int>(min(static_cast<int64_t>(columns), out - tile.first));
+    // What is added to the sums is on its way meanwhile.
+    float biases[items][2], residuals[items];
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      biases[i][0] = biases[i][1] = residuals[i] = 0.0f;
+      const int item = threadIdx.x + i * consumer_threads, row = item / valid;
+      if (row >= rows) continue;
+      const int64_t column = tile.first + item - row * valid;
+      const auto bias_of = [&](int which) {
+        const void* const bias = p.part[which].bias;
+        return bias != nullptr ? to_float(static_cast<const bf16*>(bias)[column]) : 0.0f;
+      };
+      biases[i][0] = bias_of(tile.part);
+      if (p.swiglu) biases[i][1] = bias_of(1);
+      if (p.residual != nullptr)
+        residuals[i] = to_float(static_cast<const bf16*>(p.residual)[row * p.residual_stride + column]);
+    }
     float acc[column_tiles][4] = {};
     for (int k = 0; k < in; k += stage_k) {
       ptx::mbarrier_wait(full + stage, parity);
@@ -182,7 +207,7 @@ __global__ void __launch_bounds__(threads, 1)
       if (++stage == S::stages) stage = 0, parity ^= 1;
     }
 
-    ptx::named_barrier(1, consumer_threads);  // the last tile's sums have been read
+    if (t != blockIdx.x) ptx::named_barrier(1, consumer_threads);  // the last tile's sums have been read
     const auto sum_at = [&](int group, int row, int column) -> float& {
       return sums[(group * S::x_rows + row) * S::sums_stride + column];
     };
@@ -199,23 +224,20 @@ __global__ void __launch_bounds__(threads, 1)
       }
     }
     ptx::named_barrier(1, consumer_threads);
-    const Tile tile(p, t, columns);
-    const int64_t out = p.part[tile.part].out;
-    const int valid = static_cast<int>(min(static_cast<int64_t>(columns), out - tile.first));
-    for (int item = threadIdx.x; item < rows * valid; item += consumer_threads) {
-      const int row = item / valid, tile_column = item - row * valid;
-      const int64_t column = tile.first + tile_column;
-      const auto sum_of = [&](int which, int tile_row) {
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int item = threadIdx.x + i * consumer_threads, row = item / valid, tile_column = item - row * valid;
+      if (row >= rows) continue;
+      const auto sum_of = [&](int tile_row) {
         float sum = 0.0f;
 #pragma unroll
         for (int group = 0; group < k_groups; ++group) sum += sum_at(group, row, tile_row);
-        const void* const bias = p.part[which].bias;
-        return sum + (bias != nullptr ? to_float(static_cast<const bf16*>(bias)[column]) : 0.0f);
+        return sum;
       };
-      float y = sum_of(tile.part, tile_column);
-      if (p.swiglu) y = y / (1.0f + expf(-y)) * sum_of(1, tile_column + S::tile / 2);
-      if (p.residual != nullptr) y += to_float(static_cast<const bf16*>(p.residual)[row * p.residual_stride + column]);
-      static_cast<bf16*>(p.part[tile.part].y)[row * out + column] = from_float<bf16>(y);
+      float y = sum_of(tile_column) + biases[i][0];
+      if (p.swiglu) y = y / (1.0f + expf(-y)) * (sum_of(tile_column + S::tile / 2) + biases[i][1]);
+      if (p.residual != nullptr) y += residuals[i];
+      static_cast<bf16*>(p.part[tile.part].y)[row * out + tile.first + tile_column] = from_float<bf16>(y);
     }
   }
 }
