@@ -179,6 +179,9 @@ def every_linear() -> None:
         ops.linear_rows(x, weight, weight[:, 0])
         ops.fused_linear_rows(x, [weight, weight], swiglu=True, constant_weights=True)
         ops.fused_linear_rows(x, [weight, weight[:7]], constant_weights=True)
+    for rows in (3, 16):  # blocks of one tile, which ask for all the weights that they have room for at once
+        x, weight = (torch.randn(n, 960, device="cuda", dtype=BF16) for n in (rows, 4200))
+        ops.fused_linear_rows(x, [weight], residual=weight[:rows, :1].expand(-1, 4200), constant_weights=True)
 
 
 FAMILIES = {

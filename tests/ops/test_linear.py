@@ -37,8 +37,9 @@ def test_matches_float64(place, dtype, rows, size_in, size_out):
     assert_exact(*arguments(place, dtype, rows, size_in, size_out, bias=rows % 2 == 0))
 
 
-# Columns for every tile height of the Hopper kernel, and for several tiles a block.
-WIDE = [(200, 3000), (264, 6001), (72, 20003), (1096, 6200)]
+# Columns for every tile height of the Hopper kernel, and for several tiles a block; the last for blocks of one tile,
+# full and not, which ask for all the weights that they have room for at once.
+WIDE = [(200, 3000), (264, 6001), (72, 20003), (1096, 6200), (4096, 4096), (192, 2112), (960, 6336), (4160, 4200)]
 
 
 @pytest.mark.cuda
@@ -216,6 +217,8 @@ def test_fused_matches_float64(place, dtype, rows, size_in, sizes_out, more):
         (72, (4001, 17, 9000, 1, 128), {}),
         (264, (3000, 3000), {"swiglu": True}),
         (72, (10001, 10001), {"swiglu": True}),
+        (4096, (4096,), {"residual": True}),
+        (960, (2112, 2100), {}),
     ],
 )
 def test_fused_many_columns(rows, size_in, sizes_out, more):
