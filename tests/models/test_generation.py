@@ -146,6 +146,25 @@ def test_a_cache_that_does_not_fit_the_inputs(make_ours, tokens):
         model.generate(tokens(1, 5), attention_mask=torch.ones(1, 9), cache_params=cache, max_new_tokens=2, **GREEDY)
 
 
+def test_inputs_of_a_wrong_shape(make_ours, tokens):
+    model, ids = make_ours(), tokens(1, 6)
+    with pytest.raises(ValueError, match=r"inputs is of shape \(6,\); expected \(batch, tokens\)"):
+        model.generate(ids[0], max_new_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match=r"input_ids is of shape \(6,\)"):
+        next(model.stream(input_ids=ids[0], max_new_tokens=2))
+    with pytest.raises(
+        ValueError, match=r"inputs_embeds is of shape \(1, 6\); expected \(batch, tokens, hidden_size\)"
+    ):
+        model.generate(inputs_embeds=ids.float(), max_new_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match=r"attention_mask is of shape \(6,\)"):
+        model.generate(ids, attention_mask=torch.ones(6), max_new_tokens=2, **GREEDY)
+    with torch.no_grad():
+        cache = model(ids).cache_params
+    with pytest.raises(ValueError, match="cache_params needs inputs"):
+        model.generate(cache_params=cache, max_new_tokens=2, **GREEDY)
+    assert cache.get_seq_length() == 6
+
+
 def test_scores_and_hidden_states(make_ours, tokens):
     model = make_ours()
     output = model.generate(

@@ -63,24 +63,25 @@ class xLSTMGenerationMixin(GenerationMixin):
         `attention_mask` that covers the whole sequence.
 
         Raises:
-            ValueError: the cache and the inputs do not fit.
+            ValueError: the inputs are not (batch, tokens), or embeddings not (batch, tokens, hidden_size); the cache
+                and the inputs do not fit.
         """
+        named = {"inputs_embeds": kwargs.get("inputs_embeds"), "input_ids": kwargs.get("input_ids"), "inputs": inputs}
+        given: dict[str, Tensor] = {name: t for name, t in named.items() if t is not None}
+        for name, x in {**given, "attention_mask": kwargs.get("attention_mask")}.items():
+            axes = "(batch, tokens, hidden_size)" if name == "inputs_embeds" else "(batch, tokens)"
+            if x is not None and x.ndim != axes.count(",") + 1:
+                raise ValueError(f"{name} is of shape {tuple(x.shape)}; expected {axes}")
         cache = None
         for name in _CACHE_NAMES:
             if isinstance(kwargs.get(name), xLSTMCache):
                 cache = one_cache(cache, kwargs.pop(name))
         if cache is not None:
             kwargs[_CACHE] = cache
-            name, given = next(
-                (name, t)
-                for name, t in (
-                    ("inputs_embeds", kwargs.get("inputs_embeds")),
-                    ("input_ids", kwargs.get("input_ids")),
-                    ("inputs", inputs),
-                )
-                if t is not None
-            )
-            length, seen, mask = given.shape[1], cache.get_seq_length(), kwargs.get("attention_mask")
+            if not given:
+                raise ValueError("cache_params needs inputs: the whole sequence, or new tokens")
+            name, t = next(iter(given.items()))
+            length, seen, mask = t.shape[1], cache.get_seq_length(), kwargs.get("attention_mask")
             if mask is not None and mask.shape[1] == seen + length:
                 kwargs["attention_mask"] = mask[:, seen:]
                 kwargs["cached_tokens"] = 0
