@@ -6,7 +6,7 @@ belong to it. `gb_per_s` counts every input read and every output written once (
 copy: op `copy` is PyTorch's `copy_` of one (rows, columns) tensor, and `share_of_same_size_copy` compares with a
 `copy_` that moves as many bytes as the op. `chain_time_us` is of one of many calls in a CUDA graph, one after the other
 as in a model, each with inputs and outputs of its own; `share_of_same_size_copy_in_chain` compares it with a chain of
-such copies.
+such copies, or with a copy by itself where that is faster.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _copy_chain_gb_per_s(rows: int, columns: int, args: argparse.Namespace) -> f
 
     moved = 2 * rows * columns * DTYPES[args.dtype].itemsize
     in_chain = moved / _chain_ms(torch.clone, make, moved, args) / 1e6
-    # A graph leaves copies of 500 MB to an engine that is slower than a kernel.
+    # Of 500 MB a copy in a graph is slower than one by itself.
     return max(in_chain, _copy_gb_per_s(rows, columns, args))
 
 

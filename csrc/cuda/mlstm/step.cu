@@ -48,10 +48,7 @@ template <typename C, int width>
 __device__ __forceinline__ Group<C, width> load_state(const C* at) {
   Group<C, width> group;
   if constexpr (width > 1) {
-    uint4 bits;
-    asm volatile("ld.global.cv.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "l"(at));
+    const uint4 bits = __ldcv(reinterpret_cast<const uint4*>(at));
     memcpy(&group, &bits, 16);
   } else {
     group.value[0] = *at;
@@ -63,9 +60,7 @@ __device__ __forceinline__ void store_state(C* at, const Group<C, width>& group)
   if constexpr (width > 1) {
     uint4 bits;
     memcpy(&bits, &group, 16);
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z),
-                 "r"(bits.w)
-                 : "memory");
+    __stcs(reinterpret_cast<uint4*>(at), bits);
   } else {
     *at = group.value[0];
   }

@@ -29,7 +29,7 @@ __device__ __forceinline__ float apply(float x, float dy, float cap, float inver
   }
 }
 
-// A thread has one pack of each tensor: with two or more a copy's speed is out of reach on an H200.
+// A thread has one pack of each tensor: with two it is slower on an H200.
 template <typename T, bool gradient>
 __global__ void __launch_bounds__(threads)
     soft_cap_kernel(const T* x, const T* dy, T* out, int64_t count, int64_t vectors, float cap, float inverse_cap) {

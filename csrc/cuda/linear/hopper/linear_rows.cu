@@ -39,8 +39,8 @@ constexpr int most_stages = 16, largest_tile = 48;
 // would come while this one's end, two where one has ended early and none elsewhere.
 constexpr int exclusive_bytes = 116 * 1024, shared_limit = 200 * 1024;
 // Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for; but
-// of a small product, whose blocks have one tile of not much more than a ring, all go: between its launches memory has
-// nothing else to do.
+// of a small product, whose blocks have one tile of at most small_rings times the ring, the whole ring: between its
+// launches memory has little else to do.
 constexpr int early_stages = 6, small_rings = 3;
 
 // column_tiles: 8 rows of W each, of a warp.
