@@ -170,7 +170,7 @@ def every_pointwise() -> None:
         for dim in (64, 512, 1024, 2048, 4096, 8192, 16384, 35):
             pointwise(dtype, dim)
     pointwise(BF16, 4096, 1500)  # more rows than blocks read ahead
-    pointwise(BF16, 256, 9000)
+    pointwise(BF16, 256, 17_000)  # and for several rounds of blocks
 
 
 def every_linear() -> None:
@@ -179,8 +179,9 @@ def every_linear() -> None:
         ops.linear_rows(x, weight, weight[:, 0])
         ops.fused_linear_rows(x, [weight, weight], swiglu=True, constant_weights=True)
         ops.fused_linear_rows(x, [weight, weight[:7]], constant_weights=True)
-    for rows in (3, 16):  # blocks of one tile, which ask for all the weights that they have room for at once
-        x, weight = (torch.randn(n, 960, device="cuda", dtype=BF16) for n in (rows, 4200))
+    # Blocks of one tile, which ask for all the weights that they have room for at once; then for more.
+    for rows, size_in in ((3, 960), (16, 960), (16, 2200)):
+        x, weight = (torch.randn(n, size_in, device="cuda", dtype=BF16) for n in (rows, 4200))
         ops.fused_linear_rows(x, [weight], residual=weight[:rows, :1].expand(-1, 4200), constant_weights=True)
 
 

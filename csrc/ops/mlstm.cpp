@@ -274,7 +274,8 @@ Tensors2 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
 Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                int64_t chunk_size) {
-  return forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, false, false).h;
+  return forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, false, false)
+      .h;
 }
 
 Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,

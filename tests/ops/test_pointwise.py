@@ -301,6 +301,17 @@ def test_norms_of_more_rows_than_are_read_ahead(op, dtype, rows, dim):
         assert torch.equal(a, b)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(40_001, 2, 256), (5003, 3, 4096), (3000, 150, 64), (9999, 1, 70)])
+def test_gated_head_norm_in_rounds(dtype, rows, heads, dim):
+    """Tokens enough for several blocks behind one another; more heads than multiprocessors."""
+    inputs = gated_head_norm_inputs("cuda", dtype, rows=rows, dim=dim, heads=heads)
+    assert_matches("gated_head_norm", inputs)
+    for a, b in zip(run(ops.gated_head_norm, inputs), run(ops.gated_head_norm, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_add_rms_norm_returns_the_sum(device):
     x, weight, residual = add_rms_norm_inputs(device, torch.bfloat16)
     normed, total = ops.rms_norm(x, weight, 1e-6, residual)
@@ -330,11 +341,13 @@ def test_eps(device, eps):
     assert (ops.gated_head_norm(h, gate, weight, eps).double() - exact).norm() < 1e-6 * exact.norm()
 
 
-def test_a_large_mean_costs_no_precision(device):
-    h, gate, weight = gated_head_norm_inputs(device, torch.float32, dim=512)
-    h = h + 1000.0
-    exact = reference.gated_head_norm(h.double(), gate.double(), weight.double())
-    assert (ops.gated_head_norm(h, gate, weight).double() - exact).norm() < 1e-4 * exact.norm()
+@pytest.mark.parametrize("dim", [512, 2048])
+def test_a_large_mean_costs_no_precision(device, dim):
+    h, gate, weight = gated_head_norm_inputs(device, torch.float32, dim=dim)
+    inputs = [h + 1000.0, gate, weight]
+    exact = run(reference.gated_head_norm, [t.double() for t in inputs], torch.float32)
+    for got, want in zip(run(ops.gated_head_norm, inputs), exact, strict=True):
+        assert (got.double() - want).norm() < 1e-4 * want.norm()
 
 
 def test_swiglu_extremes(device):

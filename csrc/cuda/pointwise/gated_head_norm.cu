@@ -1,6 +1,10 @@
 // y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradient: each row of a head read once (rows.cuh).
-// The variance is of what the mean leaves, so that a large mean costs no precision. A block of the gradient stays with
-// one head.
+// The variance is of what the mean leaves, so that a large mean costs no precision.
+//
+// A block of the gradient stays with one head. Memory serves some multiprocessors faster than others: with the tokens
+// dealt out once to one block for each, some were done long before others, and those that were left could not use all
+// of memory's bandwidth. So where there are tokens enough, they are dealt out to several rounds of blocks, and who is
+// done takes the next. The warps of a row meet once: each has the moments of its share about the share's own mean.
 #include "cuda/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
@@ -72,52 +76,85 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
   }
 }
 
-template <typename L>
+// Of a warp's share of a row: the sums of h; of the squares of h without the share's mean; of the normed row's
+// gradient; of that times h without the share's mean.
+struct Moments {
+  float sum, square, through, along;
+};
+
+// How the gradient's blocks share the tokens of a head: in each round there are `blocks`, which take turns.
+struct Walk {
+  int64_t rounds, blocks;
+  int turns;  // of a block
+};
+
+// full: every row fills the layout.
+template <typename L, bool full>
 __global__ void __launch_bounds__(walk_threads, 1)
-    gated_head_norm_backward_kernel(const __grid_constant__ GatedHeadNormBackward b, float* partial, int stages) {
+    gated_head_norm_backward_kernel(const __grid_constant__ GatedHeadNormBackward b, float* partial, const Walk walk,
+                                    const int stages) {
   let_next_kernel_start();
-  wait_for_earlier_kernels();
   using T = typename L::T;
   using S = Slots<L, tensors>;
   constexpr int width = L::width;
   const GatedHeadNorm& p = b.p;
-  __shared__ float mean_buffer[L::walk_groups][L::row_warps], buffer[L::walk_groups][3 * L::row_warps];
+  __shared__ __align__(16) Moments buffer[2][L::walk_groups][L::row_warps];
   extern __shared__ uint4 slots[];
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
+  const int warp = thread / 32, lane = thread % 32;
   const int heads = static_cast<int>(p.heads), head = static_cast<int>(blockIdx.x) % heads;
-  const int64_t first = blockIdx.x / heads, step = gridDim.x / heads * L::walk_groups, column = head * p.dim;
-  const int count = static_cast<int>(p.dim), ahead = stages - 1;
+  const int64_t block = blockIdx.x / heads, round = block / walk.blocks;  // of the head
+  const int64_t step = walk.blocks * L::walk_groups, column = head * p.dim;
+  const int64_t token = round * walk.turns * step + (block - round * walk.blocks) * L::walk_groups + group;
+  const int own_turns = static_cast<int>(
+      max(int64_t{0}, min(static_cast<int64_t>(walk.turns), (p.tokens - token + step - 1) / step)));
+  const int count = full ? L::capacity : static_cast<int>(p.dim);
+  const int64_t row_elements = p.heads * p.dim;  // of a token
+  const int64_t step_elements = step * row_elements, gate_step = step * p.gate_stride;
+  int64_t start = token * row_elements + column + thread * width, next_start = start;
+  int64_t gate_start = token * p.gate_stride + column + thread * width, next_gate_start = gate_start;
+  if (round == 0) {  // later ones come when there is nothing to wait for
+#pragma unroll 1
+    for (int turn = 0; turn < min(stages, own_turns); ++turn) {
+      prefetch_row<L>(p.h, start + turn * step_elements, count);
+      prefetch_row<L>(p.gate, gate_start + turn * gate_step, count);
+      prefetch_row<L>(b.dy, start + turn * step_elements, count);
+    }
+  }
+  wait_for_earlier_kernels();
   const bool weight_is_float = p.weight_dtype == DType::float32;
   float weight[L::packs][width], dweight[L::packs][width] = {};
   fetch_row_weight<L>(weight, p.weight, column, count, weight_is_float);
-  // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
-  int64_t token = first * L::walk_groups + group;
-  const int64_t row_elements = p.heads * p.dim, step_elements = step * row_elements;  // of a token, of a step
-  int64_t next_start = token * row_elements + column + thread * width;
-  int64_t next_gate_start = token * p.gate_stride + column + thread * width;
   const S ring(slots, stages);
   uint32_t slot = ring.first;
-  const auto copy_next = [&](int64_t next) {
-    if (next < p.tokens) {
+  const auto copy_next = [&](int turn) {
+    if (turn < own_turns) {
       copy_row<L>(slot, p.h, next_start, count);
       copy_row<L>(slot + S::tensor_bytes, p.gate, next_gate_start, count);
       copy_row<L>(slot + 2 * S::tensor_bytes, b.dy, next_start, count);
     }
     ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
-    next_start += step_elements, next_gate_start += step * p.gate_stride, slot = ring.after(slot);
+    next_start += step_elements, next_gate_start += gate_step, slot = ring.after(slot);
   };
 #pragma unroll 1
-  for (int stage = 0; stage < ahead; ++stage) copy_next(token + stage * step);
+  for (int turn = 0; turn < stages; ++turn) copy_next(turn);
   widen_row_weight<L>(weight, weight_is_float);
-  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
+  const auto within = [&](int k) { return full || (thread + k * L::row_threads) * width < count; };
+  // The elements of a warp's share.
+  const auto share_of = [&](int of_warp) {
+    int elements = 0;
+#pragma unroll
+    for (int k = 0; k < L::packs; ++k)
+      elements += max(0, min(32 * width, count - (of_warp * 32 + k * L::row_threads) * width));
+    return static_cast<float>(elements);
+  };
+  const float part = 1.0f / static_cast<float>(count);  // of an element in a row's mean
+  const float own_part = full ? 1.0f / (32 * L::packs * width) : 1.0f / fmaxf(share_of(warp), 1.0f);
+  // All groups take all turns, with a row or not: racecheck does not follow groups that leave at different times.
 #pragma unroll 1
-  for (; token - group < p.tokens; token += step) {
-    copy_next(token + ahead * step);
-    wait_for_copies(ahead);  // the oldest are where the next will go
-    const bool has_row = token < p.tokens;
-    const int64_t start = next_start - stages * step_elements;
-    const int64_t gate_start = next_gate_start - stages * step * p.gate_stride;
-    const auto within = [&](int k) { return (thread + k * L::row_threads) * width < count; };
+  for (int turn = 0; turn < walk.turns; ++turn) {
+    wait_for_copies(stages - 1);  // for the oldest
+    const bool has_row = turn < own_turns;
     float h[L::kept_packs][width], opened[L::kept_packs][width], shut[L::kept_packs][width];
     const auto read_h = [&](int k) { unpack(h[k % L::kept_packs], read_pack<L>(slot, p.h, start, k, count)); };
     const auto open_gate = [&](int k) {
@@ -140,10 +177,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
 #pragma unroll
       for (int e = 0; e < width; ++e) sum[0] += h[k % L::kept_packs][e];
     }
-    row_sums<L>(sum, mean_buffer[group]);
-    const float mean = sum[0] / static_cast<float>(count);
-    // Of the squares of the row without its mean, of the normed row's gradient, and of that times the row without mean.
-    float sums[3] = {};
+    lane_sums<32>(sum);
+    const float own_mean = sum[0] * own_part;
+    float sums[3] = {};  // the other Moments
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       if (!has_row || !within(k)) continue;
@@ -151,17 +187,37 @@ __global__ void __launch_bounds__(walk_threads, 1)
       open_gate(k);
 #pragma unroll
       for (int e = 0; e < width; ++e) {
-        const float centred = h[k % L::kept_packs][e] - mean;
+        float& centred = h[k % L::kept_packs][e];
+        centred -= own_mean;
         const float through = __fmul_rn(opened[k % L::kept_packs][e], weight[k][e]);
         sums[0] += centred * centred;
         sums[1] += through;
         sums[2] += through * centred;
       }
     }
-    row_sums<L>(sums, buffer[group]);
+    if (L::kept) copy_next(turn + stages);  // into the slots just read
+    lane_sums<32>(sums);
+    // From the shares' moments those of the row about its mean.
+    float mean = own_mean;
+    if constexpr (L::row_warps > 1) {
+      Moments(&moments)[L::row_warps] = buffer[turn % 2][group];
+      if (lane == 0) moments[warp] = {sum[0], sums[0], sums[1], sums[2]};
+      group_barrier<L>(group);
+      const int of_warp = lane % L::row_warps;
+      const Moments m = moments[of_warp];
+      float sum_of[1] = {m.sum};
+      lane_sums<L::row_warps>(sum_of);
+      mean = sum_of[0] * part;
+      const float elements = full ? 32 * L::packs * width : share_of(of_warp);
+      const float aside = m.sum / fmaxf(elements, 1.0f) - mean;
+      sums[0] = m.square + elements * aside * aside;
+      sums[1] = m.through;
+      sums[2] = m.along + m.through * aside;
+      lane_sums<L::row_warps>(sums);
+    }
     if (has_row) {
-      const float inverse = rsqrtf(sums[0] * share + p.eps);
-      const float through_mean = sums[1] * share, along = sums[2] * inverse * share;
+      const float inverse = rsqrtf(sums[0] * part + p.eps), aside = (own_mean - mean) * inverse;
+      const float through_mean = sums[1] * part, along = sums[2] * inverse * part;
 #pragma unroll
       for (int k = 0; k < L::packs; ++k) {
         if (!within(k)) continue;
@@ -169,7 +225,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
         float dh[width], dgate[width];
 #pragma unroll
         for (int e = 0; e < width; ++e) {
-          const float normed = (h[k % L::kept_packs][e] - mean) * inverse;
+          float centred = h[k % L::kept_packs][e];
+          if (!L::kept) centred -= own_mean;
+          const float normed = L::row_warps > 1 ? centred * inverse + aside : centred * inverse;
           const float incoming = opened[k % L::kept_packs][e], through = __fmul_rn(incoming, weight[k][e]);
           dweight[k][e] += incoming * normed;
           dgate[e] = through * normed * shut[k % L::kept_packs][e];
@@ -179,9 +237,11 @@ __global__ void __launch_bounds__(walk_threads, 1)
         store_pack(b.dh, start + k * L::row_threads * width, round_pack<T>(dh));
       }
     }
+    if (!L::kept) copy_next(turn + stages);
+    start += step_elements, gate_start += gate_step;
   }
   if (partial != nullptr)
-    write_partial<L>(dweight, reinterpret_cast<float*>(slots), partial + first * p.heads * p.dim + column, count);
+    write_partial<L>(dweight, reinterpret_cast<float*>(slots), partial + block * row_elements + column, count);
 }
 
 bool vectors(const GatedHeadNorm& p) {
@@ -194,10 +254,20 @@ bool vectors(const GatedHeadNormBackward& b) {
   return vectors(b.p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate);
 }
 
-// A multiple of the heads.
-int64_t backward_blocks(const GatedHeadNorm& p, int64_t groups) {
-  return p.heads * walking_blocks(p.tokens, groups, std::max<int64_t>(1, processor_count() / p.heads));
+// A round has at most one block for each multiprocessor, and a block rows enough that its sums of dweight, which are
+// written and read again, count for little.
+Walk walk_of(const GatedHeadNorm& p, int64_t groups) {
+  constexpr int64_t most_rounds = 32;
+  const int64_t processors = processor_count(), least_turns = std::max<int64_t>(8, 32 / groups);
+  const int64_t turns = (p.tokens + groups - 1) / groups;  // of a head
+  const int64_t rounds = std::clamp<int64_t>(turns * p.heads / (least_turns * processors), 1, most_rounds);
+  const int64_t most_blocks = rounds * std::max<int64_t>(1, processors / p.heads);
+  const int64_t each = std::max<int64_t>(1, (turns + most_blocks - 1) / most_blocks);
+  return {rounds, (turns + rounds * each - 1) / (rounds * each), static_cast<int>(each)};
 }
+
+// How many rows of sums of dweight there are.
+int64_t partial_rows(const Walk& walk) { return walk.rounds * walk.blocks; }
 
 }  // namespace
 
@@ -211,24 +281,25 @@ cudaError_t gated_head_norm(const GatedHeadNorm& p, cudaStream_t stream) {
 
 int64_t gated_head_norm_backward_workspace_bytes(const GatedHeadNormBackward& b) {
   if (b.dweight == nullptr) return 0;
-  const int64_t blocks = backward_blocks(b.p, walking_rows(b.p.dtype, b.p.dim, vectors(b)));
-  return blocks * b.p.dim * static_cast<int64_t>(sizeof(float));
+  const Walk walk = walk_of(b.p, walking_rows(b.p.dtype, b.p.dim, vectors(b)));
+  return partial_rows(walk) * b.p.heads * b.p.dim * static_cast<int64_t>(sizeof(float));
 }
 
 cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* workspace, cudaStream_t stream) {
   const GatedHeadNorm& p = b.p;
   return dispatch_walking_layout(p.dtype, p.dim, vectors(b), [&](auto layout) {
     using L = decltype(layout);
-    const int64_t blocks = backward_blocks(p, L::walk_groups);
+    const Walk walk = walk_of(p, L::walk_groups);
+    const dim3 grid(static_cast<unsigned>(partial_rows(walk) * p.heads));
     const int stages = walking_stages<L>(tensors), bytes = stages * tensors * L::row_slots * 16;
     float* partial = b.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
-    const auto kernel = gated_head_norm_backward_kernel<L>;
+    const auto kernel = p.dim == L::capacity ? gated_head_norm_backward_kernel<L, true>
+                                             : gated_head_norm_backward_kernel<L, false>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
-    status = launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(walk_threads), bytes, 1, stream, b, partial,
-                          stages);
+    status = launch_early(kernel, grid, dim3(walk_threads), bytes, 1, stream, b, partial, walk, stages);
     if (status != cudaSuccess || partial == nullptr) return status;
-    return sum_rows(partial, blocks / p.heads, p.heads * p.dim, b.dweight, p.weight_dtype, stream);
+    return sum_rows(partial, partial_rows(walk), p.heads * p.dim, b.dweight, p.weight_dtype, stream);
   });
 }
 

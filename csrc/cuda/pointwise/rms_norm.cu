@@ -76,7 +76,6 @@ template <typename L, bool with_dsum>
 __global__ void __launch_bounds__(walk_threads, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackward p, float* partial, int stages) {
   let_next_kernel_start();
-  wait_for_earlier_kernels();
   using T = typename L::T;
   using S = Slots<L, with_dsum ? 3 : 2>;
   constexpr int width = L::width;
@@ -84,13 +83,20 @@ __global__ void __launch_bounds__(walk_threads, 1)
   extern __shared__ uint4 slots[];
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
   const int count = static_cast<int>(p.dim), ahead = stages - 1;
-  const bool weight_is_float = p.weight_dtype == DType::float32;
-  float weight[L::packs][width], dweight[L::packs][width] = {};
-  fetch_row_weight<L>(weight, p.weight, 0, count, weight_is_float);
   // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
   int64_t row = static_cast<int64_t>(blockIdx.x) * L::walk_groups + group;
   const int64_t step = static_cast<int64_t>(gridDim.x) * L::walk_groups, step_elements = step * p.dim;
   int64_t next_start = row * p.dim + thread * width;
+#pragma unroll 1
+  for (int stage = 0; stage < stages && row + stage * step < p.rows; ++stage) {
+    prefetch_row<L>(p.x, next_start + stage * step_elements, count);
+    prefetch_row<L>(p.dy, next_start + stage * step_elements, count);
+    if (with_dsum) prefetch_row<L>(p.dsum, next_start + stage * step_elements, count);
+  }
+  wait_for_earlier_kernels();
+  const bool weight_is_float = p.weight_dtype == DType::float32;
+  float weight[L::packs][width], dweight[L::packs][width] = {};
+  fetch_row_weight<L>(weight, p.weight, 0, count, weight_is_float);
   const S ring(slots, stages);
   uint32_t slot = ring.first;
   const auto copy_next = [&](int64_t next) {

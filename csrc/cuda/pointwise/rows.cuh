@@ -6,11 +6,11 @@
 //   4, 8, 16, 32 KiB       64, 128, 256, 512     4
 //   any, unaligned         512                   32 single elements
 //
-// Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor, walk over the rows and keep
-// their share of the weight's gradient in registers. They read a row ahead: each thread copies its packs of the next
-// row into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so that
-// it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into the
-// block's row of a workspace, whose rows a second launch adds up (sum_rows).
+// Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor at a time, walk over rows and
+// keep their share of the weight's gradient in registers. They read a row ahead: each thread copies its packs of the
+// next row into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so
+// that it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into
+// the block's row of a workspace, whose rows a second launch adds up (sum_rows).
 //
 //   walking, row up to        threads a row             packs a thread
 //   1, 2, 4, 8, 16 KiB        32, 64, 128, 256, 512     2
@@ -25,6 +25,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/device.h"
 #include "cuda/numeric.cuh"
 #include "cuda/pointwise/launch.h"
@@ -207,25 +208,34 @@ struct RowWeight {
   Pack<T, L::width> early[L::packs];
 };
 
+// Each value becomes its sum over as many neighbouring lanes.
+template <int lanes, int values>
+__device__ __forceinline__ void lane_sums(float (&x)[values]) {
+#pragma unroll
+  for (int v = 0; v < values; ++v) {
+#pragma unroll
+    for (int distance = lanes / 2; distance > 0; distance /= 2) x[v] += __shfl_xor_sync(0xffffffffu, x[v], distance);
+  }
+}
+
+// Of a group's threads. Barrier 0 is __syncthreads.
+template <typename L>
+__device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(L::row_threads) : "memory");
+}
+
 // Each value becomes its sum over the group's threads. `buffer`, row_warps * values floats of shared memory, must be
 // another than in the group's last call: a thread may still read that one.
 template <typename Layout, int values>
 __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
-#pragma unroll
-  for (int v = 0; v < values; ++v) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x[v] += __shfl_xor_sync(0xffffffffu, x[v], distance);
-  }
+  lane_sums<32>(x);
   if constexpr (Layout::row_warps > 1) {
     const int warp = threadIdx.x % Layout::row_threads / 32;
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
       for (int v = 0; v < values; ++v) buffer[v * Layout::row_warps + warp] = x[v];
     }
-    // Barrier 0 is __syncthreads.
-    asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(1 + threadIdx.x / Layout::row_threads)),
-                 "n"(Layout::row_threads)
-                 : "memory");
+    group_barrier<Layout>(static_cast<int>(threadIdx.x / Layout::row_threads));
 #pragma unroll
     for (int v = 0; v < values; ++v) {
       if constexpr (Layout::row_warps <= 4) {
@@ -270,6 +280,20 @@ __device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64
       const bool within = (thread + k * L::row_threads) * L::width < count;
       ptx::cp_async_16(slots + k * walk_threads * 16, from + k * L::row_threads * L::width, within ? 16 : 0);
     }
+  }
+}
+
+// The same into the second-level cache only: for before wait_for_earlier_kernels, while memory has little else to do.
+template <typename L>
+__device__ __forceinline__ void prefetch_row(const void* data, int64_t start, int count) {
+  constexpr int line = 128 / sizeof(typename L::T);
+  const int thread = threadIdx.x % L::row_threads;
+  if (L::width == 1 || thread * L::width % line != 0) return;
+  const auto* from = static_cast<const typename L::T*>(data) + start;
+#pragma unroll
+  for (int k = 0; k < L::packs; ++k) {
+    const int at = k * L::row_threads * L::width;
+    if (thread * L::width + at < count) prefetch_to_l2(from + at);
   }
 }
 

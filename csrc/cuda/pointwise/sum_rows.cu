@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(columns_per_block* lanes, 2)
 
 cudaError_t sum_rows(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>((columns + columns_per_block - 1) / columns_per_block);
-  return launch_early(sum_rows_kernel, dim3(blocks), dim3(columns_per_block, lanes), 0, 1, stream, partial, rows, columns,
-                      out, dtype);
+  return launch_early(sum_rows_kernel, dim3(blocks), dim3(columns_per_block, lanes), 0, 1, stream, partial, rows,
+                      columns, out, dtype);
 }
 
 }  // namespace flash_xlstm::cuda

@@ -5,9 +5,9 @@
 // The rows of W are cut into tiles, as tall as makes them come out even (up to 48). A stage holds 128 of k of a tile's
 // rows and of every row of x, boxes of the copy engine; x comes from the second-level cache, once for each tile. Eight
 // warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and W as the 8
-// columns. Each thread reads 16 neighbouring bytes of a row and takes them as the k that the fragment's layout gives
-// it: a sum does not mind the order, as long as x and W are taken in the same. At a tile's end the four sums over k are
-// added through shared memory, in a fixed order.
+// columns, their operands brought by ldmatrix. A stage is given back as soon as it is in registers: to multiply while
+// the next is read, and give it back one later, was slower. At a tile's end the four sums over k are added through
+// shared memory, in a fixed order.
 //
 // Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
 //   - Several products of one x are one launch: the tiles of all are dealt out.
@@ -37,7 +37,7 @@ constexpr int box_k = 64, boxes = stage_k / box_k, row_bytes = box_k * 2;
 constexpr int most_stages = 16, largest_tile = 48;
 // More than half of a multiprocessor's, so that each has one block. With room for two, the blocks of the next launch
 // would come while this one's end, two where one has ended early and none elsewhere.
-constexpr int exclusive_bytes = 116 * 1024, shared_limit = 200 * 1024;
+constexpr int exclusive_bytes = 116 * 1024, shared_limit = 203 * 1024;
 // Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for; but
 // of a small product, whose blocks have one tile of at most small_rings times the ring, the whole ring: between its
 // launches memory has little else to do.
@@ -53,7 +53,10 @@ struct Shape {
   static constexpr int sums_stride = tile + 8;  // 8 banks on from row to row
   static constexpr int sums_bytes = k_groups * x_rows * sums_stride * 4;
   static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 1024) / stage_bytes);
-  static constexpr int shared_bytes = std::max(exclusive_bytes, stages * stage_bytes + sums_bytes + 1024);  // to align
+  // one_tile: a block has no second, and the sums take the place of the stages.
+  static constexpr int shared_bytes(bool one_tile) {
+    return std::max(exclusive_bytes, stages * stage_bytes + (one_tile ? 0 : sums_bytes) + 1024);  // to align
+  }
 };
 
 struct Maps {
@@ -94,10 +97,11 @@ __global__ void __launch_bounds__(threads, 1)
   using S = Shape<row_tiles, column_tiles>;
   extern __shared__ uint8_t unaligned[];
   uint8_t* const ring = unaligned + ptx::bytes_to_align<1024>(unaligned);
-  float* const sums = reinterpret_cast<float*>(ring + S::stages * S::stage_bytes);
   __shared__ uint64_t full[S::stages], empty[S::stages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int in = static_cast<int>(p.in), rows = static_cast<int>(p.rows), blocks = static_cast<int>(gridDim.x);
+  const bool one_tile = tiles <= blocks;
+  float* const sums = reinterpret_cast<float*>(ring + (one_tile ? 0 : S::stages * S::stage_bytes));
 
   if (!p.holds_next) let_next_kernel_start();
   if (threadIdx.x == 0) {
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(threads, 1)
     if (!p.constant_weights) wait_for_earlier_kernels();
     const Tile first(p, blockIdx.x, columns);
     const int ahead = min(S::stages, pieces);
-    const bool small = tiles <= blocks && pieces <= small_rings * S::stages;
+    const bool small = one_tile && pieces <= small_rings * S::stages;
     const int early = small ? ahead : min(ahead, early_stages);
     for (int piece = 0; piece < early; ++piece) load_weights(first, piece, piece);
     if (p.constant_weights) wait_for_earlier_kernels();
@@ -158,11 +162,14 @@ __global__ void __launch_bounds__(threads, 1)
   }
 
   const int k_group = warp % k_groups, column_group = warp / k_groups;
-  // Eight lanes read from shared memory at a time: two rows, which lie in different banks if they are 4 apart.
-  const auto place = [](int n) { return n % 2 * 4 + n / 2; };
-  const int fragment_row = place(lane / 4);
-  const uint8_t* const fragment =
-      ring + k_group / 2 * S::box_bytes + fragment_row * row_bytes + ((k_group % 2 * 4 + lane % 4) ^ fragment_row) * 16;
+  // Where in the first stage the row lies of which the lane tells ldmatrix: of x, for each 16 of k, and of W.
+  const int matrix = lane / 8, matrix_row = lane % 8;
+  const auto place = [&](int row, int piece) {
+    return ring + k_group / 2 * S::box_bytes + row * row_bytes + ((k_group % 2 * 4 + piece) ^ matrix_row) * 16;
+  };
+  const int x_row = matrix_row + (row_tiles == 2 ? matrix % 2 * 8 : 0);  // 8 rows are taken twice; nobody reads that
+  const uint8_t* const x_at[2] = {place(x_row, matrix / 2), place(x_row, 2 + matrix / 2)};
+  const uint8_t* const weight_at = place(S::x_rows + column_group * column_tiles * 8 + matrix_row, matrix);
   wait_for_earlier_kernels();
   if (p.holds_next) let_next_kernel_start();
   // Of the results that a thread will write, at most this many.
@@ -192,35 +199,35 @@ __global__ void __launch_bounds__(threads, 1)
     float acc[column_tiles][4] = {};
     for (int k = 0; k < in; k += stage_k) {
       ptx::mbarrier_wait(full + stage, parity);
-      const uint8_t* const from = fragment + stage * S::stage_bytes;
-      const auto row = [&](int first) { return *reinterpret_cast<const uint4*>(from + first * row_bytes); };
-      const uint4 low = row(0), high = row_tiles == 2 ? row(8) : make_uint4(0, 0, 0, 0);
-      const uint32_t a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+      const int from = stage * S::stage_bytes;
+      uint32_t a[2][4];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) ptx::ldmatrix_x4<false>(a[part], x_at[part] + from);
 #pragma unroll
       for (int c = 0; c < column_tiles; ++c) {
-        const uint4 b = row(S::x_rows + (column_group * column_tiles + c) * 8);
-        ptx::mma_bf16(acc[c], a[0], b.x, b.y);
-        ptx::mma_bf16(acc[c], a[1], b.z, b.w);
+        uint32_t b[4];
+        ptx::ldmatrix_x4<false>(b, weight_at + from + c * 8 * row_bytes);
+        ptx::mma_bf16(acc[c], a[0], b[0], b[1]);
+        ptx::mma_bf16(acc[c], a[1], b[2], b[3]);
       }
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(empty + stage);
       if (++stage == S::stages) stage = 0, parity ^= 1;
     }
 
-    if (t != blockIdx.x) ptx::named_barrier(1, consumer_threads);  // the last tile's sums have been read
+    // The stages have been read, or the last tile's sums.
+    if (one_tile || t != blockIdx.x) ptx::named_barrier(1, consumer_threads);
     const auto sum_at = [&](int group, int row, int column) -> float& {
       return sums[(group * S::x_rows + row) * S::sums_stride + column];
     };
-    // A thread holds two columns of each 8, for rows fragment_row and fragment_row + 8 of x.
+    // A thread holds two columns of each 8, for rows lane / 4 and lane / 4 + 8 of x.
 #pragma unroll
     for (int c = 0; c < column_tiles; ++c) {
 #pragma unroll
       for (int half = 0; half < row_tiles; ++half) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = (column_group * column_tiles + c) * 8 + place(lane % 4 * 2 + e);
-          sum_at(k_group, fragment_row + half * 8, column) = acc[c][half * 2 + e];
-        }
+        const int column = (column_group * column_tiles + c) * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(&sum_at(k_group, lane / 4 + half * 8, column)) =
+            make_float2(acc[c][half * 2], acc[c][half * 2 + 1]);
       }
     }
     ptx::named_barrier(1, consumer_threads);
@@ -270,7 +277,8 @@ template <int row_tiles, int column_tiles>
 cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stream) {
   using S = Shape<row_tiles, column_tiles>;
   const auto kernel = linear_rows_kernel<row_tiles, column_tiles>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes(false));
   if (status != cudaSuccess) return status;
   Maps maps;
   const auto map = [&](CUtensorMap& to, const void* data, int64_t count, int64_t stride, int box) {
@@ -283,8 +291,8 @@ cudaError_t launch(const FusedLinearRows& p, const Plan& plan, cudaStream_t stre
       status = map(maps.weight[part], p.part[part].weight, p.part[part].out, p.in, plan.columns);
   }
   if (status != cudaSuccess) return status;
-  return launch_early(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads), S::shared_bytes, 1, stream, p,
-                      maps, plan.tiles, plan.columns);
+  return launch_early(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(threads),
+                      S::shared_bytes(plan.tiles <= plan.blocks), 1, stream, p, maps, plan.tiles, plan.columns);
 }
 
 template <int row_tiles>
