@@ -113,7 +113,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
   const int64_t step_elements = step * row_elements, gate_step = step * p.gate_stride;
   int64_t start = token * row_elements + column + thread * width, next_start = start;
   int64_t gate_start = token * p.gate_stride + column + thread * width, next_gate_start = gate_start;
+  const bool weight_is_float = p.weight_dtype == DType::float32;
   if (round == 0) {  // later ones come when there is nothing to wait for
+    prefetch_row_weight<L>(p.weight, column + thread * width, count, weight_is_float);
 #pragma unroll 1
     for (int turn = 0; turn < min(stages, own_turns); ++turn) {
       prefetch_row<L>(p.h, start + turn * step_elements, count);
@@ -122,7 +124,6 @@ __global__ void __launch_bounds__(walk_threads, 1)
     }
   }
   wait_for_earlier_kernels();
-  const bool weight_is_float = p.weight_dtype == DType::float32;
   float weight[L::packs][width], dweight[L::packs][width] = {};
   fetch_row_weight<L>(weight, p.weight, column, count, weight_is_float);
   const S ring(slots, stages);

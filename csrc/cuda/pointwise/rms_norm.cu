@@ -87,6 +87,8 @@ __global__ void __launch_bounds__(walk_threads, 1)
   int64_t row = static_cast<int64_t>(blockIdx.x) * L::walk_groups + group;
   const int64_t step = static_cast<int64_t>(gridDim.x) * L::walk_groups, step_elements = step * p.dim;
   int64_t next_start = row * p.dim + thread * width;
+  const bool weight_is_float = p.weight_dtype == DType::float32;
+  prefetch_row_weight<L>(p.weight, thread * width, count, weight_is_float);
 #pragma unroll 1
   for (int stage = 0; stage < stages && row + stage * step < p.rows; ++stage) {
     prefetch_row<L>(p.x, next_start + stage * step_elements, count);
@@ -94,7 +96,6 @@ __global__ void __launch_bounds__(walk_threads, 1)
     if (with_dsum) prefetch_row<L>(p.dsum, next_start + stage * step_elements, count);
   }
   wait_for_earlier_kernels();
-  const bool weight_is_float = p.weight_dtype == DType::float32;
   float weight[L::packs][width], dweight[L::packs][width] = {};
   fetch_row_weight<L>(weight, p.weight, 0, count, weight_is_float);
   const S ring(slots, stages);

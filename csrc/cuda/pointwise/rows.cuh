@@ -284,17 +284,26 @@ __device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64
 }
 
 // The same into the second-level cache only: for before wait_for_earlier_kernels, while memory has little else to do.
-template <typename L>
+template <typename L, typename Element = typename L::T>
 __device__ __forceinline__ void prefetch_row(const void* data, int64_t start, int count) {
-  constexpr int line = 128 / sizeof(typename L::T);
+  constexpr int threads = 128 / (L::width * sizeof(Element));  // for one line of the cache
   const int thread = threadIdx.x % L::row_threads;
-  if (L::width == 1 || thread * L::width % line != 0) return;
-  const auto* from = static_cast<const typename L::T*>(data) + start;
+  if (L::width == 1 || thread % threads != 0) return;
+  const Element* from = static_cast<const Element*>(data) + start;
 #pragma unroll
   for (int k = 0; k < L::packs; ++k) {
     const int at = k * L::row_threads * L::width;
     if (thread * L::width + at < count) prefetch_to_l2(from + at);
   }
+}
+
+// Before the rows: behind them the weight would arrive last and hold up everything.
+template <typename L>
+__device__ __forceinline__ void prefetch_row_weight(const void* data, int64_t start, int count, bool is_float) {
+  if (is_float)
+    prefetch_row<L, float>(data, start, count);
+  else
+    prefetch_row<L>(data, start, count);
 }
 
 // Pack k of what copy_row was given, once that has arrived. To be read again rather than kept in registers.
