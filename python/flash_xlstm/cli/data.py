@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -110,7 +111,7 @@ class Batches:
         self.seed = seed
         self.per_epoch = (len(tokens) - sequence_length) // sequence_length
         self._epoch = -1
-        self._starts = np.empty(0, dtype=np.int64)
+        self._starts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Tensor:
         """Batch `number`: (batch_size, sequence_length + 1) int64, with the target of the last token."""
