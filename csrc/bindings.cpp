@@ -10,8 +10,23 @@ namespace py = pybind11;
 
 namespace flash_xlstm {
 
-// Here because pybind11 lives here: torch's operator call turns it into a Python TypeError.
-[[noreturn]] void throw_type_error(const std::string& message) { throw py::type_error(message); }
+namespace {
+
+// The thread's last argument error, for Python to know it by where torch has made a RuntimeError of it.
+thread_local const char* last_kind = "";
+thread_local std::string last_message;
+
+}  // namespace
+
+// Here because pybind11 lives here, whose exceptions torch's operator call hands on as what they are.
+[[noreturn]] void throw_value_error(const std::string& message) {
+  last_kind = "ValueError", last_message = message;
+  throw py::value_error(message);
+}
+[[noreturn]] void throw_type_error(const std::string& message) {
+  last_kind = "TypeError", last_message = message;
+  throw py::type_error(message);
+}
 
 }  // namespace flash_xlstm
 
@@ -31,4 +46,7 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Facts about this build, as strings; empty where there is none.");
+  m.def(
+      "argument_error", [] { return py::make_tuple(flash_xlstm::last_kind, flash_xlstm::last_message); },
+      "Kind and message of this thread's last argument error; empty where there was none.");
 }

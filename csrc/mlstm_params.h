@@ -49,7 +49,7 @@ struct MlstmForward {
 struct MlstmBackward {
   MlstmProblem p;
   Strided dh;       // data == nullptr: zero
-  const void* h;    // as the forward wrote it
+  const void* h;    // as the forward wrote it; float32 on CUDA only, else nullptr
   const float* s;
   const float* m;
   const float* dc_last = nullptr;  // gradients of the final state, contiguous float32; each may be nullptr: zero

@@ -27,6 +27,7 @@ struct RmsNorm {
   const void* weight;
   void* y;
   void* sum;  // x + residual; nullptr without residual
+  bool holds_next = false;  // the next kernel starts only when all before this one have ended
 };
 
 struct RmsNormBackward {

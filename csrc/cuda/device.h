@@ -37,7 +37,8 @@ int shared_memory_limit();
 // and later).
 bool code_knows_hopper();
 
-// How large clusters of the kernel's blocks may be: 16 (which it is prepared for), 8, or 1 where there are none.
+// How large clusters of the kernel's blocks may be: 16 (which it is prepared for), 8, or 1 where there are none. One
+// `known` for each kernel, number of threads and shared_bytes.
 int cluster_limit(PerDevice& known, const void* kernel, int threads, size_t shared_bytes);
 
 }  // namespace flash_xlstm::cuda

@@ -1,6 +1,7 @@
 // Checks of op arguments, run before anything is allocated or launched. A ValueError or TypeError names the
 // argument, what it was and what it must be. They live here, not in Python, so that eager, compiled and direct
-// torch.ops calls all meet the same ones.
+// torch.ops calls all meet the same ones. What never gets this far (a list where a tensor belongs) is named by
+// python/flash_xlstm/ops/_errors.py.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,7 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cmath>
 #include <cstdio>
 #include <optional>
@@ -25,7 +25,9 @@ using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed, also from a braced list: nothing is allocated
 
-// Defined beside the pybind11 module: throws what Python sees as a TypeError.
+// Defined beside the pybind11 module: throw what Python sees as a ValueError and a TypeError. torch before 2.15 also
+// turns std::invalid_argument into a ValueError; later ones make a RuntimeError of it.
+[[noreturn]] void throw_value_error(const std::string& message);
 [[noreturn]] void throw_type_error(const std::string& message);
 
 // Plain strings, no streams: a module that was linked with a static libstdc++ would format through another copy's
@@ -45,10 +47,9 @@ std::string join_text(const Args&... args) {
   return (std::string() + ... + to_text(args));
 }
 
-// std::invalid_argument is what Python sees as a ValueError.
 template <typename... Args>
 [[noreturn]] void value_error(const Args&... args) {
-  throw std::invalid_argument(join_text(args...));
+  throw_value_error(join_text(args...));
 }
 
 template <typename... Args>
@@ -64,14 +65,28 @@ inline std::string shape_text(const Tensor& t) {
 
 inline std::string dtype_text(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     case ScalarType::Bool: return "bool";
-    default: return join_text("dtype code ", static_cast<int>(t));
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
+    case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
+    case ScalarType::Float8_e8m0fnu: return "float8_e8m0fnu";
+    default: return join_text("torch's dtype number ", static_cast<int>(t));
   }
 }
 
@@ -105,7 +120,7 @@ inline void check_shape(const char* name, const Tensor& t, Sizes sizes, const ch
     }
     out += ")";
   }
-  throw std::invalid_argument(out);
+  throw_value_error(out);
 }
 
 inline int32_t device_type(const Tensor& t) {
@@ -139,6 +154,26 @@ inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
 
 inline void check_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) value_error(name, " must be contiguous: it is updated in place");
+}
+
+// Numbers are checked as the kernels see them, in float32.
+inline float check_eps(const char* name, double eps) {
+  const float value = static_cast<float>(eps);
+  if (!(value >= 0.0f) || !std::isfinite(value)) {
+    value_error(name, " is ", eps, "; it must be at least 0, and finite in float32");
+  }
+  if (value == 0.0f && eps != 0.0) value_error(name, " is ", eps, "; it must be 0, or greater than 0 in float32");
+  return value;
+}
+
+// Default: dqk ** -0.5.
+inline float check_scale(std::optional<double> scale, int64_t dqk) {
+  const double given = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(dqk));
+  const float value = static_cast<float>(given);
+  if (!std::isfinite(value) || value == 0.0f) {
+    value_error("scale is ", given, "; it must be None, or finite and other than 0 in float32");
+  }
+  return value;
 }
 
 // 0, the kernels' word for no cap, without one.
@@ -186,6 +221,22 @@ inline Strided strided(const Tensor& t) {
   return {t.data_ptr(), strides[0], strides[1], strides[2]};
 }
 
+// The product of sizes, for which `name`, an argument or what is made of it, is named where it passes int64.
+inline int64_t checked_product(const char* name, Sizes sizes) {
+  int64_t product = 1;
+  bool is_empty = false;
+  for (int64_t size : sizes) is_empty |= size == 0;
+  if (is_empty) return 0;
+  for (int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product)) {
+      std::string all;
+      for (int64_t each : sizes) all += join_text(all.empty() ? "" : " x ", each);
+      value_error(name, " has ", all, " elements; there must be fewer than 2^63");
+    }
+  }
+  return product;
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes(t.dim());
   for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
@@ -202,7 +253,7 @@ inline int64_t row_stride(const Tensor& t) {
     if (t.size(d) == 1) continue;
     if (next >= 0 && t.stride(d) != next) return -1;
     if (next < 0) stride = t.stride(d);
-    next = t.stride(d) * t.size(d);
+    if (__builtin_mul_overflow(t.stride(d), t.size(d), &next)) return -1;  // of a tensor without elements
   }
   return stride < 0 ? t.size(last) : stride;
 }
@@ -212,18 +263,25 @@ inline Tensor with_uniform_rows(const Tensor& t) {
 
 // Contiguous, on the device of `like`; past the dispatcher, which takes several times as long as the allocation.
 inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
-  std::array<int64_t, 8> strides;
+  constexpr size_t usual_dims = 8;  // strides of more are in the heap
+  int64_t usual[usual_dims];
+  std::vector<int64_t> more;
+  if (sizes.size() > usual_dims) more.resize(sizes.size());
+  int64_t* const strides = more.empty() ? usual : more.data();
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
+    if (__builtin_mul_overflow(stride, sizes[d] > 1 ? sizes[d] : 1, &stride)) {
+      checked_product("a result of these arguments", sizes);  // says so, or the result is empty
+      stride = 1;
+    }
   }
   int32_t device_type = 0, device_index = 0;
   AtenTensorHandle handle = nullptr;
   const bool failed =
       aoti_torch_get_device_type(like.get(), &device_type) != AOTI_TORCH_SUCCESS ||
       aoti_torch_get_device_index(like.get(), &device_index) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                device_index, &handle) != AOTI_TORCH_SUCCESS;
   if (failed) throw std::runtime_error("flash_xlstm: torch could not allocate a tensor; its message is above");

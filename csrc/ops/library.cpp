@@ -4,7 +4,7 @@
 
 // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
 // `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so
-// are s and n without `normalize`, which then are no inputs either.
+// are s and n without `normalize`, which then are no inputs either. A backward reads h of float32 on CUDA only.
 STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
-      "Tensor h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "Tensor? h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(
       "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
   lib.def(
       "mlstm_sig_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
-      "Tensor h, Tensor s, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
+      "Tensor? h, Tensor s, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn)");
   lib.def(
       "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(flash_xlstm, lib) {
       "mlstm_block_step(Tensor x, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, Tensor? state_indices, Tensor norm_mlstm, "
       "Tensor[] qkvo, Tensor[] gates, Tensor[] gate_biases, Tensor head_norm, Tensor out_proj, Tensor norm_ffn, "
       "Tensor[] up, Tensor down, float norm_mlstm_eps, float eps, float head_norm_eps, float norm_ffn_eps, "
-      "float? gate_soft_cap) -> Tensor");
+      "float? gate_soft_cap, bool constant_weights=False) -> Tensor");
   // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
   lib.def(
       "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "

@@ -111,10 +111,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
     p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
   }
   check_initial_state(checked, q, options);
-  const auto& [eps, chunk_size] = std::tie(options.eps, options.chunk_size);
-  const double scale = options.scale ? *options.scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
-  if (!std::isfinite(scale)) value_error("scale is ", scale, "; it must be finite");
-  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
+  const int64_t chunk_size = options.chunk_size;
   if (chunk_size < 0 || chunk_size > max_chunk_size) {
     value_error("chunk_size is ", chunk_size, "; it must be None or from 1 to ", max_chunk_size);
   }
@@ -123,8 +120,8 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.normalize = options.normalize;
   p.dtype = to_dtype(dtype);
   p.gate_dtype = to_dtype(gate_dtype);
-  p.scale = static_cast<float>(scale);
-  p.eps = static_cast<float>(eps);
+  p.scale = check_scale(options.scale, p.dqk);
+  p.eps = check_eps("eps", options.eps);
   p.chunk_size = chunk_size;
   p.q = strided(q), p.k = strided(k), p.v = strided(v);
   p.i = strided(i), p.f = strided(f);
@@ -171,7 +168,7 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.p = p;
   params.h = y.h.data_ptr();
   params.s = float_data(y.kept);
-  if (y.kept && has_m) params.m = params.s + p.batch * p.seq * p.heads;
+  if (y.kept && has_m) params.m = params.s + y.kept->numel() / 2;
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
@@ -193,15 +190,18 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
 // where there is none.
 Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                   const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                  const Tensor& f, const Options& options, Tensor h, const char* kept_name, const Tensor& kept) {
+                  const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
+                  const Tensor& kept) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
-  check_shape("h", h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
-  check_dtype("h", h, q.scalar_type(), ", as q");
-  h = torch::stable::contiguous(h);
-
   MlstmBackward params{};
   params.p = p;
+  if (q.is_cuda() && p.dtype == DType::float32) {  // the only path that makes dh . h of it
+    if (!h) value_error("h is None; for float32 on CUDA it must be what the forward returned");
+    check_shape("h", *h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
+    check_dtype("h", *h, q.scalar_type(), ", as q");
+    params.h = hold_float32(checked, *h);
+  }
   if (options.has_m()) {
     check_shape(kept_name, kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
   } else if (options.has_n()) {
@@ -210,7 +210,7 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
   if (options.has_n()) {
     check_dtype(kept_name, kept, ScalarType::Float);
     params.s = hold_float32(checked, kept);
-    if (options.has_m()) params.m = params.s + p.batch * p.seq * p.heads;
+    if (options.has_m()) params.m = params.s + kept.numel() / 2;
   }
   if (dh) {
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
@@ -231,7 +231,6 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
     check_state("dm_last", *dm_last, q, {p.num_seqs, p.heads}, "(batch, heads)");
     params.dm_last = hold_float32(checked, *dm_last);
   }
-  params.h = h.data_ptr();
 
   Tensor dq = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
   Tensor dk = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
@@ -288,7 +287,7 @@ Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptT
 
 Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                         Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
-                        Tensor h, Tensor kept, std::optional<double> scale, double eps,
+                        OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                         std::optional<double> gate_soft_cap, int64_t chunk_size) {
   return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
                   {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
@@ -310,7 +309,7 @@ Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c
 }
 
 Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
-                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, Tensor h, Tensor s,
+                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
                             std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                             int64_t chunk_size, bool normalize) {
   const Options options{

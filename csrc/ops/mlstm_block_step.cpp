@@ -65,9 +65,10 @@ class Rows {
     std::vector<Part> parts;
     for (size_t w = 0; w < weights.size(); ++w) {
       const int64_t out = stacked ? total : sizes[w];
+      const void* const weight = parameter(name, weights[w], {out, in});
+      const void* const bias = biases.empty() ? nullptr : parameter(name, biases[w], {out});
       char* y = buffer(out);
-      products.push_back({dtype_, rows_, in, out, x, in, parameter(name, weights[w], {out, in}),
-                          biases.empty() ? nullptr : parameter(name, biases[w], {out}), y});
+      products.push_back({dtype_, rows_, in, out, x, in, weight, bias, y});
       if (!stacked) parts.push_back({y, out});
       for (int64_t offset = 0, part = 0; stacked && offset < total; offset += sizes[part++]) {
         parts.push_back({y + offset * item(), total});
@@ -77,8 +78,8 @@ class Rows {
   }
 
   RmsNorm norm_of(const void* x, const Tensor& weight, int64_t size, double eps) {
-    return {dtype_,  dtype_,       rows_, size, static_cast<float>(eps), x, nullptr, parameter("norm", weight, {size}),
-            buffer(size), nullptr};
+    return {dtype_,  dtype_,       rows_, size, check_eps("a norm's eps", eps), x, nullptr,
+            parameter("norm", weight, {size}), buffer(size), nullptr};
   }
 
   // a + b, (rows, columns), in the dtype.
@@ -108,7 +109,7 @@ FusedLinearRows fused(const std::vector<LinearRows>& products) {
   p.dtype = first.dtype;
   p.rows = first.rows, p.in = first.in;
   p.x = first.x, p.x_stride = first.x_stride;
-  p.constant_weights = true;  // parameters of a model
+  p.constant_weights = true;  // since what came before the block has ended, see holds_next below
   for (const LinearRows& y : products) p.part[p.count++] = {y.weight, y.bias, y.y, y.out};
   return p;
 }
@@ -131,7 +132,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
                         std::vector<Tensor> qkvo, std::vector<Tensor> gates, std::vector<Tensor> gate_biases,
                         Tensor head_norm, Tensor out_proj, Tensor norm_ffn, std::vector<Tensor> up, Tensor down,
                         double norm_mlstm_eps, double eps, double head_norm_eps, double norm_ffn_eps,
-                        std::optional<double> gate_soft_cap) {
+                        std::optional<double> gate_soft_cap, bool constant_weights) {
   if (x.dim() < 1 || x.size(x.dim() - 1) < 1) value_error("x has shape ", shape_text(x), "; it must be (..., size)");
   check_op_dtype("x", x.scalar_type());
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
@@ -145,7 +146,9 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   set_step_state(step, x, c, n, m, state_indices);
   set_step_options(step, std::nullopt, eps, gate_soft_cap);
   if (up_size < 1 || step.dqk < 1 || step.dv < 1) value_error("down and state c must not be empty");
-  const int64_t heads = step.heads, qk_size = heads * step.dqk, v_size = heads * step.dv;
+  const int64_t heads = step.heads;
+  const int64_t qk_size = checked_product("a row of q", {heads, step.dqk});
+  const int64_t v_size = checked_product("a row of v", {heads, step.dv});
 
   Tensor out = new_empty(x, sizes_of(x), x.scalar_type());
   const auto set_step = [&](const std::vector<Part>& part, const std::vector<Part>& gate) {
@@ -158,8 +161,8 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
     step.h = rows.buffer(v_size);
   };
   const auto head_norm_of = [&](const Part& gate) {
-    return GatedHeadNorm{rows.dtype(), rows.dtype(), rows.rows(), heads, step.dv, static_cast<float>(head_norm_eps),
-                         step.h, gate.data, gate.stride, rows.parameter("head_norm", head_norm, {v_size}),
+    return GatedHeadNorm{rows.dtype(), rows.dtype(), rows.rows(), heads, step.dv,
+                         check_eps("head_norm_eps", head_norm_eps), step.h, gate.data, gate.stride, rows.parameter("head_norm", head_norm, {v_size}),
                          rows.buffer(v_size)};
   };
   // Everything is checked before anything runs.
@@ -202,7 +205,10 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   }
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   const void* const x_data = x.data_ptr();
-  const RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
+  RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
+  // The products read their weights before the kernels before them have ended. Whatever wrote those has, once the norm
+  // lets the first product start.
+  norm.holds_next = !constant_weights;
   const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
   const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});
   // The step reads the state while this product runs: what wrote it may be the kernels just before.

@@ -69,12 +69,9 @@ void set_step_state(MlstmStep& p, const Tensor& like, const Tensor& c, const Ten
 }
 
 void set_step_options(MlstmStep& p, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap) {
-  const double scale_value = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.dqk));
-  if (!std::isfinite(scale_value)) value_error("scale is ", scale_value, "; it must be finite");
-  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
   p.gate_soft_cap = check_gate_soft_cap(gate_soft_cap);
-  p.scale = static_cast<float>(scale_value);
-  p.eps = static_cast<float>(eps);
+  p.scale = check_scale(scale, p.dqk);
+  p.eps = check_eps("eps", eps);
 }
 
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,

@@ -1,6 +1,4 @@
 // RMSNorm, alone and with the residual's sum in front, and the gated head-wise LayerNorm.
-#include <cmath>
-
 #include "cpu/kernels.h"
 #include "ops/cuda_context.h"
 #include "ops/ops.h"
@@ -10,10 +8,6 @@
 
 namespace flash_xlstm {
 namespace {
-
-void check_eps(double eps) {
-  if (!(eps >= 0.0) || !std::isfinite(eps)) value_error("eps is ", eps, "; it must be finite and at least 0");
-}
 
 // The weight of a norm of `x`: (size,), in float32 or the dtype of x.
 void check_weight(const Tensor& weight, int64_t size, const Tensor& x, const char* x_name) {
@@ -65,13 +59,12 @@ RmsNorm check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t dim = x.size(x.dim() - 1);
   check_norm_dim("x", x, dim);
   check_weight(weight, dim, x, "x");
-  check_eps(eps);
   RmsNorm p{};
   p.dtype = to_dtype(x.scalar_type());
   p.weight_dtype = to_dtype(weight.scalar_type());
   p.rows = x.numel() / dim;
   p.dim = dim;
-  p.eps = static_cast<float>(eps);
+  p.eps = check_eps("eps", eps);
   return p;
 }
 
@@ -91,21 +84,21 @@ GatedHeadNorm check_gated_head_norm(const Tensor& h, const Tensor& gate, const T
   check_op_dtype("h", h.scalar_type());
   const int64_t heads = h.size(h.dim() - 2), dim = h.size(h.dim() - 1);
   check_norm_dim("h", h, dim);
+  const int64_t features = checked_product("a token of h", {heads, dim});
   std::vector<int64_t> flat = sizes_of(h);
   flat.pop_back();
-  flat.back() = heads * dim;
+  flat.back() = features;
   check_shape("gate", gate, flat, "(..., heads * dim)");
   check_dtype("gate", gate, h.scalar_type(), ", as h");
   check_device("gate", gate, h, "h");
-  check_weight(weight, heads * dim, h, "h");
-  check_eps(eps);
+  check_weight(weight, features, h, "h");
   GatedHeadNorm p{};
   p.dtype = to_dtype(h.scalar_type());
   p.weight_dtype = to_dtype(weight.scalar_type());
   p.heads = heads;
   p.dim = dim;
-  p.tokens = heads == 0 ? 0 : h.numel() / (heads * dim);
-  p.eps = static_cast<float>(eps);
+  p.tokens = features == 0 ? 0 : h.numel() / features;
+  p.eps = check_eps("eps", eps);
   return p;
 }
 
@@ -221,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h,
   check_dtype("dy", dy, h.scalar_type(), ", as h");
   check_device("dy", dy, h, "h");
   Tensor dh = new_empty(h, sizes_of(h), h.scalar_type()), dgate = new_empty(h, sizes_of(gate), h.scalar_type());
-  Tensor dweight = new_empty(weight, {weight_gradient ? b.p.heads * b.p.dim : 0}, weight.scalar_type());
+  Tensor dweight = new_empty(weight, {weight_gradient ? weight.numel() : 0}, weight.scalar_type());
   if (b.p.tokens == 0) {
     if (weight_gradient) torch::stable::zero_(dweight);
     return {dh, dgate, dweight};

@@ -27,7 +27,7 @@ Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptT
 
 Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                         Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
-                        Tensor h, Tensor kept, std::optional<double> scale, double eps,
+                        OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                         std::optional<double> gate_soft_cap, int64_t chunk_size);
 
 Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
@@ -35,7 +35,7 @@ Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c
                    bool return_final_state, bool normalize);
 
 Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
-                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, Tensor h, Tensor s,
+                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
                             std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                             int64_t chunk_size, bool normalize);
 
@@ -47,7 +47,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
                         std::vector<Tensor> qkvo, std::vector<Tensor> gates, std::vector<Tensor> gate_biases,
                         Tensor head_norm, Tensor out_proj, Tensor norm_ffn, std::vector<Tensor> up, Tensor down,
                         double norm_mlstm_eps, double eps, double head_norm_eps, double norm_ffn_eps,
-                        std::optional<double> gate_soft_cap);
+                        std::optional<double> gate_soft_cap, bool constant_weights);
 
 Tensors6 slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
                OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state);

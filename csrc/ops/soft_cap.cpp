@@ -11,7 +11,10 @@ namespace flash_xlstm {
 namespace {
 
 void check_cap(double cap) {
-  if (!std::isfinite(cap) || cap <= 0.0) value_error("cap is ", cap, "; it must be finite and greater than 0");
+  const float value = static_cast<float>(cap);
+  if (!std::isfinite(value) || value <= 0.0f) {
+    value_error("cap is ", cap, "; it must be None, or finite and greater than 0 in float32");
+  }
 }
 
 // dy == nullptr: the forward, else the gradient.

@@ -75,7 +75,7 @@ def test_large_dimensions(make_problem, assert_float32_exact, assert_16_bit_exac
     (assert_float32_exact if dtype == torch.float32 else assert_16_bit_exact)(problem, ops.mlstm)
 
 
-@pytest.mark.parametrize("options", [{"scale": 1.0}, {"scale": -0.3}, {"scale": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{"scale": 1.0}, {"scale": -0.3}], ids=str)
 def test_scale(make_problem, assert_float32_exact, options):
     assert_float32_exact(make_problem(70, 16, 16, **options), ops.mlstm)
 
@@ -670,6 +670,14 @@ ERRORS = {
     "chunk_size too large": ({"chunk_size": 4097}, ValueError, "is 4097", "chunk_size"),
     "scale nan": ({"scale": float("nan")}, ValueError, "finite", "scale"),
     "scale infinite": ({"scale": float("inf")}, ValueError, "finite", "scale"),
+    "scale 0": ({"scale": 0.0}, ValueError, "other than 0 in float32", "scale"),
+    "scale 0 in float32": ({"scale": 1e-60}, ValueError, "other than 0 in float32", "scale"),
+    "scale infinite in float32": ({"scale": 1e60}, ValueError, "finite", "scale"),
+    "eps 0 in float32": ({"eps": 1e-60}, ValueError, "greater than 0 in float32", "eps"),
+    "eps infinite in float32": ({"eps": 1e60}, ValueError, "finite", "eps"),
+    "chunk_size a list": ({"chunk_size": []}, TypeError, "whole number", "chunk_size"),
+    "chunk_size past 64 bits": ({"chunk_size": 2**70}, ValueError, "64 bits", "chunk_size"),
+    "return_final_state a string": ({"return_final_state": "x"}, TypeError, "True or False", "return_final_state"),
     "eps negative": ({"eps": -1e-6}, ValueError, "at least 0", "eps"),
     "eps nan": ({"eps": float("nan")}, ValueError, "finite", "eps"),
     "c of another batch": ({"initial_state": state((3, 2, 4, 6), (3, 2, 4), (3, 2))}, *SHAPE, "initial_state c"),

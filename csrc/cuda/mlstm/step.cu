@@ -314,15 +314,18 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
   constexpr int tile_columns = lanes * width;
   const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident>;
   const size_t shared_bytes = 2 * sizeof(float) * p.dqk;
-  if (shared_bytes > 32 * 1024) {
+  // What is asked of the device is asked for shared memory in steps: once for each.
+  constexpr size_t shared_step = 8 * 1024, shared_steps = 2 * sizeof(float) * max_step_dqk / shared_step;
+  const size_t step = (shared_bytes - 1) / shared_step, step_bytes = (step + 1) * shared_step;
+  if (step_bytes > 32 * 1024) {
     const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(step_bytes));
     if (status != cudaSuccess) return status;
   }
   const int64_t items = p.batch * p.heads;
   const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
-  static PerDevice known;
-  const int limit = cluster_limit(known, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+  static PerDevice known[shared_steps];
+  const int limit = cluster_limit(known[step], reinterpret_cast<const void*>(kernel), threads, step_bytes);
   const bool clusters = limit > 1;
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, clusters ? limit : largest_cluster));
   if (!clusters && blocks > 1) {

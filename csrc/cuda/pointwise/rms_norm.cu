@@ -8,8 +8,9 @@ namespace {
 template <typename L>
 __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_threads == 512 ? 512 : 1024))
     rms_norm_kernel(const __grid_constant__ RmsNorm p) {
-  let_next_kernel_start();
+  if (!p.holds_next) let_next_kernel_start();
   wait_for_earlier_kernels();
+  if (p.holds_next) let_next_kernel_start();
   using T = typename L::T;
   constexpr int width = L::width;
   __shared__ float buffer[L::groups][L::row_warps];

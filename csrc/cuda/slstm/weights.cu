@@ -9,6 +9,7 @@
 // these are multiplied (warp_mma.cuh: float32 as three tf32 products, float16 as tf32).
 #include <algorithm>
 
+#include "cuda/device.h"
 #include "cuda/mlstm/warp_mma.cuh"
 #include "cuda/slstm/cell.cuh"
 #include "cuda/slstm/weights.h"
@@ -311,7 +312,8 @@ struct Plan {
 };
 
 Plan plan(const SlstmProblem& p) {
-  constexpr int64_t multiprocessors = 132, fewest_tokens = 512;
+  constexpr int64_t fewest_tokens = 512;
+  const int64_t multiprocessors = processor_count();
   Plan plan{};
   plan.wide = p.dtype != DType::float32 && p.dim >= wide::tile && p.dim % 8 == 0;
   const int64_t side = plan.wide ? wide::tile : tile, tiles = (p.dim + side - 1) / side;
@@ -322,7 +324,7 @@ Plan plan(const SlstmProblem& p) {
   int64_t splits = std::clamp<int64_t>(4 * multiprocessors / plan.blocks, 1, most);
   if (plan.wide) {
     // The fewest that leave little of the last round of blocks idle, or the best of 16.
-    constexpr int64_t at_once = multiprocessors * wide::blocks_a_multiprocessor;
+    const int64_t at_once = multiprocessors * wide::blocks_a_multiprocessor;
     double best = 0.0;
     for (int64_t x = 1; x <= std::min<int64_t>(most, 16) && best < 0.95; ++x) {
       const int64_t all = plan.blocks * x, rounds = (all + at_once - 1) / at_once;

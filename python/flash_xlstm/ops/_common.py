@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 import flash_xlstm._build  # noqa: F401  (registers the operators)
@@ -44,9 +46,26 @@ def float32_c(c: Tensor | None) -> tuple[Tensor | None, torch.dtype]:
 
 def chunk_size_or_0(chunk_size: int | None) -> int:
     """The chunk_size of the operators, to which 0 is None."""
+    if chunk_size is None:
+        return 0
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
+        chunk_size = operator.index(chunk_size)
     if chunk_size == 0:
         raise ValueError("chunk_size is 0; it must be None or from 1 to 4096")
-    return chunk_size or 0
+    return chunk_size
+
+
+def check_flag(name: str, value: bool) -> None:
+    """For a flag that no operator sees."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is {value!r:.80}; it must be True or False")
+
+
+def number(name: str, value: float) -> float:
+    """The number that an operator takes; float() alone would take strings."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} is {value!r:.80}; it must be a number")
+    return float(value)
 
 
 def no_mixed_meta(first: Tensor, *, of: str = "q", **others: Tensor | None) -> None:
@@ -65,6 +84,11 @@ def size(t: Tensor, dim: int):
 
 def num_seqs(first: Tensor, cu_seqlens: Tensor | None):
     return size(first, 0) if cu_seqlens is None else size(cu_seqlens, 0) - 1
+
+
+def kept_h(q: Tensor, h: Tensor) -> Tensor | None:
+    """h, where an mLSTM's backward reads it; elsewhere it would only take memory."""
+    return h if q.is_cuda and q.dtype == torch.float32 else None
 
 
 def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor | None) -> tuple[Tensor, ...]:
@@ -92,6 +116,32 @@ def needs_gradients(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def refuse_forward_mode(name: str, args: Any) -> None:
+    """For calls within forward-mode differentiation (``forward_ad._current_level >= 0``), which would go on without the
+    tangents that the operators do not see.
+
+    Raises:
+        RuntimeError: a tensor among `args` has a tangent.
+    """
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    stack = functorch.get_interpreter_stack() or ()
+    levels = {each.level() for each in stack if each.key() == functorch.TransformType.Jvp}
+    for t in args:
+        if isinstance(t, (list, tuple)):
+            refuse_forward_mode(name, t)
+        if not isinstance(t, Tensor):
+            continue
+        has_tangent = False
+        while functorch.is_functorch_wrapped_tensor(t) and not has_tangent:
+            has_tangent = functorch.maybe_get_level(t) in levels
+            t = functorch.get_unwrapped(t)
+        if has_tangent or forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad); "
+                "use reverse mode: torch.func.vjp, torch.func.jacrev, torch.autograd.grad"
+            )
+
+
 def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callable[..., Any]:
     """Calls `op` past the Python layer that torch.library puts around an operator with a derivative: that layer runs
     without gradients too, and takes as long as all the rest of the call. Compilers and functorch get the operator
@@ -99,11 +149,41 @@ def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callab
 
     def call(*args):
         if not is_eager():
+            if forward_ad._current_level >= 0:
+                refuse_forward_mode(op._opname, args)
             return op(*args)
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(op._opname, args)
         if needs_gradients(args):
             return differentiated(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
+
+    return call
+
+
+def writing(name: str, *places: int) -> Callable[..., Any]:
+    """Makes calls of the operator `name`, which writes its arguments at `places`, count as in-place changes of them, so
+    that a backward that needs what they held says so. It has no derivative. Returns what calls it."""
+    op = getattr(torch.ops.flash_xlstm, name).default
+
+    def count(keyset, *args, **kwargs):
+        result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        torch._C._increment_version([args[place] for place in places])  # type: ignore[attr-defined]
+        return result
+
+    _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
+
+    # The same past that layer, which takes microseconds.
+    def call(*args):
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(name, args)
+        if not is_eager():
+            return op(*args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op(*args)
+        torch._C._increment_version([args[place] for place in places])  # type: ignore[attr-defined]
+        return result
 
     return call
 

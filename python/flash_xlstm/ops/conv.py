@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_xlstm.ops import _common
+from flash_xlstm.ops import _common, _errors
 
 _ACTIVATIONS = (None, "silu")
 
@@ -47,9 +47,14 @@ def causal_conv1d(
         ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
             runs and naming the argument.
     """
-    silu = _is_silu(activation)
-    y, last = _causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu, return_final_state)
-    return (y, last) if return_final_state else y
+    try:
+        silu = _is_silu(activation)
+        y, last = _causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu, return_final_state)
+        return (y, last) if return_final_state else y
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, causal_conv1d, locals()) from None
 
 
 def causal_conv1d_step(
@@ -71,13 +76,18 @@ def causal_conv1d_step(
         RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`causal_conv1d`
             with seq 1.
     """
-    silu = _is_silu(activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, state)):
-        raise RuntimeError(
-            "causal_conv1d_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
-            "causal_conv1d(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
-        )
-    return torch.ops.flash_xlstm.causal_conv1d_step(x, weight, bias, state, silu)
+    try:
+        silu = _is_silu(activation)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, state)):
+            raise RuntimeError(
+                "causal_conv1d_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+                "causal_conv1d(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+            )
+        return _causal_conv1d_step(x, weight, bias, state, silu)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, causal_conv1d_step, locals()) from None
 
 
 def _is_silu(activation: str | None) -> bool:
@@ -123,4 +133,5 @@ def _backward(ctx, dy, dlast):
 
 
 _causal_conv1d = _common.differentiable("causal_conv1d", _setup_context, _backward)
+_causal_conv1d_step = _common.writing("causal_conv1d_step", 3)
 _causal_conv1d_backward = _common.no_double_backward("causal_conv1d_backward")

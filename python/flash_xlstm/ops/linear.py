@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from flash_xlstm.ops import _common
+from flash_xlstm.ops import _common, _errors
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant_weights: bool = False) -> Tensor:
@@ -27,8 +28,13 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, consta
         ValueError, TypeError: an argument of the wrong shape, dtype, device or layout, by its name.
         RuntimeError: a gradient would be needed: this product has none. Use ``torch.nn.functional.linear``.
     """
-    _no_gradient("linear_rows", x, weight, bias)
-    return torch.ops.flash_xlstm.linear_rows(x, weight, bias, constant_weights)
+    try:
+        _no_gradient("linear_rows", x, weight, bias)
+        return torch.ops.flash_xlstm.linear_rows(x, weight, bias, constant_weights)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, linear_rows, locals()) from None
 
 
 def fused_linear_rows(
@@ -59,12 +65,19 @@ def fused_linear_rows(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`linear_rows`.
     """
-    biases = [None] * len(weights) if biases is None else list(biases)
-    _no_gradient("fused_linear_rows", x, *weights, *biases, residual)
-    return torch.ops.flash_xlstm.fused_linear_rows(x, list(weights), biases, residual, swiglu, constant_weights)
+    try:
+        biases = [None] * len(weights) if biases is None else list(biases)
+        _no_gradient("fused_linear_rows", x, *weights, *biases, residual)
+        return torch.ops.flash_xlstm.fused_linear_rows(x, list(weights), biases, residual, swiglu, constant_weights)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, fused_linear_rows, locals()) from None
 
 
 def _no_gradient(name: str, *given: Tensor | None) -> None:
+    if forward_ad._current_level >= 0:
+        _common.refuse_forward_mode(name, given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         raise RuntimeError(
             f"{name} has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "

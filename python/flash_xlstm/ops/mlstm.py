@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from flash_xlstm.ops import _common
+from flash_xlstm.ops import _common, _errors
 
 MlstmState = tuple[Tensor, Tensor, Tensor]
 
@@ -66,19 +67,27 @@ def mlstm(
         ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
             runs and naming the argument.
     """
-    is_eager = _common.is_eager()
-    if not is_eager or torch._C._is_any_autocast_enabled():
-        q, k, v = _common.autocast(q, k, v)
-    c, n, m = (None, None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state)
-    c, state_dtype = _common.float32_c(c)
-    inputs = q, k, v, i, f, c, n, m, cu_seqlens
-    options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
-    if return_final_state:
-        h, _, c_last, n_last, m_last = _mlstm_with_state(*inputs, *options)
-        return h, (c_last.to(state_dtype), n_last, m_last)
-    if not is_eager:
-        return _mlstm(*inputs, *options)[0]
-    return _Mlstm.apply(*inputs, options) if _common.needs_gradients(inputs) else _mlstm_h(*inputs, *options)
+    try:
+        is_eager = _common.is_eager()
+        if not is_eager or torch._C._is_any_autocast_enabled():
+            q, k, v = _common.autocast(q, k, v)
+        c, n, m = (None, None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state)
+        c, state_dtype = _common.float32_c(c)
+        inputs = q, k, v, i, f, c, n, m, cu_seqlens
+        options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
+        if return_final_state is not False:
+            _common.check_flag("return_final_state", return_final_state)
+            h, _, c_last, n_last, m_last = _mlstm_with_state(*inputs, *options)
+            return h, (c_last.to(state_dtype), n_last, m_last)
+        if not is_eager:
+            return _mlstm(*inputs, *options)[0]
+        if forward_ad._current_level >= 0:
+            _common.refuse_forward_mode("mlstm", inputs)
+        return _Mlstm.apply(*inputs, options) if _common.needs_gradients(inputs) else _mlstm_h(*inputs, *options)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm, locals()) from None
 
 
 def mlstm_step(
@@ -125,19 +134,22 @@ def mlstm_step(
         RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`mlstm` with
             seq 1 and ``return_final_state=True``.
     """
-    q, k, v = _common.autocast(q, k, v)
-    c, n, m = _common.unpack_state("state", state)
-    if c is None or n is None or m is None:
-        missing = next(name for name, t in (("c", c), ("n", n), ("m", m)) if t is None)
-        raise TypeError(f"state {missing} is None; it must be a tensor")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, c, n, m)):
-        raise RuntimeError(
-            "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
-            "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
-        )
-    return torch.ops.flash_xlstm.mlstm_step(
-        q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state
-    )
+    try:
+        q, k, v = _common.autocast(q, k, v)
+        c, n, m = _common.unpack_state("state", state)
+        if c is None or n is None or m is None:
+            missing = next(name for name, t in (("c", c), ("n", n), ("m", m)) if t is None)
+            raise TypeError(f"state {missing} is None; it must be a tensor")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, c, n, m)):
+            raise RuntimeError(
+                "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+                "mlstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+            )
+        return _mlstm_step(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_step, locals()) from None
 
 
 @torch.library.register_fake("flash_xlstm::mlstm")
@@ -186,7 +198,7 @@ def _setup_context(ctx, inputs, output) -> None:
     h, kept, *_ = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, h, kept)
+    ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, _common.kept_h(q, h), kept)
 
 
 def _backward(ctx, dh, _dkept=None, dc_last=None, dn_last=None, dm_last=None):
@@ -206,7 +218,7 @@ class _Mlstm(torch.autograd.Function):
     def forward(ctx, *args):
         *inputs, ctx.options = args
         h, kept = _mlstm_forward(*inputs, *ctx.options)
-        ctx.save_for_backward(*inputs, h, kept)
+        ctx.save_for_backward(*inputs, _common.kept_h(inputs[0], h), kept)
         return h
 
     @staticmethod
@@ -218,4 +230,5 @@ _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
 _mlstm_forward = _common.without_gradients("mlstm_forward")
 _mlstm_h = _common.without_gradients("mlstm_h")
 _mlstm_with_state = _common.differentiable("mlstm_with_state", _setup_context, _backward)
+_mlstm_step = _common.writing("mlstm_step", 5, 6, 7)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_xlstm.ops import _common
+from flash_xlstm.ops import _common, _errors
 
 MlstmSigState = tuple[Tensor, Tensor | None]
 
@@ -62,16 +62,21 @@ def mlstm_sig(
         ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
             runs and naming the argument.
     """
-    q, k, v = _common.autocast(q, k, v)
-    c, n = (None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state, "c, n")
-    c, state_dtype = _common.float32_c(c)
-    h, _, c_last, n_last = _mlstm_sig(
-        q, k, v, i, f, c, n, cu_seqlens,
-        scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state, normalize,
-    )  # fmt: skip
-    if not return_final_state:
-        return h
-    return h, (c_last.to(state_dtype), n_last if normalize else None)
+    try:
+        q, k, v = _common.autocast(q, k, v)
+        c, n = (None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state, "c, n")
+        c, state_dtype = _common.float32_c(c)
+        h, _, c_last, n_last = _mlstm_sig(
+            q, k, v, i, f, c, n, cu_seqlens,
+            scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state, normalize,
+        )  # fmt: skip
+        if not return_final_state:
+            return h
+        return h, (c_last.to(state_dtype), n_last if normalize else None)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_sig, locals()) from None
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_sig")
@@ -104,7 +109,7 @@ def _setup_context(ctx, inputs, output) -> None:
     h, s, *_ = output
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, i, f, c, n, cu_seqlens, h, s)
+    ctx.save_for_backward(q, k, v, i, f, c, n, cu_seqlens, _common.kept_h(q, h), s)
 
 
 def _backward(ctx, dh, _ds, dc_last, dn_last):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_xlstm.ops import _common
+from flash_xlstm.ops import _common, _errors
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -22,9 +22,14 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
         ValueError: `cap` is not finite or not greater than 0.
         TypeError: `x` has another dtype.
     """
-    if cap is None:
-        return x
-    return _soft_cap(x, float(cap))
+    try:
+        if cap is None:
+            return x
+        return _soft_cap(x, _common.number("cap", cap))
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, soft_cap, locals()) from None
 
 
 def rms_norm(
@@ -46,9 +51,14 @@ def rms_norm(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
     """
-    if residual is None:
-        return _rms_norm(x, weight, float(eps))
-    return _add_rms_norm(x, residual, weight, float(eps))
+    try:
+        if residual is None:
+            return _rms_norm(x, weight, _common.number("eps", eps))
+        return _add_rms_norm(x, residual, weight, _common.number("eps", eps))
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, rms_norm, locals()) from None
 
 
 def gated_head_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -71,7 +81,12 @@ def gated_head_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
     """
-    return _gated_head_norm(h, gate, weight, float(eps))
+    try:
+        return _gated_head_norm(h, gate, weight, _common.number("eps", eps))
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, gated_head_norm, locals()) from None
 
 
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +102,12 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, by its name.
     """
-    return _swiglu(x, y)
+    try:
+        return _swiglu(x, y)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, swiglu, locals()) from None
 
 
 @torch.library.register_fake("flash_xlstm::soft_cap")

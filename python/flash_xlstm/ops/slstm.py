@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flash_xlstm.ops import _common
+from flash_xlstm.ops import _common, _errors
 
 SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
 _PARTS = "h, c, n, m"
@@ -65,13 +65,18 @@ def slstm(
         ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
             runs and naming the argument.
     """
-    x, R, b = _autocast(x, R, b)
-    state = (None,) * 4 if initial_state is None else _common.unpack_state("initial_state", initial_state, _PARTS)
-    if recurrent_grad_clip is None:
-        recurrent_grad_clip = math.inf
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, R, b, *state))
-    h, _, *last = _slstm(x, R, b, *state, cu_seqlens, recurrent_grad_clip, needs_grad, return_final_state)
-    return (h, tuple(last)) if return_final_state else h
+    try:
+        x, R, b = _autocast(x, R, b)
+        state = (None,) * 4 if initial_state is None else _common.unpack_state("initial_state", initial_state, _PARTS)
+        if recurrent_grad_clip is None:
+            recurrent_grad_clip = math.inf
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, R, b, *state))
+        h, _, *last = _slstm(x, R, b, *state, cu_seqlens, recurrent_grad_clip, needs_grad, return_final_state)
+        return (h, tuple(last)) if return_final_state else h
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, slstm, locals()) from None
 
 
 def slstm_step(x: Tensor, R: Tensor, b: Tensor, state: SlstmState) -> Tensor:
@@ -93,17 +98,22 @@ def slstm_step(x: Tensor, R: Tensor, b: Tensor, state: SlstmState) -> Tensor:
         RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`slstm` with
             seq 1 and ``return_final_state=True``.
     """
-    x, R, b = _autocast(x, R, b)
-    parts = _common.unpack_state("state", state, _PARTS)
-    for name, t in zip("hcnm", parts, strict=True):
-        if t is None:
-            raise TypeError(f"state {name} is None; it must be a tensor")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, R, b, *parts)):
-        raise RuntimeError(
-            "slstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
-            "slstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
-        )
-    return torch.ops.flash_xlstm.slstm_step(x, R, b, *parts)
+    try:
+        x, R, b = _autocast(x, R, b)
+        parts = _common.unpack_state("state", state, _PARTS)
+        for name, t in zip("hcnm", parts, strict=True):
+            if t is None:
+                raise TypeError(f"state {name} is None; it must be a tensor")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, R, b, *parts)):
+            raise RuntimeError(
+                "slstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+                "slstm(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+            )
+        return _slstm_step(x, R, b, *parts)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, slstm_step, locals()) from None
 
 
 def _autocast(x: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,4 +167,5 @@ def _backward(ctx, dh, _dkept, *dlast):
 
 
 _slstm = _common.differentiable("slstm", _setup_context, _backward)
+_slstm_step = _common.writing("slstm_step", 3, 4, 5, 6)
 _slstm_backward = _common.no_double_backward("slstm_backward")

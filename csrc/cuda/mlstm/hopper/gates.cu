@@ -481,8 +481,8 @@ struct Walk {
   }
 };
 
-// What the later tiles of the sequence do to it. Blocks are numbered from the last tile on, and a block with a lower
-// number starts first: waiting for it cannot hang.
+// What the later tiles of the sequence do to it. Blocks take tiles in the order in which they start, from the last
+// tile on: what is waited for has started, and waiting cannot hang.
 __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t id, int64_t head, int lane) {
   Walk behind{0.0, 0.0, 0};
   for (int first = tile.index + 1; first < count && !behind.reset; first += 32) {
@@ -515,7 +515,14 @@ __global__ void __launch_bounds__(most_warps * 32)
   wait_for_earlier_kernels();
   __shared__ Walk unit_walk[most_warps];
   __shared__ Carried carried_in[most_heads];
-  const unsigned id = static_cast<unsigned>(w.tiles.count - 1 - blockIdx.x);
+  __shared__ int turn;
+  int place = static_cast<int>(blockIdx.x);
+  if (w.tiles.per_seq > 1) {
+    if (threadIdx.x == 0) turn = atomicAdd(w.tile_flags + w.tiles.count * w.layout.heads + blockIdx.y, 1);
+    __syncthreads();
+    place = turn;
+  }
+  const unsigned id = static_cast<unsigned>(w.tiles.count - 1 - place);
   Sequence seq;
   int index;
   if (!find_part(w, id, w.tiles.per_seq, w.tiles.chunks * chunk_tokens, seq, index)) return;

@@ -75,7 +75,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, fl
   w.tiles = choose_tiles(p);
   if (backward) {
     carver.take(w.tile_totals, w.tiles.count * p.heads);
-    w.num_tile_flags = w.tiles.count * p.heads;
+    w.num_tile_flags = (w.tiles.count + 1) * p.heads;
     carver.take(w.tile_flags, w.num_tile_flags);
   }
   if (packed) {

@@ -56,6 +56,7 @@ struct StateArgs {
   float* c_out;  // c_last, or dc0; nullptr: not wanted
   float* n_out;
   int dqk_tiles, dv_tiles;
+  int* turns;  // blocks that have started, where there are segments
   int* flags;
   float* log;         // float16: the scale of what is kept
   const float* log0;  // backward: of what was kept before
@@ -97,6 +98,7 @@ struct StateShared {
   uint64_t full[num_stages], empty[num_stages];
   uint64_t weights_full[weighers], weights_empty[weighers];
   int run_begin[2];  // of this block's two runs, without what is forgotten by their ends
+  int turn;
 };
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
@@ -119,9 +121,17 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
 
   const Work& w = args.w;
   const Layout& l = w.layout;
+  // A segment waits for those before it. The hardware may start blocks in any order, so they take their places in the
+  // order in which they do start: those waited for have.
+  int64_t place = blockIdx.x;
+  if (w.segments > 1) {
+    if (threadIdx.x == 0) sh.turn = atomicAdd(args.turns, 1);
+    __syncthreads();
+    place = sh.turn;
+  }
   const int64_t blocks = gridDim.x / w.segments;
-  const int segment = static_cast<int>(blockIdx.x / blocks);
-  int64_t block = blockIdx.x % blocks;
+  const int segment = static_cast<int>(place / blocks);
+  int64_t block = place % blocks;
   const int64_t block_in_segment = block;
   const int tile_v = static_cast<int>(block % args.dv_tiles);
   block /= args.dv_tiles;
@@ -679,16 +689,18 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const int64_t count = std::min({room / std::max(blocks, int64_t{1}), chunks / least_chunks, most});
   if (count < 2) return {1, 0, 0};
   const int64_t shares = 2 * count * blocks * groups;
-  return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares};
+  return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares + 1};
 }
 
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
-  StateArgs args{w,      maps.k, maps.v, maps.c,          w.p.c0,      w.p.n0, c_last,
-                 n_last, 0,      0,      w.segment_flags, w.state_log, nullptr};
+  int* const turns = w.segment_flags;
+  StateArgs args{w,      maps.k, maps.v, maps.c, w.p.c0,    w.p.n0,      c_last,
+                 n_last, 0,      0,      turns,  turns + 1, w.state_log, nullptr};
   return launch<false>(args, stream);
 }
 
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
+  int* const turns = w.segment_flags + w.num_flags / 2;
   StateArgs args{w,
                  maps.q,
                  maps.dh,
@@ -699,7 +711,8 @@ cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward
                  params.dn0,
                  0,
                  0,
-                 w.segment_flags + w.num_flags / 2,
+                 turns,
+                 turns + 1,
                  w.grad_log,
                  w.state_log};
   return launch<true>(args, stream);

@@ -63,7 +63,8 @@ struct Work {
                 // then between them
   float* through;  // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
   // Few heads: sequences are cut into segments that run side by side. Every block's share of the state at each
-  // segment's end, and flags that say it is there (zeroed by scan_gates; the backward has one set for each direction).
+  // segment's end; how many blocks have started, and flags that say that a share is there (zeroed by scan_gates; the
+  // backward has one set for each direction).
   int segments;
   float* segment_ends;
   int* segment_flags;
@@ -74,7 +75,7 @@ struct Work {
   int64_t num_state_flags;
   Tiles tiles;  // the gradients'; the scan makes its own
   // Backward, [tiles.count][heads]: what a tile does to what gate_gradients carries through it, and flags that say it
-  // is there (zeroed by scan_gates).
+  // is there, behind them [heads] how many blocks have started (zeroed by scan_gates).
   double2* tile_totals;
   int* tile_flags;
   int64_t num_tile_flags;
@@ -172,7 +173,8 @@ cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float
 // Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
-// How many segments to cut sequences into, and floats of segment_ends and number of flags for them.
+// How many segments to cut sequences into, and floats of segment_ends and number of flags for them (with that of the
+// blocks that have started).
 struct Segments {
   int count;
   int64_t floats, flags;
