@@ -84,7 +84,7 @@ GatedHeadNorm check_gated_head_norm(const Tensor& h, const Tensor& gate, const T
   check_op_dtype("h", h.scalar_type());
   const int64_t heads = h.size(h.dim() - 2), dim = h.size(h.dim() - 1);
   check_norm_dim("h", h, dim);
-  const int64_t features = checked_product("a token of h", {heads, dim});
+  const int64_t features = checked_product("h", {heads, dim});
   std::vector<int64_t> flat = sizes_of(h);
   flat.pop_back();
   flat.back() = features;

@@ -65,7 +65,9 @@ void check_common(CheckedProblem& checked, const Tensor& first, const char* firs
     p.n0 = checked.hold_state("initial_state n", *n0, first, first_name);
     p.m0 = checked.hold_state("initial_state m", *m0, first, first_name);
   }
-  if (!(clip > 0.0)) value_error("recurrent_grad_clip is ", clip, "; it must be None or greater than 0");
+  if (!(static_cast<float>(clip) > 0.0f)) {
+    value_error("recurrent_grad_clip is ", clip, "; it must be None, or greater than 0 in float32");
+  }
   p.dtype = to_dtype(first.scalar_type());
   p.weight_dtype = to_dtype(R.scalar_type());
   p.bias_dtype = to_dtype(b.scalar_type());

@@ -48,15 +48,15 @@ def chunk_size_or_0(chunk_size: int | None) -> int:
     """The chunk_size of the operators, to which 0 is None."""
     if chunk_size is None:
         return 0
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
+    if not isinstance(chunk_size, (int, torch.SymInt)):
         chunk_size = operator.index(chunk_size)
-    if chunk_size == 0:
-        raise ValueError("chunk_size is 0; it must be None or from 1 to 4096")
+    if chunk_size == 0 or chunk_size is True:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be None or from 1 to 4096")
     return chunk_size
 
 
 def check_flag(name: str, value: bool) -> None:
-    """For a flag that no operator sees."""
+    """torch would take any number for a flag, and None."""
     if value is not True and value is not False:
         raise TypeError(f"{name} is {value!r:.80}; it must be True or False")
 
@@ -137,8 +137,8 @@ def refuse_forward_mode(name: str, args: Any) -> None:
             t = functorch.get_unwrapped(t)
         if has_tangent or forward_ad.unpack_dual(t).tangent is not None:
             raise RuntimeError(
-                f"{name} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad); "
-                "use reverse mode: torch.func.vjp, torch.func.jacrev, torch.autograd.grad"
+                f"{name} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, forward_ad). "
+                "Use reverse mode: torch.func.vjp, torch.func.jacrev, torch.autograd.grad."
             )
 
 

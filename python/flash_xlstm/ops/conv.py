@@ -48,6 +48,7 @@ def causal_conv1d(
             runs and naming the argument.
     """
     try:
+        _common.check_flag("return_final_state", return_final_state)
         silu = _is_silu(activation)
         y, last = _causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu, return_final_state)
         return (y, last) if return_final_state else y
@@ -80,8 +81,8 @@ def causal_conv1d_step(
         silu = _is_silu(activation)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, state)):
             raise RuntimeError(
-                "causal_conv1d_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
-                "causal_conv1d(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+                "causal_conv1d_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or "
+                "use causal_conv1d(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
             )
         return _causal_conv1d_step(x, weight, bias, state, silu)
     except Exception as error:

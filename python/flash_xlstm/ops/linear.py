@@ -29,6 +29,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, consta
         RuntimeError: a gradient would be needed: this product has none. Use ``torch.nn.functional.linear``.
     """
     try:
+        _common.check_flag("constant_weights", constant_weights)
         _no_gradient("linear_rows", x, weight, bias)
         return torch.ops.flash_xlstm.linear_rows(x, weight, bias, constant_weights)
     except Exception as error:
@@ -66,6 +67,8 @@ def fused_linear_rows(
         ValueError, TypeError, RuntimeError: as :func:`linear_rows`.
     """
     try:
+        _common.check_flag("swiglu", swiglu)
+        _common.check_flag("constant_weights", constant_weights)
         biases = [None] * len(weights) if biases is None else list(biases)
         _no_gradient("fused_linear_rows", x, *weights, *biases, residual)
         return torch.ops.flash_xlstm.fused_linear_rows(x, list(weights), biases, residual, swiglu, constant_weights)

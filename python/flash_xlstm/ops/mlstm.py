@@ -135,6 +135,7 @@ def mlstm_step(
             seq 1 and ``return_final_state=True``.
     """
     try:
+        _common.check_flag("settled_state", settled_state)
         q, k, v = _common.autocast(q, k, v)
         c, n, m = _common.unpack_state("state", state)
         if c is None or n is None or m is None:

@@ -63,6 +63,8 @@ def mlstm_sig(
             runs and naming the argument.
     """
     try:
+        _common.check_flag("normalize", normalize)
+        _common.check_flag("return_final_state", return_final_state)
         q, k, v = _common.autocast(q, k, v)
         c, n = (None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state, "c, n")
         c, state_dtype = _common.float32_c(c)

@@ -66,6 +66,7 @@ def slstm(
             runs and naming the argument.
     """
     try:
+        _common.check_flag("return_final_state", return_final_state)
         x, R, b = _autocast(x, R, b)
         state = (None,) * 4 if initial_state is None else _common.unpack_state("initial_state", initial_state, _PARTS)
         if recurrent_grad_clip is None:
