@@ -1,0 +1,189 @@
+"""Calls that cannot be meant: each ends in an error that names the argument, or in a result."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flash_xlstm import _C, ops
+from flash_xlstm.ops import _errors
+
+BATCH, SEQ, HEADS, DQK, DV, DIM, CHANNELS = 2, 5, 2, 4, 6, 3, 5
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def mlstm_arguments(*rows):
+    q, k, v = randn(*rows, HEADS, DQK), randn(*rows, HEADS, DQK), randn(*rows, HEADS, DV)
+    return {"q": q, "k": k, "v": v, "i": randn(*rows, HEADS), "f": randn(*rows, HEADS)}
+
+
+def mlstm_state():
+    return randn(BATCH, HEADS, DQK, DV), randn(BATCH, HEADS, DQK), randn(BATCH, HEADS)
+
+
+def slstm_arguments(*rows):
+    return {"x": randn(*rows, 4, HEADS, DIM), "R": randn(4, HEADS, DIM, DIM), "b": randn(4, HEADS, DIM)}
+
+
+def slstm_state():
+    return tuple(randn(BATCH, HEADS, DIM) for _ in range(4))
+
+
+GOOD = {
+    "soft_cap": lambda: {"x": randn(2, 3), "cap": 2.0},
+    "rms_norm": lambda: {"x": randn(2, 3), "weight": randn(3), "eps": 1e-6, "residual": randn(2, 3)},
+    "gated_head_norm": lambda: {"h": randn(2, 3, 4), "gate": randn(2, 12), "weight": randn(12), "eps": 1e-6},
+    "swiglu": lambda: {"x": randn(2, 3), "y": randn(2, 3)},
+    "linear_rows": lambda: {"x": randn(2, 8), "weight": randn(3, 8), "bias": randn(3)},
+    "fused_linear_rows": lambda: {
+        "x": randn(2, 8), "weights": [randn(3, 8), randn(3, 8)], "biases": [randn(3), None], "swiglu": True,
+    },
+    "causal_conv1d": lambda: {
+        "x": randn(BATCH, SEQ, CHANNELS), "weight": randn(CHANNELS, 4), "bias": randn(CHANNELS), "activation": "silu",
+        "initial_state": randn(BATCH, 3, CHANNELS), "return_final_state": True,
+    },
+    "causal_conv1d_step": lambda: {
+        "x": randn(BATCH, CHANNELS), "weight": randn(CHANNELS, 4), "bias": None, "state": randn(BATCH, 3, CHANNELS),
+    },
+    "mlstm": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state(), "chunk_size": 3},
+    "mlstm_step": lambda: {**mlstm_arguments(BATCH), "state": mlstm_state(), "gate_soft_cap": 15.0},
+    "mlstm_sig": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state()[:2], "normalize": True},
+    "slstm": lambda: {**slstm_arguments(BATCH, SEQ), "initial_state": slstm_state(), "recurrent_grad_clip": 1.0},
+    "slstm_step": lambda: {**slstm_arguments(BATCH), "state": slstm_state()},
+}  # fmt: skip
+
+ODD = {
+    "None": lambda t: None,
+    "0": lambda t: 0,
+    "-1": lambda t: -1,
+    "a large int": lambda t: 10**400,
+    "a large float": lambda t: 1e300,
+    "a small float": lambda t: 1e-300,
+    "nan": lambda t: float("nan"),
+    "inf": lambda t: float("inf"),
+    "True": lambda t: True,
+    "a string": lambda t: "15.0",
+    "bytes": lambda t: b"15",
+    "an empty list": lambda t: [],
+    "a list": lambda t: [1.0, 2.0],
+    "a tuple of tensors": lambda t: (torch.zeros(2), torch.zeros(2), torch.zeros(2)),
+    "a tuple of ints": lambda t: (1, 2, 3),
+    "a dict": lambda t: {"a": 1},
+    "an object": lambda t: object(),
+    "an array": lambda t: np.ones((2, 3), dtype=np.float32),
+    "a number of numpy": lambda t: np.float64(3.0),
+    "a tensor without dimensions": lambda t: torch.tensor(1.0),
+    "a tensor without elements": lambda t: torch.zeros(0),
+    "a tensor of 9 dimensions": lambda t: torch.ones([1] * 8 + [4]),
+    "of integers": lambda t: t.int(),
+    "of bytes": lambda t: t.to(torch.uint8),
+    "of 16-bit integers": lambda t: t.to(torch.uint16),
+    "of bools": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "float64": lambda t: t.double(),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "sparse": lambda t: t.to_sparse(),
+    "sparse rows": lambda t: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
+    "mkldnn": lambda t: t.to_mkldnn() if torch.backends.mkldnn.is_available() else t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "nested": lambda t: torch.nested.nested_tensor(list(t)) if t.dim() > 1 else t.to_sparse(),
+    "on meta": lambda t: t.to("meta"),
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda t: t.mT if t.dim() > 1 else t[None],
+}
+
+# A RuntimeError of torch's own wording, for a flag that promises something of the argument's tensor.
+CASES = [(op, name) for op, make in GOOD.items() for name in inspect.signature(getattr(ops, op)).parameters]
+
+
+def check(op, name, odd):
+    arguments = GOOD[op]()
+    value = arguments.get(name)
+    in_list = isinstance(value, (list, tuple)) and odd in list(ODD)[-14:]
+    try:
+        template = value[0] if in_list else value if isinstance(value, torch.Tensor) else torch.ones(2, 3)
+        changed = ODD[odd](template)
+    except (RuntimeError, NotImplementedError):
+        return  # torch itself makes no such tensor
+    arguments[name] = type(value)([changed, *value[1:]]) if in_list else changed
+    try:
+        getattr(ops, op)(**arguments)
+    except (TypeError, ValueError) as error:
+        said = str(error).split("\n")[0]
+        named = re.match(rf"{re.escape(name)}\b", said)
+        # Another argument may be the one that does not fit the odd one: k, which is to have the dtype of q.
+        other = any(re.match(rf"{re.escape(each)}\b", said) for each in inspect.signature(getattr(ops, op)).parameters)
+        fits = isinstance(changed, (torch.Tensor, tuple)) and other
+        assert named or fits, f"{op}({name}: {odd}) ended in {type(error).__name__}: {said}"
+        assert re.search(r"\b(must|is for one weight|expected|only)\b", said), said
+        assert "dtype number" not in said and len(said) < 400, said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_argument_and_every_odd_value():
+    """Any error but a TypeError or a ValueError goes through."""
+    for op, name in CASES:
+        for odd in ODD:
+            check(op, name, odd)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_odd_values(fuzz):
+    @fuzz(500)
+    @given(
+        op=st.sampled_from(list(GOOD)),
+        picks=st.lists(st.tuples(st.integers(0, 20), st.sampled_from(list(ODD))), min_size=2, max_size=4),
+    )
+    def run(op, picks):
+        arguments = GOOD[op]()
+        names = list(inspect.signature(getattr(ops, op)).parameters)
+        for place, odd in picks:
+            name = names[place % len(names)]
+            value = arguments.get(name)
+            try:
+                arguments[name] = ODD[odd](value if isinstance(value, torch.Tensor) else torch.ones(2, 3))
+            except (RuntimeError, NotImplementedError, TypeError):
+                return
+        try:
+            getattr(ops, op)(**arguments)
+        except (TypeError, ValueError) as error:
+            named = re.match(r"(\w+)", str(error))
+            assert named and named[1] in names, f"{op} {picks}: {error}"
+
+    run()
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_good_arguments(op):
+    getattr(ops, op)(**GOOD[op]())
+
+
+def test_a_torch_that_hands_on_no_type():
+    with pytest.raises(ValueError, match=r"^cap is -1; it must be") as raised:
+        torch.ops.flash_xlstm.soft_cap(torch.ones(2), -1.0)
+    message = str(raised.value)
+    assert _C.argument_error() == ("ValueError", message)
+    wrapped = RuntimeError(f"{message}\nException raised from ...")
+    explained = _errors.explain(wrapped, ops.soft_cap, {"x": torch.ones(2), "cap": -1.0})
+    assert type(explained) is ValueError and str(explained) == message
+    other = RuntimeError("out of memory")
+    assert _errors.explain(other, ops.soft_cap, {"x": torch.ones(2), "cap": -1.0}) is other
+
+
+def test_sizes_past_63_bits():
+    h = torch.zeros(0, 2**32, 2**32)
+    with pytest.raises(ValueError, match=r"h has 4294967296 x 4294967296"):
+        ops.gated_head_norm(h, torch.zeros(0, 4), torch.zeros(4))
+    q = torch.zeros(0, 1, 2**31, 2**31)
+    gates = torch.zeros(0, 1, 2**31)
+    with pytest.raises(ValueError, match="elements; there must be fewer"):
+        ops.mlstm(q, q, torch.zeros(0, 1, 2**31, 2**31), gates, gates, return_final_state=True)
