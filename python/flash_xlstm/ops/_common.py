@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.pyfunctorch as pyfunctorch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
@@ -116,6 +118,25 @@ def needs_gradients(args: tuple[Any, ...]) -> bool:
     return False
 
 
+def _has_tangent(t: Tensor) -> bool:
+    """Whether `t` has one in any of functorch's levels. A level's tangents show where it is the innermost one."""
+    levels = pyfunctorch.retrieve_all_functorch_interpreters()
+    jvp = {each.level() for each in levels if each.key() == torch._C._functorch.TransformType.Jvp}
+    while True:
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+        level = torch._C._functorch.maybe_get_level(t) if is_wrapped else 0
+        if level in jvp or not is_wrapped:
+            with contextlib.ExitStack() as outer:
+                for each in levels:
+                    if each.level() > level:
+                        outer.enter_context(pyfunctorch.temporarily_pop_interpreter_stack())
+                if forward_ad.unpack_dual(t).tangent is not None:
+                    return True
+        if not is_wrapped:
+            return False
+        t = torch._C._functorch.get_unwrapped(t)
+
+
 def refuse_forward_mode(name: str, args: Any) -> None:
     """For calls within forward-mode differentiation (``forward_ad._current_level >= 0``), which would go on without the
     tangents that the operators do not see.
@@ -123,37 +144,37 @@ def refuse_forward_mode(name: str, args: Any) -> None:
     Raises:
         RuntimeError: a tensor among `args` has a tangent.
     """
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    stack = functorch.get_interpreter_stack() or ()
-    levels = {each.level() for each in stack if each.key() == functorch.TransformType.Jvp}
     for t in args:
         if isinstance(t, (list, tuple)):
             refuse_forward_mode(name, t)
-        if not isinstance(t, Tensor):
-            continue
-        has_tangent = False
-        while functorch.is_functorch_wrapped_tensor(t) and not has_tangent:
-            has_tangent = functorch.maybe_get_level(t) in levels
-            t = functorch.get_unwrapped(t)
-        if has_tangent or forward_ad.unpack_dual(t).tangent is not None:
+        elif isinstance(t, Tensor) and _has_tangent(t):
             raise RuntimeError(
                 f"{name} has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd, forward_ad). "
                 "Use reverse mode: torch.func.vjp, torch.func.jacrev, torch.autograd.grad."
             )
 
 
-def _eager(op: Callable[..., Any], differentiated: Callable[..., Any]) -> Callable[..., Any]:
+def _function(name: str, **members: Any) -> Any:
+    """An autograd.Function of these static methods, to be called by its ``apply``."""
+    methods = {key: staticmethod(f) for key, f in members.items()}
+    function: Any = type(
+        name, (torch.autograd.Function,), {"generate_vmap_rule": "setup_context" in members, **methods}
+    )
+    return function.apply
+
+
+def _eager(
+    name: str, op: Callable[..., Any], differentiated: Callable[..., Any], transformed: Callable[..., Any]
+) -> Callable[..., Any]:
     """Calls `op` past the Python layer that torch.library puts around an operator with a derivative: that layer runs
-    without gradients too, and takes as long as all the rest of the call. Compilers and functorch get the operator
-    itself."""
+    without gradients too, and takes as long as all the rest of the call. Compilers get the operator itself, functorch
+    (torch.func) what it can look into, `transformed`."""
 
     def call(*args):
-        if not is_eager():
-            if forward_ad._current_level >= 0:
-                refuse_forward_mode(op._opname, args)
-            return op(*args)
         if forward_ad._current_level >= 0:
-            refuse_forward_mode(op._opname, args)
+            refuse_forward_mode(name, args)
+        if not is_eager():
+            return op(*args) if torch.compiler.is_compiling() else transformed(*args)
         if needs_gradients(args):
             return differentiated(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -179,6 +200,10 @@ def writing(name: str, *places: int) -> Callable[..., Any]:
         if forward_ad._current_level >= 0:
             refuse_forward_mode(name, args)
         if not is_eager():
+            if any(isinstance(t, Tensor) and torch._C._functorch.is_batchedtensor(t) for t in args):
+                raise RuntimeError(
+                    f"{name} writes its state in place, which torch.func.vmap cannot follow; it is batched"
+                )
             return op(*args)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op(*args)
@@ -200,16 +225,17 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     torch.library.register_autograd(f"flash_xlstm::{name}", backward, setup_context=setup_context)
 
     # One function, not forward and setup_context: for the two, apply() binds the arguments to forward's signature,
-    # which takes half of a call's time.
+    # which takes half of a call's time. functorch needs the two.
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return output
 
-    members = {"forward": forward, "backward": backward}
-    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
-    return _eager(op, function.apply)
+    differentiated = _function(name, forward=forward, backward=backward)
+    plain = lambda *args: op(*args)  # noqa: E731  (a Function looks at its forward's signature)
+    transformed = _function(name, forward=plain, setup_context=setup_context, backward=backward)
+    return _eager(name, op, differentiated, transformed)
 
 
 def no_double_backward(name: str) -> Callable[..., Any]:
@@ -222,4 +248,6 @@ def no_double_backward(name: str) -> Callable[..., Any]:
 
     op = getattr(torch.ops.flash_xlstm, name).default
     torch.library.register_autograd(f"flash_xlstm::{name}", backward)
-    return _eager(op, op)
+    plain = lambda *args: op(*args)  # noqa: E731
+    nothing = lambda ctx, inputs, output: None  # noqa: E731
+    return _eager(name, op, op, _function(name, forward=plain, setup_context=nothing, backward=backward))

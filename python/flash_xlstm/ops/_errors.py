@@ -89,14 +89,14 @@ def _wrong_tensor(name: str, value: Any, or_none: str) -> Iterator[Exception]:
 
 def _wrong_number(name: str, value: Any, kind: type, or_none: str) -> Iterator[Exception]:
     whole = kind is int
-    wanted = numbers.Integral if whole else numbers.Real
+    wanted: type = numbers.Integral if whole else numbers.Real
     if not isinstance(value, wanted) or isinstance(value, bool):
         yield TypeError(f"{name} is {_said(value)}; it must be a {'whole ' if whole else ''}number{or_none}")
-    elif whole and not -(2**63) <= int(value) < 2**63:
+    elif whole and not -(2**63) <= value < 2**63:  # type: ignore[operator]
         yield ValueError(f"{name} is {_said(value)}; it must be a number of 64 bits{or_none}")
     elif not whole:
         try:
-            float(value)
+            float(value)  # type: ignore[arg-type]
         except OverflowError:
             yield ValueError(f"{name} is {_said(value)}; it must be a number that float32 holds{or_none}")
 

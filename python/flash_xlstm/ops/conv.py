@@ -82,7 +82,7 @@ def causal_conv1d_step(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, state)):
             raise RuntimeError(
                 "causal_conv1d_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or "
-                "use causal_conv1d(..., initial_state=state, return_final_state=True) with seq 1, which is differentiable."
+                "use causal_conv1d(..., initial_state=state, return_final_state=True) with seq 1, which has one."
             )
         return _causal_conv1d_step(x, weight, bias, state, silu)
     except Exception as error:
