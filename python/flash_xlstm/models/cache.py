@@ -261,15 +261,21 @@ class xLSTMCache:
         )
 
 
-def one_cache(cache_params: xLSTMCache | None, cache: xLSTMCache | None) -> xLSTMCache | None:
-    """The cache given under either of its names.
+def one_cache(**named: Any) -> xLSTMCache | None:
+    """The cache that a caller gave under one of several names, each None where it was not used.
 
     Raises:
+        TypeError: something else than an `xLSTMCache` of this package: a key-value cache, transformers' own xLSTM's.
         ValueError: two different ones.
     """
-    if cache is not None and cache_params is not None and cache is not cache_params:
-        raise ValueError("cache and cache_params are two names of one argument; give one of them")
-    return cache_params if cache is None else cache
+    given = {name: cache for name, cache in named.items() if cache is not None}
+    for name, cache in given.items():
+        if not isinstance(cache, xLSTMCache):
+            found = f"{type(cache).__module__}.{type(cache).__qualname__}"
+            raise TypeError(f"{name} is a {found}; it must be a flash_xlstm.models.xLSTMCache or None")
+    if len({id(cache) for cache in given.values()}) > 1:
+        raise ValueError(f"{' and '.join(given)} are names of one argument; give one of them")
+    return next(iter(given.values()), None)
 
 
 def _map(function: Any, state: State) -> State:

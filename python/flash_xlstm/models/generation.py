@@ -63,6 +63,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         `attention_mask` that covers the whole sequence.
 
         Raises:
+            TypeError: the cache is none of this package's.
             ValueError: the inputs are not (batch, tokens), or embeddings not (batch, tokens, hidden_size); the cache
                 and the inputs do not fit.
         """
@@ -72,10 +73,7 @@ class xLSTMGenerationMixin(GenerationMixin):
             axes = "(batch, tokens, hidden_size)" if name == "inputs_embeds" else "(batch, tokens)"
             if x is not None and x.ndim != axes.count(",") + 1:
                 raise ValueError(f"{name} is of shape {tuple(x.shape)}; expected {axes}")
-        cache = None
-        for name in _CACHE_NAMES:
-            if isinstance(kwargs.get(name), xLSTMCache):
-                cache = one_cache(cache, kwargs.pop(name))
+        cache = one_cache(**{name: kwargs.pop(name, None) for name in _CACHE_NAMES})
         if cache is not None:
             kwargs[_CACHE] = cache
             if not given:
@@ -198,7 +196,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         Args:
             cached_tokens: how many tokens at the beginning of the inputs the user's cache had seen.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache)
         kwargs = {name: value for name, value in kwargs.items() if name not in _UNUSED}
         kwargs.update(cache_params=cache_params, use_cache=use_cache)
         if cache_params is not None and use_cache and not is_first_iteration:

@@ -275,7 +275,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         Raises:
             ValueError: arguments that contradict each other or do not fit.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -443,7 +443,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         Raises:
             ValueError: arguments that contradict each other or do not fit.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache)
         if kwargs.get("num_logits_to_keep") is not None:
             logits_to_keep = kwargs.pop("num_logits_to_keep")
         if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
