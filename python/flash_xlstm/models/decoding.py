@@ -179,14 +179,15 @@ class Decoder:
 
     def end_rows(self, criterion: Any, tokens: Tensor, choice: Choice) -> None:
         """Ends the rows that a stopping criterion says end, having seen `tokens` (batch, length)."""
-        ended, batch = criterion(tokens, None), len(self.rows)
+        given, batch = criterion(tokens, None), len(self.rows)
         try:
-            ended = torch.as_tensor(ended, device=self.unfinished.device) != 0
+            ended = torch.as_tensor(given, device=self.unfinished.device) != 0
             ended = ended.reshape(()) if ended.numel() == 1 else ended.reshape(batch)
         except (TypeError, ValueError, RuntimeError) as error:
+            found = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
             raise TypeError(
-                f"the stopping criterion {type(criterion).__name__} gave {ended!r}; it must give {batch} booleans, one "
-                "for each row, or one for all"
+                f"the stopping criterion {type(criterion).__name__} gave {found}; it must be {batch} booleans, one for "
+                "each row, or one for all"
             ) from error
         self.unfinished &= ~ended
         if choice.pad is not None:  # else all rows go on
