@@ -117,6 +117,7 @@ class Decoder:
         counts: (batch,), how many tokens were chosen before each row's end.
         slots: (batch,) int32, the rows' states; -1 where a row has ended.
         chunk: (batch, CHUNK), the tokens of the last steps; `cursor` (1,) is where the next one goes.
+        inputs_on: the device on which the model takes its inputs.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
@@ -126,6 +127,7 @@ class Decoder:
         self.invalid = torch.zeros(batch, dtype=torch.bool, device=device)
         self.rows = torch.arange(batch, dtype=torch.int32, device=device)
         self.slots = self.rows.clone()
+        self.inputs_on = device
         self.cache: xLSTMCache | None = None
         self._own_cache: xLSTMCache | None = None
         self._eos: dict[tuple[int, ...], Tensor] = {}
@@ -146,7 +148,7 @@ class Decoder:
 
     def forward(self, model: Any) -> Tensor:
         """Reads the token; float32 logits (batch, vocab) of the next, on the token's device."""
-        token = self.token.to(model._inputs_device(self.token))
+        token = self.token.to(self.inputs_on)
         output = model(input_ids=token, cache_params=self.cache, use_cache=True, return_dict=True)
         return output.logits[:, -1].to(self.token.device, torch.float32)
 
@@ -372,6 +374,7 @@ class Session:
         key = (batch, device, self.cache.dtype, torch.is_inference_mode_enabled())
         kept = self.cache.nbytes <= KEPT_BYTES  # else the states would not be kept: no use in a copy of them
         decoder = decoders.take(key, batch, device) if kept else Decoder(batch, device)
+        decoder.inputs_on = self.model._inputs_device(self.sequences)
         try:
             step = self._step(decoders, decoder, kept)
             decoder.reset()
