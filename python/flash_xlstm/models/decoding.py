@@ -8,6 +8,7 @@ is from the step after its end on: it has read all of the row's tokens but the l
 
 from __future__ import annotations
 
+import functools
 import numbers
 import re
 import threading
@@ -16,7 +17,6 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -271,7 +271,7 @@ class Decoder:
 _capturing = threading.Lock()
 
 
-@cache
+@functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
     return torch.cuda.Stream(device)
