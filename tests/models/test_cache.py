@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from flash_xlstm.models import xLSTMCache, xLSTMConfig
+from flash_xlstm.models.cache import one_cache
 
 
 @pytest.fixture
@@ -148,3 +149,21 @@ def test_moves_between_devices(config, tmp_path):
 
 def test_describes_itself(config):
     assert "c=(1, 2, 4, 8)" in repr(xLSTMCache(config, 1))
+
+
+def test_one_cache_of_many_names(config):
+    cache = _fixed(config)
+    assert one_cache(cache_params=None, cache=None) is None
+    assert one_cache(cache_params=None, cache=cache, past_key_values=cache) is cache
+    with pytest.raises(ValueError, match="cache and past_key_values are names of one argument"):
+        one_cache(cache_params=None, cache=cache, past_key_values=cache.clone())
+
+
+@pytest.mark.parametrize("name", ["cache_params", "cache", "past_key_values"])
+def test_foreign_caches_are_refused(config, name):
+    from transformers import DynamicCache
+    from transformers.models.xlstm.modeling_xlstm import xLSTMCache as StockCache
+
+    for foreign in (DynamicCache(), StockCache(config, 1), [(torch.zeros(1),) * 3], {0: None}):
+        with pytest.raises(TypeError, match=rf"{name} is a .*; it must be a flash_xlstm.models.xLSTMCache or None"):
+            one_cache(**{name: foreign})

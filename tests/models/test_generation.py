@@ -146,6 +146,18 @@ def test_a_cache_that_does_not_fit_the_inputs(make_ours, tokens):
         model.generate(tokens(1, 5), attention_mask=torch.ones(1, 9), cache_params=cache, max_new_tokens=2, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["cache_params", "cache", "past_key_values"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_caches_of_other_classes(make_ours, tokens, name, options):
+    from transformers import DynamicCache
+    from transformers.models.xlstm.modeling_xlstm import xLSTMCache as StockCache
+
+    model, ids = make_ours(), tokens(1, 6)
+    for foreign in (DynamicCache(), StockCache(model.config, 1)):
+        with pytest.raises(TypeError, match=rf"{name} is a transformers\..*Cache; it must be a flash_xlstm"):
+            model.generate(ids, max_new_tokens=2, **{name: foreign}, **options, **GREEDY)
+
+
 def test_inputs_of_a_wrong_shape(make_ours, tokens):
     model, ids = make_ours(), tokens(1, 6)
     with pytest.raises(ValueError, match=r"inputs is of shape \(6,\); expected \(batch, tokens\)"):

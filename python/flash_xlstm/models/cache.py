@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from flash_xlstm.models.configuration_xlstm import xLSTMConfig
 
@@ -38,6 +39,12 @@ class xLSTMCache:
         rnn_state: for each layer ``(c, n, m)``: matrix memory c (batch, heads, qk_head_dim, v_head_dim),
             normalizer n (batch, heads, qk_head_dim), stabilizer m (batch, heads).
         slots: None, or (batch,) int32: the row of the states that each row of a single token uses; -1 leaves a row out.
+        unread: None, or (batch,) int64: how many of the tokens seen each row has not read, from the last one backwards.
+            ``generate`` sets it where rows of a batch ended before the last one did; the next forward pass forgets it.
+
+    To torch.export and other users of PyTrees a cache is the states of layer after layer, then its length, an int. A
+    step that is to go on from any length is exported with that dynamic:
+    ``dynamic_shapes={..., "cache_params": [*[None] * (3 * layers), torch.export.Dim.DYNAMIC]}``.
 
     Example::
 
@@ -48,6 +55,7 @@ class xLSTMCache:
 
     is_compileable = False  # read by GenerationMixin
     slots: Tensor | None = None
+    unread: Tensor | None = None
 
     def __init__(
         self,
@@ -82,6 +90,11 @@ class xLSTMCache:
     def batch_size(self) -> int:
         """The number of rows."""
         return self.rnn_state[0][0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the states in bytes."""
+        return sum(t.nbytes for state in self.rnn_state.values() for t in state)
 
     @property
     def seqlen_offset(self) -> int:
@@ -124,12 +137,9 @@ class xLSTMCache:
                         f"must have shape {shape} and dtype {dtypes[0]}"
                     )
 
-    def layer_states(self, devices: Iterable[torch.device]) -> list[State]:
-        """The states of all layers, on its layer's device; safe to write in place where gradients are off."""
-        for layer, device in enumerate(devices):
-            state = self.rnn_state[layer]
-            if state[0].device != device:
-                self.rnn_state[layer] = state = _map(lambda t, d=device: t.to(d), state)
+    def layer_states(self) -> list[State]:
+        """The states of all layers; safe to write in place where gradients are off."""
+        for layer, state in self.rnn_state.items():
             if any(map(_frozen, state)):
                 self.rnn_state[layer] = _map(lambda t: t.detach().clone(), state)
         return [self.rnn_state[layer] for layer in range(len(self.rnn_state))]
@@ -138,37 +148,37 @@ class xLSTMCache:
         """Takes the states of all layers after `num_tokens` more tokens."""
         for layer, new in enumerate(states):
             old = self.rnn_state[layer]
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or old[0].device != new[0].device:
                 self.rnn_state[layer] = (new[0].to(self.dtype), new[1], new[2])
             else:
                 for target, source in zip(old, new, strict=True):
                     if target is not source:
                         target.copy_(source)
         self._seq_length += num_tokens
+        self.unread = None
 
     def reset(self) -> None:
         """Forgets everything."""
         self._apply(torch.zeros_like)
         self._seq_length = 0
+        self.unread = None
 
     def clone(self) -> xLSTMCache:
         """A copy that shares no memory with this cache."""
-        states = (_map(torch.clone, state) for state in self.rnn_state.values())
-        return xLSTMCache.from_states(states, self.dtype, self._seq_length)
+        return self._mapped(torch.clone)
 
     def copy_(self, other: xLSTMCache) -> xLSTMCache:
         """Takes the states of `other`, of the same shapes, into this cache's own tensors."""
         for mine, theirs in zip(self.rnn_state.values(), other.rnn_state.values(), strict=True):
             for target, source in zip(mine, theirs, strict=True):
                 target.copy_(source)
-        self._seq_length = other._seq_length
+        self._seq_length, self.unread = other._seq_length, other.unread
         return self
 
     def expand(self, copies: int) -> xLSTMCache:
         """A new cache with `copies` copies of every row, next to each other: one prompt as the common beginning of many
         sequences. This cache stays as it is."""
-        states = (_map(lambda t: t.repeat_interleave(copies, dim=0), state) for state in self.rnn_state.values())
-        return xLSTMCache.from_states(states, self.dtype, self._seq_length)
+        return self._mapped(lambda t: t.repeat_interleave(copies, dim=0))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the cache to a safetensors file, whole or not at all.
@@ -181,6 +191,8 @@ class xLSTMCache:
             for layer, state in self.rnn_state.items()
             for name, t in zip("cnm", state, strict=True)
         }
+        if self.unread is not None:
+            tensors["unread"] = self.unread.cpu()
         facts = {"format": _FORMAT, "seq_length": self._seq_length, "layers": len(self.rnn_state)}
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -223,9 +235,11 @@ class xLSTMCache:
                     (file.get_tensor(f"{layer}.c"), file.get_tensor(f"{layer}.n"), file.get_tensor(f"{layer}.m"))
                     for layer in range(facts["layers"])
                 ]
+                unread = file.get_tensor("unread") if "unread" in file.keys() else None
         except (SafetensorError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{path} holds no xLSTM cache: {error}") from error
         cache = cls.from_states(states, states[0][0].dtype, facts["seq_length"])
+        cache.unread = unread
         if config is not None:
             try:
                 cache.check(config, cache.batch_size)
@@ -252,6 +266,14 @@ class xLSTMCache:
 
     def _apply(self, function: Any) -> None:
         self.rnn_state = {layer: _map(function, state) for layer, state in self.rnn_state.items()}
+        if self.unread is not None:
+            self.unread = function(self.unread)
+
+    def _mapped(self, function: Any) -> xLSTMCache:
+        cache = xLSTMCache.from_states(self.rnn_state.values(), self.dtype, self._seq_length)
+        cache.unread = self.unread
+        cache._apply(function)
+        return cache
 
     def __repr__(self) -> str:
         c = self.rnn_state[0][0]
@@ -261,15 +283,21 @@ class xLSTMCache:
         )
 
 
-def one_cache(cache_params: xLSTMCache | None, cache: xLSTMCache | None) -> xLSTMCache | None:
-    """The cache given under either of its names.
+def one_cache(**named: Any) -> xLSTMCache | None:
+    """The cache that a caller gave under one of several names, each None where it was not used.
 
     Raises:
+        TypeError: something else than an `xLSTMCache` of this package: a key-value cache, transformers' own xLSTM's.
         ValueError: two different ones.
     """
-    if cache is not None and cache_params is not None and cache is not cache_params:
-        raise ValueError("cache and cache_params are two names of one argument; give one of them")
-    return cache_params if cache is None else cache
+    given = {name: cache for name, cache in named.items() if cache is not None}
+    for name, cache in given.items():
+        if not isinstance(cache, xLSTMCache):
+            found = f"{type(cache).__module__}.{type(cache).__qualname__}"
+            raise TypeError(f"{name} is a {found}; it must be a flash_xlstm.models.xLSTMCache or None")
+    if len({id(cache) for cache in given.values()}) > 1:
+        raise ValueError(f"{' and '.join(given)} are names of one argument; give one of them")
+    return next(iter(given.values()), None)
 
 
 def _map(function: Any, state: State) -> State:
@@ -282,3 +310,41 @@ def _frozen(t: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled())
+
+
+def _flatten(cache: xLSTMCache) -> tuple[list[Any], list[Any]]:
+    """The states, then what else there is: the length as a leaf too, which exported programs may have dynamic."""
+    extra = [name for name in ("slots", "unread") if getattr(cache, name) is not None]
+    leaves = [t for state in cache.rnn_state.values() for t in state]
+    leaves += [cache._seq_length, *(getattr(cache, name) for name in extra)]
+    return leaves, [len(cache.rnn_state), str(cache.dtype).removeprefix("torch."), extra]
+
+
+def _flatten_with_keys(cache: xLSTMCache) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    leaves, context = _flatten(cache)
+    layers, _, extra = context
+    names = [f"{layer}.{name}" for layer in range(layers) for name in "cnm"] + ["seq_length", *extra]
+    return [(pytree.MappingKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
+
+
+def _unflatten(leaves: Iterable[Any], context: list[Any]) -> xLSTMCache:
+    layers, dtype, extra = context
+    leaves = list(leaves)  # of any type: torch maps specifications over trees, too
+    cache = xLSTMCache.__new__(xLSTMCache)
+    cache.dtype = getattr(torch, dtype)
+    cache.rnn_state = {layer: tuple(leaves[3 * layer : 3 * layer + 3]) for layer in range(layers)}
+    cache._seq_length, *rest = leaves[3 * layers :]
+    for name, leaf in zip(extra, rest, strict=True):
+        setattr(cache, name, leaf)
+    return cache
+
+
+# torch.export takes caches as inputs and gives them as outputs.
+pytree.register_pytree_node(
+    xLSTMCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name="flash_xlstm.models.xLSTMCache",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([xLSTMCache])  # saved programs hold their example inputs

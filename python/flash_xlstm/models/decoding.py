@@ -2,13 +2,16 @@
 
 On CUDA a step (the model's forward pass, the choice of the token, the check for the end) is captured once for each
 batch size in a CUDA graph and replayed for every token; elsewhere the same step runs as it is. The host runs ahead of
-the device: it learns of an end token some steps later, and the tokens behind it are cut off. From the step after the
-end on the states stay as they are, so that the cache ends where it would have in a loop that looks at every token.
+the device: it learns of an end token some steps later, and the tokens behind it are cut off. A row's state stays as it
+is from the step after its end on: it has read all of the row's tokens but the last, and no padding.
 """
 
 from __future__ import annotations
 
+import functools
 import numbers
+import re
+import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import logits_process
 
 from flash_xlstm.models.cache import xLSTMCache
 
@@ -26,17 +30,19 @@ CHECK_EVERY = 4  # steps from one look for the end to the next; divides CHUNK
 CHECKS_AHEAD = 2  # looks that may be under way
 STEPS_TO_CAPTURE = 4  # fewer do not pay for capturing
 KEPT = 4  # decoders, and graphs of each, that a model keeps
+KEPT_BYTES = 256 * 2**20  # of states and graphs together that a model keeps for the next call; more is freed at the end
+FIRST_ROOM = 256  # new tokens that there is room for at first; doubled as needed
 
-# These look at the scores only, and are captured with the step; others run between the steps.
+# These look at the scores only, and are captured with the step; others (subclasses, too) run between the steps.
 _STATIC_PROCESSORS = (
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "TypicalLogitsWarper",
-    "EpsilonLogitsWarper",
-    "LogitNormalization",
-    "InfNanRemoveLogitsProcessor",
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.LogitNormalization,
+    logits_process.InfNanRemoveLogitsProcessor,
 )
 
 
@@ -48,14 +54,14 @@ class Choice:
         processors: called with the tokens so far and the scores, one after the other.
         do_sample: draw from the distribution, or take the likeliest.
         eos: tokens that end a row; empty for none.
-        pad: what ended rows go on with.
-        criteria: called with the tokens so far and None; give the rows (batch,) that end.
+        pad: what ended rows go on with; None where they go on with tokens of their own until all have ended.
+        criteria: called with the tokens so far and None; tell which rows end: (batch,) booleans, or one for all.
     """
 
     processors: list[Any] = field(default_factory=list)
     do_sample: bool = False
     eos: tuple[int, ...] = ()
-    pad: int = 0
+    pad: int | None = None
     criteria: list[Any] = field(default_factory=list)
 
     @property
@@ -69,10 +75,10 @@ class Choice:
             return None
         parts: list[Any] = [self.do_sample, self.eos, self.pad]
         for processor in self.processors:
-            name, settings = type(processor).__name__, sorted(vars(processor).items())
-            if name not in _STATIC_PROCESSORS or not all(isinstance(v, numbers.Number) for _, v in settings):
+            kind, settings = type(processor), sorted(vars(processor).items())
+            if kind not in _STATIC_PROCESSORS or not all(isinstance(v, numbers.Number) for _, v in settings):
                 return None
-            parts.append((name, *settings))
+            parts.append((kind, *settings))
         return tuple(parts)
 
 
@@ -107,32 +113,44 @@ class Decoder:
         cache: the states that a step advances.
         token: (batch, 1), the token read last.
         unfinished: (batch,) bool, the rows that have not ended.
-        count: (), how many tokens were chosen while some row had not ended.
+        invalid: (batch,) bool, the rows for which some distribution to draw from was none.
+        counts: (batch,), how many tokens were chosen before each row's end.
+        slots: (batch,) int32, the rows' states; -1 where a row has ended.
         chunk: (batch, CHUNK), the tokens of the last steps; `cursor` (1,) is where the next one goes.
+        inputs_on: the device on which the model takes its inputs.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
         new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)  # noqa: E731
-        self.token, self.chunk, self.cursor, self.count = new(batch, 1), new(batch, CHUNK), new(1), new()
+        self.token, self.chunk, self.cursor, self.counts = new(batch, 1), new(batch, CHUNK), new(1), new(batch)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        self.invalid = torch.zeros(batch, dtype=torch.bool, device=device)
         self.rows = torch.arange(batch, dtype=torch.int32, device=device)
-        self.slots = self.rows.clone()  # the rows' states; -1 once all rows have ended
+        self.slots = self.rows.clone()
+        self.inputs_on = device
         self.cache: xLSTMCache | None = None
         self._own_cache: xLSTMCache | None = None
         self._eos: dict[tuple[int, ...], Tensor] = {}
         self._graphs: OrderedDict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._graph_bytes = 0
 
-    def reset(self) -> None:
-        """Before the first token."""
-        for t in (self.cursor, self.count):
+    @property
+    def nbytes(self) -> int:
+        """What keeping the decoder takes."""
+        return self._graph_bytes + (0 if self._own_cache is None else self._own_cache.nbytes)
+
+    def reset(self, *, going: bool = True) -> None:
+        """Before the first token; `going` False for steps that must leave the states alone."""
+        for t in (self.cursor, self.counts, self.invalid):
             t.zero_()
-        self.unfinished.fill_(True)
-        self.slots.copy_(self.rows)
+        self.unfinished.fill_(going)
+        self._freeze()
 
     def forward(self, model: Any) -> Tensor:
-        """Reads the token; float32 logits (batch, vocab) of the next."""
-        output = model(input_ids=self.token, cache_params=self.cache, use_cache=True, return_dict=True)
-        return output.logits[:, -1].float()
+        """Reads the token; float32 logits (batch, vocab) of the next, on the token's device."""
+        token = self.token.to(self.inputs_on)
+        output = model(input_ids=token, cache_params=self.cache, use_cache=True, return_dict=True)
+        return output.logits[:, -1].to(self.token.device, torch.float32)
 
     def choose(self, logits: Tensor, choice: Choice, tokens: Tensor | None = None) -> None:
         """Chooses the next token; `tokens` are those so far, for processors and criteria that look at them."""
@@ -143,49 +161,78 @@ class Decoder:
             # torch.multinomial's own way to draw one, without its check of the probabilities, which waits for the GPU.
             probabilities = torch.softmax(scores, dim=-1)
             new = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+            nan = probabilities[:, 0].isnan()  # all of a row are, or none
+            self.invalid |= nan if choice.pad is None else nan & self.unfinished
         else:
             new = scores.argmax(-1)
         if choice.can_end:
-            self.count += self.unfinished.any()
+            self.counts += self.unfinished.any() if choice.pad is None else self.unfinished
+        if choice.pad is not None:
+            new = new.masked_fill(~self.unfinished, choice.pad)
         if choice.eos:
             if choice.eos not in self._eos:  # before capture, which would refuse the copy
                 self._eos[choice.eos] = torch.tensor(choice.eos, device=new.device)
-            eos = self._eos[choice.eos]
-            new = new.masked_fill(~self.unfinished, choice.pad)
-            self.unfinished &= (new[:, None] != eos).all(-1)
+            self.unfinished &= (new[:, None] != self._eos[choice.eos]).all(-1)
         self.token.copy_(new[:, None])
         self.chunk.index_copy_(1, self.cursor, self.token)
         self.cursor.add_(1).remainder_(CHUNK)
         if choice.eos and not choice.criteria:
             self._freeze()
 
-    def end_rows(self, ended: Tensor) -> None:
-        """Ends the rows where `ended` (batch,) is true."""
-        self.unfinished &= ~ended.to(self.unfinished.device)
-        self._freeze()
+    def end_rows(self, criterion: Any, tokens: Tensor, choice: Choice) -> None:
+        """Ends the rows that a stopping criterion says end, having seen `tokens` (batch, length)."""
+        given, batch = criterion(tokens, None), len(self.rows)
+        try:
+            ended = torch.as_tensor(given, device=self.unfinished.device) != 0
+            ended = ended.reshape(()) if ended.numel() == 1 else ended.reshape(batch)
+        except (TypeError, ValueError, RuntimeError) as error:
+            found = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+            raise TypeError(
+                f"the stopping criterion {type(criterion).__name__} gave {found}; it must be {batch} booleans, one for "
+                "each row, or one for all"
+            ) from error
+        self.unfinished &= ~ended
+        if choice.pad is not None:  # else all rows go on
+            self._freeze()
 
     def _freeze(self) -> None:
-        self.slots.copy_(self.rows.masked_fill(~self.unfinished.any(), -1))
+        self.slots.copy_(self.rows.masked_fill(~self.unfinished, -1))
+
+    def check(self) -> None:
+        """Raises RuntimeError where there was nothing to draw from; waits for the device."""
+        if self.invalid.any():
+            raise RuntimeError(
+                f"cannot sample: for row(s) {self.invalid.nonzero()[:, 0].tolist()} the logits hold NaN or inf, or all "
+                "are -inf, after the logits processors"
+            )
 
     def message(self) -> Message:
-        """The token of every row, then whether some row has not ended."""
-        return Message(torch.cat([self.token[:, 0], self.unfinished.any()[None].long()]))
+        """The token of every row, then whether some row has not ended, then whether there is reason to `check`."""
+        flags = torch.stack([self.unfinished.any(), self.invalid.any()])
+        return Message(torch.cat([self.token[:, 0], flags.long()]))
 
     def adopt(self, cache: xLSTMCache) -> None:
-        """Steps advance `cache` itself."""
+        """Steps advance `cache` itself. Graphs captured over it serve as long as it does."""
         self.cache = cache
         cache.slots = self.slots
 
-    def own(self, config: Any, dtype: torch.dtype) -> None:
-        """Steps advance a cache of the decoder's own, whose addresses graphs can rely on."""
-        if self._own_cache is None:
-            self._own_cache = xLSTMCache(config, len(self.rows), dtype, self.token.device)
-            self._own_cache.slots = self.slots
-        self.cache = self._own_cache
+    def own(self, cache: xLSTMCache, *, give: bool) -> None:
+        """Steps advance a cache of the decoder's own, of which graphs can rely on the addresses, from where `cache` is;
+        with `give` the first of them becomes that."""
+        if self._own_cache is not None:
+            self._own_cache.copy_(cache)
+        else:
+            self._own_cache = cache if give else cache.clone()
+        self.adopt(self._own_cache)
+
+    def free(self) -> None:
+        """Lets go of the graphs and the cache."""
+        self.cache, self._own_cache, self._graph_bytes = None, None, 0
+        self._graphs.clear()
 
     def graph(self, model: Any, choice: Choice) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A captured step and its logits; without the choice of the token where that needs the tokens so far. Leaves
-        rubbish in every tensor of the decoder."""
+        rubbish in every tensor of the decoder, but the states as they are."""
         key = (choice.key, _weights_key(model))
         if key in self._graphs:
             self._graphs.move_to_end(key)
@@ -198,24 +245,36 @@ class Decoder:
             return logits
 
         device = self.token.device
-        random_state = torch.cuda.get_rng_state(device)
-        try:
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                self.reset()
-                for _ in range(2):  # what libraries set up at their first call cannot be captured
-                    step()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                logits = step()
-        finally:
-            torch.cuda.set_rng_state(random_state, device)
+        with _capturing:
+            random_state = torch.cuda.get_rng_state(device)
+            try:
+                stream = _capture_stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    self.reset(going=False)
+                    for _ in range(2):  # what libraries set up at their first call cannot be captured
+                        step()
+                torch.cuda.current_stream(device).wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved(device)
+                    logits = step()
+                self._graph_bytes += max(0, torch.cuda.memory_reserved(device) - before)
+            finally:
+                torch.cuda.set_rng_state(random_state, device)
         self._graphs[key] = graph, logits
         while len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
         return graph, logits
+
+
+_capturing = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _weights_key(model: Any) -> tuple:
@@ -229,15 +288,30 @@ class _Decoders:
 
     def __init__(self) -> None:
         self._idle: OrderedDict[tuple, Decoder] = OrderedDict()
-        self.can_capture = True
+        self._warned: set[tuple] = set()
 
     def take(self, key: tuple, batch: int, device: torch.device) -> Decoder:
         return self._idle.pop(key, None) or Decoder(batch, device)
 
     def keep(self, key: tuple, decoder: Decoder) -> None:
+        """Keeps a decoder for the next call, at the cost of others used longer ago."""
+        if decoder.nbytes > KEPT_BYTES:
+            return
+        self._idle.pop(key, None)
         self._idle[key] = decoder
-        while len(self._idle) > KEPT:
+        while len(self._idle) > KEPT or sum(idle.nbytes for idle in self._idle.values()) > KEPT_BYTES:
             self._idle.popitem(last=False)
+
+    def warn(self, error: Exception) -> None:
+        """Warns of a failed capture, once for each kind of failure (numbers in the message aside)."""
+        kind = (type(error), re.sub(r"[\d.]+", "", str(error)))
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(
+                f"decoding runs without a CUDA graph, which is slower: capturing it failed ({error}). The next call "
+                "tries again; with model.use_cuda_graphs = False none does",
+                stacklevel=2,
+            )
 
 
 # Not attributes of the models: those can be copied and pickled.
@@ -245,7 +319,7 @@ _decoders: weakref.WeakKeyDictionary[Any, _Decoders] = weakref.WeakKeyDictionary
 
 
 def release(model: Any) -> None:
-    """Frees the states and graphs kept for `model`."""
+    """Frees the states and graphs kept for `model`; those in use stay until their generation ends."""
     _decoders.pop(model, None)
 
 
@@ -259,8 +333,11 @@ class Session:
         tokens: (batch, length) prompt, which the result begins with.
         max_new_tokens: at least 1.
         choice: how tokens are chosen.
-        keep_cache: whether `cache` is looked at afterwards.
+        keep_cache: whether `cache` is looked at afterwards. If not, the session need not keep it in memory.
         use_graph: whether steps may be captured.
+
+    Attributes:
+        sequences: (batch, tokens), the prompt and, after :meth:`run`, what was generated.
     """
 
     def __init__(
@@ -269,90 +346,114 @@ class Session:
         cache: xLSTMCache,
         logits: Tensor,
         tokens: Tensor,
-        max_new_tokens: int,
+        max_new_tokens: float,
         choice: Choice,
         *,
         keep_cache: bool,
         use_graph: bool,
     ) -> None:
-        self.model, self.cache, self.logits, self.choice = model, cache, logits, choice
+        self.model, self.cache, self.choice = model, cache, choice
         self.keep_cache, self.use_graph = keep_cache, use_graph
         self.prompt_length, self.max_new_tokens = tokens.shape[1], max_new_tokens
-        self.sequences = tokens.new_empty(tokens.shape[0], tokens.shape[1] + max_new_tokens)
-        self.sequences[:, : self.prompt_length] = tokens
+        self.sequences = tokens
         self.made = 0  # new tokens in `sequences`, or on their way there
+        self._first_logits: Tensor | None = logits
         self._length_before = cache.get_seq_length()
 
     def run(self, *, each: bool = False) -> Iterator[Tensor]:
         """Makes the tokens. With `each`, gives every token (batch,) on the CPU as it arrives; else nothing.
 
-        Afterwards `sequences` ends where the last row did.
+        Afterwards, and where the iterator is left early, `sequences` ends where the last row did and the cache has read
+        all but its last token.
+
+        Raises:
+            RuntimeError: there is no distribution to draw from, for NaN in the logits.
         """
-        batch, device = self.sequences.shape[0], self.logits.device
+        batch, device = self.sequences.shape[0], self.sequences.device
         decoders = _decoders.setdefault(self.model, _Decoders())
         key = (batch, device, self.cache.dtype, torch.is_inference_mode_enabled())
-        decoder = decoders.take(key, batch, device)
+        kept = self.cache.nbytes <= KEPT_BYTES  # else the states would not be kept: no use in a copy of them
+        decoder = decoders.take(key, batch, device) if kept else Decoder(batch, device)
+        decoder.inputs_on = self.model._inputs_device(self.sequences)
         try:
-            step = self._step(decoders, decoder)
+            step = self._step(decoders, decoder, kept)
             decoder.reset()
-            yield from self._loop(decoder, step, each)
+            try:
+                yield from self._loop(decoder, step, each)
+            except GeneratorExit:
+                self._finish(decoder)
+                raise
+            if self.choice.do_sample:
+                decoder.check()
             self._finish(decoder)
         finally:
-            if decoder.cache is self.cache:
-                self.cache.slots = None
+            if decoder.cache is not None:
+                decoder.cache.slots = None
                 decoder.cache = None
-            decoders.keep(key, decoder)
+            if kept:
+                decoders.keep(key, decoder)
 
-    def _step(self, decoders: _Decoders, decoder: Decoder) -> Callable[[], Tensor]:
+    def _step(self, decoders: _Decoders, decoder: Decoder, kept: bool) -> Callable[[], Tensor]:
         """What reads a token and gives the logits; with a static choice also chooses the next."""
         model, choice = self.model, self.choice
-        if self.use_graph and decoders.can_capture and self.max_new_tokens > STEPS_TO_CAPTURE:
+        captured = None
+        if self.use_graph and self.max_new_tokens > STEPS_TO_CAPTURE:
             try:
-                decoder.own(model.config, self.cache.dtype)
-                graph, logits = decoder.graph(model, choice)
+                if kept:
+                    decoder.own(self.cache, give=not self.keep_cache)
+                else:
+                    decoder.adopt(self.cache)
+                if not self.keep_cache:
+                    assert decoder.cache is not None
+                    self.cache = decoder.cache  # frees the prompt's, if that is another
+                captured = decoder.graph(model, choice)
             except Exception as error:
-                decoders.can_capture = False
-                warnings.warn(
-                    f"decoding runs without a CUDA graph, which is slower: capturing it failed ({error})", stacklevel=2
-                )
+                decoders.warn(error)
+            if captured is None:  # here the error does not hold what was half made
+                decoder.free()
                 torch.cuda.synchronize()
-            else:
-                assert decoder.cache is not None
-                decoder.cache.copy_(self.cache)
+                torch.cuda.empty_cache()
+        if captured is None:
+            decoder.adopt(self.cache)
+        else:
+            graph, logits = captured
 
-                def replay() -> Tensor:
-                    graph.replay()
-                    return logits
-
-                return replay
-        decoder.adopt(self.cache)
-
-        def eager() -> Tensor:
-            logits = decoder.forward(model)
+        def step() -> Tensor:
+            if captured is not None:
+                graph.replay()
+                return logits
+            read = decoder.forward(model)
             if choice.key is not None:
-                decoder.choose(logits, choice)
-            return logits
+                decoder.choose(read, choice)
+            return read
 
-        return eager
+        return step
 
     def _loop(self, decoder: Decoder, step: Callable[[], Tensor], each: bool) -> Iterator[Tensor]:
         choice = self.choice
         static = choice.key is not None
+        at_once = choice.do_sample and not decoder.token.is_cuda
         messages: deque[Message] = deque()
+        logits, self._first_logits = self._first_logits, None
+        assert logits is not None
         if static:
-            decoder.choose(self.logits, choice)
+            decoder.choose(logits, choice)
         else:
-            self._choose_dynamically(decoder, self.logits)
+            self._choose_dynamically(decoder, logits)
         while True:
             self.made += 1
+            if at_once:
+                decoder.check()
             if static and self.made % CHUNK == 0:
                 self._fetch(decoder, CHUNK)
-            last = self.made == self.max_new_tokens
+            last = self.made >= self.max_new_tokens
             if each or (choice.can_end and self.made % CHECK_EVERY == 0) or choice.criteria:
                 messages.append(decoder.message())
             ahead = 0 if last or choice.criteria else CHECKS_AHEAD
             while messages and (len(messages) > ahead or messages[0].ready()):
-                *tokens, going = messages.popleft().read()
+                *tokens, going, invalid = messages.popleft().read()
+                if invalid:
+                    return
                 if each:
                     yield torch.tensor(tokens)
                 if not going:
@@ -366,23 +467,40 @@ class Session:
     def _choose_dynamically(self, decoder: Decoder, logits: Tensor) -> None:
         length = self.prompt_length + self.made
         decoder.choose(logits.clone(), self.choice, self.sequences[:, :length])
+        self._make_room(length + 1)
         self.sequences[:, length] = decoder.token[:, 0]
         for criterion in self.choice.criteria:
-            decoder.end_rows(criterion(self.sequences[:, : length + 1], None))
+            decoder.end_rows(criterion, self.sequences[:, : length + 1], self.choice)
+
+    def _make_room(self, length: int) -> None:
+        """Room for `length` tokens in `sequences`, which grows as it fills: most generations end early."""
+        batch, room = self.sequences.shape
+        if length > room:
+            new = max(FIRST_ROOM, room - self.prompt_length)
+            room = max(length, int(min(self.prompt_length + self.max_new_tokens, room + new)))
+            sequences = self.sequences.new_empty(batch, room)
+            sequences[:, : self.sequences.shape[1]] = self.sequences
+            self.sequences = sequences
 
     def _fetch(self, decoder: Decoder, count: int) -> None:
         """Copies the last `count` tokens, the beginning of the decoder's chunk."""
         end = self.prompt_length + self.made
+        self._make_room(end)
         self.sequences[:, end - count : end] = decoder.chunk[:, :count]
 
     def _finish(self, decoder: Decoder) -> None:
         if self.choice.key is not None and self.made % CHUNK:
             self._fetch(decoder, self.made % CHUNK)
+        counts = None
         if self.choice.can_end:
-            self.made = min(self.made, int(decoder.count))
-        self.sequences = self.sequences[:, : self.prompt_length + self.made]
+            counts = decoder.counts.clamp(max=self.made)
+            self.made = int(counts.max())
+        # Its own memory: the room beyond is not kept.
+        self.sequences = self.sequences[:, : self.prompt_length + self.made].clone()
         assert decoder.cache is not None
         if self.keep_cache and decoder.cache is not self.cache:
             self.cache.copy_(decoder.cache)
         # All but the last token have been read, whatever the host's count of the steps says.
         self.cache.set_seq_length(self._length_before + self.made - 1)
+        if counts is not None and self.keep_cache and bool((counts < self.made).any()):
+            self.cache.unread = self.made - counts

@@ -16,7 +16,7 @@ from flash_xlstm.models import decoding
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 
 # What generate() passes along for models with a key-value cache.
-_UNUSED = ("past_key_values", "next_sequence_length", "cache_position", "position_ids", "token_type_ids")
+_UNUSED = ("next_sequence_length", "cache_position", "position_ids", "token_type_ids")
 
 # What generate() calls the cache: since transformers 5.24 "cache", for every model.
 _NEW_NAME = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -62,7 +62,18 @@ class xLSTMGenerationMixin(GenerationMixin):
         the whole sequence, whose beginning the cache has seen; or only the new tokens, with an
         `attention_mask` that covers the whole sequence.
 
+        A returned cache has read all of a row's tokens but the last, which for a row that ended is its end token:
+        rows that end before others read none of the padding behind it. To go on with such a batch, give the whole
+        sequence (``sequences`` and the new tokens) with an `attention_mask` that is 0 at the padding: each row then
+        reads what it has not read yet. Or give the new tokens only, each row's with its own last token before them,
+        padded on the left. (Where transformers' own loop runs, see above, ended rows do read the padding.)
+
+        Sampling from logits that hold NaN or inf raises; greedy search takes what ``argmax`` does, as transformers'.
+
         Raises:
+            RuntimeError: sampling from NaN logits, or from logits that are all -inf after the processors. On CUDA this
+                may be noticed only at the end.
+            TypeError: the cache is none of this package's.
             ValueError: the inputs are not (batch, tokens), or embeddings not (batch, tokens, hidden_size); the cache
                 and the inputs do not fit.
         """
@@ -72,10 +83,7 @@ class xLSTMGenerationMixin(GenerationMixin):
             axes = "(batch, tokens, hidden_size)" if name == "inputs_embeds" else "(batch, tokens)"
             if x is not None and x.ndim != axes.count(",") + 1:
                 raise ValueError(f"{name} is of shape {tuple(x.shape)}; expected {axes}")
-        cache = None
-        for name in _CACHE_NAMES:
-            if isinstance(kwargs.get(name), xLSTMCache):
-                cache = one_cache(cache, kwargs.pop(name))
+        cache = one_cache(**{name: kwargs.pop(name, None) for name in _CACHE_NAMES})
         if cache is not None:
             kwargs[_CACHE] = cache
             if not given:
@@ -121,7 +129,11 @@ class xLSTMGenerationMixin(GenerationMixin):
         return later.tokens
 
     def release_graphs(self) -> None:
-        """Frees the CUDA graphs and the states that decoding keeps for the next call."""
+        """Frees what decoding keeps for the next call: CUDA graphs with their memory, and the states they work on.
+
+        That is at most ``decoding.KEPT_BYTES`` (256 MiB) for a model; what is larger is freed when ``generate`` ends.
+        Caches that ``generate`` has returned are the caller's.
+        """
         decoding.release(self)
 
     def _sample(
@@ -134,12 +146,14 @@ class xLSTMGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        if not self._loop_serves(stopping_criteria, generation_config, synced_gpus, model_kwargs):
+        max_length = _max_length(stopping_criteria)
+        if max_length is None or not self._loop_serves(generation_config, synced_gpus, model_kwargs):
             if isinstance(streamer, _Later):
                 return input_ids
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
+        choice = _choice(logits_processor, stopping_criteria, generation_config)
         given = any(isinstance(model_kwargs.get(name), xLSTMCache) for name in _CACHE_NAMES)
         prompt = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
         outputs = self(**prompt, return_dict=True)
@@ -148,12 +162,12 @@ class xLSTMGenerationMixin(GenerationMixin):
             outputs.cache_params,
             outputs.logits[:, -1].to(input_ids.device, torch.float32),
             input_ids,
-            max(1, stopping_criteria.max_length - input_ids.shape[1]),
-            _choice(logits_processor, stopping_criteria, generation_config),
+            max(1, max_length - input_ids.shape[1]),
+            choice,
             keep_cache=given or generation_config.return_dict_in_generate,
-            use_graph=self.use_cuda_graphs and input_ids.is_cuda and not torch.cuda.is_current_stream_capturing(),
+            use_graph=self._may_capture(input_ids),
         )
-        del outputs
+        del outputs, prompt, model_kwargs
         if isinstance(streamer, _Later):
             streamer.tokens = _without_gradients(session.run(each=True))
             return input_ids
@@ -166,20 +180,32 @@ class xLSTMGenerationMixin(GenerationMixin):
             return session.sequences
         return GenerateDecoderOnlyOutput(sequences=session.sequences, **{_OUTPUT_CACHE: session.cache})
 
-    def _loop_serves(self, criteria: Any, config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
+    def _loop_serves(self, config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
         outputs = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
-        devices = set((getattr(self, "hf_device_map", None) or {}).values())
+        placed = {str(device) for device in (getattr(self, "hf_device_map", None) or {}).values()}
         return (
             bool(model_kwargs.get("use_cache"))
-            and criteria.max_length is not None
             and not synced_gpus
             and not any(getattr(config, name, False) for name in outputs)
             and not getattr(config, "prefill_chunk_size", None)
             and not getattr(config, "is_assistant", False)
             and not self.config.output_hidden_states
             and not model_kwargs.get("output_hidden_states")
-            and len(devices) < 2
+            and len(placed - {"cpu", "disk"}) < 2  # offloaded parts run on the one other device, if there is one
         )
+
+    def _may_capture(self, input_ids: Tensor) -> bool:
+        return (
+            self.use_cuda_graphs
+            and input_ids.is_cuda
+            and not torch.cuda.is_current_stream_capturing()
+            and not any(p.is_meta for p in self.parameters())  # offloaded: hooks bring them in, step by step
+        )
+
+    def _inputs_device(self, inputs: Tensor) -> torch.device:
+        """Where the model takes `inputs`: where its first weight is, or wherever if that is offloaded."""
+        device = self.device
+        return inputs.device if device.type == "meta" else device
 
     def prepare_inputs_for_generation(
         self,
@@ -191,6 +217,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         cached_tokens: int = 0,
         cache: xLSTMCache | None = None,
+        past_key_values: xLSTMCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward pass.
@@ -198,18 +225,16 @@ class xLSTMGenerationMixin(GenerationMixin):
         Args:
             cached_tokens: how many tokens at the beginning of the inputs the user's cache had seen.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache, past_key_values=past_key_values)
         kwargs = {name: value for name, value in kwargs.items() if name not in _UNUSED}
         kwargs.update(cache_params=cache_params, use_cache=use_cache)
         if cache_params is not None and use_cache and not is_first_iteration:
-            return {"input_ids": input_ids[:, -1:].to(self.device), **kwargs}  # a new token is never padding
+            last = input_ids[:, -1:]
+            return {"input_ids": last.to(self._inputs_device(last)), **kwargs}  # a new token is never padding
 
         # From embeddings, generate() always uses a cache: later passes see token ids only.
         embeds = inputs_embeds if is_first_iteration else None
         name, inputs = ("input_ids", input_ids) if embeds is None else ("inputs_embeds", embeds)
-        inputs = inputs[:, cached_tokens:].to(self.device)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -inputs.shape[1] :]
         if cache_params is not None and inputs.shape[0] > cache_params.batch_size:
             # Beams, or several samples of one prompt.
             copies, rest = divmod(inputs.shape[0], cache_params.batch_size)
@@ -219,6 +244,21 @@ class xLSTMGenerationMixin(GenerationMixin):
                     f"{inputs.shape[0]}"
                 )
             cache_params.batch_repeat_interleave(copies)
+        seen = None
+        if cache_params is not None and cached_tokens and cache_params.unread is not None:
+            # From the first token on that some row has not read; what others have read there is padding to them.
+            behind = int(cache_params.unread.max())
+            cached_tokens -= behind
+            cache_params.set_seq_length(cached_tokens)
+            cache_params.unread = cache_params.unread - behind  # the rows are where they were
+            seen = -cache_params.unread
+        inputs = inputs[:, cached_tokens:]
+        inputs = inputs.to(self._inputs_device(inputs))
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -inputs.shape[1] :]
+        if seen is not None:
+            new = (torch.arange(inputs.shape[1], device=seen.device) >= seen[:, None]).to(inputs.device)
+            attention_mask = new if attention_mask is None else new & (attention_mask.to(inputs.device) != 0)
         return {name: inputs, "attention_mask": attention_mask, **kwargs}
 
     def _update_model_kwargs_for_generation(
@@ -235,12 +275,23 @@ class xLSTMGenerationMixin(GenerationMixin):
         return False
 
 
+def _max_length(criteria: Any) -> Any:
+    """The most tokens there may be; None if no criterion says that and nothing else."""
+    return min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
+
+
 def _choice(processors: Any, criteria: Any, config: Any) -> decoding.Choice:
-    ends = [criterion for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-    other = [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+    # Of the exact types: a subclass may end rows where it likes.
+    ends = [criterion for criterion in criteria if type(criterion) is EosTokenCriteria]
+    other = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     eos = sorted({int(token) for criterion in ends for token in criterion.eos_token_id.flatten().tolist()})
-    pad = getattr(config, "_pad_token_tensor", None)
-    return decoding.Choice(list(processors), bool(config.do_sample), tuple(eos), 0 if pad is None else int(pad), other)
+    pad = None
+    if any(hasattr(criterion, "eos_token_id") for criterion in criteria):  # transformers' condition
+        pad = getattr(config, "_pad_token_tensor", None)
+        if pad is None:
+            raise ValueError("pad_token_id is None; rows that a stopping criterion ends at an end token need one")
+        pad = int(pad)
+    return decoding.Choice(list(processors), bool(config.do_sample), tuple(eos), pad, other)
 
 
 def _without_gradients(tokens: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -133,6 +133,8 @@ class xLSTMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["xLSTMBlock"]  # noqa: RUF012
     _is_stateful = True
+    # Not moved as a whole where the model's parts are on several devices: each state is where its block runs.
+    _skip_keys_device_placement = ["cache", "cache_params", "past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: xLSTMConfig) -> None:
         if not isinstance(config, xLSTMConfig):  # transformers' own, say
@@ -275,7 +277,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         Raises:
             ValueError: arguments that contradict each other or do not fit.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -297,7 +299,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         slots = None
         if cache_params is not None:
             cache_params.check(self.config, batch)
-            states = cache_params.layer_states(block.norm_mlstm.weight.device for block in self.blocks)
+            states = cache_params.layer_states()
             slots = cache_params.slots if seq == 1 else None
         x, new_states, hidden_states = self._run(
             inputs, states, padding, use_cache, output_hidden_states, slots=slots, keep=hidden_to_keep
@@ -380,10 +382,11 @@ class xLSTMModel(xLSTMPreTrainedModel):
     ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
         hidden = []
         new_states = []
+        slots = None if slots is None else slots.to(x.device)
         for block, state in zip(self.blocks, states, strict=True):
             if keep_hidden:
                 hidden.append(x)
-            x, state = block(x, state, padding, return_states, inplace, slots)
+            x, state = block(x, _where_it_runs(block, x, state), padding, return_states, inplace, slots)
             new_states.append(state)
         x = self.out_norm(x)
         return x, new_states, (*hidden, x) if keep_hidden else None
@@ -443,7 +446,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         Raises:
             ValueError: arguments that contradict each other or do not fit.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache)
         if kwargs.get("num_logits_to_keep") is not None:
             logits_to_keep = kwargs.pop("num_logits_to_keep")
         if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
@@ -489,6 +492,15 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         if logits.dtype == torch.float64:
             return plain.soft_cap(logits, self.config.output_logit_soft_cap)
         return ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)
+
+
+def _where_it_runs(block: nn.Module, x: Tensor, state: Any) -> Any:
+    """`state` on the device where `block` runs on x. The weights do not tell: they may be offloaded."""
+    if state is None:
+        return None
+    device = getattr(vars(block).get("_hf_hook"), "execution_device", None)  # accelerate's, which moves x there
+    device = x.device if device is None else torch.device(device)
+    return state if state[0].device == device else tuple(t.to(device) for t in state)
 
 
 def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:

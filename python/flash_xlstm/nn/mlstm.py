@@ -142,7 +142,8 @@ class mLSTMLayer(FusableProjections):
         run: Callable[..., Any] = self._sequence
         if step:
             run = functools.partial(self._step, state_indices=state_indices)
-        if self.autocast_kernel_dtype is None or not torch.is_autocast_enabled(x.device.type):
+        # No autocast on the meta device: asking whether it is enabled there raises.
+        if self.autocast_kernel_dtype is None or x.is_meta or not torch.is_autocast_enabled(x.device.type):
             h, state = run(q, k, v, *self._gates(x, padding, q.dtype), state, return_state)
         else:
             q, k, v = (t.to(self.autocast_kernel_dtype) for t in (q, k, v))
