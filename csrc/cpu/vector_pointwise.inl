@@ -75,9 +75,12 @@ void rms_norm_backward(const RmsNormBackward& p, int64_t begin, int64_t end, flo
 }
 
 // x becomes (x - mean) / sqrt(var + eps); returns the latter factor.
-inline float normalize(float* x, int64_t count, float eps) {
-  const float mean = sum_of(x, count) / static_cast<float>(count);
-  for (int64_t c = 0; c < count; ++c) x[c] -= mean;
+inline float normalize(float* x, int64_t count, float eps, DType dtype) {
+  // Of float32 twice: rounded, a mean that is large beside what it leaves, leaves some of itself.
+  for (int time = 0; time < (dtype == DType::float32 ? 2 : 1); ++time) {
+    const float mean = sum_of(x, count) / static_cast<float>(count);
+    for (int64_t c = 0; c < count; ++c) x[c] -= mean;
+  }
   const float inverse = inverse_root(dot(x, x, count) / static_cast<float>(count), eps);
   for (int64_t c = 0; c < count; ++c) x[c] *= inverse;
   return inverse;
@@ -94,7 +97,7 @@ void gated_head_norm(const GatedHeadNorm& p, int64_t begin, int64_t end, float* 
         load_weight(weight, p.weight, p.weight_dtype, column, p.dim);
         load_row<Type>(x, p.h, offset, p.dim);
         load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
-        normalize(x, p.dim, p.eps);
+        normalize(x, p.dim, p.eps, p.dtype);
         auto* y = static_cast<typename Type::Bits*>(p.y) + offset;
         for (int64_t c = 0; c < p.dim; ++c) y[c] = Type::store(x[c] * weight[c] / (1.0f + exponential(-gate[c])));
       }
@@ -118,7 +121,7 @@ void gated_head_norm_backward(const GatedHeadNormBackward& b, int64_t begin, int
         load_row<Type>(x, p.h, offset, p.dim);
         load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
         load_row<Type>(dy, b.dy, offset, p.dim);
-        const float inverse = normalize(x, p.dim, p.eps);
+        const float inverse = normalize(x, p.dim, p.eps, p.dtype);
         Bits* dgate = static_cast<Bits*>(b.dgate) + offset;
         for (int64_t c = 0; c < p.dim; ++c) {
           const float open = 1.0f / (1.0f + exponential(-gate[c])), shut = 1.0f / (1.0f + exponential(gate[c]));
@@ -127,9 +130,12 @@ void gated_head_norm_backward(const GatedHeadNormBackward& b, int64_t begin, int
           if (dweight != nullptr) dweight[column + c] += dy[c] * x[c];
           dy[c] *= weight[c];
         }
-        const float mean = sum_of(dy, p.dim) / count, along = dot(dy, x, p.dim) / count;
+        // Without its mean first: the sum along x is then rounded as what is left of it, not as the whole.
+        const float mean = sum_of(dy, p.dim) / count;
+        for (int64_t c = 0; c < p.dim; ++c) dy[c] -= mean;
+        const float along = dot(dy, x, p.dim) / count;
         Bits* dh = static_cast<Bits*>(b.dh) + offset;
-        for (int64_t c = 0; c < p.dim; ++c) dh[c] = Type::store(inverse * (dy[c] - mean - x[c] * along));
+        for (int64_t c = 0; c < p.dim; ++c) dh[c] = Type::store(inverse * (dy[c] - x[c] * along));
       }
     }
   });

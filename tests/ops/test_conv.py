@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.utils
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_xlstm import ops, reference
@@ -418,3 +420,28 @@ def test_errors_of_devices(name):
     given[name] = given[name].cpu()
     with pytest.raises(ValueError, match=f"{name} is on cpu"):
         ops.causal_conv1d(**given)
+
+
+def test_random_problems(fuzz, make_problem):
+    @fuzz(250)
+    @given(st.data())
+    def run(data):
+        seq, dtype = (
+            data.draw(st.integers(1, 80)),
+            data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        )
+        packed = (
+            [0, *sorted(data.draw(st.lists(st.integers(0, seq), max_size=3))), seq]
+            if data.draw(st.booleans())
+            else None
+        )
+        problem = make_problem(
+            1 if packed else data.draw(st.integers(1, 3)), seq, data.draw(st.integers(1, 70)),
+            data.draw(st.integers(1, 8)),
+            dtype=dtype, weight_dtype=data.draw(st.sampled_from([dtype, torch.float32])), bias=data.draw(st.booleans()),
+            state=data.draw(st.booleans()), wide=data.draw(st.booleans()), cu_seqlens=packed,
+            activation=data.draw(st.sampled_from([None, "silu"])), seed=data.draw(st.integers(0, 1000)),
+        )  # fmt: skip
+        assert_exact(problem)
+
+    run()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from flash_xlstm import ops
 
@@ -274,3 +276,25 @@ def test_fused_errors(device):
             ops.fused_linear_rows(*given, **options)
     with pytest.raises(RuntimeError, match="fused_linear_rows has no gradient"):
         ops.fused_linear_rows(x.requires_grad_(), weights, biases)
+
+
+# --- any number of dimensions, random problems ------------------------------------------------------------------------
+
+
+@EVERY
+def test_many_dimensions(place, dtype):
+    x, weight, bias = arguments(place, dtype, rows=3)
+    deep = x.view([3] + [1] * 9 + [64])
+    assert torch.equal(ops.linear_rows(deep, weight, bias).view(3, -1), ops.linear_rows(x, weight, bias))
+    (fused,) = ops.fused_linear_rows(deep, [weight, weight], swiglu=True)
+    assert fused.shape == (3, *[1] * 9, 40)
+
+
+@EVERY
+def test_random_problems(fuzz, place, dtype):
+    @fuzz(35)
+    @hypothesis.given(st.integers(1, 16), st.integers(1, 40), st.integers(1, 80), st.booleans())
+    def run(rows, size_in, size_out, bias):
+        assert_exact(*arguments(place, dtype, rows, size_in * (8 if place == "cuda" else 1), size_out, bias))
+
+    run()

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.utils
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
 
@@ -812,3 +814,49 @@ def test_errors_of_devices(name):
         given[name] = given[name].cpu()
     with pytest.raises(ValueError, match=f"{name} is on cpu"):
         ops.mlstm(**given)
+
+
+# --- random problems --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def offsets_of(draw, seq):
+    """None, or offsets of packed sequences, empty ones among them."""
+    if draw(st.booleans()):
+        return None
+    return [0, *sorted(draw(st.lists(st.integers(0, seq), max_size=3))), seq]
+
+
+@st.composite
+def problems(draw):
+    seq = draw(st.integers(1, 140))
+    packed = draw(offsets_of(seq))
+    return {
+        "seq": seq,
+        "dqk": draw(st.integers(1, 40)),
+        "dv": draw(st.integers(1, 40)),
+        "batch": 1 if packed else draw(st.integers(1, 3)),
+        "heads": draw(st.integers(1, 3)),
+        "layout": draw(st.sampled_from(["contiguous", "heads first", "slice"])),
+        "gates": draw(st.sampled_from(["small", "normal", "spread"])),
+        "gate_soft_cap": draw(st.sampled_from([None, None, 15.0])),
+        "state": draw(st.booleans()),
+        "cu_seqlens": packed,
+        "chunk_size": draw(st.sampled_from([None, None, 1, 16, 50])),
+        "scale": draw(st.sampled_from([None, None, 0.5])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def test_random_problems(fuzz, make_problem, assert_float32_exact, assert_16_bit_exact):
+    @fuzz(500)
+    @given(case=problems(), dtype=st.sampled_from([torch.float32, torch.float32, F16, BF16]), same=st.booleans())
+    def run(case, dtype, same):
+        if dtype == torch.float32:
+            assert_float32_exact(make_problem(**case), ops.mlstm, strict=False)
+        else:
+            case["gates"] = "small" if case["gates"] == "spread" else case["gates"]
+            problem = make_problem(**case, dtype=dtype, gate_dtype=dtype if same else None)
+            assert_16_bit_exact(problem, ops.mlstm, ("h",))
+
+    run()

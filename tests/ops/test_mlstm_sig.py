@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.utils
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flash_xlstm import ops
 
@@ -521,3 +523,36 @@ def test_errors_of_devices(name):
         wrong = {name: zeros(*{"k": (2, 8, 2, 4), "v": (2, 8, 2, 6)}.get(name, (2, 8, 2)), device="cpu")}
     named = f"initial_state {name}" if name in "cn" else name
     check_error(ops.mlstm_sig, "cuda", wrong, ValueError, "is on cpu", named)
+
+
+# --- random problems --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw):
+    seq = draw(st.integers(1, 140))
+    packed = [0, *sorted(draw(st.lists(st.integers(0, seq), max_size=3))), seq] if draw(st.booleans()) else None
+    return {
+        "seq": seq,
+        "dqk": draw(st.integers(1, 40)),
+        "dv": draw(st.integers(1, 40)),
+        "batch": 1 if packed else draw(st.integers(1, 3)),
+        "heads": draw(st.integers(1, 3)),
+        "layout": draw(st.sampled_from(["contiguous", "heads first", "slice"])),
+        "gates": draw(st.sampled_from(["small", "normal"])),
+        "gate_soft_cap": draw(st.sampled_from([None, 15.0])),
+        "state": draw(st.booleans()),
+        "cu_seqlens": packed,
+        "chunk_size": draw(st.sampled_from([None, None, 1, 16, 50])),
+        "normalize": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def test_random_problems(fuzz, make_problem, assert_float32_exact):
+    @fuzz(250)
+    @given(case=problems())
+    def run(case):
+        assert_float32_exact(make_problem(**case), ops.mlstm_sig, ("h", "last c", "last n"), strict=False)
+
+    run()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 import torch._dynamo.utils
+from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
 
@@ -498,3 +500,38 @@ def test_errors_of_devices(name):
     where[name] = where[name].cpu()
     with pytest.raises(ValueError, match=f"{name} is on cpu"):
         ops.mlstm_step(**given, state=tuple(state.values()))
+
+
+def test_random_problems(fuzz, device):
+    sizes = [st.integers(1, most) for most in (4, 3, 40, 40)]
+
+    @fuzz(300)
+    @hypothesis.given(st.tuples(*sizes), st.integers(0, 1000), st.data())
+    def run(sizes, seed, data):
+        batch, heads, dqk, dv = sizes
+        slots = batch + data.draw(st.integers(0, 3))
+        order = data.draw(st.permutations(range(slots)))[:batch]
+        left_out = data.draw(st.sets(st.integers(0, batch - 1)))
+        where = [-1 if row in left_out else slot for row, slot in enumerate(order)]
+        options = {
+            "gate_soft_cap": data.draw(st.sampled_from([None, 15.0])),
+            "eps": data.draw(st.sampled_from([1e-6, 0.0])),
+        }
+        state = pool(device, slots, heads, dqk, dv)
+        exact = clone(state, torch.float64)
+        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        drawn = arguments(
+            device, batch, heads, dqk, dv, dtype, data.draw(st.sampled_from([torch.float32, dtype])), seed=seed
+        )
+        h = ops.mlstm_step(**drawn, state=state, state_indices=indices(device, *where), **options)
+        wide = {name: t.double() for name, t in drawn.items()}
+        used = [row for row in range(batch) if where[row] >= 0]
+        rows = tuple(t[[where[row] for row in used]].contiguous() for t in exact)
+        expected = reference.mlstm_step(**{name: t[used] for name, t in wide.items()}, state=rows, **options)
+        assert not h[sorted(left_out)].any()
+        assert close(h[used], expected, 2 * tolerance(dtype))
+        for t, want, new in zip(state, exact, rows, strict=True):
+            want[[where[row] for row in used]] = new
+            assert close(t, want, 1e-5)
+
+    run()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.utils
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
 
@@ -350,6 +352,27 @@ def test_a_large_mean_costs_no_precision(device, dim):
         assert (got.double() - want).norm() < 1e-4 * want.norm()
 
 
+@pytest.mark.parametrize("dim", [2, 3, 8])
+@pytest.mark.parametrize("apart", [1.0, 0.1, 1e-2, 1e-3])
+def test_values_that_nearly_agree(device, dim, apart):
+    """What is left of dh is small beside its terms: no further off than the plain form in float32 is."""
+    h = normal(device, 256, 1, 1) + apart * normal(device, 256, 1, dim, seed=1)
+    inputs = [h, *(normal(device, *shape, seed=2 + x) for x, shape in enumerate([(256, dim), (dim,)]))]
+    dy = normal(device, 256, dim, seed=4)
+
+    def dh(form, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        return torch.autograd.grad(form(*leaves), leaves[0], dy.to(dtype))[0].double().flatten(1)
+
+    exact = dh(reference.gated_head_norm, torch.float64)
+    ours, plain = (
+        ((dh(form, torch.float32) - exact).norm(dim=1) / exact.norm(dim=1)).sort().values
+        for form in (ops.gated_head_norm, reference.gated_head_norm)
+    )
+    for share in (128, 230, 255):  # the median, the tenth worst, the worst of all rows
+        assert ours[share] <= 1.5 * plain[share] + 5e-7
+
+
 def test_swiglu_extremes(device):
     x = torch.tensor([200.0, -200.0, 0.0, torch.nan, torch.inf], device=device).requires_grad_()
     y = torch.full((5,), 2.0, device=device).requires_grad_()
@@ -525,3 +548,48 @@ def test_row_ops_errors_of_devices_and_sizes():
         ops.swiglu(x, x.cpu())
     with pytest.raises(ValueError, match="at most 16384"):
         ops.rms_norm(torch.zeros(2, 16385, device="cuda"), torch.zeros(16385, device="cuda"))
+
+
+# --- any number of dimensions, random problems ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [8, 9, 10, 20, 64])
+def test_many_dimensions(device, dims):
+    """As many as torch has: each gives what it gives with two."""
+    shape = lambda *last: [2] + [1] * (dims - 1 - len(last)) + list(last)  # noqa: E731
+    x = normal(device, 2, 6)
+    for form, others in (
+        (lambda x: ops.soft_cap(x, 2.0), []),
+        (ops.swiglu, [normal(device, 2, 6, seed=1)]),
+        (lambda x: ops.rms_norm(x, weight_of(device, 6, torch.float32)), []),
+        (lambda x, r: ops.rms_norm(x, weight_of(device, 6, torch.float32), 1e-6, r)[0], [normal(device, 2, 6, seed=1)]),
+    ):
+        flat = [t.clone().requires_grad_() for t in (x, *others)]
+        deep = [t.detach().view(shape(6)).requires_grad_() for t in flat]
+        expected, actual = form(*flat), form(*deep)
+        assert actual.shape == deep[0].shape and torch.equal(actual.view(2, 6), expected)
+        for got, want in zip(
+            torch.autograd.grad(actual.sum(), deep), torch.autograd.grad(expected.sum(), flat), strict=True
+        ):
+            assert got.dim() == dims and torch.equal(got.view(2, 6), want)
+    h, gate, weight = gated_head_norm_inputs(device, torch.float32, rows=2, dim=3)
+    deep_h = h.detach().view([2] + [1] * (dims - 3) + [2, 3])
+    actual = ops.gated_head_norm(deep_h, gate.view([2] + [1] * (dims - 3) + [6]), weight)
+    assert torch.equal(actual.view(2, 6), ops.gated_head_norm(h, gate, weight))
+
+
+def test_random_problems(fuzz, device):
+    @fuzz(350)
+    @given(
+        st.sampled_from(list(ROW_OPS)), st.sampled_from(list(TOLERANCE)), st.integers(1, 30), st.integers(2, 300),
+        st.booleans(),
+    )  # fmt: skip
+    def run(op, dtype, rows, dim, float_weight):
+        if op == "gated_head_norm":  # with a few values dh may be what rounding leaves: test_values_that_nearly_agree
+            dim += 30
+        inputs = ROW_OPS[op][2](
+            device, dtype, rows=rows, dim=dim, weight_dtype=torch.float32 if float_weight else dtype
+        )
+        assert_matches(op, inputs)
+
+    run()

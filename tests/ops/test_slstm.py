@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.utils
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_xlstm import ops, reference
@@ -98,9 +100,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).norm().item() / max(expected.double().norm().item(), 1e-30)
 
 
-def assert_float32_exact(problem, through=RESULTS):
+def assert_float32_exact(problem, through=RESULTS, times_plain=0):
+    """Within 1e-5 of float64; where terms cancel, within `times_plain` times the error of the plain form in float32."""
     expected, actual = problem(reference.slstm, through, torch.float64), problem(ops.slstm, through)
     errors = {name: relative_error(actual[name], want) for name, want in expected.items()}
+    if times_plain and max(errors.values()) > 1e-5:
+        plain = problem(reference.slstm, through)
+        for name, want in expected.items():
+            errors[name] = 0.0 if errors[name] <= times_plain * relative_error(plain[name], want) else errors[name]
     assert all(actual[name].shape == want.shape for name, want in expected.items())
     # A gradient may be 0 but for rounding: that of m where h alone is looked at.
     wrong = {
@@ -111,14 +118,15 @@ def assert_float32_exact(problem, through=RESULTS):
     assert not wrong, wrong
 
 
-def assert_16_bit_exact(problem, through=RESULTS):
-    """At most 1.5 times the error of the plain form in the same dtype, or of a rounding of the inputs."""
+def assert_16_bit_exact(problem, through=RESULTS, times=1.5):
+    """At most 1.5 times the error of the plain form in the same dtype, or of a rounding of the inputs. Of a handful of
+    elements either error may happen to be small: `times` is then more."""
     expected, actual = problem(reference.slstm, through, torch.float64), problem(ops.slstm, through)
     plain, rounding = problem(reference.slstm, through), torch.finfo(problem.inputs["x"].dtype).eps / 2
     wrong = {}
     for name, want in expected.items():
         ours, theirs = relative_error(actual[name], want), relative_error(plain[name], want)
-        if not ours <= 1.5 * max(rounding, theirs):
+        if not ours <= times * max(rounding, theirs):
             wrong[name] = (ours, theirs)
     assert not wrong, wrong
 
@@ -793,3 +801,44 @@ def test_errors_of_devices(name):
         given[name] = given[name].cpu()
     with pytest.raises(ValueError, match=f"{name} is on cpu"):
         ops.slstm(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_of_ten_thousand(make_problem, dtype):
+    """m is then so large that float32 holds it to 1e-3 only, and with it every weight: as far off as the plain form is
+    in float32, no further."""
+    for seed in range(20):
+        problem = make_problem(2, 10, 1, 5, gates=1e4, dtype=dtype, seed=seed, state=bool(seed % 2))
+        through = ("last c", "last n")
+        expected, actual = problem(reference.slstm, through, torch.float64), problem(ops.slstm, through)
+        wide = dataclasses.replace(problem, inputs={name: t.float() for name, t in problem.inputs.items()})
+        plain = wide(reference.slstm, through)
+        for name in ("dx", "dR", "db", "last c", "last n"):
+            ours, theirs = (relative_error(t[name], expected[name]) for t in (actual, plain))
+            assert ours <= 1.5 * max(theirs, torch.finfo(dtype).eps), (seed, name, ours, theirs)
+
+
+def test_random_problems(fuzz, make_problem):
+    @fuzz(250)
+    @given(st.data())
+    def run(data):
+        seq = data.draw(st.integers(1, 30))
+        packed = (
+            [0, *sorted(data.draw(st.lists(st.integers(0, seq), max_size=3))), seq]
+            if data.draw(st.booleans())
+            else None
+        )
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+        problem = make_problem(
+            1 if packed else data.draw(st.integers(1, 4)), seq, data.draw(st.integers(1, 3)),
+            data.draw(st.integers(1, 40)),
+            gates=data.draw(st.sampled_from([0.1, 1.0, 4.0])), layout=data.draw(st.sampled_from(LAYOUTS)), dtype=dtype,
+            state=data.draw(st.booleans()), cu_seqlens=packed, seed=data.draw(st.integers(0, 1000)),
+        )  # fmt: skip
+        if dtype == torch.float32:
+            avoid_kinks(problem)
+            assert_float32_exact(problem, times_plain=4)
+        else:
+            assert_16_bit_exact(problem, ("h",), times=4)
+
+    run()
