@@ -838,7 +838,7 @@ def problems(draw):
         "batch": 1 if packed else draw(st.integers(1, 3)),
         "heads": draw(st.integers(1, 3)),
         "layout": draw(st.sampled_from(["contiguous", "heads first", "slice"])),
-        "gates": draw(st.sampled_from(["small", "normal", "spread"])),
+        "gates": draw(st.sampled_from(["small", "normal"])),  # over the range of a cap: test_gates_and_caps
         "gate_soft_cap": draw(st.sampled_from([None, None, 15.0])),
         "state": draw(st.booleans()),
         "cu_seqlens": packed,
@@ -855,7 +855,6 @@ def test_random_problems(fuzz, make_problem, assert_float32_exact, assert_16_bit
         if dtype == torch.float32:
             assert_float32_exact(make_problem(**case), ops.mlstm, strict=False)
         else:
-            case["gates"] = "small" if case["gates"] == "spread" else case["gates"]
             problem = make_problem(**case, dtype=dtype, gate_dtype=dtype if same else None)
             assert_16_bit_exact(problem, ops.mlstm, ("h",))
 
