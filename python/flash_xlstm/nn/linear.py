@@ -21,14 +21,14 @@ _CPU: tuple[tuple[torch.dtype, ...], int] = (torch.float32, torch.bfloat16, torc
 _CUDA: tuple[tuple[torch.dtype, ...], int] = (torch.bfloat16,), 16
 
 
-def _torch_own(function: Callable[..., Any], home: ModuleType) -> Callable[..., Any] | None:
+def torch_own(function: Callable[..., Any], home: ModuleType) -> Callable[..., Any] | None:
     """`function` if it is defined in `home`; None if it was replaced before this package was imported."""
     return function if getattr(function, "__globals__", None) is vars(home) else None
 
 
 # What calling a linear layer runs.
-_CALL = _torch_own(nn.Linear.__call__, hooks)
-_FORWARD = _torch_own(nn.Linear.forward, nn.modules.linear)
+_CALL = torch_own(nn.Linear.__call__, hooks)
+_FORWARD = torch_own(nn.Linear.forward, nn.modules.linear)
 _LINEAR = torch._C._nn.linear
 
 
@@ -46,8 +46,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 def few_rows(x: Tensor) -> bool:
     """Whether products with x may go by :func:`flash_xlstm.ops.linear_rows`, as far as x and what torch holds for every
-    call go: without gradients of either mode, autocast, compiler, tracer or transform; no hook of all modules, no
-    :class:`~torch.nn.Linear` with another forward, no mode that would see another function than it waits for."""
+    call go: without gradients of either mode, autocast, compiler, transform or another forward of
+    :class:`~torch.nn.Linear`, and with :func:`nothing_looks_on`."""
     if not (x.is_cpu or x.is_cuda):
         return False
     dtypes, rows = _CPU if x.is_cpu else _CUDA
@@ -57,16 +57,25 @@ def few_rows(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         and type(x) is Tensor
-        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         and nn.Linear.forward is _FORWARD
         and nn.Linear.__call__ is _CALL
         and F.linear is _LINEAR
-        and not torch._C._len_torch_dispatch_stack()
-        and not (torch._C._len_torch_function_stack() and _a_mode_looks_on())
-        and not torch._C._get_tracing_state()
+        and nothing_looks_on()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and x.numel() <= rows * x.shape[-1]
+    )
+
+
+def nothing_looks_on() -> bool:
+    """Whether there is neither a forward hook of all modules nor a tracer or a mode, which would miss the functions
+    that a module's own forward calls."""
+    return not (
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or (torch._C._len_torch_function_stack() and _a_mode_looks_on())
     )
 
 

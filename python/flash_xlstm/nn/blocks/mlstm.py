@@ -12,10 +12,12 @@ from flash_xlstm.nn.blocks.layers import (
     CausalConv1d,
     LinearHeadwiseExpand,
     MultiHeadLayerNorm,
+    check_sequence,
     small_init,
     wang_init,
     zero_bias,
 )
+from flash_xlstm.nn.mlstm import fitting_state
 from flash_xlstm.ops import MlstmState
 
 LayerState = dict[str, "Tensor | tuple[Tensor, ...] | None"]
@@ -29,6 +31,7 @@ class mLSTMCell(nn.Module):
 
     def __init__(self, features: int, num_heads: int) -> None:
         super().__init__()
+        self.features = features
         self.num_heads = num_heads
         self.igate = nn.Linear(3 * features, num_heads)
         self.fgate = nn.Linear(3 * features, num_heads)
@@ -45,11 +48,16 @@ class mLSTMCell(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
     ) -> tuple[Tensor, MlstmState | None]:
-        """`inplace` is for one token where no gradient is needed, and updates `state`."""
+        """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
+        `state`, but for tensors that are not float32 (float64 beside float64, c also bfloat16): copies of those."""
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            check_sequence(name, t, self.features, step=inplace)
         gate_input = torch.cat([q, k, v], dim=-1)
         i, f = self.igate(gate_input), self.fgate(gate_input)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.features // self.num_heads)) for t in (q, k, v))
         wide = q.dtype == torch.float64
+        if state is not None:
+            state = fitting_state(state, q, written=inplace)
         if inplace:
             if state is None:
                 state = self._zero_state(q)
@@ -117,13 +125,16 @@ class mLSTMLayer(nn.Module):
 
         Args:
             x: (batch, seq, embedding_dim).
-            mlstm_state: ``(c, n, m)`` before it, as :func:`flash_xlstm.ops.mlstm` takes it; default: fresh.
-            conv_state: (batch, conv1d_kernel_size - 1, inner width) inputs of the convolution before it.
+            mlstm_state: ``(c, n, m)`` before it, as :func:`flash_xlstm.ops.mlstm` takes it, in any float dtype;
+                default: fresh.
+            conv_state: (batch, conv1d_kernel_size - 1, inner width) inputs of the convolution before it, in any float
+                dtype.
             return_last_state: also return both after it.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"mlstm_state": ..., "conv_state": ...}``.
         """
+        check_sequence("x", x, self.config.embedding_dim, step=False)
         y, state = self._run(x, mlstm_state, conv_state, return_state=return_last_state, inplace=False)
         return (y, state) if return_last_state else y
 
@@ -131,7 +142,13 @@ class mLSTMLayer(nn.Module):
         self, x: Tensor, mlstm_state: MlstmState | None = None, conv_state: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
         """One token, (batch, 1, embedding_dim), and the states after it. Without gradients the states given are updated
-        in place; with gradients enabled they are left alone, and new ones are returned."""
+        in place, unless they have to be cast (:class:`xLSTMBlockStack`); with gradients enabled they are left alone,
+        and new ones are returned.
+
+        Raises:
+            ValueError: x holds several tokens, or is of another width.
+        """
+        check_sequence("x", x, self.config.embedding_dim, step=True)
         return self._run(x, mlstm_state, conv_state, return_state=True, inplace=not torch.is_grad_enabled())
 
     def _run(

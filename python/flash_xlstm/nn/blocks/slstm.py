@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.blocks.configuration import sLSTMLayerConfig
-from flash_xlstm.nn.blocks.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm
+from flash_xlstm.nn.blocks.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, check_sequence
 from flash_xlstm.nn.blocks.mlstm import LayerState
+from flash_xlstm.nn.mlstm import fitting
 from flash_xlstm.ops import SlstmState
+from flash_xlstm.ops._common import unpack_state
 
 _GATES = 4  # i, f, z, o
 _NOTHING = torch.finfo(torch.float32).tiny  # the op's bound must be greater than 0
@@ -75,14 +77,19 @@ class sLSTMCell(nn.Module):
     def forward(
         self, x: Tensor, state: SlstmState | None = None, *, return_state: bool = False, inplace: bool = False
     ) -> tuple[Tensor, SlstmState | None]:
-        """`inplace` is for one token where no gradient is needed, and updates `state`."""
+        """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
+        `state`, but for tensors that are not float32 (float64 beside float64): copies of those."""
+        check_sequence("x", x, _GATES * self.config.embedding_dim, step=inplace)
         x = x.unflatten(-1, (_GATES, self.config.num_heads, self.config.head_dim))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if state is not None:
+            h, c, n, m = (fitting(t, x, wide, inplace) for t in unpack_state("state", state, "h, c, n, m"))
+            state = h, c, n, m
         R, b = self.weights()
         namespace = reference if x.dtype == torch.float64 else ops
         if inplace:
             if state is None:
-                dtype = torch.promote_types(x.dtype, torch.float32)
-                h, c, n, m = (torch.zeros_like(x[:, 0, 0], dtype=dtype) for _ in range(4))
+                h, c, n, m = (torch.zeros_like(x[:, 0, 0], dtype=wide) for _ in range(4))
                 state = h, c, n, m
             return namespace.slstm_step(x[:, 0], R, b, state)[:, None], state
         result = namespace.slstm(
@@ -163,13 +170,16 @@ class sLSTMLayer(nn.Module):
 
         Args:
             x: (batch, seq, embedding_dim).
-            conv_state: (batch, conv1d_kernel_size - 1, embedding_dim) inputs before it; default: zeros.
-            slstm_state: ``(h, c, n, m)`` before it, as :func:`flash_xlstm.ops.slstm` takes it; default: fresh.
+            conv_state: (batch, conv1d_kernel_size - 1, embedding_dim) inputs before it, in any float dtype; default:
+                zeros.
+            slstm_state: ``(h, c, n, m)`` before it, as :func:`flash_xlstm.ops.slstm` takes it, in any float dtype;
+                default: fresh.
             return_last_state: also return both after it.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"conv_state": ..., "slstm_state": ...}``.
         """
+        check_sequence("x", x, self.config.embedding_dim, step=False)
         y, state = self._run(x, conv_state, slstm_state, return_state=return_last_state, inplace=False)
         return (y, state) if return_last_state else y
 
@@ -177,7 +187,13 @@ class sLSTMLayer(nn.Module):
         self, x: Tensor, conv_state: Tensor | None = None, slstm_state: SlstmState | None = None
     ) -> tuple[Tensor, LayerState]:
         """One token, (batch, 1, embedding_dim), and the states after it. Without gradients the states given are updated
-        in place; with gradients enabled they are left alone, and new ones are returned."""
+        in place, unless they have to be cast (:class:`xLSTMBlockStack`); with gradients enabled they are left alone,
+        and new ones are returned.
+
+        Raises:
+            ValueError: x holds several tokens, or is of another width.
+        """
+        check_sequence("x", x, self.config.embedding_dim, step=True)
         return self._run(x, conv_state, slstm_state, return_state=True, inplace=not torch.is_grad_enabled())
 
     def _run(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flash_xlstm.nn.blocks.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
-from flash_xlstm.nn.blocks.layers import GatedFeedForward, LayerNorm
+from flash_xlstm.nn.blocks.layers import GatedFeedForward, LayerNorm, check_sequence
 from flash_xlstm.nn.blocks.mlstm import LayerState, mLSTMLayer
 from flash_xlstm.nn.blocks.slstm import sLSTMLayer
 
@@ -23,7 +23,7 @@ class xLSTMBlock(nn.Module):
 
     def __init__(self, xlstm: mLSTMLayer | sLSTMLayer, ffn: GatedFeedForward | None = None) -> None:
         super().__init__()
-        width = xlstm.config.embedding_dim
+        self.embedding_dim = width = xlstm.config.embedding_dim
         self.xlstm_norm = LayerNorm(width)
         self.xlstm = xlstm
         self.ffn_norm = LayerNorm(width) if ffn is not None else None
@@ -32,13 +32,15 @@ class xLSTMBlock(nn.Module):
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence; `state` and results as the layer's ``forward``."""
+        check_sequence("x", x, self.embedding_dim, step=False)  # before the norm, which looks at the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
         y, after = self.xlstm(self.xlstm_norm(x), return_last_state=True, **state)
         return self._feed_forward(x + y), after
 
     def step(self, x: Tensor, **state: Any) -> tuple[Tensor, LayerState]:
-        """One token; `state` and results as the layer's ``step``."""
+        """One token; `state`, results and errors as the layer's ``step``."""
+        check_sequence("x", x, self.embedding_dim, step=True)
         y, after = self.xlstm.step(self.xlstm_norm(x), **state)
         return self._feed_forward(x + y), after
 
@@ -99,7 +101,7 @@ class xLSTMBlockStack(nn.Module):
 
         Args:
             x: (batch, seq, embedding_dim).
-            state: what an earlier call or :meth:`step` returned; default: fresh.
+            state: what an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
             return_last_state: also return the state after it.
 
         Returns:
@@ -120,7 +122,13 @@ class xLSTMBlockStack(nn.Module):
         """One token, (batch, 1, embedding_dim), and the state after it.
 
         Without gradients the tensors of `state` are updated in place: copy them to go on from the same state twice.
-        With gradients enabled they are left alone.
+        Those that do not fit this call are cast first, and copies are updated: mLSTM and sLSTM states are float32
+        (float64 in a float64 model; c may be bfloat16), those of convolutions have the dtype of the layer's
+        activations, all are contiguous and on the device of x. So go on with the state that is returned. With
+        gradients enabled the tensors of `state` are left alone.
+
+        Raises:
+            ValueError: x holds several tokens, or is of another width; nothing has been updated.
         """
         before, after = state or {}, {}
         for index, block in enumerate(self.blocks):
