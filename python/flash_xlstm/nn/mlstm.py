@@ -48,11 +48,14 @@ def fitting(t: Any, x: Tensor, dtype: torch.dtype, written: bool) -> Any:
     if t is None:
         return t
     if t.dtype == dtype and t.device == x.device:
-        if not written:
-            return t
-        if t.is_contiguous() and not (t.is_inference() and not torch.is_inference_mode_enabled()):
+        if not written or (t.is_contiguous() and not _read_only(t)):
             return t
     return t.to(x.device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _read_only(t: Tensor) -> bool:
+    """Whether torch forbids to write `t`, which was made in inference mode."""
+    return not torch.compiler.is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class mLSTMLayer(FusableProjections):
