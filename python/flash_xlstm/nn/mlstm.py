@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,26 +36,31 @@ def _sequence_kernel(kernel: str, chunk_size: int | None) -> Callable[..., Any]:
 def fitting_state(state: State, q: Tensor, *, written: bool = False) -> State:
     """`state` as the kernels take it beside q: on its device, in float32, or in float64 beside float64. A c in bfloat16
     stays so. Tensors that fit already are those given; `written` as in :func:`fitting`."""
+    parts = unpack_state("state", state)
     wide = torch.promote_types(q.dtype, torch.float32)
-    c, n, m = unpack_state("state", state)
-    c_dtype = torch.bfloat16 if c is not None and c.dtype == torch.bfloat16 else wide
-    return fitting(c, q, c_dtype, written), fitting(n, q, wide, written), fitting(m, q, wide, written)
+    c_dtype = torch.bfloat16 if parts[0] is not None and parts[0].dtype == torch.bfloat16 else wide
+    c, n, m = fitting(parts, q, (c_dtype, wide, wide), written=written)
+    return c, n, m
 
 
-def fitting(t: Any, x: Tensor, dtype: torch.dtype, written: bool) -> Any:
-    """`t`, a tensor or None, in `dtype` and where x is; with `written` such that an op may write it. `t` itself if it
-    is so already."""
-    if t is None:
-        return t
-    if t.dtype == dtype and t.device == x.device:
-        if not written or (t.is_contiguous() and not _read_only(t)):
-            return t
-    return t.to(x.device, dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _read_only(t: Tensor) -> bool:
-    """Whether torch forbids to write `t`, which was made in inference mode."""
-    return not torch.compiler.is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled()
+def fitting(state: Iterable[Any], x: Tensor, dtypes: Iterable[torch.dtype], *, written: bool) -> list[Any]:
+    """The tensors of `state`, or None, in `dtypes` and where x is; with `written` such that an op may write them.
+    Those that are so already are those given."""
+    device = x.device
+    # Nothing but inference mode may write what was made in it.
+    look = written and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    return [
+        t
+        if t is None
+        or (
+            t.dtype == dtype
+            and t.device == device
+            and not (written and not t.is_contiguous())
+            and not (look and t.is_inference())
+        )
+        else t.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        for t, dtype in zip(state, dtypes, strict=True)
+    ]
 
 
 class mLSTMLayer(FusableProjections):

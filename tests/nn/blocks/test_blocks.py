@@ -285,6 +285,29 @@ def test_the_output_layer_can_be_another_module(make_config, ids):
     assert model(ids).shape == (3, 19, 32) and model.step(ids[:, :1])[0].shape == (3, 1, 32)
 
 
+@torch.no_grad()
+def test_a_step_calls_what_changes_a_module(model, ids):
+    _, state = model.step(ids[:, :1])
+    for name, module in model.named_modules():
+        if "step" in dir(module):
+            calls = []
+            handle = module.register_forward_hook(lambda module, args, y, calls=calls: calls.append(y))
+            model.step(ids[:, 1:2], state)
+            handle.remove()
+            assert len(calls) == 1, name
+
+
+@torch.no_grad()
+def test_offloaded_parameters_are_there_in_a_step(model, ids):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    expected, state = model(ids[:, :7], return_last_state=True)
+    next_expected, _ = model.step(ids[:, 7:8], copy.deepcopy(state))
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), "cpu")
+    logits, state = offloaded(ids[:, :7], return_last_state=True)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.allclose(offloaded.step(ids[:, 7:8], state)[0], next_expected, atol=1e-5)
+
+
 def test_context_length_bounds_nothing(model):
     long = torch.randint(23, (1, 500), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

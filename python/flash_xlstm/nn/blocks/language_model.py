@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from flash_xlstm.nn.blocks.configuration import xLSTMLMModelConfig
@@ -32,19 +33,19 @@ class xLSTMLMModel(nn.Module):
             self.lm_head.weight = self.token_embedding.weight
 
     def forward(
-        self, idx: Tensor, state: StackState | None = None, return_last_state: bool = False
+        self, idx: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
     ) -> Tensor | tuple[Tensor, StackState]:
-        """Logits of a sequence; `state` and `return_last_state` as in :meth:`xLSTMBlockStack.forward`.
+        """Logits of a sequence; `state`, `return_last_state` and `inplace` as in :meth:`xLSTMBlockStack.forward`.
 
         Raises:
             ValueError: idx is not (batch, seq).
         """
         if idx.dim() != 2:
             raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, seq)")
-        x = self.emb_dropout(self.token_embedding(idx))
+        x, options = self.emb_dropout(self.token_embedding(idx)), {"inplace": True} if inplace else {}
         if not return_last_state:
-            return self.lm_head(self.xlstm_block_stack(x, state))
-        x, after = self.xlstm_block_stack(x, state, return_last_state=True)
+            return self.lm_head(self.xlstm_block_stack(x, state, **options))
+        x, after = self.xlstm_block_stack(x, state, return_last_state=True, **options)
         return self.lm_head(x), after
 
     def step(self, idx: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
@@ -58,8 +59,7 @@ class xLSTMLMModel(nn.Module):
                 f"idx has shape {tuple(idx.shape)}; a step takes one token of each row, (batch, 1); for several call "
                 "forward with return_last_state=True"
             )
-        x, state = self.xlstm_block_stack.step(self.emb_dropout(self.token_embedding(idx)), state)
-        return self.lm_head(x), state
+        return self(idx, state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         self.xlstm_block_stack.reset_parameters()

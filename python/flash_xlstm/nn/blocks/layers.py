@@ -72,7 +72,8 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, 1.0 + self.weight, None, self.eps)
+        weight = self.weight
+        return F.layer_norm(x, weight.shape, 1.0 + weight, None, self.eps)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -93,10 +94,11 @@ class MultiHeadLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_features)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None:
+        weight = self.weight
+        if weight is None:
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2)
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        x, weight = x.to(dtype), 1.0 + self.weight.to(dtype)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(dtype), 1.0 + weight.to(dtype)
         if x.is_cuda:  # two passes, yet faster there than a group norm
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2) * weight
         y = F.group_norm(x.flatten(2).flatten(0, 1), x.shape[2], weight, None, self.eps)
@@ -168,12 +170,13 @@ class CausalConv1d(nn.Module):
         """`inplace` is for one token where no gradient is needed, and updates `state`, or a copy of it if its dtype is
         not that of x."""
         check_sequence("x", x, self.channels, step=inplace)
-        if self.conv is None:
+        conv = self.conv
+        if conv is None:
             return F.silu(x), None
-        state = fitting(state, x, x.dtype, inplace)
-        if not _only_holds_parameters(self.conv):
-            return self._by_the_module(self.conv, x, state, return_state, inplace)
-        weight, bias = self.conv.weight[:, 0], self.conv.bias
+        (state,) = fitting((state,), x, (x.dtype,), written=inplace)
+        if not _only_holds_parameters(conv):
+            return self._by_the_module(conv, x, state, return_state, inplace)
+        weight, bias = conv.weight[:, 0], conv.bias
         compiled = self.kernel_size <= _LONGEST_KERNEL and x.dtype != torch.float64
         namespace = ops if compiled else reference
         if inplace and state is not None:

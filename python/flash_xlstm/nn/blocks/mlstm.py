@@ -50,8 +50,9 @@ class mLSTMCell(nn.Module):
     ) -> tuple[Tensor, MlstmState | None]:
         """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
         `state`, but for tensors that are not float32 (float64 beside float64, c also bfloat16): copies of those."""
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            check_sequence(name, t, self.features, step=inplace)
+        check_sequence("q", q, self.features, step=inplace)
+        check_sequence("k", k, self.features, step=inplace)
+        check_sequence("v", v, self.features, step=inplace)
         gate_input = torch.cat([q, k, v], dim=-1)
         i, f = self.igate(gate_input), self.fgate(gate_input)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.features // self.num_heads)) for t in (q, k, v))
@@ -120,6 +121,8 @@ class mLSTMLayer(nn.Module):
         mlstm_state: MlstmState | None = None,
         conv_state: Tensor | None = None,
         return_last_state: bool = False,
+        *,
+        inplace: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
@@ -130,13 +133,19 @@ class mLSTMLayer(nn.Module):
             conv_state: (batch, conv1d_kernel_size - 1, inner width) inputs of the convolution before it, in any float
                 dtype.
             return_last_state: also return both after it.
+            inplace: for one token where no gradient is needed: update the states given (:meth:`step`).
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"mlstm_state": ..., "conv_state": ...}``.
         """
-        check_sequence("x", x, self.config.embedding_dim, step=False)
-        y, state = self._run(x, mlstm_state, conv_state, return_state=return_last_state, inplace=False)
-        return (y, state) if return_last_state else y
+        check_sequence("x", x, self.config.embedding_dim, step=inplace)
+        inner, z = self.proj_up(x).chunk(2, dim=-1)
+        options = {"return_state": return_last_state, "inplace": inplace}
+        conv, conv_state = self.conv1d(inner, conv_state, **options)
+        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(inner)
+        h, mlstm_state = self.mlstm_cell(q, k, v, mlstm_state, **options)
+        y = self.dropout(self.proj_down((h + self.learnable_skip * conv) * F.silu(z)))
+        return (y, {"mlstm_state": mlstm_state, "conv_state": conv_state}) if return_last_state else y
 
     def step(
         self, x: Tensor, mlstm_state: MlstmState | None = None, conv_state: Tensor | None = None
@@ -149,17 +158,8 @@ class mLSTMLayer(nn.Module):
             ValueError: x holds several tokens, or is of another width.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
-        return self._run(x, mlstm_state, conv_state, return_state=True, inplace=not torch.is_grad_enabled())
-
-    def _run(
-        self, x: Tensor, mlstm_state: MlstmState | None, conv_state: Tensor | None, *, return_state: bool, inplace: bool
-    ) -> tuple[Tensor, LayerState]:
-        inner, z = self.proj_up(x).chunk(2, dim=-1)
-        conv, conv_state = self.conv1d(inner, conv_state, return_state=return_state, inplace=inplace)
-        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(inner)
-        h, mlstm_state = self.mlstm_cell(q, k, v, mlstm_state, return_state=return_state, inplace=inplace)
-        y = self.dropout(self.proj_down((h + self.learnable_skip * conv) * F.silu(z)))
-        return y, {"mlstm_state": mlstm_state, "conv_state": conv_state}
+        # By the call, so that what changes it (hooks, another forward, offloaded parameters) is seen.
+        return self(x, mlstm_state, conv_state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         """As NX-AI's package does it, which leaves the convolution as it is."""

@@ -83,7 +83,7 @@ class sLSTMCell(nn.Module):
         x = x.unflatten(-1, (_GATES, self.config.num_heads, self.config.head_dim))
         wide = torch.promote_types(x.dtype, torch.float32)
         if state is not None:
-            h, c, n, m = (fitting(t, x, wide, inplace) for t in unpack_state("state", state, "h, c, n, m"))
+            h, c, n, m = fitting(unpack_state("state", state, "h, c, n, m"), x, (wide,) * 4, written=inplace)
             state = h, c, n, m
         R, b = self.weights()
         namespace = reference if x.dtype == torch.float64 else ops
@@ -165,6 +165,8 @@ class sLSTMLayer(nn.Module):
         conv_state: Tensor | None = None,
         slstm_state: SlstmState | None = None,
         return_last_state: bool = False,
+        *,
+        inplace: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
@@ -175,13 +177,21 @@ class sLSTMLayer(nn.Module):
             slstm_state: ``(h, c, n, m)`` before it, as :func:`flash_xlstm.ops.slstm` takes it, in any float dtype;
                 default: fresh.
             return_last_state: also return both after it.
+            inplace: for one token where no gradient is needed: update the states given (:meth:`step`).
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"conv_state": ..., "slstm_state": ...}``.
         """
-        check_sequence("x", x, self.config.embedding_dim, step=False)
-        y, state = self._run(x, conv_state, slstm_state, return_state=return_last_state, inplace=False)
-        return (y, state) if return_last_state else y
+        check_sequence("x", x, self.config.embedding_dim, step=inplace)
+        conv, options = x, {"return_state": return_last_state, "inplace": inplace}
+        if self.config.conv1d_kernel_size:
+            conv, conv_state = self.conv1d(x, conv_state, **options)
+        # In NX-AI's package, and so in its checkpoints, `fgate` projects to the recurrence's input gate, `igate` to its
+        # forget gate.
+        gates = torch.cat([self.fgate(conv), self.igate(conv), self.zgate(x), self.ogate(x)], dim=-1)
+        h, slstm_state = self.slstm_cell(gates, slstm_state, **options)
+        y = self.group_norm(self.dropout(h))
+        return (y, {"conv_state": conv_state, "slstm_state": slstm_state}) if return_last_state else y
 
     def step(
         self, x: Tensor, conv_state: Tensor | None = None, slstm_state: SlstmState | None = None
@@ -194,19 +204,7 @@ class sLSTMLayer(nn.Module):
             ValueError: x holds several tokens, or is of another width.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
-        return self._run(x, conv_state, slstm_state, return_state=True, inplace=not torch.is_grad_enabled())
-
-    def _run(
-        self, x: Tensor, conv_state: Tensor | None, slstm_state: SlstmState | None, *, return_state: bool, inplace: bool
-    ) -> tuple[Tensor, LayerState]:
-        conv = x
-        if self.config.conv1d_kernel_size:
-            conv, conv_state = self.conv1d(x, conv_state, return_state=return_state, inplace=inplace)
-        # In NX-AI's package, and so in its checkpoints, `fgate` projects to the recurrence's input gate, `igate` to its
-        # forget gate.
-        gates = torch.cat([self.fgate(conv), self.igate(conv), self.zgate(x), self.ogate(x)], dim=-1)
-        h, slstm_state = self.slstm_cell(gates, slstm_state, return_state=return_state, inplace=inplace)
-        return self.group_norm(self.dropout(h)), {"conv_state": conv_state, "slstm_state": slstm_state}
+        return self(x, conv_state, slstm_state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         """As NX-AI's package does it, which leaves the convolution as it is."""

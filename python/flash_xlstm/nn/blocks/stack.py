@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flash_xlstm.nn.blocks.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
@@ -31,8 +32,8 @@ class xLSTMBlock(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
-        """A sequence; `state` and results as the layer's ``forward``."""
-        check_sequence("x", x, self.embedding_dim, step=False)  # before the norm, which looks at the width
+        """A sequence; `state`, `inplace` with it, and results as the layer's ``forward``."""
+        check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm looks at the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
         y, after = self.xlstm(self.xlstm_norm(x), return_last_state=True, **state)
@@ -41,8 +42,8 @@ class xLSTMBlock(nn.Module):
     def step(self, x: Tensor, **state: Any) -> tuple[Tensor, LayerState]:
         """One token; `state`, results and errors as the layer's ``step``."""
         check_sequence("x", x, self.embedding_dim, step=True)
-        y, after = self.xlstm.step(self.xlstm_norm(x), **state)
-        return self._feed_forward(x + y), after
+        options = {} if torch.is_grad_enabled() else {"inplace": True}
+        return self(x, return_last_state=True, **options, **state)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x if self.ffn is None or self.ffn_norm is None else x + self.ffn(self.ffn_norm(x))
@@ -95,7 +96,7 @@ class xLSTMBlockStack(nn.Module):
         return sLSTMBlock(config) if isinstance(config, sLSTMBlockConfig) else mLSTMBlock(config)
 
     def forward(
-        self, x: Tensor, state: StackState | None = None, return_last_state: bool = False
+        self, x: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
     ) -> Tensor | tuple[Tensor, StackState]:
         """A sequence.
 
@@ -103,18 +104,20 @@ class xLSTMBlockStack(nn.Module):
             x: (batch, seq, embedding_dim).
             state: what an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
             return_last_state: also return the state after it.
+            inplace: for one token where no gradient is needed: update the state given (:meth:`step`).
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"block_0": ..., ...}``. The state given
-            is left alone.
+            is left alone unless `inplace`.
         """
         before, after = state or {}, {}
+        options = {"inplace": True} if inplace else {}  # any module that takes x alone can stand in a block's place
         for index, block in enumerate(self.blocks):
             name = f"block_{index}"
             if return_last_state:
-                x, after[name] = block(x, return_last_state=True, **before.get(name, {}))
+                x, after[name] = block(x, return_last_state=True, **options, **before.get(name, {}))
             else:
-                x = block(x, **before.get(name, {}))
+                x = block(x, **options, **before.get(name, {}))
         x = self.post_blocks_norm(x)
         return (x, after) if return_last_state else x
 
@@ -130,11 +133,8 @@ class xLSTMBlockStack(nn.Module):
         Raises:
             ValueError: x holds several tokens, or is of another width; nothing has been updated.
         """
-        before, after = state or {}, {}
-        for index, block in enumerate(self.blocks):
-            name = f"block_{index}"
-            x, after[name] = block.step(x, **before.get(name, {}))
-        return self.post_blocks_norm(x), after
+        check_sequence("x", x, self.config.embedding_dim, step=True)
+        return self(x, state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         for block in self.blocks:
