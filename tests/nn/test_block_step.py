@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_xlstm.nn import FeedForward, mLSTMBlock, mLSTMLayer
 from flash_xlstm.nn import block as block_module
@@ -148,6 +153,82 @@ def test_everything_else_goes_by_parts(calls):
     run(make_block(), torch.cat([x, x], 1))
     run(make_block(), padding=torch.zeros(2, 1, dtype=torch.bool))
     assert calls == [None] * len(calls)
+
+
+def more(out):
+    if isinstance(out, tuple):
+        return more(out[0]), *out[1:]
+    return out + torch.linspace(1, 2, out.shape[-1])
+
+
+def replace_forward(part):
+    forward = part.forward
+    part.forward = lambda *args, **options: more(forward(*args, **options))
+
+
+def add_accelerate_hook(part):
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hook = hooks.ModelHook()
+    hook.post_forward = lambda module, out: more(out)
+    hooks.add_hook_to_module(part, hook)
+
+
+def add_hook(part):
+    part.register_forward_hook(lambda module, args, options, out: more(out), with_kwargs=True, always_call=True)
+
+
+def hook_all(part):
+    return register_module_forward_hook(lambda module, args, out: more(out) if module is part else out)
+
+
+def replace_forward_of_the_class(part):
+    forward = type(part).forward
+    changed = lambda self, *args, **options: more(forward(self, *args, **options))  # noqa: E731
+    return mock.patch.object(type(part), "forward", changed)
+
+
+PARTS = [name for name, _ in make_block(weight_mode="single").named_modules() if name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", [replace_forward, add_accelerate_hook, add_hook, hook_all, replace_forward_of_the_class]
+)
+def test_what_changes_a_part_is_seen(calls, change):
+    x = tokens(2, torch.float32)
+    before, _ = make_block(weight_mode="single")(x, make_state(2), None, True, True)
+    assert calls.pop() is not None
+    for name in PARTS:
+        block = make_block(weight_mode="single")
+        with change(block.get_submodule(name)) or contextlib.nullcontext() as handle:
+            after, _ = block(x, make_state(2), None, True, True)
+            if handle is not None and hasattr(handle, "remove"):
+                handle.remove()
+        assert calls.pop() is None and (after - before).norm() > 1e-3 * before.norm(), name
+
+
+@torch.no_grad()
+def test_counters_of_operations_see_the_products(calls):
+    block, rows = make_block(), 2
+    with FlopCounterMode(display=False) as counter:
+        block(tokens(rows, torch.float32), make_state(rows), None, True, True)
+    assert calls == [None]
+    products = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    assert counter.get_total_flops() == 2 * rows * products
+
+
+@torch.no_grad()
+def test_weights_and_states_of_another_kind_go_by_parts(calls):
+    x = tokens(2, torch.float32)
+    expected, _ = make_block()(x, make_state(2), None, True, True)
+    assert calls.pop() is not None
+    other = make_block()
+    other.ffn.proj_down.weight = torch.nn.Parameter(other.ffn.proj_down.weight.t().contiguous().t())
+    c, n, m = make_state(2)
+    for block, state in ((other, (c.clone(), n, m)), (make_block(), (c, n.double(), m.double()))):
+        assert torch.allclose(block(x, state, None, True, True)[0], expected, rtol=1e-4, atol=1e-4)
+        assert calls.pop() is None
+    assert make_block()(x[:0], make_state(0), None, True, True)[0].shape == (0, 1, 72)
 
 
 @torch.no_grad()

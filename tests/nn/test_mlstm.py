@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -94,6 +96,67 @@ def test_float16_state_is_kept():
         half = c.half()
         y, state = layer(x[:, 4:], (half, n, m), return_state=True, inplace=True)
     assert state[0] is half and torch.allclose(y, expected[:, 4:], atol=1e-2)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_float64_takes_the_plain_forms(use_bias):
+    """The names of the kernels stay: float64 and float32 layers differ in rounding only."""
+    wide = mLSTMBlock(24, _layer(use_bias=use_bias), FeedForward(24, 48, use_bias=use_bias), use_bias=use_bias)
+    narrow = copy.deepcopy(wide)
+    wide.double()
+    x = _x(2, 9)
+    outputs, gradients = [], []
+    for block, inputs in ((narrow, x), (wide, x.double())):
+        y, state = block(inputs[:, :8], return_state=True)
+        last, state = block(inputs[:, 8:], state, None, True)
+        (last.sum() + y.square().sum()).backward()
+        outputs.append((y, last, *state))
+        gradients.append([p.grad for p in block.parameters()])
+    assert all(t.dtype == torch.float64 for t in outputs[1])
+    for a, b in zip(outputs[0] + tuple(gradients[0]), outputs[1] + tuple(gradients[1]), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            _, (c, n, m) = wide(x[:, :8].double(), return_state=True)
+            c = c.to(dtype)
+            stepped, state = wide(x[:, 8:].double(), (c, n, m), None, True, True)
+            assert state[0] is c
+            tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-1}[dtype]
+            for a, b in zip((stepped, *state), outputs[1][1:], strict=True):
+                assert (a - b).norm() <= tolerance * b.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_states_of_any_dtype(dtype):
+    layer, x = _layer(), _x(5, 9)
+    _, given = layer(x[:, :8], return_state=True)
+    expected, after = layer(x[:, 8:], given, return_state=True)
+    given = tuple(t.to(dtype) for t in given)
+    strided = tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in given)
+    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 5e-2
+    y, new = layer(x[:, 8:], given, return_state=True)
+    assert new[1].dtype == torch.float32 and torch.allclose(y, expected, atol=tolerance)
+    for state in (given, strided):
+        y, written = layer(x[:, 8:], state, return_state=True, inplace=True)
+        assert all(a is b for a, b in zip(written, state, strict=True))
+        assert (y - expected).norm() <= tolerance * expected.norm()
+        for a, b in zip(written, after, strict=True):
+            assert a.dtype == dtype and (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_an_empty_batch_gives_nothing(dtype, use_bias):
+    block = mLSTMBlock(24, _layer(use_bias=use_bias), FeedForward(24, 48, use_bias=use_bias)).to(dtype)
+    x = _x(0, 5).to(dtype)
+    y, state = block(x, return_state=True)
+    assert y.shape == x.shape and [t.shape for t in state] == [(0, 2, 6, 10), (0, 2, 6), (0, 2)]
+    y.sum().backward()
+    assert all(not p.grad.any() for p in block.parameters())
+    with torch.no_grad():
+        y, state = block(x[:, :1], state, None, True, True)
+    assert y.shape == (0, 1, 24) and state[0].shape[0] == 0
 
 
 def test_block_is_residual():

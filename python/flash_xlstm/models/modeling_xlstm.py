@@ -20,7 +20,7 @@ from flash_xlstm.models import checkpoints
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
-from flash_xlstm.nn import FeedForward, FusableProjections, RMSNorm, linear, mLSTMBlock, mLSTMLayer
+from flash_xlstm.nn import FeedForward, RMSNorm, check_weight_mode, linear, mLSTMBlock, mLSTMLayer
 
 # The default chunk_size leaves the choice to the compiled kernels.
 _DEFAULT_CHUNK_SIZE = 64
@@ -174,10 +174,12 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         rounding.
 
         Parameters become new objects: call it before making an optimizer.
+
+        Raises:
+            ValueError: as :func:`flash_xlstm.nn.check_weight_mode`; nothing has been changed then.
         """
-        for module in self.modules():
-            if isinstance(module, FusableProjections):
-                module.set_weight_mode(mode)
+        for module in check_weight_mode(self, mode):
+            module.set_weight_mode(mode)
         self.config.weight_mode = mode
 
     @classmethod

@@ -10,13 +10,14 @@ from flash_xlstm.nn.feedforward import FeedForward
 from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.mlstm import mLSTMLayer
 from flash_xlstm.nn.norm import MultiHeadLayerNorm, RMSNorm
-from flash_xlstm.nn.projections import FusableProjections, convert_weight_mode
+from flash_xlstm.nn.projections import FusableProjections, check_weight_mode, convert_weight_mode
 
 __all__ = [
     "FeedForward",
     "FusableProjections",
     "MultiHeadLayerNorm",
     "RMSNorm",
+    "check_weight_mode",
     "convert_weight_mode",
     "linear",
     "mLSTMBlock",

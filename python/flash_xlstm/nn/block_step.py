@@ -11,69 +11,78 @@ from torch import Tensor, nn
 
 import flash_xlstm.ops  # noqa: F401  (registers the operator)
 from flash_xlstm.nn.feedforward import FeedForward
-from flash_xlstm.nn.linear import few_rows
+from flash_xlstm.nn.linear import few_rows, own_parameters, unchanged
 from flash_xlstm.nn.mlstm import State, mLSTMLayer
 from flash_xlstm.nn.norm import MultiHeadLayerNorm, RMSNorm
 
-_KNOWN = (nn.Linear, RMSNorm, MultiHeadLayerNorm, mLSTMLayer, FeedForward)
+_FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward)
 
 
 def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None) -> Tensor | None:
     """What `block`, an mLSTMBlock, makes of one token of each row; `state` is updated in place.
 
     None, with nothing done, where the operator does not serve: it is for few rows without gradients (on CUDA in
-    bfloat16), and does not know of hooks, other modules in a part's place, biases but the gates', or weights elsewhere.
+    bfloat16), and does not know of hooks, other modules or forwards in a part's place, biases but the gates', or
+    weights elsewhere.
     """
-    layer, ffn, (c, n, _) = block.mlstm_layer, block.ffn, state
+    c, n, m = state
     if not (
-        x.shape[1] == 1
-        and few_rows(x)
+        few_rows(x)
+        and x.dim() == 3
+        and x.shape[1] == 1
+        and x.shape[0] > 0
         and c.dtype in (torch.float32, torch.bfloat16)
-        and n.dtype == torch.float32
-        and all(t.is_contiguous() for t in state)
-        and _plain((layer, ffn), x)
-        and layer.step_kernel == "flash"
+        and n.dtype == m.dtype == torch.float32
+        and c.is_contiguous()
+        and n.is_contiguous()
+        and m.is_contiguous()
+        and (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward) == _FORWARDS
     ):
         return None
-    rest = (block.norm_mlstm, layer.multihead_norm, layer.out_proj, block.norm_ffn, ffn.proj_down)
-    qkvo, up = layer.projections("qkv_opreact"), ffn.projections("proj_up_gate_z")
-    gates = layer.projections("ifgate_preact")
-    if not (_plain((*rest, *qkvo, *up), x) and _plain(gates, x, biases=True)):
+    part = block._modules.get  # a module's attributes take ten times as long to look up
+    norm, layer, ffn_norm, ffn = part("norm_mlstm"), part("mlstm_layer"), part("norm_ffn"), part("ffn")
+    if not (unchanged(layer, mLSTMLayer) and unchanged(ffn, FeedForward) and layer.step_kernel == "flash"):
         return None
+    head_norm = layer._modules.get("multihead_norm")
+    last = layer._modules.get("out_proj"), ffn._modules.get("proj_down")
+    if not (
+        (norms := _parameters((norm, ffn_norm), RMSNorm, x))
+        and (head := _parameters((head_norm,), MultiHeadLayerNorm, x))
+        and (qkvo := _parameters(layer.projections("qkv_opreact"), nn.Linear, x))
+        and (gates := _parameters(layer.projections("ifgate_preact"), nn.Linear, x, biases=True))
+        and (up := _parameters(ffn.projections("proj_up_gate_z"), nn.Linear, x))
+        and (down := _parameters(last, nn.Linear, x))
+    ):
+        return None
+    weights = [w for w, _ in (norms, head, qkvo, gates, up, down)]
     if x.is_cuda and not (
-        _fits_cuda((*rest, *qkvo, *up, *gates)) and c.shape[2] <= 8192 and max(c.shape[3], x.shape[2]) <= 16384
+        all(map(_fits_cuda, weights)) and c.shape[2] <= 8192 and max(c.shape[3], x.shape[2]) <= 16384
     ):
         return None
-    norm, head_norm, out_proj, ffn_norm, down = _parameters("weight", rest)
+    (norm_weight, ffn_norm_weight), (head_weight,), qkvo_weights, gate_weights, up_weights, (out, down_weight) = weights
     return torch.ops.flash_xlstm.mlstm_block_step.default(
-        x, *state, state_indices, norm,
-        _parameters("weight", qkvo), _parameters("weight", gates), _parameters("bias", gates),
-        head_norm, out_proj, ffn_norm, _parameters("weight", up), down,
-        block.norm_mlstm.eps, layer.eps, layer.multihead_norm.eps, block.norm_ffn.eps, layer.gate_soft_cap,
+        x, c, n, m, state_indices, norm_weight, qkvo_weights, gate_weights, gates[1], head_weight, out,
+        ffn_norm_weight, up_weights, down_weight,
+        norm.eps, layer.eps, head_norm.eps, ffn_norm.eps, layer.gate_soft_cap,
     )  # fmt: skip
 
 
-# Through _parameters: a module's attributes take ten times as long to look up.
-def _parameters(name: str, parts: Iterable[nn.Module]) -> list[Tensor]:
-    return [part._parameters[name] for part in parts]  # type: ignore[misc]
-
-
-def _plain(parts: Iterable[nn.Module], x: Tensor, *, biases: bool = False) -> bool:
-    dtype, device = x.dtype, x.device
+def _parameters(
+    parts: Iterable[nn.Module | None], kind: type[nn.Module], x: Tensor, *, biases: bool = False
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The weights and biases of `parts`, all of them with a bias or none; None where the operator cannot read them."""
+    weights, found = [], []
     for part in parts:
-        if type(part) not in _KNOWN or part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-            return False
-        if "bias" in part._parameters and (part._parameters["bias"] is None) == biases:
-            return False
-        for p in part._parameters.values():
-            if p is not None and not (type(p) is nn.Parameter and p.dtype == dtype and p.device == device):
-                return False
-    return True
+        own = own_parameters(part, kind, x)
+        if own is None or (own[1] is None) == biases:
+            return None
+        weights.append(own[0])
+        found.append(own[1])
+    return weights, found
 
 
-def _fits_cuda(parts: Iterable[nn.Module]) -> bool:
+def _fits_cuda(weights: list[Tensor]) -> bool:
     """Whether every row of every weight begins at a multiple of 16 bytes."""
-    weights = _parameters("weight", parts)
     return all(t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in weights)
 
 

@@ -2,45 +2,120 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from flash_xlstm import ops
 
-# By device: the dtypes and the most rows for which the op of this package takes the product.
-_FEW_ROWS = {
-    "cuda": ((torch.bfloat16,), 16),
-    "cpu": ((torch.float32, torch.bfloat16, torch.float16), 4),
-}
+# The dtypes and the most rows for which the op of this package takes the product.
+_CPU: tuple[tuple[torch.dtype, ...], int] = (torch.float32, torch.bfloat16, torch.float16), 4
+_CUDA: tuple[tuple[torch.dtype, ...], int] = (torch.bfloat16,), 16
+
+
+def torch_own(function: Callable[..., Any], home: ModuleType) -> Callable[..., Any] | None:
+    """`function` if it is defined in `home`; None if it was replaced before this package was imported."""
+    return function if getattr(function, "__globals__", None) is vars(home) else None
+
+
+# What calling a linear layer runs.
+_CALL = torch_own(nn.Linear.__call__, hooks)
+_FORWARD = torch_own(nn.Linear.forward, nn.modules.linear)
+_LINEAR = torch._C._nn.linear
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; by :func:`flash_xlstm.ops.linear_rows` where `layer` is a plain linear layer, no gradient is needed
-    and x has few rows."""
-    if type(layer) is nn.Linear and _serves(layer, x):
-        return ops.linear_rows(x, layer.weight, layer.bias, constant_weights=True)
+    """``layer(x)``; by :func:`flash_xlstm.ops.linear_rows` where `layer` is a plain linear layer that nothing changes
+    or looks at (:func:`few_rows`, :func:`own_parameters`), no gradient is needed and x has few rows."""
+    if type(layer) is nn.Linear and few_rows(x):
+        own = own_parameters(layer, nn.Linear, x)
+        if own is not None:
+            weight, bias = own
+            if x.is_cpu or (weight.shape[-1] % 8 == 0 and weight.data_ptr() % 16 == 0):
+                return ops.linear_rows(x, weight, bias, constant_weights=True)
     return layer(x)
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether products with x may go by :func:`flash_xlstm.ops.linear_rows`, as far as x and torch's modes go."""
-    dtypes, rows = _FEW_ROWS.get(x.device.type, ((), 0))
+    """Whether products with x may go by :func:`flash_xlstm.ops.linear_rows`, as far as x and what torch holds for every
+    call go: without gradients of either mode, autocast, compiler, transform or another forward of
+    :class:`~torch.nn.Linear`, and with :func:`nothing_looks_on`."""
+    if not (x.is_cpu or x.is_cuda):
+        return False
+    dtypes, rows = _CPU if x.is_cpu else _CUDA
     return (
         x.dtype in dtypes
-        and x.numel() <= rows * x.shape[-1]
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
+        and not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
+        and type(x) is Tensor
+        and nn.Linear.forward is _FORWARD
+        and nn.Linear.__call__ is _CALL
+        and F.linear is _LINEAR
+        and nothing_looks_on()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and x.numel() <= rows * x.shape[-1]
     )
 
 
-def _serves(layer: nn.Linear, x: Tensor) -> bool:
-    weight = layer.weight
-    return (
-        few_rows(x)
-        and weight.dtype == x.dtype
-        and weight.device == x.device
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and type(weight) is nn.Parameter
-        and (x.device.type != "cuda" or (layer.in_features % 8 == 0 and weight.data_ptr() % 16 == 0))
+def nothing_looks_on() -> bool:
+    """Whether there is neither a forward hook of all modules nor a tracer or a mode, which would miss the functions
+    that a module's own forward calls."""
+    return not (
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or (torch._C._len_torch_function_stack() and _a_mode_looks_on())
     )
+
+
+def _a_mode_looks_on() -> bool:
+    """A default device is a mode, too, but one that is for what makes tensors."""
+    return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def unchanged(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the forward of `kind`, and nothing of this module's own: no subclass, hook,
+    compiled form or forward in the instance. What is common to all modules is not looked at."""
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_call_impl" in own
+        or own.get("_compiled_call_impl")
+    )
+
+
+def own_parameters(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias of a `module` that is :func:`unchanged`, if an op can read them beside x: plain parameters,
+    contiguous, of its dtype and on its device. Otherwise None."""
+    if module is None or not unchanged(module, kind):
+        return None
+    own = module.__dict__["_parameters"]  # attributes of a module take ten times as long to look up
+    dtype, device = x.dtype, x.device
+    for p in own.values():
+        if p is not None and not (
+            type(p) is nn.Parameter
+            and p.dtype == dtype
+            and p.device == device
+            and p.layout == torch.strided
+            and p.is_contiguous()
+        ):
+            return None
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or module.__dict__.get("bias") is not None:  # not parameters, as where torch prunes them
+        return None
+    return weight, bias

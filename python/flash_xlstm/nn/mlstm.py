@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.norm import MultiHeadLayerNorm
 from flash_xlstm.nn.projections import FusableProjections
+from flash_xlstm.ops._common import unpack_state
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -32,6 +33,36 @@ def _sequence_kernel(kernel: str, chunk_size: int | None) -> Callable[..., Any]:
     raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
 
 
+def fitting_state(state: State, q: Tensor, *, written: bool = False) -> State:
+    """`state` as the kernels take it beside q: on its device, in float32, or in float64 beside float64. A c in bfloat16
+    stays so. Tensors that fit already are those given; `written` as in :func:`fitting`."""
+    parts = unpack_state("state", state)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    c_dtype = torch.bfloat16 if parts[0] is not None and parts[0].dtype == torch.bfloat16 else wide
+    c, n, m = fitting(parts, q, (c_dtype, wide, wide), written=written)
+    return c, n, m
+
+
+def fitting(state: Iterable[Any], x: Tensor, dtypes: Iterable[torch.dtype], *, written: bool) -> list[Any]:
+    """The tensors of `state`, or None, in `dtypes` and where x is; with `written` such that an op may write them.
+    Those that are so already are those given."""
+    device = x.device
+    # Nothing but inference mode may write what was made in it.
+    look = written and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    return [
+        t
+        if t is None
+        or (
+            t.dtype == dtype
+            and t.device == device
+            and not (written and not t.is_contiguous())
+            and not (look and t.is_inference())
+        )
+        else t.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        for t, dtype in zip(state, dtypes, strict=True)
+    ]
+
+
 class mLSTMLayer(FusableProjections):
     """The multi-head mLSTM layer of the xLSTM 7B (arXiv 2503.13427).
 
@@ -46,9 +77,9 @@ class mLSTMLayer(FusableProjections):
         norm_eps: added to the variance in the head-wise norm.
         weight_mode: "single" or "fused" (``qkv_opreact`` stacks q, k, v, ogate_preact; ``ifgate_preact`` the
             gates).
-        kernel: "flash", the compiled op; or a plain PyTorch form in any float dtype, float64 included:
-            "chunkwise", "parallel" (quadratic) or "recurrent".
-        step_kernel: "flash" or "reference"; for one token in place.
+        kernel: "flash", the compiled op; or a plain PyTorch form: "chunkwise", "parallel" (quadratic) or
+            "recurrent". In float64, which the op does not know, "flash" is "chunkwise".
+        step_kernel: "flash" or "reference", which float64 takes in any case; for one token in place.
         chunk_size: tokens processed together; None lets the kernel choose.
         autocast_kernel_dtype: under autocast, q, k and v enter the kernel in this dtype; None takes
             autocast's own.
@@ -92,7 +123,6 @@ class mLSTMLayer(FusableProjections):
         self.chunk_size = chunk_size
         self.autocast_kernel_dtype = autocast_kernel_dtype
         self._mlstm = _sequence_kernel(kernel, chunk_size)
-        self._mlstm_step = ops.mlstm_step if step_kernel == "flash" else reference.mlstm_step
         self._build_projections(
             hidden_size,
             {
@@ -118,13 +148,13 @@ class mLSTMLayer(FusableProjections):
 
         Args:
             x: (batch, seq, hidden_size).
-            state: ``(c, n, m)`` before the first token, as for :func:`flash_xlstm.ops.mlstm` (c may also be
-                float16); None means zeros.
+            state: ``(c, n, m)`` before the first token, as for :func:`flash_xlstm.ops.mlstm`, in any float dtype;
+                None means zeros.
             padding: (batch, seq) bool, True where a token must leave the state alone. What comes out at such
                 a token means nothing.
             return_state: also return the state after the last token.
             inplace: for one token with a state and gradients off: write the new state into `state`'s own
-                tensors.
+                tensors, in their dtypes.
             state_indices: with all that, the slot of `state` that each row uses, as in
                 :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
 
@@ -132,13 +162,14 @@ class mLSTMLayer(FusableProjections):
             ValueError: `state_indices` for anything but one token in place.
 
         Returns:
-            ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`.
+            ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`. It is float32
+            (float64 for float64 layers), c in bfloat16 if that of `state` was; in place it is `state` itself.
         """
         q, k, v, o = self._project(x, "qkv_opreact")
         step = inplace and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
         if state_indices is not None and not step:
             raise ValueError("state_indices is for one token with a state, in place and without gradients")
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, t.shape[-1] // self.num_heads)) for t in (q, k, v))
         run: Callable[..., Any] = self._sequence
         if step:
             run = functools.partial(self._step, state_indices=state_indices)
@@ -166,11 +197,12 @@ class mLSTMLayer(FusableProjections):
     def _sequence(
         self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
-        if state is not None and state[0].dtype == torch.float16:
-            state = (state[0].float(), *state[1:])
-        out = self._mlstm(
-            q, k, v, i, f,
-            initial_state=state, eps=self.eps, gate_soft_cap=self.gate_soft_cap, return_final_state=return_state,
+        run = self._mlstm
+        if q.dtype == torch.float64 and self.kernel == "flash":
+            run = _sequence_kernel("chunkwise", self.chunk_size)
+        out = run(
+            q, k, v, i, f, initial_state=None if state is None else fitting_state(state, q),
+            eps=self.eps, gate_soft_cap=self.gate_soft_cap, return_final_state=return_state,
         )  # fmt: skip
         return out if return_state else (out, None)
 
@@ -185,19 +217,18 @@ class mLSTMLayer(FusableProjections):
         return_state: bool,
         state_indices: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        if not all(t.is_contiguous() for t in state):  # from a reference kernel, say
-            c, n, m = state
-            state = (c.contiguous(), n.contiguous(), m.contiguous())
-        c, n, m = state
-        wide = c.float() if c.dtype == torch.float16 else c
         if i.dtype != q.dtype:
             i, f = i.float(), f.float()
         q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))
-        h = self._mlstm_step(
-            q, k, v, i, f, (wide, n, m), state_indices=state_indices, eps=self.eps, gate_soft_cap=self.gate_soft_cap
-        )
-        if wide is not c:
-            c.copy_(wide)
+        options: dict[str, Any] = {"state_indices": state_indices, "eps": self.eps, "gate_soft_cap": self.gate_soft_cap}
+        if self.step_kernel == "reference" or q.dtype == torch.float64:
+            h = reference.mlstm_step(q, k, v, i, f, state, **options)
+        else:
+            written: Any = tuple(t if t is None else t.contiguous() for t in fitting_state(state, q))
+            h = ops.mlstm_step(q, k, v, i, f, written, **options)
+            for given, new in zip(state, written, strict=True):
+                if new is not given:
+                    given.copy_(new)
         return h[:, None], state if return_state else None
 
     def extra_repr(self) -> str:

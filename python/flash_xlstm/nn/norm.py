@@ -95,7 +95,7 @@ class MultiHeadLayerNorm(nn.Module):
             # A group norm of single positions is one pass with the weight inside: quicker on a CPU, slower on
             # a GPU than the two passes above.
             y = F.group_norm(x.to(dtype).flatten(2).flatten(0, 1), self.num_heads, weight, bias, self.eps)
-        return y.view(*x.shape[:2], -1).to(x.dtype)
+        return y.view(*x.shape[:2], self.num_heads * self.head_dim).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, {self.head_dim}, eps={self.eps}, bias={self.bias is not None}"

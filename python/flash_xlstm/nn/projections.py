@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.nn.linear import linear
+from flash_xlstm.nn.linear import linear, unchanged
 
 WEIGHT_MODES = ("single", "fused")
 
@@ -86,36 +86,144 @@ class FusableProjections(nn.Module):
         optimizer.
 
         Raises:
-            ValueError: `mode` is unknown, or the weights are not in memory (offloaded, on the meta device).
+            ValueError: as :func:`check_weight_mode`; nothing has been changed then.
         """
-        if mode not in WEIGHT_MODES:
-            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(WEIGHT_MODES)}")
-        if mode == self.weight_mode:
+        if not check_weight_mode(self, mode):
             return
+        new: dict[str, nn.Module] = {}  # all are made before the first is exchanged
+        old: list[str] = []
         for fused, parts in self.projection_groups.items():
-            old_names, new_sizes = (
-                (list(parts), {fused: sum(parts.values())}) if mode == "fused" else ([fused], dict(parts))
-            )
-            old = {name: self.get_submodule(name) for name in old_names}
-            tensors = {f"{n}.{kind}": t.data for n, layer in old.items() for kind, t in layer.named_parameters()}
-            if any(t.is_meta for t in tensors.values()):
-                raise ValueError(
-                    f"the weights of {', '.join(old_names)} are offloaded (on the meta device); they must be "
-                    "in memory to change the weight mode: load the checkpoint in its own weight mode"
-                )
-            first: Any = next(iter(old.values()))
-            needs_grad = first.weight.requires_grad
-            convert_weight_mode(tensors, "", {fused: parts}, mode)
-            for name in old_names:
-                delattr(self, name)
-            for name, size in new_sizes.items():
+            names = _names(fused, parts, self.weight_mode)
+            old += names
+            layers = [self.get_submodule(name) for name in names]
+            named = {f"{n}.{kind}": p for n, part in zip(names, layers, strict=True) for kind, p in _given(part)}
+            tensors = {name: p.detach() for name, p in named.items()}
+            gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+            for converted in (tensors, gradients):
+                convert_weight_mode(converted, "", {fused: parts}, mode)
+            first: Any = layers[0]
+            for name, size in _names(fused, parts, mode).items():
                 layer = nn.Linear(first.in_features, size, bias=first.bias is not None, device="meta")
-                layer.load_state_dict(
-                    {kind: tensors.pop(f"{name}.{kind}") for kind, _ in list(layer.named_parameters())},
-                    assign=True,
-                )
-                self.add_module(name, layer.requires_grad_(needs_grad).train(self.training))
+                for kind, old_p in _given(first):
+                    p = nn.Parameter(tensors[f"{name}.{kind}"], requires_grad=old_p.requires_grad)
+                    p.grad = gradients.get(f"{name}.{kind}")
+                    setattr(layer, kind, p)
+                new[name] = _with_accelerate_hook(layer.train(self.training), first)
+        for name in old:
+            delattr(self, name)
+        for name, part in new.items():
+            self.add_module(name, part)
         self.weight_mode = mode
+
+
+def check_weight_mode(model: nn.Module, mode: str) -> list[FusableProjections]:
+    """Whether the projections in `model` can be stacked or split; changes nothing.
+
+    Returns:
+        The modules, `model` itself included, that are not in `mode` yet, for
+        :meth:`FusableProjections.set_weight_mode`.
+
+    Raises:
+        ValueError: `mode` is unknown; or layers, which the message names, cannot be converted without a loss: they are
+            no plain :class:`torch.nn.Linear` (an adapter around it, a quantized one), are offloaded, have hooks, share
+            parameters, or differ in what one layer has once (dtype, device, requires_grad, bias).
+    """
+    if mode not in WEIGHT_MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(WEIGHT_MODES)}")
+    owners: dict[int, list[str]] = {}
+    found = []
+    for path, module in model.named_modules():
+        prefix = path and f"{path}."
+        for kind, p in _given(module):
+            owners.setdefault(id(p), []).append(prefix + kind)
+        if isinstance(module, FusableProjections) and module.weight_mode != mode:
+            found.append((prefix, module))
+    for prefix, module in found:
+        for fused, parts in module.projection_groups.items():
+            sizes = _names(fused, parts, module.weight_mode)
+            layers = {prefix + name: module._modules.get(name) for name in sizes}
+            for (name, layer), size in zip(layers.items(), sizes.values(), strict=True):
+                _check_layer(name, layer, size, owners)
+            _check_alike(layers, prefix + fused)
+    return [module for _, module in found]
+
+
+def _names(fused: str, parts: dict[str, int], mode: str) -> dict[str, int]:
+    """The layers of a group in a weight mode, with their output sizes."""
+    return {fused: sum(parts.values())} if mode == "fused" else parts
+
+
+def _given(module: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module itself."""
+    return [] if module is None else [(kind, p) for kind, p in module._parameters.items() if p is not None]
+
+
+def _check_layer(name: str, layer: Any, size: int, owners: dict[int, list[str]]) -> None:
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if type(layer) is not nn.Linear:
+        way = "merge or unload the adapter first" if hasattr(layer, "base_layer") else "exchange it first"
+        raise ValueError(f"{name} is a {kind}; to change the weight mode it must be a torch.nn.Linear: {way}")
+    for parameter, p in _given(layer):
+        if type(p) is not nn.Parameter:
+            of = f"{type(p).__module__}.{type(p).__qualname__}"
+            raise ValueError(
+                f"{name}.{parameter} is a {of}; to change the weight mode it must be a plain torch.nn.Parameter"
+            )
+        if p.is_meta:
+            raise ValueError(
+                f"the weights of {name} are offloaded (on the meta device); they must be in memory to change the "
+                "weight mode: load the checkpoint in its own weight mode"
+            )
+        shared = [other for other in owners[id(p)] if other != f"{name}.{parameter}"]
+        if shared:
+            raise ValueError(
+                f"{name}.{parameter} is shared with {', '.join(shared)}; changing the weight mode would untie them"
+            )
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise ValueError(f"{name}.{parameter} has hooks, which changing the weight mode would lose: remove them")
+    if {parameter for parameter, _ in _given(layer)} - {"bias"} != {"weight"} or layer._buffers or layer._modules:
+        raise ValueError(f"{name} must have a weight, a bias or none, and nothing else to change the weight mode")
+    if layer.weight.shape != (size, layer.in_features):
+        raise ValueError(
+            f"{name}.weight has shape {tuple(layer.weight.shape)}; to change the weight mode it must be "
+            f"({size}, {layer.in_features})"
+        )
+    hooks = any(value for attribute, value in vars(layer).items() if attribute.endswith("_hooks"))
+    if hooks or not (unchanged(layer, nn.Linear) or _accelerate_hook(layer)):
+        raise ValueError(
+            f"{name} has hooks or a forward of its own, which changing the weight mode would lose: remove them first"
+        )
+
+
+def _check_alike(layers: dict[str, Any], fused: str) -> None:
+    def differ(what: str, values: Iterable[Any]) -> None:
+        values = list(values)
+        if any(value != values[0] for value in values):
+            each = ", ".join(f"{name}: {value}" for name, value in zip(layers, values, strict=True))
+            raise ValueError(f"the parts of {fused} differ in {what} ({each}); to be stacked they must agree")
+
+    parts = layers.values()
+    differ("in_features", (part.in_features for part in parts))
+    differ("having a bias", (part.bias is not None for part in parts))
+    differ("having hooks of accelerate's", (_accelerate_hook(part) is not None for part in parts))
+    for kind, _ in _given(next(iter(parts))):
+        for what in ("requires_grad", "dtype", "device"):
+            differ(f"{kind}.{what}", (getattr(getattr(part, kind), what) for part in parts))
+
+
+def _accelerate_hook(layer: nn.Module) -> Any:
+    """The hook with which accelerate moves a layer's inputs to its device, if there is one and it does no more."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    return hook if type(hook).__name__ == "AlignDevicesHook" and not hook.offload else None
+
+
+def _with_accelerate_hook(layer: nn.Module, old: nn.Module) -> nn.Module:
+    hook = _accelerate_hook(old)
+    if hook is None:
+        return layer
+    from accelerate.hooks import add_hook_to_module
+
+    return add_hook_to_module(layer, hook)
 
 
 def _convert_on_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import torch
 
@@ -51,6 +53,59 @@ def test_dicts_there_and_back(make_config, slstm_at):
     again = blocks.xLSTMLMModelConfig.from_dict(values)
     assert again == config and again.to_dict() == values
     assert not any(name.startswith("_") for name in (*values, *values["slstm_block"], *values["slstm_block"]["slstm"]))
+
+
+class _Mapping(Mapping):
+    """A mapping that is no dict, as omegaconf's."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def __getitem__(self, key):
+        return _wrapped(self._values[key])
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self):
+        return len(self._values)
+
+
+class _Sequence(Sequence):
+    def __init__(self, values):
+        self._values = values
+
+    def __getitem__(self, index):
+        return _wrapped(self._values[index])
+
+    def __len__(self):
+        return len(self._values)
+
+
+def _wrapped(value):
+    kinds = {dict: _Mapping, list: _Sequence}
+    return kinds[type(value)](value) if type(value) in kinds else value
+
+
+def test_any_mapping_and_sequence(make_config):
+    slstm = {"constants": {"a": [1, {"b": 2}]}, "initial_val": [0.0, 1]}
+    values = make_config(slstm=slstm, slstm_at=[0, 2]).to_dict()
+    config = blocks.xLSTMLMModelConfig.from_dict(_Mapping(values))
+    assert config == blocks.xLSTMLMModelConfig.from_dict(values)
+    assert config.to_dict() == values  # of dicts and lists
+    assert blocks.xLSTMLMModelConfig.from_dict({**values, "slstm_at": (0, 2)}) == config
+    for wrong in (_Sequence(["0"]), _Mapping({0: 2}), range(9)):
+        with pytest.raises((TypeError, ValueError), match="slstm_at"):
+            blocks.xLSTMLMModelConfig.from_dict({**values, "slstm_at": wrong})
+    with pytest.raises(TypeError, match=r"slstm_block is .*; it must be a mapping or None"):
+        blocks.xLSTMLMModelConfig.from_dict({**values, "slstm_block": [1]})
+
+
+def test_omegaconf(make_config):
+    omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
+    values = make_config(slstm_at=[0, 2]).to_dict()
+    config = blocks.xLSTMLMModelConfig.from_dict(omegaconf.OmegaConf.create(values))
+    assert config.to_dict() == values and type(config.slstm_at) is list
 
 
 def test_block_configurations_are_copied():

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,8 +23,9 @@ class Loadable:
     value of another type is an error that names it."""
 
     @classmethod
-    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
-        """The configuration with these values; nested configurations are dicts again.
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """The configuration with these values; nested configurations are mappings again. Any kind of mapping, and of
+        sequence where there are several values, serves: omegaconf's, say.
 
         Raises:
             ValueError, TypeError: a key is unknown, or a value is of the wrong type or out of range.
@@ -60,7 +62,7 @@ class Loadable:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     of = where or cls.__name__
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         raise TypeError(f"{of} is {values!r}; it must be a mapping of field names to values")
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = [str(key) for key in values if key not in names]
@@ -73,16 +75,25 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     return cls(**{name: _convert(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in given.items()})
 
 
+def _plain(value: Any) -> Any:
+    """`value` with dicts and lists for mappings and sequences of any kind."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_plain(item) for item in value]
+    return value
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option):
-            if isinstance(value, dict):
+            if isinstance(value, Mapping):
                 return _build(option, value, where)
             if isinstance(value, option):  # type: ignore[arg-type]
                 return value
-        elif _fits(value, option):
-            return float(value) if option is float else value
+        elif _fits(plain := _plain(value), option):
+            return float(plain) if option is float else plain
     wanted = " or ".join(_name(option) for option in options)
     raise TypeError(f"{where} is {value!r}; it must be {wanted}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from flash_xlstm.nn.blocks.configuration import xLSTMLMModelConfig
@@ -32,24 +33,38 @@ class xLSTMLMModel(nn.Module):
             self.lm_head.weight = self.token_embedding.weight
 
     def forward(
-        self, idx: Tensor, state: StackState | None = None, return_last_state: bool = False
+        self, idx: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
     ) -> Tensor | tuple[Tensor, StackState]:
-        """Logits of a sequence; `state` and `return_last_state` as in :meth:`xLSTMBlockStack.forward`."""
-        x = self.emb_dropout(self.token_embedding(idx))
+        """Logits of a sequence; `state`, `return_last_state` and `inplace` as in :meth:`xLSTMBlockStack.forward`.
+
+        Raises:
+            ValueError: idx is not (batch, seq).
+        """
+        if idx.dim() != 2:
+            raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, seq)")
+        x, options = self.emb_dropout(self.token_embedding(idx)), {"inplace": True} if inplace else {}
         if not return_last_state:
-            return self.lm_head(self.xlstm_block_stack(x, state))
-        x, after = self.xlstm_block_stack(x, state, return_last_state=True)
+            return self.lm_head(self.xlstm_block_stack(x, state, **options))
+        x, after = self.xlstm_block_stack(x, state, return_last_state=True, **options)
         return self.lm_head(x), after
 
     def step(self, idx: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """Logits after one token of each row, idx (batch, 1), and the state; see :meth:`xLSTMBlockStack.step`."""
-        x, state = self.xlstm_block_stack.step(self.emb_dropout(self.token_embedding(idx)), state)
-        return self.lm_head(x), state
+        """Logits after one token of each row, idx (batch, 1), and the state; see :meth:`xLSTMBlockStack.step`.
+
+        Raises:
+            ValueError: idx is not (batch, 1); nothing has been updated.
+        """
+        if idx.dim() != 2 or idx.shape[1] != 1:
+            raise ValueError(
+                f"idx has shape {tuple(idx.shape)}; a step takes one token of each row, (batch, 1); for several call "
+                "forward with return_last_state=True"
+            )
+        return self(idx, state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         self.xlstm_block_stack.reset_parameters()
         small_init(self.token_embedding.weight, self.config.embedding_dim)
-        if not self.config.tie_weights:
+        if not self.config.tie_weights and isinstance(self.lm_head, nn.Linear):
             small_init(self.lm_head.weight, self.config.embedding_dim)
 
     def get_weight_decay_optim_groups(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
@@ -59,7 +74,7 @@ class xLSTMLMModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 decays = "weight" in name and "norm" not in name
-                if parameter is self.token_embedding.weight:
+                if parameter is getattr(self.token_embedding, "weight", None):
                     decays = self.config.weight_decay_on_embedding
                 groups[decays].append(parameter)
         return tuple(groups[True]), tuple(groups[False])

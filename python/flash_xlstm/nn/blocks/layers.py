@@ -8,19 +8,41 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.blocks.configuration import FeedForwardConfig
+from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
+from flash_xlstm.nn.mlstm import fitting
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
-    "relu^2": lambda x: F.relu(x).square(),
+    "relu^2": _relu_squared,  # not a lambda, which cannot be pickled
     "sigmoid": torch.sigmoid,
     "swish": F.silu,
     "selu": F.selu,
 }
 _LONGEST_KERNEL = 8  # of ops.causal_conv1d
+_CONV_FORWARD = torch_own(nn.Conv1d.forward, nn.modules.conv)
+
+
+def check_sequence(name: str, x: Tensor, width: int, *, step: bool) -> None:
+    """Raises ValueError if x is not (batch, seq, width) with seq at least 1, for a `step` 1."""
+    if x.dim() == 3 and x.shape[2] == width and (x.shape[1] == 1 if step else x.shape[1] > 0):
+        return
+    wanted = f"it must be (batch, seq, {width}), seq at least 1"
+    if step:
+        wanted = (
+            f"a step takes one token of each row, (batch, 1, {width}); for several call forward with "
+            "return_last_state=True"
+        )
+    raise ValueError(f"{name} has shape {tuple(x.shape)}; {wanted}")
 
 
 def small_init(weight: Tensor, dim: int) -> None:
@@ -50,7 +72,8 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, 1.0 + self.weight, None, self.eps)
+        weight = self.weight
+        return F.layer_norm(x, weight.shape, 1.0 + weight, None, self.eps)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -71,14 +94,15 @@ class MultiHeadLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_features)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None:
+        weight = self.weight
+        if weight is None:
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2)
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        x, weight = x.to(dtype), 1.0 + self.weight.to(dtype)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(dtype), 1.0 + weight.to(dtype)
         if x.is_cuda:  # two passes, yet faster there than a group norm
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2) * weight
         y = F.group_norm(x.flatten(2).flatten(0, 1), x.shape[2], weight, None, self.eps)
-        return y.view(*x.shape[:2], -1)
+        return y.view(*x.shape[:2], weight.shape[0])
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
@@ -102,7 +126,8 @@ class LinearHeadwiseExpand(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.num_heads, -1)), self.weight).flatten(-2)
+        weight = self.weight
+        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.num_heads, weight.shape[-1])), weight).flatten(-2)
         return y if self.bias is None else y + self.bias
 
     def reset_parameters(self, dim: int | None = None) -> None:
@@ -115,6 +140,16 @@ class LinearHeadwiseExpand(nn.Module):
         return f"{self.num_heads * self.weight.shape[-1]}, num_heads={self.num_heads}, bias={self.bias is not None}"
 
 
+def _only_holds_parameters(conv: nn.Module) -> bool:
+    """Whether an op may read the parameters of `conv` in place of calling it."""
+    return (
+        unchanged(conv, nn.Conv1d)
+        and not (conv._backward_hooks or conv._backward_pre_hooks or _has_any_global_hook())
+        and nn.Conv1d.forward is _CONV_FORWARD
+        and (torch.compiler.is_compiling() or nothing_looks_on())
+    )
+
+
 class CausalConv1d(nn.Module):
     """SiLU of a causal depthwise convolution; of the input itself with `kernel_size` 0.
 
@@ -125,16 +160,23 @@ class CausalConv1d(nn.Module):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        # A module that only holds the parameters, under their usual names and with their usual initialization.
+        # It holds the parameters, under their usual names and with their usual initialization.
         self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels) if kernel_size else None
+        self.channels = channels
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False, inplace: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """`inplace` is for one token where no gradient is needed, and updates `state`."""
-        if self.conv is None:
+        """`inplace` is for one token where no gradient is needed, and updates `state`, or a copy of it if its dtype is
+        not that of x."""
+        check_sequence("x", x, self.channels, step=inplace)
+        conv = self.conv
+        if conv is None:
             return F.silu(x), None
-        weight, bias = self.conv.weight[:, 0], self.conv.bias
+        (state,) = fitting((state,), x, (x.dtype,), written=inplace)
+        if not _only_holds_parameters(conv):
+            return self._by_the_module(conv, x, state, return_state, inplace)
+        weight, bias = conv.weight[:, 0], conv.bias
         compiled = self.kernel_size <= _LONGEST_KERNEL and x.dtype != torch.float64
         namespace = ops if compiled else reference
         if inplace and state is not None:
@@ -143,6 +185,18 @@ class CausalConv1d(nn.Module):
             x, weight, bias, activation="silu", initial_state=state, return_final_state=return_state
         )
         return y if return_state else (y, None)
+
+    def _by_the_module(
+        self, conv: nn.Module, x: Tensor, state: Tensor | None, return_state: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, where calling `conv` is more than a convolution with its parameters."""
+        before = x.new_zeros(x.shape[0], self.kernel_size - 1, self.channels) if state is None else state
+        inputs = torch.cat([before, x], 1)
+        y = F.silu(conv(inputs.transpose(1, 2)).transpose(1, 2))
+        if not return_state and not inplace:
+            return y, None
+        last = inputs[:, x.shape[1] :]
+        return y, state.copy_(last) if inplace and state is not None else last.clone()
 
     def reset_parameters(self) -> None:
         if self.conv is not None:

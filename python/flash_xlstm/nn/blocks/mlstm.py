@@ -12,10 +12,12 @@ from flash_xlstm.nn.blocks.layers import (
     CausalConv1d,
     LinearHeadwiseExpand,
     MultiHeadLayerNorm,
+    check_sequence,
     small_init,
     wang_init,
     zero_bias,
 )
+from flash_xlstm.nn.mlstm import fitting_state
 from flash_xlstm.ops import MlstmState
 
 LayerState = dict[str, "Tensor | tuple[Tensor, ...] | None"]
@@ -29,6 +31,7 @@ class mLSTMCell(nn.Module):
 
     def __init__(self, features: int, num_heads: int) -> None:
         super().__init__()
+        self.features = features
         self.num_heads = num_heads
         self.igate = nn.Linear(3 * features, num_heads)
         self.fgate = nn.Linear(3 * features, num_heads)
@@ -45,11 +48,17 @@ class mLSTMCell(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
     ) -> tuple[Tensor, MlstmState | None]:
-        """`inplace` is for one token where no gradient is needed, and updates `state`."""
+        """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
+        `state`, but for tensors that are not float32 (float64 beside float64, c also bfloat16): copies of those."""
+        check_sequence("q", q, self.features, step=inplace)
+        check_sequence("k", k, self.features, step=inplace)
+        check_sequence("v", v, self.features, step=inplace)
         gate_input = torch.cat([q, k, v], dim=-1)
         i, f = self.igate(gate_input), self.fgate(gate_input)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.features // self.num_heads)) for t in (q, k, v))
         wide = q.dtype == torch.float64
+        if state is not None:
+            state = fitting_state(state, q, written=inplace)
         if inplace:
             if state is None:
                 state = self._zero_state(q)
@@ -112,37 +121,45 @@ class mLSTMLayer(nn.Module):
         mlstm_state: MlstmState | None = None,
         conv_state: Tensor | None = None,
         return_last_state: bool = False,
+        *,
+        inplace: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
         Args:
             x: (batch, seq, embedding_dim).
-            mlstm_state: ``(c, n, m)`` before it, as :func:`flash_xlstm.ops.mlstm` takes it; default: fresh.
-            conv_state: (batch, conv1d_kernel_size - 1, inner width) inputs of the convolution before it.
+            mlstm_state: ``(c, n, m)`` before it, as :func:`flash_xlstm.ops.mlstm` takes it, in any float dtype;
+                default: fresh.
+            conv_state: (batch, conv1d_kernel_size - 1, inner width) inputs of the convolution before it, in any float
+                dtype.
             return_last_state: also return both after it.
+            inplace: for one token where no gradient is needed: update the states given (:meth:`step`).
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"mlstm_state": ..., "conv_state": ...}``.
         """
-        y, state = self._run(x, mlstm_state, conv_state, return_state=return_last_state, inplace=False)
-        return (y, state) if return_last_state else y
+        check_sequence("x", x, self.config.embedding_dim, step=inplace)
+        inner, z = self.proj_up(x).chunk(2, dim=-1)
+        options = {"return_state": return_last_state, "inplace": inplace}
+        conv, conv_state = self.conv1d(inner, conv_state, **options)
+        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(inner)
+        h, mlstm_state = self.mlstm_cell(q, k, v, mlstm_state, **options)
+        y = self.dropout(self.proj_down((h + self.learnable_skip * conv) * F.silu(z)))
+        return (y, {"mlstm_state": mlstm_state, "conv_state": conv_state}) if return_last_state else y
 
     def step(
         self, x: Tensor, mlstm_state: MlstmState | None = None, conv_state: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
         """One token, (batch, 1, embedding_dim), and the states after it. Without gradients the states given are updated
-        in place; with gradients enabled they are left alone, and new ones are returned."""
-        return self._run(x, mlstm_state, conv_state, return_state=True, inplace=not torch.is_grad_enabled())
+        in place, unless they have to be cast (:class:`xLSTMBlockStack`); with gradients enabled they are left alone,
+        and new ones are returned.
 
-    def _run(
-        self, x: Tensor, mlstm_state: MlstmState | None, conv_state: Tensor | None, *, return_state: bool, inplace: bool
-    ) -> tuple[Tensor, LayerState]:
-        inner, z = self.proj_up(x).chunk(2, dim=-1)
-        conv, conv_state = self.conv1d(inner, conv_state, return_state=return_state, inplace=inplace)
-        q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(inner)
-        h, mlstm_state = self.mlstm_cell(q, k, v, mlstm_state, return_state=return_state, inplace=inplace)
-        y = self.dropout(self.proj_down((h + self.learnable_skip * conv) * F.silu(z)))
-        return y, {"mlstm_state": mlstm_state, "conv_state": conv_state}
+        Raises:
+            ValueError: x holds several tokens, or is of another width.
+        """
+        check_sequence("x", x, self.config.embedding_dim, step=True)
+        # By the call, so that what changes it (hooks, another forward, offloaded parameters) is seen.
+        return self(x, mlstm_state, conv_state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         """As NX-AI's package does it, which leaves the convolution as it is."""

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.blocks.configuration import sLSTMLayerConfig
-from flash_xlstm.nn.blocks.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm
+from flash_xlstm.nn.blocks.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, check_sequence
 from flash_xlstm.nn.blocks.mlstm import LayerState
+from flash_xlstm.nn.mlstm import fitting
 from flash_xlstm.ops import SlstmState
+from flash_xlstm.ops._common import unpack_state
 
 _GATES = 4  # i, f, z, o
 _NOTHING = torch.finfo(torch.float32).tiny  # the op's bound must be greater than 0
@@ -75,14 +77,19 @@ class sLSTMCell(nn.Module):
     def forward(
         self, x: Tensor, state: SlstmState | None = None, *, return_state: bool = False, inplace: bool = False
     ) -> tuple[Tensor, SlstmState | None]:
-        """`inplace` is for one token where no gradient is needed, and updates `state`."""
+        """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
+        `state`, but for tensors that are not float32 (float64 beside float64): copies of those."""
+        check_sequence("x", x, _GATES * self.config.embedding_dim, step=inplace)
         x = x.unflatten(-1, (_GATES, self.config.num_heads, self.config.head_dim))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if state is not None:
+            h, c, n, m = fitting(unpack_state("state", state, "h, c, n, m"), x, (wide,) * 4, written=inplace)
+            state = h, c, n, m
         R, b = self.weights()
         namespace = reference if x.dtype == torch.float64 else ops
         if inplace:
             if state is None:
-                dtype = torch.promote_types(x.dtype, torch.float32)
-                h, c, n, m = (torch.zeros_like(x[:, 0, 0], dtype=dtype) for _ in range(4))
+                h, c, n, m = (torch.zeros_like(x[:, 0, 0], dtype=wide) for _ in range(4))
                 state = h, c, n, m
             return namespace.slstm_step(x[:, 0], R, b, state)[:, None], state
         result = namespace.slstm(
@@ -158,39 +165,46 @@ class sLSTMLayer(nn.Module):
         conv_state: Tensor | None = None,
         slstm_state: SlstmState | None = None,
         return_last_state: bool = False,
+        *,
+        inplace: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
         Args:
             x: (batch, seq, embedding_dim).
-            conv_state: (batch, conv1d_kernel_size - 1, embedding_dim) inputs before it; default: zeros.
-            slstm_state: ``(h, c, n, m)`` before it, as :func:`flash_xlstm.ops.slstm` takes it; default: fresh.
+            conv_state: (batch, conv1d_kernel_size - 1, embedding_dim) inputs before it, in any float dtype; default:
+                zeros.
+            slstm_state: ``(h, c, n, m)`` before it, as :func:`flash_xlstm.ops.slstm` takes it, in any float dtype;
+                default: fresh.
             return_last_state: also return both after it.
+            inplace: for one token where no gradient is needed: update the states given (:meth:`step`).
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"conv_state": ..., "slstm_state": ...}``.
         """
-        y, state = self._run(x, conv_state, slstm_state, return_state=return_last_state, inplace=False)
-        return (y, state) if return_last_state else y
+        check_sequence("x", x, self.config.embedding_dim, step=inplace)
+        conv, options = x, {"return_state": return_last_state, "inplace": inplace}
+        if self.config.conv1d_kernel_size:
+            conv, conv_state = self.conv1d(x, conv_state, **options)
+        # In NX-AI's package, and so in its checkpoints, `fgate` projects to the recurrence's input gate, `igate` to its
+        # forget gate.
+        gates = torch.cat([self.fgate(conv), self.igate(conv), self.zgate(x), self.ogate(x)], dim=-1)
+        h, slstm_state = self.slstm_cell(gates, slstm_state, **options)
+        y = self.group_norm(self.dropout(h))
+        return (y, {"conv_state": conv_state, "slstm_state": slstm_state}) if return_last_state else y
 
     def step(
         self, x: Tensor, conv_state: Tensor | None = None, slstm_state: SlstmState | None = None
     ) -> tuple[Tensor, LayerState]:
         """One token, (batch, 1, embedding_dim), and the states after it. Without gradients the states given are updated
-        in place; with gradients enabled they are left alone, and new ones are returned."""
-        return self._run(x, conv_state, slstm_state, return_state=True, inplace=not torch.is_grad_enabled())
+        in place, unless they have to be cast (:class:`xLSTMBlockStack`); with gradients enabled they are left alone,
+        and new ones are returned.
 
-    def _run(
-        self, x: Tensor, conv_state: Tensor | None, slstm_state: SlstmState | None, *, return_state: bool, inplace: bool
-    ) -> tuple[Tensor, LayerState]:
-        conv = x
-        if self.config.conv1d_kernel_size:
-            conv, conv_state = self.conv1d(x, conv_state, return_state=return_state, inplace=inplace)
-        # In NX-AI's package, and so in its checkpoints, `fgate` projects to the recurrence's input gate, `igate` to its
-        # forget gate.
-        gates = torch.cat([self.fgate(conv), self.igate(conv), self.zgate(x), self.ogate(x)], dim=-1)
-        h, slstm_state = self.slstm_cell(gates, slstm_state, return_state=return_state, inplace=inplace)
-        return self.group_norm(self.dropout(h)), {"conv_state": conv_state, "slstm_state": slstm_state}
+        Raises:
+            ValueError: x holds several tokens, or is of another width.
+        """
+        check_sequence("x", x, self.config.embedding_dim, step=True)
+        return self(x, conv_state, slstm_state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         """As NX-AI's package does it, which leaves the convolution as it is."""

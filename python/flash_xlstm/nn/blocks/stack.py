@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flash_xlstm.nn.blocks.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
-from flash_xlstm.nn.blocks.layers import GatedFeedForward, LayerNorm
+from flash_xlstm.nn.blocks.layers import GatedFeedForward, LayerNorm, check_sequence
 from flash_xlstm.nn.blocks.mlstm import LayerState, mLSTMLayer
 from flash_xlstm.nn.blocks.slstm import sLSTMLayer
 
@@ -23,7 +24,7 @@ class xLSTMBlock(nn.Module):
 
     def __init__(self, xlstm: mLSTMLayer | sLSTMLayer, ffn: GatedFeedForward | None = None) -> None:
         super().__init__()
-        width = xlstm.config.embedding_dim
+        self.embedding_dim = width = xlstm.config.embedding_dim
         self.xlstm_norm = LayerNorm(width)
         self.xlstm = xlstm
         self.ffn_norm = LayerNorm(width) if ffn is not None else None
@@ -31,16 +32,18 @@ class xLSTMBlock(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
-        """A sequence; `state` and results as the layer's ``forward``."""
+        """A sequence; `state`, `inplace` with it, and results as the layer's ``forward``."""
+        check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm looks at the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
         y, after = self.xlstm(self.xlstm_norm(x), return_last_state=True, **state)
         return self._feed_forward(x + y), after
 
     def step(self, x: Tensor, **state: Any) -> tuple[Tensor, LayerState]:
-        """One token; `state` and results as the layer's ``step``."""
-        y, after = self.xlstm.step(self.xlstm_norm(x), **state)
-        return self._feed_forward(x + y), after
+        """One token; `state`, results and errors as the layer's ``step``."""
+        check_sequence("x", x, self.embedding_dim, step=True)
+        options = {} if torch.is_grad_enabled() else {"inplace": True}
+        return self(x, return_last_state=True, **options, **state)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x if self.ffn is None or self.ffn_norm is None else x + self.ffn(self.ffn_norm(x))
@@ -93,26 +96,28 @@ class xLSTMBlockStack(nn.Module):
         return sLSTMBlock(config) if isinstance(config, sLSTMBlockConfig) else mLSTMBlock(config)
 
     def forward(
-        self, x: Tensor, state: StackState | None = None, return_last_state: bool = False
+        self, x: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
     ) -> Tensor | tuple[Tensor, StackState]:
         """A sequence.
 
         Args:
             x: (batch, seq, embedding_dim).
-            state: what an earlier call or :meth:`step` returned; default: fresh.
+            state: what an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
             return_last_state: also return the state after it.
+            inplace: for one token where no gradient is needed: update the state given (:meth:`step`).
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, that and ``{"block_0": ..., ...}``. The state given
-            is left alone.
+            is left alone unless `inplace`.
         """
         before, after = state or {}, {}
+        options = {"inplace": True} if inplace else {}  # any module that takes x alone can stand in a block's place
         for index, block in enumerate(self.blocks):
             name = f"block_{index}"
             if return_last_state:
-                x, after[name] = block(x, return_last_state=True, **before.get(name, {}))
+                x, after[name] = block(x, return_last_state=True, **options, **before.get(name, {}))
             else:
-                x = block(x, **before.get(name, {}))
+                x = block(x, **options, **before.get(name, {}))
         x = self.post_blocks_norm(x)
         return (x, after) if return_last_state else x
 
@@ -120,13 +125,16 @@ class xLSTMBlockStack(nn.Module):
         """One token, (batch, 1, embedding_dim), and the state after it.
 
         Without gradients the tensors of `state` are updated in place: copy them to go on from the same state twice.
-        With gradients enabled they are left alone.
+        Those that do not fit this call are cast first, and copies are updated: mLSTM and sLSTM states are float32
+        (float64 in a float64 model; c may be bfloat16), those of convolutions have the dtype of the layer's
+        activations, all are contiguous and on the device of x. So go on with the state that is returned. With
+        gradients enabled the tensors of `state` are left alone.
+
+        Raises:
+            ValueError: x holds several tokens, or is of another width; nothing has been updated.
         """
-        before, after = state or {}, {}
-        for index, block in enumerate(self.blocks):
-            name = f"block_{index}"
-            x, after[name] = block.step(x, **before.get(name, {}))
-        return self.post_blocks_norm(x), after
+        check_sequence("x", x, self.config.embedding_dim, step=True)
+        return self(x, state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
         for block in self.blocks:
