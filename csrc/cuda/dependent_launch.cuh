@@ -6,8 +6,11 @@
 // serves everyone, or read what the caller has promised is at rest (FusedLinearRows::constant_weights,
 // MlstmStep::settled_state), and nothing else. It calls `let_next_kernel_start` where the next may begin to do that:
 // mostly at once, so that several kernels may be under way; behind its own wait (`holds_next`) where the next one's
-// promise holds only for what comes before the kernel just before it. Kernels of anyone else neither start early nor
-// let others do so.
+// promise holds only for what comes before the kernel just before it.
+//
+// Kernels of other libraries may do the same, so a kernel of theirs that has let ours start may still be about to write:
+// what is read ahead of the wait is safe only behind a kernel that lets the next start after its own wait (a block
+// step's norm), or within a captured chain that begins when all before it have ended (models/decoding.py).
 //
 // The mLSTM's h of small heads waits at its end only: what it reads of the kernel before it, it finds by flags, and the
 // rest was there when that kernel let it start, behind its own wait (mlstm/hopper/outputs.cuh).

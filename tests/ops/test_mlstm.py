@@ -838,7 +838,7 @@ def problems(draw):
         "batch": 1 if packed else draw(st.integers(1, 3)),
         "heads": draw(st.integers(1, 3)),
         "layout": draw(st.sampled_from(["contiguous", "heads first", "slice"])),
-        "gates": draw(st.sampled_from(["small", "normal"])),  # over the range of a cap: test_gates_and_caps
+        "gates": draw(st.sampled_from(["small", "normal"])),  # over the range of a cap: test_gate_soft_cap
         "gate_soft_cap": draw(st.sampled_from([None, None, 15.0])),
         "state": draw(st.booleans()),
         "cu_seqlens": packed,

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.nn.linear import weights_at_rest
 
 CHUNK = 16  # tokens that a step collects on the device before the host fetches them
 CHECK_EVERY = 4  # steps from one look for the end to the next; divides CHUNK
@@ -258,7 +259,8 @@ class Decoder:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     before = torch.cuda.memory_reserved(device)
-                    logits = step()
+                    with weights_at_rest():
+                        logits = step()
                 self._graph_bytes += max(0, torch.cuda.memory_reserved(device) - before)
             finally:
                 torch.cuda.set_rng_state(random_state, device)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import flash_xlstm.ops  # noqa: F401  (registers the operator)
 from flash_xlstm.nn.feedforward import FeedForward
-from flash_xlstm.nn.linear import few_rows, own_parameters, unchanged
+from flash_xlstm.nn.linear import are_weights_at_rest, few_rows, own_parameters, unchanged
 from flash_xlstm.nn.mlstm import State, mLSTMLayer
 from flash_xlstm.nn.norm import MultiHeadLayerNorm, RMSNorm
+from flash_xlstm.ops import _common
 
 _FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward)
 
@@ -60,10 +60,10 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
     ):
         return None
     (norm_weight, ffn_norm_weight), (head_weight,), qkvo_weights, gate_weights, up_weights, (out, down_weight) = weights
-    return torch.ops.flash_xlstm.mlstm_block_step.default(
+    return _mlstm_block_step(
         x, c, n, m, state_indices, norm_weight, qkvo_weights, gate_weights, gates[1], head_weight, out,
         ffn_norm_weight, up_weights, down_weight,
-        norm.eps, layer.eps, head_norm.eps, ffn_norm.eps, layer.gate_soft_cap,
+        norm.eps, layer.eps, head_norm.eps, ffn_norm.eps, layer.gate_soft_cap, are_weights_at_rest(),
     )  # fmt: skip
 
 
@@ -89,3 +89,6 @@ def _fits_cuda(weights: list[Tensor]) -> bool:
 @torch.library.register_fake("flash_xlstm::mlstm_block_step")
 def _(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+_mlstm_block_step = _common.writing("mlstm_block_step", 1, 2, 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,30 @@ from flash_xlstm import ops
 # The dtypes and the most rows for which the op of this package takes the product.
 _CPU: tuple[tuple[torch.dtype, ...], int] = (torch.float32, torch.bfloat16, torch.float16), 4
 _CUDA: tuple[tuple[torch.dtype, ...], int] = (torch.bfloat16,), 16
+
+
+class _Promise(threading.local):
+    weights_at_rest = False
+
+
+_promise = _Promise()
+
+
+@contextlib.contextmanager
+def weights_at_rest() -> Iterator[None]:
+    """For this thread a promise that no kernel which may still run writes a weight, so that kernels may read them ahead
+    of the kernels before. It holds within a captured chain of kernels, which begins when all before it have ended; it
+    does not hold for eager calls: another library's kernel may let its successor start before it has written."""
+    before, _promise.weights_at_rest = _promise.weights_at_rest, True
+    try:
+        yield
+    finally:
+        _promise.weights_at_rest = before
+
+
+def are_weights_at_rest() -> bool:
+    """Whether this thread is within :func:`weights_at_rest`."""
+    return _promise.weights_at_rest
 
 
 def torch_own(function: Callable[..., Any], home: ModuleType) -> Callable[..., Any] | None:
@@ -40,7 +66,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         if own is not None:
             weight, bias = own
             if x.is_cpu or (weight.shape[-1] % 8 == 0 and weight.data_ptr() % 16 == 0):
-                return ops.linear_rows(x, weight, bias, constant_weights=True)
+                return ops.linear_rows(x, weight, bias, constant_weights=_promise.weights_at_rest)
     return layer(x)
 
 

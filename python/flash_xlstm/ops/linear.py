@@ -18,8 +18,9 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, consta
         x: (..., in), at most 16 rows in all. On the CPU float32, bfloat16 or float16; on CUDA bfloat16.
         weight: (out, in), dtype of x, as ``torch.nn.Linear`` keeps it. On CUDA `in` must be a multiple of 8.
         bias: (out,), dtype of x, or None.
-        constant_weights: a promise that no operator of this package that may still run on the GPU writes `weight`:
-            so it is for a model's parameters. A Hopper GPU then begins to read it while the operator before still runs.
+        constant_weights: a promise that no kernel that may still run on the GPU writes `weight`. A Hopper GPU then
+            begins to read it while the kernel before still runs. Kernels that let the next start before they end
+            (programmatic dependent launch, of this package and of others) are those to think of.
 
     Returns:
         (..., out) in the dtype of x.

@@ -120,9 +120,10 @@ def mlstm_step(
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
         gate_soft_cap: as in :func:`mlstm`.
-        settled_state: a promise that no operator of this package which may still be running writes `state`. Any of
-            the last few called on the stream may; behind a step with this promise, only that step. For few rows, a GPU
-            from Hopper on then begins to read c while the operator before still runs.
+        settled_state: a promise that no kernel which may still be running writes `state`: of any library, if it lets
+            the next start before it ends (programmatic dependent launch), and of this package any of the last few
+            called on the stream; behind a step with this promise, only that step. For few rows, a GPU from Hopper on
+            then begins to read c while the kernel before still runs.
 
     On CUDA, dqk is at most 8,192.
 
