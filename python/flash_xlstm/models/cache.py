@@ -261,15 +261,23 @@ class xLSTMCache:
         )
 
 
-def one_cache(cache_params: xLSTMCache | None, cache: xLSTMCache | None) -> xLSTMCache | None:
-    """The cache given under either of its names.
+def one_cache(**named: xLSTMCache | None) -> xLSTMCache | None:
+    """The cache given under any of its names; None counts as not given.
 
     Raises:
+        TypeError: one is no xLSTMCache.
         ValueError: two different ones.
     """
-    if cache is not None and cache_params is not None and cache is not cache_params:
-        raise ValueError("cache and cache_params are two names of one argument; give one of them")
-    return cache_params if cache is None else cache
+    found = None
+    for name, cache in named.items():
+        if cache is None:
+            continue
+        if not isinstance(cache, xLSTMCache):
+            raise TypeError(f"{name} is a {type(cache).__name__}; it must be an xLSTMCache")
+        if found is not None and cache is not found:
+            raise ValueError(f"{', '.join(named)} are names of one argument; give one of them")
+        found = cache
+    return found
 
 
 def _map(function: Any, state: State) -> State:

@@ -75,7 +75,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         cache = None
         for name in _CACHE_NAMES:
             if isinstance(kwargs.get(name), xLSTMCache):
-                cache = one_cache(cache, kwargs.pop(name))
+                cache = one_cache(**{"cache_params": cache, name: kwargs.pop(name)})
         if cache is not None:
             kwargs[_CACHE] = cache
             if not given:
@@ -198,7 +198,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         Args:
             cached_tokens: how many tokens at the beginning of the inputs the user's cache had seen.
         """
-        cache_params = one_cache(cache_params, cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache)
         kwargs = {name: value for name, value in kwargs.items() if name not in _UNUSED}
         kwargs.update(cache_params=cache_params, use_cache=use_cache)
         if cache_params is not None and use_cache and not is_first_iteration:
