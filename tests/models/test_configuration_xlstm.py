@@ -209,7 +209,7 @@ ODD = {
     "qk_dim": 7,
     "ffn_dim": 7,
     "check": None,
-    "attn_implementation": 5,
+    "attn_implementation": "sdpa",
     "experts_implementation": [1],
     "dtype": "float3",
     "torch_dtype": 16,
@@ -257,7 +257,8 @@ def test_what_transformers_writes_is_taken():
     assert (config.num_labels, config.dtype, config.n_positions) == (3, torch.bfloat16, 512)
     for values in (StockConfig().to_dict(), xLSTMConfig().to_dict(), StockConfig(**fields).to_dict()):
         assert xLSTMConfig.from_dict(values).to_dict()["hidden_size"] == 4096
-    missing = {field.name: None for field in dataclasses.fields(PreTrainedConfig)}
+    missing = {"num_labels": None, "attn_implementation": {"": "eager"}}
+    missing |= {field.name: None for field in dataclasses.fields(PreTrainedConfig)}
     xLSTMConfig(**GOOD, **missing, text_config=None, rope_scaling=None, per_layer_config=None)
 
 

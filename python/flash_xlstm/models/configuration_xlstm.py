@@ -105,9 +105,8 @@ def _is_dtype(value: Any) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
-def _is_names_of_parts(value: Any) -> bool:
-    values = list(value.values()) if isinstance(value, dict) else [value]
-    return all(v is None or _is_name(v) for v in values)
+def _is_eager(value: Any) -> bool:
+    return all(v is None or v == "eager" for v in (value.values() if isinstance(value, dict) else [value]))
 
 
 def _is_label_names(value: Any) -> bool:
@@ -138,10 +137,10 @@ _COMMON: dict[str, tuple[Any, str]] = {
     "torch_dtype": (_is_dtype, "a floating-point dtype of torch"),
     "name_or_path": (lambda value: hasattr(value, "__fspath__") or _is_name(value), "a string"),
     "_name_or_path": (lambda value: hasattr(value, "__fspath__") or _is_name(value), "a string"),
-    "attn_implementation": (_is_names_of_parts, "a string"),
-    "_attn_implementation": (_is_names_of_parts, "a string"),
-    "experts_implementation": (_is_names_of_parts, "a string"),
-    "_experts_implementation": (_is_names_of_parts, "a string"),
+    "attn_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "_attn_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "experts_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "_experts_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
     "num_labels": (lambda value: _is_whole(value) and 0 < value <= _MOST_LABELS, f"from 1 to {_MOST_LABELS}"),
     "id2label": (_is_label_names, "a dict from whole numbers to strings"),
     "label2id": (_is_label_ids, "a dict from strings to whole numbers"),
@@ -162,8 +161,8 @@ def _same(first_name: str, first: Any, second_name: str, second: Any) -> Any:
     value = first if second is None else second
     if value != first and not isinstance(first, _Default):
         raise ValueError(
-            f"{first_name} is {first} and {second_name} is {second}; they are two names of one size and must "
-            "be equal (give one of them)"
+            f"{first_name} is {_shown(first)} and {second_name} is {_shown(second)}; they are two names of one size "
+            "and must be equal (give one of them)"
         )
     return int(value) if _is_whole(value) else value  # no _Default; what is no number check() refuses
 
@@ -330,7 +329,8 @@ class xLSTMConfig(PreTrainedConfig):
                 f"{_shown(other_cap)}; they are two names of one number and must be equal (give one of them)"
             )
         own_values = kwargs.pop(_OWN_VALUES, None) or {}
-        kwargs = {name: value for name, value in kwargs.items() if name not in _ABSENT}
+        # None is no value for all of these.
+        kwargs = {n: v for n, v in kwargs.items() if v is not None or n not in (*_ABSENT, "num_labels")}
         super().__init__(**kwargs)
         hidden_size = _Default(4096) if hidden_size is None else hidden_size
         num_hidden_layers = _Default(32) if num_hidden_layers is None else num_hidden_layers
