@@ -132,7 +132,7 @@ _COMMON: dict[str, tuple[Any, str]] = {
     "output_attentions": (_is_flag, "True or False"),
     "return_dict": (_is_flag, "True or False"),
     "is_encoder_decoder": (lambda value: value is False, "False: an xLSTM has no encoder"),
-    "chunk_size_feed_forward": (lambda value: _is_whole(value) and value == 0, "0"),
+    "chunk_size_feed_forward": (lambda value: _is_whole(value) and value >= 0, "a whole number of at least 0"),
     "dtype": (_is_dtype, "a floating-point dtype of torch"),
     "torch_dtype": (_is_dtype, "a floating-point dtype of torch"),
     "name_or_path": (lambda value: hasattr(value, "__fspath__") or _is_name(value), "a string"),
