@@ -248,7 +248,7 @@ def test_arguments_of_from_pretrained_are_checked(tmp_path):
 def test_what_transformers_writes_is_taken():
     fields = {
         "id2label": {"0": "a", "1": "b", "2": "c"},
-        "label2id": {"a": 0, "b": 1, "c": 2},
+        "label2id": {"a": 0, "b": 1, "c": "2"},
         "torch_dtype": "bfloat16",
     }
     fields.update(architectures=["xLSTMForCausalLM"], transformers_version="4.56.0", _name_or_path="x", auto_map={})

@@ -109,15 +109,16 @@ def _is_eager(value: Any) -> bool:
     return all(v is None or v == "eager" for v in (value.values() if isinstance(value, dict) else [value]))
 
 
-def _is_label_names(value: Any) -> bool:
-    def is_label(key: Any) -> bool:
-        return _is_whole(key) or (_is_name(key) and key.isdecimal() and key.isascii() and len(key) < 20)
+def _is_label(value: Any) -> bool:
+    return _is_whole(value) or (_is_name(value) and value.isdecimal() and value.isascii() and len(value) < 20)
 
-    return isinstance(value, dict) and all(is_label(k) and _is_name(v) for k, v in value.items())
+
+def _is_label_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_label(k) and _is_name(v) for k, v in value.items())
 
 
 def _is_label_ids(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_name(k) and _is_whole(v) for k, v in value.items())
+    return isinstance(value, dict) and all(_is_name(k) and _is_label(v) for k, v in value.items())
 
 
 def _is_quantization(value: Any) -> bool:

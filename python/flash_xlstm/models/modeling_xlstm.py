@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -195,10 +196,15 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         rounding.
 
         Parameters become new objects: call it before making an optimizer.
+
+        Raises:
+            ValueError: for what some layer cannot be converted; no layer then is.
         """
-        for module in self.modules():
-            if isinstance(module, FusableProjections):
-                module.set_weight_mode(mode)
+        layers = [module for module in self.modules() if isinstance(module, FusableProjections)]
+        for layer in layers:
+            layer.check_weight_mode(mode)
+        for layer in layers:
+            layer.set_weight_mode(mode)
         self.config.weight_mode = mode
 
     @classmethod
@@ -210,8 +216,21 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """As ``PreTrainedModel.from_pretrained``. A checkpoint in the other weight mode than the
-        configuration's is converted once it is loaded."""
+        configuration's is converted once it is loaded, or before, where it is to be quantized.
+
+        Raises:
+            ValueError: the checkpoint is quantized, and in the other weight mode.
+        """
         found, wanted = checkpoints.weight_modes(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        if found != wanted:
+            stored = checkpoints.stored_quantization(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+            if stored is not None:
+                raise ValueError(
+                    f"weight_mode is {wanted!r}; it must be {found!r}: the checkpoint is quantized in that mode, and "
+                    "quantized weights are neither stacked nor split"
+                )
+            if kwargs.get("quantization_config") is not None:
+                return cls._from_converted(pretrained_model_name_or_path, *args, config=config, mode=wanted, **kwargs)
         if found != wanted:
             if hasattr(config, "weight_mode"):
                 config = copy.deepcopy(config)
@@ -222,6 +241,31 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if found != wanted:
             model.set_weight_mode(wanted)
+        model._tie_equal_weights()
+        return loaded
+
+    @classmethod
+    def _from_converted(cls, path: Any, *args: Any, config: Any, mode: str, **kwargs: Any) -> Any:
+        """``from_pretrained`` of weights that are brought into another weight mode first."""
+        hub = {name: kwargs.pop(name) for name in checkpoints.HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            read = cls.config_class.from_pretrained(path if config is None else config, **hub)
+            names = ({*vars(read), *read.attribute_map} & kwargs.keys()) - {"dtype"}
+            own = {name: kwargs.pop(name) for name in names}
+            config = cls.config_class.from_dict(read.to_dict(), **own)
+        config = copy.deepcopy(config)
+        config.weight_mode = mode
+        with torch.device("meta"):
+            skeleton = cls(copy.deepcopy(config))
+        options = {"state_dict": kwargs.pop("state_dict", None), "variant": kwargs.pop("variant", None), **hub}
+        weights = checkpoints.converted_state_dict(skeleton, path, options, mode)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None:
+            model.config.name_or_path = model.name_or_path = os.fspath(path)
+            if model.can_generate():
+                with contextlib.suppress(OSError):  # there need not be one
+                    model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         model._tie_equal_weights()
         return loaded
 

@@ -81,6 +81,29 @@ class FusableProjections(nn.Module):
             return linear(self.get_submodule(group), x).split(list(parts.values()), dim=-1)
         return tuple(linear(self.get_submodule(name), x) for name in parts)
 
+    def check_weight_mode(self, mode: str) -> None:
+        """Checks that :meth:`set_weight_mode` can do what it is asked.
+
+        Raises:
+            ValueError: `mode` is unknown, or the weights are not in memory, or not those of plain linear layers.
+        """
+        if mode not in WEIGHT_MODES:
+            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(WEIGHT_MODES)}")
+        if mode == self.weight_mode:
+            return
+        for fused, parts in self.projection_groups.items():
+            for name in parts if mode == "fused" else [fused]:
+                layer = self.get_submodule(name)
+                if type(layer) is not nn.Linear:
+                    raise ValueError(
+                        f"{name} is a {type(layer).__name__}; it must be a Linear to change the weight mode"
+                    )
+                if layer.weight.is_meta:
+                    raise ValueError(
+                        f"the weights of {name} are offloaded (on the meta device); they must be in memory to change "
+                        "the weight mode: load the checkpoint in its own weight mode"
+                    )
+
     def set_weight_mode(self, mode: str) -> None:
         """Stacks or splits the projections in place. Parameters become new objects: call it before making an
         optimizer.
