@@ -163,13 +163,12 @@ def _adapter(mode):
 
 
 @pytest.mark.parametrize("mode", ["single", "fused"])
-def test_saving_a_model_with_an_adapter(make_ours, tokens, rel, tmp_path, mode):
+def test_saving_a_model_with_an_adapter(make_ours, tokens, rel, tmp_path, monkeypatch, mode):
     _, config = _adapter(mode)
+    # transformers 5.24 asks for a peft that is not out yet; this much of the one that is serves.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda *a, **k: None)
     model = make_ours(weight_mode=mode)
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        pytest.skip(str(error))  # transformers asks for a newer peft
+    model.add_adapter(config)
     expected = model(tokens(1, 5)).logits
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
@@ -195,6 +194,21 @@ def test_a_part_of_the_weights_is_saved(make_ours, tmp_path):
     with safe_open(tmp_path / "part" / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert "backbone.blocks.1.mlstm_layer.q.weight" in names and not any(".blocks.0." in name for name in names)
+
+
+def test_accelerate_loads_a_checkpoint_or_says_what_to_do(make_ours, tokens, rel, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    ours = make_ours()
+    ours.save_pretrained(tmp_path)
+    with accelerate.init_empty_weights(include_buffers=False):
+        single, fused = (
+            xLSTMForCausalLM(xLSTMConfig(**{**ours.config.to_dict(), "weight_mode": mode}))
+            for mode in ("single", "fused")
+        )
+    single = accelerate.load_checkpoint_and_dispatch(single, tmp_path, device_map={"": "cpu"})
+    assert rel(single(tokens(1, 5)).logits, ours(tokens(1, 5)).logits) < 1e-5
+    with pytest.raises(ValueError, match=r"qkv_opreact.weight among them, are on the meta device.* from_pretrained"):
+        accelerate.load_checkpoint_and_dispatch(fused, tmp_path, device_map={"": "cpu"})
 
 
 def test_set_weight_mode_changes_all_layers_or_none(make_ours, tokens):

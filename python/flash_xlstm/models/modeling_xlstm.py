@@ -207,6 +207,24 @@ class xLSTMPreTrainedModel(PreTrainedModel):
             layer.set_weight_mode(mode)
         self.config.weight_mode = mode
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``PreTrainedModel.to``.
+
+        Raises:
+            ValueError: weights have no data, as where they were loaded by names that the weight mode does not have.
+        """
+        try:
+            return super().to(*args, **kwargs)
+        except NotImplementedError as error:
+            empty = [name for name, p in self.named_parameters() if p.is_meta]
+            if not empty:
+                raise
+            raise ValueError(
+                f"{len(empty)} weights, {empty[0]} among them, are on the meta device: they were not loaded. In a "
+                "checkpoint of the other weight mode than the model's they have other names: load it by "
+                "from_pretrained or load_state_dict, which convert it, or build the model in the checkpoint's mode"
+            ) from error
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
