@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import json
 
+import hypothesis
 import pytest
+import torch
+from hypothesis import strategies as st
+from transformers import PreTrainedConfig
 from transformers.models.xlstm import xLSTMConfig as StockConfig
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
@@ -93,6 +99,20 @@ def test_two_names_of_one_size():
         ({"chunk_size": -1}, "chunk_size is -1"),
         ({"gate_soft_cap": 0.0}, "gate_soft_cap is 0.0"),
         ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"norm_eps": 1e-300}, "norm_eps is 1e-300; it must be a number greater than 0, finite as float32"),
+        ({"eps": 10**400}, "eps is a whole number of 1329 bits"),
+        ({"chunk_size": 10**29}, f"chunk_size is {10**29}; it must be a whole number from 1 to 4096"),
+        ({"hidden_size": 2**31}, "hidden_size is 2147483648; it must be"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; it must be"),
+        ({"v_dim_factor": 1e30}, r"v_dim_factor is 1e\+30, which makes a layer of 4.1e\+33"),
+        ({"ffn_round_up_to_multiple_of": 2**31 - 1}, "which makes a layer of"),
+        ({"use_cache": "no"}, "use_cache is 'no'; it must be True or False"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ({"mode": ["inference"]}, r"mode is \['inference'\]; it must be one of: train, "),
+        ({"pad_token_id": 1.5}, "pad_token_id is 1.5; it must be a token id or None"),
+        ({"eos_token_id": [2, "a"]}, "eos_token_id is "),
+        ({"eos_token_id": 2**40}, "eos_token_id is "),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; it must be 'xlstm'"),
     ],
 )
 def test_contradictions_raise_at_construction(values, message):
@@ -160,3 +180,140 @@ def test_derived_sizes():
     assert (config.qk_dim, config.v_dim, config.qk_head_dim, config.v_head_dim) == (50, 120, 25, 60)
     assert xLSTMConfig().ffn_dim == 10944
     assert xLSTMConfig(hidden_size=96, ffn_proj_factor=2.0, ffn_round_up_to_multiple_of=192).ffn_dim == 192
+
+
+# --- a file of any content ---
+
+GOOD = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "ffn_round_up_to_multiple_of": 8}
+
+# Names, and values of a wrong type, that transformers would take and fail with later.
+ODD = {
+    "text_config": 5,
+    "decoder": {"a": 1},
+    "sub_configs": 5,
+    "save_pretrained": 5,
+    "to_dict": "x",
+    "__class__": 5,
+    "__dict__": {},
+    "attribute_map": {},
+    "keys_to_ignore_at_inference": 3,
+    "is_encoder_decoder": True,
+    "rope_scaling": 5,
+    "rope_parameters": [1],
+    "per_layer_config": {"0": {"num_heads": 1}},
+    "layer_types": 5,
+    "quantization_config": 5,
+    "id2label": [1, 2],
+    "label2id": "x",
+    "num_labels": 10**12,
+    "qk_dim": 7,
+    "ffn_dim": 7,
+    "check": None,
+    "attn_implementation": "sdpa",
+    "experts_implementation": [1],
+    "dtype": "float3",
+    "torch_dtype": 16,
+    "architectures": "xLSTMForCausalLM",
+    "problem_type": "x",
+    "transformers_version": 5,
+    "output_attentions": "x",
+    "output_hidden_states": [1],
+    "return_dict": 0,
+    "flash_xlstm": [1],
+    "auto_map": 1,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_are_named(tmp_path, name):
+    values = {**GOOD, name: ODD[name], "model_type": "xlstm"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for make in (
+        lambda: xLSTMConfig(**values),
+        lambda: xLSTMConfig.from_dict(copy.deepcopy(values)),
+        lambda: xLSTMConfig.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is "):
+            make()
+
+
+def test_arguments_of_from_pretrained_are_checked(tmp_path):
+    xLSTMConfig(**GOOD).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="save_pretrained is an attribute"):
+        xLSTMConfig.from_pretrained(tmp_path, save_pretrained=5)
+    with pytest.raises(ValueError, match="chunk_size is 1000000"):
+        xLSTMConfig.from_pretrained(tmp_path, chunk_size=10**6)
+
+
+def test_what_transformers_writes_is_taken():
+    fields = {
+        "id2label": {"0": "a", "1": "b", "2": "c"},
+        "label2id": {"a": 0, "b": 1, "c": "2"},
+        "torch_dtype": "bfloat16",
+    }
+    fields.update(architectures=["xLSTMForCausalLM"], transformers_version="4.56.0", _name_or_path="x", auto_map={})
+    fields.update(n_positions=512, _attn_implementation_autoset=True, problem_type="regression", eos_token_id=[2, 3])
+    config = xLSTMConfig(**GOOD, **fields)
+    assert (config.num_labels, config.dtype, config.n_positions) == (3, torch.bfloat16, 512)
+    for values in (StockConfig().to_dict(), xLSTMConfig().to_dict(), StockConfig(**fields).to_dict()):
+        assert xLSTMConfig.from_dict(values).to_dict()["hidden_size"] == 4096
+    missing = {"num_labels": None, "attn_implementation": {"": "eager"}}
+    missing |= {field.name: None for field in dataclasses.fields(PreTrainedConfig)}
+    xLSTMConfig(**GOOD, **missing, text_config=None, rope_scaling=None, per_layer_config=None)
+
+
+_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.sampled_from([2**31, 2**63, 10**29, -(10**29), 10**400]),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(0, 9), st.text(max_size=3)), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.one_of(st.integers(0, 9), st.text(max_size=3)), max_size=3),
+)
+_KNOWN = sorted(
+    {*dir(xLSTMConfig), *xLSTMConfig(**GOOD).to_dict(), *ODD, "final_logit_softcapping", "initializer_range"}
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(st.one_of(st.sampled_from(_KNOWN), st.text(max_size=8)), _VALUES)
+def test_any_name_and_value_is_taken_or_named(name, value):
+    values = {**GOOD, name: value}
+    try:
+        config = xLSTMConfig.from_dict(copy.deepcopy(values))
+    except (ValueError, TypeError) as error:
+        other = xLSTMConfig.attribute_map.get(name, name)
+        related = (
+            ("qk_dim", "v_dim", "layer") if name.endswith("_factor") or name in ("hidden_size", "num_heads") else ()
+        )
+        assert any(word in str(error) for word in (name, other, *related)), (name, value, error)
+        assert len(str(error)) < 500
+        return
+    assert type(config).save_pretrained is xLSTMConfig.save_pretrained and "save_pretrained" not in vars(config)
+    json.dumps(config.to_dict())
+    if all(getattr(config, size) == wanted for size, wanted in GOOD.items()) and config.ffn_dim < 1000:
+        model = xLSTMForCausalLM(config)
+        assert model(torch.zeros(1, 2, dtype=torch.long), return_dict=True).logits.shape == (1, 2, 61)
+
+
+def test_the_soft_cap_goes_by_both_its_names(tmp_path):
+    for values in ({"output_logit_soft_cap": 7.0}, {"final_logit_softcapping": 7.0}):
+        config = xLSTMConfig(**GOOD, **values)
+        assert config.output_logit_soft_cap == config.final_logit_softcapping == 7.0
+    assert xLSTMConfig().final_logit_softcapping == 30.0
+    assert xLSTMConfig(final_logit_softcapping=None).output_logit_soft_cap is None
+    assert xLSTMConfig(output_logit_soft_cap=None).final_logit_softcapping is None
+    xLSTMConfig(output_logit_soft_cap=7, final_logit_softcapping=7.0)
+    for cap in (30.0, None):
+        with pytest.raises(ValueError, match=r"output_logit_soft_cap is 7.0 and final_logit_softcapping is"):
+            xLSTMConfig(output_logit_soft_cap=7.0, final_logit_softcapping=cap)
+    with pytest.raises(ValueError, match=r"output_logit_soft_cap is 30.0 and final_logit_softcapping is 7.0"):
+        xLSTMConfig(output_logit_soft_cap=30.0, final_logit_softcapping=7.0)
+    config.final_logit_softcapping = 5.0
+    assert config.output_logit_soft_cap == 5.0
+    config.save_pretrained(tmp_path)
+    assert StockConfig.from_pretrained(tmp_path).output_logit_soft_cap == 5.0
+    again = xLSTMConfig.from_pretrained(tmp_path, output_logit_soft_cap=6.0)
+    assert again.final_logit_softcapping == 6.0

@@ -611,7 +611,7 @@ def test_large_states_are_not_kept_and_not_copied(make_ours, tokens, recorded_gr
     with torch.no_grad():
         size = model(ids).cache_params.nbytes
     options = {"max_new_tokens": 9, "eos_token_id": None, **GREEDY}
-    monkeypatch.setattr(decoding, "KEPT_BYTES", size - 1)
+    monkeypatch.setattr(decoding, "kept_bytes", lambda device: size - 1)
     with torch.no_grad():
         cache = model(ids[:, :3]).cache_params
     addresses = [t.data_ptr() for state in cache.rnn_state.values() for t in state]
@@ -623,7 +623,7 @@ def test_large_states_are_not_kept_and_not_copied(make_ours, tokens, recorded_gr
     assert cache.get_seq_length() == 14 and cache.slots is None
 
     # Within the bound, the last used are kept.
-    monkeypatch.setattr(decoding, "KEPT_BYTES", 2 * size)
+    monkeypatch.setattr(decoding, "kept_bytes", lambda device: 2 * size)
     recorded_graphs.clear()
     for batch in (1, 2, 3, 1, 2):
         model.generate(tokens(batch, 6), **options)
@@ -719,7 +719,8 @@ def test_cuda_bfloat16_logits_agree_with_the_eager_path(make_ours, tokens, rel):
 
 
 @pytest.mark.cuda
-def test_cuda_keeps_and_takes_little_memory(make_ours, tokens):
+def test_cuda_keeps_and_takes_little_memory(make_ours, tokens, monkeypatch):
+    monkeypatch.setattr(decoding, "kept_bytes", lambda device: decoding.KEPT_BYTES)
     config = {"hidden_size": 1024, "num_heads": 4, "num_hidden_layers": 8, "vocab_size": 512}
     model, ids = make_ours(**config).cuda().bfloat16(), tokens(64, 16).cuda()
     options = {"max_new_tokens": 40, "eos_token_id": None, **GREEDY}
@@ -746,7 +747,7 @@ def test_cuda_keeps_and_takes_little_memory(make_ours, tokens):
 @pytest.mark.parametrize("kept", [True, False])
 def test_cuda_rows_stay_where_they_ended(make_ours, tokens, monkeypatch, kept):
     if not kept:
-        monkeypatch.setattr(decoding, "KEPT_BYTES", 0)
+        monkeypatch.setattr(decoding, "kept_bytes", lambda device: 0)
     model, ids = make_ours().cuda(), tokens(3, 5).cuda()
     eos = ends_in_turn(model, ids, 24)
     for options in ({}, {"repetition_penalty": 1.0001}):

@@ -3,9 +3,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers.modeling_layers
+from transformers import DynamicCache
 from transformers.models.xlstm import xLSTMConfig as StockConfig
+from transformers.models.xlstm.modeling_xlstm import xLSTMCache as StockCache
 
-from flash_xlstm.models import xLSTMCache, xLSTMCausalLMOutput, xLSTMConfig, xLSTMForCausalLM, xLSTMModel, xLSTMOutput
+from flash_xlstm.models import (
+    xLSTMCache,
+    xLSTMCausalLMOutput,
+    xLSTMConfig,
+    xLSTMForCausalLM,
+    xLSTMModel,
+    xLSTMOutput,
+    xLSTMPreTrainedModel,
+)
 
 SHAPES = [
     pytest.param({}, 37, id="odd-length"),
@@ -201,11 +212,10 @@ def test_padding_leaves_every_row_as_if_alone(make_ours, tokens, rel, side):
     assert torch.isfinite(together.logits).all()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_train(make_ours, tokens, rel, side):
+def test_padding_on_the_right_does_not_train(make_ours, tokens, rel):
     model = make_ours().train()
     prompts = [tokens(1, n, seed=n) for n in (5, 19)]
-    ids, mask = _padded(prompts, side)
+    ids, mask = _padded(prompts, "right")
     output, gradients = _gradients(model, ids, attention_mask=mask)
 
     model.zero_grad()
@@ -223,6 +233,35 @@ def test_padding_does_not_train(make_ours, tokens, rel, side):
     again, gradients_again = _gradients(model, other, attention_mask=mask)
     assert torch.equal(again.loss, output.loss)
     assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_the_labels_that_count_are_those_that_transformers_counts(make_ours, tokens, side):
+    model = make_ours()
+    lengths = (19, 19) if side == "none" else (5, 19)
+    ids, mask = _padded([tokens(1, n, seed=n) for n in lengths], side)
+    labels = ids.masked_fill(mask == 0, -100)
+    count = (labels[:, 1:] != -100).sum()  # as transformers' Trainer
+    output = model(ids, labels=labels, attention_mask=mask, num_items_in_batch=count)
+    each = torch.nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    assert torch.allclose(output.loss, each.sum() / count)
+    assert torch.allclose(output.loss, model(ids, labels=labels, attention_mask=mask).loss)
+    assert torch.allclose(output.loss, model(ids, labels=ids, attention_mask=mask).loss)  # padding is no label
+    assert (each != 0).sum() == count
+
+
+def test_padding_in_front_sees_itself_only(make_ours, tokens):
+    # The first token's label is compared with what it predicts: that must not hang on how much padding there is.
+    model = make_ours()
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        losses = []
+        for pads in (1, 6):
+            padded = torch.nn.functional.pad(ids, (pads, 0), value=1)
+            mask = torch.nn.functional.pad(torch.ones_like(ids), (pads, 0))
+            labels = padded.masked_fill(mask == 0, -100)
+            losses.append(model(padded, labels=labels, attention_mask=mask).loss)
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_one_padded_token_leaves_the_cache_alone(make_ours, tokens):
@@ -559,6 +598,198 @@ def test_compiled_decoding_takes_any_position(make_ours, tokens, rel):
             logits = compiled(ids[:, position : position + 1].clone(), cache_params=cache).logits
             assert rel(logits[:, 0], expected[:, position]) < 1e-5
     assert counter.frame_count <= 2  # the count of tokens seen becomes dynamic
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize("name", ["cache_params", "cache", "past_key_values"])
+def test_a_cache_goes_by_any_of_its_names(make_ours, tokens, rel, name):
+    model = make_ours()
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        whole = model(ids).logits
+        for part in (model, model.backbone):
+            first = part(ids[:, :6])
+            assert getattr(first, name) is first.cache_params
+            second = part(ids[:, 6:], **{name: first.cache_params})
+            assert second.cache_params is first.cache_params and first.cache_params.get_seq_length() == 9
+        logits = model(ids[:, 6:], **{name: model(ids[:, :6]).cache_params}).logits
+    assert rel(logits, whole[:, 6:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cache_params", "cache", "past_key_values"])
+def test_caches_of_other_models_are_refused(make_ours, tokens, name):
+    model = make_ours()
+    for foreign in (DynamicCache(), StockCache(StockConfig(**model.config.to_dict()), 1), {}):
+        with pytest.raises(TypeError, match=f"{name} is a .*; it must be a flash_xlstm.models.xLSTMCache"):
+            model(tokens(1, 3), **{name: foreign})
+    caches = [xLSTMCache(model.config, 1) for _ in range(2)]
+    with pytest.raises(ValueError, match="names of one argument"):
+        model(tokens(1, 3), cache_params=caches[0], **{"cache" if name == "cache_params" else name: caches[1]})
+
+
+@pytest.mark.parametrize("name", ["atention_mask", "caches", "encoder_hidden_states", "head_mask", "label"])
+def test_unknown_arguments_are_refused(make_ours, tokens, name):
+    model = make_ours()
+    ids = tokens(1, 3)
+    for part in (model, model.backbone):
+        with pytest.raises(TypeError, match=f"{name} is no argument"):
+            part(ids, **{name: torch.ones(1, 3)})
+        part(ids, **{name: None})  # as generic code passes what it has not
+
+
+def test_arguments_that_change_nothing_are_taken(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 3)
+    expected = model(ids).logits
+    harmless = {"token_type_ids": torch.zeros_like(ids), "output_attentions": False, "is_causal": True}
+    harmless.update(output_router_logits=False, cache_position=torch.arange(3), seq_idx=None)
+    for name, value in harmless.items():
+        assert torch.equal(model(ids, **{name: value}).logits, expected), name
+        model.backbone(ids, **{name: value})
+    for name, value in {"is_causal": False, "output_router_logits": True}.items():
+        with pytest.raises(ValueError, match=f"{name} is {value}; it must be {not value}"):
+            model(ids, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 2, 3]])},
+        {"position_ids": torch.zeros(1, 5, dtype=torch.long)},
+        {"position_ids": torch.tensor([[0, 1, 9, 0, 1]]), "attention_mask": torch.tensor([[1, 1, 0, 1, 1]])},
+        {"position_ids": torch.arange(5).expand(3, 1, 5)},
+        {"cache_position": torch.tensor([0, 1, 0, 1, 2])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1]], dtype=torch.int32)},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32)},
+        {"cu_seq_lens_k": torch.tensor([0, 3, 5], dtype=torch.int32)},
+        {"max_length_q": 3},
+        {"max_length_k": 3},
+        {"attention_mask": torch.tensor([[1, 1, 1, 2, 2]])},
+        {"attention_mask": torch.tensor([[0.0, 0.0, 0.0, float("-inf"), 0.0]])},
+        {"attention_mask": torch.ones(1, 5, 5)},
+        {"attention_mask": torch.ones(1, 1, 5, 5)},
+    ],
+    ids=lambda packed: next(iter(packed)),
+)
+def test_packed_sequences_are_refused(make_ours, tokens, packed):
+    model = make_ours()
+    for part in (model, model.backbone):
+        with pytest.raises(ValueError, match=next(iter(packed))):
+            part(tokens(1, 5), **packed)
+
+
+def test_positions_that_count_up_are_taken(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    counted = mask.cumsum(1) - 1
+    right = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(model(ids, position_ids=torch.arange(5)[None]).logits, expected)
+        expected = model(ids, attention_mask=mask).logits
+        for positions in (counted, counted.masked_fill(mask == 0, 1), torch.arange(5)[None]):
+            assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, expected)
+        assert model(ids, attention_mask=right, position_ids=(right.cumsum(1) - 1) * right).logits.isfinite().all()
+        cache = model(ids).cache_params
+        for positions in (torch.tensor([[5], [3]]), torch.tensor([[6]])):
+            model(ids[:, :1], cache_params=cache, position_ids=positions)
+        with pytest.raises(ValueError, match=r"position_ids must count up .* behind a cache of 7 tokens"):
+            model(ids, cache_params=cache, position_ids=torch.arange(5)[None])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ids, attention_mask=mask, position_ids=counted).logits, expected)
+    with pytest.raises((ValueError, RuntimeError), match="position_ids must count up"):
+        compiled(ids, attention_mask=mask, position_ids=torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32, torch.uint8])
+def test_masks_of_any_dtype(make_ours, tokens, dtype):
+    model = make_ours()
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    expected = model(tokens(1, 5), attention_mask=mask).logits
+    assert torch.equal(model(tokens(1, 5), attention_mask=mask.to(dtype)).logits, expected)
+    with pytest.raises(TypeError, match="attention_mask is a dict; it must be a tensor"):
+        model(tokens(1, 5), attention_mask={"full_attention": mask})
+
+
+def test_shifted_labels_and_another_ignored_index(make_ours, tokens):
+    model = make_ours()
+    ids = tokens(2, 6)
+    loss = model(ids, labels=ids).loss
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert torch.allclose(model(ids, shift_labels=shifted).loss, loss)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
+    expected = model(ids, labels=ids, attention_mask=mask).loss
+    assert torch.allclose(model(ids, labels=ids, attention_mask=mask, ignore_index=60).loss, expected)
+
+
+# --- other heads ---
+
+
+def test_outputs_have_no_attentions(make_ours, tokens):
+    model = make_ours()
+    for part in (model, model.backbone):
+        output = part(tokens(1, 3), output_attentions=True)
+        assert output.attentions is None and "attentions" not in output
+    out = model.generate(
+        tokens(1, 3), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True, do_sample=False
+    )
+    assert out.sequences.shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_transformers_generic_heads(make_ours, tokens, tmp_path, monkeypatch, kind):
+    generic = getattr(transformers.modeling_layers, f"GenericFor{kind}")
+    monkeypatch.setattr(transformers.modeling_layers.AutoModel, "from_config", lambda config: xLSTMModel(config))
+    head = type(f"xLSTMFor{kind}", (generic, xLSTMPreTrainedModel), {})
+    config = make_ours().config
+    config.num_labels = 3
+    model = head(config).eval()
+    ids = tokens(2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    where = torch.tensor([0, 2])
+    labels = {
+        "SequenceClassification": {"labels": where},
+        "TokenClassification": {"labels": torch.zeros_like(ids)},
+        "QuestionAnswering": {"start_positions": where, "end_positions": where},
+    }[kind]
+    output = model(ids, attention_mask=mask, output_attentions=True, **labels)
+    output.loss.backward()
+    assert output.attentions is None
+    assert model.model.embeddings.weight.grad.any()
+    model.save_pretrained(tmp_path)
+    again = head.from_pretrained(tmp_path)
+    assert torch.equal(again(ids, attention_mask=mask)[0], model(ids, attention_mask=mask)[0])
+
+
+class _Quantized(torch.nn.Module):
+    """A linear layer whose weight is int8, or packed to bytes, as of quantizing libraries."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax() / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().to(dtype), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def test_any_module_serves_as_lm_head(make_ours, tokens, rel):
+    model = make_ours(output_logit_soft_cap=None, tie_word_embeddings=True)
+    ids = tokens(2, 4)
+    own, expected = model.lm_head, model(ids).logits
+    for head in (torch.nn.Sequential(own), _Quantized(own, torch.int8), _Quantized(own, torch.float8_e5m2)):
+        model.lm_head = head
+        model._tie_equal_weights()
+        assert rel(model(ids, labels=ids).logits, expected) < 0.2
+        with torch.no_grad():
+            assert rel(model(ids).logits, expected) < 0.2
+    model.lm_head = torch.nn.Identity()
+    assert torch.equal(model(ids).logits, model.backbone(ids).last_hidden_state)
 
 
 def test_errors(make_ours, tokens):

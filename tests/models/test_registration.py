@@ -40,6 +40,45 @@ def test_auto_classes_use_ours(make_ours, make_stock, tmp_path):
     )
 
 
+def test_classes_looked_up_by_name_are_ours(make_ours, make_stock, tmp_path):
+    make_stock(make_ours()).save_pretrained(tmp_path)
+    _run(
+        """
+        import sys
+        import transformers
+        import flash_xlstm.models as models
+        from transformers import AutoConfig, AutoModelForCausalLM, xLSTMForCausalLM as imported_before
+
+        path = sys.argv[1]
+        names = ("xLSTMConfig", "xLSTMPreTrainedModel", "xLSTMModel", "xLSTMForCausalLM")
+        stock = {name: getattr(transformers, name) for name in names}
+        models.unregister()  # nothing to undo
+        for _ in range(2):
+            models.register()
+            models.register()
+            for name in names:
+                ours = getattr(models, name)
+                assert getattr(transformers, name) is getattr(transformers.models.xlstm, name) is ours, name
+            config = AutoConfig.from_pretrained(path)
+            model = getattr(transformers, config.architectures[0]).from_pretrained(path)
+            assert type(model) is models.xLSTMForCausalLM, type(model)
+            # transformers' own are whole, at their place
+            from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM
+            assert xLSTMForCausalLM is imported_before is stock["xLSTMForCausalLM"]
+            theirs = xLSTMForCausalLM.from_pretrained(path)
+            assert type(theirs.config) is stock["xLSTMConfig"] and type(theirs.backbone) is stock["xLSTMModel"]
+
+            models.unregister()
+            models.unregister()
+            assert all(getattr(transformers, name) is stock[name] for name in names)
+            assert all(getattr(transformers.models.xlstm, name) is stock[name] for name in names)
+            assert type(AutoConfig.from_pretrained(path)) is stock["xLSTMConfig"]
+            assert type(AutoModelForCausalLM.from_pretrained(path)) is stock["xLSTMForCausalLM"]
+        """,
+        str(tmp_path),
+    )
+
+
 def test_transformers_is_optional():
     _run(
         """

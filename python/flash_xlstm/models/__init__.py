@@ -20,11 +20,12 @@ from flash_xlstm.models.modeling_xlstm import (
     xLSTMOutput,
     xLSTMPreTrainedModel,
 )
-from flash_xlstm.models.registration import register
+from flash_xlstm.models.registration import register, unregister
 from flash_xlstm.nn.blocks import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
 
 __all__ = [
     "register",
+    "unregister",
     "xLSTMBlockStack",
     "xLSTMBlockStackConfig",
     "xLSTMCache",

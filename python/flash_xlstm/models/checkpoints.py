@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from flash_xlstm.nn import FusableProjections, convert_weight_mode
 
-_HUB_ARGUMENTS = (
+HUB_ARGUMENTS = (
     "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder",
 )  # fmt: skip
 
@@ -27,7 +28,7 @@ def weight_modes(config_class: Any, path: Any, config: Any, kwargs: dict[str, An
         config: a configuration, a path to one, or None for the one at `path`.
         kwargs: what ``from_pretrained`` was given besides.
     """
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     wanted = getattr(config, "weight_mode", None)
     if wanted is None:
         try:
@@ -53,6 +54,17 @@ def _mode_of(names: Iterable[str]) -> str | None:
 
 def _weight_names(path: Any, variant: str | None, hub: dict[str, Any]) -> list[str]:
     """Names of the tensors in a safetensors checkpoint; nothing where there is none to be found."""
+    found = _weight_file(path, variant, hub)
+    if found is None:
+        return []
+    if found.endswith(".json"):
+        return list(_weight_map(found))
+    with safe_open(found, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _weight_file(path: Any, variant: str | None, hub: dict[str, Any]) -> str | None:
+    """The file of a safetensors checkpoint, or the index of its files."""
     for file_name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         if variant is not None:
             stem, extension = file_name.split(".", 1)
@@ -61,14 +73,14 @@ def _weight_names(path: Any, variant: str | None, hub: dict[str, Any]) -> list[s
             found = cached_file(path, file_name, **hub)
         except OSError:
             continue
-        if found is None:
-            continue
-        if file_name.endswith(".json"):
-            with open(found, encoding="utf-8") as file:
-                return list(json.load(file)["weight_map"])
-        with safe_open(os.fspath(found), framework="pt") as tensors:
-            return list(tensors.keys())
-    return []
+        if found is not None:
+            return os.fspath(found)
+    return None
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    with open(index, encoding="utf-8") as file:
+        return json.load(file)["weight_map"]
 
 
 def _index_name(variant: str) -> str:
@@ -76,11 +88,50 @@ def _index_name(variant: str) -> str:
     return ".".join([stem, *rest[:-1], variant, rest[-1]])
 
 
+def stored_quantization(config_class: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    """What the checkpoint's configuration says about quantization, or None."""
+    if config is None or isinstance(config, (str, os.PathLike)):
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        return config_class.get_config_dict(path if config is None else config, **hub)[0].get("quantization_config")
+    return getattr(config, "quantization_config", None)
+
+
+def converted_state_dict(model: nn.Module, path: Any, kwargs: dict[str, Any], mode: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint in the weight mode `mode`, on the CPU.
+
+    Args:
+        model: one of the checkpoint's sizes, with or without the head that the checkpoint has.
+        path, kwargs: as for :func:`weight_modes`.
+    """
+    state_dict = kwargs.get("state_dict")
+    if state_dict is None:
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        file = _weight_file(path, kwargs.get("variant"), hub)
+        assert file is not None  # whence the mode is known
+        files = {file}
+        if file.endswith(".json"):
+            files = {os.fspath(cached_file(path, name, **hub)) for name in _weight_map(file).values()}
+        state_dict = {}
+        for file in sorted(files):
+            state_dict.update(load_file(file))
+    state_dict = dict(state_dict)
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    for name, module in model.named_modules():
+        if isinstance(module, FusableProjections):
+            plain = name.removeprefix(base)
+            for prefix in (f"{plain}.", f"{base}{plain}."):
+                convert_weight_mode(state_dict, prefix, module.projection_groups, mode)
+    return state_dict
+
+
 def portable_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor] | None:
     """A state dict that every library reads: projections apart, and a tied LM head with a tensor of its own.
 
-    None where the model's own state dict is that already.
+    None where the model's own state dict is that already, and where transformers saves another: an adapter's, or a
+    quantizer's. Of a state dict that holds a part of the weights, that part is converted.
     """
+    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "hf_quantizer", None) is not None:
+        return state_dict
     layers = {
         f"{name}.": module
         for name, module in model.named_modules()
@@ -92,7 +143,8 @@ def portable_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None =
     portable = dict(model.state_dict() if state_dict is None else state_dict)
     for prefix, module in layers.items():
         for name in [f"{prefix}{fused}.weight" for fused in module.projection_groups]:
-            portable[name] = portable[name].cpu()  # there is room for a second copy there
+            if name in portable:
+                portable[name] = portable[name].cpu()  # there is room for a second copy there
         convert_weight_mode(portable, prefix, module.projection_groups, "single")
     if tied and "lm_head.weight" in portable:
         portable["lm_head.weight"] = portable["lm_head.weight"].clone()

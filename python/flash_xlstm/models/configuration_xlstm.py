@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 # What each accepted kernel name runs. "flash" is the compiled op of this package; the rest are its plain
@@ -47,24 +49,147 @@ _PORTABLE = {
 }
 _OWN_VALUES = "flash_xlstm"
 
+# Upper bounds of whole numbers: past them a value cannot be meant, and fails only where memory or time runs out.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "chunk_size": 4096,  # as the kernels
+    "max_inference_chunksize": 2**63 - 1,
+}
+_MOST_OF_A_SIZE = 2**31 - 1
+_MOST_LABELS = 1_000_000
+
+_BOOLS = (
+    "use_bias", "norm_reduction_force_float32", "tie_word_embeddings", "add_out_norm", "return_last_states",
+    "use_cache",
+)  # fmt: skip
+
+# Parameters of every model of transformers that are no plain attribute of the class or are named differently there.
+_SETTABLE = (
+    "name_or_path", "num_labels", "output_attentions", "torch_dtype", "attn_implementation", "_attn_implementation",
+    "experts_implementation", "_experts_implementation", "model_type", "rope_scaling", "per_layer_config",
+)  # fmt: skip
+
+# What transformers reads in other models' configurations: parts that an xLSTM has not.
+_ABSENT = (
+    "text_config", "text_encoder", "decoder", "encoder", "generator", "rope_scaling", "rope_parameters",
+    "per_layer_config",
+)  # fmt: skip
+
+_FLOAT32 = torch.finfo(torch.float32)
+
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 class _Default(int):
     """A default value that can be told from the same number passed by the caller."""
 
 
-def _same(first_name: str, first: int, second_name: str, second: int | None) -> int:
-    """The value of two names for one parameter."""
+class _DefaultFloat(float):
+    """As :class:`_Default`, for a number with a fraction."""
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_name, value))
+
+
+def _is_dtype(value: Any) -> bool:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_eager(value: Any) -> bool:
+    return all(v is None or v == "eager" for v in (value.values() if isinstance(value, dict) else [value]))
+
+
+def _is_label(value: Any) -> bool:
+    return _is_whole(value) or (_is_name(value) and value.isdecimal() and value.isascii() and len(value) < 20)
+
+
+def _is_label_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_label(k) and _is_name(v) for k, v in value.items())
+
+
+def _is_label_ids(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_name(k) and _is_label(v) for k, v in value.items())
+
+
+def _is_quantization(value: Any) -> bool:
+    return hasattr(value, "to_dict") or (isinstance(value, dict) and all(map(_is_name, value)))
+
+
+# Parameters of every model of transformers: what a value that is not None must be.
+_COMMON: dict[str, tuple[Any, str]] = {
+    "transformers_version": (_is_name, "a string"),
+    "architectures": (_is_names, "a list of strings"),
+    "output_hidden_states": (_is_flag, "True or False"),
+    "output_attentions": (_is_flag, "True or False"),
+    "return_dict": (_is_flag, "True or False"),
+    "is_encoder_decoder": (lambda value: value is False, "False: an xLSTM has no encoder"),
+    "chunk_size_feed_forward": (lambda value: _is_whole(value) and value >= 0, "a whole number of at least 0"),
+    "dtype": (_is_dtype, "a floating-point dtype of torch"),
+    "torch_dtype": (_is_dtype, "a floating-point dtype of torch"),
+    "name_or_path": (lambda value: hasattr(value, "__fspath__") or _is_name(value), "a string"),
+    "_name_or_path": (lambda value: hasattr(value, "__fspath__") or _is_name(value), "a string"),
+    "attn_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "_attn_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "experts_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "_experts_implementation": (_is_eager, "'eager': there is nothing to choose in an xLSTM"),
+    "num_labels": (lambda value: _is_whole(value) and 0 < value <= _MOST_LABELS, f"from 1 to {_MOST_LABELS}"),
+    "id2label": (_is_label_names, "a dict from whole numbers to strings"),
+    "label2id": (_is_label_ids, "a dict from strings to whole numbers"),
+    "problem_type": (lambda value: _is_name(value) and value in _PROBLEM_TYPES, f"one of: {', '.join(_PROBLEM_TYPES)}"),
+    "quantization_config": (_is_quantization, "a dict"),
+    "compression_config": (_is_quantization, "a dict"),
+    "layer_types": (_is_names, "a list of strings"),
+    "mlp_layer_types": (_is_names, "a list of strings"),
+    "mtp_layer_types": (_is_names, "a list of strings"),
+    "_output_attentions": (_is_flag, "True or False"),
+    "auto_map": (lambda value: isinstance(value, dict), "a dict"),
+    _OWN_VALUES: (lambda value: isinstance(value, dict), "a dict"),
+}
+
+
+def _same(first_name: str, first: Any, second_name: str, second: Any) -> Any:
+    """The value of two names for one size."""
     value = first if second is None else second
     if value != first and not isinstance(first, _Default):
         raise ValueError(
-            f"{first_name} is {first} and {second_name} is {second}; they are two names of one size and must "
-            "be equal (give one of them)"
+            f"{first_name} is {_shown(first)} and {second_name} is {_shown(second)}; they are two names of one size "
+            "and must be equal (give one of them)"
         )
     return int(value) if _is_whole(value) else value  # no _Default; what is no number check() refuses
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: a line of it at most."""
+    if isinstance(value, int) and abs(value) >= 2**256:  # Python writes no number of any length
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _check_names(config: type[PreTrainedConfig], names: Iterable[str]) -> None:
+    """Checks that no name is that of an attribute or method of the class."""
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    settable = {*(field.name for field in fields), *_SETTABLE, *config.attribute_map}
+    for name in names:
+        if hasattr(config, name) and name not in settable:
+            raise ValueError(f"{name} is an attribute of {config.__name__} itself, which no value can replace")
 
 
 class xLSTMConfig(PreTrainedConfig):
@@ -97,7 +222,8 @@ class xLSTMConfig(PreTrainedConfig):
             float32.
         ffn_proj_factor, ffn_round_up_to_multiple_of: size of the feed-forward layer, as a factor of
             hidden_size, rounded up to a multiple.
-        gate_soft_cap, output_logit_soft_cap: soft caps of the gates and the logits; None for no cap.
+        gate_soft_cap, output_logit_soft_cap: soft caps of the gates and the logits; None for no cap. The latter also
+            goes by the name `final_logit_softcapping`, which code that computes logits itself reads.
         weight_mode: "single" keeps parallel linear layers apart, "fused" stacks them (faster on small
             batches). Checkpoints of either load in both. They are always saved in single form, which other
             libraries read.
@@ -105,7 +231,8 @@ class xLSTMConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: special tokens, for generation.
         max_inference_chunksize: without gradients, longer prompts are processed in pieces of this many
             tokens, which bounds memory and changes no result.
-        kwargs: passed to ``PreTrainedConfig``.
+        kwargs: passed to ``PreTrainedConfig``. Names it does not know become attributes; those of the class's own
+            attributes and methods (`save_pretrained`, `qk_dim`) are refused.
 
     Kernel names. "Compiled" is this package's C++ and CUDA op, "reference" its plain PyTorch form:
 
@@ -137,11 +264,15 @@ class xLSTMConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an unknown name, a size that does not divide, two names of one size that disagree, a value
-            out of range. All at construction.
+            out of range or of a wrong type. All at construction.
     """
 
     model_type = "xlstm"
-    attribute_map = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers"}  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "embedding_dim": "hidden_size",
+        "num_blocks": "num_hidden_layers",
+        "final_logit_softcapping": "output_logit_soft_cap",
+    }
     keys_to_ignore_at_inference = ["cache_params"]  # noqa: RUF012
 
     def __init__(
@@ -171,7 +302,7 @@ class xLSTMConfig(PreTrainedConfig):
         ffn_proj_factor: float = 2.667,
         ffn_round_up_to_multiple_of: int = 64,
         gate_soft_cap: float | None = 15.0,
-        output_logit_soft_cap: float | None = 30.0,
+        output_logit_soft_cap: float | None = _DefaultFloat(30.0),
         weight_mode: str = "single",
         use_cache: bool = True,
         pad_token_id: int | None = 1,
@@ -180,7 +311,27 @@ class xLSTMConfig(PreTrainedConfig):
         max_inference_chunksize: int = 16384,
         **kwargs: Any,
     ) -> None:
+        _check_names(type(self), kwargs)
+        for name, (fits, meaning) in _COMMON.items():
+            value = kwargs.get(name)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name} is {_shown(value)}; it must be {meaning}")
+        for name in _ABSENT:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is {_shown(kwargs[name])}; an xLSTM has none: leave it out")
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"model_type is {_shown(kwargs['model_type'])}; it must be {self.model_type!r}")
+        other_cap = kwargs.pop("final_logit_softcapping", output_logit_soft_cap)
+        if isinstance(output_logit_soft_cap, _DefaultFloat):
+            output_logit_soft_cap = float(other_cap) if isinstance(other_cap, _DefaultFloat) else other_cap
+        elif other_cap != output_logit_soft_cap:
+            raise ValueError(
+                f"output_logit_soft_cap is {_shown(output_logit_soft_cap)} and final_logit_softcapping is "
+                f"{_shown(other_cap)}; they are two names of one number and must be equal (give one of them)"
+            )
         own_values = kwargs.pop(_OWN_VALUES, None) or {}
+        # None is no value for all of these.
+        kwargs = {n: v for n, v in kwargs.items() if v is not None or n not in (*_ABSENT, "num_labels")}
         super().__init__(**kwargs)
         hidden_size = _Default(4096) if hidden_size is None else hidden_size
         num_hidden_layers = _Default(32) if num_hidden_layers is None else num_hidden_layers
@@ -246,7 +397,7 @@ class xLSTMConfig(PreTrainedConfig):
         return int((self.hidden_size * self.ffn_proj_factor + step - 1) // step * step)
 
     def check(self) -> None:
-        """Checks every value; models call it again, since attributes can be set after construction.
+        """Checks every value of the xLSTM's own; models call it again, since attributes can be set after construction.
 
         Raises:
             ValueError: naming the parameter, its value and what it must be.
@@ -255,9 +406,18 @@ class xLSTMConfig(PreTrainedConfig):
             "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "chunk_size",
             "ffn_round_up_to_multiple_of", "max_inference_chunksize",
         ):  # fmt: skip
+            value, most = getattr(self, name), _MOST.get(name, _MOST_OF_A_SIZE)
+            if not _is_whole(value) or not 1 <= value <= most:
+                raise ValueError(f"{name} is {_shown(value)}; it must be a whole number from 1 to {most}")
+        for name in _BOOLS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {_shown(getattr(self, name))}; it must be True or False")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            several = name == "eos_token_id" and isinstance(value, (list, tuple))
+            for token in value if several else (value,):
+                if token is not None and not (_is_whole(token) and abs(token) <= _MOST_OF_A_SIZE):
+                    raise ValueError(f"{name} is {_shown(value)}; it must be a token id or None")
         for name in ("qk_dim_factor", "v_dim_factor", "ffn_proj_factor", "norm_eps", "eps"):
             self._check_positive(name)
         for name in ("gate_soft_cap", "output_logit_soft_cap"):
@@ -272,8 +432,16 @@ class xLSTMConfig(PreTrainedConfig):
             "inference_state_dtype": DTYPES,
             "weight_mode": WEIGHT_MODES,
         }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"{name} is {_shown(value)}; it must be one of: {', '.join(choices)}")
+        for name in ("qk_dim_factor", "v_dim_factor", "ffn_proj_factor"):
+            size = self.hidden_size * getattr(self, name)
+            if size + self.ffn_round_up_to_multiple_of > _MOST_OF_A_SIZE:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which makes a layer of {size:.3g} with hidden_size "
+                    f"{self.hidden_size}; it must have at most {_MOST_OF_A_SIZE}"
+                )
         for name in ("qk_dim", "v_dim"):
             size = getattr(self, name)
             if size < 1 or size % self.num_heads:
@@ -286,14 +454,27 @@ class xLSTMConfig(PreTrainedConfig):
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not 0 < float(value) < math.inf:
-            raise ValueError(f"{name} is {value!r}; it must be a finite number greater than 0")
+        if not number or not _FLOAT32.tiny <= value <= _FLOAT32.max:  # the kernels take it as float32
+            raise ValueError(f"{name} is {_shown(value)}; it must be a number greater than 0, finite as float32")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As ``PreTrainedConfig.from_dict``.
+
+        Raises:
+            ValueError, TypeError: a value, or a name, that an xLSTM's configuration cannot have.
+        """
+        _check_names(cls, kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.check()
+        return result
 
     def to_dict(self) -> dict[str, Any]:
-        """All parameters, with both names of those that have two."""
+        """All parameters, with both names of sizes that have two."""
         values = super().to_dict()
-        for alias, name in self.attribute_map.items():
-            values[alias] = values[name]
+        for alias in ("embedding_dim", "num_blocks"):
+            values[alias] = values[self.attribute_map[alias]]
         return values
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -31,7 +31,9 @@ CHECK_EVERY = 4  # steps from one look for the end to the next; divides CHUNK
 CHECKS_AHEAD = 2  # looks that may be under way
 STEPS_TO_CAPTURE = 4  # fewer do not pay for capturing
 KEPT = 4  # decoders, and graphs of each, that a model keeps
-KEPT_BYTES = 256 * 2**20  # of states and graphs together that a model keeps for the next call; more is freed at the end
+# Of states and graphs together that a model keeps for the next call; more is freed at the end. At least so many bytes,
+# and of a GPU's memory a 48th: a row of the 7B model takes 128 MiB, and capturing anew costs a call some 0.1 s.
+KEPT_BYTES, KEPT_SHARE = 256 * 2**20, 48
 FIRST_ROOM = 256  # new tokens that there is room for at first; doubled as needed
 
 # These look at the scores only, and are captured with the step; others (subclasses, too) run between the steps.
@@ -285,6 +287,13 @@ def _weights_key(model: Any) -> tuple:
     return (autocast, model.training, *((t.data_ptr(), t.dtype) for t in model.parameters()))
 
 
+def kept_bytes(device: torch.device) -> int:
+    """How much a model may keep on the device for the next call."""
+    if device.type != "cuda":
+        return KEPT_BYTES
+    return max(KEPT_BYTES, torch.cuda.get_device_properties(device).total_memory // KEPT_SHARE)
+
+
 class _Decoders:
     """The decoders of a model that are not in use, by batch size and what else their tensors depend on."""
 
@@ -297,11 +306,12 @@ class _Decoders:
 
     def keep(self, key: tuple, decoder: Decoder) -> None:
         """Keeps a decoder for the next call, at the cost of others used longer ago."""
-        if decoder.nbytes > KEPT_BYTES:
+        room = kept_bytes(decoder.token.device)
+        if decoder.nbytes > room:
             return
         self._idle.pop(key, None)
         self._idle[key] = decoder
-        while len(self._idle) > KEPT or sum(idle.nbytes for idle in self._idle.values()) > KEPT_BYTES:
+        while len(self._idle) > KEPT or sum(idle.nbytes for idle in self._idle.values()) > room:
             self._idle.popitem(last=False)
 
     def warn(self, error: Exception) -> None:
@@ -374,7 +384,7 @@ class Session:
         batch, device = self.sequences.shape[0], self.sequences.device
         decoders = _decoders.setdefault(self.model, _Decoders())
         key = (batch, device, self.cache.dtype, torch.is_inference_mode_enabled())
-        kept = self.cache.nbytes <= KEPT_BYTES  # else the states would not be kept: no use in a copy of them
+        kept = self.cache.nbytes <= kept_bytes(device)  # else the states would not be kept: no use in a copy of them
         decoder = decoders.take(key, batch, device) if kept else Decoder(batch, device)
         decoder.inputs_on = self.model._inputs_device(self.sequences)
         try:

@@ -131,7 +131,8 @@ class xLSTMGenerationMixin(GenerationMixin):
     def release_graphs(self) -> None:
         """Frees what decoding keeps for the next call: CUDA graphs with their memory, and the states they work on.
 
-        That is at most ``decoding.KEPT_BYTES`` (256 MiB) for a model; what is larger is freed when ``generate`` ends.
+        That is at most 256 MiB for a model, or a 48th of the GPU's memory; what is larger is freed when ``generate``
+        ends.
         Caches that ``generate`` has returned are the caller's.
         """
         decoding.release(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -21,6 +22,24 @@ from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
 from flash_xlstm.nn import FeedForward, RMSNorm, check_weight_mode, linear, mLSTMBlock, mLSTMLayer
+
+# Arguments that pack several sequences into one row.
+_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k")
+
+# Arguments of transformers' machinery without a meaning here, and the value that agrees with what the model does;
+# Ellipsis for any.
+_WITHOUT_EFFECT = {
+    "token_type_ids": ...,  # tokenizers return them
+    "output_attentions": ...,  # there are none to return
+    "cache_position": ...,  # checked where the inputs are known
+    "is_causal": True,
+    "output_router_logits": False,
+}
+
+_FOR_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+# The dtypes a head's input takes from its weight: others are a quantized weight's, whose layer takes what comes.
+_HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # The default chunk_size leaves the choice to the compiled kernels.
 _DEFAULT_CHUNK_SIZE = 64
@@ -38,7 +57,12 @@ def _gate_bias(gate: str, num_heads: int) -> Tensor:
 
 
 class _StateOutput(ModelOutput):
-    """An output with `cache_params`, which also goes by the name `cache`, as transformers 5.24 calls it."""
+    """An output with `cache_params`, which also goes by the name `cache`, as transformers 5.24 calls it.
+
+    `attentions` is None, always: transformers' generic heads and its generation read it, and there are none.
+    """
+
+    attentions = None
 
     @property
     def cache(self) -> xLSTMCache | None:
@@ -182,6 +206,24 @@ class xLSTMPreTrainedModel(PreTrainedModel):
             module.set_weight_mode(mode)
         self.config.weight_mode = mode
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``PreTrainedModel.to``.
+
+        Raises:
+            ValueError: weights have no data, as where they were loaded by names that the weight mode does not have.
+        """
+        try:
+            return super().to(*args, **kwargs)
+        except NotImplementedError as error:
+            empty = [name for name, p in self.named_parameters() if p.is_meta]
+            if not empty:
+                raise
+            raise ValueError(
+                f"{len(empty)} weights, {empty[0]} among them, are on the meta device: they were not loaded. In a "
+                "checkpoint of the other weight mode than the model's they have other names: load it by "
+                "from_pretrained or load_state_dict, which convert it, or build the model in the checkpoint's mode"
+            ) from error
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -191,8 +233,21 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """As ``PreTrainedModel.from_pretrained``. A checkpoint in the other weight mode than the
-        configuration's is converted once it is loaded."""
+        configuration's is converted once it is loaded, or before, where it is to be quantized.
+
+        Raises:
+            ValueError: the checkpoint is quantized, and in the other weight mode.
+        """
         found, wanted = checkpoints.weight_modes(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        if found != wanted:
+            stored = checkpoints.stored_quantization(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+            if stored is not None:
+                raise ValueError(
+                    f"weight_mode is {wanted!r}; it must be {found!r}: the checkpoint is quantized in that mode, and "
+                    "quantized weights are neither stacked nor split"
+                )
+            if kwargs.get("quantization_config") is not None:
+                return cls._from_converted(pretrained_model_name_or_path, *args, config=config, mode=wanted, **kwargs)
         if found != wanted:
             if hasattr(config, "weight_mode"):
                 config = copy.deepcopy(config)
@@ -206,12 +261,41 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         model._tie_equal_weights()
         return loaded
 
+    @classmethod
+    def _from_converted(cls, path: Any, *args: Any, config: Any, mode: str, **kwargs: Any) -> Any:
+        """``from_pretrained`` of weights that are brought into another weight mode first."""
+        hub = {name: kwargs.pop(name) for name in checkpoints.HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            read = cls.config_class.from_pretrained(path if config is None else config, **hub)
+            names = ({*vars(read), *read.attribute_map} & kwargs.keys()) - {"dtype"}
+            own = {name: kwargs.pop(name) for name in names}
+            config = cls.config_class.from_dict(read.to_dict(), **own)
+        config = copy.deepcopy(config)
+        config.weight_mode = mode
+        with torch.device("meta"):
+            skeleton = cls(copy.deepcopy(config))
+        options = {"state_dict": kwargs.pop("state_dict", None), "variant": kwargs.pop("variant", None), **hub}
+        weights = checkpoints.converted_state_dict(skeleton, path, options, mode)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=weights, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None:
+            model.config.name_or_path = model.name_or_path = os.fspath(path)
+            if model.can_generate():
+                with contextlib.suppress(OSError):  # there need not be one
+                    model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+        model._tie_equal_weights()
+        return loaded
+
     def _tie_equal_weights(self) -> None:
         """Ties what the configuration ties. Older transformers leave it untied if a checkpoint holds both weights."""
-        head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
-        if head is None or not self.config.tie_word_embeddings or head.weight is embeddings.weight:
+        if not self.config.tie_word_embeddings:
             return
-        if not head.weight.is_meta and not embeddings.weight.is_meta and torch.equal(head.weight, embeddings.weight):
+        head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
+        if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
+            return
+        if head.weight is embeddings.weight or head.weight.is_meta or embeddings.weight.is_meta:
+            return
+        if torch.equal(head.weight, embeddings.weight):
             head.weight = embeddings.weight
 
     def save_pretrained(
@@ -256,6 +340,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: xLSTMCache | None = None,
+        past_key_values: xLSTMCache | None = None,
+        position_ids: Tensor | None = None,
         hidden_to_keep: int = 0,
         **kwargs: Any,
     ) -> xLSTMOutput | tuple:
@@ -267,19 +353,29 @@ class xLSTMModel(xLSTMPreTrainedModel):
             cache_params: continue from this cache, and advance it.
             use_cache: return a cache. Default: yes if `cache_params` is given; else what the configuration
                 says, but not in training (training mode with gradients on).
-            attention_mask: (batch, seq or longer), nonzero where there is a token; of a longer mask the last
-                seq columns count. Padding, on whichever side, leaves the states alone; what comes out there
-                means nothing.
+            attention_mask: (batch, seq or longer), 1 where there is a token and 0 elsewhere; of a longer mask the
+                last seq columns count. Padding, on whichever side, leaves the states alone; what comes out there
+                is what a token that is read and not remembered sees.
             output_hidden_states: return those of every layer.
             return_dict: False for a tuple without the entries that are None.
-            cache: what transformers 5.24 calls `cache_params`.
+            cache, past_key_values: other names of `cache_params`.
+            position_ids: (batch, seq) or (1, seq), which change nothing: a row is one sequence, so that they must count
+                up by one from token to token. On CUDA the check waits for the GPU.
             hidden_to_keep: of an input in several pieces, hidden states of at least the last so many positions are
                 enough; 0 for all. Memory then does not grow with the sequence.
+            kwargs: what transformers passes to every model and does not matter to this one: None under any name,
+                `token_type_ids`, `output_attentions` (no layer has any: `attentions` is None), `is_causal` if True,
+                `output_router_logits` if False, and `cache_position`, checked as `position_ids` are.
 
         Raises:
-            ValueError: arguments that contradict each other or do not fit.
+            TypeError: an argument that the model does not know, or a cache of another model.
+            ValueError: arguments that contradict each other or do not fit; sequences packed into one row (by
+                `position_ids`, `seq_idx`, `cu_seq_lens_q` and their like, or an `attention_mask` of documents), which
+                would leak into each other.
         """
-        cache_params = one_cache(cache_params=cache_params, cache=cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache, past_key_values=past_key_values)
+        if kwargs:
+            _check_unused(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
@@ -296,6 +392,11 @@ class xLSTMModel(xLSTMPreTrainedModel):
             return_dict = self.config.return_dict
         batch, seq = inputs.shape[:2]
         padding = _padding(attention_mask, inputs)
+        seen = 0 if cache_params is None else cache_params.get_seq_length()
+        if position_ids is not None:
+            _check_positions("position_ids", position_ids, inputs, padding, seen)
+        if kwargs.get("cache_position") is not None:
+            _check_positions("cache_position", kwargs["cache_position"][None], inputs, None, seen)
 
         states: list[Any] = [None] * len(self.blocks)
         slots = None
@@ -430,27 +531,36 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: xLSTMCache | None = None,
+        past_key_values: xLSTMCache | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> xLSTMCausalLMOutput | tuple:
         """Logits, and with `labels` the loss.
 
         Args:
-            input_ids, inputs_embeds, cache_params, cache, attention_mask, output_hidden_states, return_dict: as
-                in :meth:`xLSTMModel.forward`.
+            input_ids, inputs_embeds, cache_params, cache, past_key_values, attention_mask, output_hidden_states,
+                return_dict, position_ids: as in :meth:`xLSTMModel.forward`.
             labels: (batch, seq) token ids, normally `input_ids` again: position t is compared with the logits
-                of position t - 1. Those of -100, those at padding and those whose predecessor is padding do
-                not count.
+                of position t - 1. Those of -100 and those at padding do not count, nor do those of position 0. The
+                first token behind padding on the left counts, as it does where transformers counts the labels of a
+                batch: the padding before it stands for the beginning of the sequence, a token that sees itself only.
             use_cache: as in :meth:`xLSTMModel.forward`; with labels and gradients the default is no.
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions a 1-D
                 tensor holds.
-            kwargs: ``num_items_in_batch`` divides the summed loss by this instead of the number of labels.
+            kwargs: ``num_items_in_batch`` divides the summed loss by this instead of the number of labels that count;
+                ``ignore_index`` counts as -100 does; ``shift_labels`` (batch, seq), used as they are in place of
+                `labels`, say for each position which token follows; ``num_logits_to_keep`` is `logits_to_keep`; the
+                rest as in :meth:`xLSTMModel.forward`.
 
         Raises:
-            ValueError: arguments that contradict each other or do not fit.
+            TypeError, ValueError: as :meth:`xLSTMModel.forward` does.
         """
-        cache_params = one_cache(cache_params=cache_params, cache=cache)
+        cache_params = one_cache(cache_params=cache_params, cache=cache, past_key_values=past_key_values)
+        for_loss = {name: kwargs.pop(name) for name in _FOR_LOSS if kwargs.get(name) is not None} if kwargs else {}
         if kwargs.get("num_logits_to_keep") is not None:
             logits_to_keep = kwargs.pop("num_logits_to_keep")
+        if labels is None:
+            labels = for_loss.get("shift_labels")
         if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
             use_cache = False
         if return_dict is None:
@@ -463,7 +573,9 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             attention_mask,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            position_ids=position_ids,
             hidden_to_keep=0 if isinstance(logits_to_keep, Tensor) else logits_to_keep,
+            **kwargs,
         )
         hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -478,8 +590,8 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
                 raise ValueError(
                     f"labels has shape {tuple(labels.shape)}; it must be that of the logits, {tuple(logits.shape[:2])}"
                 )
-            labels = _mask_labels(labels, attention_mask)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            labels = _mask_labels(labels, attention_mask, for_loss.get("ignore_index", -100))
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss)
 
         output = xLSTMCausalLMOutput(
             loss=loss,
@@ -490,7 +602,9 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = linear(self.lm_head, hidden.to(self.lm_head.weight.dtype))
+        # A head that was put in place of ours has perhaps no weight, or a quantized one.
+        dtype = getattr(getattr(self.lm_head, "weight", None), "dtype", None)
+        logits = linear(self.lm_head, hidden.to(dtype) if dtype in _HEAD_DTYPES else hidden)
         if logits.dtype == torch.float64:
             return plain.soft_cap(logits, self.config.output_logit_soft_cap)
         return ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)
@@ -505,23 +619,73 @@ def _where_it_runs(block: nn.Module, x: Tensor, state: Any) -> Any:
     return state if state[0].device == device else tuple(t.to(device) for t in state)
 
 
+def _check_unused(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name in _PACKING:
+            raise ValueError(
+                f"{name} is given, but a row holds one sequence: the state of one packed sequence would run on into "
+                "the next; give each a row of its own, with an attention_mask"
+            )
+        if name not in _WITHOUT_EFFECT:
+            raise TypeError(f"{name} is no argument of the model")
+        meant = _WITHOUT_EFFECT[name]
+        if meant is not ... and value is not meant:
+            raise ValueError(f"{name} is {value!r}; it must be {meant}")
+
+
 def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Where a token must leave the states alone: (batch, seq) bool."""
     if attention_mask is None:
         return None
     batch, seq = x.shape[:2]
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; it must be a tensor")
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch}, {seq}), or longer "
-            "where it covers tokens the cache has seen"
+            "where it covers tokens the cache has seen; it tells tokens from padding, not one document from the next"
         )
-    return attention_mask[:, -seq:].to(x.device) == 0
+    mask = attention_mask[:, -seq:]
+    if mask.dtype != torch.bool:
+        # Numbers of documents, or a mask to be added to scores.
+        _require(
+            ((mask == 0) | (mask == 1)).all(),
+            "attention_mask holds other values than 1, where there is a token, and 0",
+            wait=False,
+        )
+    return mask.to(x.device) == 0
 
 
-def _mask_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`labels` with -100 where the token itself or the one that predicts it is padding."""
+def _check_positions(name: str, positions: Tensor, x: Tensor, padding: Tensor | None, seen: int) -> None:
+    """Checks that positions (batch or 1, seq) of tokens count up by one, as in a row of one sequence."""
+    batch, seq = x.shape[:2]
+    if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != seq:
+        raise ValueError(f"{name} has shape {tuple(positions.shape)}; it must be ({batch}, {seq})")
+    positions = positions.to(x.device).expand(batch, seq)
+    real = torch.ones_like(positions, dtype=torch.bool) if padding is None else ~padding
+    start = positions - real.cumsum(1)  # the same for every token of a sequence
+    first = start.gather(1, real.byte().argmax(1, keepdim=True))
+    fits = (start == first) & (first >= 0) if seen else start == first
+    _require(
+        (fits | ~real).all(),
+        f"{name} must count up by one from token to token, and not from 0 behind a cache of {seen} tokens: a row holds "
+        "one sequence; give packed sequences rows of their own",
+    )
+
+
+def _require(holds: Tensor, message: str, wait: bool = True) -> None:
+    """Raises a ValueError unless `holds`, one bool, is true. Where Python cannot look at it, and with `wait` false
+    where looking would wait for a GPU, the device raises instead."""
+    if torch.compiler.is_compiling() or (holds.is_cuda and not wait):
+        torch._assert_async(holds, message)
+    elif not holds.is_meta and not holds:
+        raise ValueError(message)
+
+
+def _mask_labels(labels: Tensor, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
+    """`labels` with `ignore_index` at padding."""
     if attention_mask is None:
         return labels
-    real = attention_mask[:, -labels.shape[1] :].to(labels.device) != 0
-    counted = torch.cat([real[:, :1], real[:, 1:] & real[:, :-1]], dim=1)
-    return labels.masked_fill(~counted, -100)
+    return labels.masked_fill(attention_mask[:, -labels.shape[1] :].to(labels.device) == 0, ignore_index)

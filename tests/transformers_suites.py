@@ -1,0 +1,102 @@
+"""Runs transformers' own common test suites on this package's classes.
+
+    python tests/transformers_suites.py FOLDER [--slow] [arguments of pytest ...]
+
+FOLDER is the folder ``tests`` of a checkout of transformers, of the version that is installed. Nothing is fetched. With
+``--slow`` those tests run too that transformers runs at night. Needs pytest and parameterized.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import unittest
+from pathlib import Path
+
+_FOLDER = "FLASH_XLSTM_TRANSFORMERS_TESTS"
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not arguments or not (Path(arguments[0]) / "test_modeling_common.py").is_file():
+        sys.exit(f"{__doc__}\nFOLDER must hold test_modeling_common.py")
+    os.environ[_FOLDER] = str(Path(arguments.pop(0)).resolve())
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if "--slow" in arguments:
+        arguments.remove("--slow")
+        os.environ["RUN_SLOW"] = "1"
+    import pytest
+
+    # transformers' tests have settings of their own; those of this repository make their warnings errors.
+    sys.exit(pytest.main(["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-q", __file__, *arguments]))
+
+FOLDER = Path(os.environ[_FOLDER])
+sys.path.insert(0, str(FOLDER.parent))
+sys.modules.pop("tests", None)
+
+import importlib  # noqa: E402
+
+import torch  # noqa: E402
+
+from flash_xlstm.models import register, xLSTMCache, xLSTMConfig, xLSTMForCausalLM, xLSTMModel  # noqa: E402
+
+_theirs = lambda name: importlib.import_module(f"{FOLDER.name}.{name}")  # noqa: E731
+common, generation = _theirs("test_modeling_common"), _theirs("generation.test_utils")
+pipelines, configuration = _theirs("test_pipeline_mixin"), _theirs("test_configuration_common")
+
+register()  # the Auto classes too
+
+
+class _Tester:
+    """The model and the inputs that the suites ask for."""
+
+    batch_size, seq_length, vocab_size = 13, 7, 99
+    hidden_size, num_hidden_layers, num_heads = 128, 2, 2
+    is_training = True
+    pad_token_id = bos_token_id = eos_token_id = vocab_size - 1
+
+    def get_config(self) -> xLSTMConfig:
+        return xLSTMConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_heads=self.num_heads,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[xLSTMConfig, dict[str, torch.Tensor]]:
+        return self.get_config(), {"input_ids": common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)}
+
+
+class xLSTMTest(
+    common.ModelTesterMixin, generation.GenerationTesterMixin, pipelines.PipelineTesterMixin, unittest.TestCase
+):
+    all_model_classes = (xLSTMModel, xLSTMForCausalLM)
+    all_generative_model_classes = (xLSTMForCausalLM,)
+    pipeline_model_mapping = {"feature-extraction": xLSTMModel, "text-generation": xLSTMForCausalLM}  # noqa: RUF012
+    has_attentions = False
+
+    def setUp(self) -> None:
+        self.model_tester = _Tester()
+        self.config_tester = configuration.ConfigTester(
+            self, config_class=xLSTMConfig, common_properties=["hidden_size", "num_hidden_layers"]
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+    # The suites know the layout of transformers' own caches only.
+
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config) -> None:
+        self.assertIsInstance(past_key_values, xLSTMCache)
+        past_key_values.check(config, batch_size)
+        self.assertEqual(past_key_values.get_seq_length(), seq_length)
+
+    _check_cache_for_generate = _check_past_key_values_for_generate
+
+    def _check_caches_are_equal(self, cache1: xLSTMCache, cache2: xLSTMCache) -> None:
+        self.assertEqual(cache1.get_seq_length(), cache2.get_seq_length())
+        for layer, state in cache1.rnn_state.items():
+            for a, b in zip(state, cache2.rnn_state[layer], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
