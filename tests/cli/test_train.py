@@ -95,6 +95,28 @@ def test_killed_and_resumed_equals_uninterrupted(train, start, resume, weights, 
     assert not leftovers(run)
 
 
+@pytest.mark.parametrize("change", [{"weight_mode": "fused"}, {"tie_word_embeddings": True}])
+def test_resumed_models_in_another_form_equal_uninterrupted(text, weights, tmp_path, change):
+    path = tmp_path / "config.json"
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 1}
+    path.write_text(json.dumps({**sizes, **change}))
+    options = ["--data", str(text), "--config", str(path), "--steps", "8", "--device", "cpu", "--threads", "1"]
+    options += ["--batch-size", "2", "--sequence-length", "32", "--warmup", "2", "--learning-rate", "1e-2"]
+    assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
+
+    save = Trainer.save
+
+    def stop_after(self):
+        folder = save(self)
+        raise KeyboardInterrupt if self.step == 4 else AssertionError(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "save", stop_after)
+        assert main(["train", *options, "--save-every", "4", "--out", str(tmp_path / "run")]) == 130
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert _same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_where(train, resume, weights, monkeypatch, error_line, number):
     step = Trainer._train_step

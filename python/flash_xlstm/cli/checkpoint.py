@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from flash_xlstm.models.checkpoints import weight_modes
 STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
 _PARTIAL = ".partial"
+_NAME = re.compile(r"checkpoint-[0-9]{1,19}")
 
 # A command's output is its own: no advice and no progress bars of the library's.
 transformers_logging.set_verbosity_error()
@@ -39,12 +41,13 @@ transformers_logging.disable_progress_bar()
 
 def newest(run: Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder."""
-    found = {}
-    for path in run.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return found[max(found)] if found else None
+    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def locate(path: str) -> Path:
@@ -136,7 +139,7 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
     Raises:
         CommandError: the checkpoint is not whole.
     """
-    with _readable(folder):
+    with readable(folder):
         _check_sizes(folder)
         model, report = xLSTMForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
@@ -177,8 +180,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     if not (folder / STATE).is_file():
         raise CommandError(f"cannot resume: {folder} has no {STATE}")
-    with _readable(folder):
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    with readable(folder / STATE):
+        try:
+            return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to run what is in there
+            raise ValueError("it is cut off, or holds other things than numbers, strings and tensors") from error
 
 
 def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
@@ -259,12 +265,14 @@ def _first_os_error(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong in reading a folder, its contents are to blame."""
+def readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading a checkpoint folder, or a file of one, its contents are to blame."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
-        raise CommandError(f"corrupt checkpoint {folder}: {reason(error)}") from error
+        raise CommandError(f"corrupt checkpoint {path}: {reason(error)}") from error
 
 
 def _partial(path: Path) -> Path:
@@ -273,7 +281,7 @@ def _partial(path: Path) -> Path:
 
 def _remove_others(run: Path, keep: Path | None) -> None:
     for path in run.glob("checkpoint-*"):
-        if path != keep and re.fullmatch(r"checkpoint-\d+", path.name):
+        if path != keep and _NAME.fullmatch(path.name):
             # Renamed first: half a checkpoint must never bear a checkpoint's name.
             os.replace(path, _partial(path))
     for path in run.glob(f".checkpoint-*{_PARTIAL}"):
