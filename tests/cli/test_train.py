@@ -319,6 +319,101 @@ def test_sizes_that_do_not_divide(train, error_line):
     assert not run.exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", 10**18), "--batch-size 1000000000000000000"),
+        (("--hidden-size", 2**40), "a model of"),
+        (("--layers", 10**15), "a model of"),
+        (("--config", "config.json"), "a model of"),
+    ],
+)
+def test_sizes_that_no_memory_holds(train, tmp_path, error_line, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    large = {"vocab_size": 256, "hidden_size": 2**22, "num_hidden_layers": 100, "num_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    if "--config" in options:
+        code, run = main(["train", "--data", "text.txt", "--out", "run", *options, "--device", "cpu"]), tmp_path / "run"
+    else:
+        code, run = train(*options)
+    line = error_line()
+    assert code == 2 and line.startswith("error: not enough memory: ") and message in line and "GiB" in line
+    assert not run.exists()
+
+
+def test_numbers_without_end_are_taken(train, resume, capsys):
+    most = 2**63 - 1
+    options = ["--steps", most, "--warmup", most, "--save-every", most, "--eval-every", most, "--log-every", most]
+    assert train(*options, "--time-limit", 0.2)[0] == 0
+    assert resume("--time-limit", 0.2)[0] == 0
+    assert f"of {most}; --resume goes on" in capsys.readouterr().out
+
+
+def test_a_signal_within_a_step(train, monkeypatch, error_line):
+    """A step of many batches is not waited for."""
+    from flash_xlstm.cli.data import Batches
+
+    item, seen = Batches.__getitem__, []
+
+    def interrupted(self, number):
+        seen.append(number)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(seen) < 9
+        return item(self, number)
+
+    monkeypatch.setattr(Batches, "__getitem__", interrupted)
+    code, run = train("--steps", 3, "--accumulate", 10**18)
+    assert code == 130 and "step 0 of 3 is saved" in error_line()
+    assert not _state(run)["optimizer"]["state"]
+
+
+def test_held_out_text_that_diverges(train, monkeypatch, error_line):
+    monkeypatch.setattr(Trainer, "held_out", lambda self: float("inf"))
+    assert train("--steps", 2)[0] == 2
+    assert "training diverged: at step 0 the held-out bits per byte are inf" in error_line()
+
+
+def _last_id(values, number):
+    name = max(values["model"]["vocab"], key=values["model"]["vocab"].get)
+    values["model"]["vocab"][name] = number
+
+
+def _special_id(values, number):
+    values["post_processor"]["special_tokens"]["<s>"]["ids"] = [number]
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "message"),
+    [
+        (_last_id, 2**31, "not enough memory"),
+        (_last_id, 2**32 - 1, "not enough memory"),
+        (_last_id, 5, "the tokenizer cannot be saved and read again"),
+        (_special_id, 300, "the tokenizer gives the id 300, and its vocabulary ends at 299"),
+        (_special_id, 2**32 - 1, "the tokenizer gives the id 4294967295"),
+        (lambda values, number: values["post_processor"].update(special_tokens={}), 0, "cannot"),
+        (lambda values, number: values["model"].update(continuing_subword_prefix="é"), 0, "cannot"),
+        (lambda values, number: values.pop("model"), 0, "cannot read tokenizer"),
+    ],
+)
+def test_odd_tokenizers(train, tokenizer_file, error_line, change, number, message):
+    values = json.loads(tokenizer_file.read_text())
+    change(values, number)
+    tokenizer_file.write_text(json.dumps(values))
+    code, run = train("--tokenizer", tokenizer_file, "--steps", 2)
+    assert code == 2 and message in error_line()
+    assert not run.exists()
+
+
+def test_a_tokenizer_with_gaps_between_its_ids(train, tokenizer_file, capsys):
+    values = json.loads(tokenizer_file.read_text())
+    _last_id(values, 400)
+    tokenizer_file.write_text(json.dumps(values))
+    code, run = train("--tokenizer", tokenizer_file, "--steps", 2)
+    assert code == 0 and json.loads((checkpoint.newest(run) / "config.json").read_text())["vocab_size"] == 401
+    assert main(["generate", str(run), "1: the", "--max-new-tokens", "3"]) == 0
+
+
 def test_no_such_device(tmp_path, text, error_line):
     for device in ("cuda:63", "meta", "nonsense"):
         assert main(["train", "--data", str(text), "--out", str(tmp_path / "run"), "--device", device]) == 2

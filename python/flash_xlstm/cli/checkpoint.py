@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from flash_xlstm.cli.data import BYTES, load_tokenizer
+from flash_xlstm.cli.data import BYTES, load_tokenizer, vocabulary_size
 from flash_xlstm.cli.errors import CommandError, reason
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.models.checkpoints import weight_modes
@@ -141,13 +142,25 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
     """
     with readable(folder):
         _check_sizes(folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file():  # from_pretrained goes without one that it cannot read
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
         model, report = xLSTMForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise CommandError(f"corrupt checkpoint {folder}: weights do not fit config.json, among them {wrong[0]}")
+    for name, ids in special_tokens(model).items():
+        listed = ids if name == "eos_token_id" and isinstance(ids, list) and ids else [ids]
+        if any(token is not None and (type(token) is not int or abs(token) >= 2**31) for token in listed):
+            raise CommandError(f"corrupt checkpoint {folder}: {name} is {str(ids)[:80]!r}; it must be a token id")
     return model
+
+
+def special_tokens(model: xLSTMForCausalLM) -> dict[str, Any]:
+    """The ids of padding, begin and end that generation goes by."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(model.generation_config, name, None) for name in names}
 
 
 def _check_sizes(folder: Path) -> None:
@@ -162,6 +175,8 @@ def _check_sizes(folder: Path) -> None:
     if not shapes:  # from_pretrained knows other files, or what is missing
         return
     config = xLSTMConfig.from_dict(values)
+    if config.num_hidden_layers > len(shapes):  # so many blocks would take time even without memory
+        raise ValueError(f"weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}")
     config.weight_mode, _ = weight_modes(xLSTMConfig, folder, config, {})
     with torch.device("meta"):
         wanted = {name: list(t.shape) for name, t in xLSTMForCausalLM(config).state_dict().items()}
@@ -217,10 +232,10 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: str) -
             f"the vocabulary does not match: {where} has vocab_size {vocab_size}; bytes need {BYTES} "
             "(give --tokenizer for another)"
         )
-    if tokenizer is not None and vocab_size < tokenizer.get_vocab_size():
+    if tokenizer is not None and vocab_size < vocabulary_size(tokenizer):
         raise CommandError(
             f"the vocabulary does not match: {where} has vocab_size {vocab_size}, but the tokenizer has "
-            f"{tokenizer.get_vocab_size()} tokens"
+            f"{tokenizer.get_vocab_size()} tokens with ids up to {vocabulary_size(tokenizer) - 1}"
         )
 
 
@@ -235,7 +250,7 @@ def read_config(path: Path) -> xLSTMConfig:
         if not isinstance(values, dict):
             raise ValueError("it must hold a JSON object")
         return xLSTMConfig.from_dict(values)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # transformers has errors of its own, and nesting may be too deep
         raise CommandError(f"cannot use the configuration {path}: {reason(error)}") from error
 
 

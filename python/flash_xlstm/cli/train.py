@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from flash_xlstm.cli import checkpoint, state
-from flash_xlstm.cli.data import BYTES, load_corpus, load_tokenizer
+from flash_xlstm.cli.data import BYTES, check_tokenizer, load_corpus, load_tokenizer, vocabulary_size
 from flash_xlstm.cli.device import choose_device
-from flash_xlstm.cli.errors import CommandError
+from flash_xlstm.cli.errors import CommandError, reason
 from flash_xlstm.cli.settings import MODEL_SIZES, PATHS, RunOptions, TrainSettings, flag, pick
 from flash_xlstm.cli.trainer import Trainer
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
@@ -51,8 +51,10 @@ def prepare(given: dict[str, Any], options: RunOptions) -> Trainer:
     settings = dataclasses.replace(settings, dtype=_resolve_dtype(settings.dtype, device))
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     config = _configuration(settings, given, tokenizer)
-    corpus = load_corpus(settings.data, options.out, tokenizer, settings.held_out, settings.sequence_length)
     _check_memory(settings, config, device)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    corpus = load_corpus(settings.data, options.out, tokenizer, settings.held_out, settings.sequence_length)
     torch.manual_seed(settings.seed)
     model = xLSTMForCausalLM(config).to(device)
     return Trainer(settings, options, corpus, tokenizer, model)
@@ -150,7 +152,7 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
         return config
     try:
         return xLSTMConfig(
-            vocab_size=BYTES if tokenizer is None else tokenizer.get_vocab_size(),
+            vocab_size=BYTES if tokenizer is None else vocabulary_size(tokenizer),
             hidden_size=settings.hidden_size,
             num_hidden_layers=settings.layers,
             num_heads=settings.heads,
@@ -158,8 +160,8 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
             bos_token_id=None,
             eos_token_id=None,
         )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise CommandError(reason(error)) from error
 
 
 def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.device) -> None:
