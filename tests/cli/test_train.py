@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -167,6 +169,24 @@ def test_a_finished_run_resumes_to_itself(train, resume, weights):
     before = weights(run)
     assert resume()[0] == 0
     assert _same(before, weights(run))
+
+
+def test_memory_does_not_grow(train, monkeypatch):
+    """What Python holds after 60 steps and 6 checkpoints is what it holds after 20 and 2, but for the rows of the
+    history."""
+    held, after = {}, Trainer._after_step
+
+    def measured(self, bar):
+        after(self, bar)
+        if self.step in (20, 60):
+            gc.collect()
+            held[self.step] = len(gc.get_objects()), sys.getallocatedblocks()
+
+    monkeypatch.setattr(Trainer, "_after_step", measured)
+    assert train("--steps", 61, "--save-every", 10, "--accumulate", 2)[0] == 0
+    (objects, blocks), (more_objects, more_blocks) = held[20], held[60]
+    assert more_objects - objects < 30  # one a step would be 40
+    assert more_blocks - blocks < 1000  # of 12 rows about 10 each; one figure has thousands
 
 
 def test_accumulation_equals_a_larger_batch(train, weights):
