@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import errno
 import gc
+import io
 import json
 import os
 import signal
@@ -432,6 +433,29 @@ def test_a_tokenizer_with_gaps_between_its_ids(train, tokenizer_file, capsys):
     code, run = train("--tokenizer", tokenizer_file, "--steps", 2)
     assert code == 0 and json.loads((checkpoint.newest(run) / "config.json").read_text())["vocab_size"] == 401
     assert main(["generate", str(run), "1: the", "--max-new-tokens", "3"]) == 0
+
+
+def test_paths_that_the_terminal_cannot_show(train, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert train("--steps", 1, out="é")[0] == 0
+    out.flush()
+    assert rb"\xe9/checkpoint-1" in out.buffer.getvalue()
+
+
+def test_no_terminal_at_all(train, monkeypatch):
+    """As a shell's >&- 2>&- leaves it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    code, run = train("--steps", 1)
+    assert code == 0
+    assert main(["generate", str(run), "x", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no such names")
+def test_a_folder_whose_name_is_not_utf8(train, error_line, tmp_path):
+    assert train("--steps", 1, out="\udcff")[0] == 2
+    assert "no path that is not UTF-8" in error_line()
 
 
 def test_no_such_device(tmp_path, text, error_line):

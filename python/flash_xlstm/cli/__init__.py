@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for an error, told in one line; 130 if interrupted.
     """
+    _open_streams()
     try:
         args = _parser().parse_args(argv)
         return _import(args.command).run(args)
@@ -90,11 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             text = reason(error)
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            text = "not enough memory; try a smaller --batch-size (and --accumulate more of them)"
+            text = "not enough memory"
+            if args.command == "train":
+                text += "; try a smaller --batch-size (and --accumulate more of them)"
         else:
             raise
         print(f"flash-xlstm: error: {text}", file=sys.stderr)
         return 2
+
+
+def _open_streams() -> None:
+    """Sees to it that there is an output, which a shell's >&- closes, and that no character of a path breaks it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _import(command: str) -> ModuleType:

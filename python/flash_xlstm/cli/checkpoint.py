@@ -73,6 +73,10 @@ def open_run(run: Path) -> None:
         CommandError: it cannot.
     """
     try:
+        os.fspath(run).encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(f"cannot write to {run}: safetensors reads no path that is not UTF-8") from error
+    try:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
             pass
