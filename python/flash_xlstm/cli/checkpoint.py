@@ -178,7 +178,8 @@ def _check_sizes(folder: Path) -> None:
             shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
     if not shapes:  # from_pretrained knows other files, or what is missing
         return
-    config = xLSTMConfig.from_dict(values)
+    with readable(folder / "config.json"):
+        config = xLSTMConfig.from_dict(values)
     if config.num_hidden_layers > len(shapes):  # so many blocks would take time even without memory
         raise ValueError(f"weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}")
     config.weight_mode, _ = weight_modes(xLSTMConfig, folder, config, {})
@@ -288,7 +289,7 @@ def readable(path: Path) -> Iterator[None]:
     """Whatever goes wrong in reading a checkpoint folder, or a file of one, its contents are to blame."""
     try:
         yield
-    except MemoryError:
+    except (CommandError, MemoryError):
         raise
     except Exception as error:
         raise CommandError(f"corrupt checkpoint {path}: {reason(error)}") from error
