@@ -18,8 +18,8 @@ ODD = [
 OTHER_NAMES = [
     "attn_implementation", "_attn_implementation", "quantization_config", "rope_scaling", "rope_parameters",
     "text_config", "sub_configs", "save_pretrained", "from_dict", "attribute_map", "qk_dim", "ffn_dim", "check",
-    "id2label", "label2id", "num_labels", "flash_xlstm", "layer_types", "return_dict", "output_hidden_states", "torch_dtype",
-    "generation_config", "pruned_heads", "__class__", "__dict__", "_name_or_path", "nonsense", "",
+    "id2label", "label2id", "num_labels", "flash_xlstm", "layer_types", "return_dict", "output_hidden_states",
+    "torch_dtype", "generation_config", "pruned_heads", "__class__", "__dict__", "_name_or_path", "nonsense", "",
 ]  # fmt: skip
 
 
