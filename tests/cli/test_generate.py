@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, processors
 
 from flash_xlstm.cli import generate, main
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
@@ -139,6 +140,7 @@ def test_a_vocabulary_that_does_not_match(folder, error_line):
         (lambda config: {"model_type": "xlstm"}, "weights do not fit config.json"),
         (lambda config: {**config, "num_blocks": 3, "num_hidden_layers": 3}, "weights do not fit config.json"),
         (lambda config: {**config, "ffn_proj_factor": 50.0}, "weights do not fit config.json"),
+        (lambda config: {**config, "num_blocks": 9999, "num_hidden_layers": 9999}, "weights do not fit config.json"),
     ],
 )
 def test_no_model_is_built_that_the_weights_do_not_fit(folder, error_line, monkeypatch, change, message):
@@ -147,6 +149,47 @@ def test_no_model_is_built_that_the_weights_do_not_fit(folder, error_line, monke
     monkeypatch.setattr(xLSTMForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("built a model"))
     assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
     assert message in error_line()
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", ["x", 0.5, True, [], [0.5], {"x": 1}, 10**29])
+def test_odd_special_tokens(folder, error_line, name, value):
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
+    line = error_line()
+    assert line.startswith(f"error: corrupt checkpoint {folder}: ") and len(line) < 600
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"x"', "\0", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_odd_files(folder, error_line, name, content):
+    (folder / name).write_text(content)
+    assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
+    assert str(folder) in error_line()
+
+
+def test_a_prompt_with_ids_that_are_no_tokens(folder, error_line):
+    tokenizer = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
+    assert "the tokenizer gives the id 256, and its vocabulary ends at 0" in error_line()
+
+
+def test_a_tokenizer_that_cannot_decode(folder, error_line, monkeypatch):
+    Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).save(str(folder / "tokenizer.json"))
+
+    class Broken:
+        def __init__(self, **options):
+            pass
+
+        def step(self, tokenizer, token):
+            raise Exception("Invalid prefix encountered")
+
+    monkeypatch.setattr(generate, "DecodeStream", Broken)
+    monkeypatch.setattr(Tokenizer, "id_to_token", lambda self, token: "x")
+    assert main(["generate", str(folder), "x", "--device", "cpu"]) == 2
+    assert "the tokenizer cannot decode" in error_line()
 
 
 @pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {"weight_mode": "fused"}])

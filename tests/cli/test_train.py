@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
+import io
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -95,6 +98,28 @@ def test_killed_and_resumed_equals_uninterrupted(train, start, resume, weights, 
     assert not leftovers(run)
 
 
+@pytest.mark.parametrize("change", [{"weight_mode": "fused"}, {"tie_word_embeddings": True}])
+def test_resumed_models_in_another_form_equal_uninterrupted(text, weights, tmp_path, change):
+    path = tmp_path / "config.json"
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 1}
+    path.write_text(json.dumps({**sizes, **change}))
+    options = ["--data", str(text), "--config", str(path), "--steps", "8", "--device", "cpu", "--threads", "1"]
+    options += ["--batch-size", "2", "--sequence-length", "32", "--warmup", "2", "--learning-rate", "1e-2"]
+    assert main(["train", *options, "--out", str(tmp_path / "whole")]) == 0
+
+    save = Trainer.save
+
+    def stop_after(self):
+        folder = save(self)
+        raise KeyboardInterrupt if self.step == 4 else AssertionError(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "save", stop_after)
+        assert main(["train", *options, "--save-every", "4", "--out", str(tmp_path / "run")]) == 130
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert _same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_where(train, resume, weights, monkeypatch, error_line, number):
     step = Trainer._train_step
@@ -145,6 +170,23 @@ def test_a_finished_run_resumes_to_itself(train, resume, weights):
     before = weights(run)
     assert resume()[0] == 0
     assert _same(before, weights(run))
+
+
+def test_memory_does_not_grow(train, monkeypatch):
+    """What Python holds after 60 steps and 6 checkpoints is what it holds after 20 and 2, but for the rows of the
+    history: the figures of the checkpoints are gone, too."""
+    held, after = {}, Trainer._after_step
+
+    def measured(self, bar):
+        after(self, bar)
+        if self.step in (20, 60):
+            held[self.step] = len(gc.get_objects()), sys.getallocatedblocks()
+
+    monkeypatch.setattr(Trainer, "_after_step", measured)
+    assert train("--steps", 61, "--save-every", 10, "--accumulate", 2)[0] == 0
+    (objects, blocks), (more_objects, more_blocks) = held[20], held[60]
+    assert more_objects - objects < 30  # one a step would be 40
+    assert more_blocks - blocks < 1000  # of 12 rows about 10 each; one figure has thousands
 
 
 def test_accumulation_equals_a_larger_batch(train, weights):
@@ -295,6 +337,124 @@ def test_sizes_that_do_not_divide(train, error_line):
     code, run = train("--heads", 3)
     assert code == 2 and "num_heads" in error_line()
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", 10**18), "--batch-size 1000000000000000000"),
+        (("--hidden-size", 2**40), "a model of"),
+        (("--layers", 10**15), "a model of"),
+        (("--config", "config.json"), "a model of"),
+    ],
+)
+def test_sizes_that_no_memory_holds(train, tmp_path, error_line, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    large = {"vocab_size": 256, "hidden_size": 2**22, "num_hidden_layers": 100, "num_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    if "--config" in options:
+        code, run = main(["train", "--data", "text.txt", "--out", "run", *options, "--device", "cpu"]), tmp_path / "run"
+    else:
+        code, run = train(*options)
+    line = error_line()
+    assert code == 2 and line.startswith("error: not enough memory: ") and message in line and "GiB" in line
+    assert not run.exists()
+
+
+def test_numbers_without_end_are_taken(train, resume, capsys):
+    most = 2**63 - 1
+    options = ["--steps", most, "--warmup", most, "--save-every", most, "--eval-every", most, "--log-every", most]
+    assert train(*options, "--time-limit", 0.2)[0] == 0
+    assert resume("--time-limit", 0.2)[0] == 0
+    assert f"of {most}; --resume goes on" in capsys.readouterr().out
+
+
+def test_a_signal_within_a_step(train, monkeypatch, error_line):
+    """A step of many batches is not waited for."""
+    from flash_xlstm.cli.data import Batches
+
+    item, seen = Batches.__getitem__, []
+
+    def interrupted(self, number):
+        seen.append(number)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(seen) < 9
+        return item(self, number)
+
+    monkeypatch.setattr(Batches, "__getitem__", interrupted)
+    code, run = train("--steps", 3, "--accumulate", 10**18)
+    assert code == 130 and "step 0 of 3 is saved" in error_line()
+    assert not _state(run)["optimizer"]["state"]
+
+
+def test_held_out_text_that_diverges(train, monkeypatch, error_line):
+    monkeypatch.setattr(Trainer, "held_out", lambda self: float("inf"))
+    assert train("--steps", 2)[0] == 2
+    assert "training diverged: at step 0 the held-out bits per byte are inf" in error_line()
+
+
+def _last_id(values, number):
+    name = max(values["model"]["vocab"], key=values["model"]["vocab"].get)
+    values["model"]["vocab"][name] = number
+
+
+def _special_id(values, number):
+    values["post_processor"]["special_tokens"]["<s>"]["ids"] = [number]
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "message"),
+    [
+        (_last_id, 2**31, "not enough memory"),
+        (_last_id, 2**32 - 1, "not enough memory"),
+        (_last_id, 5, "the tokenizer cannot be saved and read again"),
+        (_special_id, 300, "the tokenizer gives the id 300, and its vocabulary ends at 299"),
+        (_special_id, 2**32 - 1, "the tokenizer gives the id 4294967295"),
+        (lambda values, number: values["post_processor"].update(special_tokens={}), 0, "cannot"),
+        (lambda values, number: values["model"].update(continuing_subword_prefix="é"), 0, "cannot"),
+        (lambda values, number: values.pop("model"), 0, "cannot read tokenizer"),
+    ],
+)
+def test_odd_tokenizers(train, tokenizer_file, error_line, change, number, message):
+    values = json.loads(tokenizer_file.read_text())
+    change(values, number)
+    tokenizer_file.write_text(json.dumps(values))
+    code, run = train("--tokenizer", tokenizer_file, "--steps", 2)
+    assert code == 2 and message in error_line()
+    assert not run.exists()
+
+
+def test_a_tokenizer_with_gaps_between_its_ids(train, tokenizer_file, capsys):
+    values = json.loads(tokenizer_file.read_text())
+    _last_id(values, 400)
+    tokenizer_file.write_text(json.dumps(values))
+    code, run = train("--tokenizer", tokenizer_file, "--steps", 2)
+    assert code == 0 and json.loads((checkpoint.newest(run) / "config.json").read_text())["vocab_size"] == 401
+    assert main(["generate", str(run), "1: the", "--max-new-tokens", "3"]) == 0
+
+
+def test_paths_that_the_terminal_cannot_show(train, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert train("--steps", 1, out="é")[0] == 0
+    out.flush()
+    assert rb"\xe9/checkpoint-1" in out.buffer.getvalue()
+
+
+def test_no_terminal_at_all(train, monkeypatch):
+    """As a shell's >&- 2>&- leaves it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    code, run = train("--steps", 1)
+    assert code == 0
+    assert main(["generate", str(run), "x", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no such names")
+def test_a_folder_whose_name_is_not_utf8(train, error_line, tmp_path):
+    assert train("--steps", 1, out="\udcff")[0] == 2
+    assert "no path that is not UTF-8" in error_line()
 
 
 def test_no_such_device(tmp_path, text, error_line):

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from flash_xlstm.cli.errors import CommandError, Interrupted, reason
-from flash_xlstm.cli.settings import RunOptions, TrainSettings, flag
+from flash_xlstm.cli.settings import (
+    DTYPES,
+    FRACTION,
+    NOT_NEGATIVE_FLOAT,
+    NUMBERS,
+    POSITIVE_FLOAT,
+    POSITIVE_INT,
+    THREADS,
+    WHOLE_NUMBER,
+    RunOptions,
+    TrainSettings,
+    flag,
+)
 from flash_xlstm_command import interrupt_ends_imports
 
 _TRAIN_HELP = """
@@ -60,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for an error, told in one line; 130 if interrupted.
     """
+    _open_streams()
     try:
         args = _parser().parse_args(argv)
         return _import(args.command).run(args)
@@ -79,11 +92,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             text = reason(error)
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            text = "not enough memory; try a smaller --batch-size (and --accumulate more of them)"
+            text = "not enough memory"
+            if args.command == "train":
+                text += "; try a smaller --batch-size (and --accumulate more of them)"
         else:
             raise
         print(f"flash-xlstm: error: {text}", file=sys.stderr)
         return 2
+
+
+def _open_streams() -> None:
+    """Sees to it that there is an output, which a shell's >&- closes, and that no character of a path breaks it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _import(command: str) -> ModuleType:
@@ -120,39 +144,39 @@ def _add_train(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = _Options(parser.add_argument_group("data"), TrainSettings)
-    data.add("data", str, _DATA_HELP, metavar="PATH")
-    data.add("tokenizer", str, "tokenizer.json of the tokenizers library; default: bytes", metavar="FILE")
-    data.add("held_out", _positive_int, "bytes at the end of the data to hold out, at most a tenth of it")
+    data.add("data", _DATA_HELP, metavar="PATH")
+    data.add("tokenizer", "tokenizer.json of the tokenizers library; default: bytes", metavar="FILE")
+    data.add("held_out", "bytes at the end of the data to hold out, at most a tenth of it")
 
     model = _Options(parser.add_argument_group("model"), TrainSettings)
-    model.add("config", str, "xLSTMConfig as JSON, instead of the sizes below", metavar="FILE")
-    model.add("hidden_size", _positive_int, "width of the residual stream")
-    model.add("layers", _positive_int, "number of blocks")
-    model.add("heads", _positive_int, "heads of each block")
+    model.add("config", "xLSTMConfig as JSON, instead of the sizes below", metavar="FILE")
+    model.add("hidden_size", "width of the residual stream")
+    model.add("layers", "number of blocks")
+    model.add("heads", "heads of each block")
 
     course = _Options(parser.add_argument_group("training"), TrainSettings)
-    course.add("steps", _positive_int, "optimizer steps")
-    course.add("sequence_length", _positive_int, "tokens of a training sequence")
-    course.add("batch_size", _positive_int, "sequences of a batch")
-    course.add("accumulate", _positive_int, "batches whose gradients make one step")
-    course.add("learning_rate", _positive_float, "peak learning rate of AdamW")
-    course.add("final_learning_rate", _fraction, "what the cosine ends at, as a fraction of the peak")
-    course.add("warmup", _whole_number, "steps of linear warm-up")
-    course.add("weight_decay", _not_negative_float, "of matrices; biases and norms have none")
-    course.add("clip", _positive_float, "largest norm of the gradient")
-    course.add("seed", _seed, "of initialization and data order")
-    course.add("dtype", str, "auto: bfloat16 on a GPU, else float32", choices=["auto", "float32", "bfloat16"])
+    course.add("steps", "optimizer steps")
+    course.add("sequence_length", "tokens of a training sequence")
+    course.add("batch_size", "sequences of a batch")
+    course.add("accumulate", "batches whose gradients make one step")
+    course.add("learning_rate", "peak learning rate of AdamW")
+    course.add("final_learning_rate", "what the cosine ends at, as a fraction of the peak")
+    course.add("warmup", "steps of linear warm-up")
+    course.add("weight_decay", "of matrices; biases and norms have none")
+    course.add("clip", "largest norm of the gradient")
+    course.add("seed", "of initialization and data order")
+    course.add("dtype", "auto: bfloat16 on a GPU, else float32", choices=["auto", *DTYPES])
     course.switch("compile", "torch.compile the model")
 
     run = _Options(parser.add_argument_group("run"), RunOptions)
-    run.add("out", str, "folder for checkpoints, metrics and the loss curve", metavar="FOLDER")
+    run.add("out", "folder for checkpoints, metrics and the loss curve", metavar="FOLDER")
     run.switch("resume", "go on from the newest checkpoint in OUT")
-    run.add("device", str, "cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
-    run.add("threads", _threads, "CPU threads; default: one a core")
-    run.add("time_limit", _positive_float, "save and stop after so many seconds", metavar="SECONDS")
-    run.add("save_every", _positive_int, "steps between checkpoints")
-    run.add("eval_every", _whole_number, "steps between evaluations on held-out data; 0: first and last only")
-    run.add("log_every", _positive_int, "steps between points of the loss curve")
+    run.add("device", "cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+    run.add("threads", "CPU threads; default: one a core")
+    run.add("time_limit", "save and stop after so many seconds", metavar="SECONDS")
+    run.add("save_every", "steps between checkpoints")
+    run.add("eval_every", "steps between evaluations on held-out data; 0: first and last only")
+    run.add("log_every", "steps between points of the loss curve")
 
 
 def _add_generate(commands: Any) -> None:
@@ -160,14 +184,14 @@ def _add_generate(commands: Any) -> None:
     add = parser.add_argument
     add("checkpoint", help="checkpoint folder, or folder of a training run: its newest checkpoint")
     add("prompt", help="text to continue")
-    add("--max-new-tokens", type=_positive_int, default=256, metavar="N", help="(default: %(default)s)")
+    add("--max-new-tokens", type=POSITIVE_INT, default=256, metavar="N", help="(default: %(default)s)")
     add(
-        "--temperature", type=_not_negative_float, default=0.8, metavar="T",
+        "--temperature", type=NOT_NEGATIVE_FLOAT, default=0.8, metavar="T",
         help="0: always the likeliest token (default: %(default)s)",
     )  # fmt: skip
-    add("--top-k", type=_positive_int, metavar="K", help="sample from the K likeliest tokens only")
-    add("--top-p", type=_fraction, metavar="P", help="sample from the likeliest tokens that make up P only")
-    add("--seed", type=_seed, metavar="N", help="makes sampling repeatable")
+    add("--top-k", type=POSITIVE_INT, metavar="K", help="sample from the K likeliest tokens only")
+    add("--top-p", type=FRACTION, metavar="P", help="sample from the likeliest tokens that make up P only")
+    add("--seed", type=WHOLE_NUMBER, metavar="N", help="makes sampling repeatable")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 
@@ -182,7 +206,7 @@ def _add_demo(commands: Any) -> None:
     add = parser.add_argument
     add("--out", default="demo", metavar="FOLDER", help="a checkpoint there is replaced (default: %(default)s)")
     add("--data", metavar="PATH", help=_DATA_HELP)
-    add("--seconds", type=_positive_float, metavar="S", help="training time (default: 100 on the CPU, 20 on a GPU)")
+    add("--seconds", type=POSITIVE_FLOAT, metavar="S", help="training time (default: 100 on the CPU, 20 on a GPU)")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 
@@ -198,15 +222,15 @@ def _add_tasks(commands: Any) -> None:
     add("--small", action="store_true", help="smaller models, and parity only by default")
     add("--tasks", nargs="+", choices=_TASKS, metavar="TASK", help=f"of {', '.join(_TASKS)} (default: all)")
     add("--models", nargs="+", choices=("1:0", "0:1", "1:1"), metavar="A:B", help="of 1:0, 0:1, 1:1 (default: all)")
-    add("--steps", type=_positive_int, metavar="N", help="instead of each task's own number of optimizer steps")
+    add("--steps", type=POSITIVE_INT, metavar="N", help="instead of each task's own number of optimizer steps")
     add(
-        "--seconds", type=_positive_float, metavar="S",
+        "--seconds", type=POSITIVE_FLOAT, metavar="S",
         help="time for all of it: each model's training is cut to an even share of what is left (default: no limit)",
     )  # fmt: skip
     add("--eager", action="store_true", help="no CUDA graphs")
-    add("--seed", type=_seed, default=0, metavar="N", help="of weights and data (default: %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in (default: %(default)s)")
-    add("--threads", type=_threads, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
+    add("--seed", type=WHOLE_NUMBER, default=0, metavar="N", help="of weights and data (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
+    add("--threads", type=THREADS, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
 
 
@@ -218,35 +242,13 @@ class _Options:
         self.group = group
         self.settings = settings
 
-    def add(self, name: str, kind: Callable[[str], Any], text: str, **extra: Any) -> None:
+    def add(self, name: str, text: str, **extra: Any) -> None:
         default = getattr(self.settings, name)
         if default is not None:
             text += f" (default: {default})"
         if "choices" not in extra:
             extra.setdefault("metavar", "X" if isinstance(default, float) else "N")
-        self.group.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, help=text, **extra)
+        self.group.add_argument(flag(name), type=NUMBERS.get(name, str), default=argparse.SUPPRESS, help=text, **extra)
 
     def switch(self, name: str, text: str) -> None:
         self.group.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
-
-
-def _number(kind: type, low: float, text: str, *, above: bool = False, high: float = math.inf) -> Callable[[str], Any]:
-    def parse(value: str) -> Any:
-        try:
-            number = kind(value)
-        except ValueError:
-            number = math.nan
-        if not (low < number if above else low <= number) or not (number <= high and number < math.inf):
-            raise argparse.ArgumentTypeError(f"{value!r} is not {text}")
-        return number
-
-    return parse
-
-
-_positive_int = _number(int, 1, "a whole number of at least 1")
-_whole_number = _number(int, 0, "a whole number of at least 0")
-_seed = _number(int, 0, "a whole number from 0 to 2^63 - 1", high=2**63 - 1)
-_threads = _number(int, 1, "a whole number from 1 to 1024", high=1024)
-_positive_float = _number(float, 0, "a number greater than 0", above=True)
-_not_negative_float = _number(float, 0, "a number of at least 0")
-_fraction = _number(float, 0, "a number from 0 to 1", high=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from flash_xlstm.cli.data import BYTES, load_tokenizer
+from flash_xlstm.cli.data import BYTES, load_tokenizer, vocabulary_size
 from flash_xlstm.cli.errors import CommandError, reason
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.models.checkpoints import weight_modes
@@ -31,6 +33,7 @@ from flash_xlstm.models.checkpoints import weight_modes
 STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
 _PARTIAL = ".partial"
+_NAME = re.compile(r"checkpoint-[0-9]{1,19}")
 
 # A command's output is its own: no advice and no progress bars of the library's.
 transformers_logging.set_verbosity_error()
@@ -39,12 +42,13 @@ transformers_logging.disable_progress_bar()
 
 def newest(run: Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder."""
-    found = {}
-    for path in run.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return found[max(found)] if found else None
+    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def locate(path: str) -> Path:
@@ -68,6 +72,10 @@ def open_run(run: Path) -> None:
     Raises:
         CommandError: it cannot.
     """
+    try:
+        os.fspath(run).encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(f"cannot write to {run}: safetensors reads no path that is not UTF-8") from error
     try:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
@@ -136,15 +144,27 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
     Raises:
         CommandError: the checkpoint is not whole.
     """
-    with _readable(folder):
+    with readable(folder):
         _check_sizes(folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file():  # from_pretrained goes without one that it cannot read
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
         model, report = xLSTMForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
         )
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise CommandError(f"corrupt checkpoint {folder}: weights do not fit config.json, among them {wrong[0]}")
+    for name, ids in special_tokens(model).items():
+        listed = ids if name == "eos_token_id" and isinstance(ids, list) and ids else [ids]
+        if any(token is not None and (type(token) is not int or abs(token) >= 2**31) for token in listed):
+            raise CommandError(f"corrupt checkpoint {folder}: {name} is {str(ids)[:80]!r}; it must be a token id")
     return model
+
+
+def special_tokens(model: xLSTMForCausalLM) -> dict[str, Any]:
+    """The ids of padding, begin and end that generation goes by."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(model.generation_config, name, None) for name in names}
 
 
 def _check_sizes(folder: Path) -> None:
@@ -158,7 +178,10 @@ def _check_sizes(folder: Path) -> None:
             shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
     if not shapes:  # from_pretrained knows other files, or what is missing
         return
-    config = xLSTMConfig.from_dict(values)
+    with readable(folder / "config.json"):
+        config = xLSTMConfig.from_dict(values)
+    if config.num_hidden_layers > len(shapes):  # so many blocks would take time even without memory
+        raise ValueError(f"weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}")
     config.weight_mode, _ = weight_modes(xLSTMConfig, folder, config, {})
     with torch.device("meta"):
         wanted = {name: list(t.shape) for name, t in xLSTMForCausalLM(config).state_dict().items()}
@@ -177,8 +200,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     if not (folder / STATE).is_file():
         raise CommandError(f"cannot resume: {folder} has no {STATE}")
-    with _readable(folder):
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    with readable(folder / STATE):
+        try:
+            return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to run what is in there
+            raise ValueError("it is cut off, or holds other things than numbers, strings and tensors") from error
 
 
 def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
@@ -211,10 +237,10 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: str) -
             f"the vocabulary does not match: {where} has vocab_size {vocab_size}; bytes need {BYTES} "
             "(give --tokenizer for another)"
         )
-    if tokenizer is not None and vocab_size < tokenizer.get_vocab_size():
+    if tokenizer is not None and vocab_size < vocabulary_size(tokenizer):
         raise CommandError(
             f"the vocabulary does not match: {where} has vocab_size {vocab_size}, but the tokenizer has "
-            f"{tokenizer.get_vocab_size()} tokens"
+            f"{tokenizer.get_vocab_size()} tokens with ids up to {vocabulary_size(tokenizer) - 1}"
         )
 
 
@@ -229,7 +255,7 @@ def read_config(path: Path) -> xLSTMConfig:
         if not isinstance(values, dict):
             raise ValueError("it must hold a JSON object")
         return xLSTMConfig.from_dict(values)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # transformers has errors of its own, and nesting may be too deep
         raise CommandError(f"cannot use the configuration {path}: {reason(error)}") from error
 
 
@@ -259,12 +285,14 @@ def _first_os_error(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong in reading a folder, its contents are to blame."""
+def readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading a checkpoint folder, or a file of one, its contents are to blame."""
     try:
         yield
+    except (CommandError, MemoryError):
+        raise
     except Exception as error:
-        raise CommandError(f"corrupt checkpoint {folder}: {reason(error)}") from error
+        raise CommandError(f"corrupt checkpoint {path}: {reason(error)}") from error
 
 
 def _partial(path: Path) -> Path:
@@ -273,7 +301,7 @@ def _partial(path: Path) -> Path:
 
 def _remove_others(run: Path, keep: Path | None) -> None:
     for path in run.glob("checkpoint-*"):
-        if path != keep and re.fullmatch(r"checkpoint-\d+", path.name):
+        if path != keep and _NAME.fullmatch(path.name):
             # Renamed first: half a checkpoint must never bear a checkpoint's name.
             os.replace(path, _partial(path))
     for path in run.glob(f".checkpoint-*{_PARTIAL}"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import lzma
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +46,49 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         CommandError: it cannot be read.
     """
-    try:
+    with library_errors(f"cannot read tokenizer {path}"):
         return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises Exception itself
-        raise CommandError(f"cannot read tokenizer {path}: {reason(error)}") from error
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Sees to it that a tokenizer can be saved and read again, which takes time for each id up to the largest.
+
+    Raises:
+        CommandError: it cannot, since two tokens have one id, say.
+    """
+    with library_errors("the tokenizer cannot be saved and read again"):
+        Tokenizer.from_str(tokenizer.to_str())
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest token id, and one: a model needs so many embeddings. Ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
+    """The tokens of texts, one after the other.
+
+    Raises:
+        CommandError: the tokenizer fails, or gives ids that are none of its tokens'.
+    """
+    with library_errors("the tokenizer cannot encode the text"):
+        parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch(texts)]
+    ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+    size = vocabulary_size(tokenizer)
+    if len(ids) and ids.max() >= size:
+        raise CommandError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
+    return ids.view(np.int32)
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """The tokenizers library raises Exception itself, and for its bugs what is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        raise CommandError(f"{what}: {reason(error)}") from error
 
 
 def load_corpus(
@@ -186,5 +227,4 @@ def _encode(documents: list[bytes], tokenizer: Tokenizer | None, where: str) -> 
         texts = [document.decode("utf-8") for document in documents]
     except UnicodeDecodeError as error:
         raise CommandError(f"{where} is not all UTF-8 text, which a tokenizer needs; bytes need none") from error
-    encodings = tokenizer.encode_batch(texts)
-    return torch.from_numpy(np.concatenate([np.array(e.ids, dtype=np.int32) for e in encodings] or [np.empty(0, "i4")]))
+    return torch.from_numpy(encode(tokenizer, texts))

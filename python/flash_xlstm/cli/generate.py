@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from flash_xlstm.cli import checkpoint
+from flash_xlstm.cli.data import encode, library_errors
 from flash_xlstm.cli.device import choose_device
 from flash_xlstm.cli.errors import CommandError
 from flash_xlstm.models import xLSTMForCausalLM
@@ -69,15 +70,14 @@ def stream(
     Raises:
         CommandError: the prompt is empty.
     """
-    ids = list(_encode(prompt)) if tokenizer is None else tokenizer.encode(prompt).ids
+    ids = list(_bytes(prompt)) if tokenizer is None else encode(tokenizer, [prompt]).tolist()
     if not ids:
         raise CommandError("the prompt is empty; give at least one character")
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         top_k, top_p = top_k or 0, 1.0 if top_p is None else top_p
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    own = model.generation_config
-    special = {name: getattr(own, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    special = checkpoint.special_tokens(model)
     if special["pad_token_id"] is None:  # one row is never padded
         special["pad_token_id"] = 0
     input_ids = torch.tensor([ids], device=model.device)
@@ -117,13 +117,15 @@ def _token_decoder(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[int, bo
     decoder = DecodeStream(ids=prompt, skip_special_tokens=True)
 
     def decode(token: int, final: bool) -> str:
-        known = not final and token < tokenizer.get_vocab_size()  # models may have embeddings to spare
-        return (decoder.step(tokenizer, token) if known else None) or ""
+        if final or tokenizer.id_to_token(token) is None:  # models may have embeddings to spare
+            return ""
+        with library_errors("the tokenizer cannot decode what was generated"):
+            return decoder.step(tokenizer, token) or ""
 
     return decode
 
 
-def _encode(prompt: str) -> bytes:
+def _bytes(prompt: str) -> bytes:
     return prompt.encode("utf-8", "surrogateescape")  # arguments that are not UTF-8 keep their bytes
 
 

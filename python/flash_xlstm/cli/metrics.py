@@ -30,7 +30,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
 
 def cross_entropy(model: Any, sequences: Tensor, reduction: str = "mean") -> Tensor:
     """The loss of predicting each token of (batch, seq + 1) sequences from those before it, in nats."""
-    logits = model(sequences[:, :-1], use_cache=False).logits
+    logits = model(sequences[:, :-1], use_cache=False, return_dict=True).logits
     return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), reduction=reduction)
 
 

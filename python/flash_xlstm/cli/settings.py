@@ -2,11 +2,80 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 KEPT = ("threads", "save_every", "eval_every", "log_every")  # by a checkpoint, though free to change
-MODEL_SIZES = ("hidden_size", "layers", "heads")
+MODEL_SIZES = {"hidden_size": "hidden_size", "layers": "num_hidden_layers", "heads": "num_heads"}  # in config.json
 PATHS = ("data", "tokenizer", "config")  # may have moved: what is compared is what they hold
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Number:
+    """The numbers that an option takes; as the type of an argparse option it reads them.
+
+    Attributes:
+        kind: int or float.
+        text: in words.
+        low, high: the smallest and the largest of them.
+        above: whether `low` is none of them.
+    """
+
+    kind: type
+    text: str
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+
+    def takes(self, value: object) -> bool:
+        """Whether a value is of this kind and in range."""
+        if type(value) is not self.kind:
+            return False
+        number: Any = value
+        return (number > self.low if self.above else number >= self.low) and number <= self.high and number < math.inf
+
+    def __call__(self, text: str) -> Any:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if not self.takes(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self.text}")
+        return value
+
+
+_MOST = 2**63 - 1  # what a 64-bit counter holds
+POSITIVE_INT = Number(int, "a whole number from 1 to 2^63 - 1", low=1, high=_MOST)
+WHOLE_NUMBER = Number(int, "a whole number from 0 to 2^63 - 1", high=_MOST)
+THREADS = Number(int, "a whole number from 1 to 1024", low=1, high=1024)
+POSITIVE_FLOAT = Number(float, "a number greater than 0", above=True)
+NOT_NEGATIVE_FLOAT = Number(float, "a number of at least 0")
+FRACTION = Number(float, "a number from 0 to 1", high=1)
+
+NUMBERS = {  # of TrainSettings and RunOptions
+    "held_out": POSITIVE_INT,
+    "hidden_size": POSITIVE_INT,
+    "layers": POSITIVE_INT,
+    "heads": POSITIVE_INT,
+    "sequence_length": POSITIVE_INT,
+    "batch_size": POSITIVE_INT,
+    "accumulate": POSITIVE_INT,
+    "steps": POSITIVE_INT,
+    "learning_rate": POSITIVE_FLOAT,
+    "final_learning_rate": FRACTION,
+    "warmup": WHOLE_NUMBER,
+    "weight_decay": NOT_NEGATIVE_FLOAT,
+    "clip": POSITIVE_FLOAT,
+    "seed": WHOLE_NUMBER,
+    "threads": THREADS,
+    "time_limit": POSITIVE_FLOAT,
+    "save_every": POSITIVE_INT,
+    "eval_every": WHOLE_NUMBER,
+    "log_every": POSITIVE_INT,
+}
 
 
 @dataclass(frozen=True)

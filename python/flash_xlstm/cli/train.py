@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from flash_xlstm.cli import checkpoint
-from flash_xlstm.cli.data import BYTES, load_corpus, load_tokenizer
+from flash_xlstm.cli import checkpoint, state
+from flash_xlstm.cli.data import BYTES, check_tokenizer, load_corpus, load_tokenizer, vocabulary_size
 from flash_xlstm.cli.device import choose_device
-from flash_xlstm.cli.errors import CommandError
+from flash_xlstm.cli.errors import CommandError, reason
 from flash_xlstm.cli.settings import MODEL_SIZES, PATHS, RunOptions, TrainSettings, flag, pick
-from flash_xlstm.cli.trainer import STATE_FORMAT, Trainer
+from flash_xlstm.cli.trainer import Trainer
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 
 _NO_PARAMETERS = ("transformers_version", "architectures", "dtype", "_name_or_path")  # of a configuration
@@ -50,6 +51,9 @@ def prepare(given: dict[str, Any], options: RunOptions) -> Trainer:
     settings = dataclasses.replace(settings, dtype=_resolve_dtype(settings.dtype, device))
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     config = _configuration(settings, given, tokenizer)
+    _check_memory(settings, config, device)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     corpus = load_corpus(settings.data, options.out, tokenizer, settings.held_out, settings.sequence_length)
     torch.manual_seed(settings.seed)
     model = xLSTMForCausalLM(config).to(device)
@@ -70,28 +74,36 @@ def _resume(given: dict[str, Any], given_options: dict[str, Any]) -> Trainer:
     folder = checkpoint.newest(Path(options.out))
     if folder is None:
         raise CommandError(f"cannot resume: there is no checkpoint in {options.out}")
-    state = checkpoint.load_state(folder)
-    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-        raise CommandError(f"cannot resume: {folder} is of another version of flash-xlstm, or corrupt")
-    try:
-        options = RunOptions(**{**state["options"], **given_options})
-        settings = TrainSettings(**state["settings"])
-    except (KeyError, TypeError) as error:
-        raise CommandError(f"cannot resume: corrupt checkpoint {folder}: its state does not fit ({error})") from error
+    saved = checkpoint.load_state(folder)
+    with checkpoint.readable(folder / checkpoint.STATE):
+        settings, kept = state.check_state(saved, checkpoint.step_of(folder))
+    options = RunOptions(**{**kept, **given_options})
     _use_threads(options.threads)
     settings = _merge(settings, given, folder, device)
-    model = checkpoint.load_model(folder, dtype=torch.float32)
+    model = _as_built(checkpoint.load_model(folder, dtype=torch.float32))
     tokenizer = checkpoint.load_tokenizer_of(folder, model.config.vocab_size)
     _check_model(settings, given, folder, model.config, tokenizer)
+    _check_memory(settings, model.config, device)
     if "tokenizer" in given:
         tokenizer = load_tokenizer(given["tokenizer"])
         checkpoint.check_vocabulary(model.config.vocab_size, tokenizer, str(folder))
     corpus = load_corpus(settings.data, options.out, tokenizer, settings.held_out, settings.sequence_length)
-    if corpus.fingerprint != state["fingerprint"]:
+    if corpus.fingerprint != saved["fingerprint"]:
         raise CommandError(f"cannot resume {folder}: the data, or the tokenizer, is not what it was trained on")
     trainer = Trainer(settings, options, corpus, tokenizer, model.to(device))
-    trainer.restore(folder, state)
+    with checkpoint.readable(folder / checkpoint.STATE):
+        trainer.restore(saved)
     return trainer
+
+
+def _as_built(loaded: xLSTMForCausalLM) -> xLSTMForCausalLM:
+    """The model with its parameters in a new one's order, which the optimizer's state and the sum in the gradient's
+    norm follow; weights that are stacked after loading come last in their layer."""
+    with torch.device("meta"):
+        model = xLSTMForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    return model
 
 
 def _merge(old: TrainSettings, given: dict[str, Any], folder: Path, device: torch.device) -> TrainSettings:
@@ -109,6 +121,13 @@ def _merge(old: TrainSettings, given: dict[str, Any], folder: Path, device: torc
 def _check_model(
     settings: TrainSettings, given: dict[str, Any], folder: Path, config: xLSTMConfig, tokenizer: Tokenizer | None
 ) -> None:
+    if settings.config is None:
+        for name, key in MODEL_SIZES.items():
+            said, size = getattr(settings, name), getattr(config, key)
+            if said != size:
+                raise CommandError(
+                    f"corrupt checkpoint {folder}: {checkpoint.STATE} says {flag(name)} {said}, config.json {size}"
+                )
     if "config" not in given and not any(name in given for name in MODEL_SIZES):
         return
     wanted, found = (
@@ -133,7 +152,7 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
         return config
     try:
         return xLSTMConfig(
-            vocab_size=BYTES if tokenizer is None else tokenizer.get_vocab_size(),
+            vocab_size=BYTES if tokenizer is None else vocabulary_size(tokenizer),
             hidden_size=settings.hidden_size,
             num_hidden_layers=settings.layers,
             num_heads=settings.heads,
@@ -141,8 +160,46 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
             bos_token_id=None,
             eos_token_id=None,
         )
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise CommandError(reason(error)) from error
+
+
+def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.device) -> None:
+    """Refuses what cannot fit, counted low, before it takes memory or time.
+
+    Raises:
+        CommandError: the weights or a batch's logits are larger than all memory.
+    """
+    if device.type == "cuda":
+        memory: float = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = _machine_memory()
+    inner = 2 * config.qk_dim + 3 * config.v_dim + 3 * config.ffn_dim  # of a block's matrices; vectors are left out
+    embeddings = config.vocab_size * (1 if config.tie_word_embeddings else 2)
+    parameters = config.hidden_size * (embeddings + config.num_hidden_layers * inner)
+    logits = settings.batch_size * settings.sequence_length * config.vocab_size
+    for what, size in (
+        (f"a model of {parameters:,} parameters, with gradients and the optimizer's moments", 16 * parameters),
+        (
+            f"the logits of a batch (--batch-size {settings.batch_size}, --sequence-length {settings.sequence_length}, "
+            f"{config.vocab_size} tokens) and their gradient",
+            2 * getattr(torch, settings.dtype).itemsize * logits,
+        ),
+    ):
+        if size > memory:
+            raise CommandError(
+                f"not enough memory: {what} takes at least {size / 2**30:,.0f} GiB; {device} has {memory / 2**30:,.0f}"
+            )
+
+
+def _machine_memory() -> float:
+    """Bytes of memory and swap, or infinity where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    sizes = dict(line.split(":", 1) for line in lines)
+    return 1024.0 * sum(int(sizes[name].split()[0]) for name in ("MemTotal", "SwapTotal"))
 
 
 def _use_threads(number: int | None) -> None:

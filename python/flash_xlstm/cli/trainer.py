@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -14,14 +15,12 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from flash_xlstm.cli import checkpoint, metrics
+from flash_xlstm.cli import checkpoint, metrics, state
 from flash_xlstm.cli.data import Batches, Corpus, xz_bits_per_byte
 from flash_xlstm.cli.errors import CommandError, Interrupted
 from flash_xlstm.cli.settings import KEPT, RunOptions, TrainSettings
 from flash_xlstm.cli.signals import StopSignals
 from flash_xlstm.models import xLSTMForCausalLM
-
-STATE_FORMAT = 1
 
 
 class Trainer:
@@ -55,17 +54,22 @@ class Trainer:
         self.history: list[metrics.Row] = []
         self.xz = xz_bits_per_byte(corpus.held_out_bytes)
         self._interval = _Interval()
+        self._signals = StopSignals()
 
-    def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Takes up a checkpoint's state; the model has its weights already."""
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes up a state that :func:`.state.check_state` has checked; the model has its weights already.
+
+        Raises:
+            ValueError: the rest of the state does not fit.
+        """
+        self.step, self.history = saved["step"], saved["history"]
+        self.optimizer.load_state_dict(state.check_optimizer(saved["optimizer"], self.optimizer, self.step))
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["random"])
-            if self.model.device.type == "cuda" and state["cuda_random"] is not None:
-                torch.cuda.set_rng_state(state["cuda_random"], self.model.device)
-            self.step, self.history = state["step"], state["history"]
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CommandError(f"corrupt checkpoint {folder}: its {checkpoint.STATE} does not fit") from error
+            torch.set_rng_state(saved["random"])
+            if self.model.device.type == "cuda" and saved["cuda_random"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_random"], self.model.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"random or cuda_random is no state of a generator: {error}") from error
 
     def run(self) -> None:
         """Trains until the last step, the time limit or a signal, and saves."""
@@ -88,10 +92,13 @@ class Trainer:
         limit = math.inf if self.options.time_limit is None else self.options.time_limit
         end = time.monotonic() + limit
         self._interval = _Interval()
+        self._signals = signals
         with self._bar() as bar:
             while self.step < self.settings.steps and not signals.received and time.monotonic() < end:
+                before = self.step
                 self._train_step()
-                self._after_step(bar)
+                if self.step > before:
+                    self._after_step(bar)
 
     def seconds_per_step(self) -> float:
         """Measures the speed of training, by training; the run is spoilt by it."""
@@ -109,8 +116,8 @@ class Trainer:
         if self._interval.steps:
             self._log()
         on_gpu = self.model.device.type == "cuda"
-        state = {
-            "format": STATE_FORMAT,
+        values = {
+            "format": state.FORMAT,
             "step": self.step,
             "settings": asdict(self.settings),
             "options": {name: getattr(self.options, name) for name in KEPT},
@@ -120,9 +127,13 @@ class Trainer:
             "cuda_random": torch.cuda.get_rng_state(self.model.device) if on_gpu else None,
             "history": self.history,
         }
-        folder = checkpoint.save(self.out, self.step, self.model, self.tokenizer, state)
+        values["digest"] = state.digest(values)
+        folder = checkpoint.save(self.out, self.step, self.model, self.tokenizer, values)
         checkpoint.write_file(self.out / "metrics.csv", metrics.table(self.history))
         checkpoint.write_file(self.out / "loss.png", metrics.loss_curve(self.history, self.xz))
+        # A figure, with its picture of 2 MB, is held by cycles, which Python looks for only once a quarter as many
+        # objects are new as are old: after some 70 figures.
+        gc.collect()
         return folder
 
     def held_out(self) -> float:
@@ -133,16 +144,22 @@ class Trainer:
         )
 
     def _train_step(self) -> None:
+        """Takes a step, unless a signal comes in between two batches of it: --accumulate may be large."""
         settings, device = self.settings, self.model.device
         rate = learning_rate(self.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        total: torch.Tensor | float = 0.0
         for part in range(settings.accumulate):
             batch = self.batches[self.step * settings.accumulate + part].to(device, non_blocking=True)
             with metrics.autocast(device, self.dtype):
                 loss = metrics.cross_entropy(self.forward, batch) / settings.accumulate
             loss.backward()
-            self._interval.add_loss(loss.detach())
+            total = total + loss.detach()
+            if self._signals.received and part + 1 < settings.accumulate:
+                self.optimizer.zero_grad()
+                return
+        self._interval.add_loss(total)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -180,7 +197,12 @@ class Trainer:
             row["bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
             row["learning_rate"], row["gradient_norm"], row["tokens_per_s"] = rate, norm, tokens / seconds
         if held_out:
-            row["held_out_bits_per_byte"] = self.held_out()
+            row["held_out_bits_per_byte"] = bits = self.held_out()
+            if not math.isfinite(bits):
+                raise CommandError(
+                    f"training diverged: at step {self.step} the held-out bits per byte are {bits}; try a lower "
+                    "--learning-rate"
+                )
         self.history.append(row)
         self._interval = _Interval()
         return row
@@ -241,7 +263,7 @@ class _Interval:
     def restart_clock(self) -> None:
         self._began = time.monotonic()
 
-    def add_loss(self, loss: torch.Tensor) -> None:
+    def add_loss(self, loss: torch.Tensor | float) -> None:
         self._loss = self._loss + loss
 
     def end_step(self, norm: torch.Tensor, rate: float) -> None:
