@@ -816,6 +816,21 @@ def test_errors_of_devices(name):
         ops.mlstm(**given)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [F16, BF16, torch.float32], ids=str)
+def test_h_is_kept_only_where_a_backward_reads_it(dtype):
+    q, k, v, i, f = (
+        torch.randn(2, 1024, 4, size, device="cuda", dtype=dtype, requires_grad=True) for size in (64, 64, 256, 1, 1)
+    )
+    ops.mlstm(q, k, v, i[..., 0], f[..., 0]).sum().backward()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    loss = ops.mlstm(q, k, v, i[..., 0], f[..., 0]).sum()
+    held, h = torch.cuda.memory_allocated() - before, v.numel() * v.element_size()
+    assert (held > h) == (dtype == torch.float32), (held, h)
+    loss.backward()
+
+
 # --- random problems --------------------------------------------------------------------------------------------------
 
 

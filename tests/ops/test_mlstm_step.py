@@ -502,6 +502,20 @@ def test_errors_of_devices(name):
         ops.mlstm_step(**given, state=tuple(state.values()))
 
 
+@pytest.mark.cuda
+def test_sizes_in_turn():
+    """How large clusters may be depends on dqk: what was found for one size must not be taken for another."""
+    for dqk in (8, 8192, 256, 4096, 8192, 8):
+        state = pool("cuda", 1, 2, dqk, 512)
+        exact = clone(state, torch.float64)
+        given = arguments("cuda", 1, 2, dqk, 512, torch.bfloat16, torch.float32)
+        h = ops.mlstm_step(**given, state=state)
+        expected = reference.mlstm_step(**{name: t.double() for name, t in given.items()}, state=exact)
+        assert close(h, expected, 2 * tolerance(torch.bfloat16))
+        for t, want in zip(state, exact, strict=True):
+            assert close(t, want, 1e-5)
+
+
 def test_random_problems(fuzz, device):
     sizes = [st.integers(1, most) for most in (4, 3, 40, 40)]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from flash_xlstm.models.cache import xLSTMCache
-from flash_xlstm.nn.linear import weights_at_rest
+from flash_xlstm.nn.linear import MOST_FEW_ROWS, side_by_side, weights_at_rest
 
 CHUNK = 16  # tokens that a step collects on the device before the host fetches them
 CHECK_EVERY = 4  # steps from one look for the end to the next; divides CHUNK
@@ -248,7 +248,8 @@ class Decoder:
             return logits
 
         device = self.token.device
-        with _capturing:
+        streams = _side_streams(device) if len(self.rows) > MOST_FEW_ROWS else ()
+        with _capturing, side_by_side(streams):
             random_state = torch.cuda.get_rng_state(device)
             try:
                 stream = _capture_stream(device)
@@ -279,6 +280,12 @@ _capturing = threading.Lock()
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
     return torch.cuda.Stream(device)
+
+
+@functools.cache
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """For the products of one input with four weights: q, k, v, output gate."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _weights_key(model: Any) -> tuple:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,14 +20,16 @@ from flash_xlstm import ops
 
 # The dtypes and the most rows for which the op of this package takes the product.
 _CPU: tuple[tuple[torch.dtype, ...], int] = (torch.float32, torch.bfloat16, torch.float16), 4
-_CUDA: tuple[tuple[torch.dtype, ...], int] = (torch.bfloat16,), 16
+MOST_FEW_ROWS = 16  # on CUDA
+_CUDA: tuple[tuple[torch.dtype, ...], int] = (torch.bfloat16,), MOST_FEW_ROWS
 
 
-class _Promise(threading.local):
+class _Captured(threading.local):
     weights_at_rest = False
+    streams: tuple[torch.cuda.Stream, ...] = ()
 
 
-_promise = _Promise()
+_captured = _Captured()
 
 
 @contextlib.contextmanager
@@ -35,16 +37,45 @@ def weights_at_rest() -> Iterator[None]:
     """For this thread a promise that no kernel which may still run writes a weight, so that kernels may read them ahead
     of the kernels before. It holds within a captured chain of kernels, which begins when all before it have ended; it
     does not hold for eager calls: another library's kernel may let its successor start before it has written."""
-    before, _promise.weights_at_rest = _promise.weights_at_rest, True
+    before, _captured.weights_at_rest = _captured.weights_at_rest, True
     try:
         yield
     finally:
-        _promise.weights_at_rest = before
+        _captured.weights_at_rest = before
 
 
 def are_weights_at_rest() -> bool:
     """Whether this thread is within :func:`weights_at_rest`."""
-    return _promise.weights_at_rest
+    return _captured.weights_at_rest
+
+
+@contextlib.contextmanager
+def side_by_side(streams: tuple[torch.cuda.Stream, ...]) -> Iterator[None]:
+    """For this thread, :func:`linears` of more rows than :func:`few_rows` run on `streams`, all at once: one product of
+    some ten rows does not fill a GPU. For captures, where another stream costs nothing but an edge of the graph."""
+    before, _captured.streams = _captured.streams, streams
+    try:
+        yield
+    finally:
+        _captured.streams = before
+
+
+def linears(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """``tuple(linear(layer, x) for layer in layers)``."""
+    streams = _captured.streams[: len(layers) - 1]
+    if not streams or few_rows(x):
+        return tuple(linear(layer, x) for layer in layers)
+    own = torch.cuda.current_stream(x.device)
+    ready, out = own.record_event(), []
+    for place, layer in enumerate(layers):
+        stream = own if place == 0 else streams[(place - 1) % len(streams)]
+        if stream is not own:
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            out.append(linear(layer, x))
+    for stream in streams:
+        own.wait_stream(stream)
+    return tuple(out)
 
 
 def torch_own(function: Callable[..., Any], home: ModuleType) -> Callable[..., Any] | None:
@@ -66,7 +97,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         if own is not None:
             weight, bias = own
             if x.is_cpu or (weight.shape[-1] % 8 == 0 and weight.data_ptr() % 16 == 0):
-                return ops.linear_rows(x, weight, bias, constant_weights=_promise.weights_at_rest)
+                return ops.linear_rows(x, weight, bias, constant_weights=_captured.weights_at_rest)
     return layer(x)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.nn.linear import linear, unchanged
+from flash_xlstm.nn.linear import linear, linears, unchanged
 
 WEIGHT_MODES = ("single", "fused")
 
@@ -79,7 +79,7 @@ class FusableProjections(nn.Module):
         parts = self.projection_groups[group]
         if self.weight_mode == "fused":
             return linear(self.get_submodule(group), x).split(list(parts.values()), dim=-1)
-        return tuple(linear(self.get_submodule(name), x) for name in parts)
+        return linears(self.projections(group), x)
 
     def set_weight_mode(self, mode: str) -> None:
         """Stacks or splits the projections in place. Parameters become new objects: call it before making an
