@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+SANITIZE_ARGS ?= -k "not compile"
 # Processes of pytest; one thread each, for most of a test's time is spent in one.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 
@@ -13,7 +14,7 @@ pip := $(bin)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: $(venv)/installed
 	$(bin)/flash-xlstm demo
@@ -36,6 +37,14 @@ $(venv)/build-tools: Makefile
 $(venv)/installed: $(venv)/build-tools $(sources)
 	$(pip) --no-build-isolation '.[test]'
 	touch $@
+
+# The ops' tests on the CPU under the address and undefined-behaviour sanitizers: an install of its own, beside the venv's.
+sanitize: $(venv)/installed
+	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
+	  -C build-dir=build/sanitize .
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
 
 clean:
 	rm -rf $(venv) build demo

@@ -180,10 +180,17 @@ def test_a_torch_that_hands_on_no_type():
 
 
 def test_sizes_past_63_bits():
-    h = torch.zeros(0, 2**32, 2**32)
-    with pytest.raises(ValueError, match=r"h has 4294967296 x 4294967296"):
+    h = torch.zeros(0, 1, 1).expand(0, 2**32, 2**32)
+    with pytest.raises(ValueError, match="h has 4294967296 x 4294967296 elements"):
         ops.gated_head_norm(h, torch.zeros(0, 4), torch.zeros(4))
-    q = torch.zeros(0, 1, 2**31, 2**31)
-    gates = torch.zeros(0, 1, 2**31)
+    q, gates = torch.zeros(1).expand(1, 1, 2**22, 2**22), torch.zeros(1).expand(1, 1, 2**22)
+    with pytest.raises(ValueError, match="q has stride 0"):
+        ops.mlstm(q, q, q, gates, gates)
     with pytest.raises(ValueError, match="elements; there must be fewer"):
-        ops.mlstm(q, q, torch.zeros(0, 1, 2**31, 2**31), gates, gates, return_final_state=True)
+        state = torch.zeros(0, 1, 1, 1).expand(0, 2**32, 2**32, 1)
+        weights = [torch.zeros(4, 4)]
+        torch.ops.flash_xlstm.mlstm_block_step(
+            torch.zeros(1, 4), state, torch.zeros(0, 1, 1).expand(0, 2**32, 2**32), torch.zeros(0, 1).expand(0, 2**32),
+            torch.full((1,), -1, dtype=torch.int32), torch.zeros(4), weights, weights, [torch.zeros(4)], torch.zeros(4),
+            torch.zeros(4, 4), torch.zeros(4), weights, torch.zeros(4, 4), 1e-6, 1e-6, 1e-6, 1e-6, None,
+        )  # fmt: skip
