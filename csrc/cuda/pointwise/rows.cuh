@@ -432,6 +432,7 @@ cudaError_t dispatch_walking_layout(DType dtype, int64_t dim, bool vectors, F&& 
       if (packs <= 512 * 2) return f(RowLayout<T, width, 512, 2>{});
       if (packs <= 512 * 4) return f(RowLayout<T, width, 512, 4>{});
     }
+    if (dim <= 32 * 4) return f(RowLayout<T, 1, 32, 4>{});
     return dim <= max_norm_dim ? f(RowLayout<T, 1, 512, 32>{}) : cudaErrorInvalidValue;
   });
 }
