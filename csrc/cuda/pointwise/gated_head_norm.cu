@@ -323,7 +323,7 @@ cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* works
     using L = decltype(layout);
     const Walk walk = walk_of(p, L::walk_groups);
     const dim3 grid(static_cast<unsigned>(partial_rows(walk) * p.heads));
-    const int stages = walking_stages<L>(tensors), bytes = stages * tensors * L::row_slots * 16;
+    const int stages = walking_stages<L>(tensors), bytes = walking_bytes<L>(tensors, stages);
     float* partial = b.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
     const auto kernel = p.dim == L::capacity ? gated_head_norm_backward_kernel<L, true>
                                              : gated_head_norm_backward_kernel<L, false>;

@@ -455,6 +455,13 @@ int walking_stages(int tensors) {
   return 2 * tensors * L::row_slots * 16 + reserved <= shared_memory_limit() ? 2 : 1;
 }
 
+// Shared memory of a walking block: its slots, and in their place at the end its groups' sums (write_partial).
+template <typename L>
+int walking_bytes(int tensors, int stages) {
+  const int sums = L::walk_groups == 1 ? 0 : L::walk_groups * L::capacity * static_cast<int>(sizeof(float));
+  return std::max(stages * tensors * L::row_slots * 16, sums);
+}
+
 // How many blocks walk over `rows`, `groups` at a time each: one a multiprocessor, but no more than it takes for all to
 // be done at once.
 inline int64_t walking_blocks(int64_t rows, int64_t groups, int64_t processors) {
