@@ -29,6 +29,9 @@ from flash_xlstm.cli import info
 SUBJECTS = (
     "mlstm",
     "mlstm_accuracy",
+    "mlstm_forget",
+    "mlstm_repeated",
+    "mlstm_counters",
     "slstm",
     "cpu_vs_transformers",
     "step",
