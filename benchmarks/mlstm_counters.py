@@ -21,14 +21,14 @@ import torch
 from peers import DTYPES, Point, tensors
 from run import timed_call
 
-# ncu's name: ours, and what divides ncu's base unit
+# ncu's name: ours, what divides ncu's base unit, and that unit (its name changes with ncu's version)
 METRICS = {
-    "gpu__time_duration.sum": ("time_us", 1e3),
-    "dram__bytes.sum": ("dram_mb", 1e6),
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1.0),
-    "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("l2_percent", 1.0),
-    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": ("tensor_percent", 1.0),
-    "smsp__issue_active.avg.pct_of_peak_sustained_active": ("issue_percent", 1.0),
+    "gpu__time_duration.sum": ("time_us", 1e3, ("nsecond", "ns")),
+    "dram__bytes.sum": ("dram_mb", 1e6, ("byte",)),
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("dram_percent", 1.0, ("%",)),
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": ("l2_percent", 1.0, ("%",)),
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": ("tensor_percent", 1.0, ("%",)),
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": ("issue_percent", 1.0, ("%",)),
 }
 
 
@@ -58,9 +58,11 @@ def parse(text: str) -> list[dict]:
     kernels: dict[str, dict] = {}
     for line in csv.DictReader(lines[header:]):
         if line["Metric Name"] in METRICS:
-            name, unit = METRICS[line["Metric Name"]]
+            name, divisor, units = METRICS[line["Metric Name"]]
+            if line["Metric Unit"] not in units:
+                raise ValueError(f"ncu's unit of {line['Metric Name']} is {line['Metric Unit']}; it must be {units[0]}")
             row = kernels.setdefault(line["ID"], {"what": "mlstm_counters", "kernel": line["Kernel Name"]})
-            row[name] = float(line["Metric Value"].replace(",", "")) / unit
+            row[name] = float(line["Metric Value"].replace(",", "")) / divisor
     return list(kernels.values())
 
 
