@@ -165,7 +165,7 @@ def memory_estimate(name: str, point: Point, backward: bool, item: int) -> float
 def tensors(
     name: str, point: Point, dtype: torch.dtype, device: torch.device | str, forget_gate: float = 3.0
 ) -> list[Tensor]:
-    """What the peer's call takes, contiguous in its own layout: standard normal, f around `forget_gate`; i, f float32."""
+    """What the peer's call takes, contiguous in its layout: standard normal, f around `forget_gate`; i, f float32."""
     torch.manual_seed(0)
     new = lambda *shape, dtype=dtype: torch.randn(*shape, dtype=dtype, device=device)  # noqa: E731
     b, s, h = point.batch, point.seq, point.heads
