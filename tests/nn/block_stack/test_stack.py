@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
 
 
 @pytest.fixture
 def model(make_config, randomize):
-    return randomize(blocks.xLSTMLMModel(make_config()))
+    return randomize(block_stack.xLSTMLMModel(make_config()))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "vanilla"], ids="layout {}".format)
 def test_float32_beside_float64(make_config, randomize, ids, backend, device):
     """float64 runs the plain PyTorch forms: the compiled ops agree with them in a whole model, gradients too."""
-    model = randomize(blocks.xLSTMLMModel(make_config(slstm={"backend": backend})))
+    model = randomize(block_stack.xLSTMLMModel(make_config(slstm={"backend": backend})))
     wide = copy.deepcopy(model).double()
     model.to(device)
     weight = torch.randn(*ids.shape, 23)
@@ -38,7 +38,7 @@ def test_float32_beside_float64(make_config, randomize, ids, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_parts_and_steps_are_the_whole(make_config, randomize, ids, conv1d_kernel_size, dtype):
     size = {"conv1d_kernel_size": conv1d_kernel_size}
-    model = randomize(blocks.xLSTMLMModel(make_config(slstm=size, mlstm=size))).to(dtype)
+    model = randomize(block_stack.xLSTMLMModel(make_config(slstm=size, mlstm=size))).to(dtype)
     whole, last = model(ids, return_last_state=True)
     assert torch.allclose(model(ids), whole, atol=1e-5)
     first, state = model(ids[:, :7], return_last_state=True)
@@ -243,7 +243,7 @@ _CHANGES = {
 @pytest.mark.parametrize("change", _CHANGES.values(), ids=_CHANGES)
 def test_what_changes_the_convolution_is_seen(change):
     torch.manual_seed(0)
-    conv1d, x = blocks.CausalConv1d(6, 4), torch.randn(2, 9, 6, requires_grad=True)
+    conv1d, x = block_stack.CausalConv1d(6, 4), torch.randn(2, 9, 6, requires_grad=True)
     state = torch.randn(2, 3, 6)
     padded = torch.cat([state, x], 1)
     expected = F.silu(2 * conv1d.conv(padded.mT).mT)
@@ -274,12 +274,12 @@ def test_gradient_hooks_of_the_convolution_are_called(model, ids):
 
 @pytest.mark.parametrize("act_fn", ["gelu", "relu", "relu^2", "sigmoid", "swish", "selu"])
 def test_models_can_be_pickled(make_config, ids, act_fn):
-    model = blocks.xLSTMLMModel(make_config(feedforward={"act_fn": act_fn})).eval()
+    model = block_stack.xLSTMLMModel(make_config(feedforward={"act_fn": act_fn})).eval()
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids), model(ids))
 
 
 def test_the_output_layer_can_be_another_module(make_config, ids):
-    model = blocks.xLSTMLMModel(make_config())
+    model = block_stack.xLSTMLMModel(make_config())
     model.lm_head = torch.nn.Identity()
     model.reset_parameters()
     assert model(ids).shape == (3, 19, 32) and model.step(ids[:, :1])[0].shape == (3, 1, 32)
@@ -334,7 +334,7 @@ def test_compiles_whole(model, ids):
 
 @torch.no_grad()
 def test_a_step_compiles_whole(make_config, randomize, ids):
-    model = randomize(blocks.xLSTMLMModel(make_config(num_blocks=2)))
+    model = randomize(block_stack.xLSTMLMModel(make_config(num_blocks=2)))
     _, state = model(ids[:, :7], return_last_state=True)
     compiled = torch.compile(model.step, backend="eager", fullgraph=True)
     logits, _ = compiled(ids[:, 7:8], copy.deepcopy(state))
@@ -343,7 +343,7 @@ def test_a_step_compiles_whole(make_config, randomize, ids):
 
 def test_the_recurrent_gradient_can_be_cut_and_clipped(make_config, randomize, ids):
     def gradients(**slstm):
-        model = randomize(blocks.xLSTMLMModel(make_config(slstm=slstm, slstm_at="all", num_blocks=1)))
+        model = randomize(block_stack.xLSTMLMModel(make_config(slstm=slstm, slstm_at="all", num_blocks=1)))
         model(ids)[:, -1].sum().backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
@@ -357,7 +357,7 @@ def test_the_recurrent_gradient_can_be_cut_and_clipped(make_config, randomize, i
 
 
 def test_dropout_is_where_it_is_said(make_config, randomize, ids):
-    model = randomize(blocks.xLSTMLMModel(make_config(dropout=0.5, add_embedding_dropout=True)))
+    model = randomize(block_stack.xLSTMLMModel(make_config(dropout=0.5, add_embedding_dropout=True)))
     assert not torch.equal(model(ids), model(ids))
     model.eval()
     assert torch.equal(model(ids), model(ids))
@@ -369,7 +369,7 @@ def test_dropout_is_where_it_is_said(make_config, randomize, ids):
 
 
 def test_tied_weights(make_config):
-    model = blocks.xLSTMLMModel(make_config(tie_weights=True))
+    model = block_stack.xLSTMLMModel(make_config(tie_weights=True))
     model.reset_parameters()
     assert model.lm_head.weight is model.token_embedding.weight
     assert sum("lm_head" in name for name, _ in model.named_parameters()) == 0
@@ -377,7 +377,7 @@ def test_tied_weights(make_config):
 
 def test_every_parameter_is_in_one_weight_decay_group(make_config):
     for on_embedding in (False, True):
-        model = blocks.xLSTMLMModel(make_config(weight_decay_on_embedding=on_embedding))
+        model = block_stack.xLSTMLMModel(make_config(weight_decay_on_embedding=on_embedding))
         decay, rest = model.get_weight_decay_optim_groups()
         assert {id(p) for p in decay} | {id(p) for p in rest} == {id(p) for p in model.parameters()}
         assert len(decay) + len(rest) == len(list(model.parameters()))
@@ -389,8 +389,8 @@ def test_every_parameter_is_in_one_weight_decay_group(make_config):
 @pytest.mark.parametrize("own", ["cuda", "vanilla"], ids="layout {}".format)
 def test_layouts_convert_on_load(make_config, randomize, ids, own):
     other = "vanilla" if own == "cuda" else "cuda"
-    saved = randomize(blocks.xLSTMLMModel(make_config(slstm={"backend": other})))
-    model = blocks.xLSTMLMModel(make_config(slstm={"backend": own}))
+    saved = randomize(block_stack.xLSTMLMModel(make_config(slstm={"backend": other})))
+    model = block_stack.xLSTMLMModel(make_config(slstm={"backend": own}))
     state = saved.state_dict()
     before = {name: t.shape for name, t in state.items()}
     model.load_state_dict(state)
@@ -408,6 +408,6 @@ def test_a_wrong_recurrent_shape_is_reported(model):
 
 def test_layers_need_a_width():
     with pytest.raises(ValueError, match="embedding_dim is -1"):
-        blocks.mLSTMLayer(blocks.mLSTMLayerConfig())
+        block_stack.mLSTMLayer(block_stack.mLSTMLayerConfig())
     with pytest.raises(ValueError, match="embedding_dim is -1"):
-        blocks.sLSTMLayer(blocks.sLSTMLayerConfig())
+        block_stack.sLSTMLayer(block_stack.sLSTMLayerConfig())

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
 
 nxai = pytest.importorskip(
     "xlstm",
@@ -31,7 +31,7 @@ def pair(make_config, randomize):
 
     def make(**options):
         theirs = randomize(nxai.xLSTMLMModel(make_config(nxai, **options)))
-        ours = blocks.xLSTMLMModel(make_config(**options))
+        ours = block_stack.xLSTMLMModel(make_config(**options))
         ours.load_state_dict(theirs.state_dict())
         return ours, theirs
 
@@ -84,11 +84,11 @@ def test_the_first_token(pair):
 
 @pytest.mark.parametrize("slstm_at", [[1], "all", []])
 def test_state_dicts_both_ways(make_config, randomize, slstm_at, ids):
-    ours = randomize(blocks.xLSTMLMModel(make_config(slstm_at=slstm_at)), seed=3)
+    ours = randomize(block_stack.xLSTMLMModel(make_config(slstm_at=slstm_at)), seed=3)
     theirs = nxai.xLSTMLMModel(make_config(nxai, slstm_at=slstm_at))
     theirs.load_state_dict(ours.state_dict())
     _agree(ours(ids), theirs(ids), "logits")
-    back = blocks.xLSTMLMModel(make_config(slstm_at=slstm_at))
+    back = block_stack.xLSTMLMModel(make_config(slstm_at=slstm_at))
     back.load_state_dict(theirs.state_dict())
     state = ours.state_dict()
     assert list(state) == list(back.state_dict())
@@ -112,7 +112,7 @@ def _cell(backend, seed):
 @pytest.mark.parametrize("own", ["cuda", "vanilla"])
 def test_layouts_of_the_recurrent_weights(own, saved):
     theirs = _cell(saved, seed=5)
-    ours = blocks.sLSTMCell(blocks.sLSTMLayerConfig(embedding_dim=12, num_heads=3, backend=own))
+    ours = block_stack.sLSTMCell(block_stack.sLSTMLayerConfig(embedding_dim=12, num_heads=3, backend=own))
     ours.load_state_dict(theirs.state_dict())
     expected = _cell(own, seed=5).state_dict()  # the same weights, as NX-AI's other backend keeps them
     for name, t in ours.state_dict().items():
@@ -128,7 +128,7 @@ def test_initialization(make_config, bias_init):
         "slstm": {"bias_init": bias_init, "recurrent_weight_init": "standard"}, "num_blocks": 4, "slstm_at": [1, 3],
         "embedding_dim": 128, "vocab_size": 300,
     }  # fmt: skip
-    ours, theirs = blocks.xLSTMLMModel(make_config(**options)), nxai.xLSTMLMModel(make_config(nxai, **options))
+    ours, theirs = block_stack.xLSTMLMModel(make_config(**options)), nxai.xLSTMLMModel(make_config(nxai, **options))
     for model in (ours, theirs):
         torch.manual_seed(0)
         model.reset_parameters()
@@ -151,7 +151,7 @@ def test_configurations_have_the_same_fields_and_defaults():
 
     for name in ("FeedForwardConfig", "mLSTMLayerConfig", "sLSTMLayerConfig", "xLSTMBlockStackConfig",
                  "xLSTMLMModelConfig"):  # fmt: skip
-        assert defaults(getattr(blocks, name)) == defaults(getattr(nxai, name)), name
+        assert defaults(getattr(block_stack, name)) == defaults(getattr(nxai, name)), name
 
 
 def test_weight_decay_groups(pair):
@@ -165,7 +165,7 @@ def test_weight_decay_groups(pair):
 
 def test_dumps_of_their_configurations_load(make_config, ids, randomize):
     values = dataclasses.asdict(make_config(nxai))
-    config = blocks.xLSTMLMModelConfig.from_dict(values)
+    config = block_stack.xLSTMLMModelConfig.from_dict(values)
     slstm, expected = config.slstm_block.slstm, make_config().slstm_block.slstm
     for name in "bwrgsa":  # theirs fills them in
         setattr(slstm, f"dtype_{name}", getattr(expected, f"dtype_{name}"))

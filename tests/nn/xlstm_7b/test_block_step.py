@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_xlstm.nn import FeedForward, mLSTMBlock, mLSTMLayer
-from flash_xlstm.nn import block as block_module
+from flash_xlstm.nn.xlstm_7b import block as block_module
 
 
 def make_block(dtype=torch.float32, weight_mode="fused", use_bias=False, **options):

@@ -244,7 +244,7 @@ class sLSTMLayerConfig(Loadable):
         gradient_recurrent_cut: no gradient flows to h_{t-1} through the recurrent weights.
         gradient_recurrent_clipval: bound of each element of that gradient, or None.
         backend: "cuda" or "vanilla": in which of NX-AI's two layouts the recurrent weights are kept, and so saved
-            (:class:`~flash_xlstm.nn.blocks.sLSTMCell`). It does not choose the kernel.
+            (:class:`~flash_xlstm.nn.block_stack.sLSTMCell`). It does not choose the kernel.
 
     The other fields are there so that configurations of NX-AI's package load. Those that would change the results
     (`function`, `forward_clipval`, ...) accept only the value that is implemented. The dtypes, `batch_size`,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
 
 YAML = """
 mlstm_block:
@@ -31,26 +31,26 @@ slstm_at: [1]
 
 def test_yaml(tmp_path):
     pytest.importorskip("yaml", reason="PyYAML is not installed")
-    config = blocks.xLSTMBlockStackConfig.from_yaml(YAML)
+    config = block_stack.xLSTMBlockStackConfig.from_yaml(YAML)
     assert config.block_map == [0, 1, 0, 0, 0, 0, 0]
     assert config.mlstm_block.mlstm._inner_embedding_dim == 256  # 2 x 128
     assert config.slstm_block.feedforward._proj_up_dim == 192  # 1.3 x 128, up to a multiple of 64
     assert config.slstm_block.slstm.embedding_dim == config.mlstm_block.mlstm.embedding_dim == 128
     (tmp_path / "config.yaml").write_text(YAML)
-    assert blocks.xLSTMBlockStackConfig.from_yaml(tmp_path / "config.yaml") == config
-    y = blocks.xLSTMBlockStack(config)(torch.randn(1, 5, 128))
+    assert block_stack.xLSTMBlockStackConfig.from_yaml(tmp_path / "config.yaml") == config
+    y = block_stack.xLSTMBlockStack(config)(torch.randn(1, 5, 128))
     assert y.shape == (1, 5, 128)
     with pytest.raises(ValueError, match="not YAML"):
-        blocks.xLSTMBlockStackConfig.from_yaml("a: [")
+        block_stack.xLSTMBlockStackConfig.from_yaml("a: [")
     with pytest.raises(TypeError, match="must be a mapping"):
-        blocks.xLSTMBlockStackConfig.from_yaml("7")
+        block_stack.xLSTMBlockStackConfig.from_yaml("7")
 
 
 @pytest.mark.parametrize("slstm_at", [[1], [], "all"])
 def test_dicts_there_and_back(make_config, slstm_at):
     config = make_config(slstm_at=slstm_at, slstm={"gradient_recurrent_clipval": 2}, dropout=0.25)
     values = config.to_dict()
-    again = blocks.xLSTMLMModelConfig.from_dict(values)
+    again = block_stack.xLSTMLMModelConfig.from_dict(values)
     assert again == config and again.to_dict() == values
     assert not any(name.startswith("_") for name in (*values, *values["slstm_block"], *values["slstm_block"]["slstm"]))
 
@@ -90,49 +90,53 @@ def _wrapped(value):
 def test_any_mapping_and_sequence(make_config):
     slstm = {"constants": {"a": [1, {"b": 2}]}, "initial_val": [0.0, 1]}
     values = make_config(slstm=slstm, slstm_at=[0, 2]).to_dict()
-    config = blocks.xLSTMLMModelConfig.from_dict(_Mapping(values))
-    assert config == blocks.xLSTMLMModelConfig.from_dict(values)
+    config = block_stack.xLSTMLMModelConfig.from_dict(_Mapping(values))
+    assert config == block_stack.xLSTMLMModelConfig.from_dict(values)
     assert config.to_dict() == values  # of dicts and lists
-    assert blocks.xLSTMLMModelConfig.from_dict({**values, "slstm_at": (0, 2)}) == config
+    assert block_stack.xLSTMLMModelConfig.from_dict({**values, "slstm_at": (0, 2)}) == config
     for wrong in (_Sequence(["0"]), _Mapping({0: 2}), range(9)):
         with pytest.raises((TypeError, ValueError), match="slstm_at"):
-            blocks.xLSTMLMModelConfig.from_dict({**values, "slstm_at": wrong})
+            block_stack.xLSTMLMModelConfig.from_dict({**values, "slstm_at": wrong})
     with pytest.raises(TypeError, match=r"slstm_block is .*; it must be a mapping or None"):
-        blocks.xLSTMLMModelConfig.from_dict({**values, "slstm_block": [1]})
+        block_stack.xLSTMLMModelConfig.from_dict({**values, "slstm_block": [1]})
 
 
 def test_omegaconf(make_config):
     omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
     values = make_config(slstm_at=[0, 2]).to_dict()
-    config = blocks.xLSTMLMModelConfig.from_dict(omegaconf.OmegaConf.create(values))
+    config = block_stack.xLSTMLMModelConfig.from_dict(omegaconf.OmegaConf.create(values))
     assert config.to_dict() == values and type(config.slstm_at) is list
 
 
 def test_block_configurations_are_copied():
-    block = blocks.mLSTMBlockConfig()
+    block = block_stack.mLSTMBlockConfig()
     for width in (64, 128):
-        stack = blocks.xLSTMBlockStackConfig(mlstm_block=block, embedding_dim=width)
+        stack = block_stack.xLSTMBlockStackConfig(mlstm_block=block, embedding_dim=width)
         assert stack.mlstm_block.mlstm.embedding_dim == width
     assert block.mlstm.embedding_dim == -1
 
 
 def test_which_blocks():
-    both = {"mlstm_block": blocks.mLSTMBlockConfig(), "slstm_block": blocks.sLSTMBlockConfig(), "num_blocks": 3}
-    assert blocks.xLSTMBlockStackConfig(**both).block_map == [0, 0, 0]
-    assert blocks.xLSTMBlockStackConfig(**both, slstm_at=[0, 2]).block_map == [1, 0, 1]
-    assert blocks.xLSTMBlockStackConfig(**both, slstm_at="all").block_map == [1, 1, 1]
-    only = blocks.xLSTMBlockStackConfig(slstm_block=blocks.sLSTMBlockConfig(feedforward=None), num_blocks=2)
+    both = {
+        "mlstm_block": block_stack.mLSTMBlockConfig(),
+        "slstm_block": block_stack.sLSTMBlockConfig(),
+        "num_blocks": 3,
+    }
+    assert block_stack.xLSTMBlockStackConfig(**both).block_map == [0, 0, 0]
+    assert block_stack.xLSTMBlockStackConfig(**both, slstm_at=[0, 2]).block_map == [1, 0, 1]
+    assert block_stack.xLSTMBlockStackConfig(**both, slstm_at="all").block_map == [1, 1, 1]
+    only = block_stack.xLSTMBlockStackConfig(slstm_block=block_stack.sLSTMBlockConfig(feedforward=None), num_blocks=2)
     assert only.block_map == [1, 1]
-    assert blocks.xLSTMBlockStack(only).blocks[0].ffn is None
+    assert block_stack.xLSTMBlockStack(only).blocks[0].ffn is None
 
 
 def test_rounding_of_the_up_projection():
     up = {"proj_factor": 1.3, "embedding_dim": 100}
-    assert blocks.FeedForwardConfig(**up)._proj_up_dim == 192
-    assert blocks.FeedForwardConfig(**up, round_proj_up_dim_up=False)._proj_up_dim == 128
-    assert blocks.FeedForwardConfig(**up, round_proj_up_to_multiple_of=1)._proj_up_dim == 130
+    assert block_stack.FeedForwardConfig(**up)._proj_up_dim == 192
+    assert block_stack.FeedForwardConfig(**up, round_proj_up_dim_up=False)._proj_up_dim == 128
+    assert block_stack.FeedForwardConfig(**up, round_proj_up_to_multiple_of=1)._proj_up_dim == 130
     with pytest.raises(ValueError, match=r"proj_factor is 0.1.*width of 0"):
-        blocks.FeedForwardConfig(proj_factor=0.1, embedding_dim=32, round_proj_up_dim_up=False)
+        block_stack.FeedForwardConfig(proj_factor=0.1, embedding_dim=32, round_proj_up_dim_up=False)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def test_rounding_of_the_up_projection():
 def test_errors_name_the_field(values, error, message):
     given = {"mlstm_block": {}, **values}
     with pytest.raises(error, match=message):
-        blocks.xLSTMBlockStackConfig.from_dict(given)
+        block_stack.xLSTMBlockStackConfig.from_dict(given)
 
 
 def test_a_vocabulary_is_needed(make_config):

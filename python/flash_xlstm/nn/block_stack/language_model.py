@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.nn.blocks.configuration import xLSTMLMModelConfig
-from flash_xlstm.nn.blocks.layers import small_init
-from flash_xlstm.nn.blocks.stack import StackState, xLSTMBlockStack
+from flash_xlstm.nn.block_stack.configuration import xLSTMLMModelConfig
+from flash_xlstm.nn.block_stack.layers import small_init
+from flash_xlstm.nn.block_stack.stack import StackState, xLSTMBlockStack
 
 
 class xLSTMLMModel(nn.Module):

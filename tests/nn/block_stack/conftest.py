@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
 
 
-def _config(package=blocks, *, slstm=None, mlstm=None, feedforward=None, **stack):
+def _config(package=block_stack, *, slstm=None, mlstm=None, feedforward=None, **stack):
     """The same configuration of a language model, of this package or of NX-AI's."""
     options = {
         "vocab_size": 23, "num_blocks": 3, "embedding_dim": 32, "slstm_at": [1], "context_length": 24, **stack,

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
-from flash_xlstm.nn.blocks.configuration import mLSTMLayerConfig
-from flash_xlstm.nn.blocks.layers import (
+from flash_xlstm.nn.block_stack.configuration import mLSTMLayerConfig
+from flash_xlstm.nn.block_stack.layers import (
     CausalConv1d,
     LinearHeadwiseExpand,
     MultiHeadLayerNorm,
@@ -17,7 +17,7 @@ from flash_xlstm.nn.blocks.layers import (
     wang_init,
     zero_bias,
 )
-from flash_xlstm.nn.mlstm import fitting_state
+from flash_xlstm.nn.state import fitting_state
 from flash_xlstm.ops import MlstmState
 
 LayerState = dict[str, "Tensor | tuple[Tensor, ...] | None"]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from flash_xlstm import ops, reference
-from flash_xlstm.nn.blocks.configuration import FeedForwardConfig
+from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
 from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
-from flash_xlstm.nn.mlstm import fitting
+from flash_xlstm.nn.state import fitting
 
 
 def _relu_squared(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """The xLSTM of arXiv 2405.04517: mLSTM and sLSTM blocks, stacks that mix them, a language model.
 
 Names, configurations and parameters are those of NX-AI's package ``xlstm``; torch is all it needs. Not to be confused
-with the blocks of the xLSTM 7B, which are in :mod:`flash_xlstm.nn` itself.
+with the blocks of the xLSTM 7B, which are in :mod:`flash_xlstm.nn.xlstm_7b`.
 """
 
-from flash_xlstm.nn.blocks.configuration import (
+from flash_xlstm.nn.block_stack.configuration import (
     FeedForwardConfig,
     mLSTMBlockConfig,
     mLSTMLayerConfig,
@@ -13,11 +13,11 @@ from flash_xlstm.nn.blocks.configuration import (
     xLSTMBlockStackConfig,
     xLSTMLMModelConfig,
 )
-from flash_xlstm.nn.blocks.language_model import xLSTMLMModel
-from flash_xlstm.nn.blocks.layers import CausalConv1d, GatedFeedForward, LinearHeadwiseExpand
-from flash_xlstm.nn.blocks.mlstm import LayerState, mLSTMCell, mLSTMLayer
-from flash_xlstm.nn.blocks.slstm import sLSTMCell, sLSTMLayer
-from flash_xlstm.nn.blocks.stack import StackState, mLSTMBlock, sLSTMBlock, xLSTMBlock, xLSTMBlockStack
+from flash_xlstm.nn.block_stack.language_model import xLSTMLMModel
+from flash_xlstm.nn.block_stack.layers import CausalConv1d, GatedFeedForward, LinearHeadwiseExpand
+from flash_xlstm.nn.block_stack.mlstm import LayerState, mLSTMCell, mLSTMLayer
+from flash_xlstm.nn.block_stack.slstm import sLSTMCell, sLSTMLayer
+from flash_xlstm.nn.block_stack.stack import StackState, mLSTMBlock, sLSTMBlock, xLSTMBlock, xLSTMBlockStack
 
 __all__ = [
     "CausalConv1d",

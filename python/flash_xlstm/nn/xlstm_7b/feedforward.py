@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flash_xlstm import ops
 from flash_xlstm.nn.linear import linear
-from flash_xlstm.nn.projections import FusableProjections
+from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
 
 
 class FeedForward(FusableProjections):

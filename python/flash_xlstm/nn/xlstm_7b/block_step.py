@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.nn.feedforward import FeedForward
 from flash_xlstm.nn.linear import are_weights_at_rest, few_rows, own_parameters, unchanged
-from flash_xlstm.nn.mlstm import State, mLSTMLayer
-from flash_xlstm.nn.norm import MultiHeadLayerNorm, RMSNorm
+from flash_xlstm.nn.state import State
+from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
+from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
+from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
 from flash_xlstm.ops import _common
 
 _FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward)

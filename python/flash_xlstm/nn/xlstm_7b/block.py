@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flash_xlstm.nn.block_step import block_step
-from flash_xlstm.nn.feedforward import FeedForward
-from flash_xlstm.nn.mlstm import State, mLSTMLayer
-from flash_xlstm.nn.norm import RMSNorm
+from flash_xlstm.nn.state import State
+from flash_xlstm.nn.xlstm_7b.block_step import block_step
+from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
+from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
+from flash_xlstm.nn.xlstm_7b.norm import RMSNorm
 
 
 class mLSTMBlock(nn.Module):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.nn.blocks.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
-from flash_xlstm.nn.blocks.layers import GatedFeedForward, LayerNorm, check_sequence
-from flash_xlstm.nn.blocks.mlstm import LayerState, mLSTMLayer
-from flash_xlstm.nn.blocks.slstm import sLSTMLayer
+from flash_xlstm.nn.block_stack.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
+from flash_xlstm.nn.block_stack.layers import GatedFeedForward, LayerNorm, check_sequence
+from flash_xlstm.nn.block_stack.mlstm import LayerState, mLSTMLayer
+from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
 
 StackState = dict[str, LayerState]
 
