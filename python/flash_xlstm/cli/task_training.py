@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from flash_xlstm.cli.errors import CommandError
-from flash_xlstm.cli.metrics import autocast
 from flash_xlstm.cli.task_data import IGNORED
 from flash_xlstm.cli.task_recipes import Recipe
 from flash_xlstm.nn import block_stack
+from flash_xlstm.training.metrics import autocast
 
 _CLIP = 1.0
 _WARMUP = 0.05  # of the steps

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flash_xlstm.cli.errors import CommandError, reason
+from flash_xlstm.training.errors import TrainingError, reason
 
 BYTES = 256  # vocabulary size without a tokenizer
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.json.
 
     Raises:
-        CommandError: it cannot be read.
+        TrainingError: it cannot be read.
     """
     with library_errors(f"cannot read tokenizer {path}"):
         return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Sees to it that a tokenizer can be saved and read again, which takes time for each id up to the largest.
 
     Raises:
-        CommandError: it cannot, since two tokens have one id, say.
+        TrainingError: it cannot, since two tokens have one id, say.
     """
     with library_errors("the tokenizer cannot be saved and read again"):
         Tokenizer.from_str(tokenizer.to_str())
@@ -69,14 +69,14 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
     """The tokens of texts, one after the other.
 
     Raises:
-        CommandError: the tokenizer fails, or gives ids that are none of its tokens'.
+        TrainingError: the tokenizer fails, or gives ids that are none of its tokens'.
     """
     with library_errors("the tokenizer cannot encode the text"):
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch(texts)]
     ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
     size = vocabulary_size(tokenizer)
     if len(ids) and ids.max() >= size:
-        raise CommandError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
+        raise TrainingError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
     return ids.view(np.int32)
 
 
@@ -88,7 +88,7 @@ def library_errors(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:
-        raise CommandError(f"{what}: {reason(error)}") from error
+        raise TrainingError(f"{what}: {reason(error)}") from error
 
 
 def load_corpus(
@@ -104,19 +104,19 @@ def load_corpus(
         sequence_length: of training, for which there must be enough.
 
     Raises:
-        CommandError: there is no data, too little, or text that the tokenizer cannot take.
+        TrainingError: there is no data, too little, or text that the tokenizer cannot take.
     """
     where = path or "the Python standard library"
     documents = _read(path, exclude)
     total = sum(map(len, documents))
     if total == 0:
-        raise CommandError(f"no data: {where} is empty")
+        raise TrainingError(f"no data: {where} is empty")
     train_documents, held_documents = _split(documents, total - min(held_out, total // 10))
     train, held = _encode(train_documents, tokenizer, where), _encode(held_documents, tokenizer, where)
     if len(train) < 2 * sequence_length or len(held) < 2:
-        raise CommandError(
+        raise TrainingError(
             f"too little data: {where} has {len(train):,} tokens to train on and {len(held):,} to hold out; "
-            f"--sequence-length {sequence_length} needs at least {2 * sequence_length:,} and 2"
+            f"`sequence_length` {sequence_length} needs at least {2 * sequence_length:,} and 2"
         )
     digest = hashlib.sha256()
     for tokens in (train, held):
@@ -143,9 +143,16 @@ class Batches:
         sequence_length: tokens a model reads of each sequence.
         batch_size: sequences of a batch.
         seed: of the order.
+
+    Raises:
+        ValueError: there are too few tokens.
     """
 
     def __init__(self, tokens: Tensor, sequence_length: int, batch_size: int, seed: int) -> None:
+        if len(tokens) < 2 * sequence_length:
+            raise ValueError(
+                f"tokens has length {len(tokens)}; it must be at least 2 * sequence_length, {2 * sequence_length}"
+            )
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -155,7 +162,9 @@ class Batches:
         self._starts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Tensor:
-        """Batch `number`: (batch_size, sequence_length + 1) int64, with the target of the last token."""
+        """Batch `number`, from 0: (batch_size, sequence_length + 1) int64, with the target of the last token."""
+        if number < 0:
+            raise IndexError(f"number is {number}; it must be at least 0")
         first = number * self.batch_size
         starts = torch.tensor([self._start(first + row) for row in range(self.batch_size)])
         return self.tokens[starts[:, None] + torch.arange(self.sequence_length + 1)].long()
@@ -175,14 +184,14 @@ def _read(path: str | None, exclude: str) -> list[bytes]:
     try:
         return [file.read_bytes() for file in files]
     except OSError as error:
-        raise CommandError(f"cannot read data: {reason(error)}") from error
+        raise TrainingError(f"cannot read data: {reason(error)}") from error
 
 
 def _files(path: Path, exclude: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise CommandError(f"no data: {path} does not exist")
+        raise TrainingError(f"no data: {path} does not exist")
     inside = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
     files = {
         name: file
@@ -190,7 +199,7 @@ def _files(path: Path, exclude: Path) -> list[Path]:
         if not any(part.startswith(".") for part in name.parts) and exclude not in file.resolve().parents
     }
     if not files:
-        raise CommandError(f"no data: {path} has no files")
+        raise TrainingError(f"no data: {path} has no files")
     return _mixed(files)
 
 
@@ -226,5 +235,5 @@ def _encode(documents: list[bytes], tokenizer: Tokenizer | None, where: str) -> 
     try:
         texts = [document.decode("utf-8") for document in documents]
     except UnicodeDecodeError as error:
-        raise CommandError(f"{where} is not all UTF-8 text, which a tokenizer needs; bytes need none") from error
+        raise TrainingError(f"{where} is not all UTF-8 text, which a tokenizer needs; bytes need none") from error
     return torch.from_numpy(encode(tokenizer, texts))

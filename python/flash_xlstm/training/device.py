@@ -1,27 +1,27 @@
-"""Which device a command runs on."""
+"""Which device a run is on."""
 
 from __future__ import annotations
 
 import torch
 
 from flash_xlstm import ops
-from flash_xlstm.cli.errors import CommandError, reason
+from flash_xlstm.training.errors import TrainingError, reason
 
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; for "auto" a GPU if there is one with kernels, else the CPU.
 
     Raises:
-        CommandError: there is no such device, or there are no kernels for it.
+        TrainingError: there is no such device, or there are no kernels for it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and _has_kernels("cuda") else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise CommandError(f"--device {name}: {reason(error)}") from error
+        raise TrainingError(f"`device` {name}: {reason(error)}") from error
     if not _has_kernels(device):
-        raise CommandError(f"--device {name}: {ops.kernel_for('mlstm', device)}")
+        raise TrainingError(f"`device` {name}: {ops.kernel_for('mlstm', device)}")
     return device
 
 

@@ -4,31 +4,72 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from tqdm import tqdm
 
-from flash_xlstm.cli import checkpoint, metrics, state
-from flash_xlstm.cli.data import Batches, Corpus, xz_bits_per_byte
-from flash_xlstm.cli.errors import CommandError, Interrupted
-from flash_xlstm.cli.settings import KEPT, RunOptions, TrainSettings
-from flash_xlstm.cli.signals import StopSignals
 from flash_xlstm.models import xLSTMForCausalLM
+from flash_xlstm.training import checkpoint, metrics, state
+from flash_xlstm.training.data import Batches, Corpus, xz_bits_per_byte
+from flash_xlstm.training.errors import TrainingError
+from flash_xlstm.training.settings import KEPT, RunOptions, TrainSettings, resolve_dtype
+from flash_xlstm.training.signals import StopSignals
+
+
+class Progress:
+    """What a run tells of itself while it goes. It is entered while steps are taken. Here nothing is done about it."""
+
+    def started(self, trainer: Trainer) -> None:
+        """The run's folder can be written; no step has been taken."""
+
+    def evaluated(self, row: metrics.Row) -> None:
+        """A new run's first row, which has the held-out bits per byte before training."""
+
+    def __enter__(self) -> None:
+        """Steps begin."""
+
+    def stepped(self, row: metrics.Row | None) -> None:
+        """A step was taken; `row` is the history's new row, if there is one."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The last step was taken, or an error came up."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of :meth:`Trainer.run` ended.
+
+    Attributes:
+        folder: the checkpoint that it wrote.
+        ended: "steps": all steps are taken; "time limit" or "signal": the run can be resumed.
+    """
+
+    folder: Path
+    ended: str
 
 
 class Trainer:
-    """A run: the model, what it is trained with, and how far it is.
+    """A run: the model, what it is trained with, and how far it is. :func:`.start` and :func:`.resume` make one.
+
+    Args:
+        settings: decide what weights the run ends with. Those that make data and model, the tokenizer's and the
+            model's sizes among them, are only saved here.
+        options: where and for how long to run; the device is the model's.
+        corpus: tokens to train on, and held-out ones.
+        tokenizer: is saved with each checkpoint; None for bytes.
+        model: float32 weights on the device to train on.
 
     Attributes:
         step: optimizer steps done. The position in the data and in the schedule are functions of it.
-        history: one row a logged step; see :data:`flash_xlstm.cli.metrics.COLUMNS`.
+        history: one row a logged step; see :data:`flash_xlstm.training.metrics.COLUMNS`.
         xz: bits per byte of xz on the held-out text.
     """
 
@@ -40,7 +81,7 @@ class Trainer:
         tokenizer: Tokenizer | None,
         model: xLSTMForCausalLM,
     ) -> None:
-        self.settings = settings
+        self.settings = settings = replace(settings, dtype=resolve_dtype(settings.dtype, model.device))
         self.options = options
         self.corpus = corpus
         self.tokenizer = tokenizer
@@ -71,34 +112,45 @@ class Trainer:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"random or cuda_random is no state of a generator: {error}") from error
 
-    def run(self) -> None:
-        """Trains until the last step, the time limit or a signal, and saves."""
+    def run(self, progress: Progress | None = None) -> RunResult:
+        """Trains until the last step, the time limit or a signal, and saves.
+
+        In the main thread SIGINT and SIGTERM end the run after the step that is being taken; a second SIGINT raises
+        KeyboardInterrupt at once.
+
+        Args:
+            progress: is told how far the run is.
+
+        Raises:
+            TrainingError: the loss is not finite, or files cannot be written. Of a new run also: ``out`` has a
+                checkpoint.
+        """
+        progress = progress or Progress()
+        if not self.history:
+            checkpoint.check_new(self.out)
         checkpoint.open_run(self.out)
-        self._describe()
+        progress.started(self)
         with StopSignals() as signals:
             if not self.history:
-                bits = self._log(held_out=True)["held_out_bits_per_byte"]
-                print(f"held-out bits per byte: {bits:.3f}; xz -9e: {self.xz:.3f}", flush=True)
-            self._loop(signals)
+                progress.evaluated(self._log(held_out=True))
+            self._loop(signals, progress)
             done = self.step == self.settings.steps
             if done and "held_out_bits_per_byte" not in self.history[-1]:
                 self._log(held_out=True)
             folder = self.save()
-        if signals.received and not done:
-            raise Interrupted(f"step {self.step} of {self.settings.steps} is saved in {folder}; --resume goes on")
-        self._report(folder, done)
+        return RunResult(folder, "steps" if done else "signal" if signals.received else "time limit")
 
-    def _loop(self, signals: StopSignals) -> None:
+    def _loop(self, signals: StopSignals, progress: Progress) -> None:
         limit = math.inf if self.options.time_limit is None else self.options.time_limit
         end = time.monotonic() + limit
         self._interval = _Interval()
         self._signals = signals
-        with self._bar() as bar:
+        with progress:
             while self.step < self.settings.steps and not signals.received and time.monotonic() < end:
                 before = self.step
                 self._train_step()
                 if self.step > before:
-                    self._after_step(bar)
+                    self._after_step(progress)
 
     def seconds_per_step(self) -> float:
         """Measures the speed of training, by training; the run is spoilt by it."""
@@ -112,7 +164,11 @@ class Trainer:
         return (time.monotonic() - began) / steps
 
     def save(self) -> Path:
-        """Writes a checkpoint, and beside it the metrics and the loss curve."""
+        """Writes a checkpoint, and beside it the metrics and the loss curve; returns the checkpoint's folder.
+
+        Raises:
+            TrainingError: they could not be written; an older checkpoint is still there.
+        """
         if self._interval.steps:
             self._log()
         on_gpu = self.model.device.type == "cuda"
@@ -166,17 +222,14 @@ class Trainer:
         self.step += 1
         self._interval.end_step(norm, rate)
 
-    def _after_step(self, bar: tqdm) -> None:
+    def _after_step(self, progress: Progress) -> None:
         """What comes due at this step: a point of the curve, an evaluation, a checkpoint."""
         options, last = self.options, self.step == self.settings.steps
         evaluate = options.eval_every > 0 and self.step % options.eval_every == 0
+        row = None
         if evaluate or last or self.step % options.log_every == 0:
             row = self._log(held_out=evaluate or last)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {row['bits_per_byte']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s",
-                refresh=False,
-            )
-        bar.update()
+        progress.stepped(row)
         if self.step % options.save_every == 0 and not last:
             self.save()
             self._interval.restart_clock()
@@ -187,9 +240,9 @@ class Trainer:
         if self._interval.steps:
             loss, norm, rate, seconds = self._interval.finish()
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise CommandError(
+                raise TrainingError(
                     f"training diverged: at step {self.step} the loss is {loss:.3g} and the gradient's norm "
-                    f"{norm:.3g}; try a lower --learning-rate"
+                    f"{norm:.3g}; try a lower `learning_rate`"
                 )
             settings = self.settings
             tokens = settings.sequence_length * settings.batch_size * settings.accumulate * self._interval.steps
@@ -199,41 +252,17 @@ class Trainer:
         if held_out:
             row["held_out_bits_per_byte"] = bits = self.held_out()
             if not math.isfinite(bits):
-                raise CommandError(
+                raise TrainingError(
                     f"training diverged: at step {self.step} the held-out bits per byte are {bits}; try a lower "
-                    "--learning-rate"
+                    "`learning_rate`"
                 )
         self.history.append(row)
         self._interval = _Interval()
         return row
 
-    def _bar(self) -> tqdm:
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        steps = self.settings.steps
-        return tqdm(
-            total=steps, initial=self.step, unit="step", desc="training", dynamic_ncols=True, mininterval=interval
-        )
-
-    def _describe(self) -> None:
-        size = sum(p.numel() for p in self.model.parameters())
-        print(
-            f"{size:,} parameters on {self.model.device} in {self.settings.dtype}; "
-            f"{len(self.corpus.train):,} tokens to train on, {len(self.corpus.held_out_bytes):,} bytes held out; "
-            f"{'resuming at' if self.step else 'starting at'} step {self.step} of {self.settings.steps}",
-            flush=True,
-        )
-
-    def _report(self, folder: Path, done: bool) -> None:
-        if done:
-            bits = [row["held_out_bits_per_byte"] for row in self.history if "held_out_bits_per_byte" in row]
-            print(f"held-out bits per byte: {bits[0]:.3f} at the start, {bits[-1]:.3f} now; xz -9e: {self.xz:.3f}")
-        else:
-            print(f"time limit: stopped at step {self.step} of {self.settings.steps}; --resume goes on")
-        print(f"checkpoint: {folder}\nloss curve: {self.out / 'loss.png'}")
-
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine to the final rate; `step` counts from 0."""
+    """The rate at a step, from 0: linear warm-up, then a cosine to the final rate."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)

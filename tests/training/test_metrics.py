@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from flash_xlstm.cli.data import Corpus
-from flash_xlstm.cli.metrics import held_out_bits_per_byte
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
+from flash_xlstm.training.data import Corpus
+from flash_xlstm.training.metrics import held_out_bits_per_byte
 
 
 @pytest.mark.parametrize("length", [2, 32, 33, 34, 65, 100])

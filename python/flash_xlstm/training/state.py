@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_xlstm.cli.metrics import COLUMNS
-from flash_xlstm.cli.settings import DTYPES, KEPT, NUMBERS, PATHS, RunOptions, TrainSettings
+from flash_xlstm.training.errors import short
+from flash_xlstm.training.metrics import COLUMNS
+from flash_xlstm.training.settings import KEPT, RunOptions, TrainSettings, check
 
 _PLAIN = ("format", "step", "settings", "options", "fingerprint", "history")
 _KEYS = {
@@ -78,14 +79,6 @@ def is_plain_tensor(value: object, dtype: torch.dtype, shape: torch.Size | None)
     )
 
 
-def short(value: object) -> str:
-    """A value on one line of an error."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}, shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def _check_names(what: str, values: dict[Any, Any], names: set[str]) -> None:
     for name in sorted(names - values.keys()):
         raise ValueError(f"{what} has no {name}")
@@ -98,18 +91,7 @@ def _check_fields(what: str, values: Any, names: Any, defaults: Any) -> None:
         raise ValueError(f"{what} is {short(values)}; it must be a dict")
     _check_names(what, values, set(names))
     for name, value in values.items():
-        if value is None and getattr(defaults, name) is None:
-            continue
-        if name in NUMBERS:
-            right, text = NUMBERS[name].takes(value), NUMBERS[name].text
-        elif name in PATHS:
-            right, text = type(value) is str and "\0" not in value, "a path"
-        elif name == "dtype":
-            right, text = type(value) is str and value in DTYPES, f"one of: {', '.join(DTYPES)}"
-        else:
-            right, text = type(value) is bool, "True or False"
-        if not right:
-            raise ValueError(f"{name} is {short(value)}; it must be {text}")
+        check(name, value, optional=getattr(defaults, name) is None)
 
 
 def _check_history(history: Any, step: int) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from flash_xlstm.cli import data, main
-from flash_xlstm.cli.errors import CommandError
+from flash_xlstm.training import TrainingError, data
 
 
 def _load(path, tokenizer=None, held_out=1000, sequence_length=8):
@@ -69,7 +68,7 @@ def test_a_tokenizer_sees_every_file_apart(tmp_path):
     assert corpus.train.tolist() == [1, 2] * 90 and corpus.held_out.tolist() == [1, 2] * 10
     assert corpus.bytes_per_token == 4
     (tmp_path / "file").write_bytes(b"\xff" * 1000)
-    with pytest.raises(CommandError, match="not all UTF-8"):
+    with pytest.raises(TrainingError, match="not all UTF-8"):
         _load(tmp_path / "file", tokenizer)
 
 
@@ -96,8 +95,8 @@ def test_xz_is_what_the_lzma_module_makes():
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty-file", "empty-folder", "folder-of-empty-files", "too-short"])
-def test_missing_or_empty_data(tmp_path, error_line, kind):
-    path, out = tmp_path / "data", tmp_path / "run"
+def test_missing_or_empty_data(tmp_path, kind):
+    path = tmp_path / "data"
     if kind == "empty-file":
         path.touch()
     elif kind == "too-short":
@@ -106,7 +105,13 @@ def test_missing_or_empty_data(tmp_path, error_line, kind):
         path.mkdir()
         if kind == "folder-of-empty-files":
             (path / "empty").touch()
-    assert main(["train", "--data", str(path), "--out", str(out)]) == 2
-    line = error_line()
-    assert line.startswith("error: too little data" if kind == "too-short" else "error: no data") and str(path) in line
-    assert not out.exists()
+    with pytest.raises(TrainingError, match="^too little data" if kind == "too-short" else "^no data") as error:
+        _load(path)
+    assert str(path) in str(error.value)
+
+
+def test_wrong_batches():
+    with pytest.raises(ValueError, match="tokens has length 19; it must be at least 2 \\* sequence_length, 20"):
+        data.Batches(torch.arange(19), 10, 3, 0)
+    with pytest.raises(IndexError, match="number is -1; it must be at least 0"):
+        data.Batches(torch.arange(20), 10, 3, 0)[-1]

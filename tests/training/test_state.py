@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flash_xlstm.cli import checkpoint, main, state
+from flash_xlstm import training
+from flash_xlstm.training import checkpoint, state
 
 TENSOR = torch.arange(4.0)
 ODD = [
@@ -44,9 +45,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     text = "".join(f"{n}: the quick brown fox jumps over {n % 7} lazy dogs\n" for n in range(300))
     (folder / "text.txt").write_text(text)
-    options = ["train", "--data", str(folder / "text.txt"), "--hidden-size", "32", "--layers", "1", "--heads", "1"]
-    options += ["--sequence-length", "16", "--batch-size", "2", "--warmup", "2", "--log-every", "2", "--device", "cpu"]
-    options += ["--steps", "8", "--threads", "1", "--save-every", "4"]
+    settings = {"data": folder / "text.txt", "hidden_size": 32, "layers": 1, "heads": 1, "sequence_length": 16}
+    settings |= {"batch_size": 2, "warmup": 2, "steps": 8}
+    options = {"out": folder / "whole", "device": "cpu", "threads": 1, "log_every": 2, "save_every": 4}
     save = checkpoint.save
 
     def keep(out, step, *args):
@@ -57,13 +58,13 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", keep)
-        assert main([*options, "--out", str(folder / "whole")]) == 0
+        training.start(settings, options).run()
     return folder / "kept", load_file(folder / "whole" / "checkpoint-8" / "model.safetensors")
 
 
 @pytest.fixture
-def resumed(run, tmp_path, error_line, capsys):
-    """``resumed(state)``: the error line of a resumed run whose trainer_state.pt is that, None where it went on to the
+def resumed(run, tmp_path):
+    """``resumed(state)``: the error of a resumed run whose trainer_state.pt is that, None where it went on to the
     same weights."""
     kept, weights = run
 
@@ -72,11 +73,11 @@ def resumed(run, tmp_path, error_line, capsys):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(kept, out)
         torch.save(saved, out / "checkpoint-4" / checkpoint.STATE)
-        capsys.readouterr()
-        code = main(["train", "--resume", "--out", str(out), "--device", "cpu", "--time-limit", "20"])
-        if code:
-            assert code == 2 and [path.name for path in out.iterdir()] == ["checkpoint-4"]
-            return error_line()
+        try:
+            training.resume({}, {"out": out, "device": "cpu", "time_limit": 20}).run()
+        except training.TrainingError as error:
+            assert [path.name for path in out.iterdir()] == ["checkpoint-4"] and "\n" not in str(error)
+            return str(error)
         ended = load_file(out / "checkpoint-8" / "model.safetensors")
         assert all(torch.equal(ended[name], tensor) for name, tensor in weights.items()), "other weights"
         return None
@@ -197,11 +198,12 @@ def test_nothing_odd(saved, resumed):
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04" + b"\0" * 100, b"\x80\x02c__main__\nX\n."])
-def test_no_state_at_all(run, tmp_path, error_line, content):
+def test_no_state_at_all(run, tmp_path, content):
     shutil.copytree(run[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-4" / checkpoint.STATE).write_bytes(content)
-    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
-    line = error_line()
+    with pytest.raises(training.TrainingError) as error:
+        training.resume({}, {"out": tmp_path / "run", "device": "cpu"})
+    line = str(error.value)
     assert f"corrupt checkpoint {tmp_path / 'run' / 'checkpoint-4' / checkpoint.STATE}: " in line
     assert "weights_only" not in line
 

@@ -23,21 +23,16 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils import logging as transformers_logging
 
-from flash_xlstm.cli.data import BYTES, load_tokenizer, vocabulary_size
-from flash_xlstm.cli.errors import CommandError, reason
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.models.checkpoints import weight_modes
+from flash_xlstm.training.data import BYTES, load_tokenizer, vocabulary_size
+from flash_xlstm.training.errors import TrainingError, reason
 
 STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
 _PARTIAL = ".partial"
 _NAME = re.compile(r"checkpoint-[0-9]{1,19}")
-
-# A command's output is its own: no advice and no progress bars of the library's.
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 
 def newest(run: Path) -> Path | None:
@@ -55,40 +50,51 @@ def locate(path: str) -> Path:
     """The checkpoint folder meant by a path: the folder itself, or the newest checkpoint of a run.
 
     Raises:
-        CommandError: there is none.
+        TrainingError: there is none.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
     found = newest(folder)
     if found is None:
-        raise CommandError(f"no checkpoint: {path} " + ("holds none" if folder.is_dir() else "does not exist"))
+        raise TrainingError(f"no checkpoint: {path} " + ("holds none" if folder.is_dir() else "does not exist"))
     return found
+
+
+def check_new(run: Path) -> None:
+    """Sees to it that a run's folder has no checkpoint.
+
+    Raises:
+        TrainingError: it has one, which a new run would replace.
+    """
+    found = newest(run)
+    if found is not None:
+        raise TrainingError(f"{found} exists already; go on from it with `resume`, or choose another `out`")
 
 
 def open_run(run: Path) -> None:
     """Makes a run's folder, and sees to it that it can be written.
 
     Raises:
-        CommandError: it cannot.
+        TrainingError: it cannot.
     """
     try:
         os.fspath(run).encode()
     except UnicodeEncodeError as error:
-        raise CommandError(f"cannot write to {run}: safetensors reads no path that is not UTF-8") from error
+        raise TrainingError(f"cannot write to {run}: safetensors reads no path that is not UTF-8") from error
     try:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
             pass
     except OSError as error:
-        raise CommandError(f"cannot write to {run}: {reason(error)}") from error
+        raise TrainingError(f"cannot write to {run}: {reason(error)}") from error
 
 
 def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
     """Writes ``checkpoint-STEP`` into a run's folder, then removes older ones.
 
     Raises:
-        CommandError: it could not be written; what was there before still is.
+        TrainingError: it could not be written; what was there before still is.
     """
     folder = run / f"checkpoint-{step}"
     if folder.exists():
@@ -119,7 +125,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Replaces a file at one go.
 
     Raises:
-        CommandError: it could not be written.
+        TrainingError: it could not be written.
     """
     with _whole(path):
         partial = _partial(path)
@@ -142,7 +148,7 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
         options: for ``from_pretrained``.
 
     Raises:
-        CommandError: the checkpoint is not whole.
+        TrainingError: the checkpoint is not whole.
     """
     with readable(folder):
         _check_sizes(folder)
@@ -153,11 +159,11 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
         )
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise CommandError(f"corrupt checkpoint {folder}: weights do not fit config.json, among them {wrong[0]}")
+        raise TrainingError(f"corrupt checkpoint {folder}: weights do not fit config.json, among them {wrong[0]}")
     for name, ids in special_tokens(model).items():
         listed = ids if name == "eos_token_id" and isinstance(ids, list) and ids else [ids]
         if any(token is not None and (type(token) is not int or abs(token) >= 2**31) for token in listed):
-            raise CommandError(f"corrupt checkpoint {folder}: {name} is {str(ids)[:80]!r}; it must be a token id")
+            raise TrainingError(f"corrupt checkpoint {folder}: {name} is {str(ids)[:80]!r}; it must be a token id")
     return model
 
 
@@ -196,10 +202,10 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Reads the trainer's state.
 
     Raises:
-        CommandError: it is not there, or not whole.
+        TrainingError: it is not there, or not whole.
     """
     if not (folder / STATE).is_file():
-        raise CommandError(f"cannot resume: {folder} has no {STATE}")
+        raise TrainingError(f"cannot resume: {folder} has no {STATE}")
     with readable(folder / STATE):
         try:
             return torch.load(folder / STATE, map_location="cpu", weights_only=True)
@@ -211,7 +217,7 @@ def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
     """A checkpoint's tokenizer; None if its tokens are bytes.
 
     Raises:
-        CommandError: it cannot be read, or does not fit the model.
+        TrainingError: it cannot be read, or does not fit the model.
     """
     path = folder / _TOKENIZER
     if path.is_file():
@@ -219,7 +225,7 @@ def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
         check_vocabulary(vocab_size, tokenizer, str(folder))
         return tokenizer
     if vocab_size != BYTES:
-        raise CommandError(
+        raise TrainingError(
             f"the vocabulary does not match: {folder} has no {_TOKENIZER}, and its vocab_size of {vocab_size} is not "
             f"the {BYTES} of bytes"
         )
@@ -230,15 +236,15 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: str) -
     """Checks that a model has an embedding for every token, and for bytes no others.
 
     Raises:
-        CommandError: it does not.
+        TrainingError: it does not.
     """
     if tokenizer is None and vocab_size != BYTES:
-        raise CommandError(
+        raise TrainingError(
             f"the vocabulary does not match: {where} has vocab_size {vocab_size}; bytes need {BYTES} "
-            "(give --tokenizer for another)"
+            "(give `tokenizer` for another)"
         )
     if tokenizer is not None and vocab_size < vocabulary_size(tokenizer):
-        raise CommandError(
+        raise TrainingError(
             f"the vocabulary does not match: {where} has vocab_size {vocab_size}, but the tokenizer has "
             f"{tokenizer.get_vocab_size()} tokens with ids up to {vocabulary_size(tokenizer) - 1}"
         )
@@ -248,7 +254,7 @@ def read_config(path: Path) -> xLSTMConfig:
     """Reads an xLSTMConfig from a JSON file.
 
     Raises:
-        CommandError: it cannot be read, or its values are wrong.
+        TrainingError: it cannot be read, or its values are wrong.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -256,7 +262,7 @@ def read_config(path: Path) -> xLSTMConfig:
             raise ValueError("it must hold a JSON object")
         return xLSTMConfig.from_dict(values)
     except Exception as error:  # transformers has errors of its own, and nesting may be too deep
-        raise CommandError(f"cannot use the configuration {path}: {reason(error)}") from error
+        raise TrainingError(f"cannot use the configuration {path}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -270,7 +276,7 @@ def _whole(path: Path) -> Iterator[None]:
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             kept = newest(path.parent)
             rest = f"; {kept} is whole" if kept else ""
-            raise CommandError(f"cannot write {path}: {reason(_first_os_error(error))}{rest}") from error
+            raise TrainingError(f"cannot write {path}: {reason(_first_os_error(error))}{rest}") from error
         raise
 
 
@@ -289,10 +295,10 @@ def readable(path: Path) -> Iterator[None]:
     """Whatever goes wrong in reading a checkpoint folder, or a file of one, its contents are to blame."""
     try:
         yield
-    except (CommandError, MemoryError):
+    except (TrainingError, MemoryError):
         raise
     except Exception as error:
-        raise CommandError(f"corrupt checkpoint {path}: {reason(error)}") from error
+        raise TrainingError(f"corrupt checkpoint {path}: {reason(error)}") from error
 
 
 def _partial(path: Path) -> Path:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from flash_xlstm.cli.data import Corpus
 from flash_xlstm.models import xLSTMForCausalLM
+from flash_xlstm.training.data import Corpus
 
 COLUMNS = ("step", "loss", "bits_per_byte", "held_out_bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_s")
 Row = dict[str, float]
