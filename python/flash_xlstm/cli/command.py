@@ -124,7 +124,7 @@ def _import(command: str) -> ModuleType:
     try:
         with interrupt_ends_imports():
             module = importlib.import_module(f"flash_xlstm.cli.{command}")
-            if "transformers" in sys.modules:  # a command's output is its own: no advice and no bars of the library's
+            if sys.modules.get("transformers"):  # a command's output is its own: no advice and no bars of the library's
                 logging = importlib.import_module("transformers.utils.logging")
                 logging.set_verbosity_error()
                 logging.disable_progress_bar()
