@@ -92,7 +92,7 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def load_corpus(
-    path: str | None, exclude: str, tokenizer: Tokenizer | None, held_out: int, sequence_length: int
+    path: str | Path | None, exclude: str | Path, tokenizer: Tokenizer | None, held_out: int, sequence_length: int
 ) -> Corpus:
     """Reads the text, splits off the held-out part and encodes both.
 
@@ -106,7 +106,7 @@ def load_corpus(
     Raises:
         TrainingError: there is no data, too little, or text that the tokenizer cannot take.
     """
-    where = path or "the Python standard library"
+    where = str(path or "the Python standard library")
     documents = _read(path, exclude)
     total = sum(map(len, documents))
     if total == 0:
@@ -179,7 +179,7 @@ class Batches:
         return int(self._starts[index])
 
 
-def _read(path: str | None, exclude: str) -> list[bytes]:
+def _read(path: str | Path | None, exclude: str | Path) -> list[bytes]:
     files = _library_files() if path is None else _files(Path(path), Path(exclude).resolve())
     try:
         return [file.read_bytes() for file in files]

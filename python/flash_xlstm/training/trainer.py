@@ -60,8 +60,8 @@ class Trainer:
     """A run: the model, what it is trained with, and how far it is. :func:`.start` and :func:`.resume` make one.
 
     Args:
-        settings: decide what weights the run ends with. Those that make data and model, the tokenizer's and the
-            model's sizes among them, are only saved here.
+        settings: what decides the weights that the run ends with. The paths and the model's sizes in it are only saved
+            with each checkpoint: the corpus and the model are those given.
         options: where and for how long to run; the device is the model's.
         corpus: tokens to train on, and held-out ones.
         tokenizer: is saved with each checkpoint; None for bytes.
