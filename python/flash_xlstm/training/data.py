@@ -56,6 +56,9 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     Raises:
         TrainingError: it cannot, since two tokens have one id, say.
     """
+    ids = list(tokenizer.get_vocab().values())
+    if len(set(ids)) < len(ids):  # which of the tokens it reads back hangs on a hash
+        raise TrainingError(f"the tokenizer gives {len(ids) - len(set(ids))} of {len(ids)} tokens the id of another")
     with library_errors("the tokenizer cannot be saved and read again"):
         Tokenizer.from_str(tokenizer.to_str())
 
