@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "cpu/vector_kernels.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 

@@ -1,13 +1,9 @@
-#include "ops/ops.h"
 
 #include <cmath>
 #include <utility>
 
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/mlstm/launch.h"
-#endif
+#include "ops/launch.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm {
 namespace {
@@ -131,19 +127,6 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
-#ifdef FLASH_XLSTM_WITH_CUDA
-// Runs a CUDA launch function with a scratch buffer of the size it asks for.
-template <typename Params>
-void launch_cuda(const Tensor& q, const Params& params, int64_t (*workspace_bytes)(const Params&),
-                 cudaError_t (*launch)(const Params&, void*, cudaStream_t), const char* op) {
-  const int32_t device = q.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  const Scratch workspace(workspace_bytes(params));
-  check_cuda(launch(params, workspace.data(), current_stream(device)), op);
-}
-#endif
-
 struct ForwardOutputs {
   Tensor h;
   OptTensor kept, c_last, n_last, m_last;  // what there is and was asked for
@@ -173,22 +156,14 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
   if (p.batch > 0 && p.heads > 0) {
-    if (q.is_cpu()) {
-      cpu::mlstm_forward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(q, params, cuda::mlstm_forward_workspace_bytes, cuda::mlstm_forward, op);
-#else
-      no_cuda_build(op);
-#endif
-    }
+    run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(op, q, params);
   }
   return y;
 }
 
 // Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
 // where there is none.
-Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
+Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                   const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                   const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
                   const Tensor& kept) {
@@ -247,22 +222,12 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
   params.dn0 = float_data(dn, has_n);
   params.dm0 = float_data(dm, has_m);
   if (p.batch > 0 && p.heads > 0) {
-    if (q.is_cpu()) {
-      cpu::mlstm_backward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(q, params, cuda::mlstm_backward_workspace_bytes, cuda::mlstm_backward, op);
-#else
-      no_cuda_build(op);
-#endif
-    }
+    run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params);
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
 
-}  // namespace
-
-Tensors2 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+Tensors<2> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                int64_t chunk_size) {
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
@@ -277,7 +242,7 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
       .h;
 }
 
-Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+Tensors<5> mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                           OptTensor cu_seqlens, std::optional<double> scale, double eps,
                           std::optional<double> gate_soft_cap, int64_t chunk_size) {
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
@@ -285,7 +250,7 @@ Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptT
   return {y.h, *y.kept, *y.c_last, *y.n_last, *y.m_last};
 }
 
-Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
+Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                         Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
                         OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                         std::optional<double> gate_soft_cap, int64_t chunk_size) {
@@ -293,7 +258,7 @@ Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptT
                   {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
 }
 
-Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
+Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
                    std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
                    bool return_final_state, bool normalize) {
   const Options options{
@@ -308,7 +273,7 @@ Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c
           or_empty(y.n_last, {0, heads, dqk})};
 }
 
-Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
+Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
                             Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
                             std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                             int64_t chunk_size, bool normalize) {
@@ -317,6 +282,52 @@ Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, 
   auto [dq, dk, dv, di, df, dc, dn, dm] =
       backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, "s", s);
   return {dq, dk, dv, di, df, dc, dn};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def(
+      "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor h, Tensor kept)");
+  // The same without a derivative: for autograd.Function, within which torch's look for one costs microseconds.
+  lib.def(
+      "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor h, Tensor kept)");
+  // Without what a backward would need: every tensor that is returned takes the host a microsecond or two.
+  lib.def(
+      "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size) -> Tensor");
+  lib.def(
+      "mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
+  lib.def(
+      "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
+      "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
+      "Tensor? h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
+  lib.def(
+      "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
+      "-> (Tensor h, Tensor s, Tensor c_last, Tensor n_last)");
+  lib.def(
+      "mlstm_sig_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, "
+      "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
+      "Tensor? h, Tensor s, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn)");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("mlstm", TORCH_BOX(&mlstm));
+  lib.impl("mlstm_forward", TORCH_BOX(&mlstm));
+  lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
+  lib.impl("mlstm_with_state", TORCH_BOX(&mlstm_with_state));
+  lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
+  lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
+  lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
 }
 
 }  // namespace flash_xlstm

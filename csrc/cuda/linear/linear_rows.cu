@@ -20,12 +20,12 @@
 //     beginning of their rows of W into the second-level cache before they wait for x.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
-#include "cuda/dependent_launch.cuh"
-#include "cuda/linear/launch.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "params/linear.h"
 #ifdef FLASH_XLSTM_WITH_HOPPER
 #include "cuda/linear/hopper/linear_rows.h"
 #endif
-#include "cuda/numeric.cuh"
+#include "cuda/common/numeric.cuh"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace flash_xlstm::cuda {

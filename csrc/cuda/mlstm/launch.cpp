@@ -1,5 +1,5 @@
 // Which kernels serve an mLSTM problem. A faster path for one GPU is a branch here.
-#include "cuda/mlstm/launch.h"
+#include "params/mlstm.h"
 
 #include "cuda/mlstm/portable/portable.h"
 #ifdef FLASH_XLSTM_WITH_HOPPER

@@ -5,7 +5,7 @@
 // dealt out once to one block for each, some were done long before others, and those that were left could not use all
 // of memory's bandwidth. So where there are tokens enough, they are dealt out to several rounds of blocks, and who is
 // done takes the next. The warps of a row meet once: each has the moments of its share about the share's own mean.
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
 bool vectors(const GatedHeadNorm& p) {
   // Rows of every stride and head begin at a multiple of 16 bytes where the first two do.
   return aligned_16(p.h) && aligned_16(p.gate) && aligned_16(p.weight) && aligned_16(p.y) &&
-         p.gate_stride * (p.dtype == DType::float32 ? 4 : 2) % 16 == 0;
+         p.gate_stride * element_bytes(p.dtype) % 16 == 0;
 }
 
 bool vectors(const GatedHeadNormBackward& b) {

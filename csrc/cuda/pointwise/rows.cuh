@@ -25,10 +25,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
-#include "cuda/numeric.cuh"
-#include "cuda/pointwise/launch.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/numeric.cuh"
+#include "params/pointwise.h"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace flash_xlstm::cuda {

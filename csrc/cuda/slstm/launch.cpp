@@ -1,5 +1,5 @@
 // Which kernels serve an sLSTM problem. A faster path for one GPU is a branch here.
-#include "cuda/slstm/launch.h"
+#include "params/slstm.h"
 
 #include <algorithm>
 

@@ -9,7 +9,7 @@
 // State and h (forward, 20 floats a unit of dim) or gradients and dx (backward, 32) lie in shared memory where they
 // fit, else in the scratch buffer: no limit on dim.
 #include "cuda/slstm/cell.cuh"
-#include "cuda/slstm/launch.h"
+#include "params/slstm.h"
 #include "cuda/slstm/portable.h"
 
 namespace flash_xlstm::cuda {
@@ -325,7 +325,7 @@ int64_t shared_bytes(int64_t bytes) {
 }
 
 int64_t weight_bytes(const SlstmProblem& p) {
-  const int64_t bytes = 4 * p.heads * p.dim * p.dim * (p.weight_dtype == DType::float32 ? 4 : 2);
+  const int64_t bytes = 4 * p.heads * p.dim * p.dim * element_bytes(p.weight_dtype);
   return (bytes + 255) / 256 * 256;
 }
 

@@ -11,7 +11,7 @@ from flash_xlstm.ops import _common, _errors
 
 SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
 _PARTS = "h, c, n, m"
-_KEPT = 6  # values of a token and unit that the forward keeps for the backward (csrc/slstm_params.h)
+_KEPT = 6  # values of a token and unit that the forward keeps for the backward (csrc/params/slstm.h)
 
 
 def slstm(

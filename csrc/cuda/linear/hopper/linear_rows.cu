@@ -19,12 +19,12 @@
 // rows is more work than the products.
 #include <algorithm>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
 #include "cuda/linear/hopper/linear_rows.h"
-#include "cuda/numeric.cuh"
+#include "cuda/common/numeric.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/tensor_map.h"
+#include "cuda/common/tensor_map.h"
 
 namespace flash_xlstm::cuda::linear_hopper {
 namespace {

@@ -9,8 +9,8 @@
 #include <climits>
 #include <cmath>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"

@@ -1,10 +1,12 @@
 // The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
 // again (kept, they would take two thirds of the memory of q, k, v, h together at 256 x 512), dq with u, delta and e,
 // the states' gradients in place of the states, dk, dv, and last the gates.
-#include "cuda/device.h"
+#include "cuda/common/carver.h"
+#include "cuda/common/device.h"
+#include "cuda/common/status.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/mlstm/hopper/hopper.h"
 #include "cuda/mlstm/hopper/work.h"
-#include "cuda/tensor_map.h"
 
 namespace flash_xlstm::cuda::hopper {
 namespace {
@@ -103,11 +105,6 @@ int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, floa
   m = params.m;
   return carve(params.p, false, workspace, w, given ? nullptr : &m);
 }
-
-#define RETURN_IF_FAILED(call)                                             \
-  do {                                                                     \
-    if (cudaError_t status = (call); status != cudaSuccess) return status; \
-  } while (0)
 
 // Called after a launch: encoding needs the device's context to be this thread's, which a thread of autograd's that has
 // not yet used the device lacks. The kernel that needs no maps runs meanwhile.

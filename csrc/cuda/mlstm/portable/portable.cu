@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cuda/common/carver.h"
+#include "cuda/common/status.h"
 #include "cuda/mlstm/portable/kernels.h"
 
 namespace flash_xlstm::cuda::portable {
@@ -30,7 +32,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   l.max_chunks = packed ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
   w.dv_pitch = ceil_div(p.dv, 8) * 8;
   const int64_t slot_bytes = p.heads * p.dqk * w.dv_pitch * state_element_bytes(p.dtype);
-  const int64_t h_bytes = p.batch * p.seq * p.heads * p.dv * (p.dtype == DType::float32 ? 4 : 2);
+  const int64_t h_bytes = p.batch * p.seq * p.heads * p.dv * element_bytes(p.dtype);
   l.range_end = backward ? l.max_chunks
                          : std::clamp(std::max(h_bytes / 2, least_state_bytes) / slot_bytes, int64_t{1}, l.max_chunks);
   l.every_boundary = backward;
@@ -81,12 +83,6 @@ cudaError_t outputs(const OutputArgs& args, cudaStream_t stream) {
   return dispatch_dtype(args.w.p.dtype,
                         [&](auto zero) { return chunk_outputs<output, decltype(zero)>(args, stream); });
 }
-
-#define RETURN_IF_FAILED(call)                              \
-  do {                                                      \
-    if (cudaError_t status = (call); status != cudaSuccess) \
-      return status;                                        \
-  } while (0)
 
 }  // namespace
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "mlstm_params.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::portable {
 

@@ -266,8 +266,6 @@ cudaError_t launch(const StateArgs& args, int64_t num_seqs, cudaStream_t stream)
   });
 }
 
-int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 }  // namespace
 
 int state_tiles(const MlstmProblem& p) {
@@ -275,7 +273,7 @@ int state_tiles(const MlstmProblem& p) {
 }
 
 cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream) {
-  const int bytes = element_bytes(w.p.dtype);
+  const int64_t bytes = element_bytes(w.p.dtype);
   const Layout& l = w.layout;
   // The sequences that the range meets; packed ones are known on the device only.
   const bool packed = l.first_chunk != nullptr;
@@ -287,7 +285,7 @@ cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t 
 }
 
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  const int bytes = element_bytes(w.p.dtype);
+  const int64_t bytes = element_bytes(w.p.dtype);
   const StateArgs args{w, w.p.q, params.dh, can_vectorize(w.p.q, bytes), can_vectorize(params.dh, bytes),
                        params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
   return launch<true>(args, w.layout.num_seqs, stream);

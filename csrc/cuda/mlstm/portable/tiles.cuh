@@ -1,7 +1,7 @@
 // Loading tiles of global matrices into shared memory.
 #pragma once
 
-#include "cuda/mlstm/warp_mma.cuh"
+#include "cuda/common/warp_mma.cuh"
 
 namespace flash_xlstm::cuda::portable {
 

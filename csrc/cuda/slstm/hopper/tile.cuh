@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/slstm/cell.cuh"
 
 namespace flash_xlstm::cuda::slstm_hopper {

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "cuda/numeric.cuh"
+#include "cuda/common/numeric.cuh"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace flash_xlstm::cuda {

@@ -1,4 +1,5 @@
-#include "ops/cuda_context.h"
+#ifdef FLASH_XLSTM_WITH_CUDA
+#include "ops/launch.h"
 
 #include <dlfcn.h>
 
@@ -29,6 +30,7 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 Scratch::Scratch(int64_t bytes) {
+  if (bytes == 0) return;
   using Allocate = int32_t (*)(uint64_t, void**);
   static const Allocate allocate = torch_cuda_function<Allocate>("aoti_torch_cuda_caching_allocator_raw_alloc");
   if (!allocate || allocate(static_cast<uint64_t>(bytes), &data_) != 0) {
@@ -61,3 +63,4 @@ void check_device_supported(int32_t device) {
 }
 
 }  // namespace flash_xlstm
+#endif

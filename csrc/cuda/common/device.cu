@@ -1,4 +1,4 @@
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 
 namespace flash_xlstm::cuda {
 namespace {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "mlstm_params.h"
+#include "params/types.h"
 
 namespace flash_xlstm::cuda {
 
