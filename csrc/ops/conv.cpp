@@ -1,3 +1,4 @@
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/conv.h"
 
@@ -174,5 +175,8 @@ IMPLEMENT_OPS(lib) {
   lib.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
   lib.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
 }
+
+static const DescribedOp described_causal_conv1d("causal_conv1d");
+static const DescribedOp described_causal_conv1d_step("causal_conv1d_step");
 
 }  // namespace flash_xlstm

@@ -1,4 +1,5 @@
 #ifdef FLASH_XLSTM_WITH_CUDA
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 
 #include <dlfcn.h>
@@ -55,7 +56,7 @@ void check_device_supported(int32_t device) {
   if (device < max_devices && known_good[device].load(std::memory_order_relaxed)) return;
   int major = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "flash_xlstm");
-  if (major < 8) {
+  if (major < min_compute_capability) {
     throw std::runtime_error(join_text("flash_xlstm: cuda:", device, " has compute capability ", major,
                                        ".x; the kernels need 8.0 (Ampere) or later"));
   }

@@ -50,15 +50,19 @@ void on_cuda(const char* op, const Tensor& t, F&& launch) {
 }
 #endif
 
+inline void nothing() {}
+
 // Runs the kernel of `op` that belongs to the device of `t`; with workspace_bytes the CUDA one gets so much scratch.
-template <auto cpu_kernel, auto cuda_kernel, auto workspace_bytes = nullptr, typename Params>
-void run(const char* op, const Tensor& t, const Params& params) {
+// prepare() comes before a CUDA launch, with the device as the current one, and may change `params`.
+template <auto cpu_kernel, auto cuda_kernel, auto workspace_bytes = nullptr, typename Params, typename F = void (&)()>
+void run(const char* op, const Tensor& t, const Params& params, [[maybe_unused]] F&& prepare = nothing) {
   if (t.is_cpu()) {
     cpu_kernel(params);
     return;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA
   on_cuda(op, t, [&](cudaStream_t stream) {
+    prepare();
     if constexpr (std::is_null_pointer_v<decltype(workspace_bytes)>) {
       return cuda_kernel(params, stream);
     } else {

@@ -1,5 +1,6 @@
 #include <utility>
 
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/linear.h"
 #include "params/pointwise.h"
@@ -7,9 +8,7 @@
 namespace flash_xlstm {
 namespace {
 
-constexpr int64_t vector_bytes = 16;
-
-[[maybe_unused]] bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % vector_bytes == 0; }
+[[maybe_unused]] bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % linear_alignment == 0; }
 
 // (rows, in) of x.
 std::pair<int64_t, int64_t> check_x(const Tensor& x) {
@@ -41,13 +40,16 @@ Tensor output_of(const Tensor& x, const Tensor& weight) {
 
 #ifdef FLASH_XLSTM_WITH_CUDA
 void check_cuda_limits(const Tensor& x, const char* name, const Tensor& weight) {
-  if (x.scalar_type() != ScalarType::BFloat16) {
+  if (to_dtype(x.scalar_type()) != linear_cuda_dtype) {
     type_error("x has dtype ", dtype_text(x.scalar_type()), "; on CUDA it must be bfloat16");
   }
-  if (weight.size(1) % 8 != 0) {
-    value_error(name, " has shape ", shape_text(weight), "; on CUDA its second dimension must be a multiple of 8");
+  if (weight.size(1) % linear_in_multiple != 0) {
+    value_error(name, " has shape ", shape_text(weight), "; on CUDA its second dimension must be a multiple of ",
+                linear_in_multiple);
   }
-  if (!aligned(weight)) value_error(name, " begins at no multiple of 16 bytes; call ", name, ".clone()");
+  if (!aligned(weight)) {
+    value_error(name, " begins at no multiple of ", linear_alignment, " bytes; call ", name, ".clone()");
+  }
 }
 
 // With rows that begin at multiples of 16 bytes and do not overlap, as those of an expanded x do.
@@ -55,7 +57,7 @@ Tensor aligned_rows(const Tensor& x) {
   Tensor t = with_uniform_rows(x);
   const int64_t in = t.size(t.dim() - 1);
   if (t.numel() > in && row_stride(t) < in) t = torch::stable::contiguous(t);
-  return aligned(t) && row_stride(t) * 2 % vector_bytes == 0 ? t : torch::stable::clone(t);
+  return aligned(t) && row_stride(t) * element_bytes(linear_cuda_dtype) % linear_alignment == 0 ? t : torch::stable::clone(t);
 }
 
 void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {
@@ -199,5 +201,8 @@ IMPLEMENT_OPS(lib) {
   lib.impl("linear_rows", TORCH_BOX(&linear_rows));
   lib.impl("fused_linear_rows", TORCH_BOX(&fused_linear_rows));
 }
+
+static const DescribedOp described_linear_rows("linear_rows", CUDA_ONLY(cuda::linear_words));
+static const DescribedOp described_fused_linear_rows("fused_linear_rows", CUDA_ONLY(cuda::linear_words));
 
 }  // namespace flash_xlstm

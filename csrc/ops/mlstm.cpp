@@ -2,13 +2,12 @@
 #include <cmath>
 #include <utility>
 
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/mlstm.h"
 
 namespace flash_xlstm {
 namespace {
-
-constexpr int64_t max_chunk_size = 4096;
 
 // What the ops of the family take besides q, k, v and the gates.
 struct Options {
@@ -124,6 +123,21 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   return checked;
 }
 
+// Has the input at `to`, `t`, copied for kernels that cannot read it as it lies.
+[[maybe_unused]] void copy_input(CheckedProblem& checked, Strided& to, const Tensor& t) {
+  Tensor copy = torch::stable::contiguous(t);
+  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // contiguous, but not aligned
+  to = strided(copy);
+  checked.held.push_back(std::move(copy));
+}
+
+[[maybe_unused]] void copy_inputs(CheckedProblem& checked, MlstmProblem& p, const cuda::MlstmCopies& copies,
+                                  const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (copies.q) copy_input(checked, p.q, q);
+  if (copies.k) copy_input(checked, p.k, k);
+  if (copies.v) copy_input(checked, p.v, v);
+}
+
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
@@ -156,7 +170,9 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
   if (p.batch > 0 && p.heads > 0) {
-    run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(op, q, params);
+    run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(op, q, params, [&] {
+      copy_inputs(checked, params.p, cuda::mlstm_copies(params), q, k, v);
+    });
   }
   return y;
 }
@@ -222,7 +238,11 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   params.dn0 = float_data(dn, has_n);
   params.dm0 = float_data(dm, has_m);
   if (p.batch > 0 && p.heads > 0) {
-    run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params);
+    run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, [&] {
+      const cuda::MlstmCopies copies = cuda::mlstm_copies(params);
+      copy_inputs(checked, params.p, copies, q, k, v);
+      if (copies.dh) copy_input(checked, params.dh, *dh);
+    });
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
@@ -329,5 +349,8 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
 }
+
+static const DescribedOp described_mlstm("mlstm", CUDA_ONLY(cuda::mlstm_words));
+static const DescribedOp described_mlstm_sig("mlstm_sig", CUDA_ONLY(cuda::mlstm_words));
 
 }  // namespace flash_xlstm

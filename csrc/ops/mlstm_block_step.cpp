@@ -132,12 +132,13 @@ FusedLinearRows fused(const std::vector<LinearRows>& products) {
 }
 
 void check_cuda_limits(const Tensor& x, const std::vector<LinearRows>& products) {
-  if (x.scalar_type() != ScalarType::BFloat16) {
+  if (to_dtype(x.scalar_type()) != linear_cuda_dtype) {
     type_error("x has dtype ", dtype_text(x.scalar_type()), "; on CUDA it must be bfloat16");
   }
   for (const LinearRows& p : products) {
-    if (p.in % 8 != 0 || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) {
-      value_error("on CUDA weights must begin at multiples of 16 bytes and have a multiple of 8 columns");
+    if (p.in % linear_in_multiple != 0 || reinterpret_cast<uintptr_t>(p.weight) % linear_alignment != 0) {
+      value_error("on CUDA weights must begin at multiples of ", linear_alignment, " bytes and have a multiple of ",
+                  linear_in_multiple, " columns");
     }
   }
 }

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "ops/mlstm_step.h"
 #include "params/mlstm.h"
@@ -128,5 +129,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
 IMPLEMENT_OPS(lib) {
   lib.impl("mlstm_step", TORCH_BOX(&mlstm_step));
 }
+
+static const DescribedOp described_mlstm_step("mlstm_step");
 
 }  // namespace flash_xlstm

@@ -1,4 +1,5 @@
 // RMSNorm, alone and with the residual's sum in front, and the gated head-wise LayerNorm.
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/pointwise.h"
 
@@ -194,5 +195,8 @@ IMPLEMENT_OPS(lib) {
   lib.impl("gated_head_norm", TORCH_BOX(&gated_head_norm));
   lib.impl("gated_head_norm_backward", TORCH_BOX(&gated_head_norm_backward));
 }
+
+static const DescribedOp described_rms_norm("rms_norm");
+static const DescribedOp described_gated_head_norm("gated_head_norm");
 
 }  // namespace flash_xlstm

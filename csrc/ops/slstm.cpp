@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/slstm.h"
 
@@ -211,5 +212,8 @@ IMPLEMENT_OPS(lib) {
   lib.impl("slstm_backward", TORCH_BOX(&slstm_backward));
   lib.impl("slstm_step", TORCH_BOX(&slstm_step));
 }
+
+static const DescribedOp described_slstm("slstm", CUDA_ONLY(cuda::slstm_words));
+static const DescribedOp described_slstm_step("slstm_step");
 
 }  // namespace flash_xlstm

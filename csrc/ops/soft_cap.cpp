@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/pointwise.h"
 
@@ -57,5 +58,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("soft_cap", TORCH_BOX(&soft_cap));
   lib.impl("soft_cap_backward", TORCH_BOX(&soft_cap_backward));
 }
+
+static const DescribedOp described_soft_cap("soft_cap");
 
 }  // namespace flash_xlstm

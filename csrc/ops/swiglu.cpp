@@ -1,3 +1,4 @@
+#include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/pointwise.h"
 
@@ -64,5 +65,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("swiglu", TORCH_BOX(&swiglu));
   lib.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }
+
+static const DescribedOp described_swiglu("swiglu");
 
 }  // namespace flash_xlstm

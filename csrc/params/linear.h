@@ -1,11 +1,16 @@
 // Products with few rows.
 #pragma once
 
+#include <string>
+
 #include "params/types.h"
 
 namespace flash_xlstm {
 
 constexpr int64_t linear_max_rows = 16;
+// On CUDA: the one dtype, what `in` is a multiple of, and where weights begin and rows of x.
+constexpr DType linear_cuda_dtype = DType::bfloat16;
+constexpr int64_t linear_in_multiple = 8, linear_alignment = 16;
 // On the CPU; with more rows of x, torch's product is as fast.
 constexpr int64_t linear_faster_rows = 4;
 
@@ -50,8 +55,10 @@ void linear_rows(const LinearRows* products, int64_t count);
 }  // namespace cpu
 
 namespace cuda {
-// bfloat16, at most linear_max_rows rows; `in` a multiple of 8; x, its rows and the weights begin at multiples of 16
-// bytes.
+// The kernels that a device of this compute capability has, for people.
+std::string linear_words(int major, int minor);
+
+// Within the limits above.
 cudaError_t fused_linear_rows(const FusedLinearRows& params, cudaStream_t stream);
 }  // namespace cuda
 

@@ -1,9 +1,13 @@
 // The mLSTM. Strides are in elements; the last dimension of q, k, v, dh is contiguous.
 #pragma once
 
+#include <string>
+
 #include "params/types.h"
 
 namespace flash_xlstm {
+
+constexpr int64_t max_chunk_size = 4096;
 
 enum class InputGate : int { exponential = 0, sigmoid = 1 };
 
@@ -79,11 +83,23 @@ void mlstm_step(const MlstmStep& params);
 }  // namespace cpu
 
 namespace cuda {
+// What must be copied, to be contiguous and 16-byte aligned, for the best kernels that the problem's sizes, dtypes and
+// the current device allow; others read every layout, but are slower.
+struct MlstmCopies {
+  bool q = false, k = false, v = false, dh = false;
+  bool any() const { return q || k || v || dh; }
+};
+MlstmCopies mlstm_copies(const MlstmForward& params);
+MlstmCopies mlstm_copies(const MlstmBackward& params);
+
 int64_t mlstm_forward_workspace_bytes(const MlstmForward& params);
 cudaError_t mlstm_forward(const MlstmForward& params, void* workspace, cudaStream_t stream);
 
 int64_t mlstm_backward_workspace_bytes(const MlstmBackward& params);
 cudaError_t mlstm_backward(const MlstmBackward& params, void* workspace, cudaStream_t stream);
+
+// The kernels that a device of this compute capability has, for people.
+std::string mlstm_words(int major, int minor);
 
 constexpr int64_t max_step_dqk = 8192;  // q and k fit a block's shared memory
 int64_t mlstm_step_workspace_bytes(const MlstmStep& params);

@@ -3,6 +3,8 @@
 // A row is one sequence: a batch row, or one packed sequence. Gates are in the order i, f, z, o.
 #pragma once
 
+#include <string>
+
 #include "params/types.h"
 
 namespace flash_xlstm {
@@ -74,6 +76,9 @@ void slstm_step(const SlstmStep& params);
 }  // namespace cpu
 
 namespace cuda {
+// The kernels that a device of this compute capability has, for people.
+std::string slstm_words(int major, int minor);
+
 int64_t slstm_forward_workspace_bytes(const SlstmForward& params);
 cudaError_t slstm_forward(const SlstmForward& params, void* workspace, cudaStream_t stream);
 

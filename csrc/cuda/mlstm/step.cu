@@ -26,8 +26,8 @@
 
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
-#include "params/mlstm.h"
 #include "cuda/common/numeric.cuh"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda {
 namespace {

@@ -264,7 +264,7 @@ Walk walk_of(const GatedHeadNorm& p, int64_t groups) {
   const int64_t rounds = std::clamp<int64_t>(turns * p.heads / (least_turns * processors), 1, most_rounds);
   const int64_t most_blocks = rounds * std::max<int64_t>(1, processors / p.heads);
   const int64_t each = std::max<int64_t>(1, (turns + most_blocks - 1) / most_blocks);
-  return {rounds, (turns + rounds * each - 1) / (rounds * each), static_cast<int>(each)};
+  return {.rounds = rounds, .blocks = (turns + rounds * each - 1) / (rounds * each), .turns = static_cast<int>(each)};
 }
 
 // How many rows of sums of dweight there are.

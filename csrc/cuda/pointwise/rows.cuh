@@ -28,8 +28,8 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
 #include "cuda/common/numeric.cuh"
-#include "params/pointwise.h"
 #include "cuda/ptx/mma_sync.cuh"
+#include "params/pointwise.h"
 
 namespace flash_xlstm::cuda {
 

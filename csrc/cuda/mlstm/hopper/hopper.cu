@@ -11,12 +11,6 @@
 namespace flash_xlstm::cuda::hopper {
 namespace {
 
-bool mappable(const Strided& t, const MlstmProblem& p) {
-  const auto good = [](int64_t stride, int64_t size) { return size == 1 || (stride > 0 && stride % 8 == 0); };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && good(t.batch, p.batch) && good(t.seq, p.seq) &&
-         good(t.head, p.heads);
-}
-
 cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
   // The stride of a dimension of size 1 is never followed, but it is checked.
   const auto bytes = [&](int64_t stride, int64_t size) {
@@ -26,12 +20,6 @@ cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& 
                    {static_cast<uint64_t>(dim), static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.seq),
                     static_cast<uint64_t>(p.batch)},
                    {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
-}
-
-bool serves_problem(const MlstmProblem& p) {
-  return p.dtype != DType::float32 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 && p.dqk <= 1024 &&
-         p.dv <= 1024 && mappable(p.q, p) && mappable(p.k, p) && mappable(p.v, p) && device_is_hopper() &&
-         encode_function() != nullptr;
 }
 
 // m: the forward's m_t where its caller wants none: the outputs read it; null: not needed.
@@ -141,11 +129,15 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
 
 }  // namespace
 
-bool serves(const MlstmForward& params) { return serves_problem(params.p); }
+bool serves(const MlstmProblem& p) {
+  const auto good = [](int64_t dim) { return dim % dim_step == 0 && dim >= least_dim && dim <= most_dim; };
+  return p.dtype != DType::float32 && good(p.dqk) && good(p.dv) && device_is_hopper() && encode_function() != nullptr;
+}
 
-bool serves(const MlstmBackward& params) {
-  // Without dh there is little to do.
-  return params.dh.data != nullptr && mappable(params.dh, params.p) && serves_problem(params.p);
+bool reads(const Strided& t, const MlstmProblem& p) {
+  const auto good = [](int64_t stride, int64_t size) { return size == 1 || (stride > 0 && stride % 8 == 0); };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && good(t.batch, p.batch) && good(t.seq, p.seq) &&
+         good(t.head, p.heads);
 }
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {

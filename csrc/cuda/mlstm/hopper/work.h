@@ -7,8 +7,8 @@
 #include <type_traits>
 
 #include "cuda/common/device.h"
-#include "cuda/mlstm/chunked/layout.cuh"
 #include "cuda/common/numeric.cuh"
+#include "cuda/mlstm/chunked/layout.cuh"
 #include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::hopper {

@@ -4,8 +4,8 @@
 // Per-token scratch is chunk-major, [chunk][head][64], so that a chunk's gates are one contiguous read.
 #pragma once
 
-#include "cuda/mlstm/chunked/layout.cuh"
 #include "cuda/common/numeric.cuh"
+#include "cuda/mlstm/chunked/layout.cuh"
 #include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::portable {

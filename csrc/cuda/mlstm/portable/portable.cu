@@ -101,7 +101,7 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
     w.layout.range_begin = range * count;
     w.layout.range_end = std::min(w.layout.range_begin + count, w.layout.max_chunks);
     RETURN_IF_FAILED(forward_states(w, params.c_last, params.n_last, range, stream));
-    RETURN_IF_FAILED(outputs<Output::h>({w, {}, params.h, params.s, nullptr}, stream));
+    RETURN_IF_FAILED(outputs<Output::h>({.w = w, .out = params.h, .s_out = params.s}, stream));
   }
   return cudaSuccess;
 }
@@ -118,10 +118,10 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
   RETURN_IF_FAILED(forward_states(w, nullptr, nullptr, 0, stream));
   RETURN_IF_FAILED(token_gradients(w, params, stream));
-  RETURN_IF_FAILED(outputs<Output::dq>({w, params.dh, params.dq, nullptr, w.scratch.q_dq}, stream));
+  RETURN_IF_FAILED(outputs<Output::dq>({.w = w, .dh = params.dh, .out = params.dq, .partial = w.scratch.q_dq}, stream));
   RETURN_IF_FAILED(backward_states(w, params, stream));
-  RETURN_IF_FAILED(outputs<Output::dk>({w, params.dh, params.dk, nullptr, w.scratch.k_dk}, stream));
-  RETURN_IF_FAILED(outputs<Output::dv>({w, params.dh, params.dv, nullptr, nullptr}, stream));
+  RETURN_IF_FAILED(outputs<Output::dk>({.w = w, .dh = params.dh, .out = params.dk, .partial = w.scratch.k_dk}, stream));
+  RETURN_IF_FAILED(outputs<Output::dv>({.w = w, .dh = params.dh, .out = params.dv}, stream));
   RETURN_IF_FAILED(chunk_gate_sums(w, params.dh, stream));
   return gate_gradients(w, params, stream);
 }
