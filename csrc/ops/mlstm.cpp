@@ -247,11 +247,27 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
 
-Tensors<2> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
-               OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-               int64_t chunk_size) {
+// States that were not asked for are empty.
+Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes) {
+  sizes[0] = 0;
+  return t ? *t : new_empty(q, sizes, ScalarType::Float);
+}
+
+Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                 OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                 int64_t chunk_size, bool return_final_state) {
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
-  ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, false);
+  const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, return_final_state);
+  const int64_t heads = q.size(2), dqk = q.size(3), dv = v.size(3);
+  return {y.h, *y.kept, or_empty(y.c_last, q, {0, heads, dqk, dv}), or_empty(y.n_last, q, {0, heads, dqk}),
+          or_empty(y.m_last, q, {0, heads})};
+}
+
+Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                         OptTensor cu_seqlens, std::optional<double> scale, double eps,
+                         std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, false);
   return {std::move(y.h), std::move(*y.kept)};
 }
 
@@ -260,14 +276,6 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
                int64_t chunk_size) {
   return forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, false, false)
       .h;
-}
-
-Tensors<5> mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
-                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
-                          std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
-  const ForwardOutputs y = forward("mlstm_with_state", q, k, v, i, f, options, true);
-  return {y.h, *y.kept, *y.c_last, *y.n_last, *y.m_last};
 }
 
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
@@ -284,13 +292,9 @@ Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
   const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
-  const auto or_empty = [&](const OptTensor& t, std::vector<int64_t> sizes) {
-    sizes[0] = 0;
-    return t ? *t : new_empty(q, sizes, ScalarType::Float);
-  };
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
-  return {y.h, or_empty(y.kept, {0, seq, heads}), or_empty(y.c_last, {0, heads, dqk, dv}),
-          or_empty(y.n_last, {0, heads, dqk})};
+  return {y.h, or_empty(y.kept, q, {0, seq, heads}), or_empty(y.c_last, q, {0, heads, dqk, dv}),
+          or_empty(y.n_last, q, {0, heads, dqk})};
 }
 
 Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
@@ -307,23 +311,23 @@ Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
+  // `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so
+  // are s and n without `normalize`, which then are no inputs either. A backward reads h of float32 on CUDA only.
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
-      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
-      "-> (Tensor h, Tensor kept)");
-  // The same without a derivative: for autograd.Function, within which torch's look for one costs microseconds.
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
+      "bool return_final_state=False) -> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
+  // Eager calls without a final state take these two, since every tensor that is returned takes the host a microsecond
+  // or two: h and what the backward needs, for autograd.Function, within which torch's look for a derivative would cost
+  // as much; and h alone.
   lib.def(
       "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor h, Tensor kept)");
-  // Without what a backward would need: every tensor that is returned takes the host a microsecond or two.
   lib.def(
       "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size) -> Tensor");
-  lib.def(
-      "mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
-      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
-      "-> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
@@ -342,9 +346,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
 
 IMPLEMENT_OPS(lib) {
   lib.impl("mlstm", TORCH_BOX(&mlstm));
-  lib.impl("mlstm_forward", TORCH_BOX(&mlstm));
+  lib.impl("mlstm_forward", TORCH_BOX(&mlstm_forward));
   lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
-  lib.impl("mlstm_with_state", TORCH_BOX(&mlstm_with_state));
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
   lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
