@@ -5,16 +5,16 @@
 
 #include <cstdint>
 
-#ifdef FLASH_XLSTM_WITH_CUDA
+#if defined(FLASH_XLSTM_WITH_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
+#else
+namespace flash_xlstm {
+using cudaError_t = int;  // for declarations of what is not built
+using cudaStream_t = void*;
+}  // namespace flash_xlstm
 #endif
 
 namespace flash_xlstm {
-
-#ifndef FLASH_XLSTM_WITH_CUDA
-using cudaError_t = int;  // for declarations of what is not built
-using cudaStream_t = void*;
-#endif
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
