@@ -28,7 +28,7 @@ def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def time_in_graph_ms(calls: Sequence[Callable[[], object]], device: torch.device, budget_s: float = 0.3) -> float:
     """Median time of one of `calls`, which run one after the other in one graph; on a CPU, of one call by itself.
 
-    Calls that work on as much memory together as the second-level cache cannot hold are measured as a model makes
+    Calls that work on as much memory together as the L2 cache cannot hold are measured as a model makes
     them: each finds its operands in memory. A graph has at least 16 calls and runs for 5 ms or more, so that what
     precedes its first call (its own launch, tens of MB in the cache to be written back) does not count.
     """

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from flash_xlstm import ops
 from graphs import copies_beyond_cache, time_in_graph_ms
-from run import describe, device_rates, free_memory
+from run import describe, device_rates, free_memory, pair
 
 # in -> out: q, k, v and output gate together; both gates; output; up and gate, apart and together; down; head.
 SHAPES = ((4096, 12288), (4096, 16), (4096, 4096), (4096, 10944), (4096, 21888), (10944, 4096), (4096, 50304))
@@ -26,13 +26,8 @@ PEERS: dict[str, Callable] = {
 }
 
 
-def _shape(text: str) -> tuple[int, int]:
-    first, second = text.split("x")
-    return int(first), int(second)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, help="in x out, as 4096x10944")
+    parser.add_argument("--shapes", nargs="+", type=pair, default=SHAPES, help="in x out, as 4096x10944")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds-each", type=float, default=0.2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

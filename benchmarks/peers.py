@@ -162,8 +162,10 @@ def memory_estimate(name: str, point: Point, backward: bool, item: int) -> float
     return point.bytes_moved(backward, item) * 1.3 + states * (2 if backward else 1)
 
 
-def tensors(name: str, point: Point, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-    """What the peer's call takes, contiguous in its own layout: standard normal; i, f float32, f around 3."""
+def tensors(
+    name: str, point: Point, dtype: torch.dtype, device: torch.device | str, forget_gate: float = 3.0
+) -> list[Tensor]:
+    """What the peer's call takes, contiguous in its layout: standard normal, f around `forget_gate`; i, f float32."""
     torch.manual_seed(0)
     new = lambda *shape, dtype=dtype: torch.randn(*shape, dtype=dtype, device=device)  # noqa: E731
     b, s, h = point.batch, point.seq, point.heads
@@ -177,5 +179,5 @@ def tensors(name: str, point: Point, dtype: torch.dtype, device: torch.device | 
         return [new(b, s, heads, 64), dt, rates, new(b, s, 1, state), new(b, s, 1, state)]
     lead = (b, h, s) if layout == "heads_first" else (b, s, h)
     products = [new(*lead, d) for d in (point.dqk, point.dqk, point.dv)]
-    i, f = new(*lead, dtype=torch.float32), new(*lead, dtype=torch.float32) + 3.0
+    i, f = new(*lead, dtype=torch.float32), new(*lead, dtype=torch.float32) + forget_gate
     return [*products, F.logsigmoid(f)] if layout == "gla" else [*products, i, f]

@@ -1,10 +1,10 @@
 """Plots of results: `python benchmarks/plot.py RESULTS.json [--out FOLDER]`.
 
-Of subject mlstm, mlstm_time_*.png (time over seq at a constant number of tokens, a line a peer) for each number of
-heads, dqk and dv that was measured at two or more seq, and mlstm_speedup.png (our speedup over TFLA and simple_gla at
-every setting).
-Of decode, decode.png (time a token over batch); of prefill, prefill.png (time over length) and prefill_memory.png (what
-is kept of a prompt, and the memory that reading it takes, over length).
+Pictures are named after the results file. Of subject mlstm: RESULTS.png, the time over seq at a constant number of
+tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several were measured at two or more seq), and
+RESULTS_speedup.png, our speedup over TFLA and simple_gla, where two or more sizes were measured.
+Of decode, RESULTS.png: time a token over batch. Of prefill, RESULTS.png: time over length, and RESULTS_memory.png: what
+is kept of a prompt, and the memory that reading it takes, over length.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def plot_decode(rows: list[dict], gpu: str, path: Path) -> Path:
     return _save(figure, axis, path)
 
 
-def plot_prefill(rows: list[dict], gpu: str, folder: Path) -> list[Path]:
+def plot_prefill(rows: list[dict], gpu: str, folder: Path, stem: str) -> list[Path]:
     rows = [row for row in rows if row["batch"] == 1]
     if not rows:
         return []
@@ -160,32 +160,33 @@ def plot_prefill(rows: list[dict], gpu: str, folder: Path) -> list[Path]:
         same = [row for row in rows if row["model"] == model]
         _line(axis, same, "seq", "time_ms", color=MODEL_COLORS[model], marker="o", label=label)
     _line(axis, ours, "seq", "floor_ms", color="black", linewidth=0.8, label="the weights' products at full rate")
-    written = [_save(figure, axis, folder / "prefill.png")]
+    written = [_save(figure, axis, folder / f"{stem}.png")]
     figure, axis = _axes(f"Memory of a prompt, {size}, batch 1; {gpu}", "tokens", "MiB", seqs)
     _line(axis, ours, "seq", "state_mib", marker="o", label="flash-xlstm, kept")
     _line(axis, ours, "seq", "peak_memory_mib", marker="o", label="flash-xlstm, at the peak of reading it")
     style = {"linestyle": "--", "label": "keys and values of a Transformer of this width and depth (computed)"}
     _line(axis, ours, "seq", "transformer_mib", color="black", **style)
-    return [*written, _save(figure, axis, folder / "prefill_memory.png")]
+    return [*written, _save(figure, axis, folder / f"{stem}_memory.png")]
 
 
-def plot(document: dict, folder: Path) -> list[Path]:
-    """Writes what the results allow; returns the files."""
+def plot(document: dict, folder: Path, stem: str) -> list[Path]:
+    """Writes what the results allow, under names that begin with `stem`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     gpu = document["environment"].get("gpu", "CPU")
     timed = [r for r in document["results"] if "time_ms" in r]
     rows, decode, prefill = ([r for r in timed if r.get("what") == what] for what in ("mlstm", "decode", "prefill"))
     written = []
     if decode:
-        written.append(plot_decode(decode, gpu, folder / "decode.png"))
-    written += plot_prefill(prefill, gpu, folder)
-    for dims in sorted({tuple(r[d] for d in DIMS) for r in rows}):
+        written.append(plot_decode(decode, gpu, folder / f"{stem}.png"))
+    written += plot_prefill(prefill, gpu, folder, stem)
+    all_dims = sorted({tuple(r[d] for d in DIMS) for r in rows})
+    for dims in all_dims:
         same = [r for r in rows if tuple(r[d] for d in DIMS) == dims]
         if len({r["seq"] for r in same}) > 1 and len({r["batch"] * r["seq"] for r in same}) == 1:
-            written.append(folder / f"mlstm_time_{'_'.join(map(str, dims))}.png")
+            written.append(folder / f"{stem}{'' if len(all_dims) == 1 else '_' + '_'.join(map(str, dims))}.png")
             plot_time(same, dims, gpu, written[-1])
-    if plot_speedup(rows, gpu, folder / "mlstm_speedup.png"):
-        written.append(folder / "mlstm_speedup.png")
+    if len(all_dims) > 1 and plot_speedup(rows, gpu, folder / f"{stem}_speedup.png"):
+        written.append(folder / f"{stem}_speedup.png")
     return written
 
 
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, help="folder; default: that of the results")
     args = parser.parse_args()
-    for path in plot(json.loads(args.results.read_text()), args.out or args.results.parent):
+    for path in plot(json.loads(args.results.read_text()), args.out or args.results.parent, args.results.stem):
         print(path)
 
 

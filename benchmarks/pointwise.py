@@ -1,4 +1,4 @@
-"""Subject pointwise: the pointwise ops, forward and backward, beside the same in PyTorch's own functions.
+"""Subject pointwise: the pointwise ops and the causal convolution, forward and backward, beside PyTorch's functions.
 
 `time_us` is of a call by itself, the cache overwritten before: a launch and tens of MB in the cache to be written back
 belong to it. `gb_per_s` counts every input read and every output written once (a backward reads the inputs again),
@@ -25,14 +25,20 @@ from graphs import copies_beyond_cache, time_in_graph_ms
 from run import describe, device_rates, free_memory, median_time_ms
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HEADS = 8
+HEADS, KERNEL = 8, 4
 
 
 def _torch_gated(h: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     return torch.sigmoid(gate) * (F.layer_norm(h, h.shape[-1:], eps=1e-6).flatten(-2) * weight)
 
 
-# ours, PyTorch's, big inputs, big outputs; the inputs are (rows, columns), then a weight where there is one.
+def _torch_conv(x: Tensor, weight: Tensor) -> Tensor:
+    behind = F.pad(x.transpose(1, 2), (KERNEL - 1, 0))
+    return F.silu(F.conv1d(behind, weight[:, None], groups=x.shape[2])).transpose(1, 2)
+
+
+# ours, PyTorch's, big inputs, big outputs; the inputs are (rows, columns), then a weight where there is one. The
+# convolution's rows are the tokens of one sequence.
 OPS: dict[str, tuple[Callable, Callable, int, int]] = {
     "rms_norm": (ops.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), 1, 1),
     "add_rms_norm": (
@@ -44,6 +50,7 @@ OPS: dict[str, tuple[Callable, Callable, int, int]] = {
     "gated_head_norm": (ops.gated_head_norm, _torch_gated, 2, 1),
     "swiglu": (ops.swiglu, lambda x, y: F.silu(x) * y, 2, 1),
     "soft_cap": (lambda x: ops.soft_cap(x, 15.0), lambda x: 15.0 * torch.tanh(x / 15.0), 1, 1),
+    "causal_conv1d": (lambda x, w: ops.causal_conv1d(x, w, activation="silu"), _torch_conv, 1, 1),
 }
 _operators = torch.ops.flash_xlstm
 # Of the outputs' gradients, then the inputs, for a chain: autograd stays out of a graph.
@@ -53,6 +60,7 @@ GRADIENTS: dict[str, Callable] = {
     "gated_head_norm": lambda dy, h, gate, w: _operators.gated_head_norm_backward(dy, h, gate, w, 1e-6, True),
     "swiglu": lambda dout, x, y: _operators.swiglu_backward(dout, x, y),
     "soft_cap": lambda dy, x: _operators.soft_cap_backward(dy, x, 15.0),
+    "causal_conv1d": lambda dy, x, w: _operators.causal_conv1d_backward(dy, None, x, w, None, None, None, True),
 }
 WEIGHTED = ("rms_norm", "add_rms_norm", "gated_head_norm")
 
@@ -70,6 +78,8 @@ def _inputs(op: str, rows: int, columns: int, dtype: torch.dtype, device: torch.
     inputs = [torch.randn(rows, columns, device=device).to(dtype) for _ in range(OPS[op][2])]
     if op == "gated_head_norm":
         inputs[0] = inputs[0].view(rows, HEADS, columns // HEADS)
+    if op == "causal_conv1d":
+        return [inputs[0][None], torch.full((columns, KERNEL), 1.0 / KERNEL, device=device, dtype=dtype)]
     return inputs + ([torch.ones(columns, device=device, dtype=dtype)] if op in WEIGHTED else [])
 
 

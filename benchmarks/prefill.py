@@ -13,20 +13,15 @@ from collections.abc import Iterator
 import torch
 
 import language_models
-from run import describe, device_rates, free_memory, median_time_ms, peak_memory_bytes
+from run import describe, device_rates, free_memory, median_time_ms, pair, peak_memory_bytes
 
 SHAPES = ((1, 2048), (1, 8192), (8, 2048), (1, 32768), (1, 131072))
-
-
-def _shape(text: str) -> tuple[int, int]:
-    first, second = text.split("x")
-    return int(first), int(second)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     language_models.add_arguments(parser)
     default = SHAPES if torch.cuda.is_available() else ((1, 512),)
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=default, help="batch x seq, as 1x8192")
+    parser.add_argument("--shapes", nargs="+", type=pair, default=default, help="batch x seq, as 1x8192")
     parser.add_argument("--longest-peer", type=int, default=8192, help="peers read no longer prompts")
     parser.add_argument("--seconds-each", type=float, default=2.0)
 

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -29,6 +30,9 @@ from flash_xlstm.cli import info
 SUBJECTS = (
     "mlstm",
     "mlstm_accuracy",
+    "mlstm_forget",
+    "mlstm_repeated",
+    "mlstm_counters",
     "slstm",
     "cpu_vs_transformers",
     "step",
@@ -85,7 +89,7 @@ def _l2_flush(device: torch.device) -> torch.Tensor:
 
 
 def _cuda_times_ms(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    """The second-level cache is overwritten before each call, for so long that the host runs ahead."""
+    """The L2 cache is overwritten before each call, for so long that the host runs ahead."""
     flush = _l2_flush(device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for start, stop in events:
@@ -265,18 +269,24 @@ def summarize_speedups(rows: list[dict], what: str, key: tuple[str, ...], ours_t
     return lines
 
 
-def main() -> int:
-    begin = time.perf_counter()
+def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The subject's module, and the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("--out", type=Path, help="JSON file for the results, written after every row")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --out and measure what is missing")
+    if not argv or argv[0] not in SUBJECTS:
+        parser.parse_args(argv)
+        parser.error("the subject comes first, its options behind it")
+    subject = importlib.import_module(argv[0])
+    subject.add_arguments(parser)
+    return subject, parser.parse_args(argv)
+
+
+def main() -> int:
+    begin = time.perf_counter()
     sys.path.insert(0, str(Path(__file__).parent))
-    subject = importlib.import_module(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] in SUBJECTS else None
-    if subject is not None:
-        subject.add_arguments(parser)
-    args = parser.parse_args()
-    assert subject is not None
+    subject, args = parse(sys.argv[1:])
     document = {"subject": args.subject, "environment": environment(), "results": []}
     rows = document["results"]
     if args.resume and args.out is not None and args.out.exists():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from flash_xlstm.cli.info import environment
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
 
 SEASON = HORIZON = 12  # months
 HELD_OUT = 8 * 12
@@ -44,12 +44,12 @@ class Forecaster(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        slstm = blocks.sLSTMLayerConfig(num_heads=4, bias_init="small_init", recurrent_weight_init="standard")
-        config = blocks.xLSTMBlockStackConfig(
-            slstm_block=blocks.sLSTMBlockConfig(slstm), embedding_dim=width, slstm_at="all", dropout=0.1
+        slstm = block_stack.sLSTMLayerConfig(num_heads=4, bias_init="small_init", recurrent_weight_init="standard")
+        config = block_stack.xLSTMBlockStackConfig(
+            slstm_block=block_stack.sLSTMBlockConfig(slstm), embedding_dim=width, slstm_at="all", dropout=0.1
         )
         self.read = nn.Linear(1, width)
-        self.stack = blocks.xLSTMBlockStack(config)
+        self.stack = block_stack.xLSTMBlockStack(config)
         self.predict = nn.Linear(width, HORIZON)
 
     def forward(self, changes: Tensor) -> Tensor:

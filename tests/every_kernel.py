@@ -167,7 +167,7 @@ def every_pointwise() -> None:
     # A warp to 512 threads a row; single elements.
     for dtype in (torch.float32, BF16, torch.float16):
         ops.soft_cap(torch.randn(2, 2, 64, device="cuda").to(dtype).requires_grad_(), 3.0).sum().backward()
-        for dim in (64, 512, 1024, 2048, 4096, 8192, 16384, 35):
+        for dim in (64, 512, 1024, 2048, 4096, 8192, 16384, 35, 201):
             pointwise(dtype, dim)
     pointwise(BF16, 4096, 1500)  # more rows than blocks read ahead
     pointwise(BF16, 256, 17_000)  # and for several rounds of blocks

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
-import flash_xlstm
+import flash_xlstm.ops
+import flash_xlstm.training
 
 
 def run(code: str, **environment: str) -> str:
@@ -78,9 +82,44 @@ print(ops.soft_cap(torch.ones(3), 1.0).sum().item() > 2.2, torch.cuda.is_initial
 
 
 def test_import_is_light():
-    """Neither the model nor the compiler comes with it."""
+    """Nothing comes with it, not even torch; with the ops comes neither the model nor the compiler."""
+    assert run("import sys, flash_xlstm; print('torch' in sys.modules or 'numpy' in sys.modules)") == "False"
     loaded = "[name for name in ('transformers', 'torch._inductor', 'flash_xlstm.models') if name in sys.modules]"
-    assert run(f"import sys, flash_xlstm; print({loaded})") == "[]"
+    assert run(f"import sys, flash_xlstm.nn; print({loaded})") == "[]"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import flash_xlstm; flash_xlstm.ops.mlstm, flash_xlstm.nn.mLSTMLayer, flash_xlstm.reference.soft_cap",
+        "import flash_xlstm; assert flash_xlstm.__version__ == flash_xlstm.build_info()['version']",
+        "from flash_xlstm import __version__, build_info, nn, ops, reference",
+        "from flash_xlstm.ops import mlstm; import torch; torch.ops.flash_xlstm.mlstm",
+        "import flash_xlstm; assert not hasattr(flash_xlstm, 'nonsense')",
+        "import flash_xlstm; assert {'ops', 'nn', 'build_info', '__name__'} <= set(dir(flash_xlstm))",
+    ],
+)
+def test_names_are_there_at_first_use(code):
+    run(code)
+
+
+def test_ops_are_compiled_at_their_first_use():
+    run("""
+import torch, flash_xlstm
+f = torch.compile(lambda x: flash_xlstm.ops.soft_cap(x, 2.0), backend="eager", fullgraph=True)
+x = torch.randn(5)
+assert torch.equal(f(x), flash_xlstm.ops.soft_cap(x, 2.0))
+""")
+
+
+@pytest.mark.parametrize("package", [flash_xlstm, flash_xlstm.training])
+def test_type_checkers_see_the_names(package):
+    (block,) = (node for node in ast.parse(inspect.getsource(package)).body if isinstance(node, ast.If))
+    homes = {name.asname: part.module for part in block.body for name in part.names}
+    assert sorted(homes) == sorted(package.__all__)
+    for name, home in homes.items():
+        value = getattr(package, name)
+        assert value is getattr(sys.modules[home], name, None) or value is sys.modules[f"{home}.{name}"]
 
 
 def test_is_typed():

@@ -26,3 +26,6 @@ def build_info() -> dict[str, str]:
         ``torch_running``.
     """
     return {**_C.build_info(), "torch_running": torch.__version__}
+
+
+__version__ = build_info()["version"]

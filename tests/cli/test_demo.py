@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from flash_xlstm.cli import checkpoint, demo, main
+from flash_xlstm.cli import demo, main
+from flash_xlstm.training import checkpoint
 
 SMALL = {"hidden_size": 128, "layers": 1, "heads": 2, "sequence_length": 32, "batch_size": 4}
 

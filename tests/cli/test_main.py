@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flash_xlstm
-from flash_xlstm.cli import main
+from flash_xlstm.cli import command, main
 from flash_xlstm.ops import kernel_for
 
 EXTRAS = ("transformers", "tokenizers", "safetensors", "tqdm", "matplotlib")
@@ -80,7 +80,7 @@ sys.exit(command.load()())
 
 
 def test_wrong_usage_ends_with_2(capsys, monkeypatch):
-    monkeypatch.setattr(flash_xlstm.cli, "_import", lambda command: pytest.fail(f"{command} was about to run"))
+    monkeypatch.setattr(command, "_import", lambda name: pytest.fail(f"{name} was about to run"))
     train = [
         ["--steps", "0"],
         ["--learning-rate", "nan"],

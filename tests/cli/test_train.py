@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM as StockXLSTM
 
-from flash_xlstm.cli import checkpoint, main
-from flash_xlstm.cli.settings import TrainSettings
-from flash_xlstm.cli.trainer import Trainer, learning_rate
+from flash_xlstm.cli import main
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
+from flash_xlstm.training import checkpoint
+from flash_xlstm.training.trainer import Trainer
 
 
 def _same(first, second) -> bool:
@@ -177,8 +177,8 @@ def test_memory_does_not_grow(train, monkeypatch):
     history: the figures of the checkpoints are gone, too."""
     held, after = {}, Trainer._after_step
 
-    def measured(self, bar):
-        after(self, bar)
+    def measured(self, progress):
+        after(self, progress)
         if self.step in (20, 60):
             held[self.step] = len(gc.get_objects()), sys.getallocatedblocks()
 
@@ -194,23 +194,6 @@ def test_accumulation_equals_a_larger_batch(train, weights):
     _, large = train("--steps", 3, "--batch-size", 8, out="large")
     for name, expected in weights(large).items():
         torch.testing.assert_close(weights(small)[name], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_only_matrices_decay(train, monkeypatch):
-    kept = []
-    monkeypatch.setattr(Trainer, "run", lambda self: kept.append(self))
-    train("--weight-decay", 0.25)
-    decayed, rest = kept[0].optimizer.param_groups
-    assert decayed["weight_decay"] == 0.25 and rest["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
-    assert len(decayed["params"]) + len(rest["params"]) == len(list(kept[0].model.parameters()))
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine():
-    settings = TrainSettings(steps=110, warmup=10, learning_rate=2.0, final_learning_rate=0.1)
-    assert [learning_rate(step, settings) for step in (0, 4, 9)] == [0.2, 1.0, 2.0]
-    assert learning_rate(60, settings) == pytest.approx(2.0 * 0.55)
-    assert learning_rate(110, settings) == pytest.approx(0.2)
 
 
 def test_transformers_loads_the_checkpoint_and_agrees(train):
@@ -371,7 +354,7 @@ def test_numbers_without_end_are_taken(train, resume, capsys):
 
 def test_a_signal_within_a_step(train, monkeypatch, error_line):
     """A step of many batches is not waited for."""
-    from flash_xlstm.cli.data import Batches
+    from flash_xlstm.training.data import Batches
 
     item, seen = Batches.__getitem__, []
 

@@ -778,10 +778,12 @@ def test_cuda_capture_is_tried_again_after_a_failure(make_ours, tokens, monkeypa
     expected = model.generate(ids, **options)
     model.release_graphs()
     block = model.backbone.blocks[1]
-    hook = block.register_forward_hook(lambda *args: torch.cuda.synchronize())  # not permitted in a capture
+    original = type(block).forward
+    patched = lambda *args: (torch.cuda.synchronize(), original(*args))[1]  # noqa: E731  (not permitted in a capture)
+    monkeypatch.setattr(type(block), "forward", patched)
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         assert torch.equal(model.generate(ids, **options), expected)
-    hook.remove()
+    monkeypatch.setattr(type(block), "forward", original)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(model.generate(ids, **options), expected)
@@ -794,3 +796,54 @@ def test_cuda_inputs_on_the_cpu(make_ours, tokens):
     model, ids = make_ours().cuda(), tokens(2, 6)
     options = {"max_new_tokens": 12, "eos_token_id": None, **GREEDY}
     assert torch.equal(model.generate(ids, **options), model.generate(ids.cuda(), **options).cpu())
+
+
+def test_what_changes_a_model_changes_the_key_of_its_graphs(make_ours, monkeypatch):
+    model = make_ours()
+    layer = model.backbone.blocks[1].mlstm_layer
+    keys = [decoding._weights_key(model)]
+    assert decoding._weights_key(model) == keys[0]
+    layer.scaling = {"default": 0.5}
+    keys.append(decoding._weights_key(model))
+    layer.scaling["default"] = 2.0
+    keys.append(decoding._weights_key(model))
+    layer.switched_off = True
+    keys.append(decoding._weights_key(model))
+    layer.out_proj = torch.nn.Sequential(layer.out_proj)
+    keys.append(decoding._weights_key(model))
+    monkeypatch.setattr(type(layer), "forward", lambda *args: None)
+    keys.append(decoding._weights_key(model))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    keys.append(decoding._weights_key(model))
+    assert len(set(keys)) == len(keys)
+
+
+def test_modules_that_run_python_of_their_own_are_found(make_ours):
+    model = make_ours()
+    assert decoding.looked_at(model) is None
+    gate = model.backbone.blocks[0].mlstm_layer.ogate_preact
+    handle = gate.register_forward_hook(lambda *args: None)
+    assert decoding.looked_at(model) == "backbone.blocks.0.mlstm_layer.ogate_preact"
+    handle.remove()
+    gate.forward = gate.forward
+    assert decoding.looked_at(model) == "backbone.blocks.0.mlstm_layer.ogate_preact"
+    del gate.forward
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert decoding.looked_at(model) == "a hook of all modules"
+    handle.remove()
+    assert decoding.looked_at(model) is None
+
+
+@pytest.mark.cuda
+def test_cuda_hooks_are_called_for_every_token(make_ours, tokens):
+    model, ids = make_ours().cuda(), tokens(2, 6).cuda()
+    options = {"max_new_tokens": 12, "eos_token_id": None, **GREEDY}
+    expected = model.generate(ids, **options)  # captures
+    seen = []
+    handle = model.backbone.blocks[0].ffn.register_forward_hook(lambda *args: seen.append(1))
+    with pytest.warns(UserWarning, match=r"without a CUDA graph.*blocks\.0\.ffn has a hook"):
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert len(seen) == 12
+    handle.remove()
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert len(seen) == 12

@@ -534,7 +534,7 @@ def problems(draw):
     packed = [0, *sorted(draw(st.lists(st.integers(0, seq), max_size=3))), seq] if draw(st.booleans()) else None
     return {
         "seq": seq,
-        "dqk": draw(st.integers(1, 40)),
+        "dqk": draw(st.integers(2, 40)),
         "dv": draw(st.integers(1, 40)),
         "batch": 1 if packed else draw(st.integers(1, 3)),
         "heads": draw(st.integers(1, 3)),

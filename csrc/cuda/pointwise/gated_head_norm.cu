@@ -5,6 +5,8 @@
 // dealt out once to one block for each, some were done long before others, and those that were left could not use all
 // of memory's bandwidth. So where there are tokens enough, they are dealt out to several rounds of blocks, and who is
 // done takes the next. The warps of a row meet once: each has the moments of its share about the share's own mean.
+#include <type_traits>
+
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
@@ -97,6 +99,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
   using T = typename L::T;
   using S = Slots<L, tensors>;
   constexpr int width = L::width;
+  // float32 rows of a warp: of a few values that nearly agree, a mean that is rounded leaves a good part of itself, and
+  // the sum along h is rounded as what comes in, not as what that is without its mean. So both are taken out once more.
+  constexpr bool is_precise = std::is_same_v<T, float> && L::row_warps == 1;
   const GatedHeadNorm& p = b.p;
   __shared__ __align__(16) Moments buffer[2][L::walk_groups][L::row_warps];
   extern __shared__ uint4 slots[];
@@ -179,8 +184,8 @@ __global__ void __launch_bounds__(walk_threads, 1)
       for (int e = 0; e < width; ++e) sum[0] += h[k % L::kept_packs][e];
     }
     lane_sums<32>(sum);
-    const float own_mean = sum[0] * own_part;
-    float sums[3] = {};  // the other Moments
+    float own_mean = sum[0] * own_part;
+    float sums[4] = {};  // the other Moments, and what is left of h without its mean
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       if (!has_row || !within(k)) continue;
@@ -194,10 +199,34 @@ __global__ void __launch_bounds__(walk_threads, 1)
         sums[0] += centred * centred;
         sums[1] += through;
         sums[2] += through * centred;
+        sums[3] += centred;
       }
     }
     if (L::kept) copy_next(turn + stages);  // into the slots just read
-    lane_sums<32>(sums);
+    if constexpr (is_precise) {
+      lane_sums<32>(sums);
+      own_mean += sums[3] * own_part;
+      const float through_mean = sums[1] * part;
+      float again[2] = {};
+#pragma unroll
+      for (int k = 0; k < L::packs; ++k) {
+        if (!has_row || !within(k)) continue;
+        if (!L::kept) read_h(k), open_gate(k);
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          float& centred = h[k % L::kept_packs][e];
+          centred -= L::kept ? sums[3] * own_part : own_mean;
+          again[0] += centred * centred;
+          again[1] += (__fmul_rn(opened[k % L::kept_packs][e], weight[k][e]) - through_mean) * centred;
+        }
+      }
+      lane_sums<32>(again);
+      sums[0] = again[0], sums[2] = again[1];
+    } else {
+      float three[3] = {sums[0], sums[1], sums[2]};
+      lane_sums<32>(three);
+      sums[0] = three[0], sums[1] = three[1], sums[2] = three[2];
+    }
     // From the shares' moments those of the row about its mean.
     float mean = own_mean;
     if constexpr (L::row_warps > 1) {
@@ -214,7 +243,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
       sums[0] = m.square + elements * aside * aside;
       sums[1] = m.through;
       sums[2] = m.along + m.through * aside;
-      lane_sums<L::row_warps>(sums);
+      float three[3] = {sums[0], sums[1], sums[2]};
+      lane_sums<L::row_warps>(three);
+      sums[0] = three[0], sums[1] = three[1], sums[2] = three[2];
     }
     if (has_row) {
       const float inverse = rsqrtf(sums[0] * part + p.eps), aside = (own_mean - mean) * inverse;
@@ -292,7 +323,7 @@ cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& b, void* works
     using L = decltype(layout);
     const Walk walk = walk_of(p, L::walk_groups);
     const dim3 grid(static_cast<unsigned>(partial_rows(walk) * p.heads));
-    const int stages = walking_stages<L>(tensors), bytes = stages * tensors * L::row_slots * 16;
+    const int stages = walking_stages<L>(tensors), bytes = walking_bytes<L>(tensors, stages);
     float* partial = b.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
     const auto kernel = p.dim == L::capacity ? gated_head_norm_backward_kernel<L, true>
                                              : gated_head_norm_backward_kernel<L, false>;

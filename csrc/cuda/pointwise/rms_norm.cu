@@ -193,7 +193,7 @@ cudaError_t rms_norm_backward(const RmsNormBackward& p, void* workspace, cudaStr
     const int64_t blocks = backward_blocks(p, L::walk_groups);
     if (blocks == 0) return cudaErrorUnknown;
     const int tensors = p.dsum != nullptr ? 3 : 2, stages = walking_stages<L>(tensors);
-    const int bytes = stages * tensors * L::row_slots * 16;
+    const int bytes = walking_bytes<L>(tensors, stages);
     float* partial = p.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
     const auto kernel = p.dsum != nullptr ? rms_norm_backward_kernel<L, true> : rms_norm_backward_kernel<L, false>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -432,6 +432,7 @@ cudaError_t dispatch_walking_layout(DType dtype, int64_t dim, bool vectors, F&& 
       if (packs <= 512 * 2) return f(RowLayout<T, width, 512, 2>{});
       if (packs <= 512 * 4) return f(RowLayout<T, width, 512, 4>{});
     }
+    if (dim <= 32 * 4) return f(RowLayout<T, 1, 32, 4>{});
     return dim <= max_norm_dim ? f(RowLayout<T, 1, 512, 32>{}) : cudaErrorInvalidValue;
   });
 }
@@ -452,6 +453,13 @@ template <typename L>
 int walking_stages(int tensors) {
   constexpr int reserved = 4096;  // for the kernels' other buffers
   return 2 * tensors * L::row_slots * 16 + reserved <= shared_memory_limit() ? 2 : 1;
+}
+
+// Shared memory of a walking block: its slots, and in their place at the end its groups' sums (write_partial).
+template <typename L>
+int walking_bytes(int tensors, int stages) {
+  const int sums = L::walk_groups == 1 ? 0 : L::walk_groups * L::capacity * static_cast<int>(sizeof(float));
+  return std::max(stages * tensors * L::row_slots * 16, sums);
 }
 
 // How many blocks walk over `rows`, `groups` at a time each: one a multiprocessor, but no more than it takes for all to

@@ -1,66 +1,17 @@
-"""The command line: ``flash-xlstm info | train | generate | demo | tasks``."""
+"""The command line: ``flash-xlstm info | train | generate | demo | tasks``.
+
+Importing this package takes no more than the standard library: torch, which takes seconds, is imported where Ctrl-C
+ends the process in one line.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import io
+import contextlib
 import os
-import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
-
-import torch
-
-from flash_xlstm.cli.errors import CommandError, Interrupted, reason
-from flash_xlstm.cli.settings import (
-    DTYPES,
-    FRACTION,
-    NOT_NEGATIVE_FLOAT,
-    NUMBERS,
-    POSITIVE_FLOAT,
-    POSITIVE_INT,
-    THREADS,
-    WHOLE_NUMBER,
-    RunOptions,
-    TrainSettings,
-    flag,
-)
-from flash_xlstm_command import interrupt_ends_imports
-
-_TRAIN_HELP = """
-Trains a language model and writes a Hugging Face checkpoint folder, OUT/checkpoint-STEP: config.json and
-model.safetensors, which transformers' own xLSTMForCausalLM loads too, and trainer_state.pt, from which --resume
-goes on. Beside it are loss.png and metrics.csv. Checkpoints appear whole or not at all; only the newest is kept.
-
-Without --tokenizer the tokens are bytes: a vocabulary of 256, each byte its own id, no special tokens. Files
-follow one another without an end-of-text token, and generation goes on to its token limit. With --tokenizer,
-files get the special tokens that the tokenizer's own post-processor adds, if any.
-
---resume takes all settings from the newest checkpoint in OUT. Settings given again must be the same; only --out,
---device, --threads, --time-limit and the --...-every options may differ. On the CPU, a run that was killed and
-resumed has bit for bit the weights of one that was not (with as many threads, on the same kind of machine).
-
-On the CPU, threads wait for one another by spinning: where other programs keep a core busy, fewer --threads can be
-many times as fast.
-"""
-_TASKS_HELP = """
-Trains small models of the first xLSTM, two blocks each: xLSTM[1:0] (mLSTM), xLSTM[0:1] (sLSTM) and xLSTM[1:1] (an
-mLSTM block, then an sLSTM block), on sequences drawn on the fly: state tracking (parity, cycle navigation, modular
-arithmetic without brackets, even pairs) and multi-query associative recall. Every prefix's answer is trained on; tested
-is the answer to the whole sequence, at the longest length trained on and at longer ones (recall: every query's answer).
-
-Training ends early where accuracy on new sequences of the longest length stays at 99.9 percent or more. On a GPU steps
-are replayed from CUDA graphs.
-
-Writes OUT/tasks.json, tasks.txt and tasks.png after each model. --small is for CPUs: parity only, unless --tasks asks
-for more, and smaller models.
-"""
-_TASKS = ("parity", "cycle-navigation", "modular-arithmetic", "even-pairs", "mqar")
-_DATA_HELP = (
-    "file, or folder of files; default: the source of Python's standard library on this machine, without its tests"
-)
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,183 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for an error, told in one line; 130 if interrupted.
     """
-    _open_streams()
+    with interrupt_ends_imports():
+        from flash_xlstm.cli.command import run
+    return run(argv)
+
+
+@contextlib.contextmanager
+def interrupt_ends_imports() -> Iterator[None]:
+    """While it is entered, Ctrl-C ends the process at once. Some imports lose an exception: that of numpy by torch."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
     try:
-        args = _parser().parse_args(argv)
-        return _import(args.command).run(args)
-    except CommandError as error:
-        print(f"flash-xlstm: error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(f"flash-xlstm: interrupted: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\nflash-xlstm: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, head say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            text = reason(error)
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            text = "not enough memory"
-            if args.command == "train":
-                text += "; try a smaller --batch-size (and --accumulate more of them)"
-        else:
-            raise
-        print(f"flash-xlstm: error: {text}", file=sys.stderr)
-        return 2
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _open_streams() -> None:
-    """Sees to it that there is an output, which a shell's >&- closes, and that no character of a path breaks it."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def _import(command: str) -> ModuleType:
-    """A command's module; only `info` can do with torch alone."""
-    try:
-        with interrupt_ends_imports():
-            return importlib.import_module(f"flash_xlstm.cli.{command}")
-    except ImportError as error:
-        cause = error
-        while cause.name is None and isinstance(cause.__cause__, ImportError):
-            cause = cause.__cause__
-        missing = (cause.name or str(error)).partition(".")[0]
-        raise CommandError(
-            f'{command} needs {missing}, which cannot be imported; install it with: pip install "flash-xlstm[cli]"'
-        ) from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flash-xlstm", description="Fast and exact xLSTM.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("info", help="the build, the GPUs seen, and the kernel each op takes there")
-    _add_train(commands)
-    _add_generate(commands)
-    _add_demo(commands)
-    _add_tasks(commands)
-    return parser
-
-
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a language model",
-        description=_TRAIN_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    data = _Options(parser.add_argument_group("data"), TrainSettings)
-    data.add("data", _DATA_HELP, metavar="PATH")
-    data.add("tokenizer", "tokenizer.json of the tokenizers library; default: bytes", metavar="FILE")
-    data.add("held_out", "bytes at the end of the data to hold out, at most a tenth of it")
-
-    model = _Options(parser.add_argument_group("model"), TrainSettings)
-    model.add("config", "xLSTMConfig as JSON, instead of the sizes below", metavar="FILE")
-    model.add("hidden_size", "width of the residual stream")
-    model.add("layers", "number of blocks")
-    model.add("heads", "heads of each block")
-
-    course = _Options(parser.add_argument_group("training"), TrainSettings)
-    course.add("steps", "optimizer steps")
-    course.add("sequence_length", "tokens of a training sequence")
-    course.add("batch_size", "sequences of a batch")
-    course.add("accumulate", "batches whose gradients make one step")
-    course.add("learning_rate", "peak learning rate of AdamW")
-    course.add("final_learning_rate", "what the cosine ends at, as a fraction of the peak")
-    course.add("warmup", "steps of linear warm-up")
-    course.add("weight_decay", "of matrices; biases and norms have none")
-    course.add("clip", "largest norm of the gradient")
-    course.add("seed", "of initialization and data order")
-    course.add("dtype", "auto: bfloat16 on a GPU, else float32", choices=["auto", *DTYPES])
-    course.switch("compile", "torch.compile the model")
-
-    run = _Options(parser.add_argument_group("run"), RunOptions)
-    run.add("out", "folder for checkpoints, metrics and the loss curve", metavar="FOLDER")
-    run.switch("resume", "go on from the newest checkpoint in OUT")
-    run.add("device", "cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
-    run.add("threads", "CPU threads; default: one a core")
-    run.add("time_limit", "save and stop after so many seconds", metavar="SECONDS")
-    run.add("save_every", "steps between checkpoints")
-    run.add("eval_every", "steps between evaluations on held-out data; 0: first and last only")
-    run.add("log_every", "steps between points of the loss curve")
-
-
-def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="continue a prompt", description="Continues a prompt.")
-    add = parser.add_argument
-    add("checkpoint", help="checkpoint folder, or folder of a training run: its newest checkpoint")
-    add("prompt", help="text to continue")
-    add("--max-new-tokens", type=POSITIVE_INT, default=256, metavar="N", help="(default: %(default)s)")
-    add(
-        "--temperature", type=NOT_NEGATIVE_FLOAT, default=0.8, metavar="T",
-        help="0: always the likeliest token (default: %(default)s)",
-    )  # fmt: skip
-    add("--top-k", type=POSITIVE_INT, metavar="K", help="sample from the K likeliest tokens only")
-    add("--top-p", type=FRACTION, metavar="P", help="sample from the likeliest tokens that make up P only")
-    add("--seed", type=WHOLE_NUMBER, metavar="N", help="makes sampling repeatable")
-    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
-
-
-def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="train a small model for about two minutes, sample from it, check it against transformers",
-        description="Trains a small byte-level model on the source of Python's standard library, prints held-out bits "
-        "per byte beside those of xz, prints a sample, and checks that transformers' own xLSTM loads the checkpoint "
-        "and gives the same logits.",
-    )
-    add = parser.add_argument
-    add("--out", default="demo", metavar="FOLDER", help="a checkpoint there is replaced (default: %(default)s)")
-    add("--data", metavar="PATH", help=_DATA_HELP)
-    add("--seconds", type=POSITIVE_FLOAT, metavar="S", help="training time (default: 100 on the CPU, 20 on a GPU)")
-    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
-
-
-def _add_tasks(commands: Any) -> None:
-    parser = commands.add_parser(
-        "tasks",
-        help="train small xLSTMs on state tracking and recall, and test them at longer lengths",
-        description=_TASKS_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--out", default="tasks", metavar="FOLDER", help="for the table and the plot (default: %(default)s)")
-    add("--small", action="store_true", help="smaller models, and parity only by default")
-    add("--tasks", nargs="+", choices=_TASKS, metavar="TASK", help=f"of {', '.join(_TASKS)} (default: all)")
-    add("--models", nargs="+", choices=("1:0", "0:1", "1:1"), metavar="A:B", help="of 1:0, 0:1, 1:1 (default: all)")
-    add("--steps", type=POSITIVE_INT, metavar="N", help="instead of each task's own number of optimizer steps")
-    add(
-        "--seconds", type=POSITIVE_FLOAT, metavar="S",
-        help="time for all of it: each model's training is cut to an even share of what is left (default: no limit)",
-    )  # fmt: skip
-    add("--eager", action="store_true", help="no CUDA graphs")
-    add("--seed", type=WHOLE_NUMBER, default=0, metavar="N", help="of weights and data (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
-    add("--threads", type=THREADS, metavar="N", help="CPU threads; default: 1 with --small, else one a core")
-    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
-
-
-class _Options:
-    """Adds options that are fields of a dataclass. Those not given stay out of the namespace, so that it can be
-    told what the user asked for."""
-
-    def __init__(self, group: Any, settings: type) -> None:
-        self.group = group
-        self.settings = settings
-
-    def add(self, name: str, text: str, **extra: Any) -> None:
-        default = getattr(self.settings, name)
-        if default is not None:
-            text += f" (default: {default})"
-        if "choices" not in extra:
-            extra.setdefault("metavar", "X" if isinstance(default, float) else "N")
-        self.group.add_argument(flag(name), type=NUMBERS.get(name, str), default=argparse.SUPPRESS, help=text, **extra)
-
-    def switch(self, name: str, text: str) -> None:
-        self.group.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"\nflash-xlstm: interrupted\n")
+    os._exit(130)

@@ -12,12 +12,14 @@ import torch
 import transformers
 from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM as StockXLSTM
 
-from flash_xlstm.cli import checkpoint, generate
-from flash_xlstm.cli.data import Corpus
-from flash_xlstm.cli.device import choose_device
-from flash_xlstm.cli.errors import CommandError, reason
-from flash_xlstm.cli.settings import RunOptions
-from flash_xlstm.cli.train import prepare
+from flash_xlstm.cli import generate, progress
+from flash_xlstm.cli.errors import CommandError
+from flash_xlstm.training import checkpoint
+from flash_xlstm.training.data import Corpus
+from flash_xlstm.training.device import choose_device
+from flash_xlstm.training.errors import reason
+from flash_xlstm.training.settings import RunOptions
+from flash_xlstm.training.setup import prepare
 
 # Held-out bits per byte on 2 cores with AVX-512: 2.23 after 600 steps, 2.06 after 930, two minutes. Sizes
 # given the same time: three layers of 192 2.39; a learning rate of 8e-3 2.27, and with batches of 4 2.54.
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     steps = max(20, round((args.seconds or _SECONDS[device.type]) / speed))
     trainer = prepare({**given, "steps": steps, "warmup": steps // 20}, options)
     checkpoint.discard(trainer.out)
-    trainer.run()
+    progress.run(trainer)
 
     folder = checkpoint.locate(args.out)
     print(f"\na sample, flash-xlstm generate {folder} {_PROMPT!r} --seed 0:\n")

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from flash_xlstm.cli import checkpoint
-from flash_xlstm.cli.data import encode, library_errors
-from flash_xlstm.cli.device import choose_device
 from flash_xlstm.cli.errors import CommandError
 from flash_xlstm.models import xLSTMForCausalLM
+from flash_xlstm.training import checkpoint
+from flash_xlstm.training.data import encode, library_errors
+from flash_xlstm.training.device import choose_device
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flash_xlstm.cli.task_data import TASKS, Task, recall
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
 
 MODELS = {"1:0": [0, 0], "0:1": [1, 1], "1:1": [0, 1]}  # of the two blocks, which are sLSTM blocks
 
@@ -90,20 +90,20 @@ SMALL = {
 }  # fmt: skip
 
 
-def build(recipe: Recipe, kind: str) -> blocks.xLSTMLMModel:
+def build(recipe: Recipe, kind: str) -> block_stack.xLSTMLMModel:
     """Two blocks and a token embedding, newly initialized from torch's random state."""
-    slstm = blocks.sLSTMLayerConfig(
+    slstm = block_stack.sLSTMLayerConfig(
         num_heads=recipe.slstm_heads, bias_init="standard", recurrent_weight_init="standard"
     )
-    config = blocks.xLSTMLMModelConfig(
-        mlstm_block=blocks.mLSTMBlockConfig(blocks.mLSTMLayerConfig(num_heads=recipe.mlstm_heads)),
-        slstm_block=blocks.sLSTMBlockConfig(slstm),
+    config = block_stack.xLSTMLMModelConfig(
+        mlstm_block=block_stack.mLSTMBlockConfig(block_stack.mLSTMLayerConfig(num_heads=recipe.mlstm_heads)),
+        slstm_block=block_stack.sLSTMBlockConfig(slstm),
         vocab_size=recipe.task.vocab_size,
         num_blocks=len(MODELS[kind]),
         embedding_dim=recipe.embedding_dim,
         tie_weights=recipe.tie_weights,
         slstm_at=[index for index, is_slstm in enumerate(MODELS[kind]) if is_slstm],
     )
-    model = blocks.xLSTMLMModel(config)
+    model = block_stack.xLSTMLMModel(config)
     model.reset_parameters()
     return model

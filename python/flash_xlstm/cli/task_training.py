@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from flash_xlstm.cli.errors import CommandError
-from flash_xlstm.cli.metrics import autocast
 from flash_xlstm.cli.task_data import IGNORED
 from flash_xlstm.cli.task_recipes import Recipe
-from flash_xlstm.nn import blocks
+from flash_xlstm.nn import block_stack
+from flash_xlstm.training.metrics import autocast
 
 _CLIP = 1.0
 _WARMUP = 0.05  # of the steps
@@ -52,7 +52,7 @@ class Trained:
 
 
 def train(
-    model: blocks.xLSTMLMModel,
+    model: block_stack.xLSTMLMModel,
     recipe: Recipe,
     steps: int,
     generator: torch.Generator,
@@ -138,7 +138,12 @@ class _Step:
     """
 
     def __init__(
-        self, model: blocks.xLSTMLMModel, recipe: Recipe, device: torch.device, dtype: torch.dtype, cuda_graphs: bool
+        self,
+        model: block_stack.xLSTMLMModel,
+        recipe: Recipe,
+        device: torch.device,
+        dtype: torch.dtype,
+        cuda_graphs: bool,
     ) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         self.uses_graphs = cuda_graphs and device.type == "cuda"
@@ -208,7 +213,7 @@ class _Step:
 
 @torch.no_grad()
 def accuracy(
-    model: blocks.xLSTMLMModel,
+    model: block_stack.xLSTMLMModel,
     recipe: Recipe,
     length: int,
     generator: torch.Generator,

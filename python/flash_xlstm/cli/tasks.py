@@ -17,12 +17,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flash_xlstm.cli import checkpoint
-from flash_xlstm.cli.device import choose_device
 from flash_xlstm.cli.info import environment
 from flash_xlstm.cli.task_data import TASKS
 from flash_xlstm.cli.task_recipes import FULL, MODELS, SMALL, Recipe, build
 from flash_xlstm.cli.task_training import accuracy, train
+from flash_xlstm.training import checkpoint
+from flash_xlstm.training.device import choose_device
 
 _TEST_SHARE = 0.2  # of a model's share of --seconds, kept for testing it
 

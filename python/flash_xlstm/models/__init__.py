@@ -1,6 +1,6 @@
 """The xLSTM as a Hugging Face model. Needs transformers: ``pip install "flash-xlstm[hf]"``.
 
-The stack and language model of :mod:`flash_xlstm.nn.blocks`, which need torch only, are here too.
+The stack and language model of :mod:`flash_xlstm.nn.block_stack`, which need torch only, are here too.
 """
 
 try:
@@ -21,7 +21,7 @@ from flash_xlstm.models.modeling_xlstm import (
     xLSTMPreTrainedModel,
 )
 from flash_xlstm.models.registration import register, unregister
-from flash_xlstm.nn.blocks import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
+from flash_xlstm.nn.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
 
 __all__ = [
     "register",

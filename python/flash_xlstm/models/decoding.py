@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as module_hooks
 from transformers.generation import logits_process
 
 from flash_xlstm.models.cache import xLSTMCache
@@ -289,9 +290,34 @@ def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
 
 
 def _weights_key(model: Any) -> tuple:
-    """Changes when a graph over the model's weights would be out of date."""
+    """Changes when a graph over the model would be out of date: other weights, modules or classes' forwards, or other
+    settings of a module (training mode, an adapter's scale, whether it is switched off)."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-    return (autocast, model.training, *((t.data_ptr(), t.dtype) for t in model.parameters()))
+    weights = ((t.data_ptr(), t.dtype) for t in model.parameters())
+    modules = ((type(m), type(m).forward, *map(_setting, vars(m).values())) for m in model.modules())
+    return (autocast, *weights, *modules)
+
+
+def _setting(value: Any) -> Any:
+    """A value that can be compared, or None: numbers, strings, and lists and dicts of them, such as active adapters and
+    their scales."""
+    plain = bool, int, float, str
+    if isinstance(value, plain):
+        return value
+    parts = value.values() if type(value) is dict else value if type(value) is list else ()
+    return repr(value) if all(isinstance(part, plain) for part in parts) and parts else None
+
+
+def looked_at(model: Any) -> str | None:
+    """The name of a module whose call runs Python of its own (a hook, a forward in the instance), which a replayed
+    graph would leave out; None where there is none."""
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "a hook of all modules"
+    for name, module in model.named_modules():
+        own = vars(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_call_impl" in own:
+            return name or "the model"
+    return None
 
 
 def kept_bytes(device: torch.device) -> int:
@@ -321,14 +347,14 @@ class _Decoders:
         while len(self._idle) > KEPT or sum(idle.nbytes for idle in self._idle.values()) > room:
             self._idle.popitem(last=False)
 
-    def warn(self, error: Exception) -> None:
-        """Warns of a failed capture, once for each kind of failure (numbers in the message aside)."""
-        kind = (type(error), re.sub(r"[\d.]+", "", str(error)))
-        if kind not in self._warned:
-            self._warned.add(kind)
+    def warn(self, why: str, *kind: object) -> None:
+        """Warns that steps are not captured, once for each `kind` (numbers in it aside)."""
+        key = tuple(re.sub(r"[\d.]+", "", str(part)) for part in kind)
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(
-                f"decoding runs without a CUDA graph, which is slower: capturing it failed ({error}). The next call "
-                "tries again; with model.use_cuda_graphs = False none does",
+                f"decoding runs without a CUDA graph, which is slower: {why}. With model.use_cuda_graphs = False no "
+                "call tries to",
                 stacklevel=2,
             )
 
@@ -416,7 +442,11 @@ class Session:
         """What reads a token and gives the logits; with a static choice also chooses the next."""
         model, choice = self.model, self.choice
         captured = None
-        if self.use_graph and self.max_new_tokens > STEPS_TO_CAPTURE:
+        capture = self.use_graph and self.max_new_tokens > STEPS_TO_CAPTURE
+        if capture and (place := looked_at(model)) is not None:
+            decoders.warn(f"{place} has a hook or a forward of its own, which a graph would leave out", place)
+            capture = False
+        if capture:
             try:
                 if kept:
                     decoder.own(self.cache, give=not self.keep_cache)
@@ -427,7 +457,7 @@ class Session:
                     self.cache = decoder.cache  # frees the prompt's, if that is another
                 captured = decoder.graph(model, choice)
             except Exception as error:
-                decoders.warn(error)
+                decoders.warn(f"capturing it failed ({error}); the next call tries again", type(error), error)
             if captured is None:  # here the error does not hold what was half made
                 decoder.free()
                 torch.cuda.synchronize()

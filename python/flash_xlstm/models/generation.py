@@ -48,8 +48,8 @@ class xLSTMGenerationMixin(GenerationMixin):
 
     Attributes:
         use_cuda_graphs: whether steps may be captured. Graphs follow weights that change in place, and are captured
-            again for other ones; what else the forward pass depends on (hooks, an adapter switched off) they do not
-            see: call :meth:`release_graphs` after changing it.
+            again for other weights, modules and settings of modules (an adapter that is switched off). With hooks, or a
+            forward in an instance, steps run one by one: a graph would leave out what they do.
     """
 
     use_cuda_graphs = True

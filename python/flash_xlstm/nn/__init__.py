@@ -1,16 +1,25 @@
 """Layers of the xLSTM, made of the ops. They need torch only.
 
-Those here are of the xLSTM 7B, which :mod:`flash_xlstm.models` stacks into a model. Those of the first xLSTM, which
-mixes mLSTM and sLSTM blocks, are in :mod:`flash_xlstm.nn.blocks`; its stack and language model are here too.
+:mod:`flash_xlstm.nn.xlstm_7b` has those of the xLSTM 7B, which :mod:`flash_xlstm.models` stacks into a model;
+:mod:`flash_xlstm.nn.block_stack` has the blocks of the first paper, a stack that mixes mLSTM and sLSTM blocks, and its
+language model. Some class names are the same in both: mLSTMBlock and mLSTMLayer here are those of the 7B.
 """
 
-from flash_xlstm.nn.block import mLSTMBlock
-from flash_xlstm.nn.blocks import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
-from flash_xlstm.nn.feedforward import FeedForward
+from typing import Any
+
+from flash_xlstm.nn import _moved
+from flash_xlstm.nn.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
 from flash_xlstm.nn.linear import linear
-from flash_xlstm.nn.mlstm import mLSTMLayer
-from flash_xlstm.nn.norm import MultiHeadLayerNorm, RMSNorm
-from flash_xlstm.nn.projections import FusableProjections, check_weight_mode, convert_weight_mode
+from flash_xlstm.nn.xlstm_7b import (
+    FeedForward,
+    FusableProjections,
+    MultiHeadLayerNorm,
+    RMSNorm,
+    check_weight_mode,
+    convert_weight_mode,
+    mLSTMBlock,
+    mLSTMLayer,
+)
 
 __all__ = [
     "FeedForward",
@@ -27,3 +36,9 @@ __all__ = [
     "xLSTMLMModel",
     "xLSTMLMModelConfig",
 ]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    return _moved.attribute(__name__, name)

@@ -51,6 +51,8 @@ def chunk_size_or_0(chunk_size: int | None) -> int:
     if chunk_size is None:
         return 0
     if not isinstance(chunk_size, (int, torch.SymInt)):
+        if not hasattr(chunk_size, "__index__"):
+            raise TypeError(f"chunk_size is {chunk_size!r:.80}; it must be a whole number or None")
         chunk_size = operator.index(chunk_size)
     if chunk_size == 0 or chunk_size is True:
         most = _build.LIMITS["mlstm_max_chunk_size"]

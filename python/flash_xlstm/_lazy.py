@@ -1,0 +1,32 @@
+"""Packages whose names are imported at their first use."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def attach(package: str, names: Mapping[str, str | None]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The ``__getattr__`` and ``__dir__`` of a package.
+
+    Args:
+        package: its name.
+        names: its names; of each the module that has it, or None for a submodule of the package.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        home = names[name]
+        if home is None:
+            return importlib.import_module(f"{package}.{name}")
+        value = getattr(importlib.import_module(home), name)
+        setattr(sys.modules[package], name, value)  # the next look finds it without this function
+        return value
+
+    def dir_() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *names})
+
+    return getattr_, dir_

@@ -1,0 +1,86 @@
+"""The xLSTM language model of arXiv 2405.04517."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flash_xlstm.nn.block_stack.configuration import xLSTMLMModelConfig
+from flash_xlstm.nn.block_stack.layers import small_init
+from flash_xlstm.nn.block_stack.stack import StackState, xLSTMBlockStack
+
+
+class xLSTMLMModel(nn.Module):
+    """Embedding, :class:`xLSTMBlockStack`, output layer.
+
+    Parameters have the names, shapes and layout of NX-AI's ``xlstm.xLSTMLMModel``. As there, the embedding and the
+    output layer have torch's initialization until :meth:`reset_parameters` is called.
+
+    Args:
+        config: with `vocab_size` set.
+
+    Shape: (batch, seq) token ids in, (batch, seq, vocab_size) logits out.
+    """
+
+    def __init__(self, config: xLSTMLMModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.xlstm_block_stack = xLSTMBlockStack(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.emb_dropout = nn.Dropout(config.dropout) if config.add_embedding_dropout else nn.Identity()
+        self.lm_head = nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.token_embedding.weight
+
+    def forward(
+        self, idx: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
+    ) -> Tensor | tuple[Tensor, StackState]:
+        """Logits of a sequence; `state`, `return_last_state` and `inplace` as in :meth:`xLSTMBlockStack.forward`.
+
+        Raises:
+            ValueError: idx is not (batch, seq).
+        """
+        if idx.dim() != 2:
+            raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, seq)")
+        x, options = self.emb_dropout(self.token_embedding(idx)), {"inplace": True} if inplace else {}
+        if not return_last_state:
+            return self.lm_head(self.xlstm_block_stack(x, state, **options))
+        x, after = self.xlstm_block_stack(x, state, return_last_state=True, **options)
+        return self.lm_head(x), after
+
+    def step(self, idx: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
+        """Logits after one token of each row, idx (batch, 1), and the state; see :meth:`xLSTMBlockStack.step`.
+
+        Raises:
+            ValueError: idx is not (batch, 1); nothing has been updated.
+        """
+        if idx.dim() != 2 or idx.shape[1] != 1:
+            raise ValueError(
+                f"idx has shape {tuple(idx.shape)}; a step takes one token of each row, (batch, 1); for several call "
+                "forward with return_last_state=True"
+            )
+        return self(idx, state, return_last_state=True, inplace=not torch.is_grad_enabled())
+
+    def reset_parameters(self) -> None:
+        self.xlstm_block_stack.reset_parameters()
+        small_init(self.token_embedding.weight, self.config.embedding_dim)
+        if not self.config.tie_weights and isinstance(self.lm_head, nn.Linear):
+            small_init(self.lm_head.weight, self.config.embedding_dim)
+
+    def get_weight_decay_optim_groups(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
+        """The trainable parameters with weight decay, and those without: biases, norms, recurrent weights, skips, and
+        the embedding unless `weight_decay_on_embedding`."""
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decays = "weight" in name and "norm" not in name
+                if parameter is getattr(self.token_embedding, "weight", None):
+                    decays = self.config.weight_decay_on_embedding
+                groups[decays].append(parameter)
+        return tuple(groups[True]), tuple(groups[False])
+
+    def get_weight_decay_optim_group_param_names(self) -> tuple[list[str], list[str]]:
+        """The names of :meth:`get_weight_decay_optim_groups`."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        decay, rest = ([names[id(p)] for p in group] for group in self.get_weight_decay_optim_groups())
+        return decay, rest

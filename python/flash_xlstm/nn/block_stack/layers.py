@@ -1,0 +1,229 @@
+"""The small layers that mLSTM and sLSTM blocks are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from flash_xlstm import ops, reference
+from flash_xlstm._build import LIMITS
+from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
+from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
+from flash_xlstm.nn.state import fitting
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu^2": _relu_squared,  # not a lambda, which cannot be pickled
+    "sigmoid": torch.sigmoid,
+    "swish": F.silu,
+    "selu": F.selu,
+}
+_CONV_FORWARD = torch_own(nn.Conv1d.forward, nn.modules.conv)
+
+
+def check_sequence(name: str, x: Tensor, width: int, *, step: bool) -> None:
+    """Raises ValueError if x is not (batch, seq, width) with seq at least 1, for a `step` 1."""
+    if x.dim() == 3 and x.shape[2] == width and (x.shape[1] == 1 if step else x.shape[1] > 0):
+        return
+    wanted = f"it must be (batch, seq, {width}), seq at least 1"
+    if step:
+        wanted = (
+            f"a step takes one token of each row, (batch, 1, {width}); for several call forward with "
+            "return_last_state=True"
+        )
+    raise ValueError(f"{name} has shape {tuple(x.shape)}; {wanted}")
+
+
+def small_init(weight: Tensor, dim: int) -> None:
+    """Normal, with the deviation sqrt(2 / (5 dim)) of "Transformers without Tears" (arXiv 1910.05895)."""
+    nn.init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
+
+
+def wang_init(weight: Tensor, dim: int, num_blocks: int | None) -> None:
+    """Normal, with the deviation 2 / (num_blocks sqrt(dim)) of GPT-J's output projections."""
+    nn.init.normal_(weight, std=2 / (num_blocks or 1) / math.sqrt(dim))
+
+
+def zero_bias(layer: nn.Linear) -> None:
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm whose factor is ``1 + weight``, so that weight decay pulls it to 1.
+
+    Shape: (..., num_features) in and out.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return F.layer_norm(x, weight.shape, 1.0 + weight, None, self.eps)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class MultiHeadLayerNorm(nn.Module):
+    """Layer norm of each head by itself; the factor of every feature is ``1 + weight``, or 1 without weight.
+
+    Shape: (batch, seq, num_heads, head_dim) in, (batch, seq, num_heads * head_dim) out.
+    """
+
+    def __init__(self, num_features: int, *, weight: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(num_features)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight is None:
+            return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight = x.to(dtype), 1.0 + weight.to(dtype)
+        if x.is_cuda:  # two passes, yet faster there than a group norm
+            return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2) * weight
+        y = F.group_norm(x.flatten(2).flatten(0, 1), x.shape[2], weight, None, self.eps)
+        return y.view(*x.shape[:2], weight.shape[0])
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.zeros_(self.weight)
+
+
+class LinearHeadwiseExpand(nn.Module):
+    """A linear layer whose matrix is block diagonal: each of `num_heads` slices of the features is projected by itself.
+
+    Shape: (..., features) in and out; ``weight`` is (num_heads, out, in) with in = out = features / num_heads.
+    """
+
+    def __init__(self, features: int, num_heads: int, *, bias: bool = False) -> None:
+        super().__init__()
+        if num_heads < 1 or features % num_heads:
+            raise ValueError(f"features is {features}; it must be a multiple of num_heads, which is {num_heads}")
+        self.num_heads = num_heads
+        size = features // num_heads
+        self.weight = nn.Parameter(torch.empty(num_heads, size, size))
+        self.bias = nn.Parameter(torch.zeros(features)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        y = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.num_heads, weight.shape[-1])), weight).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+    def reset_parameters(self, dim: int | None = None) -> None:
+        """`dim` sets the deviation of :func:`small_init`; default: a block's size."""
+        small_init(self.weight, dim or self.weight.shape[-1])
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads * self.weight.shape[-1]}, num_heads={self.num_heads}, bias={self.bias is not None}"
+
+
+def _only_holds_parameters(conv: nn.Module) -> bool:
+    """Whether an op may read the parameters of `conv` in place of calling it."""
+    return (
+        unchanged(conv, nn.Conv1d)
+        and not (conv._backward_hooks or conv._backward_pre_hooks or _has_any_global_hook())
+        and nn.Conv1d.forward is _CONV_FORWARD
+        and (torch.compiler.is_compiling() or nothing_looks_on())
+    )
+
+
+class CausalConv1d(nn.Module):
+    """SiLU of a causal depthwise convolution; of the input itself with `kernel_size` 0.
+
+    Shape: (batch, seq, channels) in and out. The state is the last kernel_size - 1 inputs, (batch, kernel_size - 1,
+    channels), or None with `kernel_size` 0.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        # It holds the parameters, under their usual names and with their usual initialization.
+        self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels) if kernel_size else None
+        self.channels = channels
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False, inplace: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`inplace` is for one token where no gradient is needed, and updates `state`, or a copy of it if its dtype is
+        not that of x."""
+        check_sequence("x", x, self.channels, step=inplace)
+        conv = self.conv
+        if conv is None:
+            return F.silu(x), None
+        (state,) = fitting((state,), x, (x.dtype,), written=inplace)
+        if not _only_holds_parameters(conv):
+            return self._by_the_module(conv, x, state, return_state, inplace)
+        weight, bias = conv.weight[:, 0], conv.bias
+        compiled = self.kernel_size <= LIMITS["conv_max_kernel"] and x.dtype != torch.float64
+        namespace = ops if compiled else reference
+        if inplace and state is not None:
+            return namespace.causal_conv1d_step(x[:, 0], weight, bias, state, activation="silu")[:, None], state
+        y = namespace.causal_conv1d(
+            x, weight, bias, activation="silu", initial_state=state, return_final_state=return_state
+        )
+        return y if return_state else (y, None)
+
+    def _by_the_module(
+        self, conv: nn.Module, x: Tensor, state: Tensor | None, return_state: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, where calling `conv` is more than a convolution with its parameters."""
+        before = x.new_zeros(x.shape[0], self.kernel_size - 1, self.channels) if state is None else state
+        inputs = torch.cat([before, x], 1)
+        y = F.silu(conv(inputs.transpose(1, 2)).transpose(1, 2))
+        if not return_state and not inplace:
+            return y, None
+        last = inputs[:, x.shape[1] :]
+        return y, state.copy_(last) if inplace and state is not None else last.clone()
+
+    def reset_parameters(self) -> None:
+        if self.conv is not None:
+            self.conv.reset_parameters()
+
+
+class GatedFeedForward(nn.Module):
+    """``proj_down(act_fn(gate) * up)``, where ``proj_up(x)`` is gate and up side by side.
+
+    Shape: (..., embedding_dim) in and out.
+    """
+
+    def __init__(self, config: FeedForwardConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.proj_up = nn.Linear(config.embedding_dim, 2 * config._proj_up_dim, bias=config.bias)
+        self.proj_down = nn.Linear(config._proj_up_dim, config.embedding_dim, bias=config.bias)
+        self.act_fn = _ACTIVATIONS[config.act_fn]
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.proj_up(x).chunk(2, dim=-1)
+        return self.dropout(self.proj_down(self.act_fn(gate) * up))
+
+    def reset_parameters(self) -> None:
+        small_init(self.proj_up.weight, self.config.embedding_dim)
+        wang_init(self.proj_down.weight, self.config.embedding_dim, self.config._num_blocks)
+        zero_bias(self.proj_up)
+        zero_bias(self.proj_down)

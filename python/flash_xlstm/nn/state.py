@@ -1,0 +1,43 @@
+"""States of any layer, brought into the form that its op takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_xlstm.ops._common import unpack_state
+
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def fitting_state(state: State, q: Tensor, *, written: bool = False) -> State:
+    """`state` as the kernels take it beside q: on its device, in float32, or in float64 beside float64. A c in bfloat16
+    stays so. Tensors that fit already are those given; `written` as in :func:`fitting`."""
+    parts = unpack_state("state", state)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    c_dtype = torch.bfloat16 if parts[0] is not None and parts[0].dtype == torch.bfloat16 else wide
+    c, n, m = fitting(parts, q, (c_dtype, wide, wide), written=written)
+    return c, n, m
+
+
+def fitting(state: Iterable[Any], x: Tensor, dtypes: Iterable[torch.dtype], *, written: bool) -> list[Any]:
+    """The tensors of `state`, or None, in `dtypes` and where x is; with `written` such that an op may write them.
+    Those that are so already are those given."""
+    device = x.device
+    # Nothing but inference mode may write what was made in it.
+    look = written and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    return [
+        t
+        if t is None
+        or (
+            t.dtype == dtype
+            and t.device == device
+            and not (written and not t.is_contiguous())
+            and not (look and t.is_inference())
+        )
+        else t.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        for t, dtype in zip(state, dtypes, strict=True)
+    ]

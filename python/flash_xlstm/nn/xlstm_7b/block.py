@@ -1,0 +1,61 @@
+"""One residual block: the mLSTM layer, then the feed-forward layer, each behind a norm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flash_xlstm.nn.state import State
+from flash_xlstm.nn.xlstm_7b.block_step import block_step
+from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
+from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
+from flash_xlstm.nn.xlstm_7b.norm import RMSNorm
+
+
+class mLSTMBlock(nn.Module):
+    """``x += mlstm_layer(norm_mlstm(x)); x += ffn(norm_ffn(x))``.
+
+    Args:
+        hidden_size: size of input and output.
+        mlstm_layer, ffn: the two layers, of that size.
+        norm_eps, use_bias: of the two norms in front of them.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        mlstm_layer: mLSTMLayer,
+        ffn: FeedForward,
+        *,
+        norm_eps: float = 1e-6,
+        use_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm_mlstm = RMSNorm(hidden_size, norm_eps, use_bias=use_bias)
+        self.mlstm_layer = mlstm_layer
+        self.norm_ffn = RMSNorm(hidden_size, norm_eps, use_bias=use_bias)
+        self.ffn = ffn
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        padding: Tensor | None = None,
+        return_state: bool = False,
+        inplace: bool = False,
+        state_indices: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Arguments and results as :meth:`mLSTMLayer.forward`."""
+        if inplace and padding is None and state is not None:
+            out = block_step(self, x, state, state_indices)
+            if out is not None:
+                return out, state if return_state else None
+        y, state = self.mlstm_layer(
+            self.norm_mlstm(x),
+            state,
+            padding,
+            return_state=return_state,
+            inplace=inplace,
+            state_indices=state_indices,
+        )
+        normed, x = self.norm_ffn(y, x)
+        return x + self.ffn(normed), state

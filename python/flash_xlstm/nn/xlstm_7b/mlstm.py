@@ -1,0 +1,206 @@
+"""The mLSTM layer: projections, the mLSTM op, head-wise norm, output gate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flash_xlstm import ops, reference
+from flash_xlstm.nn.linear import linear
+from flash_xlstm.nn.state import State, fitting_state
+from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm
+from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
+
+KERNELS = ("flash", "chunkwise", "parallel", "recurrent")
+STEP_KERNELS = ("flash", "reference")
+
+
+def _sequence_kernel(kernel: str, chunk_size: int | None) -> Callable[..., Any]:
+    if kernel == "flash":
+        return functools.partial(ops.mlstm, chunk_size=chunk_size)
+    if kernel == "chunkwise":
+        return functools.partial(reference.mlstm_chunkwise, chunk_size=chunk_size or 64)
+    if kernel == "parallel":
+        return reference.mlstm_parallel
+    if kernel == "recurrent":
+        return reference.mlstm_recurrent
+    raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(KERNELS)}")
+
+
+class mLSTMLayer(FusableProjections):
+    """The multi-head mLSTM layer of the xLSTM 7B (arXiv 2503.13427).
+
+    Args:
+        hidden_size: size of input and output.
+        num_heads: heads; `qk_dim` and `v_dim` must be multiples of it.
+        qk_dim: size of queries and of keys, all heads together; default ``hidden_size // 2``.
+        v_dim: size of values, all heads together; default `hidden_size`.
+        use_bias: biases in the linear layers and the norm (the input and forget gates always have one).
+        gate_soft_cap: cap of both gates' pre-activations, or None.
+        eps: added to the mLSTM's normalizer.
+        norm_eps: added to the variance in the head-wise norm.
+        weight_mode: "single" or "fused" (``qkv_opreact`` stacks q, k, v, ogate_preact; ``ifgate_preact`` the
+            gates).
+        kernel: "flash", the compiled op; or a plain PyTorch form: "chunkwise", "parallel" (quadratic) or
+            "recurrent". In float64, which the op does not know, "flash" is "chunkwise".
+        step_kernel: "flash" or "reference", which float64 takes in any case; for one token in place.
+        chunk_size: tokens processed together; None lets the kernel choose.
+        autocast_kernel_dtype: under autocast, q, k and v enter the kernel in this dtype; None takes
+            autocast's own.
+
+    Raises:
+        ValueError: a size is not a multiple of `num_heads`, or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        use_bias: bool = False,
+        gate_soft_cap: float | None = 15.0,
+        eps: float = 1e-6,
+        norm_eps: float = 1e-6,
+        weight_mode: str = "single",
+        kernel: str = "flash",
+        step_kernel: str = "flash",
+        chunk_size: int | None = None,
+        autocast_kernel_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(weight_mode)
+        qk_dim = hidden_size // 2 if qk_dim is None else qk_dim
+        v_dim = hidden_size if v_dim is None else v_dim
+        for name, size in (("qk_dim", qk_dim), ("v_dim", v_dim)):
+            if size < num_heads or size % num_heads:
+                raise ValueError(f"{name} is {size}; it must be a positive multiple of num_heads, which is {num_heads}")
+        if step_kernel not in STEP_KERNELS:
+            raise ValueError(f"step_kernel is {step_kernel!r}; it must be one of {', '.join(STEP_KERNELS)}")
+        self.num_heads = num_heads
+        self.qk_dim = qk_dim
+        self.v_dim = v_dim
+        self.gate_soft_cap = gate_soft_cap
+        self.eps = eps
+        self.kernel = kernel
+        self.step_kernel = step_kernel
+        self.chunk_size = chunk_size
+        self.autocast_kernel_dtype = autocast_kernel_dtype
+        self._mlstm = _sequence_kernel(kernel, chunk_size)
+        self._build_projections(
+            hidden_size,
+            {
+                "qkv_opreact": {"q": qk_dim, "k": qk_dim, "v": v_dim, "ogate_preact": v_dim},
+                "ifgate_preact": {"igate_preact": num_heads, "fgate_preact": num_heads},
+            },
+            {"qkv_opreact": use_bias, "ifgate_preact": True},
+        )
+        self.multihead_norm = MultiHeadLayerNorm(num_heads, v_dim // num_heads, norm_eps, use_bias=use_bias)
+        self.out_proj = nn.Linear(v_dim, hidden_size, bias=use_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        padding: Tensor | None = None,
+        *,
+        return_state: bool = False,
+        inplace: bool = False,
+        state_indices: Tensor | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """One pass over a sequence.
+
+        Args:
+            x: (batch, seq, hidden_size).
+            state: ``(c, n, m)`` before the first token, as for :func:`flash_xlstm.ops.mlstm`, in any float dtype;
+                None means zeros.
+            padding: (batch, seq) bool, True where a token must leave the state alone. What comes out at such
+                a token means nothing.
+            return_state: also return the state after the last token.
+            inplace: for one token with a state and gradients off: write the new state into `state`'s own
+                tensors, in their dtypes.
+            state_indices: with all that, the slot of `state` that each row uses, as in
+                :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
+
+        Raises:
+            ValueError: `state_indices` for anything but one token in place.
+
+        Returns:
+            ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`. It is float32
+            (float64 for float64 layers), c in bfloat16 if that of `state` was; in place it is `state` itself.
+        """
+        q, k, v, o = self._project(x, "qkv_opreact")
+        step = inplace and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        if state_indices is not None and not step:
+            raise ValueError("state_indices is for one token with a state, in place and without gradients")
+        q, k, v = (t.unflatten(-1, (self.num_heads, t.shape[-1] // self.num_heads)) for t in (q, k, v))
+        run: Callable[..., Any] = self._sequence
+        if step:
+            run = functools.partial(self._step, state_indices=state_indices)
+        # No autocast on the meta device: asking whether it is enabled there raises.
+        if self.autocast_kernel_dtype is None or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            h, state = run(q, k, v, *self._gates(x, padding, q.dtype), state, return_state)
+        else:
+            q, k, v = (t.to(self.autocast_kernel_dtype) for t in (q, k, v))
+            i, f = self._gates(x, padding, q.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                h, state = run(q, k, v, i, f, state, return_state)
+        y = linear(self.out_proj, self.multihead_norm(h, o))
+        return y, state
+
+    def _gates(self, x: Tensor, padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Pre-activations, (batch, seq, heads), that the kernels take beside q in `dtype`."""
+        i, f = self._project(x, "ifgate_preact")
+        if i.dtype not in (dtype, torch.float64):
+            i, f = i.float(), f.float()
+        if padding is not None:  # the kernels' soft cap leaves infinities as they are
+            i = i.masked_fill(padding[..., None], -torch.inf)
+            f = f.masked_fill(padding[..., None], torch.inf)
+        return i, f
+
+    def _sequence(
+        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        run = self._mlstm
+        if q.dtype == torch.float64 and self.kernel == "flash":
+            run = _sequence_kernel("chunkwise", self.chunk_size)
+        out = run(
+            q, k, v, i, f, initial_state=None if state is None else fitting_state(state, q),
+            eps=self.eps, gate_soft_cap=self.gate_soft_cap, return_final_state=return_state,
+        )  # fmt: skip
+        return out if return_state else (out, None)
+
+    def _step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        f: Tensor,
+        state: State,
+        return_state: bool,
+        state_indices: Tensor | None,
+    ) -> tuple[Tensor, State | None]:
+        if i.dtype != q.dtype:
+            i, f = i.float(), f.float()
+        q, k, v, i, f = (t[:, 0] for t in (q, k, v, i, f))
+        options: dict[str, Any] = {"state_indices": state_indices, "eps": self.eps, "gate_soft_cap": self.gate_soft_cap}
+        if self.step_kernel == "reference" or q.dtype == torch.float64:
+            h = reference.mlstm_step(q, k, v, i, f, state, **options)
+        else:
+            written: Any = tuple(t if t is None else t.contiguous() for t in fitting_state(state, q))
+            h = ops.mlstm_step(q, k, v, i, f, written, **options)
+            for given, new in zip(state, written, strict=True):
+                if new is not given:
+                    given.copy_(new)
+        return h[:, None], state if return_state else None
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.num_heads}, qk_dim={self.qk_dim}, v_dim={self.v_dim}, kernel={self.kernel}, "
+            f"step_kernel={self.step_kernel}, weight_mode={self.weight_mode}"
+        )

@@ -1,0 +1,239 @@
+"""The text a model is trained on, as tokens, and the order in which training sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import lzma
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from flash_xlstm.training.errors import TrainingError, reason
+
+BYTES = 256  # vocabulary size without a tokenizer
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on and, from the end of the text, tokens held out.
+
+    Attributes:
+        train, held_out: 1-D integer tensors.
+        held_out_bytes: the text that `held_out` encodes.
+        bytes_per_token: of the training text.
+        fingerprint: a hash of all tokens: equal data and tokenizers have equal ones.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    held_out_bytes: bytes
+    bytes_per_token: float
+    fingerprint: str
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    with library_errors(f"cannot read tokenizer {path}"):
+        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Sees to it that a tokenizer can be saved and read again, which takes time for each id up to the largest.
+
+    Raises:
+        TrainingError: it cannot, since two tokens have one id, say.
+    """
+    with library_errors("the tokenizer cannot be saved and read again"):
+        Tokenizer.from_str(tokenizer.to_str())
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest token id, and one: a model needs so many embeddings. Ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
+    """The tokens of texts, one after the other.
+
+    Raises:
+        TrainingError: the tokenizer fails, or gives ids that are none of its tokens'.
+    """
+    with library_errors("the tokenizer cannot encode the text"):
+        parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch(texts)]
+    ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
+    size = vocabulary_size(tokenizer)
+    if len(ids) and ids.max() >= size:
+        raise TrainingError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
+    return ids.view(np.int32)
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """The tokenizers library raises Exception itself, and for its bugs what is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        raise TrainingError(f"{what}: {reason(error)}") from error
+
+
+def load_corpus(
+    path: str | Path | None, exclude: str | Path, tokenizer: Tokenizer | None, held_out: int, sequence_length: int
+) -> Corpus:
+    """Reads the text, splits off the held-out part and encodes both.
+
+    Args:
+        path: a file or a folder; None for the Python standard library.
+        exclude: a folder that is no part of the data even if it lies inside: where a run writes.
+        tokenizer: None for bytes.
+        held_out: bytes to hold out, at most a tenth of the text.
+        sequence_length: of training, for which there must be enough.
+
+    Raises:
+        TrainingError: there is no data, too little, or text that the tokenizer cannot take.
+    """
+    where = str(path or "the Python standard library")
+    documents = _read(path, exclude)
+    total = sum(map(len, documents))
+    if total == 0:
+        raise TrainingError(f"no data: {where} is empty")
+    train_documents, held_documents = _split(documents, total - min(held_out, total // 10))
+    train, held = _encode(train_documents, tokenizer, where), _encode(held_documents, tokenizer, where)
+    if len(train) < 2 * sequence_length or len(held) < 2:
+        raise TrainingError(
+            f"too little data: {where} has {len(train):,} tokens to train on and {len(held):,} to hold out; "
+            f"`sequence_length` {sequence_length} needs at least {2 * sequence_length:,} and 2"
+        )
+    digest = hashlib.sha256()
+    for tokens in (train, held):
+        digest.update(f"{tokens.dtype} {len(tokens)} ".encode())
+        digest.update(tokens.numpy().data)
+    return Corpus(
+        train, held, b"".join(held_documents), sum(map(len, train_documents)) / len(train), digest.hexdigest()
+    )
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """What ``xz -9e`` makes of a text on its own, in bits per byte."""
+    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+
+
+class Batches:
+    """Sequences of a text in random order: every epoch cuts it at other places and shuffles the pieces.
+
+    Batch number n is a pure function of the tokens, the sizes, the seed and n, so the number of batches seen is all
+    there is to the position in the data.
+
+    Args:
+        tokens: (length,) integers, length at least twice `sequence_length`.
+        sequence_length: tokens a model reads of each sequence.
+        batch_size: sequences of a batch.
+        seed: of the order.
+
+    Raises:
+        ValueError: there are too few tokens.
+    """
+
+    def __init__(self, tokens: Tensor, sequence_length: int, batch_size: int, seed: int) -> None:
+        if len(tokens) < 2 * sequence_length:
+            raise ValueError(
+                f"tokens has length {len(tokens)}; it must be at least 2 * sequence_length, {2 * sequence_length}"
+            )
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.per_epoch = (len(tokens) - sequence_length) // sequence_length
+        self._epoch = -1
+        self._starts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Batch `number`, from 0: (batch_size, sequence_length + 1) int64, with the target of the last token."""
+        if number < 0:
+            raise IndexError(f"number is {number}; it must be at least 0")
+        first = number * self.batch_size
+        starts = torch.tensor([self._start(first + row) for row in range(self.batch_size)])
+        return self.tokens[starts[:, None] + torch.arange(self.sequence_length + 1)].long()
+
+    def _start(self, sequence: int) -> int:
+        epoch, index = divmod(sequence, self.per_epoch)
+        if epoch != self._epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            offset = random.integers(self.sequence_length)
+            self._starts = offset + self.sequence_length * random.permutation(self.per_epoch)
+            self._epoch = epoch
+        return int(self._starts[index])
+
+
+def _read(path: str | Path | None, exclude: str | Path) -> list[bytes]:
+    files = _library_files() if path is None else _files(Path(path), Path(exclude).resolve())
+    try:
+        return [file.read_bytes() for file in files]
+    except OSError as error:
+        raise TrainingError(f"cannot read data: {reason(error)}") from error
+
+
+def _files(path: Path, exclude: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise TrainingError(f"no data: {path} does not exist")
+    inside = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    files = {
+        name: file
+        for name, file in inside.items()
+        if not any(part.startswith(".") for part in name.parts) and exclude not in file.resolve().parents
+    }
+    if not files:
+        raise TrainingError(f"no data: {path} has no files")
+    return _mixed(files)
+
+
+def _library_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = {file.relative_to(root): file for file in root.rglob("*.py")}
+    return _mixed({name: file for name, file in files.items() if _NOT_LIBRARY.isdisjoint(name.parts)})
+
+
+def _mixed(files: dict[Path, Path]) -> list[Path]:
+    """Files in an order that is the same everywhere but has nothing to do with their names, so that the held-out end
+    is like the rest."""
+    return [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
+
+
+def _split(documents: list[bytes], size: int) -> tuple[list[bytes], list[bytes]]:
+    """The first `size` bytes (more, if that would cut a UTF-8 character) and the rest."""
+    head: list[bytes] = []
+    for index, document in enumerate(documents):
+        if size < len(document):
+            while size < len(document) and document[size] & 0xC0 == 0x80:
+                size += 1
+            parts = ([*head, document[:size]], [document[size:], *documents[index + 1 :]])
+            return [part for part in parts[0] if part], [part for part in parts[1] if part]
+        head.append(document)
+        size -= len(document)
+    return head, []
+
+
+def _encode(documents: list[bytes], tokenizer: Tokenizer | None, where: str) -> Tensor:
+    if tokenizer is None:
+        return torch.from_numpy(np.frombuffer(b"".join(documents), dtype=np.uint8).copy())
+    try:
+        texts = [document.decode("utf-8") for document in documents]
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{where} is not all UTF-8 text, which a tokenizer needs; bytes need none") from error
+    return torch.from_numpy(encode(tokenizer, texts))

@@ -1,0 +1,205 @@
+"""What decides the course of a training run, and what may differ when it is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from flash_xlstm.training.errors import short
+
+KEPT = ("threads", "save_every", "eval_every", "log_every")  # by a checkpoint, though free to change
+MODEL_SIZES = {"hidden_size": "hidden_size", "layers": "num_hidden_layers", "heads": "num_heads"}  # in config.json
+PATHS = ("data", "tokenizer", "config")  # may have moved: what is compared is what they hold
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Number:
+    """The numbers that a setting takes.
+
+    Attributes:
+        kind: int or float.
+        text: in words.
+        low, high: the smallest and the largest of them.
+        above: whether `low` is none of them.
+    """
+
+    kind: type
+    text: str
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+
+    def takes(self, value: object) -> bool:
+        """Whether a value is of this kind and in range."""
+        if type(value) is not self.kind:
+            return False
+        number: Any = value
+        return (number > self.low if self.above else number >= self.low) and number <= self.high and number < math.inf
+
+
+_MOST = 2**63 - 1  # what a 64-bit counter holds
+POSITIVE_INT = Number(int, "a whole number from 1 to 2^63 - 1", low=1, high=_MOST)
+WHOLE_NUMBER = Number(int, "a whole number from 0 to 2^63 - 1", high=_MOST)
+THREADS = Number(int, "a whole number from 1 to 1024", low=1, high=1024)
+POSITIVE_FLOAT = Number(float, "a number greater than 0", above=True)
+NOT_NEGATIVE_FLOAT = Number(float, "a number of at least 0")
+FRACTION = Number(float, "a number from 0 to 1", high=1)
+
+NUMBERS = {  # of TrainSettings and RunOptions
+    "held_out": POSITIVE_INT,
+    "hidden_size": POSITIVE_INT,
+    "layers": POSITIVE_INT,
+    "heads": POSITIVE_INT,
+    "sequence_length": POSITIVE_INT,
+    "batch_size": POSITIVE_INT,
+    "accumulate": POSITIVE_INT,
+    "steps": POSITIVE_INT,
+    "learning_rate": POSITIVE_FLOAT,
+    "final_learning_rate": FRACTION,
+    "warmup": WHOLE_NUMBER,
+    "weight_decay": NOT_NEGATIVE_FLOAT,
+    "clip": POSITIVE_FLOAT,
+    "seed": WHOLE_NUMBER,
+    "threads": THREADS,
+    "time_limit": POSITIVE_FLOAT,
+    "save_every": POSITIVE_INT,
+    "eval_every": WHOLE_NUMBER,
+    "log_every": POSITIVE_INT,
+}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides what weights a run ends with. A checkpoint holds it, and resuming keeps to it.
+
+    Attributes:
+        data: a file, or a folder of files, of text; None: the source of Python's standard library, without its tests.
+        tokenizer: a tokenizer.json of the tokenizers library; None: tokens are bytes.
+        held_out: bytes at the end of the data to hold out, at most a tenth of it.
+        config: a file with an xLSTMConfig as JSON, instead of the three sizes that follow.
+        hidden_size: width of the residual stream.
+        layers: number of blocks.
+        heads: heads of each block.
+        sequence_length: tokens of a training sequence.
+        batch_size: sequences of a batch.
+        accumulate: batches whose gradients make one step.
+        steps: optimizer steps.
+        learning_rate: peak learning rate of AdamW.
+        final_learning_rate: what the cosine ends at, as a fraction of the peak.
+        warmup: steps of linear warm-up.
+        weight_decay: of matrices; biases and norms have none.
+        clip: largest norm of the gradient.
+        seed: of initialization and data order.
+        dtype: "float32" or "bfloat16", to compute in; weights are float32. "auto": bfloat16 on a GPU, else float32.
+        compile: whether to torch.compile the model.
+
+    Raises:
+        ValueError: a value is of another kind, or out of range.
+    """
+
+    data: str | None = None
+    tokenizer: str | None = None
+    held_out: int = 262144
+    config: str | None = None
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    sequence_length: int = 512
+    batch_size: int = 16
+    accumulate: int = 1
+    steps: int = 1000
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 0.05
+    warmup: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    dtype: str = "auto"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _take(self)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and for how long to run; it changes the weights at a given step by no more than rounding.
+
+    Attributes:
+        out: folder for checkpoints, metrics and the loss curve.
+        device: "cpu", "cuda" or "cuda:N"; "auto": a GPU if there are kernels for it.
+        threads: CPU threads; None: as many as torch has.
+        time_limit: seconds after which to save and stop; None: no limit.
+        save_every: steps between checkpoints.
+        eval_every: steps between evaluations on held-out data; 0: first and last only.
+        log_every: steps between points of the loss curve.
+
+    Raises:
+        ValueError: a value is of another kind, or out of range.
+    """
+
+    out: str = "run"
+    device: str = "auto"
+    threads: int | None = None
+    time_limit: float | None = None
+    save_every: int = 200
+    eval_every: int = 0
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _take(self)
+
+
+def check(name: str, value: Any, *, optional: bool, dtypes: tuple[str, ...] = DTYPES) -> None:
+    """Checks the value of a field of TrainSettings or RunOptions.
+
+    Args:
+        name: of the field.
+        value: to be checked.
+        optional: whether None will do.
+        dtypes: that will do.
+
+    Raises:
+        ValueError: naming the field, what it is and what it must be.
+    """
+    if value is None and optional:
+        return
+    if name in NUMBERS:
+        right, text = NUMBERS[name].takes(value), NUMBERS[name].text
+    elif name in PATHS or name == "out":
+        right, text = type(value) is str and "\0" not in value, "a path"
+    elif name == "dtype":
+        right, text = type(value) is str and value in dtypes, f"one of: {', '.join(dtypes)}"
+    elif name == "device":
+        right, text = type(value) is str, "the name of a device"
+    else:
+        right, text = type(value) is bool, "True or False"
+    if not right:
+        raise ValueError(f"{name} is {short(value)}; it must be {text}")
+
+
+def _take(settings: Any) -> None:
+    """Checks the fields. Paths become strings, and whole numbers that stand for others floats: a checkpoint holds them
+    in one form."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif type(value) is int and field.name in NUMBERS:
+            with contextlib.suppress(OverflowError):
+                value = NUMBERS[field.name].kind(value)
+        check(field.name, value, optional=field.default is None, dtypes=("auto", *DTYPES))
+        object.__setattr__(settings, field.name, value)
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """A setting's dtype, with "auto" replaced by what it means on a device."""
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" else "float32"

@@ -1,0 +1,310 @@
+"""One training run: what it consists of, its loop, and its saved form."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from flash_xlstm.models import xLSTMForCausalLM
+from flash_xlstm.training import checkpoint, metrics, state
+from flash_xlstm.training.data import Batches, Corpus, xz_bits_per_byte
+from flash_xlstm.training.errors import TrainingError
+from flash_xlstm.training.settings import KEPT, RunOptions, TrainSettings, resolve_dtype
+from flash_xlstm.training.signals import StopSignals
+
+
+class Progress:
+    """What a run tells of itself while it goes. It is entered while steps are taken. Here nothing is done about it."""
+
+    def started(self, trainer: Trainer) -> None:
+        """The run's folder can be written; no step has been taken."""
+
+    def evaluated(self, row: metrics.Row) -> None:
+        """A new run's first row, which has the held-out bits per byte before training."""
+
+    def __enter__(self) -> None:
+        """Steps begin."""
+
+    def stepped(self, row: metrics.Row | None) -> None:
+        """A step was taken; `row` is the history's new row, if there is one."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The last step was taken, or an error came up."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of :meth:`Trainer.run` ended.
+
+    Attributes:
+        folder: the checkpoint that it wrote.
+        ended: "steps": all steps are taken; "time limit" or "signal": the run can be resumed.
+    """
+
+    folder: Path
+    ended: str
+
+
+class Trainer:
+    """A run: the model, what it is trained with, and how far it is. :func:`.start` and :func:`.resume` make one.
+
+    Args:
+        settings: what decides the weights that the run ends with. The paths and the model's sizes in it are only saved
+            with each checkpoint: the corpus and the model are those given.
+        options: where and for how long to run; the device is the model's.
+        corpus: tokens to train on, and held-out ones.
+        tokenizer: is saved with each checkpoint; None for bytes.
+        model: float32 weights on the device to train on.
+
+    Attributes:
+        step: optimizer steps done. The position in the data and in the schedule are functions of it.
+        history: one row a logged step; see :data:`flash_xlstm.training.metrics.COLUMNS`.
+        xz: bits per byte of xz on the held-out text.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        options: RunOptions,
+        corpus: Corpus,
+        tokenizer: Tokenizer | None,
+        model: xLSTMForCausalLM,
+    ) -> None:
+        self.settings = settings = replace(settings, dtype=resolve_dtype(settings.dtype, model.device))
+        self.options = options
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.model = model.train()
+        self.out = Path(options.out)
+        self.dtype = getattr(torch, settings.dtype)
+        self.batches = Batches(corpus.train, settings.sequence_length, settings.batch_size, settings.seed)
+        self.optimizer = _optimizer(model, settings)
+        self.forward: Any = torch.compile(model) if settings.compile else model
+        self.step = 0
+        self.history: list[metrics.Row] = []
+        self.xz = xz_bits_per_byte(corpus.held_out_bytes)
+        self._interval = _Interval()
+        self._signals = StopSignals()
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes up a state that :func:`.state.check_state` has checked; the model has its weights already.
+
+        Raises:
+            ValueError: the rest of the state does not fit.
+        """
+        self.step, self.history = saved["step"], saved["history"]
+        self.optimizer.load_state_dict(state.check_optimizer(saved["optimizer"], self.optimizer, self.step))
+        try:
+            torch.set_rng_state(saved["random"])
+            if self.model.device.type == "cuda" and saved["cuda_random"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_random"], self.model.device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"random or cuda_random is no state of a generator: {error}") from error
+
+    def run(self, progress: Progress | None = None) -> RunResult:
+        """Trains until the last step, the time limit or a signal, and saves.
+
+        In the main thread SIGINT and SIGTERM end the run after the step that is being taken; a second SIGINT raises
+        KeyboardInterrupt at once.
+
+        Args:
+            progress: is told how far the run is.
+
+        Raises:
+            TrainingError: the loss is not finite, or files cannot be written. Of a new run also: ``out`` has a
+                checkpoint.
+        """
+        progress = progress or Progress()
+        if not self.history:
+            checkpoint.check_new(self.out)
+        checkpoint.open_run(self.out)
+        progress.started(self)
+        with StopSignals() as signals:
+            if not self.history:
+                progress.evaluated(self._log(held_out=True))
+            self._loop(signals, progress)
+            done = self.step == self.settings.steps
+            if done and "held_out_bits_per_byte" not in self.history[-1]:
+                self._log(held_out=True)
+            folder = self.save()
+        return RunResult(folder, "steps" if done else "signal" if signals.received else "time limit")
+
+    def _loop(self, signals: StopSignals, progress: Progress) -> None:
+        limit = math.inf if self.options.time_limit is None else self.options.time_limit
+        end = time.monotonic() + limit
+        self._interval = _Interval()
+        self._signals = signals
+        with progress:
+            while self.step < self.settings.steps and not signals.received and time.monotonic() < end:
+                before = self.step
+                self._train_step()
+                if self.step > before:
+                    self._after_step(progress)
+
+    def seconds_per_step(self) -> float:
+        """Measures the speed of training, by training; the run is spoilt by it."""
+        for _ in range(2):
+            self._train_step()
+        began, steps = time.monotonic(), 0
+        while time.monotonic() - began < 2.0 or steps < 3:
+            self._train_step()
+            self._interval.wait()
+            steps += 1
+        return (time.monotonic() - began) / steps
+
+    def save(self) -> Path:
+        """Writes a checkpoint, and beside it the metrics and the loss curve; returns the checkpoint's folder.
+
+        Raises:
+            TrainingError: they could not be written; an older checkpoint is still there.
+        """
+        if self._interval.steps:
+            self._log()
+        on_gpu = self.model.device.type == "cuda"
+        values = {
+            "format": state.FORMAT,
+            "step": self.step,
+            "settings": asdict(self.settings),
+            "options": {name: getattr(self.options, name) for name in KEPT},
+            "fingerprint": self.corpus.fingerprint,
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.model.device) if on_gpu else None,
+            "history": self.history,
+        }
+        values["digest"] = state.digest(values)
+        folder = checkpoint.save(self.out, self.step, self.model, self.tokenizer, values)
+        checkpoint.write_file(self.out / "metrics.csv", metrics.table(self.history))
+        checkpoint.write_file(self.out / "loss.png", metrics.loss_curve(self.history, self.xz))
+        # A figure, with its picture of 2 MB, is held by cycles, which Python looks for only once a quarter as many
+        # objects are new as are old: after some 70 figures.
+        gc.collect()
+        return folder
+
+    def held_out(self) -> float:
+        """Bits per byte of the held-out text."""
+        settings = self.settings
+        return metrics.held_out_bits_per_byte(
+            self.model, self.corpus, settings.sequence_length, settings.batch_size, self.dtype
+        )
+
+    def _train_step(self) -> None:
+        """Takes a step, unless a signal comes in between two batches of it: --accumulate may be large."""
+        settings, device = self.settings, self.model.device
+        rate = learning_rate(self.step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total: torch.Tensor | float = 0.0
+        for part in range(settings.accumulate):
+            batch = self.batches[self.step * settings.accumulate + part].to(device, non_blocking=True)
+            with metrics.autocast(device, self.dtype):
+                loss = metrics.cross_entropy(self.forward, batch) / settings.accumulate
+            loss.backward()
+            total = total + loss.detach()
+            if self._signals.received and part + 1 < settings.accumulate:
+                self.optimizer.zero_grad()
+                return
+        self._interval.add_loss(total)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._interval.end_step(norm, rate)
+
+    def _after_step(self, progress: Progress) -> None:
+        """What comes due at this step: a point of the curve, an evaluation, a checkpoint."""
+        options, last = self.options, self.step == self.settings.steps
+        evaluate = options.eval_every > 0 and self.step % options.eval_every == 0
+        row = None
+        if evaluate or last or self.step % options.log_every == 0:
+            row = self._log(held_out=evaluate or last)
+        progress.stepped(row)
+        if self.step % options.save_every == 0 and not last:
+            self.save()
+            self._interval.restart_clock()
+
+    def _log(self, held_out: bool = False) -> metrics.Row:
+        """Adds a row to the history."""
+        row: metrics.Row = {"step": self.step}
+        if self._interval.steps:
+            loss, norm, rate, seconds = self._interval.finish()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(
+                    f"training diverged: at step {self.step} the loss is {loss:.3g} and the gradient's norm "
+                    f"{norm:.3g}; try a lower `learning_rate`"
+                )
+            settings = self.settings
+            tokens = settings.sequence_length * settings.batch_size * settings.accumulate * self._interval.steps
+            row["loss"] = loss
+            row["bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
+            row["learning_rate"], row["gradient_norm"], row["tokens_per_s"] = rate, norm, tokens / seconds
+        if held_out:
+            row["held_out_bits_per_byte"] = bits = self.held_out()
+            if not math.isfinite(bits):
+                raise TrainingError(
+                    f"training diverged: at step {self.step} the held-out bits per byte are {bits}; try a lower "
+                    "`learning_rate`"
+                )
+        self.history.append(row)
+        self._interval = _Interval()
+        return row
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """The rate at a step, from 0: linear warm-up, then a cosine to the final rate."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    low = settings.final_learning_rate
+    return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+
+
+def _optimizer(model: xLSTMForCausalLM, settings: TrainSettings) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+class _Interval:
+    """Sums since the last row of the history. They stay on the device, so that a step need not wait for it."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._loss: torch.Tensor | float = 0.0
+        self._norm: torch.Tensor | float = 0.0
+        self._rate = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._began = time.monotonic()
+
+    def add_loss(self, loss: torch.Tensor | float) -> None:
+        self._loss = self._loss + loss
+
+    def end_step(self, norm: torch.Tensor, rate: float) -> None:
+        self.steps += 1
+        self._norm = norm
+        self._rate = rate
+
+    def wait(self) -> None:
+        """Waits for the device."""
+        float(self._norm)
+
+    def finish(self) -> tuple[float, float, float, float]:
+        """The mean loss, the last gradient norm and learning rate, and the seconds passed."""
+        loss, norm = float(self._loss) / self.steps, float(self._norm)
+        return loss, norm, self._rate, time.monotonic() - self._began

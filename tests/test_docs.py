@@ -1,0 +1,71 @@
+"""README and docs: links lead somewhere, and benchmarks.md names every results file with a command that parses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLE = ROOT / "docs" / "benchmarks.md"
+
+
+def anchors(page):
+    """GitHub's, of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    broken = []
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_paths_in_the_text_exist():
+    text = "".join(page.read_text() for page in PAGES)
+    paths = re.findall(r"`((?:csrc|python|tests|benchmarks|examples|docs)/[\w./]+)`", text)
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_every_results_file_has_a_command():
+    names = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert names == set(re.findall(r"\(\.\./benchmarks/results/([\w.]+)\)", TABLE.read_text()))
+
+
+def commands():
+    """Of the table of results files, without those that say "the same"."""
+    rows = TABLE.read_text().split("## Results files")[1].split("\n## ")[0].splitlines()
+    found = [
+        command for row in rows if row.startswith("| [") for command in re.findall(r"`([^`]+)`", row.split("|")[2])
+    ]
+    return [command.split() for command in found if not command.startswith(("--", "python ", "flash-xlstm "))]
+
+
+def test_commands_parse(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import run
+
+    assert len(commands()) > 20
+    for name, *options in commands():
+        run.parse([name, *options])
+    assert {name for name, *_ in commands()} == set(run.SUBJECTS)
+    for module in {*run.SUBJECTS, "run", "peers", "graphs", "language_models", "processes", "triton_warmup"}:
+        sys.modules.pop(module, None)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
+from flash_xlstm.training.data import Corpus
+from flash_xlstm.training.metrics import held_out_bits_per_byte
+
+
+@pytest.mark.parametrize("length", [2, 32, 33, 34, 65, 100])
+def test_every_token_counts_once(length):
+    """Against the log-probabilities of one sequence after another."""
+    config = xLSTMConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, num_heads=1)
+    torch.manual_seed(0)
+    model = xLSTMForCausalLM(config).train()
+    tokens = torch.randint(0, 256, (length,), dtype=torch.uint8)
+    corpus = Corpus(tokens, tokens, bytes(2 * length), 1.0, "")
+    bits = math.log2(256)
+    with torch.no_grad():
+        for start in range(0, length - 1, 32):
+            piece = tokens[start : start + 33].long()
+            log_p = model(piece[None, :-1], use_cache=False).logits[0].log_softmax(-1)
+            bits -= float(log_p.gather(1, piece[1:, None]).sum()) / math.log(2)
+    actual = held_out_bits_per_byte(model, corpus, 32, 2, torch.float32)
+    assert actual == pytest.approx(bits / (2 * length), rel=1e-5)
+    assert model.training
