@@ -24,30 +24,30 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(const v
 #define CPU_KERNEL(name, Params) void name(const Params& p)
 #else
 #ifdef FLASH_XLSTM_X86_ISAS
-#define DECLARE_FOR_ISAS(name, Params)    \
-  namespace flash_xlstm::cpu::avx2 {      \
-  void name(const Params& p);             \
-  }                                       \
-  namespace flash_xlstm::cpu::avx512 {    \
-  void name(const Params& p);             \
+#define DECLARE_FOR_ISAS(name, Params) \
+  namespace flash_xlstm::cpu::avx2 {   \
+  void name(const Params& p);          \
+  }                                    \
+  namespace flash_xlstm::cpu::avx512 { \
+  void name(const Params& p);          \
   }
-#define CALL_FOR_ISA(name)                       \
+#define CALL_FOR_ISA(name)                          \
   if (isa() == Isa::avx512) return avx512::name(p); \
   if (isa() == Isa::avx2) return avx2::name(p);
 #else
 #define DECLARE_FOR_ISAS(name, Params)
 #define CALL_FOR_ISA(name)
 #endif
-#define CPU_KERNEL(name, Params)              \
-  void name(const Params& p);                 \
-  }                                           \
-  DECLARE_FOR_ISAS(name, Params)              \
-  namespace flash_xlstm::cpu {                \
-  void name(const Params& p) {                \
-    CALL_FOR_ISA(name)                        \
-    return FLASH_XLSTM_ISA::name(p);          \
-  }                                           \
-  }                                           \
+#define CPU_KERNEL(name, Params)                \
+  void name(const Params& p);                   \
+  }                                             \
+  DECLARE_FOR_ISAS(name, Params)                \
+  namespace flash_xlstm::cpu {                  \
+  void name(const Params& p) {                  \
+    CALL_FOR_ISA(name)                          \
+    return FLASH_XLSTM_ISA::name(p);            \
+  }                                             \
+  }                                             \
   namespace flash_xlstm::cpu::FLASH_XLSTM_ISA { \
   void name(const Params& p)
 #endif

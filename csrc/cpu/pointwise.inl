@@ -166,7 +166,7 @@ CPU_KERNEL(gated_head_norm, GatedHeadNorm) {
 namespace {
 
 void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin, int64_t end, float* dweight,
-                              float* scratch) {
+                                   float* scratch) {
   const GatedHeadNorm& p = b.p;
   float *x = scratch, *gate = x + p.dim, *dy = gate + p.dim, *weight = dy + p.dim;
   const int64_t width = p.heads * p.dim;
@@ -280,7 +280,8 @@ void soft_cap_elements(const SoftCap& p, int64_t begin, int64_t end) {
       if (dy == nullptr) {
         for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(cap * wide[e]);
       } else {
-        for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(Type::load(dy[start + e]) * (1.0f - wide[e] * wide[e]));
+        for (int64_t e = 0; e < count; ++e)
+          out[start + e] = Type::store(Type::load(dy[start + e]) * (1.0f - wide[e] * wide[e]));
       }
     }
   });

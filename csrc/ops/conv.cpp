@@ -1,6 +1,6 @@
+#include "params/conv.h"
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
-#include "params/conv.h"
 
 namespace flash_xlstm {
 namespace {
@@ -78,7 +78,7 @@ CheckedProblem check_problem(const Tensor& x, const Tensor& weight, const OptTen
 }
 
 Tensors<2> causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor state, OptTensor cu_seqlens, bool silu,
-                       bool return_final_state) {
+                         bool return_final_state) {
   CheckedProblem checked = check_problem(x, weight, bias, state, cu_seqlens, silu);
   const ConvProblem& p = checked.p;
   Tensor y = new_empty(x, {p.batch, p.seq, p.channels}, x.scalar_type());
@@ -93,8 +93,8 @@ Tensors<2> causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor stat
   return {y, last};
 }
 
-Tensors<4> causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias, OptTensor state,
-                                OptTensor cu_seqlens, bool silu) {
+Tensors<4> causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias,
+                                  OptTensor state, OptTensor cu_seqlens, bool silu) {
   CheckedProblem checked = check_problem(x, weight, bias, state, cu_seqlens, silu);
   const ConvProblem& p = checked.p;
   ConvBackward params{};
@@ -124,7 +124,8 @@ Tensors<4> causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tenso
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
   } else if (p.channels > 0) {
-    run<cpu::conv_backward, cuda::conv_backward, cuda::conv_backward_workspace_bytes>("causal_conv1d_backward", x, params);
+    run<cpu::conv_backward, cuda::conv_backward, cuda::conv_backward_workspace_bytes>("causal_conv1d_backward", x,
+                                                                                      params);
   }
   return {dx, dweight, dbias, dstate};
 }

@@ -1,6 +1,6 @@
 #ifdef FLASH_XLSTM_WITH_CUDA
-#include "ops/kernel_for.h"
 #include "ops/launch.h"
+#include "ops/kernel_for.h"
 
 #include <dlfcn.h>
 

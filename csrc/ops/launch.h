@@ -13,9 +13,10 @@
 namespace flash_xlstm {
 
 [[noreturn]] inline void no_cuda_build(const char* op) {
-  throw std::runtime_error(join_text(
-      op, ": the tensors are on a CUDA device, but this flash-xlstm was built without CUDA kernels "
-      "(flash_xlstm.build_info()); reinstall it with nvcc on the PATH and FLASH_XLSTM_CUDA=1"));
+  throw std::runtime_error(
+      join_text(op,
+                ": the tensors are on a CUDA device, but this flash-xlstm was built without CUDA kernels "
+                "(flash_xlstm.build_info()); reinstall it with nvcc on the PATH and FLASH_XLSTM_CUDA=1"));
 }
 
 #ifdef FLASH_XLSTM_WITH_CUDA
@@ -89,8 +90,8 @@ using Tensors = typename TensorTuple<std::make_index_sequence<count>>::type;
 
 // Begins the function that registers a file's operators, once for CPU and once for CUDA: each dispatches by its
 // tensors' device. For CUDA in a CPU-only build too: there the ops say that CUDA kernels were not built.
-#define IMPLEMENT_OPS(lib)                                               \
-  static void implement_ops(torch::stable::detail::StableLibrary& lib);  \
+#define IMPLEMENT_OPS(lib)                                                \
+  static void implement_ops(torch::stable::detail::StableLibrary& lib);   \
   STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, on) { implement_ops(on); }  \
   STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, on) { implement_ops(on); } \
   static void implement_ops(torch::stable::detail::StableLibrary& lib)

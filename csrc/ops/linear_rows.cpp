@@ -8,7 +8,9 @@
 namespace flash_xlstm {
 namespace {
 
-[[maybe_unused]] bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % linear_alignment == 0; }
+[[maybe_unused]] bool aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % linear_alignment == 0;
+}
 
 // (rows, in) of x.
 std::pair<int64_t, int64_t> check_x(const Tensor& x) {
@@ -57,7 +59,9 @@ Tensor aligned_rows(const Tensor& x) {
   Tensor t = with_uniform_rows(x);
   const int64_t in = t.size(t.dim() - 1);
   if (t.numel() > in && row_stride(t) < in) t = torch::stable::contiguous(t);
-  return aligned(t) && row_stride(t) * element_bytes(linear_cuda_dtype) % linear_alignment == 0 ? t : torch::stable::clone(t);
+  return aligned(t) && row_stride(t) * element_bytes(linear_cuda_dtype) % linear_alignment == 0
+             ? t
+             : torch::stable::clone(t);
 }
 
 void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {

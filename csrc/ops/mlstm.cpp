@@ -170,9 +170,8 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
   if (p.batch > 0 && p.heads > 0) {
-    run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(op, q, params, [&] {
-      copy_inputs(checked, params.p, cuda::mlstm_copies(params), q, k, v);
-    });
+    run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(
+        op, q, params, [&] { copy_inputs(checked, params.p, cuda::mlstm_copies(params), q, k, v); });
   }
   return y;
 }
@@ -180,9 +179,9 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
 // Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
 // where there is none.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
-                  const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                  const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
-                  const Tensor& kept) {
+                    const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                    const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
+                    const Tensor& kept) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
@@ -279,16 +278,16 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
 }
 
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
-                        Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
-                        OptTensor h, Tensor kept, std::optional<double> scale, double eps,
-                        std::optional<double> gate_soft_cap, int64_t chunk_size) {
+                          Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                          OptTensor h, Tensor kept, std::optional<double> scale, double eps,
+                          std::optional<double> gate_soft_cap, int64_t chunk_size) {
   return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
                   {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
 }
 
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
-                   std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
-                   bool return_final_state, bool normalize) {
+                     std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                     bool return_final_state, bool normalize) {
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
   const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
@@ -297,10 +296,10 @@ Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor
           or_empty(y.n_last, q, {0, heads, dqk})};
 }
 
-Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
-                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
-                            std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-                            int64_t chunk_size, bool normalize) {
+Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
+                              Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
+                              std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                              int64_t chunk_size, bool normalize) {
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
   auto [dq, dk, dv, di, df, dc, dn, dm] =

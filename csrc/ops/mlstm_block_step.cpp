@@ -308,8 +308,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
       "float? gate_soft_cap, bool constant_weights=False) -> Tensor");
 }
 
-IMPLEMENT_OPS(lib) {
-  lib.impl("mlstm_block_step", TORCH_BOX(&mlstm_block_step));
-}
+IMPLEMENT_OPS(lib) { lib.impl("mlstm_block_step", TORCH_BOX(&mlstm_block_step)); }
 
 }  // namespace flash_xlstm

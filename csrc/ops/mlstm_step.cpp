@@ -126,9 +126,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
       "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap, bool settled_state=False) -> Tensor");
 }
 
-IMPLEMENT_OPS(lib) {
-  lib.impl("mlstm_step", TORCH_BOX(&mlstm_step));
-}
+IMPLEMENT_OPS(lib) { lib.impl("mlstm_step", TORCH_BOX(&mlstm_step)); }
 
 static const DescribedOp described_mlstm_step("mlstm_step");
 

@@ -107,8 +107,7 @@ Tensors<2> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
   return {y, sum};
 }
 
-Tensors<2> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps,
-                                             bool weight_gradient) {
+Tensors<2> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps, bool weight_gradient) {
   const RmsNorm forward = check_rms_norm(x, weight, eps);
   RmsNormBackward p{};
   p.dtype = forward.dtype, p.weight_dtype = forward.weight_dtype;
@@ -137,7 +136,8 @@ Tensors<2> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight,
     if (weight_gradient) torch::stable::zero_(dweight);
     return {dx, dweight};
   }
-  run<cpu::rms_norm_backward, cuda::rms_norm_backward, cuda::rms_norm_backward_workspace_bytes>("rms_norm_backward", x, p);
+  run<cpu::rms_norm_backward, cuda::rms_norm_backward, cuda::rms_norm_backward_workspace_bytes>("rms_norm_backward", x,
+                                                                                                p);
   return {dx, dweight};
 }
 
@@ -151,8 +151,7 @@ Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps) {
   return y;
 }
 
-Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
-                                                            bool weight_gradient) {
+Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps, bool weight_gradient) {
   GatedHeadNormBackward b{};
   b.p = check_gated_head_norm(h, gate, weight, eps);
   check_shape("dy", dy, sizes_of(gate), "the shape of gate");
@@ -170,7 +169,8 @@ Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor wei
   b.dh = dh.data_ptr();
   b.dgate = dgate.data_ptr();
   b.dweight = weight_gradient ? dweight.data_ptr() : nullptr;
-  run<cpu::gated_head_norm_backward, cuda::gated_head_norm_backward, cuda::gated_head_norm_backward_workspace_bytes>("gated_head_norm_backward", h, b);
+  run<cpu::gated_head_norm_backward, cuda::gated_head_norm_backward, cuda::gated_head_norm_backward_workspace_bytes>(
+      "gated_head_norm_backward", h, b);
   return {dh, dgate, dweight};
 }
 

@@ -73,7 +73,7 @@ void check_common(CheckedProblem& checked, const Tensor& first, const char* firs
 }
 
 Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
-               OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
+                 OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
   CheckedProblem checked{};
   SlstmProblem& p = checked.p;
   check_shape("x", x, {-1, -1, 4, -1, -1}, "(batch, seq, 4, heads, dim)");
@@ -104,8 +104,8 @@ Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTe
 }
 
 Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last,
-                        Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
-                        OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip) {
+                          Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                          OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip) {
   CheckedProblem checked{};
   SlstmProblem& p = checked.p;
   check_shape("h", h, {-1, -1, -1, -1}, "(batch, seq, heads, dim)");
@@ -203,8 +203,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
       "Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
       "Tensor h, Tensor kept, float recurrent_grad_clip) "
       "-> (Tensor dx, Tensor dR, Tensor db, Tensor dh0, Tensor dc0, Tensor dn0, Tensor dm0)");
-  lib.def(
-      "slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
+  lib.def("slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
 }
 
 IMPLEMENT_OPS(lib) {

@@ -11,23 +11,23 @@ namespace flash_xlstm {
 constexpr int max_conv_kernel = 8;
 
 struct ConvProblem {
-  DType dtype = DType::float32;  // of x, y, state and their gradients
+  DType dtype = DType::float32;         // of x, y, state and their gradients
   DType weight_dtype = DType::float32;  // of weight and dweight
-  DType bias_dtype = DType::float32;  // of bias and dbias
+  DType bias_dtype = DType::float32;    // of bias and dbias
   int64_t batch = 0, seq = 0, channels = 0, kernel = 0;
   int64_t rows = 0;  // batch, or the number of packed sequences
   bool silu = false;
   const void* x = nullptr;  // (batch, seq, channels), strides in elements, the last dimension contiguous
   int64_t x_batch = 0, x_seq = 0;
-  const void* weight = nullptr;  // (channels, kernel) contiguous
-  const void* bias = nullptr;  // (channels) contiguous
-  const void* state = nullptr;  // contiguous; nullptr: zeros
+  const void* weight = nullptr;         // (channels, kernel) contiguous
+  const void* bias = nullptr;           // (channels) contiguous
+  const void* state = nullptr;          // contiguous; nullptr: zeros
   const int32_t* cu_seqlens = nullptr;  // (rows + 1), on the kernel's device; nullptr: not packed
 };
 
 struct ConvForward {
   ConvProblem p;
-  void* y = nullptr;  // (batch, seq, channels) contiguous, dtype
+  void* y = nullptr;     // (batch, seq, channels) contiguous, dtype
   void* last = nullptr;  // the state after the last token; nullptr: not wanted
 };
 
@@ -36,8 +36,8 @@ struct ConvBackward {
   const void* dy = nullptr;  // as x; nullptr: zero
   int64_t dy_batch = 0, dy_seq = 0;
   const void* dlast = nullptr;  // contiguous; nullptr: zero
-  void* dx = nullptr;  // (batch, seq, channels) contiguous, dtype
-  void* dweight = nullptr;  // (channels, kernel) contiguous
+  void* dx = nullptr;           // (batch, seq, channels) contiguous, dtype
+  void* dweight = nullptr;      // (channels, kernel) contiguous
   void* dbias = nullptr;
   void* dstate = nullptr;
 };
@@ -52,7 +52,7 @@ struct ConvStep {
   const void* weight = nullptr;
   const void* bias = nullptr;
   void* state = nullptr;  // (batch, kernel - 1, channels) contiguous
-  void* y = nullptr;  // (batch, channels) contiguous
+  void* y = nullptr;      // (batch, channels) contiguous
 };
 
 namespace cpu {

@@ -32,8 +32,8 @@ struct FusedLinearRows {
   static constexpr int max_parts = 8;
   struct Part {
     const void* weight = nullptr;  // (out, in)
-    const void* bias = nullptr;  // (out); nullptr: none
-    void* y = nullptr;  // (rows, out); swiglu: the first part's is the result
+    const void* bias = nullptr;    // (out); nullptr: none
+    void* y = nullptr;             // (rows, out); swiglu: the first part's is the result
     int64_t out = 0;
   };
   DType dtype = DType::float32;
@@ -44,9 +44,9 @@ struct FusedLinearRows {
   Part part[max_parts];
   const void* residual = nullptr;  // (rows, out) residual_stride apart; nullptr: none
   int64_t residual_stride = 0;
-  bool swiglu = false;  // two parts of equal out
+  bool swiglu = false;            // two parts of equal out
   bool constant_weights = false;  // nothing that may still run writes the weights: they may be read before it has ended
-  bool holds_next = false;  // the next kernel starts only when all before this one have ended
+  bool holds_next = false;        // the next kernel starts only when all before this one have ended
 };
 
 namespace cpu {

@@ -12,7 +12,7 @@ constexpr int64_t max_chunk_size = 4096;
 enum class InputGate : int { exponential = 0, sigmoid = 1 };
 
 struct MlstmProblem {
-  DType dtype = DType::float32;  // of q, k, v, h and their gradients
+  DType dtype = DType::float32;       // of q, k, v, h and their gradients
   DType gate_dtype = DType::float32;  // of i, f, di, df
   int64_t batch = 0, seq = 0, heads = 0, dqk = 0, dv = 0;
   int64_t num_seqs = 0;  // batch, or the number of packed sequences
@@ -25,17 +25,17 @@ struct MlstmProblem {
   bool normalize = true;  // false (sigmoid only): d_t = 1, and no n, s (null)
   Strided q, k, v, i, f;
   // Initial state, one per sequence, contiguous float32; c0 == nullptr means zeros (all are given or none).
-  const float* c0 = nullptr;  // (num_seqs, heads, dqk, dv)
-  const float* n0 = nullptr;  // (num_seqs, heads, dqk)
-  const float* m0 = nullptr;  // (num_seqs, heads)
+  const float* c0 = nullptr;            // (num_seqs, heads, dqk, dv)
+  const float* n0 = nullptr;            // (num_seqs, heads, dqk)
+  const float* m0 = nullptr;            // (num_seqs, heads)
   const int32_t* cu_seqlens = nullptr;  // (num_seqs + 1), on the kernel's device; nullptr: not packed
 };
 
 struct MlstmForward {
   MlstmProblem p;
-  void* h = nullptr;  // (batch, seq, heads, dv) contiguous, dtype
-  float* s = nullptr;  // (batch, seq, heads): the signed normalizer sum s_t; nullptr: not wanted
-  float* m = nullptr;  // (batch, seq, heads): the stabilizer m_t; nullptr: not wanted
+  void* h = nullptr;        // (batch, seq, heads, dv) contiguous, dtype
+  float* s = nullptr;       // (batch, seq, heads): the signed normalizer sum s_t; nullptr: not wanted
+  float* m = nullptr;       // (batch, seq, heads): the stabilizer m_t; nullptr: not wanted
   float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
   float* n_last = nullptr;
   float* m_last = nullptr;
@@ -43,7 +43,7 @@ struct MlstmForward {
 
 struct MlstmBackward {
   MlstmProblem p;
-  Strided dh;       // data == nullptr: zero
+  Strided dh;               // data == nullptr: zero
   const void* h = nullptr;  // as the forward wrote it; float32 on CUDA only, else nullptr
   const float* s = nullptr;
   const float* m = nullptr;
@@ -51,7 +51,7 @@ struct MlstmBackward {
   const float* dn_last = nullptr;
   const float* dm_last = nullptr;
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // contiguous, dtype
-  void *di = nullptr, *df = nullptr;  // (batch, seq, heads) contiguous, gate dtype
+  void *di = nullptr, *df = nullptr;                 // (batch, seq, heads) contiguous, gate dtype
   float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
   float* dm0 = nullptr;
@@ -65,15 +65,15 @@ struct MlstmStep {
   int64_t num_slots = 0;  // first dimension of the state
   float scale = 0, eps = 0;
   float gate_soft_cap = 0.0f;  // as in MlstmProblem
-  Strided q, k, v, i, f;  // (batch, heads, dim) and (batch, heads): .seq is unused
-  void* c = nullptr;  // (num_slots, heads, dqk, dv) contiguous
-  float* n = nullptr;  // (num_slots, heads, dqk) contiguous
-  float* m = nullptr;  // (num_slots, heads) contiguous
+  Strided q, k, v, i, f;       // (batch, heads, dim) and (batch, heads): .seq is unused
+  void* c = nullptr;           // (num_slots, heads, dqk, dv) contiguous
+  float* n = nullptr;          // (num_slots, heads, dqk) contiguous
+  float* m = nullptr;          // (num_slots, heads) contiguous
   // (batch): the slot of each row; -1 leaves the row out (its h is 0). nullptr: row b uses slot b.
   const int32_t* state_indices = nullptr;
-  void* h = nullptr;  // (batch, heads, dv) contiguous, dtype
+  void* h = nullptr;           // (batch, heads, dv) contiguous, dtype
   bool settled_state = false;  // nothing that may still run writes the state: it may be read before it has ended
-  bool holds_next = false;  // the next kernel starts only when all before this one have ended
+  bool holds_next = false;     // the next kernel starts only when all before this one have ended
 };
 
 namespace cpu {

@@ -32,7 +32,7 @@ struct RmsNorm {
   const void* residual = nullptr;  // nullptr: none; else x + residual, rounded to the dtype, takes x's place
   const void* weight = nullptr;
   void* y = nullptr;
-  void* sum = nullptr;  // x + residual; nullptr without residual
+  void* sum = nullptr;      // x + residual; nullptr without residual
   bool holds_next = false;  // the next kernel starts only when all before this one have ended
 };
 namespace cpu {
@@ -48,7 +48,7 @@ struct RmsNormBackward {
   float eps = 0;
   const void* dy = nullptr;
   const void* dsum = nullptr;  // what reaches x past the norm; nullptr: nothing
-  const void* x = nullptr;  // what was normalized
+  const void* x = nullptr;     // what was normalized
   const void* weight = nullptr;
   void* dx = nullptr;
   void* dweight = nullptr;  // nullptr: not wanted
@@ -59,7 +59,7 @@ void rms_norm_backward(const RmsNormBackward& params);
 namespace cuda {
 int64_t rms_norm_backward_workspace_bytes(const RmsNormBackward& params);
 cudaError_t rms_norm_backward(const RmsNormBackward& params, void* workspace, cudaStream_t stream);
-}
+}  // namespace cuda
 
 // y = sigmoid(gate) * (h - mean(h)) / sqrt(var(h) + eps) * weight over the last dimension of h (tokens, heads, dim);
 // gate and y (tokens, heads * dim), weight (heads * dim). Contiguous but for the gate's rows.
@@ -92,7 +92,7 @@ void gated_head_norm_backward(const GatedHeadNormBackward& params);
 namespace cuda {
 int64_t gated_head_norm_backward_workspace_bytes(const GatedHeadNormBackward& params);
 cudaError_t gated_head_norm_backward(const GatedHeadNormBackward& params, void* workspace, cudaStream_t stream);
-}
+}  // namespace cuda
 
 // out = silu(x) * y, or with dout the gradients; (rows, columns), rows of x and y any distance apart.
 struct Swiglu {
@@ -102,8 +102,8 @@ struct Swiglu {
   int64_t x_stride = 0;
   const void* y = nullptr;
   int64_t y_stride = 0;
-  const void* dout = nullptr;  // nullptr: forward
-  void* out = nullptr;  // forward
+  const void* dout = nullptr;         // nullptr: forward
+  void* out = nullptr;                // forward
   void *dx = nullptr, *dy = nullptr;  // backward
 };
 namespace cpu {

@@ -19,13 +19,13 @@ enum SlstmKept : int { kept_margin, kept_z, kept_o, kept_forget, kept_c, kept_n,
 constexpr float slstm_max_log_keep = 80.0f;
 
 struct SlstmProblem {
-  DType dtype = DType::float32;  // of x, h, dh, dx
+  DType dtype = DType::float32;         // of x, h, dh, dx
   DType weight_dtype = DType::float32;  // of R and dR
-  DType bias_dtype = DType::float32;  // of b and db
+  DType bias_dtype = DType::float32;    // of b and db
   int64_t batch = 0, seq = 0, heads = 0, dim = 0;
-  int64_t rows = 0;  // batch, or the number of packed sequences
-  const void* weights = nullptr;  // R (4, heads, out, in) contiguous
-  const void* bias = nullptr;  // b (4, heads, dim) contiguous
+  int64_t rows = 0;                     // batch, or the number of packed sequences
+  const void* weights = nullptr;        // R (4, heads, out, in) contiguous
+  const void* bias = nullptr;           // b (4, heads, dim) contiguous
   const int32_t* cu_seqlens = nullptr;  // (rows + 1), on the kernel's device; nullptr: not packed
   // Initial state, (rows, heads, dim) contiguous float32; all or none, none means zeros.
   const float *h0 = nullptr, *c0 = nullptr, *n0 = nullptr, *m0 = nullptr;
@@ -35,24 +35,24 @@ struct SlstmForward {
   SlstmProblem p;
   const void* x = nullptr;  // (batch, seq, 4, heads, dim), strides in elements, the last dimension contiguous
   int64_t x_batch = 0, x_seq = 0, x_gate = 0, x_head = 0;
-  void* h = nullptr;  // (batch, seq, heads, dim) contiguous, dtype
+  void* h = nullptr;      // (batch, seq, heads, dim) contiguous, dtype
   float* kept = nullptr;  // nullptr: no backward will follow
   // Final state, (rows, heads, dim) contiguous float32; all or none. May be the initial state's memory.
   float *h_last = nullptr, *c_last = nullptr, *n_last = nullptr, *m_last = nullptr;
 };
 
 struct SlstmBackward {
-  SlstmProblem p;  // of the initial state, m0 is not read
+  SlstmProblem p;            // of the initial state, m0 is not read
   const void* dh = nullptr;  // (batch, seq, heads, dim), strides in elements, the last contiguous; nullptr: zero
   int64_t dh_batch = 0, dh_seq = 0, dh_head = 0;
-  const void* h = nullptr;  // as the forward wrote it
+  const void* h = nullptr;      // as the forward wrote it
   const float* kept = nullptr;  // as the forward wrote it
   float clip = 0;  // the gradient that reaches h_{t-1} through R stays within -clip and clip; may be infinite
   // Gradients of the final state, contiguous float32; each may be nullptr: zero.
   const float *dh_last = nullptr, *dc_last = nullptr, *dn_last = nullptr, *dm_last = nullptr;
-  void* dx = nullptr;  // (batch, seq, 4, heads, dim) contiguous, dtype
+  void* dx = nullptr;        // (batch, seq, 4, heads, dim) contiguous, dtype
   void* dweights = nullptr;  // (4, heads, out, in) contiguous
-  void* dbias = nullptr;  // (4, heads, dim) contiguous
+  void* dbias = nullptr;     // (4, heads, dim) contiguous
   // Gradients of the initial state; all or none.
   float *dh0 = nullptr, *dc0 = nullptr, *dn0 = nullptr, *dm0 = nullptr;
 };
@@ -65,8 +65,9 @@ struct SlstmStep {
   const void* bias = nullptr;
   const void* x = nullptr;  // (batch, 4, heads, dim), the last dimension contiguous
   int64_t x_batch = 0, x_gate = 0, x_head = 0;
-  float *h_state = nullptr, *c_state = nullptr, *n_state = nullptr, *m_state = nullptr;  // (batch, heads, dim) contiguous
-  void* h = nullptr;  // (batch, heads, dim) contiguous, dtype
+  float *h_state = nullptr, *c_state = nullptr, *n_state = nullptr,
+        *m_state = nullptr;  // (batch, heads, dim) contiguous
+  void* h = nullptr;         // (batch, heads, dim) contiguous, dtype
 };
 
 namespace cpu {

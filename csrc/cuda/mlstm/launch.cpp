@@ -12,10 +12,10 @@ namespace flash_xlstm::cuda {
 namespace {
 
 struct Path {
-  std::string (*words)();                    // what it serves, for people
-  bool (*runs_on)(int major, int minor);     // devices of this compute capability
-  bool (*serves)(const MlstmProblem& p);     // on the current device, if it reads the inputs
-  bool (*serves_backward)(const MlstmBackward& params);  // beyond that
+  std::string (*words)();                                  // what it serves, for people
+  bool (*runs_on)(int major, int minor);                   // devices of this compute capability
+  bool (*serves)(const MlstmProblem& p);                   // on the current device, if it reads the inputs
+  bool (*serves_backward)(const MlstmBackward& params);    // beyond that
   bool (*reads)(const Strided& t, const MlstmProblem& p);  // an input as it lies
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
   cudaError_t (*forward)(const MlstmForward& params, void* workspace, cudaStream_t stream);

@@ -690,9 +690,7 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const int64_t count = std::min({room / std::max(blocks, int64_t{1}), chunks / least_chunks, most});
   if (count < 2) return {.count = 1, .floats = 0, .flags = 0};
   const int64_t shares = 2 * count * blocks * groups;
-  return {.count = static_cast<int>(count),
-          .floats = shares * (column_tile(p.dv) / 2 + 4) * 128,
-          .flags = shares + 1};
+  return {.count = static_cast<int>(count), .floats = shares * (column_tile(p.dv) / 2 + 4) * 128, .flags = shares + 1};
 }
 
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
