@@ -1,12 +1,9 @@
 # The CPU kernels' inner loops, compiled once for each instruction set and chosen at run time (cpu/isa.cpp), so that one
 # binary serves every machine and uses what it has.
-set(cpu_kernel_sources csrc/cpu/isa.cpp csrc/cpu/linear_rows.cpp csrc/cpu/mlstm.cpp csrc/cpu/mlstm_step.cpp
-  csrc/cpu/slstm.cpp csrc/cpu/conv.cpp csrc/cpu/norms.cpp csrc/cpu/soft_cap.cpp csrc/cpu/swiglu.cpp)
-
-function(add_cpu_kernels target)
-  target_sources(${target} PRIVATE ${cpu_kernel_sources})
+function(add_isa_kernels target)
   set(isas baseline)
   set(flags_baseline "")
+  set(chooses_baseline "#define FLASH_XLSTM_ISA_CHOOSES\n")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
     list(APPEND isas avx2 avx512)
     set(flags_avx2 -mavx2 -mfma -mf16c -mbmi2)
@@ -16,7 +13,7 @@ function(add_cpu_kernels target)
   foreach(isa ${isas})
     set(source ${CMAKE_CURRENT_BINARY_DIR}/vector_kernels_${isa}.cpp)
     file(CONFIGURE OUTPUT ${source} CONTENT
-      "#define FLASH_XLSTM_ISA ${isa}\n#include \"cpu/vector_kernels.inl\"\n" @ONLY)
+      "#define FLASH_XLSTM_ISA ${isa}\n${chooses_${isa}}#include \"cpu/vector_kernels.inl\"\n" @ONLY)
     set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS
       ${flags_${isa}} -fno-math-errno -fno-trapping-math -ffp-contract=fast)
     target_sources(${target} PRIVATE ${source})

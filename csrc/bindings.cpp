@@ -1,10 +1,20 @@
-// The pybind11 module _C. Importing it registers the operators (ops/library.cpp); what it offers itself is facts
-// about the build.
+// The pybind11 module _C. Importing it registers the operators (ops/*.cpp); what it offers itself is facts about the
+// build and about the operators.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
-#include "cpu/vector_kernels.h"
+#include "cpu/isa.h"
+#include "ops/kernel_for.h"
+#include "params/conv.h"
+#include "params/linear.h"
+#include "params/mlstm.h"
+#include "params/pointwise.h"
+#include "params/slstm.h"
 
 namespace py = pybind11;
 
@@ -46,6 +56,33 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Facts about this build, as strings; empty where there is none.");
+  m.def(
+      "limits",
+      [] {
+        return std::map<std::string, int64_t>{
+            {"fused_linear_max_weights", flash_xlstm::FusedLinearRows::max_parts},
+            {"linear_max_rows", flash_xlstm::linear_max_rows},
+            {"linear_cuda_in_multiple", flash_xlstm::linear_in_multiple},
+            {"linear_cuda_alignment", flash_xlstm::linear_alignment},
+            {"mlstm_max_chunk_size", flash_xlstm::max_chunk_size},
+            {"mlstm_step_cuda_max_dqk", flash_xlstm::cuda::max_step_dqk},
+            {"norm_cuda_max_dim", flash_xlstm::max_norm_dim},
+            {"conv_max_kernel", flash_xlstm::max_conv_kernel},
+            {"slstm_kept", flash_xlstm::slstm_kept},
+        };
+      },
+      "The operators' limits; those with cuda in their name hold on CUDA only.");
+  m.def(
+      "few_rows",
+      [](bool cuda) -> std::pair<std::vector<std::string>, int64_t> {
+        static_assert(flash_xlstm::linear_cuda_dtype == flash_xlstm::DType::bfloat16);
+        if (cuda) return {{"bfloat16"}, flash_xlstm::linear_max_rows};
+        return {{"float32", "bfloat16", "float16"}, flash_xlstm::linear_faster_rows};
+      },
+      py::arg("cuda"), "The dtypes and the most rows for which linear_rows is faster than torch's product.");
+  m.def("ops", &flash_xlstm::described_ops, "The functions of flash_xlstm.ops, sorted.");
+  m.def("kernel_for", &flash_xlstm::kernel_for, py::arg("op"), py::arg("compute_capability"),
+        "The kernel that an op takes on a CUDA device of this compute capability; None: on the CPU.");
   m.def(
       "argument_error", [] { return py::make_tuple(flash_xlstm::last_kind, flash_xlstm::last_message); },
       "Kind and message of this thread's last argument error; empty where there was none.");

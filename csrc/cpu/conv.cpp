@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/vector_kernels.h"
+#include "params/conv.h"
 
 namespace flash_xlstm::cpu {
 namespace {
@@ -21,13 +21,12 @@ void parallel(int64_t count, F&& f) {
   });
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 void load(float* to, const void* data, int64_t index, DType dtype, int64_t count) {
-  const void* from = static_cast<const char*>(data) + index * size_of(dtype);
+  const void* from = static_cast<const char*>(data) + index * element_bytes(dtype);
   vector_kernels().pack(to, from, dtype, count, 1, count, 1);
 }
 void store(void* data, int64_t index, DType dtype, const float* from, int64_t count) {
-  void* to = static_cast<char*>(data) + index * size_of(dtype);
+  void* to = static_cast<char*>(data) + index * element_bytes(dtype);
   vector_kernels().unpack(to, dtype, count, from, nullptr, 1, count);
 }
 
@@ -92,13 +91,13 @@ class Window {
 void last_state(const ConvForward& params, int64_t row_index) {
   const ConvProblem& p = params.p;
   const Row row = row_of(p, row_index);
-  const int64_t bytes = p.channels * size_of(p.dtype), before = p.kernel - 1;
+  const int64_t bytes = p.channels * element_bytes(p.dtype), before = p.kernel - 1;
   for (int64_t j = 0; j < before; ++j) {
     const int64_t t = row.length - before + j;
     char* to = static_cast<char*>(params.last) + (row_index * before + j) * bytes;
     if (t >= 0) {
       const int64_t from = row.batch * p.x_batch + (row.start + t) * p.x_seq;
-      std::memcpy(to, static_cast<const char*>(p.x) + from * size_of(p.dtype), bytes);
+      std::memcpy(to, static_cast<const char*>(p.x) + from * element_bytes(p.dtype), bytes);
     } else if (p.state != nullptr) {
       std::memcpy(to, static_cast<const char*>(p.state) + (row_index * before + t + before) * bytes, bytes);
     } else {
@@ -187,12 +186,12 @@ void conv_step(const ConvStep& params) {
   parallel(blocks * params.batch, [&](int64_t task) {
     const Channels block(params.channels, params.kernel, task % blocks, params.weight, params.weight_dtype, params.bias,
                          params.bias_dtype);
-    const int64_t row = task / blocks, bytes = block.count * size_of(params.dtype);
+    const int64_t row = task / blocks, bytes = block.count * element_bytes(params.dtype);
     std::vector<float> inputs(params.kernel * block.count), y(block.count);
     std::vector<const float*> taps(params.kernel);
     const auto state = [&](int64_t j) {
       return static_cast<char*>(params.state) +
-             ((row * before + j) * params.channels + block.first) * size_of(params.dtype);
+             ((row * before + j) * params.channels + block.first) * element_bytes(params.dtype);
     };
     const int64_t from = row * params.x_batch + block.first;
     for (int64_t k = 0; k < params.kernel; ++k) {
@@ -205,7 +204,7 @@ void conv_step(const ConvStep& params) {
     }
     for (int64_t j = 0; j + 1 < before; ++j) std::memcpy(state(j), state(j + 1), bytes);
     if (before > 0) {
-      std::memcpy(state(before - 1), static_cast<const char*>(params.x) + from * size_of(params.dtype), bytes);
+      std::memcpy(state(before - 1), static_cast<const char*>(params.x) + from * element_bytes(params.dtype), bytes);
     }
     vector_kernels().conv_token(y.data(), nullptr, taps.data(), block.weight.data(), block.bias.data(), params.kernel,
                                 params.silu, block.count);

@@ -1,7 +1,10 @@
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/isa.h"
 #include "cpu/vector_kernels.h"
 
 namespace flash_xlstm::cpu {
@@ -19,6 +22,7 @@ DECLARE_ISA(avx512)
 namespace {
 
 struct Choice {
+  Isa isa;
   const VectorKernels* kernels;
   const char* name;
 };
@@ -35,13 +39,13 @@ Choice choose() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && limit == "avx512") {
-    return {&avx512::vector_kernels, "AVX-512"};
+    return {Isa::avx512, &avx512::vector_kernels, "AVX-512"};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && limit != "baseline") {
-    return {&avx2::vector_kernels, "AVX2"};
+    return {Isa::avx2, &avx2::vector_kernels, "AVX2"};
   }
 #endif
-  return {&baseline::vector_kernels, "baseline"};
+  return {Isa::baseline, &baseline::vector_kernels, "baseline"};
 }
 
 const Choice& choice() {
@@ -52,6 +56,12 @@ const Choice& choice() {
 }  // namespace
 
 const VectorKernels& vector_kernels() { return *choice().kernels; }
+Isa isa() { return choice().isa; }
 const char* isa_name() { return choice().name; }
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(const void* f, int64_t begin, int64_t end),
+                  const void* f) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { run(f, from, to); });
+}
 
 }  // namespace flash_xlstm::cpu

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/vector_kernels.h"
+#include "params/linear.h"
 
 namespace flash_xlstm::cpu {
 

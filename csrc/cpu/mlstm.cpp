@@ -17,8 +17,8 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/vector_kernels.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cpu {
 namespace {
@@ -175,12 +175,12 @@ struct Plan {
   // Where an item's rows of a (batch, seq, heads, dim) tensor start.
   const void* rows(const Strided& t, const Item& item) const {
     const int64_t offset = item.row * t.batch + item.first * t.seq + item.head * t.head;
-    return static_cast<const char*>(t.data) + offset * (p.dtype == DType::float32 ? 4 : 2);
+    return static_cast<const char*>(t.data) + offset * element_bytes(p.dtype);
   }
   // The same for an output, contiguous.
   void* output_rows(void* t, const Item& item, int64_t dim) const {
     const int64_t offset = ((item.row * p.seq + item.first) * p.heads + item.head) * dim;
-    return static_cast<char*>(t) + offset * (p.dtype == DType::float32 ? 4 : 2);
+    return static_cast<char*>(t) + offset * element_bytes(p.dtype);
   }
 
  private:

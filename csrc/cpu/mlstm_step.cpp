@@ -4,14 +4,14 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/vector_kernels.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cpu {
 
 void mlstm_step(const MlstmStep& p) {
   const VectorKernels& kernels = vector_kernels();
-  const int64_t element_bytes = p.dtype == DType::float32 ? 4 : 2;
+  const int64_t h_bytes = p.dv * element_bytes(p.dtype);
   // At least 16k state elements a thread: below that, waking a thread costs more than it brings.
   const int64_t grain = 1 + (int64_t{1} << 14) / (p.dqk * p.dv);
   torch::stable::parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) {
@@ -20,7 +20,7 @@ void mlstm_step(const MlstmStep& p) {
       const int64_t row = item / p.heads, head = item % p.heads;
       const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
       if (slot < 0) {
-        std::memset(static_cast<char*>(p.h) + item * p.dv * element_bytes, 0, p.dv * element_bytes);
+        std::memset(static_cast<char*>(p.h) + item * h_bytes, 0, h_bytes);
       } else {
         kernels.step(p, row, head, slot, scratch.data());
       }

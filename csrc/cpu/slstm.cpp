@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/vector_kernels.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cpu {
 namespace {
@@ -23,11 +23,10 @@ void parallel(int64_t count, F&& f) {
   });
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 const void* at(const void* data, int64_t index, DType dtype) {
-  return static_cast<const char*>(data) + index * size_of(dtype);
+  return static_cast<const char*>(data) + index * element_bytes(dtype);
 }
-void* at(void* data, int64_t index, DType dtype) { return static_cast<char*>(data) + index * size_of(dtype); }
+void* at(void* data, int64_t index, DType dtype) { return static_cast<char*>(data) + index * element_bytes(dtype); }
 
 void load(float* to, const void* data, int64_t index, DType dtype, int64_t stride, int64_t rows, int64_t columns) {
   vector_kernels().pack(to, at(data, index, dtype), dtype, stride, rows, columns, rows);

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "mlstm_params.h"
-#include "pointwise_params.h"
-#include "slstm_params.h"
+#include "params/linear.h"
+#include "params/mlstm.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cpu {
 
@@ -115,26 +115,13 @@ struct VectorKernels {
   // to += a b, element by element.
   void (*add_product)(float* to, const float* a, const float* b, int64_t count);
 
-  // Elements [begin, end).
-  void (*soft_cap)(const SoftCap& p, int64_t begin, int64_t end);
-
-  // Rows (tokens) [begin, end); scratch holds as many rows as named. dweight is added to.
-  void (*rms_norm)(const RmsNorm& p, int64_t begin, int64_t end, float* scratch);  // 2
-  void (*rms_norm_backward)(const RmsNormBackward& p, int64_t begin, int64_t end, float* dweight, float* scratch);  // 3
-  void (*gated_head_norm)(const GatedHeadNorm& p, int64_t begin, int64_t end, float* scratch);  // 3 of one head
-  void (*gated_head_norm_backward)(const GatedHeadNormBackward& p, int64_t begin, int64_t end, float* dweight,
-                                   float* scratch);  // 4 of one head
-  // Columns [begin, end) of a row.
-  void (*swiglu)(const Swiglu& p, int64_t row, int64_t begin, int64_t end);
-
   // x (rows, in) as float32, in the order in which linear_rows reads it.
   void (*linear_rows_x)(const LinearRows& p, float* x);
   // Columns [begin, end) of y, from that x.
   void (*linear_rows)(const LinearRows& p, const float* x, int64_t begin, int64_t end);
 };
 
-// The table for this machine, and its name ("AVX-512", "AVX2", "baseline").
+// The table for this machine (isa.h).
 const VectorKernels& vector_kernels();
-const char* isa_name();
 
 }  // namespace flash_xlstm::cpu

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/isa.h"
 #include "cpu/vector_kernels.h"
+#include "params/pointwise.h"
 
 namespace flash_xlstm::cpu::FLASH_XLSTM_ISA {
 namespace {
@@ -89,6 +91,26 @@ inline float hyperbolic_tangent(float x) {
   const float far = 1.0f - 2.0f / (exponential(2.0f * a) + 1.0f);
   return a < 0.625f ? near : x < 0.0f ? -far : far;
 }
+
+// Calls f(begin, end) for parts of [0, count) of at least `grain`, on torch's threads.
+template <typename F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  parallel_for(
+      0, count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
+}
+
+// Zeros.
+class Floats {
+ public:
+  explicit Floats(int64_t count) : data_(new float[count]()) {}
+  ~Floats() { delete[] data_; }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
 
 // --- element types -------------------------------------------------------------------------------------------------
 
@@ -534,45 +556,39 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
   });
 }
 
-// --- pointwise -----------------------------------------------------------------------------------------------------
-
-void soft_cap(const SoftCap& p, int64_t begin, int64_t end) {
-  with_dtype(p.dtype, [&](auto type) {
-    using Type = decltype(type);
-    using Bits = typename Type::Bits;
-    const Bits *x = static_cast<const Bits*>(p.x), *dy = static_cast<const Bits*>(p.dy);
-    Bits* out = static_cast<Bits*>(p.out);
-    const float cap = p.cap;
-    // In pieces of float32 on the stack: loops that convert and compute at once are not vectorised.
-    constexpr int64_t piece = 512;
-    float wide[piece];
-    for (int64_t start = begin; start < end; start += piece) {
-      const int64_t count = end - start < piece ? end - start : piece;
-      for (int64_t e = 0; e < count; ++e) wide[e] = Type::load(x[start + e]) / cap;
-      for (int64_t e = 0; e < count; ++e) wide[e] = hyperbolic_tangent(wide[e]);
-      if (dy == nullptr) {
-        for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(cap * wide[e]);
-      } else {
-        for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(Type::load(dy[start + e]) * (1.0f - wide[e] * wide[e]));
-      }
-    }
-  });
-}
-
-#include "cpu/conv_loops.inl"
-#include "cpu/slstm_loops.inl"
-#include "cpu/vector_linear.inl"
-#include "cpu/vector_pointwise.inl"
+#include "cpu/conv.inl"
+#include "cpu/linear.inl"
+#include "cpu/slstm.inl"
 
 }  // namespace
 
 extern const VectorKernels vector_kernels;
 const VectorKernels vector_kernels = {
-    pack,         unpack,        end_weights, start_weights,  weight_rows, weighted_sum, normalizer, inverse_normalizer,
-    forward_tile, backward_tile, row_dots,    add_state_term, scan,        scan_back,    guarded_product,
-    step,         product,       slstm_cell,  slstm_cell_backward, conv_token,
-    add_product,  soft_cap,      rms_norm,    rms_norm_backward,
-    gated_head_norm, gated_head_norm_backward, swiglu, linear_rows_x, linear_rows,
+    .pack = pack,
+    .unpack = unpack,
+    .end_weights = end_weights,
+    .start_weights = start_weights,
+    .weight_rows = weight_rows,
+    .weighted_sum = weighted_sum,
+    .normalizer = normalizer,
+    .inverse_normalizer = inverse_normalizer,
+    .forward_tile = forward_tile,
+    .backward_tile = backward_tile,
+    .row_dots = row_dots,
+    .add_state_term = add_state_term,
+    .scan = scan,
+    .scan_back = scan_back,
+    .guarded_product = guarded_product,
+    .step = step,
+    .product = product,
+    .slstm_cell = slstm_cell,
+    .slstm_cell_backward = slstm_cell_backward,
+    .conv_token = conv_token,
+    .add_product = add_product,
+    .linear_rows_x = linear_rows_x,
+    .linear_rows = linear_rows,
 };
+
+#include "cpu/pointwise.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

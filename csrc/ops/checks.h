@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "mlstm_params.h"
+#include "params/types.h"
 
 namespace flash_xlstm {
 
@@ -218,7 +218,7 @@ inline int64_t check_cu_seqlens(const Tensor& cu, const Tensor& first, const cha
 // Of (batch, seq, heads, dim) or (batch, seq, heads).
 inline Strided strided(const Tensor& t) {
   const Sizes strides = t.strides();
-  return {t.data_ptr(), strides[0], strides[1], strides[2]};
+  return {.data = t.data_ptr(), .batch = strides[0], .seq = strides[1], .head = strides[2]};
 }
 
 // The product of sizes, for which `name`, an argument or what is made of it, is named where it passes int64.

@@ -1,9 +1,6 @@
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/conv/launch.h"
-#endif
+#include "params/conv.h"
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
 
 namespace flash_xlstm {
 namespace {
@@ -80,22 +77,8 @@ CheckedProblem check_problem(const Tensor& x, const Tensor& weight, const OptTen
   return checked;
 }
 
-#ifdef FLASH_XLSTM_WITH_CUDA
-template <typename Params>
-void launch_cuda(const Tensor& x, const Params& params, int64_t (*workspace_bytes)(const Params&),
-                 cudaError_t (*launch)(const Params&, void*, cudaStream_t), const char* op) {
-  const int32_t device = x.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  Tensor workspace = new_empty(x, {workspace_bytes(params)}, ScalarType::Byte);
-  check_cuda(launch(params, workspace.data_ptr(), current_stream(device)), op);
-}
-#endif
-
-}  // namespace
-
-Tensors2 causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor state, OptTensor cu_seqlens, bool silu,
-                       bool return_final_state) {
+Tensors<2> causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor state, OptTensor cu_seqlens, bool silu,
+                         bool return_final_state) {
   CheckedProblem checked = check_problem(x, weight, bias, state, cu_seqlens, silu);
   const ConvProblem& p = checked.p;
   Tensor y = new_empty(x, {p.batch, p.seq, p.channels}, x.scalar_type());
@@ -105,21 +88,13 @@ Tensors2 causal_conv1d(Tensor x, Tensor weight, OptTensor bias, OptTensor state,
   params.y = y.data_ptr();
   if (return_final_state && p.kernel > 1) params.last = last.data_ptr();
   if (p.batch > 0 && p.channels > 0) {
-    if (x.is_cpu()) {
-      cpu::conv_forward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(x, params, cuda::conv_forward_workspace_bytes, cuda::conv_forward, "causal_conv1d");
-#else
-      no_cuda_build("causal_conv1d");
-#endif
-    }
+    run<cpu::conv_forward, cuda::conv_forward, cuda::conv_forward_workspace_bytes>("causal_conv1d", x, params);
   }
   return {y, last};
 }
 
-Tensors4 causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias, OptTensor state,
-                                OptTensor cu_seqlens, bool silu) {
+Tensors<4> causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor weight, OptTensor bias,
+                                  OptTensor state, OptTensor cu_seqlens, bool silu) {
   CheckedProblem checked = check_problem(x, weight, bias, state, cu_seqlens, silu);
   const ConvProblem& p = checked.p;
   ConvBackward params{};
@@ -149,15 +124,8 @@ Tensors4 causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tensor 
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
   } else if (p.channels > 0) {
-    if (x.is_cpu()) {
-      cpu::conv_backward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(x, params, cuda::conv_backward_workspace_bytes, cuda::conv_backward, "causal_conv1d_backward");
-#else
-      no_cuda_build("causal_conv1d_backward");
-#endif
-    }
+    run<cpu::conv_backward, cuda::conv_backward, cuda::conv_backward_workspace_bytes>("causal_conv1d_backward", x,
+                                                                                      params);
   }
   return {dx, dweight, dbias, dstate};
 }
@@ -186,20 +154,30 @@ Tensor causal_conv1d_step(Tensor x, Tensor weight, OptTensor bias, Tensor state,
   params.state = state.data_ptr();
   params.y = y.data_ptr();
   if (params.batch > 0 && params.channels > 0) {
-    if (x.is_cpu()) {
-      cpu::conv_step(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      const int32_t device = x.get_device_index();
-      torch::stable::accelerator::DeviceGuard guard(device);
-      check_device_supported(device);
-      check_cuda(cuda::conv_step(params, current_stream(device)), "causal_conv1d_step");
-#else
-      no_cuda_build("causal_conv1d_step");
-#endif
-    }
+    run<cpu::conv_step, cuda::conv_step>("causal_conv1d_step", x, params);
   }
   return y;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu, "
+      "bool return_final_state) -> (Tensor y, Tensor last)");
+  lib.def(
+      "causal_conv1d_backward(Tensor? dy, Tensor? dlast, Tensor x, Tensor weight, Tensor? bias, Tensor? state, "
+      "Tensor? cu_seqlens, bool silu) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dstate)");
+  lib.def("causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
+  lib.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
+  lib.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
+}
+
+static const DescribedOp described_causal_conv1d("causal_conv1d");
+static const DescribedOp described_causal_conv1d_step("causal_conv1d_step");
 
 }  // namespace flash_xlstm

@@ -1,18 +1,16 @@
 #include <utility>
 
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/linear/launch.h"
-#endif
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
+#include "params/linear.h"
+#include "params/pointwise.h"
 
 namespace flash_xlstm {
 namespace {
 
-constexpr int64_t max_rows = 16, vector_bytes = 16;
-
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % vector_bytes == 0; }
+[[maybe_unused]] bool aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % linear_alignment == 0;
+}
 
 // (rows, in) of x.
 std::pair<int64_t, int64_t> check_x(const Tensor& x) {
@@ -21,7 +19,7 @@ std::pair<int64_t, int64_t> check_x(const Tensor& x) {
   const int64_t in = x.size(x.dim() - 1);
   if (in < 1) value_error("x has shape ", shape_text(x), "; its last dimension must be at least 1");
   const int64_t rows = x.numel() / in;
-  if (rows > max_rows) value_error("x has ", rows, " rows; it must have at most ", max_rows);
+  if (rows > linear_max_rows) value_error("x has ", rows, " rows; it must have at most ", linear_max_rows);
   return {rows, in};
 }
 
@@ -44,13 +42,16 @@ Tensor output_of(const Tensor& x, const Tensor& weight) {
 
 #ifdef FLASH_XLSTM_WITH_CUDA
 void check_cuda_limits(const Tensor& x, const char* name, const Tensor& weight) {
-  if (x.scalar_type() != ScalarType::BFloat16) {
+  if (to_dtype(x.scalar_type()) != linear_cuda_dtype) {
     type_error("x has dtype ", dtype_text(x.scalar_type()), "; on CUDA it must be bfloat16");
   }
-  if (weight.size(1) % 8 != 0) {
-    value_error(name, " has shape ", shape_text(weight), "; on CUDA its second dimension must be a multiple of 8");
+  if (weight.size(1) % linear_in_multiple != 0) {
+    value_error(name, " has shape ", shape_text(weight), "; on CUDA its second dimension must be a multiple of ",
+                linear_in_multiple);
   }
-  if (!aligned(weight)) value_error(name, " begins at no multiple of 16 bytes; call ", name, ".clone()");
+  if (!aligned(weight)) {
+    value_error(name, " begins at no multiple of ", linear_alignment, " bytes; call ", name, ".clone()");
+  }
 }
 
 // With rows that begin at multiples of 16 bytes and do not overlap, as those of an expanded x do.
@@ -58,20 +59,17 @@ Tensor aligned_rows(const Tensor& x) {
   Tensor t = with_uniform_rows(x);
   const int64_t in = t.size(t.dim() - 1);
   if (t.numel() > in && row_stride(t) < in) t = torch::stable::contiguous(t);
-  return aligned(t) && row_stride(t) * 2 % vector_bytes == 0 ? t : torch::stable::clone(t);
+  return aligned(t) && row_stride(t) * element_bytes(linear_cuda_dtype) % linear_alignment == 0
+             ? t
+             : torch::stable::clone(t);
 }
 
 void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {
-  const int32_t device = x.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  check_cuda(cuda::fused_linear_rows(p, current_stream(device)), op);
+  on_cuda(op, x, [&](cudaStream_t stream) { return cuda::fused_linear_rows(p, stream); });
 }
 #endif
 
-}  // namespace
-
-Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weights) {
+Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, [[maybe_unused]] bool constant_weights) {
   const auto [rows, in] = check_x(x);
   check_weight("weight", weight, "bias", bias, x, in);
   weight = torch::stable::contiguous(weight);
@@ -82,8 +80,15 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weight
   const void* const bias_data = bias ? bias->data_ptr() : nullptr;
   if (x.is_cpu()) {
     x = with_uniform_rows(x);
-    const LinearRows p{to_dtype(x.scalar_type()), rows,      in, out, x.data_ptr(), row_stride(x), weight.data_ptr(),
-                       bias_data,                 y.data_ptr()};
+    const LinearRows p{.dtype = to_dtype(x.scalar_type()),
+                       .rows = rows,
+                       .in = in,
+                       .out = out,
+                       .x = x.data_ptr(),
+                       .x_stride = row_stride(x),
+                       .weight = weight.data_ptr(),
+                       .bias = bias_data,
+                       .y = y.data_ptr()};
     cpu::linear_rows(&p, 1);
     return y;
   }
@@ -95,7 +100,7 @@ Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, bool constant_weight
   p.rows = rows, p.in = in;
   p.x = x.data_ptr(), p.x_stride = row_stride(x);
   p.count = 1;
-  p.part[0] = {weight.data_ptr(), bias_data, y.data_ptr(), out};
+  p.part[0] = {.weight = weight.data_ptr(), .bias = bias_data, .y = y.data_ptr(), .out = out};
   p.constant_weights = constant_weights;
   run_cuda("linear_rows", x, p);
 #else
@@ -135,7 +140,20 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
     for (int64_t part = 0; part < count; ++part) {
       outputs.push_back(linear_rows(x, weights[part], biases[part], constant_weights));
     }
-    if (swiglu) outputs = {flash_xlstm::swiglu(outputs[0], outputs[1])};
+    if (swiglu) {
+      Tensor out = new_empty(x, sizes_of(outputs[0]), x.scalar_type());
+      const int64_t columns = weights[0].size(0);
+      const Swiglu p{.dtype = to_dtype(x.scalar_type()),
+                     .rows = columns == 0 ? 0 : rows,
+                     .columns = columns,
+                     .x = outputs[0].data_ptr(),
+                     .x_stride = columns,
+                     .y = outputs[1].data_ptr(),
+                     .y_stride = columns,
+                     .out = out.data_ptr()};
+      cpu::swiglu(p);
+      outputs = {out};
+    }
     if (residual) outputs[0] = torch::stable::subtract(*residual, outputs[0], -1.0);
     return outputs;
   }
@@ -151,8 +169,10 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
     check_cuda_limits(x, name("weights", part).c_str(), weights[part]);
     weights[part] = torch::stable::contiguous(weights[part]);
     if (biases[part]) biases[part] = torch::stable::contiguous(*biases[part]);
-    p.part[part] = {weights[part].data_ptr(), biases[part] ? biases[part]->data_ptr() : nullptr,
-                    outputs[swiglu ? 0 : part].data_ptr(), weights[part].size(0)};
+    p.part[part] = {.weight = weights[part].data_ptr(),
+                    .bias = biases[part] ? biases[part]->data_ptr() : nullptr,
+                    .y = outputs[swiglu ? 0 : part].data_ptr(),
+                    .out = weights[part].size(0)};
     columns += weights[part].size(0);
   }
   if (rows == 0 || columns == 0) return outputs;
@@ -171,5 +191,22 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
 #endif
   return outputs;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias, bool constant_weights=False) -> Tensor");
+  lib.def(
+      "fused_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, bool swiglu, "
+      "bool constant_weights=False) -> Tensor[]");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("linear_rows", TORCH_BOX(&linear_rows));
+  lib.impl("fused_linear_rows", TORCH_BOX(&fused_linear_rows));
+}
+
+static const DescribedOp described_linear_rows("linear_rows", CUDA_ONLY(cuda::linear_words));
+static const DescribedOp described_fused_linear_rows("fused_linear_rows", CUDA_ONLY(cuda::linear_words));
 
 }  // namespace flash_xlstm

@@ -1,18 +1,13 @@
-#include "ops/ops.h"
 
 #include <cmath>
 #include <utility>
 
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/mlstm/launch.h"
-#endif
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm {
 namespace {
-
-constexpr int64_t max_chunk_size = 4096;
 
 // What the ops of the family take besides q, k, v and the gates.
 struct Options {
@@ -128,21 +123,23 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   return checked;
 }
 
+// Has the input at `to`, `t`, copied for kernels that cannot read it as it lies.
+[[maybe_unused]] void copy_input(CheckedProblem& checked, Strided& to, const Tensor& t) {
+  Tensor copy = torch::stable::contiguous(t);
+  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // contiguous, but not aligned
+  to = strided(copy);
+  checked.held.push_back(std::move(copy));
+}
+
+[[maybe_unused]] void copy_inputs(CheckedProblem& checked, MlstmProblem& p, const cuda::MlstmCopies& copies,
+                                  const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (copies.q) copy_input(checked, p.q, q);
+  if (copies.k) copy_input(checked, p.k, k);
+  if (copies.v) copy_input(checked, p.v, v);
+}
+
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
-
-#ifdef FLASH_XLSTM_WITH_CUDA
-// Runs a CUDA launch function with a scratch buffer of the size it asks for.
-template <typename Params>
-void launch_cuda(const Tensor& q, const Params& params, int64_t (*workspace_bytes)(const Params&),
-                 cudaError_t (*launch)(const Params&, void*, cudaStream_t), const char* op) {
-  const int32_t device = q.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  const Scratch workspace(workspace_bytes(params));
-  check_cuda(launch(params, workspace.data(), current_stream(device)), op);
-}
-#endif
 
 struct ForwardOutputs {
   Tensor h;
@@ -173,25 +170,18 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
   if (p.batch > 0 && p.heads > 0) {
-    if (q.is_cpu()) {
-      cpu::mlstm_forward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(q, params, cuda::mlstm_forward_workspace_bytes, cuda::mlstm_forward, op);
-#else
-      no_cuda_build(op);
-#endif
-    }
+    run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(
+        op, q, params, [&] { copy_inputs(checked, params.p, cuda::mlstm_copies(params), q, k, v); });
   }
   return y;
 }
 
 // Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
 // where there is none.
-Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
-                  const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                  const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
-                  const Tensor& kept) {
+Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
+                    const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                    const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
+                    const Tensor& kept) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
@@ -247,26 +237,36 @@ Tensors8 backward(const char* op, OptTensor dh, const OptTensor& dc_last, const 
   params.dn0 = float_data(dn, has_n);
   params.dm0 = float_data(dm, has_m);
   if (p.batch > 0 && p.heads > 0) {
-    if (q.is_cpu()) {
-      cpu::mlstm_backward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(q, params, cuda::mlstm_backward_workspace_bytes, cuda::mlstm_backward, op);
-#else
-      no_cuda_build(op);
-#endif
-    }
+    run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, [&] {
+      const cuda::MlstmCopies copies = cuda::mlstm_copies(params);
+      copy_inputs(checked, params.p, copies, q, k, v);
+      if (copies.dh) copy_input(checked, params.dh, *dh);
+    });
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
 
-}  // namespace
+// States that were not asked for are empty.
+Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes) {
+  sizes[0] = 0;
+  return t ? *t : new_empty(q, sizes, ScalarType::Float);
+}
 
-Tensors2 mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
-               OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-               int64_t chunk_size) {
+Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                 OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                 int64_t chunk_size, bool return_final_state) {
   const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
-  ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, false);
+  const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, return_final_state);
+  const int64_t heads = q.size(2), dqk = q.size(3), dv = v.size(3);
+  return {y.h, *y.kept, or_empty(y.c_last, q, {0, heads, dqk, dv}), or_empty(y.n_last, q, {0, heads, dqk}),
+          or_empty(y.m_last, q, {0, heads})};
+}
+
+Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                         OptTensor cu_seqlens, std::optional<double> scale, double eps,
+                         std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, false);
   return {std::move(y.h), std::move(*y.kept)};
 }
 
@@ -277,46 +277,82 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
       .h;
 }
 
-Tensors5 mlstm_with_state(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
-                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
+Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
+                          Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                          OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                           std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
-  const ForwardOutputs y = forward("mlstm_with_state", q, k, v, i, f, options, true);
-  return {y.h, *y.kept, *y.c_last, *y.n_last, *y.m_last};
-}
-
-Tensors8 mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
-                        Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
-                        OptTensor h, Tensor kept, std::optional<double> scale, double eps,
-                        std::optional<double> gate_soft_cap, int64_t chunk_size) {
   return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
                   {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
 }
 
-Tensors4 mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
-                   std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
-                   bool return_final_state, bool normalize) {
+Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
+                     std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                     bool return_final_state, bool normalize) {
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
   const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
-  const auto or_empty = [&](const OptTensor& t, std::vector<int64_t> sizes) {
-    sizes[0] = 0;
-    return t ? *t : new_empty(q, sizes, ScalarType::Float);
-  };
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
-  return {y.h, or_empty(y.kept, {0, seq, heads}), or_empty(y.c_last, {0, heads, dqk, dv}),
-          or_empty(y.n_last, {0, heads, dqk})};
+  return {y.h, or_empty(y.kept, q, {0, seq, heads}), or_empty(y.c_last, q, {0, heads, dqk, dv}),
+          or_empty(y.n_last, q, {0, heads, dqk})};
 }
 
-Tensors7 mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v, Tensor i,
-                            Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
-                            std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-                            int64_t chunk_size, bool normalize) {
+Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
+                              Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
+                              std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                              int64_t chunk_size, bool normalize) {
   const Options options{
       c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
   auto [dq, dk, dv, di, df, dc, dn, dm] =
       backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, "s", s);
   return {dq, dk, dv, di, df, dc, dn};
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
+  // `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so
+  // are s and n without `normalize`, which then are no inputs either. A backward reads h of float32 on CUDA only.
+  lib.def(
+      "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
+      "bool return_final_state=False) -> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
+  // Eager calls without a final state take these two, since every tensor that is returned takes the host a microsecond
+  // or two: h and what the backward needs, for autograd.Function, within which torch's look for a derivative would cost
+  // as much; and h alone.
+  lib.def(
+      "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor h, Tensor kept)");
+  lib.def(
+      "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size) -> Tensor");
+  lib.def(
+      "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
+      "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
+      "Tensor? h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
+  lib.def(
+      "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
+      "-> (Tensor h, Tensor s, Tensor c_last, Tensor n_last)");
+  lib.def(
+      "mlstm_sig_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, "
+      "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
+      "Tensor? h, Tensor s, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn)");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("mlstm", TORCH_BOX(&mlstm));
+  lib.impl("mlstm_forward", TORCH_BOX(&mlstm_forward));
+  lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
+  lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
+  lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
+  lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
+}
+
+static const DescribedOp described_mlstm("mlstm", CUDA_ONLY(cuda::mlstm_words));
+static const DescribedOp described_mlstm_sig("mlstm_sig", CUDA_ONLY(cuda::mlstm_words));
 
 }  // namespace flash_xlstm

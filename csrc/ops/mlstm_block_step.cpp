@@ -1,17 +1,17 @@
 // A whole mLSTM block on one token of each row, in one call. On the CPU the kernels of its parts one after the other,
 // each rounding as its own operator does: of a small model's token, calls are most. On CUDA eight launches, with
 // the residuals and the SwiGLU inside the products (cuda/linear/linear_rows.cu), which round less often.
+#include <optional>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "cpu/vector_kernels.h"
-#include "ops/cuda_context.h"
+#include "ops/launch.h"
 #include "ops/mlstm_step.h"
-#include "ops/ops.h"
+#include "params/linear.h"
+#include "params/mlstm.h"
+#include "params/pointwise.h"
 #ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/linear/launch.h"
-#include "cuda/mlstm/launch.h"
-#include "cuda/pointwise/launch.h"
+#include "cuda/common/status.h"
 #endif
 
 namespace flash_xlstm {
@@ -30,15 +30,14 @@ class Rows {
 
   DType dtype() const { return dtype_; }
   int64_t rows() const { return rows_; }
-  int64_t item() const { return dtype_ == DType::float32 ? 4 : 2; }
+  int64_t item() const { return element_bytes(dtype_); }
 
   char* buffer(int64_t columns) {
-    if (!x_.is_cpu()) {
-      tensors_.push_back(new_empty(x_, {rows_, columns}, x_.scalar_type()));
-      return static_cast<char*>(tensors_.back().data_ptr());
-    }
-    buffers_.emplace_back(rows_ * columns * item());
-    return buffers_.back().data();
+    const int64_t bytes = checked_product("a row of this block", {rows_, columns, item()});
+#ifdef FLASH_XLSTM_WITH_CUDA
+    if (!x_.is_cpu()) return static_cast<char*>(scratch_.emplace_back(bytes).data());
+#endif
+    return buffers_.emplace_back(bytes).data();
   }
 
   const void* parameter(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
@@ -68,7 +67,15 @@ class Rows {
       const void* const weight = parameter(name, weights[w], {out, in});
       const void* const bias = biases.empty() ? nullptr : parameter(name, biases[w], {out});
       char* y = buffer(out);
-      products.push_back({dtype_, rows_, in, out, x, in, weight, bias, y});
+      products.push_back({.dtype = dtype_,
+                          .rows = rows_,
+                          .in = in,
+                          .out = out,
+                          .x = x,
+                          .x_stride = in,
+                          .weight = weight,
+                          .bias = bias,
+                          .y = y});
       if (!stacked) parts.push_back({y, out});
       for (int64_t offset = 0, part = 0; stacked && offset < total; offset += sizes[part++]) {
         parts.push_back({y + offset * item(), total});
@@ -78,8 +85,14 @@ class Rows {
   }
 
   RmsNorm norm_of(const void* x, const Tensor& weight, int64_t size, double eps) {
-    return {dtype_,  dtype_,       rows_, size, check_eps("a norm's eps", eps), x, nullptr,
-            parameter("norm", weight, {size}), buffer(size), nullptr};
+    return {.dtype = dtype_,
+            .weight_dtype = dtype_,
+            .rows = rows_,
+            .dim = size,
+            .eps = check_eps("a norm's eps", eps),
+            .x = x,
+            .weight = parameter("norm", weight, {size}),
+            .y = buffer(size)};
   }
 
   // a + b, (rows, columns), in the dtype.
@@ -98,7 +111,9 @@ class Rows {
   const DType dtype_;
   const int64_t rows_;
   std::vector<std::vector<char>> buffers_;  // on the CPU
-  std::vector<Tensor> tensors_;             // on CUDA
+#ifdef FLASH_XLSTM_WITH_CUDA
+  std::vector<Scratch> scratch_;  // on CUDA
+#endif
 };
 
 #ifdef FLASH_XLSTM_WITH_CUDA
@@ -110,36 +125,44 @@ FusedLinearRows fused(const std::vector<LinearRows>& products) {
   p.rows = first.rows, p.in = first.in;
   p.x = first.x, p.x_stride = first.x_stride;
   p.constant_weights = true;  // since what came before the block has ended, see holds_next below
-  for (const LinearRows& y : products) p.part[p.count++] = {y.weight, y.bias, y.y, y.out};
+  for (const LinearRows& y : products) {
+    p.part[p.count++] = {.weight = y.weight, .bias = y.bias, .y = y.y, .out = y.out};
+  }
   return p;
 }
 
 void check_cuda_limits(const Tensor& x, const std::vector<LinearRows>& products) {
-  if (x.scalar_type() != ScalarType::BFloat16) {
+  if (to_dtype(x.scalar_type()) != linear_cuda_dtype) {
     type_error("x has dtype ", dtype_text(x.scalar_type()), "; on CUDA it must be bfloat16");
   }
   for (const LinearRows& p : products) {
-    if (p.in % 8 != 0 || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) {
-      value_error("on CUDA weights must begin at multiples of 16 bytes and have a multiple of 8 columns");
+    if (p.in % linear_in_multiple != 0 || reinterpret_cast<uintptr_t>(p.weight) % linear_alignment != 0) {
+      value_error("on CUDA weights must begin at multiples of ", linear_alignment, " bytes and have a multiple of ",
+                  linear_in_multiple, " columns");
     }
   }
 }
 #endif
 
-}  // namespace
-
 Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_indices, Tensor norm_mlstm,
                         std::vector<Tensor> qkvo, std::vector<Tensor> gates, std::vector<Tensor> gate_biases,
                         Tensor head_norm, Tensor out_proj, Tensor norm_ffn, std::vector<Tensor> up, Tensor down,
                         double norm_mlstm_eps, double eps, double head_norm_eps, double norm_ffn_eps,
-                        std::optional<double> gate_soft_cap, bool constant_weights) {
+                        std::optional<double> gate_soft_cap, [[maybe_unused]] bool constant_weights) {
   if (x.dim() < 1 || x.size(x.dim() - 1) < 1) value_error("x has shape ", shape_text(x), "; it must be (..., size)");
   check_op_dtype("x", x.scalar_type());
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   if (down.dim() != 2) value_error("down has shape ", shape_text(down), "; it must be (out, in)");
   if (c.dim() != 4) value_error("state c has shape ", shape_text(c), "; it must be (slots, heads, dqk, dv)");
+#ifdef FLASH_XLSTM_WITH_CUDA
+  // Scratch memory is the current device's.
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (x.is_cuda()) guard.emplace(x.get_device_index());
+#endif
   Rows rows(x);
-  if (rows.rows() < 1 || rows.rows() > 16) value_error("x has ", rows.rows(), " rows; it must have 1 to 16");
+  if (rows.rows() < 1 || rows.rows() > linear_max_rows) {
+    value_error("x has ", rows.rows(), " rows; it must have 1 to ", linear_max_rows);
+  }
   const int64_t size = x.size(x.dim() - 1), up_size = down.size(1);
   MlstmStep step{};
   step.batch = rows.rows(), step.heads = c.size(1), step.dqk = c.size(2), step.dv = c.size(3);
@@ -153,17 +176,25 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   Tensor out = new_empty(x, sizes_of(x), x.scalar_type());
   const auto set_step = [&](const std::vector<Part>& part, const std::vector<Part>& gate) {
     step.dtype = step.gate_dtype = rows.dtype();
-    step.q = {part[0].data, part[0].stride, 0, step.dqk};
-    step.k = {part[1].data, part[1].stride, 0, step.dqk};
-    step.v = {part[2].data, part[2].stride, 0, step.dv};
-    step.i = {gate[0].data, gate[0].stride, 0, 1};
-    step.f = {gate[1].data, gate[1].stride, 0, 1};
+    const auto heads_of = [](const Part& p, int64_t dim) {
+      return Strided{.data = p.data, .batch = p.stride, .head = dim};
+    };
+    step.q = heads_of(part[0], step.dqk), step.k = heads_of(part[1], step.dqk), step.v = heads_of(part[2], step.dv);
+    step.i = heads_of(gate[0], 1), step.f = heads_of(gate[1], 1);
     step.h = rows.buffer(v_size);
   };
   const auto head_norm_of = [&](const Part& gate) {
-    return GatedHeadNorm{rows.dtype(), rows.dtype(), rows.rows(), heads, step.dv,
-                         check_eps("head_norm_eps", head_norm_eps), step.h, gate.data, gate.stride, rows.parameter("head_norm", head_norm, {v_size}),
-                         rows.buffer(v_size)};
+    return GatedHeadNorm{.dtype = rows.dtype(),
+                         .weight_dtype = rows.dtype(),
+                         .tokens = rows.rows(),
+                         .heads = heads,
+                         .dim = step.dv,
+                         .eps = check_eps("head_norm_eps", head_norm_eps),
+                         .h = step.h,
+                         .gate = gate.data,
+                         .gate_stride = gate.stride,
+                         .weight = rows.parameter("head_norm", head_norm, {v_size}),
+                         .y = rows.buffer(v_size)};
   };
   // Everything is checked before anything runs.
   std::vector<LinearRows> products;
@@ -199,9 +230,9 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
     return out;
   }
 #ifdef FLASH_XLSTM_WITH_CUDA
-  if (step.dqk > cuda::max_step_dqk || step.dv > cuda::max_norm_dim || size > cuda::max_norm_dim) {
+  if (step.dqk > cuda::max_step_dqk || step.dv > max_norm_dim || size > max_norm_dim) {
     value_error("state c has shape ", shape_text(c), ", x ", shape_text(x), "; on CUDA dqk must be at most ",
-                cuda::max_step_dqk, ", dv and the size of x at most ", cuda::max_norm_dim);
+                cuda::max_step_dqk, ", dv and the size of x at most ", max_norm_dim);
   }
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   const void* const x_data = x.data_ptr();
@@ -219,8 +250,14 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   std::vector<LinearRows> all = products;
   const auto product_of = [&](const char* name, const void* from, int64_t in, const Tensor& weight, int64_t columns,
                               void* to, const void* residual) {
-    const LinearRows p{rows.dtype(), rows.rows(), in, columns, from, in, rows.parameter(name, weight, {columns, in}),
-                       nullptr,      to};
+    const LinearRows p{.dtype = rows.dtype(),
+                       .rows = rows.rows(),
+                       .in = in,
+                       .out = columns,
+                       .x = from,
+                       .x_stride = in,
+                       .weight = rows.parameter(name, weight, {columns, in}),
+                       .y = to};
     all.push_back(p);
     FusedLinearRows product = fused({p});
     product.residual = residual, product.residual_stride = columns;
@@ -242,24 +279,35 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   wide.swiglu = true;
   const FusedLinearRows last = product_of("down", wide.part[0].y, up_size, down, size, out.data_ptr(), sum);
   check_cuda_limits(x, all);
-  const int32_t device = x.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  const cudaStream_t stream = current_stream(device);
-  Tensor workspace = new_empty(x, {cuda::mlstm_step_workspace_bytes(step)}, ScalarType::Byte);
-  constexpr const char* op = "mlstm_block_step";
-  check_cuda(cuda::rms_norm(norm, stream), op);
-  check_cuda(cuda::fused_linear_rows(first, stream), op);
-  check_cuda(cuda::mlstm_step(step, workspace.data_ptr(), stream), op);
-  check_cuda(cuda::gated_head_norm(gated, stream), op);
-  check_cuda(cuda::fused_linear_rows(mix, stream), op);
-  check_cuda(cuda::rms_norm(wide_norm, stream), op);
-  check_cuda(cuda::fused_linear_rows(wide, stream), op);
-  check_cuda(cuda::fused_linear_rows(last, stream), op);
+  const Scratch workspace(cuda::mlstm_step_workspace_bytes(step));
+  on_cuda("mlstm_block_step", x, [&](cudaStream_t stream) -> cudaError_t {
+    RETURN_IF_FAILED(cuda::rms_norm(norm, stream));
+    RETURN_IF_FAILED(cuda::fused_linear_rows(first, stream));
+    RETURN_IF_FAILED(cuda::mlstm_step(step, workspace.data(), stream));
+    RETURN_IF_FAILED(cuda::gated_head_norm(gated, stream));
+    RETURN_IF_FAILED(cuda::fused_linear_rows(mix, stream));
+    RETURN_IF_FAILED(cuda::rms_norm(wide_norm, stream));
+    RETURN_IF_FAILED(cuda::fused_linear_rows(wide, stream));
+    return cuda::fused_linear_rows(last, stream);
+  });
 #else
   no_cuda_build("mlstm_block_step");
 #endif
   return out;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  // `qkvo`, `gates` and `up` are the weights of layers that read the same input: stacked in one (q, k, v, output gate;
+  // input gate, forget gate; gate, up), or each for itself in that order.
+  lib.def(
+      "mlstm_block_step(Tensor x, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, Tensor? state_indices, Tensor norm_mlstm, "
+      "Tensor[] qkvo, Tensor[] gates, Tensor[] gate_biases, Tensor head_norm, Tensor out_proj, Tensor norm_ffn, "
+      "Tensor[] up, Tensor down, float norm_mlstm_eps, float eps, float head_norm_eps, float norm_ffn_eps, "
+      "float? gate_soft_cap, bool constant_weights=False) -> Tensor");
+}
+
+IMPLEMENT_OPS(lib) { lib.impl("mlstm_block_step", TORCH_BOX(&mlstm_block_step)); }
 
 }  // namespace flash_xlstm

@@ -1,12 +1,9 @@
 #include <cmath>
 
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
 #include "ops/mlstm_step.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/mlstm/launch.h"
-#endif
+#include "params/mlstm.h"
 
 namespace flash_xlstm {
 namespace {
@@ -74,6 +71,8 @@ void set_step_options(MlstmStep& p, std::optional<double> scale, double eps, std
   p.eps = check_eps("eps", eps);
 }
 
+namespace {
+
 Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
                   OptTensor state_indices, std::optional<double> scale, double eps,
                   std::optional<double> gate_soft_cap, bool settled_state) {
@@ -100,37 +99,35 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
 
   set_step_state(p, q, c, n, m, state_indices);
   set_step_options(p, scale, eps, gate_soft_cap);
-#ifdef FLASH_XLSTM_WITH_CUDA
   if (q.is_cuda() && p.dqk > cuda::max_step_dqk) {
     value_error("q has dqk ", p.dqk, "; on CUDA it must be at most ", cuda::max_step_dqk);
   }
-#endif
 
   Tensor h = new_empty(q, {p.batch, p.heads, p.dv}, q.scalar_type());
   p.dtype = to_dtype(q.scalar_type());
   p.gate_dtype = to_dtype(i.scalar_type());
-  p.q = {q.data_ptr(), q.stride(0), 0, q.stride(1)};
-  p.k = {k.data_ptr(), k.stride(0), 0, k.stride(1)};
-  p.v = {v.data_ptr(), v.stride(0), 0, v.stride(1)};
-  p.i = {i.data_ptr(), i.stride(0), 0, i.stride(1)};
-  p.f = {f.data_ptr(), f.stride(0), 0, f.stride(1)};
+  const auto strided = [](const Tensor& t) {
+    return Strided{.data = t.data_ptr(), .batch = t.stride(0), .head = t.stride(1)};
+  };
+  p.q = strided(q), p.k = strided(k), p.v = strided(v);
+  p.i = strided(i), p.f = strided(f);
   p.h = h.data_ptr();
   if (p.batch > 0 && p.heads > 0) {
-    if (q.is_cpu()) {
-      cpu::mlstm_step(p);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      const int32_t device = q.get_device_index();
-      torch::stable::accelerator::DeviceGuard guard(device);
-      check_device_supported(device);
-      Tensor workspace = new_empty(q, {cuda::mlstm_step_workspace_bytes(p)}, ScalarType::Byte);
-      check_cuda(cuda::mlstm_step(p, workspace.data_ptr(), current_stream(device)), "mlstm_step");
-#else
-      no_cuda_build("mlstm_step");
-#endif
-    }
+    run<cpu::mlstm_step, cuda::mlstm_step, cuda::mlstm_step_workspace_bytes>("mlstm_step", q, p);
   }
   return h;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def(
+      "mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
+      "Tensor? state_indices, float? scale, float eps, float? gate_soft_cap, bool settled_state=False) -> Tensor");
+}
+
+IMPLEMENT_OPS(lib) { lib.impl("mlstm_step", TORCH_BOX(&mlstm_step)); }
+
+static const DescribedOp described_mlstm_step("mlstm_step");
 
 }  // namespace flash_xlstm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/checks.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm {
 

@@ -1,10 +1,7 @@
 // RMSNorm, alone and with the residual's sum in front, and the gated head-wise LayerNorm.
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/pointwise/launch.h"
-#endif
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
+#include "params/pointwise.h"
 
 namespace flash_xlstm {
 namespace {
@@ -21,37 +18,10 @@ void check_weight(const Tensor& weight, int64_t size, const Tensor& x, const cha
 
 void check_norm_dim(const char* name, const Tensor& t, int64_t dim) {
   if (dim < 1) value_error(name, " has shape ", shape_text(t), "; its last dimension must be at least 1");
-#ifdef FLASH_XLSTM_WITH_CUDA
-  if (t.is_cuda() && dim > cuda::max_norm_dim) {
-    value_error(name, " has shape ", shape_text(t), "; on CUDA its last dimension must be at most ",
-                cuda::max_norm_dim);
+  if (t.is_cuda() && dim > max_norm_dim) {
+    value_error(name, " has shape ", shape_text(t), "; on CUDA its last dimension must be at most ", max_norm_dim);
   }
-#endif
 }
-
-// Runs one of two on the device of `t`; `cuda` takes the stream.
-template <typename Cpu, typename Cuda>
-void dispatch(const char* op, const Tensor& t, Cpu&& cpu, Cuda&& cuda) {
-  if (t.is_cpu()) {
-    cpu();
-    return;
-  }
-#ifdef FLASH_XLSTM_WITH_CUDA
-  const int32_t device = t.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  check_cuda(cuda(current_stream(device)), op);
-#else
-  static_cast<void>(cuda);
-  no_cuda_build(op);
-#endif
-}
-
-#ifdef FLASH_XLSTM_WITH_CUDA
-using Stream = cudaStream_t;
-#else
-using Stream = void*;
-#endif
 
 RmsNorm check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   if (x.dim() < 1) value_error("x has shape ", shape_text(x), "; it must have at least one dimension");
@@ -69,14 +39,7 @@ RmsNorm check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 }
 
 void run_rms_norm(const RmsNorm& p, const Tensor& x) {
-  if (p.rows == 0) return;
-  dispatch(
-      "rms_norm", x, [&] { cpu::rms_norm(p); },
-      [&]([[maybe_unused]] Stream stream) {
-#ifdef FLASH_XLSTM_WITH_CUDA
-        return cuda::rms_norm(p, stream);
-#endif
-      });
+  if (p.rows > 0) run<cpu::rms_norm, cuda::rms_norm>("rms_norm", x, p);
 }
 
 GatedHeadNorm check_gated_head_norm(const Tensor& h, const Tensor& gate, const Tensor& weight, double eps) {
@@ -114,8 +77,6 @@ void set_inputs(GatedHeadNorm& p, Tensor& h, Tensor& gate, Tensor& weight) {
 
 Tensor like(const Tensor& t) { return new_empty(t, sizes_of(t), t.scalar_type()); }
 
-}  // namespace
-
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   RmsNorm p = check_rms_norm(x, weight, eps);
   x = torch::stable::contiguous(x);
@@ -128,7 +89,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
+Tensors<2> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
   RmsNorm p = check_rms_norm(x, weight, eps);
   check_shape("residual", residual, sizes_of(x), "the shape of x");
   check_dtype("residual", residual, x.scalar_type(), ", as x");
@@ -146,15 +107,11 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
   return {y, sum};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps,
-                                             bool weight_gradient) {
+Tensors<2> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps, bool weight_gradient) {
   const RmsNorm forward = check_rms_norm(x, weight, eps);
-  RmsNormBackward p{forward.dtype, forward.weight_dtype,
-                    forward.rows,  forward.dim,
-                    forward.eps,   nullptr,
-                    nullptr,       nullptr,
-                    nullptr,       nullptr,
-                    nullptr};
+  RmsNormBackward p{};
+  p.dtype = forward.dtype, p.weight_dtype = forward.weight_dtype;
+  p.rows = forward.rows, p.dim = forward.dim, p.eps = forward.eps;
   const auto check = [&](const char* name, Tensor& t) {
     check_shape(name, t, sizes_of(x), "the shape of x");
     check_dtype(name, t, x.scalar_type(), ", as x");
@@ -179,14 +136,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x
     if (weight_gradient) torch::stable::zero_(dweight);
     return {dx, dweight};
   }
-  dispatch(
-      "rms_norm_backward", x, [&] { cpu::rms_norm_backward(p); },
-      [&]([[maybe_unused]] Stream stream) {
-#ifdef FLASH_XLSTM_WITH_CUDA
-        Tensor workspace = new_empty(x, {cuda::rms_norm_backward_workspace_bytes(p)}, ScalarType::Byte);
-        return cuda::rms_norm_backward(p, workspace.data_ptr(), stream);
-#endif
-      });
+  run<cpu::rms_norm_backward, cuda::rms_norm_backward, cuda::rms_norm_backward_workspace_bytes>("rms_norm_backward", x,
+                                                                                                p);
   return {dx, dweight};
 }
 
@@ -196,18 +147,11 @@ Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps) {
   if (p.tokens == 0) return y;
   set_inputs(p, h, gate, weight);
   p.y = y.data_ptr();
-  dispatch(
-      "gated_head_norm", h, [&] { cpu::gated_head_norm(p); },
-      [&]([[maybe_unused]] Stream stream) {
-#ifdef FLASH_XLSTM_WITH_CUDA
-        return cuda::gated_head_norm(p, stream);
-#endif
-      });
+  run<cpu::gated_head_norm, cuda::gated_head_norm>("gated_head_norm", h, p);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
-                                                            bool weight_gradient) {
+Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps, bool weight_gradient) {
   GatedHeadNormBackward b{};
   b.p = check_gated_head_norm(h, gate, weight, eps);
   check_shape("dy", dy, sizes_of(gate), "the shape of gate");
@@ -225,15 +169,34 @@ std::tuple<Tensor, Tensor, Tensor> gated_head_norm_backward(Tensor dy, Tensor h,
   b.dh = dh.data_ptr();
   b.dgate = dgate.data_ptr();
   b.dweight = weight_gradient ? dweight.data_ptr() : nullptr;
-  dispatch(
-      "gated_head_norm_backward", h, [&] { cpu::gated_head_norm_backward(b); },
-      [&]([[maybe_unused]] Stream stream) {
-#ifdef FLASH_XLSTM_WITH_CUDA
-        Tensor workspace = new_empty(h, {cuda::gated_head_norm_backward_workspace_bytes(b)}, ScalarType::Byte);
-        return cuda::gated_head_norm_backward(b, workspace.data_ptr(), stream);
-#endif
-      });
+  run<cpu::gated_head_norm_backward, cuda::gated_head_norm_backward, cuda::gated_head_norm_backward_workspace_bytes>(
+      "gated_head_norm_backward", h, b);
   return {dh, dgate, dweight};
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  lib.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
+  lib.def(
+      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps, bool weight_gradient) "
+      "-> (Tensor dx, Tensor dweight)");
+  lib.def("gated_head_norm(Tensor h, Tensor gate, Tensor weight, float eps) -> Tensor");
+  lib.def(
+      "gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, float eps, bool weight_gradient) "
+      "-> (Tensor dh, Tensor dgate, Tensor dweight)");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("rms_norm", TORCH_BOX(&rms_norm));
+  lib.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  lib.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  lib.impl("gated_head_norm", TORCH_BOX(&gated_head_norm));
+  lib.impl("gated_head_norm_backward", TORCH_BOX(&gated_head_norm_backward));
+}
+
+static const DescribedOp described_rms_norm("rms_norm");
+static const DescribedOp described_gated_head_norm("gated_head_norm");
 
 }  // namespace flash_xlstm

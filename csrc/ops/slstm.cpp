@@ -1,11 +1,8 @@
 #include <cmath>
 
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/slstm/launch.h"
-#endif
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm {
 namespace {
@@ -75,23 +72,8 @@ void check_common(CheckedProblem& checked, const Tensor& first, const char* firs
   p.bias = checked.hold(b);
 }
 
-#ifdef FLASH_XLSTM_WITH_CUDA
-// Runs a CUDA launch function with a scratch buffer of the size it asks for.
-template <typename Params>
-void launch_cuda(const Tensor& first, const Params& params, int64_t (*workspace_bytes)(const Params&),
-                 cudaError_t (*launch)(const Params&, void*, cudaStream_t), const char* op) {
-  const int32_t device = first.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  Tensor workspace = new_empty(first, {workspace_bytes(params)}, ScalarType::Byte);
-  check_cuda(launch(params, workspace.data_ptr(), current_stream(device)), op);
-}
-#endif
-
-}  // namespace
-
-Tensors6 slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
-               OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
+Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                 OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
   CheckedProblem checked{};
   SlstmProblem& p = checked.p;
   check_shape("x", x, {-1, -1, 4, -1, -1}, "(batch, seq, 4, heads, dim)");
@@ -116,22 +98,14 @@ Tensors6 slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTens
     params.n_last = float_data(last[2]), params.m_last = float_data(last[3]);
   }
   if (p.batch > 0 && p.heads > 0) {
-    if (x.is_cpu()) {
-      cpu::slstm_forward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(x, params, cuda::slstm_forward_workspace_bytes, cuda::slstm_forward, "slstm");
-#else
-      no_cuda_build("slstm");
-#endif
-    }
+    run<cpu::slstm_forward, cuda::slstm_forward, cuda::slstm_forward_workspace_bytes>("slstm", x, params);
   }
   return {h, kept, last[0], last[1], last[2], last[3]};
 }
 
-Tensors7 slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last,
-                        Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
-                        OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip) {
+Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last,
+                          Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                          OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip) {
   CheckedProblem checked{};
   SlstmProblem& p = checked.p;
   check_shape("h", h, {-1, -1, -1, -1}, "(batch, seq, heads, dim)");
@@ -178,15 +152,7 @@ Tensors7 slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptT
     torch::stable::zero_(db);
   }
   if (p.batch > 0 && p.heads > 0) {
-    if (h.is_cpu()) {
-      cpu::slstm_backward(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(h, params, cuda::slstm_backward_workspace_bytes, cuda::slstm_backward, "slstm_backward");
-#else
-      no_cuda_build("slstm_backward");
-#endif
-    }
+    run<cpu::slstm_backward, cuda::slstm_backward, cuda::slstm_backward_workspace_bytes>("slstm_backward", h, params);
   }
   return {dx, dR, db, initial[0], initial[1], initial[2], initial[3]};
 }
@@ -219,17 +185,34 @@ Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Te
   params.n_state = float_data(n), params.m_state = float_data(m);
   params.h = out.data_ptr();
   if (params.batch > 0 && params.heads > 0) {
-    if (x.is_cpu()) {
-      cpu::slstm_step(params);
-    } else {
-#ifdef FLASH_XLSTM_WITH_CUDA
-      launch_cuda(x, params, cuda::slstm_step_workspace_bytes, cuda::slstm_step, "slstm_step");
-#else
-      no_cuda_build("slstm_step");
-#endif
-    }
+    run<cpu::slstm_step, cuda::slstm_step, cuda::slstm_step_workspace_bytes>("slstm_step", x, params);
   }
   return out;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
+  lib.def(
+      "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
+      "float recurrent_grad_clip, bool keep, bool return_final_state) "
+      "-> (Tensor h, Tensor kept, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last)");
+  lib.def(
+      "slstm_backward(Tensor? dh, Tensor? dh_last, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
+      "Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
+      "Tensor h, Tensor kept, float recurrent_grad_clip) "
+      "-> (Tensor dx, Tensor dR, Tensor db, Tensor dh0, Tensor dc0, Tensor dn0, Tensor dm0)");
+  lib.def("slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("slstm", TORCH_BOX(&slstm));
+  lib.impl("slstm_backward", TORCH_BOX(&slstm_backward));
+  lib.impl("slstm_step", TORCH_BOX(&slstm_step));
+}
+
+static const DescribedOp described_slstm("slstm", CUDA_ONLY(cuda::slstm_words));
+static const DescribedOp described_slstm_step("slstm_step");
 
 }  // namespace flash_xlstm

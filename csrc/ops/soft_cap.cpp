@@ -1,11 +1,8 @@
 #include <cmath>
 
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/pointwise/launch.h"
-#endif
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
+#include "params/pointwise.h"
 
 namespace flash_xlstm {
 namespace {
@@ -18,32 +15,22 @@ void check_cap(double cap) {
 }
 
 // dy == nullptr: the forward, else the gradient.
-void run(const Tensor& x, const Tensor* dy, const Tensor& out, double cap) {
-  SoftCap params{to_dtype(x.scalar_type()), x.numel(), static_cast<float>(cap), x.data_ptr(),
-                 dy ? dy->data_ptr() : nullptr, out.data_ptr()};
-  if (params.count == 0) return;
-  if (x.is_cpu()) {
-    cpu::soft_cap(params);
-    return;
-  }
-#ifdef FLASH_XLSTM_WITH_CUDA
-  const int32_t device = x.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  check_cuda(cuda::soft_cap(params, current_stream(device)), "soft_cap");
-#else
-  no_cuda_build("soft_cap");
-#endif
+void run_soft_cap(const Tensor& x, const Tensor* dy, const Tensor& out, double cap) {
+  const SoftCap params{.dtype = to_dtype(x.scalar_type()),
+                       .count = x.numel(),
+                       .cap = static_cast<float>(cap),
+                       .x = x.data_ptr(),
+                       .dy = dy ? dy->data_ptr() : nullptr,
+                       .out = out.data_ptr()};
+  if (params.count > 0) run<cpu::soft_cap, cuda::soft_cap>("soft_cap", x, params);
 }
-
-}  // namespace
 
 Tensor soft_cap(Tensor x, double cap) {
   check_op_dtype("x", x.scalar_type());
   check_cap(cap);
   x = torch::stable::contiguous(x);
   Tensor y = new_empty(x, sizes_of(x), x.scalar_type());
-  run(x, nullptr, y, cap);
+  run_soft_cap(x, nullptr, y, cap);
   return y;
 }
 
@@ -56,8 +43,22 @@ Tensor soft_cap_backward(Tensor dy, Tensor x, double cap) {
   x = torch::stable::contiguous(x);
   dy = torch::stable::contiguous(dy);
   Tensor dx = new_empty(x, sizes_of(x), x.scalar_type());
-  run(x, &dy, dx, cap);
+  run_soft_cap(x, &dy, dx, cap);
   return dx;
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def("soft_cap(Tensor x, float cap) -> Tensor");
+  lib.def("soft_cap_backward(Tensor dy, Tensor x, float cap) -> Tensor");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("soft_cap", TORCH_BOX(&soft_cap));
+  lib.impl("soft_cap_backward", TORCH_BOX(&soft_cap_backward));
+}
+
+static const DescribedOp described_soft_cap("soft_cap");
 
 }  // namespace flash_xlstm

@@ -1,9 +1,6 @@
-#include "cpu/kernels.h"
-#include "ops/cuda_context.h"
-#include "ops/ops.h"
-#ifdef FLASH_XLSTM_WITH_CUDA
-#include "cuda/pointwise/launch.h"
-#endif
+#include "ops/kernel_for.h"
+#include "ops/launch.h"
+#include "params/pointwise.h"
 
 namespace flash_xlstm {
 namespace {
@@ -29,24 +26,6 @@ Swiglu problem(const Tensor& x, const Tensor& y) {
   return p;
 }
 
-void run(const Swiglu& p, const Tensor& x) {
-  if (p.rows == 0) return;
-  if (x.is_cpu()) {
-    cpu::swiglu(p);
-    return;
-  }
-#ifdef FLASH_XLSTM_WITH_CUDA
-  const int32_t device = x.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_device_supported(device);
-  check_cuda(cuda::swiglu(p, current_stream(device)), "swiglu");
-#else
-  no_cuda_build("swiglu");
-#endif
-}
-
-}  // namespace
-
 Tensor swiglu(Tensor x, Tensor y) {
   check_inputs(x, y);
   x = rows_of(x);
@@ -54,11 +33,11 @@ Tensor swiglu(Tensor x, Tensor y) {
   Swiglu p = problem(x, y);
   Tensor out = new_empty(x, sizes_of(x), x.scalar_type());
   p.out = out.data_ptr();
-  run(p, x);
+  if (p.rows > 0) run<cpu::swiglu, cuda::swiglu>("swiglu", x, p);
   return out;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y) {
+Tensors<2> swiglu_backward(Tensor dout, Tensor x, Tensor y) {
   check_inputs(x, y);
   check_shape("dout", dout, sizes_of(x), "the shape of x");
   check_dtype("dout", dout, x.scalar_type(), ", as x");
@@ -71,8 +50,22 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dout, Tensor x, Tensor y) {
   p.dout = dout.data_ptr();
   p.dx = dx.data_ptr();
   p.dy = dy.data_ptr();
-  run(p, x);
+  if (p.rows > 0) run<cpu::swiglu, cuda::swiglu>("swiglu", x, p);
   return {dx, dy};
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
+  lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
+}
+
+IMPLEMENT_OPS(lib) {
+  lib.impl("swiglu", TORCH_BOX(&swiglu));
+  lib.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+}
+
+static const DescribedOp described_swiglu("swiglu");
 
 }  // namespace flash_xlstm

@@ -6,6 +6,15 @@ import torch  # before _C: it loads the libraries that _C resolves against
 
 from flash_xlstm import _C
 
+# The operators' limits, as C++ has them (csrc/params); those with cuda in their name hold on CUDA only.
+LIMITS: dict[str, int] = _C.limits()
+
+
+def few_rows(device_type: str) -> tuple[tuple[torch.dtype, ...], int]:
+    """The dtypes and the most rows for which linear_rows is faster than torch's product on ``cpu`` or ``cuda``."""
+    dtypes, rows = _C.few_rows(device_type == "cuda")
+    return tuple(getattr(torch, name) for name in dtypes), rows
+
 
 def build_info() -> dict[str, str]:
     """Facts about this build and the torch it runs on.

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from flash_xlstm._build import few_rows
 from flash_xlstm.nn import linear
 
 
@@ -47,7 +48,7 @@ def test_everything_else_takes_the_layer(device, layer, calls):
     x = _x(device, 2)
     assert linear(layer, x).requires_grad
     with torch.no_grad():
-        linear(layer, _x(device, 17))
+        linear(layer, _x(device, few_rows(device)[1] + 1))
         with torch.autocast(device, torch.bfloat16):
             linear(layer, x)
         linear(torch.nn.Sequential(layer), x)

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flash_xlstm import ops, reference
+from flash_xlstm._build import LIMITS
+
+LONGEST = LIMITS["conv_max_kernel"]
 
 # batch, seq, channels
 SIZES = [(1, 1, 1), (2, 3, 5), (3, 70, 33), (2, 130, 64), (1, 200, 130), (5, 17, 8), (2, 31, 260)]
@@ -97,7 +100,7 @@ def assert_exact(problem, through=("y", "last")):
 
 @DTYPES
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("kernel", range(1, 9))
+@pytest.mark.parametrize("kernel", range(1, LONGEST + 1))
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_value_and_gradients(make_problem, sizes, kernel, activation, dtype):
     turn = SIZES.index(sizes) + kernel
@@ -224,7 +227,7 @@ def test_wrong_offsets_stay_within_the_tensors(make_problem, offsets):
 
 
 @DTYPES
-@pytest.mark.parametrize("kernel", range(1, 9))
+@pytest.mark.parametrize("kernel", range(1, LONGEST + 1))
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_step(make_problem, dtype, kernel, activation):
     problem = make_problem(3, 12, 37, kernel, dtype=dtype, bias=kernel % 2 == 0)
@@ -347,8 +350,8 @@ ERRORS = {
     "seq of 0": ({"x": zeros(2, 0, 5)}, ValueError, "seq 0", "x"),
     "weight of other channels": ({"weight": zeros(6, 4)}, *SHAPE, "weight"),
     "weight of 3 dimensions": ({"weight": zeros(5, 1, 4)}, *SHAPE, "weight"),
-    "kernel of 0": ({"weight": zeros(5, 0)}, ValueError, "from 1 to 8", "weight"),
-    "kernel of 9": ({"weight": zeros(5, 9)}, ValueError, "from 1 to 8", "weight"),
+    "kernel of 0": ({"weight": zeros(5, 0)}, ValueError, f"from 1 to {LONGEST}", "weight"),
+    "a kernel too long": ({"weight": zeros(5, LONGEST + 1)}, ValueError, f"from 1 to {LONGEST}", "weight"),
     "bias of other channels": ({"bias": zeros(4)}, *SHAPE, "bias"),
     "x in float64": ({"x": zeros(2, 8, 5, dtype=F64)}, *DTYPE, "x"),
     "weight in bfloat16": ({"weight": zeros(5, 4, dtype=BF16)}, *DTYPE, "weight"),
@@ -383,7 +386,7 @@ def test_errors(device, wrong, grad):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("wrong", ["x of 2 dimensions", "kernel of 9", "x in float64", "state of another kernel"])
+@pytest.mark.parametrize("wrong", ["x of 2 dimensions", "a kernel too long", "x in float64", "state of another kernel"])
 def test_errors_under_compile(device, wrong, grad):
     torch._dynamo.reset()
     check_error(torch.compile(ops.causal_conv1d, fullgraph=True, backend="aot_eager"), device, wrong, grad)

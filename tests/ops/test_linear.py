@@ -6,9 +6,11 @@ import torch
 from hypothesis import strategies as st
 
 from flash_xlstm import ops
+from flash_xlstm._build import LIMITS
 
 # By device, the dtypes there are.
 BF16 = torch.bfloat16
+MOST = LIMITS["linear_max_rows"]
 ROUNDING = {torch.float32: 2e-6, BF16: 2**-8, torch.float16: 2**-11}
 CASES = [("cpu", dtype) for dtype in ROUNDING] + [pytest.param("cuda", BF16, marks=pytest.mark.cuda)]
 EVERY = pytest.mark.parametrize(("place", "dtype"), CASES)
@@ -127,7 +129,11 @@ def test_has_no_gradient_and_says_so(device, which):
 
 
 ERRORS = {
-    "17 rows": ({0: torch.zeros(17, 64, dtype=BF16)}, ValueError, "x has 17 rows; it must have at most 16"),
+    "too many rows": (
+        {0: torch.zeros(MOST + 1, 64, dtype=BF16)},
+        ValueError,
+        f"x has {MOST + 1} rows; it must have at most {MOST}",
+    ),
     "no features": ({0: torch.zeros(3, 0, dtype=BF16)}, ValueError, "x has shape"),
     "x in float64": ({0: torch.zeros(3, 64, dtype=torch.float64)}, TypeError, "x has dtype float64"),
     "weight of another length": ({1: torch.zeros(40, 63, dtype=BF16)}, ValueError, "weight has shape"),

@@ -460,8 +460,7 @@ VARIANTS = [
 def test_opcheck(device, variant, final_state):
     arguments = operator_inputs(device, **variant)
     scale, cap = (0.7, 2.0) if final_state else (None, None)
-    op = torch.ops.flash_xlstm.mlstm_with_state if final_state else torch.ops.flash_xlstm.mlstm
-    torch.library.opcheck(op, (*arguments, scale, 1e-6, cap, 0))
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm, (*arguments, scale, 1e-6, cap, 0, final_state))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -485,7 +484,7 @@ def test_without_gradients_h_is_the_same(make_problem, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_eager_call_has_the_operators_gradients(make_problem, dtype):
     inputs = [make_problem(150, 16, 24, dtype=dtype).inputs[x].requires_grad_() for x in "qkvif"]
-    h, kept = torch.ops.flash_xlstm.mlstm(*inputs, *[None] * 5, 1e-6, None, 0)
+    h, kept, *_ = torch.ops.flash_xlstm.mlstm(*inputs, *[None] * 5, 1e-6, None, 0)
     assert h.requires_grad and not kept.requires_grad
     from_op = torch.autograd.grad(h.sum(), inputs)
     eager = ops.mlstm(*inputs)
@@ -498,7 +497,7 @@ def test_an_eager_call_has_the_operators_gradients(make_problem, dtype):
 @pytest.mark.parametrize("final_state", [True, False])
 def test_opcheck_of_the_backward(device, variant, final_state):
     arguments, cap = operator_inputs(device, **variant, requires_grad=False), 2.0 if final_state else None
-    h, kept, *last = torch.ops.flash_xlstm.mlstm_with_state(*arguments, None, 1e-6, cap, 0)
+    h, kept, *last = torch.ops.flash_xlstm.mlstm(*arguments, None, 1e-6, cap, 0, True)
     last = [torch.ones_like(t) for t in last] if final_state else (None, None, None)
     torch.library.opcheck(
         torch.ops.flash_xlstm.mlstm_backward, (torch.ones_like(h), *last, *arguments, h, kept, None, 1e-6, cap, 0)
@@ -508,7 +507,7 @@ def test_opcheck_of_the_backward(device, variant, final_state):
 def test_opcheck_of_strided_inputs(device):
     q, k, v, i, f, *rest = operator_inputs(device)
     q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))
-    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_with_state, (q, k, v, i, f, *rest, None, 1e-6, None, 0))
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm, (q, k, v, i, f, *rest, None, 1e-6, None, 0, True))
 
 
 def test_double_backward_raises(make_problem):

@@ -226,6 +226,56 @@ def test_launches(seq, heads, packed):
     assert len(backward) == 6, backward
 
 
+def odd_strides(t):
+    """The same values in rows that begin at multiples of 2 bytes, not of 16."""
+    return torch.cat([t, t[..., :1]], -1)[..., :-1]
+
+
+def misaligned(t):
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def shared_by_heads(t):
+    return t[:, :, :1].expand(t.shape)
+
+
+LAYOUTS = [odd_strides, misaligned, shared_by_heads]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", [0, 1, 2, 5], ids=["q", "k", "v", "dh"])
+def test_inputs_that_the_tma_cannot_map_are_copied(which, layout):
+    inputs, dh = draw(2, 300, 2, 64, 128)
+    given = [*inputs, dh]
+    given[which] = layout(given[which])
+    dense = [t.contiguous().clone() for t in given]
+
+    def run_both_ways(q, k, v, i, f, dh):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v, i, f)]
+        h = ops.mlstm(*leaves)
+        return [h.detach(), *torch.autograd.grad(h, leaves, dh)]
+
+    expected = run_both_ways(*dense)
+    actual = run_both_ways(*given)
+    assert all(map(torch.equal, actual, expected))
+    if torch.cuda.get_device_capability() == (9, 0):
+        names = launches(lambda: run_both_ways(*given))
+        assert sum("::hopper::" in name for name in names) == 9, names
+        assert not any("::portable::" in name for name in names), names
+
+
+def test_gradient_of_a_mean_takes_the_hopper_path():
+    """dh is then expanded over the tokens."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("counts the Hopper kernels' launches")
+    inputs, _ = draw(2, 300, 2, 64, 128)
+    leaves = [t.requires_grad_() for t in inputs]
+    h = ops.mlstm(*leaves)
+    names = launches(lambda: torch.autograd.grad(h.mean(1).sum(), leaves))
+    assert sum("::hopper::" in name for name in names) == 6, names
+    assert not any("::portable::" in name for name in names), names
+
+
 @pytest.mark.parametrize(("seq", "heads"), [(400, 2), (9000, 8)])
 def test_no_synchronization_and_graph_capture(seq, heads):
     inputs, dh = draw(2, seq, heads, 64, 128)

@@ -7,6 +7,7 @@ import torch._dynamo.utils
 from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
+from flash_xlstm._build import LIMITS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -505,7 +506,8 @@ def test_errors_of_devices(name):
 @pytest.mark.cuda
 def test_sizes_in_turn():
     """How large clusters may be depends on dqk: what was found for one size must not be taken for another."""
-    for dqk in (8, 8192, 256, 4096, 8192, 8):
+    most = LIMITS["mlstm_step_cuda_max_dqk"]
+    for dqk in (8, most, 256, most // 2, most, 8):
         state = pool("cuda", 1, 2, dqk, 512)
         exact = clone(state, torch.float64)
         given = arguments("cuda", 1, 2, dqk, 512, torch.bfloat16, torch.float32)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
+from flash_xlstm._build import LIMITS
 
 # The result of a float32 computation rounded once: half a unit in the last place, and a few of float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -294,7 +295,9 @@ def test_row_ops_of_many_rows(device, op, rows):
 @pytest.mark.cuda
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "gated_head_norm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("rows", "dim"), [(12_000, 256), (9000, 512), (1500, 4096), (800, 8192), (400, 16384)])
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(12_000, 256), (9000, 512), (1500, 4096), (800, 8192), (400, LIMITS["norm_cuda_max_dim"])]
+)
 def test_norms_of_more_rows_than_are_read_ahead(op, dtype, rows, dim):
     """A block of the gradients has some rows on their way, in slots that it uses again."""
     inputs = ROW_OPS[op][2]("cuda", dtype, rows=rows, dim=dim)
@@ -546,8 +549,9 @@ def test_row_ops_errors_of_devices_and_sizes():
         ops.rms_norm(x, weight.cpu())
     with pytest.raises(ValueError, match="y is on cpu"):
         ops.swiglu(x, x.cpu())
-    with pytest.raises(ValueError, match="at most 16384"):
-        ops.rms_norm(torch.zeros(2, 16385, device="cuda"), torch.zeros(16385, device="cuda"))
+    most = LIMITS["norm_cuda_max_dim"]
+    with pytest.raises(ValueError, match=f"at most {most}"):
+        ops.rms_norm(torch.zeros(2, most + 1, device="cuda"), torch.zeros(most + 1, device="cuda"))
 
 
 # --- any number of dimensions, random problems ------------------------------------------------------------------------

@@ -10,8 +10,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "cuda/conv/launch.h"
-#include "cuda/numeric.cuh"
+#include "cuda/common/numeric.cuh"
+#include "params/conv.h"
 
 namespace flash_xlstm::cuda {
 namespace {

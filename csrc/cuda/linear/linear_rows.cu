@@ -20,13 +20,14 @@
 //     beginning of their rows of W into the second-level cache before they wait for x.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
-#include "cuda/dependent_launch.cuh"
-#include "cuda/linear/launch.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/numeric.cuh"
+#include "cuda/ptx/mma_sync.cuh"
+#include "params/linear.h"
 #ifdef FLASH_XLSTM_WITH_HOPPER
 #include "cuda/linear/hopper/linear_rows.h"
 #endif
-#include "cuda/numeric.cuh"
-#include "cuda/ptx/mma_sync.cuh"
 
 namespace flash_xlstm::cuda {
 namespace {
@@ -37,7 +38,7 @@ constexpr int warp_k = 64;               // of a warp at once
 constexpr int block_k = warps * warp_k;  // of a block at once
 constexpr int batch = 2;                 // of warp_k, loaded together
 constexpr int prefetch_k = batch * block_k;
-constexpr unsigned early_blocks = 400;  // about as many as run at once
+constexpr int resident_blocks(int row_tiles) { return row_tiles == 1 ? 3 : 2; }  // of an SM
 
 // Zeros where not `inside`. One predicated instruction: with a branch around each, loads would not go out together.
 __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
@@ -51,10 +52,10 @@ __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
   return bits;
 }
 
-// Up to 8 * row_tiles rows of x.
+// Up to 8 * row_tiles rows of x. early_blocks: as many as run at once.
 template <int row_tiles>
-__global__ void __launch_bounds__(threads, row_tiles == 1 ? 3 : 2)
-    linear_rows_kernel(const __grid_constant__ FusedLinearRows p) {
+__global__ void __launch_bounds__(threads, resident_blocks(row_tiles))
+    linear_rows_kernel(const __grid_constant__ FusedLinearRows p, const unsigned early_blocks) {
   __shared__ float sums[warps][row_tiles * 8][tile_rows + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int fragment_row = lane / 4, fragment_k = lane % 4 * 8;
@@ -169,8 +170,17 @@ cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) {
     blocks += (p.part[part].out + tile_columns - 1) / tile_columns;
   }
-  const auto kernel = p.rows <= 8 ? linear_rows_kernel<1> : linear_rows_kernel<2>;
-  return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, 1, stream, p);
+  const int row_tiles = p.rows <= 8 ? 1 : 2;
+  const auto kernel = row_tiles == 1 ? linear_rows_kernel<1> : linear_rows_kernel<2>;
+  const unsigned early_blocks = static_cast<unsigned>(processor_count() * resident_blocks(row_tiles));
+  return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, 1, stream, p, early_blocks);
+}
+
+std::string linear_words([[maybe_unused]] int major, [[maybe_unused]] int minor) {
+#ifdef FLASH_XLSTM_WITH_HOPPER
+  if (major == 9 && minor == 0) return "Hopper (a stream of the TMA, mma.sync), for bfloat16";
+#endif
+  return "portable (mma.sync tensor cores), for bfloat16";
 }
 
 }  // namespace flash_xlstm::cuda

@@ -1,47 +1,109 @@
-// Which kernels serve an mLSTM problem. A faster path for one GPU is a branch here.
-#include "cuda/mlstm/launch.h"
+// Which kernels serve an mLSTM problem: the paths, tried in order. A faster path for one GPU is a folder and a row.
+#include <cstdint>
+#include <string>
 
 #include "cuda/mlstm/portable/portable.h"
-#ifdef FLASH_XLSTM_WITH_HOPPER
+#include "params/mlstm.h"
+#ifdef FLASH_XLSTM_WITH_HOPPER  // FLASH_XLSTM_CUDA_ARCHS has 90a
 #include "cuda/mlstm/hopper/hopper.h"
-#else
-namespace flash_xlstm::cuda {
-namespace hopper = portable;  // not built: FLASH_XLSTM_CUDA_ARCHS without 90a
-}
 #endif
 
 namespace flash_xlstm::cuda {
 namespace {
 
-template <typename Params>
-bool serves(const Params& params) {
+struct Path {
+  std::string (*words)();                                  // what it serves, for people
+  bool (*runs_on)(int major, int minor);                   // devices of this compute capability
+  bool (*serves)(const MlstmProblem& p);                   // on the current device, if it reads the inputs
+  bool (*serves_backward)(const MlstmBackward& params);    // beyond that
+  bool (*reads)(const Strided& t, const MlstmProblem& p);  // an input as it lies
+  int64_t (*forward_workspace_bytes)(const MlstmForward& params);
+  cudaError_t (*forward)(const MlstmForward& params, void* workspace, cudaStream_t stream);
+  int64_t (*backward_workspace_bytes)(const MlstmBackward& params);
+  cudaError_t (*backward)(const MlstmBackward& params, void* workspace, cudaStream_t stream);
+};
+
+constexpr Path paths[] = {
 #ifdef FLASH_XLSTM_WITH_HOPPER
-  return hopper::serves(params);
-#else
-  static_cast<void>(params);
-  return false;
+    {.words = hopper::words,
+     .runs_on = [](int major, int minor) { return major == 9 && minor == 0; },
+     .serves = hopper::serves,
+     .serves_backward = hopper::serves_backward,
+     .reads = hopper::reads,
+     .forward_workspace_bytes = hopper::forward_workspace_bytes,
+     .forward = hopper::forward,
+     .backward_workspace_bytes = hopper::backward_workspace_bytes,
+     .backward = hopper::backward},
 #endif
+    {.words = portable::words,
+     .runs_on = [](int, int) { return true; },
+     .serves = [](const MlstmProblem&) { return true; },
+     .serves_backward = [](const MlstmBackward&) { return true; },
+     .reads = [](const Strided&, const MlstmProblem&) { return true; },
+     .forward_workspace_bytes = portable::forward_workspace_bytes,
+     .forward = portable::forward,
+     .backward_workspace_bytes = portable::backward_workspace_bytes,
+     .backward = portable::backward},
+};
+
+bool serves(const Path& path, const MlstmForward& params) { return path.serves(params.p); }
+bool serves(const Path& path, const MlstmBackward& params) {
+  return path.serves_backward(params) && path.serves(params.p);
+}
+
+MlstmCopies copies(const Path& path, const MlstmProblem& p) {
+  return {.q = !path.reads(p.q, p), .k = !path.reads(p.k, p), .v = !path.reads(p.v, p)};
+}
+MlstmCopies copies(const Path& path, const MlstmForward& params) { return copies(path, params.p); }
+MlstmCopies copies(const Path& path, const MlstmBackward& params) {
+  MlstmCopies all = copies(path, params.p);
+  all.dh = params.dh.data != nullptr && !path.reads(params.dh, params.p);
+  return all;
+}
+
+// The first that serves the problem as it lies; the last serves every one.
+template <typename Params>
+const Path& path_for(const Params& params) {
+  const Path* path = paths;
+  while (!serves(*path, params) || copies(*path, params).any()) ++path;
+  return *path;
+}
+
+// The first that serves it if its inputs are copied.
+template <typename Params>
+const Path& path_with_copies(const Params& params) {
+  const Path* path = paths;
+  while (!serves(*path, params)) ++path;
+  return *path;
 }
 
 }  // namespace
 
+MlstmCopies mlstm_copies(const MlstmForward& params) { return copies(path_with_copies(params), params); }
+MlstmCopies mlstm_copies(const MlstmBackward& params) { return copies(path_with_copies(params), params); }
+
 int64_t mlstm_forward_workspace_bytes(const MlstmForward& params) {
-  return serves(params) ? hopper::forward_workspace_bytes(params) : portable::forward_workspace_bytes(params);
+  return path_for(params).forward_workspace_bytes(params);
 }
 
 cudaError_t mlstm_forward(const MlstmForward& params, void* workspace, cudaStream_t stream) {
-  return serves(params) ? hopper::forward(params, workspace, stream)
-                                : portable::forward(params, workspace, stream);
+  return path_for(params).forward(params, workspace, stream);
 }
 
 int64_t mlstm_backward_workspace_bytes(const MlstmBackward& params) {
-  return serves(params) ? hopper::backward_workspace_bytes(params)
-                                : portable::backward_workspace_bytes(params);
+  return path_for(params).backward_workspace_bytes(params);
 }
 
 cudaError_t mlstm_backward(const MlstmBackward& params, void* workspace, cudaStream_t stream) {
-  return serves(params) ? hopper::backward(params, workspace, stream)
-                                : portable::backward(params, workspace, stream);
+  return path_for(params).backward(params, workspace, stream);
+}
+
+std::string mlstm_words(int major, int minor) {
+  std::string all;
+  for (const Path& path : paths) {
+    if (path.runs_on(major, minor)) all += (all.empty() ? "" : ", else ") + path.words();
+  }
+  return all;
 }
 
 }  // namespace flash_xlstm::cuda

@@ -24,10 +24,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
-#include "cuda/mlstm/launch.h"
-#include "cuda/numeric.cuh"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/numeric.cuh"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda {
 namespace {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void cluster_wait() {
 // Fetches all that a (row, head) needs but c into the second-level cache.
 template <int threads>
 __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row, int head, int64_t state) {
-  const int64_t item = p.dtype == DType::float32 ? 4 : 2, gate_item = p.gate_dtype == DType::float32 ? 4 : 2;
+  const int64_t item = element_bytes(p.dtype), gate_item = element_bytes(p.gate_dtype);
   const auto fetch = [&](const void* at, int64_t bytes) {
     for (int64_t b = threadIdx.x * 128; b < bytes; b += threads * 128) prefetch_to_l2(static_cast<const char*>(at) + b);
   };

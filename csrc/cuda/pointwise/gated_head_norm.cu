@@ -7,7 +7,7 @@
 // done takes the next. The warps of a row meet once: each has the moments of its share about the share's own mean.
 #include <type_traits>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
 bool vectors(const GatedHeadNorm& p) {
   // Rows of every stride and head begin at a multiple of 16 bytes where the first two do.
   return aligned_16(p.h) && aligned_16(p.gate) && aligned_16(p.weight) && aligned_16(p.y) &&
-         p.gate_stride * (p.dtype == DType::float32 ? 4 : 2) % 16 == 0;
+         p.gate_stride * element_bytes(p.dtype) % 16 == 0;
 }
 
 bool vectors(const GatedHeadNormBackward& b) {
@@ -295,7 +295,7 @@ Walk walk_of(const GatedHeadNorm& p, int64_t groups) {
   const int64_t rounds = std::clamp<int64_t>(turns * p.heads / (least_turns * processors), 1, most_rounds);
   const int64_t most_blocks = rounds * std::max<int64_t>(1, processors / p.heads);
   const int64_t each = std::max<int64_t>(1, (turns + most_blocks - 1) / most_blocks);
-  return {rounds, (turns + rounds * each - 1) / (rounds * each), static_cast<int>(each)};
+  return {.rounds = rounds, .blocks = (turns + rounds * each - 1) / (rounds * each), .turns = static_cast<int>(each)};
 }
 
 // How many rows of sums of dweight there are.

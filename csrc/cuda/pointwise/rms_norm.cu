@@ -1,5 +1,5 @@
 // RMSNorm, with the residual's sum in front where there is one, and its gradient: each row read once (rows.cuh).
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {

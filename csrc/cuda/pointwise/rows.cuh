@@ -25,11 +25,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
-#include "cuda/numeric.cuh"
-#include "cuda/pointwise/launch.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/numeric.cuh"
 #include "cuda/ptx/mma_sync.cuh"
+#include "params/pointwise.h"
 
 namespace flash_xlstm::cuda {
 

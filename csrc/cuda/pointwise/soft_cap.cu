@@ -1,7 +1,7 @@
 // y = cap tanh(x / cap) and its gradient dx = dy (1 - tanh(x / cap)^2), 16 bytes at a time where aligned.
 #include <limits>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {

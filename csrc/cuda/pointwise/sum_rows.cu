@@ -1,4 +1,4 @@
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {

@@ -1,5 +1,5 @@
 // out = silu(x) y and its gradient, 16 bytes a thread where aligned. A block's threads lie along the columns.
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
 namespace flash_xlstm::cuda {

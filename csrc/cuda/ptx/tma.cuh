@@ -120,10 +120,4 @@ __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value
   return any != 0;
 }
 
-__device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(a),
-               "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
 }  // namespace flash_xlstm::cuda::ptx

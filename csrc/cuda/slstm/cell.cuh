@@ -1,8 +1,8 @@
 // One unit of the sLSTM at one token, forward and backward: what all kernels share.
 #pragma once
 
-#include "cuda/numeric.cuh"
-#include "slstm_params.h"
+#include "cuda/common/numeric.cuh"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cuda {
 

@@ -1,7 +1,8 @@
 // Which kernels serve an sLSTM problem. A faster path for one GPU is a branch here.
-#include "cuda/slstm/launch.h"
+#include "params/slstm.h"
 
 #include <algorithm>
+#include <string>
 
 #include "cuda/slstm/portable.h"
 #include "cuda/slstm/weights.h"
@@ -51,6 +52,13 @@ int64_t slstm_backward_workspace_bytes(const SlstmBackward& params) {
 cudaError_t slstm_backward(const SlstmBackward& params, void* workspace, cudaStream_t stream) {
   const cudaError_t status = backward_loop(params, workspace, stream);
   return status == cudaSuccess ? slstm_weight_gradients(params, workspace, stream) : status;
+}
+
+std::string slstm_words([[maybe_unused]] int major, [[maybe_unused]] int minor) {
+#ifdef FLASH_XLSTM_WITH_HOPPER
+  if (major == 9 && minor == 0) return slstm_hopper::words() + ", else portable";
+#endif
+  return "portable";
 }
 
 }  // namespace flash_xlstm::cuda

@@ -8,9 +8,10 @@
 //
 // State and h (forward, 20 floats a unit of dim) or gradients and dx (backward, 32) lie in shared memory where they
 // fit, else in the scratch buffer: no limit on dim.
+#include "cuda/common/device.h"
 #include "cuda/slstm/cell.cuh"
-#include "cuda/slstm/launch.h"
 #include "cuda/slstm/portable.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cuda {
 namespace {
@@ -315,17 +316,10 @@ bool can_load_vectors(const void* weights, int64_t dim) {
 int64_t blocks_of(const SlstmProblem& p) { return p.heads * ((p.rows + block_rows - 1) / block_rows); }
 
 // Shared memory where `bytes` fit beside nothing else, else none.
-int64_t shared_bytes(int64_t bytes) {
-  int device = 0, limit = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    return 0;
-  }
-  return bytes <= limit ? bytes : 0;
-}
+int64_t shared_bytes(int64_t bytes) { return bytes <= shared_memory_limit() ? bytes : 0; }
 
 int64_t weight_bytes(const SlstmProblem& p) {
-  const int64_t bytes = 4 * p.heads * p.dim * p.dim * (p.weight_dtype == DType::float32 ? 4 : 2);
+  const int64_t bytes = 4 * p.heads * p.dim * p.dim * element_bytes(p.weight_dtype);
   return (bytes + 255) / 256 * 256;
 }
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "slstm_params.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cuda::slstm_portable {
 

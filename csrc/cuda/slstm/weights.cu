@@ -9,8 +9,8 @@
 // these are multiplied (warp_mma.cuh: float32 as three tf32 products, float16 as tf32).
 #include <algorithm>
 
-#include "cuda/device.h"
-#include "cuda/mlstm/warp_mma.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/warp_mma.cuh"
 #include "cuda/slstm/cell.cuh"
 #include "cuda/slstm/weights.h"
 

@@ -17,11 +17,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from flash_xlstm import ops
+from flash_xlstm._build import LIMITS
+from flash_xlstm._build import few_rows as few_rows_of
 
 # The dtypes and the most rows for which the op of this package takes the product.
-_CPU: tuple[tuple[torch.dtype, ...], int] = (torch.float32, torch.bfloat16, torch.float16), 4
-MOST_FEW_ROWS = 16  # on CUDA
-_CUDA: tuple[tuple[torch.dtype, ...], int] = (torch.bfloat16,), MOST_FEW_ROWS
+_CPU, _CUDA = few_rows_of("cpu"), few_rows_of("cuda")
+MOST_FEW_ROWS = _CUDA[1]
+_IN_MULTIPLE, _ALIGNMENT = LIMITS["linear_cuda_in_multiple"], LIMITS["linear_cuda_alignment"]
 
 
 class _Captured(threading.local):
@@ -96,7 +98,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         own = own_parameters(layer, nn.Linear, x)
         if own is not None:
             weight, bias = own
-            if x.is_cpu or (weight.shape[-1] % 8 == 0 and weight.data_ptr() % 16 == 0):
+            if x.is_cpu or (weight.shape[-1] % _IN_MULTIPLE == 0 and weight.data_ptr() % _ALIGNMENT == 0):
                 return ops.linear_rows(x, weight, bias, constant_weights=_captured.weights_at_rest)
     return layer(x)
 

@@ -1,11 +1,12 @@
 """Torch ops of the xLSTM. Each is backed by operators of the namespace ``torch.ops.flash_xlstm``."""
 
+from flash_xlstm.ops import pointwise
 from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.linear import fused_linear_rows, linear_rows
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
-from flash_xlstm.ops.pointwise import gated_head_norm, rms_norm, soft_cap, swiglu
+from flash_xlstm.ops.pointwise import *  # noqa: F403
 from flash_xlstm.ops.slstm import SlstmState, slstm, slstm_step
 
 __all__ = [
@@ -15,15 +16,12 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "fused_linear_rows",
-    "gated_head_norm",
     "kernel_for",
     "linear_rows",
     "mlstm",
     "mlstm_sig",
     "mlstm_step",
-    "rms_norm",
     "slstm",
     "slstm_step",
-    "soft_cap",
-    "swiglu",
 ]
+__all__ += pointwise.__all__

@@ -12,7 +12,7 @@ import torch._functorch.pyfunctorch as pyfunctorch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-import flash_xlstm._build  # noqa: F401  (registers the operators)
+from flash_xlstm import _build  # registers the operators
 
 _library = torch.library.Library("flash_xlstm", "IMPL")
 
@@ -55,7 +55,8 @@ def chunk_size_or_0(chunk_size: int | None) -> int:
             raise TypeError(f"chunk_size is {chunk_size!r:.80}; it must be a whole number or None")
         chunk_size = operator.index(chunk_size)
     if chunk_size == 0 or chunk_size is True:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be None or from 1 to 4096")
+        most = _build.LIMITS["mlstm_max_chunk_size"]
+        raise ValueError(f"chunk_size is {chunk_size}; it must be None or from 1 to {most}")
     return chunk_size
 
 

@@ -77,10 +77,10 @@ def mlstm(
         options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
         if return_final_state is not False:
             _common.check_flag("return_final_state", return_final_state)
-            h, _, c_last, n_last, m_last = _mlstm_with_state(*inputs, *options)
+            h, _, c_last, n_last, m_last = _mlstm(*inputs, *options, True)
             return h, (c_last.to(state_dtype), n_last, m_last)
         if not is_eager:
-            return _mlstm(*inputs, *options)[0]
+            return _mlstm(*inputs, *options, False)[0]
         if forward_ad._current_level >= 0:
             _common.refuse_forward_mode("mlstm", inputs)
         return _Mlstm.apply(*inputs, options) if _common.needs_gradients(inputs) else _mlstm_h(*inputs, *options)
@@ -154,7 +154,6 @@ def mlstm_step(
         raise _errors.explain(error, mlstm_step, locals()) from None
 
 
-@torch.library.register_fake("flash_xlstm::mlstm")
 @torch.library.register_fake("flash_xlstm::mlstm_forward")
 def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size):
     _common.no_mixed_meta(
@@ -171,13 +170,13 @@ def _(*args):
     return _fake(*args)[0]
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_with_state")
-def _(q, k, v, i, f, c, n, m, cu_seqlens, *options):
+@torch.library.register_fake("flash_xlstm::mlstm")
+def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state=False):
     heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
-    states = _common.num_seqs(q, cu_seqlens)
+    states = _common.num_seqs(q, cu_seqlens) if return_final_state else 0
     shapes = (states, heads, dqk, dv), (states, heads, dqk), (states, heads)
     last = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return *_fake(q, k, v, i, f, c, n, m, cu_seqlens, *options), *last
+    return *_fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size), *last
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_backward")
@@ -196,20 +195,26 @@ def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options = inputs
+    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options, ctx.return_final_state = inputs
     h, kept, *_ = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, i, f, c, n, m, cu_seqlens, _common.kept_h(q, h), kept)
 
 
-def _backward(ctx, dh, _dkept=None, dc_last=None, dn_last=None, dm_last=None):
+def _backward(ctx, dh, _dkept, dc_last, dn_last, dm_last):
+    if not ctx.return_final_state:
+        dc_last = dn_last = dm_last = None
+    return *_gradients(ctx, dh, dc_last, dn_last, dm_last), *[None] * 6
+
+
+def _gradients(ctx, dh, dc_last=None, dn_last=None, dm_last=None):
     q, k, v, i, f, c, n, m, cu_seqlens, h, kept = ctx.saved_tensors
     dq, dk, dv, di, df, dc, dn, dm = _mlstm_backward(
         dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, *ctx.options
     )  # fmt: skip
     dc, dn, dm = (g if t is not None else None for g, t in ((dc, c), (dn, n), (dm, m)))
-    return dq, dk, dv, di, df, dc, dn, dm, *[None] * 5
+    return dq, dk, dv, di, df, dc, dn, dm
 
 
 class _Mlstm(torch.autograd.Function):
@@ -225,12 +230,11 @@ class _Mlstm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh):
-        return *_backward(ctx, dh)[:8], None, None
+        return *_gradients(ctx, dh), None, None
 
 
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
 _mlstm_forward = _common.without_gradients("mlstm_forward")
 _mlstm_h = _common.without_gradients("mlstm_h")
-_mlstm_with_state = _common.differentiable("mlstm_with_state", _setup_context, _backward)
 _mlstm_step = _common.writing("mlstm_step", 5, 6, 7)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")

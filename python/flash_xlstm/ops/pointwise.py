@@ -7,6 +7,8 @@ from torch import Tensor
 
 from flash_xlstm.ops import _common, _errors
 
+__all__ = ["gated_head_norm", "rms_norm", "soft_cap", "swiglu"]
+
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """Soft-capped `x`: ``cap * tanh(x / cap)``, computed in float32 and rounded once.

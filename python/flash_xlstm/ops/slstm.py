@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from flash_xlstm._build import LIMITS
 from flash_xlstm.ops import _common, _errors
 
 SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
 _PARTS = "h, c, n, m"
-_KEPT = 6  # values of a token and unit that the forward keeps for the backward (csrc/slstm_params.h)
+_KEPT = LIMITS["slstm_kept"]  # values of a token and unit that the forward keeps for the backward
 
 
 def slstm(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["gated_head_norm", "rms_norm", "soft_cap", "swiglu"]
+
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """``cap * tanh(x / cap)``, in float32 (float64 for float64), rounded once to the dtype of x."""

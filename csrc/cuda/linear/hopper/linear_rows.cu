@@ -19,12 +19,12 @@
 // rows is more work than the products.
 #include <algorithm>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/numeric.cuh"
+#include "cuda/common/tensor_map.h"
 #include "cuda/linear/hopper/linear_rows.h"
-#include "cuda/numeric.cuh"
 #include "cuda/ptx/tma.cuh"
-#include "cuda/tensor_map.h"
 
 namespace flash_xlstm::cuda::linear_hopper {
 namespace {
@@ -268,7 +268,9 @@ Plan plan(const FusedLinearRows& p, int most_rows) {
   for (int64_t each = 1;; ++each) {
     for (int64_t columns = (total + each * blocks - 1) / (each * blocks); columns <= most; ++columns) {
       const int tiles = tiles_of(p, columns);
-      if (tiles <= each * blocks) return {tiles, static_cast<int>(columns), std::min(tiles, blocks)};
+      if (tiles <= each * blocks) {
+        return {.tiles = tiles, .columns = static_cast<int>(columns), .blocks = std::min(tiles, blocks)};
+      }
     }
   }
 }

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "pointwise_params.h"
+#include "params/linear.h"
 
 namespace flash_xlstm::cuda::linear_hopper {
 

@@ -9,8 +9,8 @@
 #include <climits>
 #include <cmath>
 
-#include "cuda/dependent_launch.cuh"
-#include "cuda/device.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -758,8 +758,10 @@ Tiles choose_tiles(const MlstmProblem& p) {
       whole ? length_chunks
             : std::clamp(length_chunks <= few * largest_cluster ? few : many, int64_t{1}, length_chunks);
   const int64_t per_seq = std::max(ceil_div(p.seq, chunks * chunk_tokens), int64_t{1});
-  return {static_cast<int>(heads), static_cast<int>(chunks), per_seq,
-          packed ? p.seq / (chunks * chunk_tokens) + p.num_seqs : per_seq * p.num_seqs};
+  return {.heads = static_cast<int>(heads),
+          .chunks = static_cast<int>(chunks),
+          .per_seq = per_seq,
+          .count = packed ? p.seq / (chunks * chunk_tokens) + p.num_seqs : per_seq * p.num_seqs};
 }
 
 cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, cudaStream_t stream) {

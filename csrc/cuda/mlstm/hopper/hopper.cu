@@ -1,19 +1,15 @@
 // The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
 // again (kept, they would take two thirds of the memory of q, k, v, h together at 256 x 512), dq with u, delta and e,
 // the states' gradients in place of the states, dk, dv, and last the gates.
-#include "cuda/device.h"
+#include "cuda/common/carver.h"
+#include "cuda/common/device.h"
+#include "cuda/common/status.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/mlstm/hopper/hopper.h"
 #include "cuda/mlstm/hopper/work.h"
-#include "cuda/tensor_map.h"
 
 namespace flash_xlstm::cuda::hopper {
 namespace {
-
-bool mappable(const Strided& t, const MlstmProblem& p) {
-  const auto good = [](int64_t stride, int64_t size) { return size == 1 || (stride > 0 && stride % 8 == 0); };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && good(t.batch, p.batch) && good(t.seq, p.seq) &&
-         good(t.head, p.heads);
-}
 
 cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
   // The stride of a dimension of size 1 is never followed, but it is checked.
@@ -24,12 +20,6 @@ cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& 
                    {static_cast<uint64_t>(dim), static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.seq),
                     static_cast<uint64_t>(p.batch)},
                    {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
-}
-
-bool serves_problem(const MlstmProblem& p) {
-  return p.dtype != DType::float32 && p.dqk % 8 == 0 && p.dv % 8 == 0 && p.dqk >= 16 && p.dv >= 16 && p.dqk <= 1024 &&
-         p.dv <= 1024 && mappable(p.q, p) && mappable(p.k, p) && mappable(p.v, p) && device_is_hopper() &&
-         encode_function() != nullptr;
 }
 
 // m: the forward's m_t where its caller wants none: the outputs read it; null: not needed.
@@ -104,11 +94,6 @@ int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, floa
   return carve(params.p, false, workspace, w, given ? nullptr : &m);
 }
 
-#define RETURN_IF_FAILED(call)                                             \
-  do {                                                                     \
-    if (cudaError_t status = (call); status != cudaSuccess) return status; \
-  } while (0)
-
 // Called after a launch: encoding needs the device's context to be this thread's, which a thread of autograd's that has
 // not yet used the device lacks. The kernel that needs no maps runs meanwhile.
 cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
@@ -144,11 +129,15 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
 
 }  // namespace
 
-bool serves(const MlstmForward& params) { return serves_problem(params.p); }
+bool serves(const MlstmProblem& p) {
+  const auto good = [](int64_t dim) { return dim % dim_step == 0 && dim >= least_dim && dim <= most_dim; };
+  return p.dtype != DType::float32 && good(p.dqk) && good(p.dv) && device_is_hopper() && encode_function() != nullptr;
+}
 
-bool serves(const MlstmBackward& params) {
-  // Without dh there is little to do.
-  return params.dh.data != nullptr && mappable(params.dh, params.p) && serves_problem(params.p);
+bool reads(const Strided& t, const MlstmProblem& p) {
+  const auto good = [](int64_t stride, int64_t size) { return size == 1 || (stride > 0 && stride % 8 == 0); };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && good(t.batch, p.batch) && good(t.seq, p.seq) &&
+         good(t.head, p.heads);
 }
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {

@@ -1,16 +1,26 @@
-// The mLSTM for compute capability 9.0: wgmma and the copy engine.
+// The mLSTM for compute capability 9.0: wgmma and the TMA.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <string>
 
-#include "mlstm_params.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::hopper {
 
-// Whether these kernels serve the problem on the current device: 16-bit dtype, sizes that are multiples of 8, strides
-// that the copy engine can follow.
-bool serves(const MlstmForward& params);
-bool serves(const MlstmBackward& params);
+// 16-bit dtypes; dqk and dv are multiples of dim_step.
+constexpr int64_t dim_step = 8, least_dim = 16, most_dim = 1024;
+
+inline std::string words() {
+  return "Hopper (wgmma) for 16-bit types with dqk and dv multiples of " + std::to_string(dim_step) + ", " +
+         std::to_string(least_dim) + " to " + std::to_string(most_dim);
+}
+
+// Whether these kernels serve the problem on the current device, if they can read its inputs.
+bool serves(const MlstmProblem& p);
+// Beyond that: with dh only. Without it there is little to do.
+inline bool serves_backward(const MlstmBackward& params) { return params.dh.data != nullptr; }
+// Whether the TMA can follow an input: 16-byte aligned, strides greater than 0 and multiples of 16 bytes.
+bool reads(const Strided& t, const MlstmProblem& p);
 
 int64_t forward_workspace_bytes(const MlstmForward& params);
 cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream);

@@ -10,7 +10,7 @@ cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const Strided& dh, 
                             cudaStream_t stream) {
   const int tile_dqk = column_tile(w.p.dqk), tile_dv = column_tile(w.p.dv);
   const int64_t tiles = w.dk_tiles + ceil_div(w.p.dv, tile_dv);
-  const OutputArgs args{w, maps, dk, dv, nullptr, nullptr, nullptr, dh, w.dk_tiles, 0};
+  const OutputArgs args{.w = w, .maps = maps, .out = dk, .dv = dv, .dh = dh, .tiles = w.dk_tiles};
 #define CASE(k, v) \
   if (tile_dqk == k && tile_dv == v) return launch_outputs<DkAndDv<k, v, T>>(args, tiles, stream)
   if constexpr (std::is_same_v<T, bf16>) {

@@ -49,8 +49,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
+#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 

@@ -36,8 +36,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/work.h"
+#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -687,34 +688,41 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const bool is_smallest = groups == 1 && column_tile(p.dv) == box;
   const int64_t room = !is_smallest ? processors : chunks < 256 ? processors * 5 / 4 : processors * 2;
   const int64_t count = std::min({room / std::max(blocks, int64_t{1}), chunks / least_chunks, most});
-  if (count < 2) return {1, 0, 0};
+  if (count < 2) return {.count = 1, .floats = 0, .flags = 0};
   const int64_t shares = 2 * count * blocks * groups;
-  return {static_cast<int>(count), shares * (column_tile(p.dv) / 2 + 4) * 128, shares + 1};
+  return {.count = static_cast<int>(count), .floats = shares * (column_tile(p.dv) / 2 + 4) * 128, .flags = shares + 1};
 }
 
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
   int* const turns = w.segment_flags;
-  StateArgs args{w,      maps.k, maps.v, maps.c, w.p.c0,    w.p.n0,      c_last,
-                 n_last, 0,      0,      turns,  turns + 1, w.state_log, nullptr};
+  StateArgs args{.w = w,
+                 .x = maps.k,
+                 .y = maps.v,
+                 .c = maps.c,
+                 .c_in = w.p.c0,
+                 .n_in = w.p.n0,
+                 .c_out = c_last,
+                 .n_out = n_last,
+                 .turns = turns,
+                 .flags = turns + 1,
+                 .log = w.state_log};
   return launch<false>(args, stream);
 }
 
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
   int* const turns = w.segment_flags + w.num_flags / 2;
-  StateArgs args{w,
-                 maps.q,
-                 maps.dh,
-                 maps.c,
-                 params.dc_last,
-                 params.dn_last,
-                 params.dc0,
-                 params.dn0,
-                 0,
-                 0,
-                 turns,
-                 turns + 1,
-                 w.grad_log,
-                 w.state_log};
+  StateArgs args{.w = w,
+                 .x = maps.q,
+                 .y = maps.dh,
+                 .c = maps.c,
+                 .c_in = params.dc_last,
+                 .n_in = params.dn_last,
+                 .c_out = params.dc0,
+                 .n_out = params.dn0,
+                 .turns = turns,
+                 .flags = turns + 1,
+                 .log = w.grad_log,
+                 .log0 = w.state_log};
   return launch<true>(args, stream);
 }
 

@@ -6,10 +6,10 @@
 
 #include <type_traits>
 
-#include "cuda/device.h"
-#include "cuda/mlstm/chunk_layout.cuh"
-#include "cuda/numeric.cuh"
-#include "mlstm_params.h"
+#include "cuda/common/device.h"
+#include "cuda/common/numeric.cuh"
+#include "cuda/mlstm/chunked/layout.cuh"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::hopper {
 

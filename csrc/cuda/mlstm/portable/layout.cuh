@@ -4,9 +4,9 @@
 // Per-token scratch is chunk-major, [chunk][head][64], so that a chunk's gates are one contiguous read.
 #pragma once
 
-#include "cuda/mlstm/chunk_layout.cuh"
-#include "cuda/numeric.cuh"
-#include "mlstm_params.h"
+#include "cuda/common/numeric.cuh"
+#include "cuda/mlstm/chunked/layout.cuh"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::portable {
 

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cuda/common/carver.h"
+#include "cuda/common/status.h"
 #include "cuda/mlstm/portable/kernels.h"
 
 namespace flash_xlstm::cuda::portable {
@@ -30,7 +32,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   l.max_chunks = packed ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
   w.dv_pitch = ceil_div(p.dv, 8) * 8;
   const int64_t slot_bytes = p.heads * p.dqk * w.dv_pitch * state_element_bytes(p.dtype);
-  const int64_t h_bytes = p.batch * p.seq * p.heads * p.dv * (p.dtype == DType::float32 ? 4 : 2);
+  const int64_t h_bytes = p.batch * p.seq * p.heads * p.dv * element_bytes(p.dtype);
   l.range_end = backward ? l.max_chunks
                          : std::clamp(std::max(h_bytes / 2, least_state_bytes) / slot_bytes, int64_t{1}, l.max_chunks);
   l.every_boundary = backward;
@@ -82,12 +84,6 @@ cudaError_t outputs(const OutputArgs& args, cudaStream_t stream) {
                         [&](auto zero) { return chunk_outputs<output, decltype(zero)>(args, stream); });
 }
 
-#define RETURN_IF_FAILED(call)                              \
-  do {                                                      \
-    if (cudaError_t status = (call); status != cudaSuccess) \
-      return status;                                        \
-  } while (0)
-
 }  // namespace
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {
@@ -105,7 +101,7 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
     w.layout.range_begin = range * count;
     w.layout.range_end = std::min(w.layout.range_begin + count, w.layout.max_chunks);
     RETURN_IF_FAILED(forward_states(w, params.c_last, params.n_last, range, stream));
-    RETURN_IF_FAILED(outputs<Output::h>({w, {}, params.h, params.s, nullptr}, stream));
+    RETURN_IF_FAILED(outputs<Output::h>({.w = w, .out = params.h, .s_out = params.s}, stream));
   }
   return cudaSuccess;
 }
@@ -122,10 +118,10 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
   RETURN_IF_FAILED(forward_states(w, nullptr, nullptr, 0, stream));
   RETURN_IF_FAILED(token_gradients(w, params, stream));
-  RETURN_IF_FAILED(outputs<Output::dq>({w, params.dh, params.dq, nullptr, w.scratch.q_dq}, stream));
+  RETURN_IF_FAILED(outputs<Output::dq>({.w = w, .dh = params.dh, .out = params.dq, .partial = w.scratch.q_dq}, stream));
   RETURN_IF_FAILED(backward_states(w, params, stream));
-  RETURN_IF_FAILED(outputs<Output::dk>({w, params.dh, params.dk, nullptr, w.scratch.k_dk}, stream));
-  RETURN_IF_FAILED(outputs<Output::dv>({w, params.dh, params.dv, nullptr, nullptr}, stream));
+  RETURN_IF_FAILED(outputs<Output::dk>({.w = w, .dh = params.dh, .out = params.dk, .partial = w.scratch.k_dk}, stream));
+  RETURN_IF_FAILED(outputs<Output::dv>({.w = w, .dh = params.dh, .out = params.dv}, stream));
   RETURN_IF_FAILED(chunk_gate_sums(w, params.dh, stream));
   return gate_gradients(w, params, stream);
 }

@@ -1,11 +1,15 @@
 // The portable mLSTM: right on any GPU from compute capability 8.0 on, for every dtype and size.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <string>
 
-#include "mlstm_params.h"
+#include "params/mlstm.h"
 
 namespace flash_xlstm::cuda::portable {
+
+inline std::string words() {
+  return "portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)";
+}
 
 int64_t forward_workspace_bytes(const MlstmForward& params);
 cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream);

@@ -266,8 +266,6 @@ cudaError_t launch(const StateArgs& args, int64_t num_seqs, cudaStream_t stream)
   });
 }
 
-int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 }  // namespace
 
 int state_tiles(const MlstmProblem& p) {
@@ -275,21 +273,37 @@ int state_tiles(const MlstmProblem& p) {
 }
 
 cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream) {
-  const int bytes = element_bytes(w.p.dtype);
+  const int64_t bytes = element_bytes(w.p.dtype);
   const Layout& l = w.layout;
   // The sequences that the range meets; packed ones are known on the device only.
   const bool packed = l.first_chunk != nullptr;
   const int64_t first = packed ? 0 : l.range_begin / l.chunks_per_seq;
   const int64_t stop = packed ? l.num_seqs : ceil_div(l.range_end, l.chunks_per_seq);
-  const StateArgs args{w, w.p.k, w.p.v, can_vectorize(w.p.k, bytes), can_vectorize(w.p.v, bytes), w.p.c0, w.p.n0,
-                       c_last, n_last, static_cast<int>(range_index % 2), first};
+  const StateArgs args{.w = w,
+                       .x = w.p.k,
+                       .y = w.p.v,
+                       .x_vectors = can_vectorize(w.p.k, bytes),
+                       .y_vectors = can_vectorize(w.p.v, bytes),
+                       .c_in = w.p.c0,
+                       .n_in = w.p.n0,
+                       .c_out = c_last,
+                       .n_out = n_last,
+                       .carry_in = static_cast<int>(range_index % 2),
+                       .first_seq = first};
   return launch<false>(args, stop - first, stream);
 }
 
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  const int bytes = element_bytes(w.p.dtype);
-  const StateArgs args{w, w.p.q, params.dh, can_vectorize(w.p.q, bytes), can_vectorize(params.dh, bytes),
-                       params.dc_last, params.dn_last, params.dc0, params.dn0, 0, 0};
+  const int64_t bytes = element_bytes(w.p.dtype);
+  const StateArgs args{.w = w,
+                       .x = w.p.q,
+                       .y = params.dh,
+                       .x_vectors = can_vectorize(w.p.q, bytes),
+                       .y_vectors = can_vectorize(params.dh, bytes),
+                       .c_in = params.dc_last,
+                       .n_in = params.dn_last,
+                       .c_out = params.dc0,
+                       .n_out = params.dn0};
   return launch<true>(args, w.layout.num_seqs, stream);
 }
 

@@ -1,7 +1,7 @@
 // Loading tiles of global matrices into shared memory.
 #pragma once
 
-#include "cuda/mlstm/warp_mma.cuh"
+#include "cuda/common/warp_mma.cuh"
 
 namespace flash_xlstm::cuda::portable {
 
@@ -63,8 +63,8 @@ __device__ __forceinline__ Matrix<T> chunk_rows(const Strided& t, bool vectors, 
   return {data + row * t.batch + first * t.seq + head * t.head, t.seq, length, dim, vectors};
 }
 
-inline bool can_vectorize(const Strided& t, int element_bytes) {
-  const int64_t width = 16 / element_bytes;
+inline bool can_vectorize(const Strided& t, int64_t item) {
+  const int64_t width = 16 / item;
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch % width == 0 && t.seq % width == 0 &&
          t.head % width == 0;
 }

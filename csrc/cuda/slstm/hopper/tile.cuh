@@ -13,11 +13,13 @@
 #include <type_traits>
 
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/slstm/cell.cuh"
+#include "cuda/slstm/hopper/hopper.h"
 
 namespace flash_xlstm::cuda::slstm_hopper {
 
-constexpr int units_a_group = 8, rows_a_tile = 8, max_dim = 768;
+constexpr int rows_a_tile = 8;
 constexpr int header_bytes = 1024;  // two barriers, then the rows
 constexpr int rows_offset = 64;
 constexpr int fragment_bytes = 512;  // a 16 x 16 operand tile, or a 16 x 8 float32 one, of a warp

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from flash_xlstm import ops, reference
+from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
 from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
 from flash_xlstm.nn.state import fitting
@@ -28,7 +29,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "selu": F.selu,
 }
-_LONGEST_KERNEL = 8  # of ops.causal_conv1d
 _CONV_FORWARD = torch_own(nn.Conv1d.forward, nn.modules.conv)
 
 
@@ -177,7 +177,7 @@ class CausalConv1d(nn.Module):
         if not _only_holds_parameters(conv):
             return self._by_the_module(conv, x, state, return_state, inplace)
         weight, bias = conv.weight[:, 0], conv.bias
-        compiled = self.kernel_size <= _LONGEST_KERNEL and x.dtype != torch.float64
+        compiled = self.kernel_size <= LIMITS["conv_max_kernel"] and x.dtype != torch.float64
         namespace = ops if compiled else reference
         if inplace and state is not None:
             return namespace.causal_conv1d_step(x[:, 0], weight, bias, state, activation="silu")[:, None], state

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.linear import are_weights_at_rest, few_rows, own_parameters, unchanged
 from flash_xlstm.nn.state import State
 from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
@@ -16,6 +17,8 @@ from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
 from flash_xlstm.ops import _common
 
+_MAX_DQK, _MAX_DIM = LIMITS["mlstm_step_cuda_max_dqk"], LIMITS["norm_cuda_max_dim"]
+_IN_MULTIPLE, _ALIGNMENT = LIMITS["linear_cuda_in_multiple"], LIMITS["linear_cuda_alignment"]
 _FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward)
 
 
@@ -57,7 +60,7 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
         return None
     weights = [w for w, _ in (norms, head, qkvo, gates, up, down)]
     if x.is_cuda and not (
-        all(map(_fits_cuda, weights)) and c.shape[2] <= 8192 and max(c.shape[3], x.shape[2]) <= 16384
+        all(map(_fits_cuda, weights)) and c.shape[2] <= _MAX_DQK and max(c.shape[3], x.shape[2]) <= _MAX_DIM
     ):
         return None
     (norm_weight, ffn_norm_weight), (head_weight,), qkvo_weights, gate_weights, up_weights, (out, down_weight) = weights
@@ -83,8 +86,8 @@ def _parameters(
 
 
 def _fits_cuda(weights: list[Tensor]) -> bool:
-    """Whether every row of every weight begins at a multiple of 16 bytes."""
-    return all(t.shape[-1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in weights)
+    """Whether every row of every weight begins where linear_rows wants it on CUDA."""
+    return all(t.shape[-1] % _IN_MULTIPLE == 0 and t.data_ptr() % _ALIGNMENT == 0 for t in weights)
 
 
 @torch.library.register_fake("flash_xlstm::mlstm_block_step")

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "cuda/common/ceil_div.h"
+
 namespace flash_xlstm::cuda {
 
 // One chunk of one head.
@@ -66,25 +68,6 @@ struct ChunkLayout {
     const int64_t left = stop - first;
     out.length = left < tokens ? static_cast<int>(left) : tokens;
   }
-};
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Hands out consecutive aligned pieces of a scratch buffer; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  void take(T*& out, int64_t count) {
-    constexpr int64_t alignment = 256;
-    out = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), alignment) * alignment;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
 };
 
 #ifdef __CUDACC__

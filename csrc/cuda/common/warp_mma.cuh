@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "cuda/numeric.cuh"
+#include "cuda/common/numeric.cuh"
 #include "cuda/ptx/mma_sync.cuh"
 
 namespace flash_xlstm::cuda {
@@ -129,10 +129,9 @@ __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], cons
 
 // acc += A B over k in [k_begin, k_end), multiples of mma_k; layouts as in load_a and multiply.
 template <typename T, bool a_across, bool b_across, int m_tiles, int n_tiles>
-__device__ __forceinline__ void warp_mma(float (&acc)[m_tiles][n_tiles][4],
-                                         const typename Arithmetic<T>::Element* a, int a_pitch,
-                                         const typename Arithmetic<T>::Element* b, int b_pitch, int k_begin,
-                                         int k_end) {
+__device__ __forceinline__ void warp_mma(float (&acc)[m_tiles][n_tiles][4], const typename Arithmetic<T>::Element* a,
+                                         int a_pitch, const typename Arithmetic<T>::Element* b, int b_pitch,
+                                         int k_begin, int k_end) {
 #pragma unroll 1
   for (int k = k_begin; k < k_end; k += Arithmetic<T>::mma_k) {
     FragmentA<T, m_tiles> f;

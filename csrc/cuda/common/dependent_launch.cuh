@@ -20,7 +20,7 @@
 
 #include <utility>
 
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 
 namespace flash_xlstm::cuda {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "mlstm_params.h"
+#include "params/types.h"
 
 namespace flash_xlstm::cuda {
 
@@ -21,11 +21,17 @@ __device__ __forceinline__ float to_float(half x) { return __half2float(x); }
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ half from_float<half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ half from_float<half>(float x) {
+  return __float2half_rn(x);
+}
 
 // One element of a tensor whose dtype is known only at run time (gates).
 __device__ __forceinline__ float load_as_float(const void* data, int64_t index, DType dtype) {
@@ -59,9 +65,7 @@ __device__ __forceinline__ void store_16(void* at, uint4 bits) {
 }
 
 // log(sigmoid(x)) to float32 rounding at both ends; 0 at +inf.
-__device__ __forceinline__ float log_sigmoid(float x) {
-  return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x));
-}
+__device__ __forceinline__ float log_sigmoid(float x) { return x >= 0.0f ? -log1pf(expf(-x)) : x - log1pf(expf(x)); }
 
 __device__ __forceinline__ double log_sigmoid(double x) { return x >= 0.0 ? -log1p(exp(-x)) : x - log1p(exp(x)); }
 

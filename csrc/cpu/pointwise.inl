@@ -1,4 +1,7 @@
-// Row-wise pointwise kernels; part of vector_kernels.inl.
+// The pointwise ops, rows side by side; part of vector_kernels.inl. The weights' gradients are summed in a number of parts
+// that depends on the number of rows only, so that they do not depend on the number of threads.
+
+namespace {
 
 template <typename Type>
 inline void load_row(float* to, const void* from, int64_t offset, int64_t count) {
@@ -23,7 +26,31 @@ inline float sum_of(const float* x, int64_t count) {
 
 inline float inverse_root(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
 
-void rms_norm(const RmsNorm& p, int64_t begin, int64_t end, float* scratch) {
+// At least 16k elements a thread: below that, waking a thread costs more than it brings.
+int64_t grain_of_rows(int64_t row_elements) { return 1 + (int64_t{1} << 14) / row_elements; }
+
+// Calls run(begin, end, dweight) for parts of the rows, and adds up what they put into their dweight.
+template <typename F>
+void in_parts(int64_t rows, int64_t columns, void* dweight, DType dtype, const F& run) {
+  constexpr int64_t max_parts = 64;
+  const int64_t least = grain_of_rows(columns), even = (rows + max_parts - 1) / max_parts;
+  const int64_t each = even > least ? even : least, parts = (rows + each - 1) / each;
+  const Floats sums(dweight == nullptr ? 0 : (parts + 1) * columns);
+  parallel(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t stop = (part + 1) * each;
+      run(part * each, stop < rows ? stop : rows, dweight == nullptr ? nullptr : sums.data() + part * columns);
+    }
+  });
+  if (dweight == nullptr) return;
+  float* total = sums.data() + parts * columns;
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t c = 0; c < columns; ++c) total[c] += sums.data()[part * columns + c];
+  }
+  unpack(dweight, dtype, columns, total, nullptr, 1, columns);
+}
+
+void rms_norm_rows(const RmsNorm& p, int64_t begin, int64_t end, float* scratch) {
   float *x = scratch, *weight = x + p.dim;
   load_weight(weight, p.weight, p.weight_dtype, 0, p.dim);
   with_dtype(p.dtype, [&](auto type) {
@@ -47,7 +74,18 @@ void rms_norm(const RmsNorm& p, int64_t begin, int64_t end, float* scratch) {
   });
 }
 
-void rms_norm_backward(const RmsNormBackward& p, int64_t begin, int64_t end, float* dweight, float* scratch) {
+}  // namespace
+
+CPU_KERNEL(rms_norm, RmsNorm) {
+  parallel(p.rows, grain_of_rows(p.dim), [&](int64_t begin, int64_t end) {
+    const Floats scratch(2 * p.dim);
+    rms_norm_rows(p, begin, end, scratch.data());
+  });
+}
+
+namespace {
+
+void rms_norm_backward_rows(const RmsNormBackward& p, int64_t begin, int64_t end, float* dweight, float* scratch) {
   float *x = scratch, *dy = x + p.dim, *weight = dy + p.dim;
   load_weight(weight, p.weight, p.weight_dtype, 0, p.dim);
   with_dtype(p.dtype, [&](auto type) {
@@ -74,6 +112,17 @@ void rms_norm_backward(const RmsNormBackward& p, int64_t begin, int64_t end, flo
   });
 }
 
+}  // namespace
+
+CPU_KERNEL(rms_norm_backward, RmsNormBackward) {
+  in_parts(p.rows, p.dim, p.dweight, p.weight_dtype, [&](int64_t begin, int64_t end, float* dweight) {
+    const Floats scratch(3 * p.dim);
+    rms_norm_backward_rows(p, begin, end, dweight, scratch.data());
+  });
+}
+
+namespace {
+
 // x becomes (x - mean) / sqrt(var + eps); returns the latter factor.
 inline float normalize(float* x, int64_t count, float eps, DType dtype) {
   // Of float32 twice: rounded, a mean that is large beside what it leaves, leaves some of itself.
@@ -86,7 +135,7 @@ inline float normalize(float* x, int64_t count, float eps, DType dtype) {
   return inverse;
 }
 
-void gated_head_norm(const GatedHeadNorm& p, int64_t begin, int64_t end, float* scratch) {
+void gated_head_norm_rows(const GatedHeadNorm& p, int64_t begin, int64_t end, float* scratch) {
   float *x = scratch, *gate = x + p.dim, *weight = gate + p.dim;
   const int64_t width = p.heads * p.dim;
   with_dtype(p.dtype, [&](auto type) {
@@ -105,8 +154,19 @@ void gated_head_norm(const GatedHeadNorm& p, int64_t begin, int64_t end, float* 
   });
 }
 
-void gated_head_norm_backward(const GatedHeadNormBackward& b, int64_t begin, int64_t end, float* dweight,
-                              float* scratch) {
+}  // namespace
+
+CPU_KERNEL(gated_head_norm, GatedHeadNorm) {
+  parallel(p.tokens, grain_of_rows(p.heads * p.dim), [&](int64_t begin, int64_t end) {
+    const Floats scratch(3 * p.dim);
+    gated_head_norm_rows(p, begin, end, scratch.data());
+  });
+}
+
+namespace {
+
+void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin, int64_t end, float* dweight,
+                                   float* scratch) {
   const GatedHeadNorm& p = b.p;
   float *x = scratch, *gate = x + p.dim, *dy = gate + p.dim, *weight = dy + p.dim;
   const int64_t width = p.heads * p.dim;
@@ -141,8 +201,21 @@ void gated_head_norm_backward(const GatedHeadNormBackward& b, int64_t begin, int
   });
 }
 
-// In pieces of float32 on the stack: loops that convert and compute at once are not vectorised.
-void swiglu(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
+}  // namespace
+
+CPU_KERNEL(gated_head_norm_backward, GatedHeadNormBackward) {
+  const int64_t columns = p.p.heads * p.p.dim;
+  in_parts(p.p.tokens, columns, p.dweight, p.p.weight_dtype, [&](int64_t begin, int64_t end, float* dweight) {
+    const Floats scratch(4 * p.p.dim);
+    gated_head_norm_backward_rows(p, begin, end, dweight, scratch.data());
+  });
+}
+
+namespace {
+
+// Columns [begin, end) of a row. In pieces of float32 on the stack: loops that convert and compute at once are not
+// vectorised.
+void swiglu_columns(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
   constexpr int64_t piece = 512;
   float x[piece], y[piece], dout[piece];
   with_dtype(p.dtype, [&](auto type) {
@@ -172,4 +245,51 @@ void swiglu(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
       }
     }
   });
+}
+
+}  // namespace
+
+CPU_KERNEL(swiglu, Swiglu) {
+  constexpr int64_t piece = 1 << 13, grain = 2;
+  const int64_t pieces = (p.columns + piece - 1) / piece;
+  parallel(p.rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t column = item % pieces * piece, stop = column + piece;
+      swiglu_columns(p, item / pieces, column, stop < p.columns ? stop : p.columns);
+    }
+  });
+}
+
+namespace {
+
+// Elements [begin, end).
+void soft_cap_elements(const SoftCap& p, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    using Bits = typename Type::Bits;
+    const Bits *x = static_cast<const Bits*>(p.x), *dy = static_cast<const Bits*>(p.dy);
+    Bits* out = static_cast<Bits*>(p.out);
+    const float cap = p.cap;
+    // In pieces of float32 on the stack: loops that convert and compute at once are not vectorised.
+    constexpr int64_t piece = 512;
+    float wide[piece];
+    for (int64_t start = begin; start < end; start += piece) {
+      const int64_t count = end - start < piece ? end - start : piece;
+      for (int64_t e = 0; e < count; ++e) wide[e] = Type::load(x[start + e]) / cap;
+      for (int64_t e = 0; e < count; ++e) wide[e] = hyperbolic_tangent(wide[e]);
+      if (dy == nullptr) {
+        for (int64_t e = 0; e < count; ++e) out[start + e] = Type::store(cap * wide[e]);
+      } else {
+        for (int64_t e = 0; e < count; ++e)
+          out[start + e] = Type::store(Type::load(dy[start + e]) * (1.0f - wide[e] * wide[e]));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+CPU_KERNEL(soft_cap, SoftCap) {
+  constexpr int64_t grain = 1 << 14;
+  parallel(p.count, grain, [&](int64_t begin, int64_t end) { soft_cap_elements(p, begin, end); });
 }

@@ -118,8 +118,10 @@ inline void slstm_units(const SlstmCell& cell) {
 }
 
 void slstm_cell(const SlstmCell& cell) {
-  if (cell.kept == nullptr) slstm_units<false>(cell);
-  else slstm_units<true>(cell);
+  if (cell.kept == nullptr)
+    slstm_units<false>(cell);
+  else
+    slstm_units<true>(cell);
 }
 
 void slstm_cell_backward(const SlstmCellBackward& cell) {

@@ -1,4 +1,4 @@
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 
 namespace flash_xlstm::cuda {
 namespace {
@@ -15,18 +15,17 @@ bool attribute(cudaDeviceAttr which, int device, int& value) {
 bool device_is_hopper() {
   static PerDevice known;  // 1 no, 2 yes
   return known.get(1, [](int device, int& value) {
-           int major = 0, minor = 0;
-           const bool found = attribute(cudaDevAttrComputeCapabilityMajor, device, major) &&
-                              attribute(cudaDevAttrComputeCapabilityMinor, device, minor);
-           value = major == 9 && minor == 0 ? 2 : 1;
-           return found;
-         }) == 2;
+    int major = 0, minor = 0;
+    const bool found = attribute(cudaDevAttrComputeCapabilityMajor, device, major) &&
+                       attribute(cudaDevAttrComputeCapabilityMinor, device, minor);
+    value = major == 9 && minor == 0 ? 2 : 1;
+    return found;
+  }) == 2;
 }
 
 int processor_count() {
   static PerDevice known;
-  return known.get(
-      1, [](int device, int& value) { return attribute(cudaDevAttrMultiProcessorCount, device, value); });
+  return known.get(1, [](int device, int& value) { return attribute(cudaDevAttrMultiProcessorCount, device, value); });
 }
 
 int shared_memory_limit() {
@@ -38,13 +37,13 @@ int shared_memory_limit() {
 bool code_knows_hopper() {
   static PerDevice known;  // 1 no, 2 yes
   return known.get(1, [](int device, int& value) {
-           cudaFuncAttributes code{};
-           int major = 0;
-           const bool yes = cudaFuncGetAttributes(&code, probe_kernel) == cudaSuccess && code.ptxVersion >= 90 &&
-                            attribute(cudaDevAttrComputeCapabilityMajor, device, major) && major >= 9;
-           value = yes ? 2 : 1;
-           return true;
-         }) == 2;
+    cudaFuncAttributes code{};
+    int major = 0;
+    const bool yes = cudaFuncGetAttributes(&code, probe_kernel) == cudaSuccess && code.ptxVersion >= 90 &&
+                     attribute(cudaDevAttrComputeCapabilityMajor, device, major) && major >= 9;
+    value = yes ? 2 : 1;
+    return true;
+  }) == 2;
 }
 
 int cluster_limit(PerDevice& known, const void* kernel, int threads, size_t shared_bytes) {

@@ -1,4 +1,6 @@
-#include "ops/cuda_context.h"
+#ifdef FLASH_XLSTM_WITH_CUDA
+#include "ops/launch.h"
+#include "ops/kernel_for.h"
 
 #include <dlfcn.h>
 
@@ -29,6 +31,7 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 Scratch::Scratch(int64_t bytes) {
+  if (bytes == 0) return;
   using Allocate = int32_t (*)(uint64_t, void**);
   static const Allocate allocate = torch_cuda_function<Allocate>("aoti_torch_cuda_caching_allocator_raw_alloc");
   if (!allocate || allocate(static_cast<uint64_t>(bytes), &data_) != 0) {
@@ -53,7 +56,7 @@ void check_device_supported(int32_t device) {
   if (device < max_devices && known_good[device].load(std::memory_order_relaxed)) return;
   int major = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "flash_xlstm");
-  if (major < 8) {
+  if (major < min_compute_capability) {
     throw std::runtime_error(join_text("flash_xlstm: cuda:", device, " has compute capability ", major,
                                        ".x; the kernels need 8.0 (Ampere) or later"));
   }
@@ -61,3 +64,4 @@ void check_device_supported(int32_t device) {
 }
 
 }  // namespace flash_xlstm
+#endif

@@ -1,0 +1,109 @@
+// The mLSTM. Strides are in elements; the last dimension of q, k, v, dh is contiguous.
+#pragma once
+
+#include <string>
+
+#include "params/types.h"
+
+namespace flash_xlstm {
+
+constexpr int64_t max_chunk_size = 4096;
+
+enum class InputGate : int { exponential = 0, sigmoid = 1 };
+
+struct MlstmProblem {
+  DType dtype = DType::float32;       // of q, k, v, h and their gradients
+  DType gate_dtype = DType::float32;  // of i, f, di, df
+  int64_t batch = 0, seq = 0, heads = 0, dqk = 0, dv = 0;
+  int64_t num_seqs = 0;  // batch, or the number of packed sequences
+  float scale = 0, eps = 0;
+  int64_t chunk_size = 0;  // 0: the kernel chooses
+  // Of i and f before anything else: cap * tanh(x / cap), infinities kept (they mark padding); 0: none.
+  float gate_soft_cap = 0.0f;
+  // sigmoid: log weights have logsigmoid(i) for i, m stays 0 (m0, m and their gradients are not touched: null).
+  InputGate input_gate = InputGate::exponential;
+  bool normalize = true;  // false (sigmoid only): d_t = 1, and no n, s (null)
+  Strided q, k, v, i, f;
+  // Initial state, one per sequence, contiguous float32; c0 == nullptr means zeros (all are given or none).
+  const float* c0 = nullptr;            // (num_seqs, heads, dqk, dv)
+  const float* n0 = nullptr;            // (num_seqs, heads, dqk)
+  const float* m0 = nullptr;            // (num_seqs, heads)
+  const int32_t* cu_seqlens = nullptr;  // (num_seqs + 1), on the kernel's device; nullptr: not packed
+};
+
+struct MlstmForward {
+  MlstmProblem p;
+  void* h = nullptr;        // (batch, seq, heads, dv) contiguous, dtype
+  float* s = nullptr;       // (batch, seq, heads): the signed normalizer sum s_t; nullptr: not wanted
+  float* m = nullptr;       // (batch, seq, heads): the stabilizer m_t; nullptr: not wanted
+  float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
+  float* n_last = nullptr;
+  float* m_last = nullptr;
+};
+
+struct MlstmBackward {
+  MlstmProblem p;
+  Strided dh;               // data == nullptr: zero
+  const void* h = nullptr;  // as the forward wrote it; float32 on CUDA only, else nullptr
+  const float* s = nullptr;
+  const float* m = nullptr;
+  const float* dc_last = nullptr;  // gradients of the final state, contiguous float32; each may be nullptr: zero
+  const float* dn_last = nullptr;
+  const float* dm_last = nullptr;
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // contiguous, dtype
+  void *di = nullptr, *df = nullptr;                 // (batch, seq, heads) contiguous, gate dtype
+  float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
+  float* dn0 = nullptr;
+  float* dm0 = nullptr;
+};
+
+// One token for every row; the state is read and written in place.
+struct MlstmStep {
+  DType dtype = DType::float32, gate_dtype = DType::float32;
+  DType state_dtype = DType::float32;  // of c: float32 or bfloat16; n and m are float32
+  int64_t batch = 0, heads = 0, dqk = 0, dv = 0;
+  int64_t num_slots = 0;  // first dimension of the state
+  float scale = 0, eps = 0;
+  float gate_soft_cap = 0.0f;  // as in MlstmProblem
+  Strided q, k, v, i, f;       // (batch, heads, dim) and (batch, heads): .seq is unused
+  void* c = nullptr;           // (num_slots, heads, dqk, dv) contiguous
+  float* n = nullptr;          // (num_slots, heads, dqk) contiguous
+  float* m = nullptr;          // (num_slots, heads) contiguous
+  // (batch): the slot of each row; -1 leaves the row out (its h is 0). nullptr: row b uses slot b.
+  const int32_t* state_indices = nullptr;
+  void* h = nullptr;           // (batch, heads, dv) contiguous, dtype
+  bool settled_state = false;  // nothing that may still run writes the state: it may be read before it has ended
+  bool holds_next = false;     // the next kernel starts only when all before this one have ended
+};
+
+namespace cpu {
+void mlstm_forward(const MlstmForward& params);
+void mlstm_backward(const MlstmBackward& params);
+void mlstm_step(const MlstmStep& params);
+}  // namespace cpu
+
+namespace cuda {
+// What must be copied, to be contiguous and 16-byte aligned, for the best kernels that the problem's sizes, dtypes and
+// the current device allow; others read every layout, but are slower.
+struct MlstmCopies {
+  bool q = false, k = false, v = false, dh = false;
+  bool any() const { return q || k || v || dh; }
+};
+MlstmCopies mlstm_copies(const MlstmForward& params);
+MlstmCopies mlstm_copies(const MlstmBackward& params);
+
+int64_t mlstm_forward_workspace_bytes(const MlstmForward& params);
+cudaError_t mlstm_forward(const MlstmForward& params, void* workspace, cudaStream_t stream);
+
+int64_t mlstm_backward_workspace_bytes(const MlstmBackward& params);
+cudaError_t mlstm_backward(const MlstmBackward& params, void* workspace, cudaStream_t stream);
+
+// The kernels that a device of this compute capability has, for people.
+std::string mlstm_words(int major, int minor);
+
+constexpr int64_t max_step_dqk = 8192;  // q and k fit a block's shared memory
+int64_t mlstm_step_workspace_bytes(const MlstmStep& params);
+cudaError_t mlstm_step(const MlstmStep& params, void* workspace, cudaStream_t stream);
+}  // namespace cuda
+
+}  // namespace flash_xlstm

@@ -1,0 +1,29 @@
+// What every problem is described with. A header of this folder describes the problems of one op family, and declares the
+// kernels that take them: cpu:: ones, and launch functions of CUDA kernels in cuda::. No torch here. Callers allocate
+// everything: a launch function with a `workspace` wants as many bytes as its `_workspace_bytes` says, 256-byte aligned.
+#pragma once
+
+#include <cstdint>
+
+#if defined(FLASH_XLSTM_WITH_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime_api.h>
+#else
+namespace flash_xlstm {
+using cudaError_t = int;  // for declarations of what is not built
+using cudaStream_t = void*;
+}  // namespace flash_xlstm
+#endif
+
+namespace flash_xlstm {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// (batch, seq, heads, dim) with a contiguous last dimension; also (batch, seq, heads).
+struct Strided {
+  const void* data = nullptr;
+  int64_t batch = 0, seq = 0, head = 0;
+};
+
+}  // namespace flash_xlstm
