@@ -108,7 +108,7 @@ def test_gate_soft_cap_leaves_padding_alone(device):
     assert all(torch.equal(t[1], was[1]) for t, was in zip(state, before, strict=True))
 
 
-# The CUDA kernel's tiles: one or many of columns, few or many rows and heads, about a multiprocessor's block for each,
+# The CUDA kernel's tiles: one or many of columns, few or many rows and heads, about an SM's block for each,
 # single elements, several tiles a block, more keys than a batch of rows.
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_norms_of_more_rows_than_are_read_ahead(op, dtype, rows, dim):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("rows", "heads", "dim"), [(40_001, 2, 256), (5003, 3, 4096), (3000, 150, 64), (9999, 1, 70)])
 def test_gated_head_norm_in_rounds(dtype, rows, heads, dim):
-    """Tokens enough for several blocks behind one another; more heads than multiprocessors."""
+    """Tokens enough for several blocks behind one another; more heads than SMs."""
     inputs = gated_head_norm_inputs("cuda", dtype, rows=rows, dim=dim, heads=heads)
     assert_matches("gated_head_norm", inputs)
     for a, b in zip(run(ops.gated_head_norm, inputs), run(ops.gated_head_norm, inputs), strict=True):

@@ -2,7 +2,7 @@
 // so that a chain of short kernels does not pay a start for each.
 //
 // A kernel launched by `launch_early` must call `wait_for_earlier_kernels` in every thread that goes on, before it
-// reads or writes what another kernel writes or reads; until then it may fetch into the second-level cache, which
+// reads or writes what another kernel writes or reads; until then it may fetch into the L2 cache, which
 // serves everyone, or read what the caller has promised is at rest (FusedLinearRows::constant_weights,
 // MlstmStep::settled_state), and nothing else. It calls `let_next_kernel_start` where the next may begin to do that:
 // mostly at once, so that several kernels may be under way; behind its own wait (`holds_next`) where the next one's

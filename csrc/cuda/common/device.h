@@ -29,7 +29,7 @@ class PerDevice {
 
 // Compute capability 9.0, whose 90a target has wgmma.
 bool device_is_hopper();
-// Multiprocessors; 1 on an error.
+// SMs; 1 on an error.
 int processor_count();
 // Bytes of shared memory that a block may ask for; 0 on an error.
 int shared_memory_limit();

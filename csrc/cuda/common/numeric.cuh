@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_from_float(void* data, int64_t index, DTyp
   }
 }
 
-// 16 bytes that are read once: they need not pass through the first-level cache.
+// 16 bytes that are read once: they need not pass through the L1 cache.
 __device__ __forceinline__ uint4 load_16_once(const void* at) {
   uint4 bits;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,4 +1,4 @@
-// Tensor maps of 16-bit elements, which tell the copy engine of compute capability 9.0 how a tensor lies in memory.
+// Tensor maps of 16-bit elements, which tell the TMA of compute capability 9.0 how a tensor lies in memory.
 #pragma once
 
 #include <cuda.h>

@@ -17,7 +17,7 @@
 //   - Several products of one x are one launch: a block finds its part of the columns.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a block takes 8 rows of each of A and B.
 //   - The launch may overlap the kernel before (dependent_launch.cuh): the blocks that may come early fetch the
-//     beginning of their rows of W into the second-level cache before they wait for x.
+//     beginning of their rows of W into the L2 cache before they wait for x.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include "cuda/common/dependent_launch.cuh"

@@ -13,14 +13,14 @@
 // else is waited for. Sums over rows go through shuffles, then through shared memory, in a fixed order.
 //
 //   tiles            threads  lanes  bytes of a row  blocks at 8 heads, dv 512, float32
-//   few (row, head)  512*     8      128             16 for each: batch 1 fills 128 multiprocessors
+//   few (row, head)  512*     8      128             16 for each: batch 1 fills 128 SMs
 //   many             256      16     256             8 for each
-//   one wave         512      64     1024            2 for each: batch 8 fills 128 multiprocessors
+//   one wave         512      64     1024            2 for each: batch 8 fills 128 SMs
 //   dv > 1024 x 4 B  256      32     512             dv / 128
 //   * 256 where c is bfloat16, which takes more registers
 //
-// Clusters of 8 leave some multiprocessors without a block, and where there is one wave of blocks and a bit, that bit
-// takes as long as a wave: so as many (row, head) as make one block a multiprocessor have clusters of 2.
+// Clusters of 8 leave some SMs without a block, and a partial second wave takes as long as a full one. So as many (row,
+// head) as make one block an SM have clusters of 2.
 #include <algorithm>
 #include <cstring>
 
@@ -34,7 +34,7 @@ namespace {
 
 // Few enough (row, head) that 16 blocks of 512 threads each run together.
 constexpr int64_t few_items = 16;
-// Of many (row, head), blocks ask the second-level cache for two batches of rows of c first of all, else for one.
+// Of many (row, head), blocks ask the L2 cache for two batches of rows of c first of all, else for one.
 constexpr int64_t many_items = 2048;
 constexpr int portable_cluster = 8, largest_cluster = 16;
 
@@ -93,7 +93,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Fetches all that a (row, head) needs but c into the second-level cache.
+// Fetches all that a (row, head) needs but c into the L2 cache.
 template <int threads>
 __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row, int head, int64_t state) {
   const int64_t item = element_bytes(p.dtype), gate_item = element_bytes(p.gate_dtype);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row
 }
 
 // tiles: columns' tiles of a (row, head), which `blocks` blocks (a cluster, if `clustered`) share. counters: one zero
-// for each (row, head), where not clustered and blocks > 1. early_batches: of c, fetched into the second-level cache.
+// for each (row, head), where not clustered and blocks > 1. early_batches: of c, fetched into the L2 cache.
 template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 __global__ void __launch_bounds__(threads, resident)
     step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters,
@@ -341,7 +341,7 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
 template <typename C>
 cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int width = 16 / sizeof(C);
-  // Blocks a multiprocessor: 80 registers a thread hold 8 rows of float32, bfloat16 ones take more.
+  // Blocks an SM: 80 registers a thread hold 8 rows of float32, bfloat16 ones take more.
   constexpr int resident = width == 8 ? 2 : 3;
   if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) {
     return launch<C, 1, 32, 256, 8, 3>(p, counters, stream);

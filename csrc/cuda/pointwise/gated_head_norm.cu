@@ -1,7 +1,7 @@
 // y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradient: each row of a head read once (rows.cuh).
 // The variance is of what the mean leaves, so that a large mean costs no precision.
 //
-// A block of the gradient stays with one head. Memory serves some multiprocessors faster than others: with the tokens
+// A block of the gradient stays with one head. Memory serves some SMs faster than others: with the tokens
 // dealt out once to one block for each, some were done long before others, and those that were left could not use all
 // of memory's bandwidth. So where there are tokens enough, they are dealt out to several rounds of blocks, and who is
 // done takes the next. The warps of a row meet once: each has the moments of its share about the share's own mean.
@@ -286,7 +286,7 @@ bool vectors(const GatedHeadNormBackward& b) {
   return vectors(b.p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate);
 }
 
-// A round has at most one block for each multiprocessor, and a block rows enough that its sums of dweight, which are
+// A round has at most one block for each SM, and a block rows enough that its sums of dweight, which are
 // written and read again, count for little.
 Walk walk_of(const GatedHeadNorm& p, int64_t groups) {
   constexpr int64_t most_rounds = 32;

@@ -6,7 +6,7 @@
 //   4, 8, 16, 32 KiB       64, 128, 256, 512     4
 //   any, unaligned         512                   32 single elements
 //
-// Forward, a group has one row, in registers. The gradients' blocks, one a multiprocessor at a time, walk over rows and
+// Forward, a group has one row, in registers. The gradients' blocks, one an SM at a time, walk over rows and
 // keep their share of the weight's gradient in registers. They read a row ahead: each thread copies its packs of the
 // next row into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so
 // that it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into
@@ -56,14 +56,14 @@ struct RowLayout {
   static constexpr int capacity = row_threads * packs * width;
 };
 
-// For __launch_bounds__ of a forward kernel: registers for this many threads a multiprocessor where a thread has four
+// For __launch_bounds__ of a forward kernel: registers for this many threads an SM where a thread has four
 // packs, and for half as many again where it has two, so that enough is on its way from memory.
 template <typename L>
 constexpr int resident_blocks(int threads) {
   return L::width == 1 ? 1 : std::max(1, (L::packs == 2 ? threads * 3 / 2 : threads) / L::block_threads);
 }
 
-// Rows are read once: the first-level cache is for the weight.
+// Rows are read once: the L1 cache is for the weight.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> load_once(const void* data, int64_t element) {
   const T* at = static_cast<const T*>(data) + element;
@@ -283,7 +283,7 @@ __device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64
   }
 }
 
-// The same into the second-level cache only: for before wait_for_earlier_kernels, while memory has little else to do.
+// The same into the L2 cache only: for before wait_for_earlier_kernels, while memory has little else to do.
 template <typename L, typename Element = typename L::T>
 __device__ __forceinline__ void prefetch_row(const void* data, int64_t start, int count) {
   constexpr int threads = 128 / (L::width * sizeof(Element));  // for one line of the cache
@@ -462,7 +462,7 @@ int walking_bytes(int tensors, int stages) {
   return std::max(stages * tensors * L::row_slots * 16, sums);
 }
 
-// How many blocks walk over `rows`, `groups` at a time each: one a multiprocessor, but no more than it takes for all to
+// How many blocks walk over `rows`, `groups` at a time each: one an SM, but no more than it takes for all to
 // be done at once.
 inline int64_t walking_blocks(int64_t rows, int64_t groups, int64_t processors) {
   const int64_t turns = std::max<int64_t>(1, (rows + groups * processors - 1) / (groups * processors));

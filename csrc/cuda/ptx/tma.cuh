@@ -1,4 +1,4 @@
-// Thin wrappers of mbarrier, the bulk tensor copy engine and the instructions around them (sm_90).
+// Thin wrappers of mbarrier, the TMA and the instructions around them (sm_90).
 #pragma once
 
 #include <cuda.h>
@@ -76,10 +76,10 @@ __device__ __forceinline__ void bulk_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Makes this thread's ordinary shared-memory stores visible to the copy engine and wgmma.
+// Makes this thread's ordinary shared-memory stores visible to the TMA and wgmma.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Between ordinary accesses, of this thread or of others whose flag it has seen, and those of the copy engine.
+// Between ordinary accesses, of this thread or of others whose flag it has seen, and those of the TMA.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Keeps the compiler from moving loads across: it would hoist so many that registers run out. A real instruction, since

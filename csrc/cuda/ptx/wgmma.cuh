@@ -9,7 +9,7 @@
 
 namespace flash_xlstm::cuda::ptx {
 
-// Operand tiles lie in shared memory as the copy engine writes them: boxes of 64 elements (128 bytes) a row, swizzled
+// Operand tiles lie in shared memory as the TMA writes them: boxes of 64 elements (128 bytes) a row, swizzled
 // by 128 bytes, aligned to 1024. K-major: a row is one index of M or N and the box holds 64 of K; a k16 step is 32
 // bytes further on. Transposed (B only): a row is one index of K and the box holds 64 of N; a k16 step is 2048 bytes
 // further on, the next 64 of N is `box_bytes` further on.

@@ -1,9 +1,9 @@
 // y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums, on Hopper: what decoding does with every weight.
-// Each multiprocessor has one block, and each block nearly the same number of W's rows: so all end together, and each
+// Each SM has one block, and each block nearly the same number of W's rows: so all end together, and each
 // reads its share as one stream, from the first stage to the last, that never waits for a sum.
 //
 // The rows of W are cut into tiles, as tall as makes them come out even (up to 48). A stage holds 128 of k of a tile's
-// rows and of every row of x, boxes of the copy engine; x comes from the second-level cache, once for each tile. Eight
+// rows and of every row of x, boxes of the TMA; x comes from the L2 cache, once for each tile. Eight
 // warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and W as the 8
 // columns, their operands brought by ldmatrix. A stage is given back as soon as it is in registers: to multiply while
 // the next is read, and give it back one later, was slower. At a tile's end the four sums over k are added through
@@ -12,9 +12,9 @@
 // Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
 //   - Several products of one x are one launch: the tiles of all are dealt out.
 //   - A residual is added where y is written. For silu(x A^T) * (x B^T) a tile has rows of A and the same of B.
-//   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found a multiprocessor begins
+//   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found an SM begins
 //     to read W, where the caller has promised that nothing under way writes it (`constant_weights`). Without the
-//     promise W waits as x does; fetching it into the second-level cache meanwhile gained nothing.
+//     promise W waits as x does; fetching it into the L2 cache meanwhile gained nothing.
 // An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
 // rows is more work than the products.
 #include <algorithm>
@@ -35,7 +35,7 @@ constexpr int warp_k = 32, stage_k = k_groups * warp_k;  // of a warp, of a stag
 // A box: 64 of k, 128 bytes of a row, whose 16-byte pieces are swizzled.
 constexpr int box_k = 64, boxes = stage_k / box_k, row_bytes = box_k * 2;
 constexpr int most_stages = 16, largest_tile = 48;
-// More than half of a multiprocessor's, so that each has one block. With room for two, the blocks of the next launch
+// More than half of an SM's, so that each has one block. With room for two, the blocks of the next launch
 // would come while this one's end, two where one has ended early and none elsewhere.
 constexpr int exclusive_bytes = 116 * 1024, shared_limit = 203 * 1024;
 // Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for; but

@@ -708,8 +708,8 @@ cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks,
 }
 
 // The scan's tiles: of so few heads that a cluster of portable size has a block for every tile of a sequence, where
-// that is enough; so long sequences occupy as many multiprocessors as many short ones do. Of two at most, and of 16
-// warps rather than 32: smaller clusters fit together where some multiprocessors are left over (on an H200, 15 clusters
+// that is enough; so long sequences occupy as many SMs as many short ones do. Of two at most, and of 16
+// warps rather than 32: smaller clusters fit together where some SMs are left over (on an H200, 15 clusters
 // of 8 blocks of 32 warps do, and 8 sequences of 8 heads make 16).
 Tiles choose_scan_tiles(const Work& w) {
   Tiles tiles = w.tiles;
@@ -746,7 +746,7 @@ int choose_cluster(const Work& w) {
 }  // namespace
 
 // Blocks of up to 32 warps where a tile then has the whole sequence, and nothing is carried. Else of 16 warps, two of
-// which fit a multiprocessor, as long as a cluster has a block for every tile; behind that of 32.
+// which fit an SM, as long as a cluster has a block for every tile; behind that of 32.
 Tiles choose_tiles(const MlstmProblem& p) {
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t groups = ceil_div(p.heads, most_heads), heads = ceil_div(p.heads, groups);

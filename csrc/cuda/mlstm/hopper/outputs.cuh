@@ -38,7 +38,7 @@
 //
 // Small heads (up to 64 x 64, bfloat16) are bound by the length of a tile's chain of waits. There the gates come
 // through the ring, what serves twice is loaded once (A for T and S; dk's operands for dv), P stays in registers, and
-// two blocks that make h share a multiprocessor: see SmallShared. h's blocks start beside those of the states, where
+// two blocks that make h share an SM: see SmallShared. h's blocks start beside those of the states, where
 // these leave room, instead of behind them, and take tiles in the order in which the states come: k and v, which both
 // read, are then still in the L2 cache, and neither's ramps are for nothing.
 //
@@ -106,7 +106,7 @@ struct OutputShared {
   uint64_t full[num_stages], empty[num_stages];
 };
 
-// Small tiles, of heads up to 64 x 64: `blocks` blocks share a multiprocessor. A stage holds one operand, S with the
+// Small tiles, of heads up to 64 x 64: `blocks` blocks share an SM. A stage holds one operand, S with the
 // gates and the tile itself beside it. dk and dv of a chunk are made one after the other, from what is loaded once.
 template <int blocks>
 struct SmallShared {
@@ -324,7 +324,7 @@ __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh
   unsigned char* const to = sh.stage[ring.stage];
   uint64_t* full = &sh.full[ring.stage];
   *reinterpret_cast<Tile*>(to + Shared::tile_at) = tile;
-  ptx::fence_async_shared();  // before the copy engine overwrites it, in time
+  ptx::fence_async_shared();  // before the TMA overwrites it, in time
   const auto load_item = [&](int offset, const CUtensorMap& map) {
     ptx::tma_load(to + offset, &map, full, 0, 0, tile.item);
   };

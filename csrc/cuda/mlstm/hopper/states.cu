@@ -7,7 +7,7 @@
 // A block owns a piece of one head's state, 64 dqk x tile_dv for each of its one or two consumer warpgroups, keeps it
 // in float32 registers as wgmma's accumulator, and walks the chunks of one sequence. A producer warp streams k and v (q
 // and dh) through a ring of 64-token stages. Each chunk, a consumer: rounds its piece into shared memory, from where
-// the copy engine takes it to its slot; multiplies it by g; then, for each 16 tokens, loads k^T fragments (transposed
+// the TMA takes it to its slot; multiplies it by g; then, for each 16 tokens, loads k^T fragments (transposed
 // ldmatrix), weights them in float32, rounds them and issues one m64 x tile_dv x 16 product with v straight from the
 // stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
 // chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
@@ -28,7 +28,7 @@
 // that no consumer waits for the memory that they are read from.
 //
 // Of a chunk's two halves the second's fragments are made while the first's products run. Small states (dv up to 128),
-// whose walks are bounded by the length of a step, not by what it moves, share multiprocessors where they fit. A step
+// whose walks are bounded by the length of a step, not by what it moves, share SMs where they fit. A step
 // holds a chunk's two stages to its end, so what is on its way meanwhile is the rest of the ring: at 64 x 64 four more.
 // Forward, the outputs of these start beside the walk (outputs.cuh): each waits for a flag that its state is there.
 //
@@ -683,7 +683,7 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const int groups = consumer_groups(p.dqk);
   const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
   const int64_t chunks = ceil_div(p.seq, chunk_tokens);
-  // The smallest states' blocks share multiprocessors; but the more there are, the more is walked twice. Of a long
+  // The smallest states' blocks share SMs; but the more there are, the more is walked twice. Of a long
   // sequence that is little, for most of it is forgotten.
   const bool is_smallest = groups == 1 && column_tile(p.dv) == box;
   const int64_t room = !is_smallest ? processors : chunks < 256 ? processors * 5 / 4 : processors * 2;

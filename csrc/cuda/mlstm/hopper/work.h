@@ -14,7 +14,7 @@
 namespace flash_xlstm::cuda::hopper {
 
 constexpr int chunk_tokens = 128;
-constexpr int box = 64;  // rows and columns of the copy engine's boxes; 128 bytes a row
+constexpr int box = 64;  // rows and columns of the TMA's boxes; 128 bytes a row
 constexpr int box_bytes = box * box * 2;
 
 using Layout = ChunkLayout<chunk_tokens>;
@@ -127,7 +127,7 @@ __device__ __forceinline__ float log_sum(float2 a, float2 b) { return (a.x + b.x
 __device__ __forceinline__ float log_difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
 #endif
 
-// The copy engine's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part,
+// The TMA's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part,
 // item); c as (64, row of a block, item), not swizzled: its blocks are already.
 // A block is contiguous, but racecheck takes a plain bulk copy for its thread's own stores and reports what it
 // overlaps.
