@@ -39,8 +39,8 @@
 // Small heads (up to 64 x 64, bfloat16) are bound by the length of a tile's chain of waits. There the gates come
 // through the ring, what serves twice is loaded once (A for T and S; dk's operands for dv), P stays in registers, and
 // two blocks that make h share an SM: see SmallShared. h's blocks start beside those of the states, where
-// these leave room, instead of behind them, and take tiles in the order in which the states come: k and v, which both
-// read, are then still in the L2 cache, and neither's ramps are for nothing.
+// these leave room, instead of behind them, and take tiles in the order in which the states come. k and v, which both
+// read, are then still in the L2 cache. The ramps of the two kernels overlap.
 //
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
 // out; dq: 3 stages, and 48 KiB for D (q k^T).
