@@ -96,3 +96,10 @@ def test_every_pointwise_op_is_measured_both_ways(subject, tmp_path):
         (op, name) for op in subject("pointwise").OPS for name in ("forward", "backward")
     }
     assert all("chain_time_us" in row for row in rows), rows
+
+
+def test_before_after_says_what_it_takes():
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "before_after.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "OLD NEW --out FILE" in done.stdout
