@@ -33,7 +33,7 @@ CHECKS_AHEAD = 2  # looks that may be under way
 STEPS_TO_CAPTURE = 4  # fewer do not pay for capturing
 KEPT = 4  # decoders, and graphs of each, that a model keeps
 # Of states and graphs together that a model keeps for the next call; more is freed at the end. At least so many bytes,
-# and of a GPU's memory a 48th: a row of the 7B model takes 128 MiB, and capturing anew costs a call some 0.1 s.
+# and of a GPU's memory a 48th: a row of the 7B model takes 128 MiB, and what is not kept is captured anew.
 KEPT_BYTES, KEPT_SHARE = 256 * 2**20, 48
 FIRST_ROOM = 256  # new tokens that there is room for at first; doubled as needed
 
