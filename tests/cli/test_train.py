@@ -391,7 +391,7 @@ def _special_id(values, number):
     [
         (_last_id, 2**31 - 2, "not enough memory"),
         (_last_id, 2**32 - 1, "vocab_size is 4294967296"),
-        (_last_id, 5, "the tokenizer"),
+        (_last_id, 5, "tokens the id of another"),
         (_special_id, 300, "the tokenizer gives the id 300, and its vocabulary ends at 299"),
         (_special_id, 2**32 - 1, "the tokenizer gives the id 4294967295"),
         (lambda values, number: values["post_processor"].update(special_tokens={}), 0, "cannot"),
