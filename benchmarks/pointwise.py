@@ -55,8 +55,8 @@ OPS: dict[str, tuple[Callable, Callable, int, int]] = {
 _operators = torch.ops.flash_xlstm
 # Of the outputs' gradients, then the inputs, for a chain: autograd stays out of a graph.
 GRADIENTS: dict[str, Callable] = {
-    "rms_norm": lambda dy, x, w: _operators.rms_norm_backward(dy, None, x, w, 1e-6, True),
-    "add_rms_norm": lambda dy, dsum, x, w: _operators.rms_norm_backward(dy, dsum, x, w, 1e-6, True),
+    "rms_norm": lambda dy, x, w: _operators.rms_norm_backward(dy, None, x, w, 1e-6, True, False),
+    "add_rms_norm": lambda dy, dsum, x, w: _operators.rms_norm_backward(dy, dsum, x, w, 1e-6, True, False),
     "gated_head_norm": lambda dy, h, gate, w: _operators.gated_head_norm_backward(dy, h, gate, w, 1e-6, True),
     "swiglu": lambda dout, x, y: _operators.swiglu_backward(dout, x, y),
     "soft_cap": lambda dy, x: _operators.soft_cap_backward(dy, x, 15.0),

@@ -102,6 +102,10 @@ void rms_norm_backward_rows(const RmsNormBackward& p, int64_t begin, int64_t end
         dy[c] *= weight[c];
       }
       const float mean = dot(x, dy, p.dim) / static_cast<float>(p.dim);
+      if (p.y != nullptr) {
+        Bits* y = static_cast<Bits*>(p.y) + offset;
+        for (int64_t c = 0; c < p.dim; ++c) y[c] = Type::store(x[c] * weight[c]);
+      }
       Bits* dx = static_cast<Bits*>(p.dx) + offset;
       const Bits* dsum = p.dsum == nullptr ? nullptr : static_cast<const Bits*>(p.dsum) + offset;
       for (int64_t c = 0; c < p.dim; ++c) {
@@ -182,7 +186,7 @@ void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin
         load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
         load_row<Type>(dy, b.dy, offset, p.dim);
         const float inverse = normalize(x, p.dim, p.eps, p.dtype);
-        Bits* dgate = static_cast<Bits*>(b.dgate) + offset;
+        Bits* dgate = static_cast<Bits*>(b.dgate) + (b.dgate_as_gate ? token * p.gate_stride + column : offset);
         for (int64_t c = 0; c < p.dim; ++c) {
           const float open = 1.0f / (1.0f + exponential(-gate[c])), shut = 1.0f / (1.0f + exponential(gate[c]));
           dgate[c] = Type::store(dy[c] * x[c] * weight[c] * open * shut);
@@ -217,7 +221,7 @@ namespace {
 // vectorised.
 void swiglu_columns(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
   constexpr int64_t piece = 512;
-  float x[piece], y[piece], dout[piece];
+  float x[piece], y[piece], dout[piece], out[piece];
   with_dtype(p.dtype, [&](auto type) {
     using Type = decltype(type);
     using Bits = typename Type::Bits;
@@ -235,13 +239,16 @@ void swiglu_columns(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
       } else {
         load_row<Type>(dout, p.dout, offset, count);
         for (int64_t c = 0; c < count; ++c) {
-          const float open = 1.0f / (1.0f + exponential(-x[c])), shut = 1.0f / (1.0f + exponential(x[c]));
+          const float one_over_open = 1.0f + exponential(-x[c]);
+          const float open = 1.0f / one_over_open, shut = 1.0f / (1.0f + exponential(x[c]));
           const float silu = x[c] * open;
+          out[c] = x[c] / one_over_open * y[c];
           x[c] = dout[c] * y[c] * open * (1.0f + x[c] * shut);
           y[c] = dout[c] * silu;
         }
-        store(p.dx, offset, x, count);
-        store(p.dy, offset, y, count);
+        store(p.dx, row * p.gradient_stride + column, x, count);
+        store(p.dy, row * p.gradient_stride + column, y, count);
+        if (p.out != nullptr) store(p.out, offset, out, count);
       }
     }
   });

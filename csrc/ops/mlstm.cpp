@@ -4,6 +4,7 @@
 
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
+#include "ops/mlstm.h"
 #include "params/mlstm.h"
 
 namespace flash_xlstm {
@@ -141,6 +142,17 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
+// Whether the kernels write gradients of q, k and v that are not contiguous.
+bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params) {
+#ifdef FLASH_XLSTM_WITH_CUDA
+  if (!q.is_cuda()) return false;
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  return cuda::mlstm_writes_apart(params);
+#else
+  return false;
+#endif
+}
+
 struct ForwardOutputs {
   Tensor h;
   OptTensor kept, c_last, n_last, m_last;  // what there is and was asked for
@@ -181,7 +193,7 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
-                    const Tensor& kept) {
+                    const Tensor& kept, const MlstmInto* into = nullptr) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
@@ -222,9 +234,12 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     params.dm_last = hold_float32(checked, *dm_last);
   }
 
-  Tensor dq = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
-  Tensor dk = new_empty(q, {p.batch, p.seq, p.heads, p.dqk}, q.scalar_type());
-  Tensor dv = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type());
+  const auto gradient = [&](const Tensor& to, const Tensor& of) {
+    if (into != nullptr && writes_apart(q, params)) return to;
+    return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
+  };
+  Tensor dq = gradient(into == nullptr ? q : into->dq, q), dk = gradient(into == nullptr ? q : into->dk, k);
+  Tensor dv = gradient(into == nullptr ? q : into->dv, v);
   Tensor di = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
   Tensor df = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
   const bool has_c = options.c.has_value(), has_n = has_c && options.has_n(), has_m = has_c && options.has_m();
@@ -232,6 +247,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   Tensor dn = new_empty(q, {has_n ? p.num_seqs : 0, p.heads, p.dqk}, ScalarType::Float);
   Tensor dm = new_empty(q, {has_m ? p.num_seqs : 0, p.heads}, ScalarType::Float);
   params.dq = dq.data_ptr(), params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
+  params.dq_token = dq.stride(1), params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
   params.di = di.data_ptr(), params.df = df.data_ptr();
   params.dc0 = float_data(dc, has_c);
   params.dn0 = float_data(dn, has_n);
@@ -242,6 +258,12 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
       copy_inputs(checked, params.p, copies, q, k, v);
       if (copies.dh) copy_input(checked, params.dh, *dh);
     });
+  }
+  if (into != nullptr && dq.data_ptr() != into->dq.data_ptr()) {
+    const auto copy = [&](Tensor to, const Tensor& from) {
+      torch::stable::copy_(to, torch::stable::view(from, sizes_of(to)));
+    };
+    copy(into->dq, dq), copy(into->dk, dk), copy(into->dv, dv);
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
@@ -308,6 +330,15 @@ Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last
 }
 
 }  // namespace
+
+Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const Tensor& i, const Tensor& f, const OptTensor& cu_seqlens,
+                               const Tensor& h, const Tensor& kept, std::optional<double> scale, double eps,
+                               std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  const Options options{std::nullopt, std::nullopt, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  return backward("mlstm_gated_backward", dh, std::nullopt, std::nullopt, std::nullopt, q, k, v, i, f, options, h,
+                  "kept", kept, &into);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,

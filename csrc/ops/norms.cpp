@@ -1,6 +1,7 @@
 // RMSNorm, alone and with the residual's sum in front, and the gated head-wise LayerNorm.
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
+#include "ops/norms.h"
 #include "params/pointwise.h"
 
 namespace flash_xlstm {
@@ -107,7 +108,8 @@ Tensors<2> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
   return {y, sum};
 }
 
-Tensors<2> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps, bool weight_gradient) {
+Tensors<3> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight, double eps, bool weight_gradient,
+                             bool remake) {
   const RmsNorm forward = check_rms_norm(x, weight, eps);
   RmsNormBackward p{};
   p.dtype = forward.dtype, p.weight_dtype = forward.weight_dtype;
@@ -132,13 +134,15 @@ Tensors<2> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight,
   p.weight = weight.data_ptr();
   p.dx = dx.data_ptr();
   p.dweight = weight_gradient ? dweight.data_ptr() : nullptr;
+  Tensor y = remake ? like(x) : new_empty(x, {0}, x.scalar_type());
+  p.y = remake ? y.data_ptr() : nullptr;
   if (p.rows == 0) {
     if (weight_gradient) torch::stable::zero_(dweight);
-    return {dx, dweight};
+    return {dx, dweight, y};
   }
   run<cpu::rms_norm_backward, cuda::rms_norm_backward, cuda::rms_norm_backward_workspace_bytes>("rms_norm_backward", x,
                                                                                                 p);
-  return {dx, dweight};
+  return {dx, dweight, y};
 }
 
 Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps) {
@@ -151,13 +155,17 @@ Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps) {
   return y;
 }
 
-Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps, bool weight_gradient) {
+}  // namespace
+
+Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps, bool weight_gradient,
+                                    const OptTensor& dgate_to) {
   GatedHeadNormBackward b{};
   b.p = check_gated_head_norm(h, gate, weight, eps);
   check_shape("dy", dy, sizes_of(gate), "the shape of gate");
   check_dtype("dy", dy, h.scalar_type(), ", as h");
   check_device("dy", dy, h, "h");
-  Tensor dh = new_empty(h, sizes_of(h), h.scalar_type()), dgate = new_empty(h, sizes_of(gate), h.scalar_type());
+  Tensor dh = new_empty(h, sizes_of(h), h.scalar_type());
+  Tensor dgate = dgate_to ? *dgate_to : new_empty(h, sizes_of(gate), h.scalar_type());
   Tensor dweight = new_empty(weight, {weight_gradient ? weight.numel() : 0}, weight.scalar_type());
   if (b.p.tokens == 0) {
     if (weight_gradient) torch::stable::zero_(dweight);
@@ -168,10 +176,18 @@ Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor wei
   b.dy = dy.data_ptr();
   b.dh = dh.data_ptr();
   b.dgate = dgate.data_ptr();
+  b.dgate_as_gate = dgate_to.has_value();
   b.dweight = weight_gradient ? dweight.data_ptr() : nullptr;
   run<cpu::gated_head_norm_backward, cuda::gated_head_norm_backward, cuda::gated_head_norm_backward_workspace_bytes>(
       "gated_head_norm_backward", h, b);
   return {dh, dgate, dweight};
+}
+
+namespace {
+
+Tensors<3> plain_gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps,
+                                          bool weight_gradient) {
+  return gated_head_norm_backward(dy, h, gate, weight, eps, weight_gradient, std::nullopt);
 }
 
 }  // namespace
@@ -180,8 +196,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   lib.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
   lib.def(
-      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps, bool weight_gradient) "
-      "-> (Tensor dx, Tensor dweight)");
+      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps, bool weight_gradient, bool remake) "
+      "-> (Tensor dx, Tensor dweight, Tensor y)");
   lib.def("gated_head_norm(Tensor h, Tensor gate, Tensor weight, float eps) -> Tensor");
   lib.def(
       "gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, float eps, bool weight_gradient) "
@@ -193,7 +209,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   lib.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   lib.impl("gated_head_norm", TORCH_BOX(&gated_head_norm));
-  lib.impl("gated_head_norm_backward", TORCH_BOX(&gated_head_norm_backward));
+  lib.impl("gated_head_norm_backward", TORCH_BOX(&plain_gated_head_norm_backward));
 }
 
 static const DescribedOp described_rms_norm("rms_norm");

@@ -50,7 +50,8 @@ struct MlstmBackward {
   const float* dc_last = nullptr;  // gradients of the final state, contiguous float32; each may be nullptr: zero
   const float* dn_last = nullptr;
   const float* dm_last = nullptr;
-  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // contiguous, dtype
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // (batch, seq, heads, dim), dtype; heads of a token side by side
+  int64_t dq_token = 0, dk_token = 0, dv_token = 0;  // elements from a token to the next; heads * dim: contiguous
   void *di = nullptr, *df = nullptr;                 // (batch, seq, heads) contiguous, gate dtype
   float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
@@ -91,6 +92,8 @@ struct MlstmCopies {
 };
 MlstmCopies mlstm_copies(const MlstmForward& params);
 MlstmCopies mlstm_copies(const MlstmBackward& params);
+// Whether the kernels that serve the problem write dq, dk and dv that are not contiguous.
+bool mlstm_writes_apart(const MlstmBackward& params);
 
 int64_t mlstm_forward_workspace_bytes(const MlstmForward& params);
 cudaError_t mlstm_forward(const MlstmForward& params, void* workspace, cudaStream_t stream);

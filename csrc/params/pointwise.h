@@ -52,6 +52,7 @@ struct RmsNormBackward {
   const void* weight = nullptr;
   void* dx = nullptr;
   void* dweight = nullptr;  // nullptr: not wanted
+  void* y = nullptr;        // the forward's output, made again; nullptr: not wanted
 };
 namespace cpu {
 void rms_norm_backward(const RmsNormBackward& params);
@@ -84,6 +85,7 @@ struct GatedHeadNormBackward {
   GatedHeadNorm p;  // without y
   const void* dy = nullptr;
   void *dh = nullptr, *dgate = nullptr;
+  bool dgate_as_gate = false;  // rows of dgate as far apart as the gate's; else contiguous
   void* dweight = nullptr;  // nullptr: not wanted
 };
 namespace cpu {
@@ -103,8 +105,9 @@ struct Swiglu {
   const void* y = nullptr;
   int64_t y_stride = 0;
   const void* dout = nullptr;         // nullptr: forward
-  void* out = nullptr;                // forward
+  void* out = nullptr;                // contiguous; backward: made again, nullptr: not wanted
   void *dx = nullptr, *dy = nullptr;  // backward
+  int64_t gradient_stride = 0;        // of rows of dx and of dy
 };
 namespace cpu {
 void swiglu(const Swiglu& params);

@@ -442,10 +442,10 @@ def test_row_ops_opcheck(device, dtype, op):
     if op == "add_rms_norm":
         for wanted in (True, False):
             torch.library.opcheck(
-                torch.ops.flash_xlstm.rms_norm_backward, (dy, plain[1], plain[0], plain[2], *options, wanted)
+                torch.ops.flash_xlstm.rms_norm_backward, (dy, plain[1], plain[0], plain[2], *options, wanted, not wanted)
             )
     else:
-        wanted = () if op == "swiglu" else (True,)
+        wanted = {"swiglu": (), "rms_norm": (True, True)}.get(op, (True,))
         arguments = (dy, None, *plain) if op == "rms_norm" else (dy, *plain)
         torch.library.opcheck(getattr(torch.ops.flash_xlstm, f"{op}_backward"), (*arguments, *options, *wanted))
 

@@ -17,6 +17,7 @@ struct Path {
   bool (*serves)(const MlstmProblem& p);                   // on the current device, if it reads the inputs
   bool (*serves_backward)(const MlstmBackward& params);    // beyond that
   bool (*reads)(const Strided& t, const MlstmProblem& p);  // an input as it lies
+  bool writes_apart;                                       // dq, dk and dv that are not contiguous
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
   cudaError_t (*forward)(const MlstmForward& params, void* workspace, cudaStream_t stream);
   int64_t (*backward_workspace_bytes)(const MlstmBackward& params);
@@ -30,6 +31,7 @@ constexpr Path paths[] = {
      .serves = hopper::serves,
      .serves_backward = hopper::serves_backward,
      .reads = hopper::reads,
+     .writes_apart = true,
      .forward_workspace_bytes = hopper::forward_workspace_bytes,
      .forward = hopper::forward,
      .backward_workspace_bytes = hopper::backward_workspace_bytes,
@@ -40,6 +42,7 @@ constexpr Path paths[] = {
      .serves = [](const MlstmProblem&) { return true; },
      .serves_backward = [](const MlstmBackward&) { return true; },
      .reads = [](const Strided&, const MlstmProblem&) { return true; },
+     .writes_apart = false,
      .forward_workspace_bytes = portable::forward_workspace_bytes,
      .forward = portable::forward,
      .backward_workspace_bytes = portable::backward_workspace_bytes,
@@ -81,6 +84,7 @@ const Path& path_with_copies(const Params& params) {
 
 MlstmCopies mlstm_copies(const MlstmForward& params) { return copies(path_with_copies(params), params); }
 MlstmCopies mlstm_copies(const MlstmBackward& params) { return copies(path_with_copies(params), params); }
+bool mlstm_writes_apart(const MlstmBackward& params) { return path_with_copies(params).writes_apart; }
 
 int64_t mlstm_forward_workspace_bytes(const MlstmForward& params) {
   return path_for(params).forward_workspace_bytes(params);

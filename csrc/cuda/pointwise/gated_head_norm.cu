@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
           dgate[e] = through * normed * shut[k % L::kept_packs][e];
           dh[e] = inverse * (through - through_mean - normed * along);
         }
-        store_pack(b.dgate, start + k * L::row_threads * width, round_pack<T>(dgate));
+        store_pack(b.dgate, (b.dgate_as_gate ? gate_start : start) + k * L::row_threads * width, round_pack<T>(dgate));
         store_pack(b.dh, start + k * L::row_threads * width, round_pack<T>(dh));
       }
     }

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_th
   }
 }
 
-// with_dsum: p.dsum is there.
-template <typename L, bool with_dsum>
+// with_dsum, with_y: p.dsum, p.y are there.
+template <typename L, bool with_dsum, bool with_y>
 __global__ void __launch_bounds__(walk_threads, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackward p, float* partial, int stages) {
   let_next_kernel_start();
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
       const float inverse = rsqrtf(sums[0] * share + p.eps), mean = sums[1] * inverse * share;
 #pragma unroll
       for (int k = 0; k < L::packs; ++k) {
-        float past[width], dx[width];
+        float past[width], dx[width], y[width];
         if (!L::kept) read(k);
         if (with_dsum) unpack(past, read_pack<L>(slot + 2 * S::tensor_bytes, p.dsum, start, k, count));
 #pragma unroll
@@ -151,9 +151,12 @@ __global__ void __launch_bounds__(walk_threads, 1)
           dweight[k][e] += incoming * normed;
           dx[e] = inverse * (weight[k][e] * incoming - normed * mean);
           if (with_dsum) dx[e] += past[e];
+          if (with_y) y[e] = normed * weight[k][e];
         }
-        if ((thread + k * L::row_threads) * width < count)
+        if ((thread + k * L::row_threads) * width < count) {
           store_pack(p.dx, start + k * L::row_threads * width, round_pack<T>(dx));
+          if (with_y) store_pack(p.y, start + k * L::row_threads * width, round_pack<T>(y));
+        }
       }
     }
   }
@@ -165,7 +168,8 @@ bool vectors(const RmsNorm& p) {
   return aligned_16(p.x) && aligned_16(p.residual) && aligned_16(p.weight) && aligned_16(p.y) && aligned_16(p.sum);
 }
 bool vectors(const RmsNormBackward& p) {
-  return aligned_16(p.x) && aligned_16(p.dy) && aligned_16(p.dsum) && aligned_16(p.weight) && aligned_16(p.dx);
+  return aligned_16(p.x) && aligned_16(p.dy) && aligned_16(p.dsum) && aligned_16(p.weight) && aligned_16(p.dx) &&
+         aligned_16(p.y);
 }
 
 int64_t backward_blocks(const RmsNormBackward& p, int64_t groups) {
@@ -195,7 +199,10 @@ cudaError_t rms_norm_backward(const RmsNormBackward& p, void* workspace, cudaStr
     const int tensors = p.dsum != nullptr ? 3 : 2, stages = walking_stages<L>(tensors);
     const int bytes = walking_bytes<L>(tensors, stages);
     float* partial = p.dweight == nullptr ? nullptr : static_cast<float*>(workspace);
-    const auto kernel = p.dsum != nullptr ? rms_norm_backward_kernel<L, true> : rms_norm_backward_kernel<L, false>;
+    const auto kernel = p.dsum == nullptr ? p.y == nullptr ? rms_norm_backward_kernel<L, false, false>
+                                                           : rms_norm_backward_kernel<L, false, true>
+                        : p.y == nullptr  ? rms_norm_backward_kernel<L, true, false>
+                                          : rms_norm_backward_kernel<L, true, true>;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
     status = launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(walk_threads), bytes, 1, stream, p, partial,

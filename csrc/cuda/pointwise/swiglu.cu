@@ -7,7 +7,7 @@ namespace {
 
 constexpr int threads = 256;
 
-template <typename T, int width, bool gradient>
+template <typename T, int width, bool gradient, bool with_out>
 __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__ Swiglu p) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__
     const int64_t at = row * p.columns + column;
     Pack<T, width> x = load_once<T, width>(p.x, row * p.x_stride + column);
     Pack<T, width> y = load_once<T, width>(p.y, row * p.y_stride + column);
-    Pack<T, width> dout{};
+    Pack<T, width> dout{}, out{};
     if (gradient) dout = load_once<T, width>(p.dout, at);
 #pragma unroll
     for (int e = 0; e < width; ++e) {
@@ -27,12 +27,14 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__
         const float open = 1.0f / (1.0f + expf(-value)), shut = 1.0f / (1.0f + expf(value));
         x.value[e] = from_float<T>(incoming * other * open * (1.0f + value * shut));
         y.value[e] = from_float<T>(incoming * value * open);
-      } else {
-        x.value[e] = from_float<T>(value / (1.0f + expf(-value)) * other);
       }
+      if (with_out) out.value[e] = from_float<T>(value / (1.0f + expf(-value)) * other);
     }
-    store_pack(gradient ? p.dx : p.out, at, x);
-    if (gradient) store_pack(p.dy, at, y);
+    if (with_out) store_pack(p.out, at, out);
+    if (gradient) {
+      store_pack(p.dx, row * p.gradient_stride + column, x);
+      store_pack(p.dy, row * p.gradient_stride + column, y);
+    }
   }
 }
 
@@ -42,7 +44,9 @@ cudaError_t launch(const Swiglu& p, cudaStream_t stream) {
   const int64_t per_block = int64_t{threads} * width;
   const dim3 grid(static_cast<unsigned>((p.columns + per_block - 1) / per_block),
                   static_cast<unsigned>(std::min(p.rows, max_rows)));
-  const auto kernel = p.dout == nullptr ? swiglu_kernel<T, width, false> : swiglu_kernel<T, width, true>;
+  const auto kernel = p.dout == nullptr  ? swiglu_kernel<T, width, false, true>
+                      : p.out == nullptr ? swiglu_kernel<T, width, true, false>
+                                         : swiglu_kernel<T, width, true, true>;
   return launch_early(kernel, grid, dim3(threads), 0, 1, stream, p);
 }
 
@@ -50,8 +54,8 @@ cudaError_t launch(const Swiglu& p, cudaStream_t stream) {
 
 cudaError_t swiglu(const Swiglu& params, cudaStream_t stream) {
   Swiglu p = params;
-  if (p.x_stride == p.columns && p.y_stride == p.columns) {  // one long row
-    p.columns = p.x_stride = p.y_stride = p.rows * p.columns;
+  if (p.x_stride == p.columns && p.y_stride == p.columns && (p.dout == nullptr || p.gradient_stride == p.columns)) {
+    p.columns = p.x_stride = p.y_stride = p.gradient_stride = p.rows * p.columns;  // one long row
     p.rows = 1;
   }
   return dispatch_dtype(p.dtype, [&](auto zero) {
@@ -59,7 +63,7 @@ cudaError_t swiglu(const Swiglu& params, cudaStream_t stream) {
     constexpr int width = 16 / sizeof(T);
     const bool vectors = aligned_16(p.x) && aligned_16(p.y) && aligned_16(p.out) && aligned_16(p.dout) &&
                          aligned_16(p.dx) && aligned_16(p.dy) && p.columns % width == 0 && p.x_stride % width == 0 &&
-                         p.y_stride % width == 0;
+                         p.y_stride % width == 0 && p.gradient_stride % width == 0;
     return vectors ? launch<T, width>(p, stream) : launch<T, 1>(p, stream);
   });
 }

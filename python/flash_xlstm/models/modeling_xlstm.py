@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +148,26 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 module.init_role = name.rpartition(".")[2]  # read by _init_weights
+
+    # transformers sets this function, and calls it in the forward's place. A block can make itself again at less cost:
+    # no mLSTM and no product that writes to the residual stream is repeated.
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        return self._checkpoint
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
+        self._torch_checkpoint = function
+
+    def _checkpoint(self, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        options = getattr(self._torch_checkpoint, "keywords", None)
+        if options is None or options.keys() - {"use_reentrant"} or not self.makes_again(x):
+            return self._torch_checkpoint(run, x, *args)
+        self._again = True
+        try:
+            return run(x, *args)
+        finally:
+            self._again = False
 
 
 class xLSTMPreTrainedModel(PreTrainedModel):

@@ -136,8 +136,9 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @torch.library.register_fake("flash_xlstm::rms_norm_backward")
-def _(dy, dsum, x, weight, eps, weight_gradient):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape if weight_gradient else 0)
+def _(dy, dsum, x, weight, eps, weight_gradient, remake):
+    dweight = weight.new_empty(weight.shape if weight_gradient else 0)
+    return x.new_empty(x.shape), dweight, x.new_empty(x.shape if remake else 0)
 
 
 @torch.library.register_fake("flash_xlstm::gated_head_norm")
@@ -162,6 +163,11 @@ def _(dout: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+@torch.library.register_fake("flash_xlstm::swiglu_joined_backward")
+def _(dout: Tensor, z: Tensor, remake: bool) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(dout.shape if remake else [0] * dout.dim())
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, ctx.cap = inputs
     ctx.save_for_backward(x)
@@ -183,7 +189,7 @@ def _setup_rms_norm(ctx, inputs, output) -> None:
 
 def _backward_rms_norm(ctx, dy):
     x, weight = ctx.saved_tensors
-    dx, dweight = _rms_norm_backward(dy, None, x, weight, ctx.eps, ctx.needs_input_grad[1])
+    dx, dweight, _ = rms_norm_backward(dy, None, x, weight, ctx.eps, ctx.needs_input_grad[1], False)
     return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 
@@ -197,7 +203,7 @@ def _backward_add_rms_norm(ctx, dy, dsum):
     total, weight = ctx.saved_tensors
     if dy is None:  # only the sum was used
         return dsum, dsum, None, None
-    dx, dweight = _rms_norm_backward(dy, dsum, total, weight, ctx.eps, ctx.needs_input_grad[2])
+    dx, dweight, _ = rms_norm_backward(dy, dsum, total, weight, ctx.eps, ctx.needs_input_grad[2], False)
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 
 
@@ -222,8 +228,9 @@ def _backward_swiglu(ctx, dout):
 
 _rms_norm = _common.differentiable("rms_norm", _setup_rms_norm, _backward_rms_norm)
 _add_rms_norm = _common.differentiable("add_rms_norm", _setup_add_rms_norm, _backward_add_rms_norm)
-_rms_norm_backward = _common.no_double_backward("rms_norm_backward")
+rms_norm_backward = _common.no_double_backward("rms_norm_backward")
 _gated_head_norm = _common.differentiable("gated_head_norm", _setup_gated_head_norm, _backward_gated_head_norm)
 _gated_head_norm_backward = _common.no_double_backward("gated_head_norm_backward")
 _swiglu = _common.differentiable("swiglu", _setup_swiglu, _backward_swiglu)
 _swiglu_backward = _common.no_double_backward("swiglu_backward")
+swiglu_joined_backward = _common.no_double_backward("swiglu_joined_backward")

@@ -170,9 +170,9 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
   RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
-  RETURN_IF_FAILED(output_dq(w, maps, params.s, params.m, params.dh, params.dq, stream));
+  RETURN_IF_FAILED(output_dq(w, maps, params, stream));
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
-  RETURN_IF_FAILED(output_dk_dv(w, maps, params.dh, params.dk, params.dv, stream));
+  RETURN_IF_FAILED(output_dk_dv(w, maps, params, stream));
   return gate_gradients(w, params, stream);
 }
 

@@ -6,11 +6,17 @@
 namespace flash_xlstm::cuda::hopper {
 
 template <typename T>
-cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv,
-                            cudaStream_t stream) {
+cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
   const int tile_dqk = column_tile(w.p.dqk), tile_dv = column_tile(w.p.dv);
   const int64_t tiles = w.dk_tiles + ceil_div(w.p.dv, tile_dv);
-  const OutputArgs args{.w = w, .maps = maps, .out = dk, .dv = dv, .dh = dh, .tiles = w.dk_tiles};
+  const OutputArgs args{.w = w,
+                        .maps = maps,
+                        .out = params.dk,
+                        .dv = params.dv,
+                        .out_token = params.dk_token,
+                        .dv_token = params.dv_token,
+                        .dh = params.dh,
+                        .tiles = w.dk_tiles};
 #define CASE(k, v) \
   if (tile_dqk == k && tile_dv == v) return launch_outputs<DkAndDv<k, v, T>>(args, tiles, stream)
   if constexpr (std::is_same_v<T, bf16>) {
@@ -30,7 +36,7 @@ cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const Strided& dh, 
   return cudaErrorInvalidValue;
 }
 
-extern template cudaError_t output_dk_dv_of<bf16>(const Work&, const Maps&, const Strided&, void*, void*, cudaStream_t);
-extern template cudaError_t output_dk_dv_of<half>(const Work&, const Maps&, const Strided&, void*, void*, cudaStream_t);
+extern template cudaError_t output_dk_dv_of<bf16>(const Work&, const Maps&, const MlstmBackward&, cudaStream_t);
+extern template cudaError_t output_dk_dv_of<half>(const Work&, const Maps&, const MlstmBackward&, cudaStream_t);
 
 }  // namespace flash_xlstm::cuda::hopper

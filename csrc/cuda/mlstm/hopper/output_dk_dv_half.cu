@@ -2,6 +2,6 @@
 
 namespace flash_xlstm::cuda::hopper {
 
-template cudaError_t output_dk_dv_of<half>(const Work&, const Maps&, const Strided&, void*, void*, cudaStream_t);
+template cudaError_t output_dk_dv_of<half>(const Work&, const Maps&, const MlstmBackward&, cudaStream_t);
 
 }  // namespace flash_xlstm::cuda::hopper

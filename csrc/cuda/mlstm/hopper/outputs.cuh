@@ -62,8 +62,9 @@ enum class Output { h, dq, dk, dv };
 struct OutputArgs {
   Work w;
   Maps maps;
-  void* out;  // contiguous (batch, seq, heads, columns); dv beside dk has its own
+  void* out;  // (batch, seq, heads, columns); dv beside dk has its own
   void* dv;
+  int64_t out_token, dv_token;  // dq, dk, dv: elements from a token to the next; h is contiguous
   const float* s;  // dq: the forward's; null: not normalized
   const float* m;  // h, dq: (batch, seq, heads); null: 0
   float* s_out;    // h; null: not wanted
@@ -83,6 +84,17 @@ struct Tile {
   int item, head, index;   // index: of the column tile
   bool has_state;          // else it is all zeros: nothing of it is read
 };
+
+// Where an output's row of a token begins. `token`: of all rows of the batch.
+template <Output output, typename T>
+__device__ __forceinline__ T* out_row(const OutputArgs& args, const Tile& tile, int64_t token, int64_t columns) {
+  if constexpr (output == Output::h)
+    return static_cast<T*>(args.out) + (token * args.w.layout.heads + tile.head) * columns;
+  else if constexpr (output == Output::dv)
+    return static_cast<T*>(args.dv) + token * args.dv_token + tile.head * columns;
+  else
+    return static_cast<T*>(args.out) + token * args.out_token + tile.head * columns;
+}
 
 template <Output output, int tile_n>
 struct OutputShared {
@@ -397,7 +409,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
     const float row_delta = __shfl_sync(all_lanes, r < 8 ? delta.x : delta.y, r % 8 * 4);
     if (row >= tile.length) continue;
     const int64_t token = (tile.row * p.seq + tile.first + row) * p.heads + tile.head;
-    T* const out = static_cast<T*>(output == Output::dv ? args.dv : args.out) + token * columns;
+    T* const out = out_row<output, T>(args, tile, tile.row * p.seq + tile.first + row, columns);
     const float2 row_log = (R::rows_are_t ? w.alpha : w.beta)[at + row];
     const float row_factor = !tile.has_state ? 0.0f
                              : R::rows_are_t ? fast_exp2(log_sum(row_log, m_start))
@@ -1078,7 +1090,9 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 #pragma unroll
   for (int y = 0; y < stores; ++y) {
     const int row = group * 64 + (warp % 4) * 16 + y * rows_a_store + lane / lanes_a_row;
-    to[y] = static_cast<T*>(is_dv ? args.dv : args.out) + token_index(row) * columns + col0 + lane % lanes_a_row * 8;
+    to[y] = is_h ? static_cast<T*>(args.out) + token_index(row) * columns
+                 : out_row<output, T>(args, tile, tile.row * l.seq + tile.first + row, columns);
+    to[y] += col0 + lane % lanes_a_row * 8;
     if (row >= tile.length) to[y] = nullptr;
   }
   // Neighbouring rows' chunks of 16 bytes at different banks.

@@ -184,10 +184,9 @@ Segments choose_segments(const MlstmProblem& p, int processors);
 // outputs.cuh
 cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream);
 // Also fills inv_d, delta, e, q_dq and the last two parts of k_dk.
-cudaError_t output_dq(const Work& w, const Maps& maps, const float* s, const float* m, const Strided& dh, void* dq,
-                      cudaStream_t stream);
+cudaError_t output_dq(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 // Also fills k_dk but its last two parts.
-cudaError_t output_dk_dv(const Work& w, const Maps& maps, const Strided& dh, void* dk, void* dv, cudaStream_t stream);
+cudaError_t output_dk_dv(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 
 // Whether the outputs' tiles are small: see outputs.cuh. float16 would need more registers, for the largest weights of
 // both blocks of T before the first is rounded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flash_xlstm.nn.state import State
+from flash_xlstm.nn.xlstm_7b import residual
 from flash_xlstm.nn.xlstm_7b.block_step import block_step
 from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
 from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
@@ -19,6 +20,8 @@ class mLSTMBlock(nn.Module):
         mlstm_layer, ffn: the two layers, of that size.
         norm_eps, use_bias: of the two norms in front of them.
     """
+
+    _again = False  # whether the forward keeps little, and the backward makes the rest again
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class mLSTMBlock(nn.Module):
             out = block_step(self, x, state, state_indices)
             if out is not None:
                 return out, state if return_state else None
+        if state is None and not return_state and residual.serves(x):
+            return self._train(x, padding, None), None
         y, state = self.mlstm_layer(
             self.norm_mlstm(x),
             state,
@@ -59,3 +64,20 @@ class mLSTMBlock(nn.Module):
         )
         normed, x = self.norm_ffn(y, x)
         return x + self.ffn(normed), state
+
+    def _train(self, x: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The forward for a backward, without states: each half as one function where it can be."""
+        mlstm, ffn = residual.mlstm_half(self, x), residual.feed_forward_half(self, x)
+        if mlstm is not None:
+            x = residual.run_mlstm(x, mlstm, padding, cu_seqlens, self._again)
+            normed = None
+        else:
+            y, _ = self.mlstm_layer(self.norm_mlstm(x), None, padding)
+            normed, x = self.norm_ffn(y, x) if ffn is None else (None, x + y)
+        if ffn is not None:
+            return residual.run_feed_forward(x, ffn, self._again)
+        return x + self.ffn(self.norm_ffn(x) if normed is None else normed)
+
+    def makes_again(self, x: Tensor) -> bool:
+        """Whether both halves keep little of x for the backward if asked to, and make the rest again."""
+        return residual.serves(x) and None not in (residual.mlstm_half(self, x), residual.feed_forward_half(self, x))

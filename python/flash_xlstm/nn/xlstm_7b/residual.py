@@ -1,0 +1,256 @@
+"""The two halves of a block, ``x + f(norm(x))``, for training: each one autograd function.
+
+The forward keeps what the backward cannot make again cheaply: x, the joined projections, and the mLSTM's h and output.
+The norms' outputs and SwiGLU's product come out of the kernels of their gradients once more. The residual is added
+within the output product's epilogue, and its gradient within the norm's. The gradients of projections that are read as
+parts of one tensor are written side by side, as the product behind them reads them.
+
+``again`` is gradient checkpointing: the forward keeps x and h alone, and the backward repeats the products between them
+(of the forward's products all but those that write to the residual stream), but no mLSTM.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from flash_xlstm.nn.linear import nothing_looks_on, own_parameters, torch_own, unchanged
+from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
+from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
+from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
+from flash_xlstm.ops import _common
+from flash_xlstm.ops.mlstm import mlstm_forward, mlstm_gated_backward
+from flash_xlstm.ops.pointwise import rms_norm_backward, swiglu_joined_backward
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LINEAR_FORWARD = torch_own(nn.Linear.forward, nn.modules.linear)
+_FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward)
+_LINEAR = torch._C._nn.linear
+_operators = torch.ops.flash_xlstm
+
+
+class MlstmHalf(NamedTuple):
+    """What the mLSTM half needs of a block."""
+
+    tensors: tuple[Tensor, ...]  # norm, head norm, out_proj; then projections, gates, the gates' biases
+    counts: tuple[int, int]  # of projections and of gates
+    sizes: tuple[int, int, int]  # heads, qk_dim, v_dim
+    numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM and head norm, soft cap, chunk size
+
+
+class FeedForwardHalf(NamedTuple):
+    """What the feed-forward half needs of a block."""
+
+    tensors: tuple[Tensor, ...]  # norm, proj_down; then projections
+    eps: float
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the halves may run on x, as far as x and what torch holds for every call go: with gradients, without
+    autocast, transforms of torch.func, another forward of :class:`~torch.nn.Linear`, and with
+    :func:`~flash_xlstm.nn.linear.nothing_looks_on`."""
+    return (
+        torch.is_grad_enabled()
+        and x.dtype in _DTYPES
+        and (x.is_cpu or x.is_cuda)
+        and x.dim() == 3
+        and x.numel() > 0
+        and nn.Linear.forward is _LINEAR_FORWARD
+        and (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward) == _FORWARDS
+        and F.linear is _LINEAR
+        and not torch.is_autocast_enabled(x.device.type)
+        and forward_ad._current_level < 0
+        and (
+            torch.compiler.is_compiling()
+            or (type(x) is Tensor and nothing_looks_on() and not torch._C._are_functorch_transforms_active())
+        )
+    )
+
+
+def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
+    """None where the half does not serve: it does not know of hooks, other modules, biases but the gates', or
+    weights elsewhere."""
+    part = block._modules.get
+    layer = part("mlstm_layer")
+    if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash"):
+        return None
+    head_norm, norm, out = layer._modules.get("multihead_norm"), part("norm_mlstm"), layer._modules.get("out_proj")
+    projections, gates = layer.projections("qkv_opreact"), layer.projections("ifgate_preact")
+    tensors = _weights(x, (norm, RMSNorm), (head_norm, MultiHeadLayerNorm), (out, nn.Linear))
+    stacked = _weights(x, *((p, nn.Linear) for p in projections))
+    gate_weights = [own_parameters(gate, nn.Linear, x) for gate in gates]
+    if tensors is None or stacked is None or any(own is None or own[1] is None for own in gate_weights):
+        return None
+    found: Any = gate_weights
+    return MlstmHalf(
+        (*tensors, *stacked, *(own[0] for own in found), *(own[1] for own in found)),
+        (len(projections), len(gates)),
+        (layer.num_heads, layer.qk_dim, layer.v_dim),
+        (norm.eps, layer.eps, head_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size)),
+    )
+
+
+def feed_forward_half(block: Any, x: Tensor) -> FeedForwardHalf | None:
+    """None where the half does not serve, as :func:`mlstm_half`."""
+    part = block._modules.get
+    ffn, norm = part("ffn"), part("norm_ffn")
+    if not unchanged(ffn, FeedForward):
+        return None
+    tensors = _weights(
+        x,
+        (norm, RMSNorm),
+        (ffn._modules.get("proj_down"), nn.Linear),
+        *((p, nn.Linear) for p in ffn.projections("proj_up_gate_z")),
+    )
+    return None if tensors is None else FeedForwardHalf(tensors, norm.eps)
+
+
+def _weights(x: Tensor, *parts: tuple[Any, type[nn.Module]]) -> tuple[Tensor, ...] | None:
+    """The weights of plain modules without biases; None if there is another."""
+    found = []
+    for part, kind in parts:
+        own = own_parameters(part, kind, x)
+        if own is None or own[1] is not None:
+            return None
+        found.append(own[0])
+    return tuple(found)
+
+
+def run_mlstm(x: Tensor, half: MlstmHalf, padding: Tensor | None, cu_seqlens: Tensor | None, again: bool) -> Tensor:
+    """``x + mlstm_layer(norm(x))``: (batch, seq, hidden_size)."""
+    return _Mlstm.apply(x, padding, cu_seqlens, half.counts, half.sizes, half.numbers, again, *half.tensors)
+
+
+def run_feed_forward(x: Tensor, half: FeedForwardHalf, again: bool) -> Tensor:
+    """``x + ffn(norm(x))``: (batch, seq, hidden_size)."""
+    return _FeedForward.apply(x, half.eps, again, *half.tensors)
+
+
+def _joined(weights: tuple[Tensor, ...]) -> Tensor:
+    """One weight of several. A copy, which costs a hundredth of the products that it joins, and is not kept."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of `weights`, as parts of the joined one."""
+    if gradient is None or len(weights) == 1:
+        return (gradient,) * len(weights)
+    return gradient.split([w.shape[0] for w in weights])
+
+
+class _Mlstm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, *tensors):
+        norm, head, out, *rest = tensors
+        parts, gates, biases = _split(rest, counts)
+        eps, mlstm_eps, head_eps, cap, chunk_size = numbers
+        normed = _operators.rms_norm(x, norm, eps).flatten(0, 1)
+        z, pre = _projected(normed, parts, gates, biases)
+        q, k, v, o, i, f = _read(z, pre, padding, x.shape, sizes)
+        h, kept = mlstm_forward(q, k, v, i, f, None, None, None, cu_seqlens, None, mlstm_eps, cap, chunk_size)
+        y = _operators.gated_head_norm(h, o, head, head_eps)
+        ctx.save_for_backward(
+            x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
+        )  # fmt: skip
+        ctx.counts, ctx.sizes, ctx.numbers = counts, sizes, numbers
+        return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), out.t()).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, padding, cu_seqlens, h, kept, z, pre, y, norm, head, out, *rest = ctx.saved_tensors
+        parts, gates, biases = _split(rest, ctx.counts)
+        eps, mlstm_eps, head_eps, cap, chunk_size = ctx.numbers
+        wants = ctx.needs_input_grad[7:]
+        want_norm, want_head, want_out, *want_rest = wants
+        want_parts, want_gates, want_biases = (any(each) for each in _split(want_rest, ctx.counts))
+        normed = None
+        if z is None:
+            normed = _operators.rms_norm(x, norm, eps).flatten(0, 1)
+            z, pre = _projected(normed, parts, gates, biases)
+        q, k, v, o, i, f = _read(z, pre, padding, x.shape, ctx.sizes)
+        if y is None:
+            y = _operators.gated_head_norm(h, o, head, head_eps)
+        dout = dout.contiguous()
+        rows = dout.flatten(0, 1)
+        dy = torch.mm(rows, out).view(y.shape)
+        d_out = torch.mm(rows.t(), y.flatten(0, 1)) if want_out else None
+        dz, di, df, d_head = mlstm_gated_backward(
+            dy, q, k, v, o, i, f, head, cu_seqlens, h, kept, None, mlstm_eps, cap, chunk_size, head_eps, want_head
+        )  # fmt: skip
+        del dy
+        dz, dpre = dz.flatten(0, 1), torch.cat((di, df), -1).flatten(0, 1)
+        # The gates' small product first: the large one adds to it in its epilogue.
+        dnormed = torch.addmm(torch.mm(dpre, _joined(gates)), dz, _joined(parts)).view(x.shape)
+        remake = normed is None and (want_parts or want_gates)
+        dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
+        del dnormed
+        normed = made.flatten(0, 1) if remake else normed
+        d_parts = torch.mm(dz.t(), normed) if want_parts else None
+        d_gates = torch.mm(dpre.t(), normed) if want_gates else None
+        d_biases = dpre.sum(0) if want_biases else None
+        gradients = (
+            d_norm if want_norm else None, d_head if want_head else None, d_out,
+            *_parted(d_parts, parts), *_parted(d_gates, gates), *_parted(d_biases, biases),
+        )  # fmt: skip
+        gradients = tuple(g if want else None for g, want in zip(gradients, wants, strict=True))
+        return dx, None, None, None, None, None, None, *gradients
+
+
+def _split(rest: Any, counts: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Of projections, gates and the gates' biases."""
+    first, second = counts[0], counts[0] + counts[1]
+    return tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:])
+
+
+def _projected(normed: Tensor, parts: Any, gates: Any, biases: Any) -> tuple[Tensor, Tensor]:
+    """The joined projections and gates of rows."""
+    return torch.mm(normed, _joined(parts).t()), torch.addmm(_joined(biases), normed, _joined(gates).t())
+
+
+def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tuple[int, int, int]) -> Any:
+    """q, k, v, the output gate, i and f as parts of what is joined."""
+    heads, qk, v = sizes
+    batch, seq = shape[:2]
+    z, pre = z.view(batch, seq, -1), pre.view(batch, seq, 2 * heads)
+    query, key, value, gate = z.split([qk, qk, v, v], -1)
+    i, f = pre.split(heads, -1)
+    if padding is not None:  # the kernels' soft cap leaves infinities as they are; gradients there are 0
+        i = i.masked_fill(padding[..., None], -torch.inf)
+        f = f.masked_fill(padding[..., None], torch.inf)
+    return *(t.unflatten(-1, (heads, -1)) for t in (query, key, value)), gate, i, f
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, eps, again, norm, down, *parts):
+        z = torch.mm(_operators.rms_norm(x, norm, eps).flatten(0, 1), _joined(parts).t())
+        gate, up = z.chunk(2, -1)
+        out = torch.addmm(x.flatten(0, 1), _operators.swiglu(gate, up), down.t())
+        ctx.eps = eps
+        ctx.save_for_backward(x, None if again else z, norm, down, *parts)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, z, norm, down, *parts = ctx.saved_tensors
+        want_norm, want_down, *want_parts = ctx.needs_input_grad[3:]
+        normed = None
+        if z is None:
+            normed = _operators.rms_norm(x, norm, ctx.eps).flatten(0, 1)
+            z = torch.mm(normed, _joined(parts).t())
+        dout = dout.contiguous()
+        rows = dout.flatten(0, 1)
+        dz, product = swiglu_joined_backward(torch.mm(rows, down), z, want_down)
+        d_down = torch.mm(rows.t(), product) if want_down else None
+        del product
+        dnormed = torch.mm(dz, _joined(parts)).view(x.shape)
+        remake = normed is None and any(want_parts)
+        dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, ctx.eps, want_norm, remake)
+        normed = made.flatten(0, 1) if remake else normed
+        d_parts = _parted(torch.mm(dz.t(), normed) if any(want_parts) else None, parts)
+        d_parts = tuple(g if want else None for g, want in zip(d_parts, want_parts, strict=True))
+        return dx, None, None, d_norm if want_norm else None, d_down, *d_parts

@@ -1,0 +1,277 @@
+"""A block's halves as one autograd function each: equal to the modules one by one, and what they keep."""
+
+import pytest
+import torch
+from torch import nn
+
+from flash_xlstm import ops
+from flash_xlstm.nn.xlstm_7b import FeedForward, RMSNorm, block, mLSTMBlock, mLSTMLayer, residual
+
+HIDDEN, HEADS = 64, 2
+
+
+def make_block(device="cpu", dtype=torch.float32, weight_mode="single", **layer):
+    torch.manual_seed(3)
+    built = mLSTMBlock(
+        HIDDEN,
+        mLSTMLayer(HIDDEN, HEADS, weight_mode=weight_mode, **layer),
+        FeedForward(HIDDEN, 96, weight_mode=weight_mode),
+    )
+    for p in built.parameters():
+        nn.init.normal_(p, std=0.3)
+    return built.to(device, dtype).train()
+
+
+def gradients(built, x, again=False, **arguments):
+    built.zero_grad()
+    x = x.detach().requires_grad_()
+    built._again = again
+    y, state = built(x, **arguments)
+    assert state is None
+    torch.manual_seed(5)
+    y.backward(torch.randn(y.shape).to(y))
+    return {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in built.named_parameters()}}
+
+
+def modules_one_by_one(monkeypatch, built, x, **arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(residual, "serves", lambda x: False)
+        return gradients(built, x, **arguments)
+
+
+def error(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(params=["single", "fused"])
+def weight_mode(request):
+    return request.param
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_halves_equal_the_modules(device, weight_mode, again, padded, monkeypatch):
+    built = make_block(device, weight_mode=weight_mode)
+    x = torch.randn(2, 37, HIDDEN, device=device)
+    padding = None
+    if padded:
+        padding = torch.zeros(2, 37, dtype=torch.bool, device=device)
+        padding[0, :5] = padding[1, 30:] = True
+    expected = modules_one_by_one(monkeypatch, built.double(), x.double(), padding=padding)
+    built.float()
+    plain = modules_one_by_one(monkeypatch, built, x, padding=padding)
+    used = []
+    for name in ("run_mlstm", "run_feed_forward"):
+        run = getattr(residual, name)
+        monkeypatch.setattr(residual, name, lambda *a, run=run, name=name: (used.append(name), run(*a))[1])
+    got = gradients(built, x, again, padding=padding)
+    assert used == ["run_mlstm", "run_feed_forward"]
+    for name, value in expected.items():
+        if padded and name in ("x", "y"):  # what comes out at padding means nothing
+            value, mine, other = (t[~padding] for t in (value, got[name], plain[name]))
+        else:
+            mine, other = got[name], plain[name]
+        # Tensor cores round float32 products on a GPU only if allowed to.
+        assert error(mine, value) < max(2e-6, 2 * error(other, value)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_in_16_bits_are_as_exact_as_the_modules(device, weight_mode, dtype, monkeypatch):
+    built = make_block(device, dtype, weight_mode)
+    x = torch.randn(4, 64, HIDDEN, device=device).to(dtype)
+    plain = modules_one_by_one(monkeypatch, built, x)
+    got, again = gradients(built, x), gradients(built, x, again=True)
+    expected = modules_one_by_one(monkeypatch, built.double(), x.double())
+    for name, value in expected.items():
+        bound = 1.5 * error(plain[name], value) + torch.finfo(dtype).eps
+        assert error(got[name], value) < bound and error(again[name], value) < bound, name
+
+
+def test_gradients_are_the_same_from_run_to_run(device, weight_mode):
+    built = make_block(device, torch.bfloat16, weight_mode)
+    x = torch.randn(2, 100, HIDDEN, device=device).bfloat16()
+    first, second = gradients(built, x), gradients(built, x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "frozen", ["mlstm_layer.q", "ifgate", "igate", "norm", "ffn.proj_up", "proj_down", "out_proj", ""]
+)
+def test_frozen_parameters_get_no_gradient(weight_mode, frozen, monkeypatch):
+    built = make_block(weight_mode=weight_mode)
+    for name, p in built.named_parameters():
+        p.requires_grad_(frozen not in name)
+    x = torch.randn(1, 9, HIDDEN)
+    expected, got = modules_one_by_one(monkeypatch, built, x), gradients(built, x)
+    for name, value in expected.items():
+        if value is None:
+            assert got[name] is None, name
+        else:
+            assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-5), name
+
+
+def saved_bytes(built, x, again=False):
+    """Of the tensors that a forward keeps beside the parameters, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in built.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    built._again = again
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = built(x)
+    del y
+    return sum(kept.values())
+
+
+def test_what_is_kept(weight_mode):
+    built, tokens = make_block(weight_mode=weight_mode), 128
+    x = torch.randn(1, tokens, HIDDEN, requires_grad=True)
+    qk, v, up = HIDDEN // 2, HIDDEN, 96
+    small = 2 * HEADS + 2 * HEADS  # gates; s and m
+    # x of both halves, q, k, v, o, h, the mLSTM's output, SwiGLU's inputs
+    assert saved_bytes(built, x) == 4 * tokens * (2 * HIDDEN + 2 * qk + 2 * v + 2 * v + 2 * up + small)
+    assert saved_bytes(built, x, again=True) == 4 * tokens * (2 * HIDDEN + v + 2 * HEADS)
+
+
+def test_a_compiled_block_is_one_graph_with_the_halves(weight_mode, monkeypatch):
+    built = make_block(weight_mode=weight_mode)
+    x = torch.randn(2, 20, HIDDEN)
+    expected = gradients(built, x)
+    names = set()
+
+    def look(graph, inputs):
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(built, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    x = x.detach().requires_grad_()
+    built.zero_grad()
+    y, _ = compiled(x)
+    torch.manual_seed(5)
+    y.backward(torch.randn(y.shape))
+    assert {"flash_xlstm.mlstm_gated_backward.default", "flash_xlstm.swiglu_joined_backward.default"} <= names
+    assert torch.allclose(y, expected["y"], rtol=1e-5, atol=1e-5)
+    for name, p in built.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-4, atol=1e-4), name
+
+
+class _OtherLinear(nn.Linear):
+    pass
+
+
+def _hook_norm(built):
+    built.norm_ffn.register_forward_hook(lambda *a: None)
+
+
+def _other_out(built):
+    built.mlstm_layer.out_proj = _OtherLinear(HIDDEN, HIDDEN, bias=False)
+
+
+def _biased_down(built):
+    built.ffn.proj_down = nn.Linear(96, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    "change, halves", [(_hook_norm, ["run_mlstm"]), (_other_out, ["run_feed_forward"]), (_biased_down, ["run_mlstm"])]
+)
+def test_what_a_half_does_not_know_runs_as_modules(change, halves, monkeypatch):
+    built = make_block()
+    change(built)
+    x = torch.randn(1, 11, HIDDEN)
+    expected = modules_one_by_one(monkeypatch, built, x)
+    used = []
+    for name in ("run_mlstm", "run_feed_forward"):
+        run = getattr(residual, name)
+        monkeypatch.setattr(residual, name, lambda *a, run=run, name=name: (used.append(name), run(*a))[1])
+    got = gradients(built, x)
+    assert used == halves
+    for name, value in expected.items():
+        assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-4), name
+
+
+def test_transforms_and_autocast_go_by_the_modules(monkeypatch):
+    built = make_block()
+    x = torch.randn(1, 5, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not residual.serves(x)
+    seen = []
+    torch.func.grad(lambda t: (seen.append(residual.serves(t)), t.sum())[1])(x)
+    with torch.no_grad():
+        seen.append(residual.serves(x))
+    assert seen == [False, False] and residual.serves(x)
+    with pytest.raises(RuntimeError, match="double backward"):
+        y, _ = built(x.requires_grad_())
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        g.sum().backward()
+
+
+def test_swiglu_joined_backward(device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.randn(3, 7, 50, device=device, dtype=dtype)
+        z, dout = wide[..., 4:46], torch.randn(3, 7, 21, device=device, dtype=dtype)
+        dz, out = torch.ops.flash_xlstm.swiglu_joined_backward(dout, z, True)
+        dx, dy = torch.ops.flash_xlstm.swiglu_backward(dout, z[..., :21], z[..., 21:])
+        assert torch.equal(dz, torch.cat((dx, dy), -1))
+        assert torch.equal(out, ops.swiglu(z[..., :21], z[..., 21:]))
+        assert torch.ops.flash_xlstm.swiglu_joined_backward(dout, z, False)[1].numel() == 0
+    with pytest.raises(ValueError, match="z has shape"):
+        torch.ops.flash_xlstm.swiglu_joined_backward(dout, z[..., :41], True)
+    with pytest.raises(ValueError, match="dout has shape"):
+        torch.ops.flash_xlstm.swiglu_joined_backward(dout[..., :20], z, True)
+    torch.library.opcheck(torch.ops.flash_xlstm.swiglu_joined_backward, (dout, z, True))
+
+
+# On CUDA: 64 x 64 and 128 x 256 go by Hopper's kernels where there are such, 24 x 40 by those for every size.
+@pytest.mark.parametrize("dqk, dv", [(64, 64), (128, 256), (24, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("joined", [True, False])
+def test_mlstm_gated_backward(device, dqk, dv, dtype, joined):
+    batch, seq, heads = 2, 150, 3
+    sizes = [heads * dqk, heads * dqk, heads * dv, heads * dv]
+    z = torch.randn(batch, seq, sum(sizes), device=device, dtype=dtype)
+    q, k, v, gate = z.split(sizes, -1) if joined else (t.contiguous() for t in z.split(sizes, -1))
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+    i, f = (torch.randn(batch, seq, heads, device=device) + shift for shift in (0, 3))
+    weight = torch.randn(heads * dv, device=device, dtype=dtype)
+    options = (None, 1e-6, 15.0, 0)
+    h, kept = torch.ops.flash_xlstm.mlstm_forward(q, k, v, i, f, None, None, None, None, *options)
+    dy = torch.randn(batch, seq, heads * dv, device=device, dtype=dtype)
+    arguments = (dy, q, k, v, gate, i, f, weight, None, h, kept, *options, 1e-6, True)
+    dz, di, df, dweight = torch.ops.flash_xlstm.mlstm_gated_backward(*arguments)
+    dh, dgate, dweight_alone = torch.ops.flash_xlstm.gated_head_norm_backward(dy, h, gate, weight, 1e-6, True)
+    dq, dk, dv_, di_alone, df_alone, *_ = torch.ops.flash_xlstm.mlstm_backward(
+        dh, None, None, None, q, k, v, i, f, None, None, None, None, h, kept, *options
+    )
+    assert torch.equal(dz, torch.cat([t.flatten(2) for t in (dq, dk, dv_)] + [dgate], -1))
+    assert torch.equal(di, di_alone) and torch.equal(df, df_alone) and torch.equal(dweight, dweight_alone)
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_gated_backward, arguments)
+    with pytest.raises(ValueError, match="gate has shape"):
+        torch.ops.flash_xlstm.mlstm_gated_backward(*arguments[:4], gate[..., 1:], *arguments[5:])
+
+
+def test_rms_norm_backward_makes_the_output_again(device):
+    for dtype, dim in ((torch.float32, 48), (torch.bfloat16, 2048), (torch.float16, 33)):
+        norm = RMSNorm(dim).to(device, dtype)
+        nn.init.normal_(norm.weight)
+        x, dy = (torch.randn(5, 11, dim, device=device, dtype=dtype) for _ in range(2))
+        dx, dweight, y = torch.ops.flash_xlstm.rms_norm_backward(dy, None, x, norm.weight, 1e-6, True, True)
+        alone = torch.ops.flash_xlstm.rms_norm_backward(dy, None, x, norm.weight, 1e-6, True, False)
+        assert torch.equal(dx, alone[0]) and torch.equal(dweight, alone[1]) and alone[2].numel() == 0
+        assert torch.allclose(y, norm(x), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_block_uses_the_halves_only_for_training():
+    assert block.residual is residual
+    built = make_block()
+    x = torch.randn(1, 4, HIDDEN)
+    y, _ = built(x)
+    with torch.no_grad():
+        assert torch.allclose(built(x)[0], y, rtol=1e-5, atol=1e-5)
+    y_state, state = built(x, return_state=True)
+    assert state is not None and torch.allclose(y_state, y, rtol=1e-5, atol=1e-5)
