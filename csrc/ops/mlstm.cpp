@@ -284,6 +284,8 @@ Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, 
           or_empty(y.m_last, q, {0, heads})};
 }
 
+}  // namespace
+
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
                          std::optional<double> gate_soft_cap, int64_t chunk_size) {
@@ -291,6 +293,8 @@ Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTe
   ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, false);
   return {std::move(y.h), std::move(*y.kept)};
 }
+
+namespace {
 
 Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,

@@ -14,7 +14,10 @@ struct MlstmInto {
   Tensor dq, dk, dv;
 };
 
-// As the operator of this name, without states; dq, dk and dv of the result are those of `into`.
+// As the operators of these names; the backward is without states, and its dq, dk and dv are those of `into`.
+Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
+                         OptTensor cu_seqlens, std::optional<double> scale, double eps,
+                         std::optional<double> gate_soft_cap, int64_t chunk_size);
 Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Tensor& q, const Tensor& k,
                                const Tensor& v, const Tensor& i, const Tensor& f, const OptTensor& cu_seqlens,
                                const Tensor& h, const Tensor& kept, std::optional<double> scale, double eps,

@@ -1,4 +1,4 @@
-// The gradient of an mLSTM with the gated head-wise norm behind it, as a layer has them.
+// An mLSTM with the gated head-wise norm behind it, of one joined projection, as a layer has them.
 #include "ops/launch.h"
 #include "ops/mlstm.h"
 #include "ops/norms.h"
@@ -6,49 +6,87 @@
 namespace flash_xlstm {
 namespace {
 
-// The gradients of q, k, v and the output gate lie side by side in dz, as a projection joined of the four wants them.
-Tensors<4> mlstm_gated_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor gate, Tensor i, Tensor f, Tensor weight,
-                                OptTensor cu_seqlens, Tensor h, Tensor kept, std::optional<double> scale, double eps,
+// z (batch, seq, 2 qk_dim + 2 v_dim) and its parts, side by side.
+struct Parts {
+  int64_t keys, values;  // of all heads
+  Tensor q, k, v, gate;
+};
+
+// The queries', keys', values' or gate's columns of z.
+Tensor part(Tensor z, int64_t start, int64_t size) { return torch::stable::narrow(z, 2, start, size); }
+
+Parts parts_of(const Tensor& z, int64_t heads, int64_t qk_dim) {
+  check_shape("z", z, {-1, -1, -1}, "(batch, seq, 2 * qk_dim + 2 * v_dim)");
+  check_op_dtype("z", z.scalar_type());
+  check_last_dim_contiguous("z", z);
+  const int64_t batch = z.size(0), seq = z.size(1), width = z.size(2);
+  if (heads < 1) value_error("heads is ", heads, "; it must be at least 1");
+  if (qk_dim < heads || qk_dim % heads != 0) {
+    value_error("qk_dim is ", qk_dim, "; it must be a positive multiple of heads, ", heads);
+  }
+  const int64_t values = width / 2 - qk_dim;
+  if (width % 2 != 0 || values < heads || values % heads != 0) {
+    value_error("z has shape ", shape_text(z), "; its last dimension must be 2 * qk_dim + 2 * v_dim, with a qk_dim of ",
+                qk_dim, " and v_dim a positive multiple of heads, ", heads);
+  }
+  const auto split = [&](int64_t start, int64_t size) {
+    return torch::stable::view(part(z, start, size), {batch, seq, heads, size / heads});
+  };
+  return {.keys = qk_dim,
+          .values = values,
+          .q = split(0, qk_dim),
+          .k = split(qk_dim, qk_dim),
+          .v = split(2 * qk_dim, values),
+          .gate = part(z, 2 * qk_dim + values, values)};
+}
+
+Tensors<3> mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu_seqlens, int64_t heads, int64_t qk_dim,
+                       std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                       double norm_eps) {
+  const Parts parts = parts_of(z, heads, qk_dim);
+  auto [h, kept] = mlstm_forward(parts.q, parts.k, parts.v, i, f, std::nullopt, std::nullopt, std::nullopt, cu_seqlens,
+                                 scale, eps, gate_soft_cap, chunk_size);
+  Tensor y = gated_head_norm(h, parts.gate, weight, norm_eps);
+  return {y, h, kept};
+}
+
+// The gradients of q, k, v and the output gate are written side by side, as the projection's own gradient reads them.
+Tensors<4> mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu_seqlens, Tensor h,
+                                Tensor kept, int64_t heads, int64_t qk_dim, std::optional<double> scale, double eps,
                                 std::optional<double> gate_soft_cap, int64_t chunk_size, double norm_eps,
                                 bool weight_gradient) {
-  check_shape("q", q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
-  check_shape("v", v, {q.size(0), q.size(1), q.size(2), -1}, "(batch, seq, heads, dv)");
-  check_shape("h", h, sizes_of(v), "the shape of v");
-  check_dtype("h", h, q.scalar_type(), ", as q");
-  check_device("h", h, q);
-  check_dtype("v", v, q.scalar_type(), ", as q");
-  const int64_t keys = checked_product("q", {q.size(2), q.size(3)});
-  const int64_t values = checked_product("v", {v.size(2), v.size(3)});
-  check_shape("gate", gate, {q.size(0), q.size(1), values}, "(batch, seq, heads * dv)");
-  Tensor dz = new_empty(q, {q.size(0), q.size(1), 2 * keys + 2 * values}, q.scalar_type());
-  const auto part = [&](int64_t start, int64_t size) {
-    Tensor whole = dz;
-    return torch::stable::narrow(whole, 2, start, size);
-  };
-  const MlstmInto into{.dq = part(0, keys), .dk = part(keys, keys), .dv = part(2 * keys, values)};
-  const Tensor dgate = part(2 * keys + values, values);
-  // Where the gate is a part of a tensor like dz, its gradient is written in place.
-  const bool alike = gate.stride(0) == dgate.stride(0) && gate.stride(1) == dgate.stride(1) && gate.stride(2) == 1;
-  auto [dh, plain_dgate, dweight] = gated_head_norm_backward(dy, h, gate, weight, norm_eps, weight_gradient,
-                                                             alike ? OptTensor(dgate) : std::nullopt);
-  if (!alike) {
-    Tensor to = dgate;
-    torch::stable::copy_(to, plain_dgate);
-  }
-  auto [dq, dk, dv, di, df, dc, dn, dm] =
-      mlstm_backward_into(into, dh, q, k, v, i, f, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size);
+  z = torch::stable::contiguous(z);  // dz has its layout
+  const Parts parts = parts_of(z, heads, qk_dim);
+  check_shape("h", h, sizes_of(parts.v), "(batch, seq, heads, dv)");
+  check_dtype("h", h, z.scalar_type(), ", as z");
+  check_device("h", h, z, "z");
+  Tensor dz = new_empty(z, sizes_of(z), z.scalar_type());
+  const int64_t keys = parts.keys, values = parts.values;
+  const MlstmInto into{.dq = part(dz, 0, keys), .dk = part(dz, keys, keys), .dv = part(dz, 2 * keys, values)};
+  auto [dh, dgate, dweight] = gated_head_norm_backward(dy, h, parts.gate, weight, norm_eps, weight_gradient,
+                                                       part(dz, 2 * keys + values, values));
+  auto [dq, dk, dv, di, df, dc, dn, dm] = mlstm_backward_into(into, dh, parts.q, parts.k, parts.v, i, f, cu_seqlens, h,
+                                                              kept, scale, eps, gate_soft_cap, chunk_size);
   return {dz, di, df, dweight};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  // Options as the mLSTM's and the norm's.
   lib.def(
-      "mlstm_gated_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor gate, Tensor i, Tensor f, Tensor weight, "
-      "Tensor? cu_seqlens, Tensor h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
+      "mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, int heads, int qk_dim, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, float norm_eps) "
+      "-> (Tensor y, Tensor h, Tensor kept)");
+  lib.def(
+      "mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, Tensor h, "
+      "Tensor kept, int heads, int qk_dim, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
       "float norm_eps, bool weight_gradient) -> (Tensor dz, Tensor di, Tensor df, Tensor dweight)");
 }
 
-IMPLEMENT_OPS(lib) { lib.impl("mlstm_gated_backward", TORCH_BOX(&mlstm_gated_backward)); }
+IMPLEMENT_OPS(lib) {
+  lib.impl("mlstm_gated", TORCH_BOX(&mlstm_gated));
+  lib.impl("mlstm_gated_backward", TORCH_BOX(&mlstm_gated_backward));
+}
 
 }  // namespace flash_xlstm

@@ -145,6 +145,8 @@ Tensors<3> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight,
   return {dx, dweight, y};
 }
 
+}  // namespace
+
 Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps) {
   GatedHeadNorm p = check_gated_head_norm(h, gate, weight, eps);
   Tensor y = new_empty(h, sizes_of(gate), h.scalar_type());
@@ -154,8 +156,6 @@ Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps) {
   run<cpu::gated_head_norm, cuda::gated_head_norm>("gated_head_norm", h, p);
   return y;
 }
-
-}  // namespace
 
 Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps, bool weight_gradient,
                                     const OptTensor& dgate_to) {

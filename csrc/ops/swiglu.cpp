@@ -55,38 +55,58 @@ Tensors<2> swiglu_backward(Tensor dout, Tensor x, Tensor y) {
   return {dx, dy};
 }
 
-Tensors<2> swiglu_joined_backward(Tensor dout, Tensor z, bool remake) {
-  check_op_dtype("z", z.scalar_type());
-  const int64_t dim = z.dim() - 1;
-  if (dim < 0 || z.size(dim) % 2 != 0) {
-    value_error("z has shape ", shape_text(z), "; its last dimension must be even: x and y side by side");
-  }
+// The sizes of x and y that lie side by side in z.
+std::vector<int64_t> halves_of(const Tensor& z) {
+  check_op_dtype("x", z.scalar_type());
   std::vector<int64_t> sizes = sizes_of(z);
+  if (sizes.empty() || sizes.back() % 2 != 0) {
+    value_error("x has shape ", shape_text(z), "; without y its last dimension must be even: the two side by side");
+  }
   sizes.back() /= 2;
-  check_shape("dout", dout, sizes, "half of z");
-  check_dtype("dout", dout, z.scalar_type(), ", as z");
-  check_device("dout", dout, z, "z");
+  return sizes;
+}
+
+char* second_half(const Tensor& z) {
+  return static_cast<char*>(z.data_ptr()) + z.size(z.dim() - 1) / 2 * element_bytes(to_dtype(z.scalar_type()));
+}
+
+Swiglu joined_problem(const Tensor& z) {
+  Swiglu p{};
+  p.dtype = to_dtype(z.scalar_type());
+  p.columns = z.size(z.dim() - 1) / 2;
+  p.rows = p.columns == 0 ? 0 : z.numel() / (2 * p.columns);
+  p.x = z.data_ptr();
+  p.y = second_half(z);
+  p.x_stride = p.y_stride = row_stride(z);
+  return p;
+}
+
+Tensor swiglu_joined(Tensor z) {
+  const std::vector<int64_t> sizes = halves_of(z);
+  z = rows_of(z);
+  Swiglu p = joined_problem(z);
+  Tensor out = new_empty(z, sizes, z.scalar_type());
+  p.out = out.data_ptr();
+  if (p.rows > 0) run<cpu::swiglu, cuda::swiglu>("swiglu", z, p);
+  return out;
+}
+
+Tensors<2> swiglu_joined_backward(Tensor dout, Tensor z, bool remake) {
+  std::vector<int64_t> sizes = halves_of(z);
+  check_shape("dout", dout, sizes, "half of x");
+  check_dtype("dout", dout, z.scalar_type(), ", as x");
+  check_device("dout", dout, z, "x");
   z = rows_of(z);
   dout = torch::stable::contiguous(dout);
-  const int64_t columns = sizes.back();
-  const auto second = [&](const Tensor& t) {
-    return static_cast<char*>(t.data_ptr()) + columns * element_bytes(to_dtype(z.scalar_type()));
-  };
+  Swiglu p = joined_problem(z);
   Tensor dz = new_empty(z, sizes_of(z), z.scalar_type());
   if (!remake) sizes.assign(sizes.size(), 0);
   Tensor out = new_empty(z, sizes, z.scalar_type());
-  Swiglu p{};
-  p.dtype = to_dtype(z.scalar_type());
-  p.columns = columns;
-  p.rows = columns == 0 ? 0 : z.numel() / (2 * columns);
-  p.x = z.data_ptr();
-  p.y = second(z);
-  p.x_stride = p.y_stride = row_stride(z);
   p.dout = dout.data_ptr();
   p.out = remake ? out.data_ptr() : nullptr;
   p.dx = dz.data_ptr();
-  p.dy = second(dz);
-  p.gradient_stride = 2 * columns;
+  p.dy = second_half(dz);
+  p.gradient_stride = 2 * p.columns;
   if (p.rows > 0) run<cpu::swiglu, cuda::swiglu>("swiglu", z, p);
   return {dz, out};
 }
@@ -97,13 +117,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
   // The same of x and y that lie side by side in z, as a joined projection leaves them; their gradients do, too. With
-  // `remake` also swiglu(x, y), for who did not keep it; else empty.
+  // `remake` the backward also gives the output, for who did not keep it; else it is empty.
+  lib.def("swiglu_joined(Tensor z) -> Tensor");
   lib.def("swiglu_joined_backward(Tensor dout, Tensor z, bool remake) -> (Tensor dz, Tensor out)");
 }
 
 IMPLEMENT_OPS(lib) {
   lib.impl("swiglu", TORCH_BOX(&swiglu));
   lib.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  lib.impl("swiglu_joined", TORCH_BOX(&swiglu_joined));
   lib.impl("swiglu_joined_backward", TORCH_BOX(&swiglu_joined_backward));
 }
 

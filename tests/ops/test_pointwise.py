@@ -442,7 +442,8 @@ def test_row_ops_opcheck(device, dtype, op):
     if op == "add_rms_norm":
         for wanted in (True, False):
             torch.library.opcheck(
-                torch.ops.flash_xlstm.rms_norm_backward, (dy, plain[1], plain[0], plain[2], *options, wanted, not wanted)
+                torch.ops.flash_xlstm.rms_norm_backward,
+                (dy, plain[1], plain[0], plain[2], *options, wanted, not wanted),
             )
     else:
         wanted = {"swiglu": (), "rms_norm": (True, True)}.get(op, (True,))

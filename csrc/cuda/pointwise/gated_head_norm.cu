@@ -250,6 +250,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
     if (has_row) {
       const float inverse = rsqrtf(sums[0] * part + p.eps), aside = (own_mean - mean) * inverse;
       const float through_mean = sums[1] * part, along = sums[2] * inverse * part;
+      // gate_start, of what is at hand anyway: it would take two registers more.
+      const int64_t dgate_start =
+          b.dgate_as_gate ? next_gate_start - (stages + (L::kept ? 1 : 0)) * gate_step : start;
 #pragma unroll
       for (int k = 0; k < L::packs; ++k) {
         if (!within(k)) continue;
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
           dgate[e] = through * normed * shut[k % L::kept_packs][e];
           dh[e] = inverse * (through - through_mean - normed * along);
         }
-        store_pack(b.dgate, (b.dgate_as_gate ? gate_start : start) + k * L::row_threads * width, round_pack<T>(dgate));
+        store_pack(b.dgate, dgate_start + k * L::row_threads * width, round_pack<T>(dgate));
         store_pack(b.dh, start + k * L::row_threads * width, round_pack<T>(dh));
       }
     }

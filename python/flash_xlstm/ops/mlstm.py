@@ -186,17 +186,6 @@ def _(
     return _common.fake_gradients(q, k, v, i, f, c, n, m)
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_gated_backward")
-def _(
-    dy, q, k, v, gate, i, f, weight, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size, norm_eps,
-    weight_gradient,
-):  # fmt: skip
-    batch, seq, heads, dqk = q.shape
-    dz = q.new_empty((batch, seq, 2 * heads * (dqk + v.shape[-1])))
-    dweight = weight.new_empty(weight.shape if weight_gradient else 0)
-    return dz, i.new_empty(i.shape), f.new_empty(f.shape), dweight
-
-
 @torch.library.register_fake("flash_xlstm::mlstm_step")
 def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state=False):
     _common.no_mixed_meta(
@@ -235,7 +224,7 @@ class _Mlstm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *inputs, ctx.options = args
-        h, kept = mlstm_forward(*inputs, *ctx.options)
+        h, kept = _mlstm_forward(*inputs, *ctx.options)
         ctx.save_for_backward(*inputs, _common.kept_h(inputs[0], h), kept)
         return h
 
@@ -245,8 +234,7 @@ class _Mlstm(torch.autograd.Function):
 
 
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
-mlstm_forward = _common.without_gradients("mlstm_forward")
+_mlstm_forward = _common.without_gradients("mlstm_forward")
 _mlstm_h = _common.without_gradients("mlstm_h")
 _mlstm_step = _common.writing("mlstm_step", 5, 6, 7)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")
-mlstm_gated_backward = _common.no_double_backward("mlstm_gated_backward")

@@ -92,21 +92,22 @@ def gated_head_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) 
         raise _errors.explain(error, gated_head_norm, locals()) from None
 
 
-def swiglu(x: Tensor, y: Tensor) -> Tensor:
+def swiglu(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``silu(x) * y``, computed in float32 and rounded once.
 
     Args:
         x, y: one shape and dtype: float32, bfloat16 or float16; CPU or CUDA. Rows may lie any distance apart, as in
-            parts of a wider tensor.
+            parts of a wider tensor. Without y, x is (..., 2 * dim) and holds both side by side, as a joined projection
+            leaves them; their gradients are then written side by side, too.
 
     Returns:
-        Shape and dtype of x. Differentiable in both, once.
+        Shape and dtype of x; without y (..., dim). Differentiable in both, once.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, by its name.
     """
     try:
-        return _swiglu(x, y)
+        return _swiglu_joined(x) if y is None else _swiglu(x, y)
     except Exception as error:
         if torch.compiler.is_compiling():
             raise
@@ -161,6 +162,11 @@ def _(x: Tensor, y: Tensor) -> Tensor:
 @torch.library.register_fake("flash_xlstm::swiglu_backward")
 def _(dout: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("flash_xlstm::swiglu_joined")
+def _(z: Tensor) -> Tensor:
+    return z.new_empty((*z.shape[:-1], z.shape[-1] // 2))
 
 
 @torch.library.register_fake("flash_xlstm::swiglu_joined_backward")
@@ -226,6 +232,10 @@ def _backward_swiglu(ctx, dout):
     return _swiglu_backward(dout, *ctx.saved_tensors)
 
 
+def _backward_swiglu_joined(ctx, dout):
+    return swiglu_joined_backward(dout, *ctx.saved_tensors, False)[0]
+
+
 _rms_norm = _common.differentiable("rms_norm", _setup_rms_norm, _backward_rms_norm)
 _add_rms_norm = _common.differentiable("add_rms_norm", _setup_add_rms_norm, _backward_add_rms_norm)
 rms_norm_backward = _common.no_double_backward("rms_norm_backward")
@@ -233,4 +243,5 @@ _gated_head_norm = _common.differentiable("gated_head_norm", _setup_gated_head_n
 _gated_head_norm_backward = _common.no_double_backward("gated_head_norm_backward")
 _swiglu = _common.differentiable("swiglu", _setup_swiglu, _backward_swiglu)
 _swiglu_backward = _common.no_double_backward("swiglu_backward")
+_swiglu_joined = _common.differentiable("swiglu_joined", _setup_swiglu, _backward_swiglu_joined)
 swiglu_joined_backward = _common.no_double_backward("swiglu_joined_backward")

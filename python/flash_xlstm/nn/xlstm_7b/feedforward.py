@@ -34,6 +34,12 @@ class FeedForward(FusableProjections):
         self.proj_down = nn.Linear(up_dim, hidden_size, bias=use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self._project(x, "proj_up_gate_z")
+        if self.weight_mode == "fused":
+            z = linear(self.get_submodule("proj_up_gate_z"), x)
+            if z.dtype != torch.float64:
+                return linear(self.proj_down, ops.swiglu(z))
+            gate, up = z.chunk(2, -1)
+        else:
+            gate, up = self._project(x, "proj_up_gate_z")
         wide = torch.float64 in (gate.dtype, up.dtype)
         return linear(self.proj_down, F.silu(gate) * up if wide else ops.swiglu(gate, up))

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from flash_xlstm import ops, reference
-from flash_xlstm.nn.linear import linear
+from flash_xlstm.nn.linear import linear, unchanged
 from flash_xlstm.nn.state import State, fitting_state
-from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm
+from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, op_weight
 from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
+from flash_xlstm.ops import _common
+from flash_xlstm.ops.mlstm_gated import mlstm_gated
 
 KERNELS = ("flash", "chunkwise", "parallel", "recurrent")
 STEP_KERNELS = ("flash", "reference")
@@ -133,7 +136,13 @@ class mLSTMLayer(FusableProjections):
             ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`. It is float32
             (float64 for float64 layers), c in bfloat16 if that of `state` was; in place it is `state` itself.
         """
-        q, k, v, o = self._project(x, "qkv_opreact")
+        if self.weight_mode == "fused":
+            z = linear(self.get_submodule("qkv_opreact"), x)
+            if state is None and not return_state and (weight := self._joined_norm_weight(z)) is not None:
+                return linear(self.out_proj, self._joined(x, z, weight, padding)), None
+            q, k, v, o = z.split(list(self.projection_groups["qkv_opreact"].values()), -1)
+        else:
+            q, k, v, o = self._project(x, "qkv_opreact")
         step = inplace and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
         if state_indices is not None and not step:
             raise ValueError("state_indices is for one token with a state, in place and without gradients")
@@ -151,6 +160,30 @@ class mLSTMLayer(FusableProjections):
                 h, state = run(q, k, v, i, f, state, return_state)
         y = linear(self.out_proj, self.multihead_norm(h, o))
         return y, state
+
+    def _joined_norm_weight(self, z: Tensor) -> Tensor | None:
+        """The head norm's weight if one op may take the joined projection z, so that its gradient is one tensor."""
+        norm = self.multihead_norm
+        if (
+            self.kernel != "flash"
+            or not torch.is_grad_enabled()
+            or not unchanged(norm, MultiHeadLayerNorm)
+            or forward_ad._current_level >= 0
+            or (
+                self.autocast_kernel_dtype not in (None, z.dtype)
+                and not z.is_meta
+                and torch.is_autocast_enabled(z.device.type)
+            )
+        ):
+            return None
+        return op_weight(z, norm.weight, norm.bias)
+
+    def _joined(self, x: Tensor, z: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
+        """From the joined projection to the output product's input."""
+        return mlstm_gated(
+            z, *self._gates(x, padding, z.dtype), weight, None, self.num_heads, self.qk_dim, None, self.eps,
+            self.gate_soft_cap, _common.chunk_size_or_0(self.chunk_size), self.multihead_norm.eps,
+        )[0]  # fmt: skip
 
     def _gates(self, x: Tensor, padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Pre-activations, (batch, seq, heads), that the kernels take beside q in `dtype`."""

@@ -14,7 +14,7 @@ from flash_xlstm import ops
 _OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _op_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def op_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The weight as the op takes it; None where there is no op for these."""
     if bias is not None or x.dtype not in _OP_DTYPES or weight.dtype not in _OP_DTYPES:
         return None
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features)) if use_bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        weight = _op_weight(x, self.weight, self.bias)
+        weight = op_weight(x, self.weight, self.bias)
         if residual is not None and (weight is None or residual.dtype != x.dtype):
             x = x + residual
             return self(x), x
@@ -79,9 +79,9 @@ class MultiHeadLayerNorm(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.num_heads} heads of {self.head_dim})"
             )
-        op_weight = _op_weight(x, self.weight, self.bias)
-        if gate is not None and op_weight is not None and gate.dtype == x.dtype:
-            return ops.gated_head_norm(x, gate, op_weight, self.eps)
+        weight = op_weight(x, self.weight, self.bias)
+        if gate is not None and weight is not None and gate.dtype == x.dtype:
+            return ops.gated_head_norm(x, gate, weight, self.eps)
         y = self._plain(x)
         return y if gate is None else torch.sigmoid(gate) * y
 

@@ -23,7 +23,7 @@ from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
 from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
 from flash_xlstm.ops import _common
-from flash_xlstm.ops.mlstm import mlstm_forward, mlstm_gated_backward
+from flash_xlstm.ops.mlstm_gated import mlstm_gated_backward
 from flash_xlstm.ops.pointwise import rms_norm_backward, swiglu_joined_backward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ class MlstmHalf(NamedTuple):
 
     tensors: tuple[Tensor, ...]  # norm, head norm, out_proj; then projections, gates, the gates' biases
     counts: tuple[int, int]  # of projections and of gates
-    sizes: tuple[int, int, int]  # heads, qk_dim, v_dim
+    sizes: tuple[int, int]  # heads, qk_dim
     numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM and head norm, soft cap, chunk size
 
 
@@ -89,7 +89,7 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
     return MlstmHalf(
         (*tensors, *stacked, *(own[0] for own in found), *(own[1] for own in found)),
         (len(projections), len(gates)),
-        (layer.num_heads, layer.qk_dim, layer.v_dim),
+        (layer.num_heads, layer.qk_dim),
         (norm.eps, layer.eps, head_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size)),
     )
 
@@ -150,9 +150,10 @@ class _Mlstm(torch.autograd.Function):
         eps, mlstm_eps, head_eps, cap, chunk_size = numbers
         normed = _operators.rms_norm(x, norm, eps).flatten(0, 1)
         z, pre = _projected(normed, parts, gates, biases)
-        q, k, v, o, i, f = _read(z, pre, padding, x.shape, sizes)
-        h, kept = mlstm_forward(q, k, v, i, f, None, None, None, cu_seqlens, None, mlstm_eps, cap, chunk_size)
-        y = _operators.gated_head_norm(h, o, head, head_eps)
+        z, i, f = _read(z, pre, padding, x.shape, sizes)
+        y, h, kept = _operators.mlstm_gated(
+            z, i, f, head, cu_seqlens, *sizes, None, mlstm_eps, cap, chunk_size, head_eps
+        )  # fmt: skip
         ctx.save_for_backward(
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
         )  # fmt: skip
@@ -171,20 +172,20 @@ class _Mlstm(torch.autograd.Function):
         if z is None:
             normed = _operators.rms_norm(x, norm, eps).flatten(0, 1)
             z, pre = _projected(normed, parts, gates, biases)
-        q, k, v, o, i, f = _read(z, pre, padding, x.shape, ctx.sizes)
+        z, i, f = _read(z, pre, padding, x.shape, ctx.sizes)
         if y is None:
-            y = _operators.gated_head_norm(h, o, head, head_eps)
+            y = _operators.gated_head_norm(h, z[..., -out.shape[1] :], head, head_eps)
         dout = dout.contiguous()
         rows = dout.flatten(0, 1)
         dy = torch.mm(rows, out).view(y.shape)
         d_out = torch.mm(rows.t(), y.flatten(0, 1)) if want_out else None
         dz, di, df, d_head = mlstm_gated_backward(
-            dy, q, k, v, o, i, f, head, cu_seqlens, h, kept, None, mlstm_eps, cap, chunk_size, head_eps, want_head
+            dy, z, i, f, head, cu_seqlens, h, kept, *ctx.sizes, None, mlstm_eps, cap, chunk_size, head_eps, want_head
         )  # fmt: skip
         del dy
         dz, dpre = dz.flatten(0, 1), torch.cat((di, df), -1).flatten(0, 1)
         # The gates' small product first: the large one adds to it in its epilogue.
-        dnormed = torch.addmm(torch.mm(dpre, _joined(gates)), dz, _joined(parts)).view(x.shape)
+        dnormed = torch.mm(dpre, _joined(gates)).addmm_(dz, _joined(parts)).view(x.shape)
         remake = normed is None and (want_parts or want_gates)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
         del dnormed
@@ -211,25 +212,20 @@ def _projected(normed: Tensor, parts: Any, gates: Any, biases: Any) -> tuple[Ten
     return torch.mm(normed, _joined(parts).t()), torch.addmm(_joined(biases), normed, _joined(gates).t())
 
 
-def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tuple[int, int, int]) -> Any:
-    """q, k, v, the output gate, i and f as parts of what is joined."""
-    heads, qk, v = sizes
-    batch, seq = shape[:2]
-    z, pre = z.view(batch, seq, -1), pre.view(batch, seq, 2 * heads)
-    query, key, value, gate = z.split([qk, qk, v, v], -1)
-    i, f = pre.split(heads, -1)
+def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tuple[int, int]) -> Any:
+    """z (batch, seq, features), and i and f (batch, seq, heads)."""
+    i, f = pre.view(*shape[:2], -1).split(sizes[0], -1)
     if padding is not None:  # the kernels' soft cap leaves infinities as they are; gradients there are 0
         i = i.masked_fill(padding[..., None], -torch.inf)
         f = f.masked_fill(padding[..., None], torch.inf)
-    return *(t.unflatten(-1, (heads, -1)) for t in (query, key, value)), gate, i, f
+    return z.view(*shape[:2], -1), i, f
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, again, norm, down, *parts):
         z = torch.mm(_operators.rms_norm(x, norm, eps).flatten(0, 1), _joined(parts).t())
-        gate, up = z.chunk(2, -1)
-        out = torch.addmm(x.flatten(0, 1), _operators.swiglu(gate, up), down.t())
+        out = torch.addmm(x.flatten(0, 1), _operators.swiglu_joined(z), down.t())
         ctx.eps = eps
         ctx.save_for_backward(x, None if again else z, norm, down, *parts)
         return out.view(x.shape)

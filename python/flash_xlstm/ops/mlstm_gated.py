@@ -1,0 +1,46 @@
+"""The mLSTM with the gated head-wise norm behind it, of one joined projection: what the layers of the 7B train with."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_xlstm.ops import _common
+
+
+@torch.library.register_fake("flash_xlstm::mlstm_gated")
+def _(z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps):
+    _common.no_mixed_meta(z, of="z", i=i, f=f, weight=weight, cu_seqlens=cu_seqlens)
+    batch, seq, v_dim = z.shape[0], z.shape[1], z.shape[2] // 2 - qk_dim
+    kept = z.new_empty((2, batch, seq, heads), dtype=torch.float32)
+    return z.new_empty((batch, seq, v_dim)), z.new_empty((batch, seq, heads, v_dim // heads)), kept
+
+
+@torch.library.register_fake("flash_xlstm::mlstm_gated_backward")
+def _(
+    dy, z, i, f, weight, cu_seqlens, h, kept, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps,
+    weight_gradient,
+):  # fmt: skip
+    dweight = weight.new_empty(weight.shape if weight_gradient else 0)
+    return z.new_empty(z.shape), i.new_empty(i.shape), f.new_empty(f.shape), dweight
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    z, i, f, weight, cu_seqlens, *ctx.options = inputs
+    _, h, kept = output
+    ctx.mark_non_differentiable(h, kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, i, f, weight, cu_seqlens, h, kept)
+
+
+def _backward(ctx, dy, _dh, _dkept):
+    z, i, f, weight, cu_seqlens, h, kept = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3]
+    dz, di, df, dweight = mlstm_gated_backward(dy, z, i, f, weight, cu_seqlens, h, kept, *ctx.options, wanted)
+    return dz, di, df, dweight if wanted else None, *[None] * 8
+
+
+# (z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps) -> (y, h, kept): z
+# (batch, seq, 2 * qk_dim + 2 * v_dim) holds q, k, v and the output gate side by side, y (batch, seq, v_dim) is
+# gated_head_norm(mlstm(q, k, v, i, f), gate, weight); h and kept are for the backward. Differentiable through y, once.
+mlstm_gated = _common.differentiable("mlstm_gated", _setup_context, _backward)
+mlstm_gated_backward = _common.no_double_backward("mlstm_gated_backward")
