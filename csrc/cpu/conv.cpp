@@ -35,8 +35,9 @@ struct Row {
 };
 
 Row row_of(const ConvProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {row, 0, p.seq};
-  return {0, p.cu_seqlens[row], p.cu_seqlens[row + 1] - p.cu_seqlens[row]};
+  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
+  const int64_t start = p.cu_seqlens[row];
+  return {.batch = 0, .start = start, .length = p.cu_seqlens[row + 1] - start};
 }
 
 // A block of channels, its weights as [kernel][count] and bias in float32.
@@ -58,7 +59,7 @@ struct Channels {
   std::vector<float> weight, bias;
 };
 
-int64_t blocks_of(int64_t channels) { return (channels + channels_a_task - 1) / channels_a_task; }
+int64_t blocks_of(int64_t channels) { return ceil_div(channels, channels_a_task); }
 
 // The last `kernel` inputs of a sequence, in float32; input t lies in place t + kernel - 1 (mod kernel), those before
 // the first from the state.

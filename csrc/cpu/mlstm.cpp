@@ -36,10 +36,24 @@ constexpr int64_t state_block = 2048;  // floats of a state that a task takes th
 struct Matrices {
   float* data;
   int64_t batch_stride, rows, columns, row_stride, column_stride;
-  Matrices transposed() const { return {data, batch_stride, columns, rows, column_stride, row_stride}; }
+  Matrices transposed() const {
+    return {.data = data,
+            .batch_stride = batch_stride,
+            .rows = columns,
+            .columns = rows,
+            .row_stride = column_stride,
+            .column_stride = row_stride};
+  }
 };
 
-Matrices dense(float* data, int64_t rows, int64_t columns) { return {data, rows * columns, rows, columns, columns, 1}; }
+Matrices dense(float* data, int64_t rows, int64_t columns) {
+  return {.data = data,
+          .batch_stride = rows * columns,
+          .rows = rows,
+          .columns = columns,
+          .row_stride = columns,
+          .column_stride = 1};
+}
 
 Tensor as_tensor(const Matrices& m, int64_t count) {
   const std::array<int64_t, 3> sizes{count, m.rows, m.columns};
@@ -70,7 +84,7 @@ class Scratch {
   template <typename T>
   void reserve(T** piece, int64_t count) {
     pieces_.push_back({[piece](char* at) { *piece = reinterpret_cast<T*>(at); }, used_});
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
   }
   void allocate() {
     const std::array<int64_t, 1> size{used_};
@@ -142,8 +156,14 @@ struct Plan {
       for (int64_t head = 0; head < p.heads; ++head) {
         lane_begin.push_back(static_cast<int64_t>(items.size()));
         for (int64_t first = start; first < stop; first += length) {
-          items.push_back({s * p.heads + head, s, head, p.cu_seqlens == nullptr ? s : 0, first,
-                           std::min(length, stop - first), first == start, first + length >= stop});
+          items.push_back({.lane = s * p.heads + head,
+                           .seq = s,
+                           .head = head,
+                           .row = p.cu_seqlens == nullptr ? s : 0,
+                           .first = first,
+                           .tokens = std::min(length, stop - first),
+                           .lane_begin = first == start,
+                           .lane_end = first + length >= stop});
         }
       }
     }
@@ -162,12 +182,18 @@ struct Plan {
   }
   ChunkGates gates(int64_t item) const {
     const int64_t at = item * length;
-    return {length, &row_high[at], &row_low[at], &column_high[at], &column_low[at], &m[at], m_start[item]};
+    return {.length = length,
+            .row_high = &row_high[at],
+            .row_low = &row_low[at],
+            .column_high = &column_high[at],
+            .column_low = &column_low[at],
+            .m = &m[at],
+            .m_start = m_start[item]};
   }
   std::vector<Run> runs(int64_t begin, int64_t end) const {
     std::vector<Run> result;
     for (int64_t x = begin; x < end; ++x) {
-      if (x == begin || items[x].lane_begin) result.push_back({x - begin, 0});
+      if (x == begin || items[x].lane_begin) result.push_back({.begin = x - begin, .count = 0});
       ++result.back().count;
     }
     return result;
@@ -292,7 +318,7 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
 
   const std::vector<Run> runs = plan.runs(begin, end);
   const int carry_out = carry_in ^ 1;
-  const int64_t blocks = (state + state_block - 1) / state_block;
+  const int64_t blocks = ceil_div(state, state_block);
   parallel(static_cast<int64_t>(runs.size()) * blocks, [&](int64_t task) {
     const Run& run = runs[task / blocks];
     const int64_t at = task % blocks * state_block, size = std::min(state_block, state - at);
@@ -378,7 +404,8 @@ void mlstm_forward(const MlstmForward& params) {
   int carry_in = 0;
   for (int64_t begin = 0; begin < count; begin += per_segment, carry_in ^= 1) {
     const int64_t end = std::min(begin + per_segment, count), items = end - begin;
-    const Matrices v{right, inner * p.dv, length, p.dv, p.dv, 1};
+    Matrices v = dense(right, length, p.dv);
+    v.batch_stride = inner * p.dv;
     segment_states(plan, states, begin, end, v, right + length * p.dv, inner * p.dv, carry_in, params.c_last,
                    params.n_last);
     parallel(items, [&](int64_t x) {
@@ -515,7 +542,7 @@ void mlstm_backward(const MlstmBackward& params) {
   const int64_t length = plan.length, count = static_cast<int64_t>(plan.items.size()), state = p.dqk * p.dv;
   const int64_t tile = length * length;
   const int64_t per_segment = items_per_segment(7 * length * p.dqk + 4 * length * p.dv + 4 * tile + 3 * state, count);
-  const int64_t segments = count == 0 ? 0 : (count + per_segment - 1) / per_segment;
+  const int64_t segments = count == 0 ? 0 : ceil_div(count, per_segment);
 
   StateScratch states;
   Scratch scratch;
@@ -611,7 +638,7 @@ void mlstm_backward(const MlstmBackward& params) {
     // The states' gradients at the chunks' ends, from the last to the first.
     multiply(dense(states.update, p.dqk, p.dv), dense(states.weighted_k, length, p.dqk).transposed(), dh_rows, items);
     const std::vector<Run> runs = plan.runs(begin, end);
-    const int64_t blocks = (state + state_block - 1) / state_block;
+    const int64_t blocks = ceil_div(state, state_block);
     std::vector<double> through(items * blocks, 0.0);  // [block][item]
     const int carry_out = carry_in ^ 1;
     parallel(static_cast<int64_t>(runs.size()) * blocks, [&](int64_t task) {

@@ -333,7 +333,7 @@ inline SumAndSize shifted_dot(const float* a, const float* b, float shift, int64
     tail += term;
     tail_size += absolute(term);
   }
-  return {sum.total() + tail, size.total() + tail_size};
+  return {.sum = sum.total() + tail, .size = size.total() + tail_size};
 }
 
 void backward_tile(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale, float eps,

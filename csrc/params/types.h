@@ -20,6 +20,12 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 constexpr int64_t element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
+// a / b rounded up, a at least 0.
+template <typename A, typename B>
+constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+
 // (batch, seq, heads, dim) with a contiguous last dimension; also (batch, seq, heads).
 struct Strided {
   const void* data = nullptr;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/common/ceil_div.h"
+#include "params/types.h"
 
 namespace flash_xlstm::cuda {
 

@@ -37,6 +37,9 @@ int shared_memory_limit();
 // and later).
 bool code_knows_hopper();
 
+// Blocks of a cluster: what every device with clusters runs, and the most that a kernel may ask for.
+constexpr int portable_cluster = 8, largest_cluster = 16;
+
 // How large clusters of the kernel's blocks may be: 16 (which it is prepared for), 8, or 1 where there are none. One
 // `known` for each kernel, number of threads and shared_bytes.
 int cluster_limit(PerDevice& known, const void* kernel, int threads, size_t shared_bytes);

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "params/types.h"
 
@@ -32,6 +33,33 @@ template <>
 __device__ __forceinline__ half from_float<half>(float x) {
   return __float2half_rn(x);
 }
+
+// Two neighbouring 16-bit elements, as a thread of an mma fragment holds them.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  } else {
+    const __half2 two = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  }
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&two));
+  }
+}
+
+// Neighbouring elements that one load or store moves; 16 bytes unless `count` says otherwise.
+template <typename T, int count = 16 / sizeof(T)>
+struct alignas(count * sizeof(T)) Group {
+  static constexpr int width = count;
+  T value[count];
+};
 
 // One element of a tensor whose dtype is known only at run time (gates).
 __device__ __forceinline__ float load_as_float(const void* data, int64_t index, DType dtype) {
@@ -82,7 +110,7 @@ __device__ __forceinline__ Sigmoids sigmoids(float x) {
   float e, open;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -log2_e));  // inf from x = -89 on
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(open) : "f"(1.0f + e));
-  return {open, fminf(e, largest) * open};
+  return {.open = open, .shut = fminf(e, largest) * open};
 }
 
 // A gate's pre-activation, soft-capped; cap 0: not at all. Infinities stay: they mark padding.

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/common/numeric.cuh"
+#include "cuda/common/packed.cuh"
 #include "params/conv.h"
 
 namespace flash_xlstm::cuda {
@@ -19,11 +20,6 @@ namespace {
 constexpr int forward_run = 32, backward_run = 64, threads = 128;
 // Kernels run with room for 4 taps or for the most there may be; of these the first taps - kernel stay unused.
 constexpr int few_taps = 4, most_taps = max_conv_kernel;
-
-template <typename T, int width>
-struct alignas(width * sizeof(T)) Group {
-  T value[width];
-};
 
 template <int width>
 struct Values {
@@ -47,29 +43,15 @@ __device__ __forceinline__ void store(void* data, int64_t index, const Values<wi
   *reinterpret_cast<Group<T, width>*>(static_cast<T*>(data) + index) = group;
 }
 
-// A sequence: tokens [start, stop) of a batch row. Offsets that are wrong are moved inside the tensors.
+// A sequence: tokens [start, stop) of a batch row.
 struct Row {
   int64_t index, batch, start, stop;
 };
 
 __device__ __forceinline__ Row row_at(const ConvProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {row, row, 0, p.seq};
-  const int64_t start = min(max(static_cast<int64_t>(p.cu_seqlens[row]), int64_t{0}), p.seq);
-  const int64_t stop = min(max(static_cast<int64_t>(p.cu_seqlens[row + 1]), start), p.seq);
-  return {row, 0, start, stop};
-}
-
-// The last packed sequence that starts at the token or before.
-__device__ __forceinline__ int64_t row_of(const ConvProblem& p, int64_t token) {
-  int64_t low = 0, high = p.rows;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= token)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
+  if (p.cu_seqlens == nullptr) return {.index = row, .batch = row, .start = 0, .stop = p.seq};
+  const TokenRange tokens = packed_tokens(p.cu_seqlens, row, p.seq);
+  return {.index = row, .batch = 0, .start = tokens.start, .stop = tokens.stop};
 }
 
 // Calls f(row, begin, end) for each sequence's share of tokens [first, last) of a batch row.
@@ -78,7 +60,7 @@ __device__ __forceinline__ void for_each_row(const ConvProblem& p, int64_t batch
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t end_row = packed ? p.rows : batch + 1;
 #pragma unroll 1
-  for (int64_t r = packed ? row_of(p, first) : batch; r < end_row; ++r) {
+  for (int64_t r = packed ? sequence_of(p.cu_seqlens, p.rows, first) : batch; r < end_row; ++r) {
     const Row row = row_at(p, r);
     if (row.start >= last) break;
     const int64_t begin = max(first, row.start), end = min(last, row.stop);
@@ -150,7 +132,6 @@ struct Window {
   }
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 __device__ __forceinline__ float silu_slope(float x) {
   const float s = sigmoid(x);
@@ -161,8 +142,8 @@ __device__ __forceinline__ float silu_slope(float x) {
 template <int width>
 __device__ __forceinline__ bool locate(const ConvProblem& p, int run, int64_t& channel, int64_t& batch,
                                        int64_t& first) {
-  const int64_t groups = (p.channels + width - 1) / width, blocks = (groups + threads - 1) / threads;
-  const int64_t runs = (p.seq + run - 1) / run, place = blockIdx.x / blocks;
+  const int64_t blocks = ceil_div(ceil_div(p.channels, width), threads);
+  const int64_t runs = ceil_div(p.seq, run), place = blockIdx.x / blocks;
   channel = (blockIdx.x % blocks * threads + threadIdx.x) * width;
   batch = place / runs;
   first = place % runs * run;
@@ -198,7 +179,9 @@ struct StateElement {
   int place;
 };
 __device__ __forceinline__ StateElement state_element(const ConvProblem& p, int64_t x) {
-  return {x / p.channels / (p.kernel - 1), x % p.channels, static_cast<int>(x / p.channels % (p.kernel - 1))};
+  return {.row = x / p.channels / (p.kernel - 1),
+          .channel = x % p.channels,
+          .place = static_cast<int>(x / p.channels % (p.kernel - 1))};
 }
 
 template <typename T>
@@ -287,7 +270,7 @@ __global__ void __launch_bounds__(threads)
       }
     }
   });
-  const int64_t runs = (p.seq + backward_run - 1) / backward_run;
+  const int64_t runs = ceil_div(p.seq, backward_run);
   float* to = sums + (batch * runs + first / backward_run) * (kernel + 1) * p.channels + channel;
 #pragma unroll
   for (int e = 0; e < width; ++e) {
@@ -359,14 +342,14 @@ bool wide(const ConvProblem& p, std::initializer_list<const void*> pointers, std
   return good;
 }
 
-unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + 255) / 256); }
+unsigned blocks_for(int64_t count) { return static_cast<unsigned>(ceil_div(count, 256)); }
 
 unsigned run_blocks(const ConvProblem& p, int run, int width) {
-  const int64_t groups = (p.channels + width - 1) / width;
-  return static_cast<unsigned>((groups + threads - 1) / threads * p.batch * ((p.seq + run - 1) / run));
+  const int64_t blocks = ceil_div(ceil_div(p.channels, width), threads);
+  return static_cast<unsigned>(blocks * p.batch * ceil_div(p.seq, run));
 }
 
-int64_t prepared_floats(const ConvProblem& p) { return ((p.kernel + 1) * p.channels + 63) / 64 * 64; }
+int64_t prepared_floats(const ConvProblem& p) { return ceil_div((p.kernel + 1) * p.channels, 64) * 64; }
 
 void prepare(const ConvProblem& p, float* to, cudaStream_t stream) {
   prepare_kernel<<<blocks_for((p.kernel + 1) * p.channels), 256, 0, stream>>>(p, to);
@@ -407,7 +390,7 @@ cudaError_t conv_forward(const ConvForward& params, void* workspace, cudaStream_
 
 int64_t conv_backward_workspace_bytes(const ConvBackward& params) {
   const ConvProblem& p = params.p;
-  const int64_t runs = p.batch * ((p.seq + backward_run - 1) / backward_run);
+  const int64_t runs = p.batch * ceil_div(p.seq, backward_run);
   return (prepared_floats(p) + runs * (p.kernel + 1) * p.channels) * 4;
 }
 
@@ -427,7 +410,7 @@ cudaError_t conv_backward(const ConvBackward& params, void* workspace, cudaStrea
     if (params.dstate != nullptr && count > 0 && p.cu_seqlens != nullptr) {
       empty_rows_kernel<T><<<blocks_for(count), 256, 0, stream>>>(params, count);
     }
-    const int64_t runs = p.batch * ((p.seq + backward_run - 1) / backward_run);
+    const int64_t runs = p.batch * ceil_div(p.seq, backward_run);
     add_kernel<<<blocks_for((p.kernel + 1) * p.channels), 256, 0, stream>>>(params, sums, runs);
     return cudaGetLastError();
   });

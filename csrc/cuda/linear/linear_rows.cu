@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(threads, resident_blocks(row_tiles))
   int64_t tile = blockIdx.x;
   if (!p.swiglu) {
     for (; part < p.count - 1; ++part) {
-      const int64_t tiles = (p.part[part].out + tile_rows - 1) / tile_rows;
+      const int64_t tiles = ceil_div(p.part[part].out, tile_rows);
       if (tile < tiles) break;
       tile -= tiles;
     }
@@ -168,7 +168,7 @@ cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
   int64_t blocks = 0;
   const int tile_columns = p.swiglu ? tile_rows / 2 : tile_rows;
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) {
-    blocks += (p.part[part].out + tile_columns - 1) / tile_columns;
+    blocks += ceil_div(p.part[part].out, tile_columns);
   }
   const int row_tiles = p.rows <= 8 ? 1 : 2;
   const auto kernel = row_tiles == 1 ? linear_rows_kernel<1> : linear_rows_kernel<2>;

@@ -32,16 +32,9 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-// Few enough (row, head) that 16 blocks of 512 threads each run together.
-constexpr int64_t few_items = 16;
+constexpr int few_resident = 2;  // blocks an SM, where there are few (row, head)
 // Of many (row, head), blocks ask the L2 cache for two batches of rows of c first of all, else for one.
 constexpr int64_t many_items = 2048;
-constexpr int portable_cluster = 8, largest_cluster = 16;
-
-template <typename C, int width>
-struct alignas(sizeof(C) * width) Group {
-  C value[width];
-};
 
 // A row of the state is read once and written once: neither copy is kept in the caches for a second use.
 template <typename C, int width>
@@ -323,7 +316,7 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
     if (status != cudaSuccess) return status;
   }
   const int64_t items = p.batch * p.heads;
-  const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
+  const int64_t tiles = ceil_div(p.dv, tile_columns);
   static PerDevice known[shared_steps];
   const int limit = cluster_limit(known[step], reinterpret_cast<const void*>(kernel), threads, step_bytes);
   const bool clusters = limit > 1;
@@ -346,14 +339,16 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
   if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) {
     return launch<C, 1, 32, 256, 8, 3>(p, counters, stream);
   }
-  if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
+  // Few enough (row, head) that largest_cluster blocks of each run at once.
+  const int64_t at_once = few_resident * processor_count();
+  if (p.batch * p.heads * largest_cluster <= at_once && p.dv <= largest_cluster * 8 * width) {
     if constexpr (width == 8)
-      return launch<C, width, 8, 256, 8, 2>(p, counters, stream);
+      return launch<C, width, 8, 256, 8, few_resident>(p, counters, stream);
     else
-      return launch<C, width, 8, 512, 4, 2>(p, counters, stream);
+      return launch<C, width, 8, 512, 4, few_resident>(p, counters, stream);
   }
   if constexpr (width == 4) {
-    const int64_t blocks = p.batch * p.heads * ((p.dv + 64 * width - 1) / (64 * width)), most = processor_count();
+    const int64_t blocks = p.batch * p.heads * ceil_div(p.dv, 64 * width), most = processor_count();
     if (blocks <= most && blocks * 4 >= most * 3) return launch<C, width, 64, 512, 12, 1>(p, counters, stream);
   }
   if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16, 256, 8, resident>(p, counters, stream);

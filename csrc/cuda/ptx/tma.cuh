@@ -43,9 +43,10 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
-// Of what is read once: other lines of the L2 cache outlive it.
+// L2 cache hints: of what is read once, and of what many blocks read.
+constexpr uint64_t evict_first = 0x12f0000000000000ull, evict_last = 0x14f0000000000000ull;
+// With evict_first.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
-  constexpr uint64_t evict_first = 0x12f0000000000000ull;
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
       "%5}], [%2], %6;" ::"r"(shared_address(shared)),

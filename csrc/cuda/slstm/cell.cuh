@@ -2,22 +2,28 @@
 #pragma once
 
 #include "cuda/common/numeric.cuh"
+#include "cuda/common/packed.cuh"
 #include "params/slstm.h"
 
 namespace flash_xlstm::cuda {
 
-// Where a row's tokens lie. Offsets that are wrong are moved inside the tensors.
+// Where a row's tokens lie.
 struct SlstmRow {
   int64_t batch;
   int64_t start, length;
 };
 
 __device__ __forceinline__ SlstmRow slstm_row(const SlstmProblem& p, int64_t row) {
-  if (row >= p.rows) return {0, 0, 0};
-  if (p.cu_seqlens == nullptr) return {row, 0, p.seq};
-  const int64_t start = min(max(static_cast<int64_t>(p.cu_seqlens[row]), int64_t{0}), p.seq);
-  const int64_t stop = min(max(static_cast<int64_t>(p.cu_seqlens[row + 1]), start), p.seq);
-  return {0, start, stop - start};
+  if (row >= p.rows) return {.batch = 0, .start = 0, .length = 0};
+  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
+  const TokenRange tokens = packed_tokens(p.cu_seqlens, row, p.seq);
+  return {.batch = 0, .start = tokens.start, .length = tokens.stop - tokens.start};
+}
+
+// An element of `state` (rows, heads, dim); 0 beyond the last row and where there is no state.
+__device__ __forceinline__ float initial(const float* state, const SlstmProblem& p, int64_t row, int64_t head,
+                                         int64_t unit) {
+  return state == nullptr || row >= p.rows ? 0.0f : state[(row * p.heads + head) * p.dim + unit];
 }
 
 struct SlstmUnit {

@@ -27,22 +27,9 @@ __global__ void starts_kernel(const __grid_constant__ SlstmProblem p, int32_t* s
     starts[token] = token % p.seq == 0 ? static_cast<int32_t>(token / p.seq) : -1;
     return;
   }
-  int64_t low = 0, high = p.rows;  // the last row that starts at the token or before
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= token)
-      low = middle;
-    else
-      high = middle;
-  }
-  starts[token] = p.cu_seqlens[low] == token || token == 0 ? static_cast<int32_t>(low) : -1;
+  const int64_t row = sequence_of(p.cu_seqlens, p.rows, token);
+  starts[token] = p.cu_seqlens[row] == token || token == 0 ? static_cast<int32_t>(row) : -1;
 }
-
-template <typename T>
-struct alignas(16) Group {
-  static constexpr int width = 16 / sizeof(T);
-  T value[width];
-};
 
 // A chunk of dx and of h before it, in registers: each thread holds columns [column, column + width) of some tokens.
 template <typename T>
@@ -113,7 +100,7 @@ __global__ void __launch_bounds__(threads)
   __shared__ alignas(16) E dx[chunk * pitch];
   __shared__ alignas(16) E h[chunk * pitch];
   const SlstmProblem& p = params.p;
-  const int64_t tiles = (p.dim + tile - 1) / tile, matrix = blockIdx.x / (tiles * tiles);
+  const int64_t tiles = ceil_div(p.dim, tile), matrix = blockIdx.x / (tiles * tiles);
   const int gate = static_cast<int>(matrix / p.heads), head = static_cast<int>(matrix % p.heads);
   const int64_t out = blockIdx.x / tiles % tiles * tile, in = blockIdx.x % tiles * tile;
   const int64_t begin = blockIdx.y * tokens_a_split, stop = min(begin + tokens_a_split, p.batch * p.seq);
@@ -171,7 +158,7 @@ __global__ void __launch_bounds__(threads, blocks_a_multiprocessor)
                    int64_t tokens_a_split) {
   __shared__ alignas(128) char ring[stages * 2 * operand_bytes];  // a stage: dx, then h
   const SlstmProblem& p = params.p;
-  const int64_t tiles = (p.dim + tile - 1) / tile, matrix = blockIdx.x / (tiles * tiles);
+  const int64_t tiles = ceil_div(p.dim, tile), matrix = blockIdx.x / (tiles * tiles);
   const int64_t gate = matrix / p.heads, head = matrix % p.heads;
   const int64_t out = blockIdx.x / tiles % tiles * tile, in = blockIdx.x % tiles * tile;
   const int64_t begin = blockIdx.y * tokens_a_split, stop = min(begin + tokens_a_split, p.batch * p.seq);
@@ -316,28 +303,28 @@ Plan plan(const SlstmProblem& p) {
   const int64_t multiprocessors = processor_count();
   Plan plan{};
   plan.wide = p.dtype != DType::float32 && p.dim >= wide::tile && p.dim % 8 == 0;
-  const int64_t side = plan.wide ? wide::tile : tile, tiles = (p.dim + side - 1) / side;
+  const int64_t side = plan.wide ? wide::tile : tile, tiles = ceil_div(p.dim, side);
   plan.blocks = tiles * tiles * 4 * p.heads;
   plan.tokens = p.batch * p.seq;
   plan.weights = 4 * p.heads * p.dim * p.dim;
-  const int64_t most = (plan.tokens + fewest_tokens - 1) / fewest_tokens;
+  const int64_t most = ceil_div(plan.tokens, fewest_tokens);
   int64_t splits = std::clamp<int64_t>(4 * multiprocessors / plan.blocks, 1, most);
   if (plan.wide) {
     // The fewest that leave little of the last round of blocks idle, or the best of 16.
     const int64_t at_once = multiprocessors * wide::blocks_a_multiprocessor;
     double best = 0.0;
     for (int64_t x = 1; x <= std::min<int64_t>(most, 16) && best < 0.95; ++x) {
-      const int64_t all = plan.blocks * x, rounds = (all + at_once - 1) / at_once;
+      const int64_t all = plan.blocks * x, rounds = ceil_div(all, at_once);
       const double busy = static_cast<double>(all) / static_cast<double>(rounds * at_once);
       if (busy > best) best = busy, splits = x;
     }
   }
-  plan.tokens_a_split = ((plan.tokens + splits - 1) / splits + chunk - 1) / chunk * chunk;
-  plan.splits = static_cast<int>((plan.tokens + plan.tokens_a_split - 1) / plan.tokens_a_split);
+  plan.tokens_a_split = ceil_div(ceil_div(plan.tokens, splits), chunk) * chunk;
+  plan.splits = static_cast<int>(ceil_div(plan.tokens, plan.tokens_a_split));
   return plan;
 }
 
-unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + 255) / 256); }
+unsigned blocks_for(int64_t count) { return static_cast<unsigned>(ceil_div(count, 256)); }
 
 }  // namespace
 

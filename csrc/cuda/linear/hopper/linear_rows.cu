@@ -66,12 +66,11 @@ struct Maps {
 // Of W, which is read once, and of x, which every block reads.
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int k, int row,
                                          bool once) {
-  constexpr uint64_t evict_first = 0x12f0000000000000ull, evict_last = 0x14f0000000000000ull;
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
       "%4}], [%2], %5;" ::"r"(ptx::shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(k), "r"(row),
-      "l"(once ? evict_first : evict_last)
+      "l"(once ? ptx::evict_first : ptx::evict_last)
       : "memory");
 }
 
@@ -82,7 +81,7 @@ struct Tile {
   __device__ Tile(const FusedLinearRows& p, int tile, int columns) {
     const int parts = p.swiglu ? 1 : p.count;
     for (; part < parts - 1; ++part) {
-      const int tiles = static_cast<int>((p.part[part].out + columns - 1) / columns);
+      const int tiles = static_cast<int>(ceil_div(p.part[part].out, columns));
       if (tile < tiles) break;
       tile -= tiles;
     }
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(threads, 1)
 
   if (warp == consumers) {
     if (lane != 0) return;
-    const int pieces = (in + stage_k - 1) / stage_k;
+    const int pieces = ceil_div(in, stage_k);
     // Blocks begin at different places of k, or all would ask the same few slices of the cache for x at a time.
     const int begin = static_cast<int>(blockIdx.x) * pieces / blocks;
     const auto place_of = [&](int piece) {
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(threads, 1)
   wait_for_earlier_kernels();
   if (p.holds_next) let_next_kernel_start();
   // Of the results that a thread will write, at most this many.
-  constexpr int items = (S::x_rows * S::tile + consumer_threads - 1) / consumer_threads;
+  constexpr int items = ceil_div(S::x_rows * S::tile, consumer_threads);
   int stage = 0, parity = 0;
   for (int t = blockIdx.x; t < tiles; t += blocks) {
     const Tile tile(p, t, columns);
@@ -256,7 +255,7 @@ struct Plan {
 
 int tiles_of(const FusedLinearRows& p, int64_t columns) {
   int64_t tiles = 0;
-  for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) tiles += (p.part[part].out + columns - 1) / columns;
+  for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) tiles += ceil_div(p.part[part].out, columns);
   return static_cast<int>(tiles);
 }
 
@@ -266,7 +265,7 @@ Plan plan(const FusedLinearRows& p, int most_rows) {
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) total += p.part[part].out;
   const int blocks = processor_count(), most = most_rows / (p.swiglu ? 2 : 1);
   for (int64_t each = 1;; ++each) {
-    for (int64_t columns = (total + each * blocks - 1) / (each * blocks); columns <= most; ++columns) {
+    for (int64_t columns = ceil_div(total, each * blocks); columns <= most; ++columns) {
       const int tiles = tiles_of(p, columns);
       if (tiles <= each * blocks) {
         return {.tiles = tiles, .columns = static_cast<int>(columns), .blocks = std::min(tiles, blocks)};

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/ceil_div.h"
+#include "params/types.h"
 
 namespace flash_xlstm::cuda {
 

@@ -22,7 +22,7 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int tokens_per_lane = 4;
 constexpr int most_heads = 8;  // of a tile: 32 bytes of float32 gates
 constexpr int most_warps = 32;
-constexpr int portable_cluster = 8, largest_cluster = 16;
+constexpr int blocks_of_16_warps = 2;  // that fit an SM
 static_assert(chunk_tokens == 32 * tokens_per_lane, "a chunk is a warp");
 
 __device__ __forceinline__ double infinity() { return static_cast<double>(INFINITY); }
@@ -60,7 +60,10 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
   const Layout& l = w.layout;
   if (w.p.cu_seqlens == nullptr) {
     const unsigned per_seq = static_cast<unsigned>(parts_per_seq), seq = static_cast<unsigned>(id) / per_seq;
-    out = {static_cast<int>(seq), static_cast<int>(l.seq), 0, static_cast<int>(seq * l.chunks_per_seq)};
+    out = {.seq = static_cast<int>(seq),
+           .length = static_cast<int>(l.seq),
+           .begin = 0,
+           .chunk = static_cast<int>(seq * l.chunks_per_seq)};
     index = static_cast<int>(static_cast<unsigned>(id) - seq * per_seq);
     return true;
   }
@@ -92,7 +95,7 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
     end = max(end, begin);
     const int end_before = __shfl_up_sync(all_lanes, end, 1);
     if (lane > 0) begin = end_before;
-    const int own_chunks = (end - begin + chunk_tokens - 1) / chunk_tokens;
+    const int own_chunks = ceil_div(end - begin, chunk_tokens);
     const int own_parts = exists ? max((end - begin - 1) / part_tokens + 1, 1) : 0;
     int2 sum = make_int2(own_chunks, own_parts);
     for (int d = 1; d < 32; d *= 2) {
@@ -108,7 +111,7 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
       chunks += warp_sum[x].x, parts += warp_sum[x].y;
     }
     if (first_part <= wanted && wanted < first_part + own_parts) {
-      found = {static_cast<int>(s), end - begin, begin, first_chunk};
+      found = {.seq = static_cast<int>(s), .length = end - begin, .begin = begin, .chunk = first_chunk};
       found_index = wanted - first_part;
     }
     __syncthreads();
@@ -119,7 +122,7 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
 
 // The tables of packed sequences, for later kernels.
 __device__ void write_table(const Work& w, const Tile& tile) {
-  const int count = (tile.tokens + chunk_tokens - 1) / chunk_tokens;
+  const int count = ceil_div(tile.tokens, chunk_tokens);
   if (threadIdx.x < count) w.seq_of_chunk[tile.chunk + threadIdx.x] = tile.seq;
   if (threadIdx.x != 0) return;
   if (tile.index == 0) w.first_chunk[tile.seq] = tile.chunk, w.first_token[tile.seq] = tile.first;
@@ -205,7 +208,9 @@ __device__ __forceinline__ float2 split_log(double x) {
 // What a run of tokens does to m: m -> max(m + sum, top).
 struct Transform {
   double sum, top;
-  __device__ Transform then(const Transform& next) const { return {sum + next.sum, fmax(top + next.sum, next.top)}; }
+  __device__ Transform then(const Transform& next) const {
+    return {.sum = sum + next.sum, .top = fmax(top + next.sum, next.top)};
+  }
   __device__ double from(double m) const { return fmax(m + sum, top); }
 };
 
@@ -242,7 +247,7 @@ __device__ ChunkLogs scan_chunk(const float* i_row, const float* lf_row, int lan
   for (int d = 1; d < 32; d *= 2) through = least(through, __shfl_up_sync(all_lanes, through, d));
   out.least_before = __shfl_up_sync(all_lanes, through, 1);
   if (lane == 0) out.least_before = infinity();
-  out.all = {out.b[3], out.b[3] - through};
+  out.all = {.sum = out.b[3], .top = out.b[3] - through};
   return out;
 }
 
@@ -292,14 +297,14 @@ __device__ __forceinline__ Transform tile_total(const Work& w, const Transform* 
 
 // What the blocks of the cluster before this one do to m, in order; in lane 0 of a whole warp.
 __device__ Transform earlier_blocks(const double2* own_total, int rank, int lane) {
-  Transform all{0.0, -infinity()};
+  Transform all{.sum = 0.0, .top = -infinity()};
   if (lane < rank) {
     const double2 theirs = ptx::load_peer(own_total, lane);
-    all = {theirs.x, theirs.y};
+    all = {.sum = theirs.x, .top = theirs.y};
   }
 #pragma unroll
   for (int d = 1; d < largest_cluster; d *= 2) {
-    all = all.then({__shfl_down_sync(all_lanes, all.sum, d), __shfl_down_sync(all_lanes, all.top, d)});
+    all = all.then({.sum = __shfl_down_sync(all_lanes, all.sum, d), .top = __shfl_down_sync(all_lanes, all.top, d)});
   }
   return all;
 }
@@ -351,7 +356,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
   }
   if (goes_twice) {
-    Transform total{0.0, -infinity()};
+    Transform total{.sum = 0.0, .top = -infinity()};
 #pragma unroll 1
     for (int index = begin; index < end; ++index) {
       const Tile tile(w, seq, index);
@@ -474,30 +479,33 @@ struct Walk {
   double closed, open;  // sums of e since the last reset, and of e + q . dq - k . dk
   int reset;
   __device__ Walk then(const Walk& earlier) const {
-    return earlier.reset ? earlier : Walk{closed + earlier.closed, open + earlier.open, reset};
+    return earlier.reset ? earlier
+                         : Walk{.closed = closed + earlier.closed, .open = open + earlier.open, .reset = reset};
   }
   __device__ Carried from(const Carried& x) const {
-    return reset ? Carried{closed, false} : Carried{x.value + (x.open ? open : closed), x.open};
+    return reset ? Carried{.value = closed, .open = false}
+                 : Carried{.value = x.value + (x.open ? open : closed), .open = x.open};
   }
 };
 
 // What the later tiles of the sequence do to it. Blocks take tiles in the order in which they start, from the last
 // tile on: what is waited for has started, and waiting cannot hang.
 __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t id, int64_t head, int lane) {
-  Walk behind{0.0, 0.0, 0};
+  Walk behind{};
   for (int first = tile.index + 1; first < count && !behind.reset; first += 32) {
-    Walk mine{0.0, 0.0, 0};
+    Walk mine{};
     if (first + lane < count) {
       const int64_t at = (id - tile.index + first + lane) * w.layout.heads + head;
       int flag;
       while ((flag = ptx::load_acquire(w.tile_flags + at)) == 0) __nanosleep(50);
       const double2 sums = w.tile_totals[at];
-      mine = {sums.x, sums.y, flag - 1};
+      mine = {.closed = sums.x, .open = sums.y, .reset = flag - 1};
     }
     __syncwarp();
     const auto from_lane = [&](int source) {
-      return Walk{__shfl_sync(all_lanes, mine.closed, source), __shfl_sync(all_lanes, mine.open, source),
-                  __shfl_sync(all_lanes, mine.reset, source)};
+      return Walk{.closed = __shfl_sync(all_lanes, mine.closed, source),
+                  .open = __shfl_sync(all_lanes, mine.open, source),
+                  .reset = __shfl_sync(all_lanes, mine.reset, source)};
     };
     for (int d = 1; d < 32; d *= 2) mine = from_lane(lane + d).then(mine);  // right where 0 gets it from
     behind = from_lane(0).then(behind);
@@ -587,7 +595,8 @@ __global__ void __launch_bounds__(most_warps * 32)
   const double all_earlier = __shfl_sync(all_lanes, earlier, 31);
   if (lane == 0) {
     const bool reset = lanes_with_reset != 0;
-    unit_walk[unit.warp] = {closed, reset ? 0.0 : closed + later - all_earlier, reset};
+    unit_walk[unit.warp] = {
+        .closed = closed, .open = reset ? 0.0 : closed + later - all_earlier, .reset = static_cast<int>(reset)};
   }
   // From here on those of the tokens behind this lane's, and before them.
   earlier -= own_earlier;
@@ -608,7 +617,8 @@ __global__ void __launch_bounds__(most_warps * 32)
       }
     }
     // No stabilizer: as if past a reset, with nothing to carry.
-    const Carried at_end{sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head], !sigmoid};
+    const double from_m = sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head];
+    const Carried at_end{.value = from_m, .open = !sigmoid};
     const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
     if (lane == 0) {
       carried_in[unit.head] = carried;
@@ -731,13 +741,13 @@ Tiles choose_scan_tiles(const Work& w) {
 // Blocks for a sequence's tiles. Packed, one sequence may have nearly all tokens and many blocks then have nothing to
 // do: there are no more of these than fill the device about once.
 int choose_cluster(const Work& w) {
-  constexpr int64_t most_packed_blocks = 256;
   static PerDevice known;
   int64_t most = cluster_limit(known, reinterpret_cast<const void*>(scan_gates_kernel), most_warps * 32,
                                shared_bytes(most_heads, most_warps / most_heads));
   if (w.p.cu_seqlens != nullptr) {
     const int64_t alone = w.p.num_seqs * ceil_div(w.p.heads, int64_t{w.tiles.heads});
-    most = std::clamp(most_packed_blocks / std::max(alone, int64_t{1}), int64_t{1}, most);
+    const int64_t at_once = blocks_of_16_warps * processor_count();
+    most = std::clamp(at_once / std::max(alone, int64_t{1}), int64_t{1}, most);
   }
   const int64_t each = ceil_div(w.tiles.per_seq, most);
   return static_cast<int>(ceil_div(w.tiles.per_seq, each));

@@ -1212,8 +1212,13 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
   const auto tile_of = [&](const Chunk& chunk, int head, int index) {
     const bool is_empty = Makes::rows_are_t ? chunk.is_first && args.w.starts_empty
                                             : chunk.is_last && args.w.ends_empty;
-    return Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length,
-                static_cast<int>(chunk.chunk * l.heads) + head, head, index, !is_empty};
+    return Tile{.row = static_cast<int>(chunk.row),
+                .first = static_cast<int>(chunk.first),
+                .length = chunk.length,
+                .item = static_cast<int>(chunk.chunk * l.heads) + head,
+                .head = head,
+                .index = index,
+                .has_state = !is_empty};
   };
   // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. They take turns from
   // round to round: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
@@ -1240,7 +1245,7 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
     const auto segments = static_cast<unsigned>(packed ? 1 : w.segments);
     const auto chunks = static_cast<unsigned>(packed ? l.max_chunks : l.chunks_per_seq);
     const auto rows = static_cast<unsigned>(packed ? 1 : l.num_seqs);
-    const unsigned per_segment = (chunks + segments - 1) / segments, side_by_side = segments * rows * heads;
+    const unsigned per_segment = ceil_div(chunks, segments), side_by_side = segments * rows * heads;
     const unsigned count = per_segment * side_by_side;
     int* const taken = w.state_flags + w.num_state_flags - 1;
     for (unsigned index = blockIdx.x; index < count;) {

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int count = static_cast<int>(end - begin);
   const auto chunk_at = [&](int step) { return backward ? end - 1 - step : begin + step; };
   // Steps of this segment; past the sequence's end there is nothing to do, but an empty sequence has its final state.
-  const int per_segment = (count + w.segments - 1) / w.segments;
+  const int per_segment = ceil_div(count, w.segments);
   const int first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count) return;
   const bool is_last = last_step == count;

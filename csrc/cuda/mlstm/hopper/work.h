@@ -4,8 +4,6 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include <type_traits>
-
 #include "cuda/common/device.h"
 #include "cuda/common/numeric.cuh"
 #include "cuda/mlstm/chunked/layout.cuh"
@@ -97,26 +95,6 @@ cudaError_t dispatch_16_bit(DType dtype, F&& f) {
 }
 
 #ifdef __CUDACC__
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&two);
-  } else {
-    const __half2 two = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&two);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t two) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&two));
-  }
-}
-
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   // volatile: kept for a second use, the weights of a tile would take 64 registers.

@@ -121,9 +121,12 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
       }
   if constexpr (sums == Sums::tokens) {
     const int64_t state_row = (l.slot(chunk.chunk, chunk.seq) * l.heads + head) * l.dqk;
-    const Matrix<typename Arithmetic<T>::Element> state{
-        static_cast<const typename Arithmetic<T>::Element*>(w.scratch.c) + state_row * w.dv_pitch, w.dv_pitch,
-        static_cast<int>(l.dqk), l.dv, true};
+    using E = typename Arithmetic<T>::Element;
+    const Matrix<E> state{.data = static_cast<const E*>(w.scratch.c) + state_row * w.dv_pitch,
+                          .stride = w.dv_pitch,
+                          .rows = static_cast<int>(l.dqk),
+                          .cols = l.dv,
+                          .vectors = true};
     const float m_start = w.scratch.m_boundary[chunk.boundary * l.heads + head];
     const T* const q = static_cast<const T*>(w.p.q.data) + chunk.row * w.p.q.batch + head * w.p.q.head;
     for (int64_t col0 = 0; col0 < l.dqk; col0 += chunk_tokens) {

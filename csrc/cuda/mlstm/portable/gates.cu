@@ -63,7 +63,7 @@ __global__ void chunk_table_kernel(const __grid_constant__ Work w) {
       const int64_t stop = min(max(static_cast<int64_t>(w.p.cu_seqlens[s + 1]), start), l.seq);
       w.scratch.first_token[s] = start;
       w.scratch.first_chunk[s] = chunk;
-      chunk += (stop - start + chunk_tokens - 1) / chunk_tokens;
+      chunk += ceil_div(stop - start, chunk_tokens);
       token = stop;
     }
     w.scratch.first_token[l.num_seqs] = token;

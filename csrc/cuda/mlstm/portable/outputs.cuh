@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   const Layout& l = w.layout;
   const int64_t inner = inner_is_dqk ? l.dqk : l.dv;
   const int64_t columns = inner_is_dqk ? l.dv : l.dqk;
-  const int tiles = static_cast<int>((columns + tile_n - 1) / tile_n);
+  const int tiles = static_cast<int>(ceil_div(columns, tile_n));
   const int tile = static_cast<int>(blockIdx.x % tiles);
   const int64_t item = blockIdx.x / tiles + l.range_begin * l.heads;  // over all chunks and heads
   const int head = static_cast<int>(item % l.heads);
@@ -91,8 +91,11 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   const Matrix<T> b = chunk_rows<T>(tb, b_vectors, chunk.row, chunk.first, head, chunk.length, inner);
   const Matrix<T> z = chunk_rows<T>(tz, z_vectors, chunk.row, chunk.first, head, chunk.length, columns);
   const int64_t slot = (l.slot(chunk.chunk, chunk.seq) + (rows_are_t ? 0 : 1)) * l.heads + head;
-  const Matrix<E> state{static_cast<const E*>(w.scratch.c) + slot * l.dqk * w.dv_pitch, w.dv_pitch,
-                        static_cast<int>(l.dqk), l.dv, true};
+  const Matrix<E> state{.data = static_cast<const E*>(w.scratch.c) + slot * l.dqk * w.dv_pitch,
+                        .stride = w.dv_pitch,
+                        .rows = static_cast<int>(l.dqk),
+                        .cols = l.dv,
+                        .vectors = true};
   const float* n = w.scratch.n + slot * l.dqk;
 
   if (threadIdx.x < chunk_tokens) {
@@ -161,14 +164,11 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       multiply<T, Shared::state_rows_are_k>(out, rows, state_columns, Shared::s_pitch, kk);
     }
     if constexpr (output == Output::h) {
-      constexpr int width = 16 / sizeof(E);
-      struct alignas(16) Group {
-        E value[width];
-      };
+      constexpr int width = Group<E>::width;
       const int half = (threadIdx.x % 2) * (tile_k / 2);
 #pragma unroll
       for (int x = 0; x < tile_k / 2; x += width) {
-        const Group part = *reinterpret_cast<const Group*>(stage.a + (threadIdx.x / 2) * Shared::ab_pitch + half + x);
+        const auto part = *reinterpret_cast<const Group<E>*>(stage.a + (threadIdx.x / 2) * Shared::ab_pitch + half + x);
 #pragma unroll
         for (int y = 0; y < width; ++y) q_n += to_float(part.value[y]) * sh.n[step % 2][half + x + y];
       }

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
 
   const Work& w = args.w;
   const Layout& l = w.layout;
-  const int dqk_tiles = static_cast<int>((l.dqk + tile_dqk - 1) / tile_dqk);
-  const int dv_tiles = static_cast<int>((l.dv + tile_dv - 1) / tile_dv);
+  const int dqk_tiles = static_cast<int>(ceil_div(l.dqk, tile_dqk));
+  const int dv_tiles = static_cast<int>(ceil_div(l.dv, tile_dv));
   int64_t block = blockIdx.x;
   const int tile_v = static_cast<int>(block % dv_tiles);
   block /= dv_tiles;

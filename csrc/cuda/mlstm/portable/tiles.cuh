@@ -59,8 +59,12 @@ template <typename T>
 __device__ __forceinline__ Matrix<T> chunk_rows(const Strided& t, bool vectors, int64_t row, int64_t first, int head,
                                                 int length, int64_t dim) {
   const T* data = static_cast<const T*>(t.data);
-  if (data == nullptr) return {data, 0, 0, 0, false};
-  return {data + row * t.batch + first * t.seq + head * t.head, t.seq, length, dim, vectors};
+  if (data == nullptr) return {.data = data, .stride = 0, .rows = 0, .cols = 0, .vectors = false};
+  return {.data = data + row * t.batch + first * t.seq + head * t.head,
+          .stride = t.seq,
+          .rows = length,
+          .cols = dim,
+          .vectors = vectors};
 }
 
 inline bool can_vectorize(const Strided& t, int64_t item) {

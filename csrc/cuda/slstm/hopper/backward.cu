@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   const bool active = first_tile < n_tiles && group < g.groups;  // in the cell; every warp takes part in the product
   const int64_t unit = group * units_a_group + lane / 4;
   const int m_warps = g.warps / k_parts, m_first = warp % m_warps, k_part = warp / m_warps;
-  const int m_count = (g.groups + 1) / 2;
-  const int own_pairs = (min(g.block_groups, g.groups - first_group) + 1) / 2;
+  const int m_count = ceil_div(g.groups, 2);
+  const int own_pairs = ceil_div(min(g.block_groups, g.groups - first_group), 2);
   const uint32_t step_bytes = sources * own_pairs * n_tiles * fragment_bytes;
 
   // --- start: rows, barriers, R^T
@@ -470,13 +470,15 @@ struct Choice {
 
 template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, int m_extra>
 void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
-  static std::atomic<int> known[16][17];
+  static KnownClusters known;
   auto* kernel = backward_kernel<T, m_tiles, k_tiles, k_parts, n_tiles, cell_tiles, m_extra>;
   const int bytes = Layout<m_tiles, k_tiles, k_parts, n_tiles, m_extra>::total(g);
   const int active = active_clusters(kernel, g.cluster, 32 * g.warps, bytes, known);
   if (active == 0) return;
   const int64_t cost = launch_cost(p, n_tiles, active);
-  if (best.kernel == nullptr || cost < best.cost) best = {kernel, g, n_tiles, bytes, cost};
+  if (best.kernel == nullptr || cost < best.cost) {
+    best = {.kernel = kernel, .g = g, .n_tiles = n_tiles, .shared_bytes = bytes, .cost = cost};
+  }
 }
 
 template <typename T>
@@ -486,7 +488,7 @@ Choice choose(const SlstmProblem& p) {
   g.groups = static_cast<int>(p.dim / units_a_group);
   const auto spread = [&](int block_groups, int warps) {
     g.block_groups = block_groups, g.warps = warps;
-    g.cluster = (g.groups + block_groups - 1) / block_groups;
+    g.cluster = ceil_div(g.groups, block_groups);
   };
   if (p.dim <= 64) {
     spread(8, 8);

@@ -156,8 +156,10 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
         const int local = first + 2 * quad + j;
         const int64_t row = first_row + local;
         length[nt][j] = static_cast<int>(row_table[local].length);
-        state[nt][j] = {initial(p.h0, p, row, head, unit), initial(p.c0, p, row, head, unit),
-                        initial(p.n0, p, row, head, unit), initial(p.m0, p, row, head, unit)};
+        state[nt][j] = {.h = initial(p.h0, p, row, head, unit),
+                        .c = initial(p.c0, p, row, head, unit),
+                        .n = initial(p.n0, p, row, head, unit),
+                        .m = initial(p.m0, p, row, head, unit)};
       }
       const SlstmRow of_x = row_table[first + lane % 8], of_h = row_table[first + lane / 4];
       x_from[nt] = static_cast<const T*>(params.x) + of_x.batch * params.x_batch + of_x.start * params.x_seq +
@@ -351,13 +353,15 @@ struct Choice {
 
 template <typename T, int k_registers, int n_tiles, int halves, bool k_extra>
 void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
-  static std::atomic<int> known[16][17];
+  static KnownClusters known;
   auto* kernel = forward_kernel<T, k_registers, n_tiles, halves, k_extra>;
   const int bytes = Layout<k_registers, n_tiles, halves, k_extra>::total(g);
   const int active = active_clusters(kernel, g.cluster, 32 * g.warps, bytes, known);
   if (active == 0) return;
   const int64_t cost = launch_cost(p, n_tiles, active);
-  if (best.kernel == nullptr || cost < best.cost) best = {kernel, g, n_tiles, bytes, cost};
+  if (best.kernel == nullptr || cost < best.cost) {
+    best = {.kernel = kernel, .g = g, .n_tiles = n_tiles, .shared_bytes = bytes, .cost = cost};
+  }
 }
 
 template <typename T>
@@ -367,7 +371,7 @@ Choice choose(const SlstmProblem& p) {
   g.groups = static_cast<int>(p.dim / units_a_group);
   const auto spread = [&](int block_groups, int halves) {
     g.block_groups = block_groups, g.warps = halves * block_groups;
-    g.cluster = (g.groups + block_groups - 1) / block_groups;
+    g.cluster = ceil_div(g.groups, block_groups);
   };
   if (p.dim <= 64) {
     spread(std::min(8, g.groups), 1);
