@@ -1,10 +1,15 @@
-// Everything that is one number per token. The gates lie with the heads innermost, so they are taken in tiles: some
-// chunks of one sequence, of up to eight heads at once (the scan of a long sequence: of fewer, to have more blocks).
-// What is done element by element goes along memory, through shared memory to warps that own a chunk of one head each,
-// four consecutive tokens a lane; scans run in float64. What is carried from tile to tile: for the scan, a cluster of
-// blocks has a sequence, some consecutive tiles each, and a block reads from the earlier ones' shared memory what their
-// tiles do to m; for the gradients every tile has a block, which leaves its share with a flag and waits for those of
-// later tiles.
+// Everything that is one number per token: the scan of the gates and the gates' gradients.
+//
+// The gates lie in memory with the heads innermost. So a block works on tiles: some chunks of one sequence, for up to
+// eight heads. The scan of a long sequence takes fewer heads a tile, which gives more blocks. A block reads and writes
+// the gates in memory order and passes them through shared memory. There a warp owns one chunk of one head, a lane four
+// consecutive tokens. Scans run in float64.
+//
+// Tiles of one sequence depend on each other.
+//   Scan: a thread block cluster has a sequence, each of its blocks a run of consecutive tiles. A block reads through
+//     distributed shared memory what the tiles of earlier blocks do to m.
+//   Gradients: every tile has a block. It writes its share to memory, sets a flag, and waits for the flags of the
+//     later tiles.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -31,7 +36,7 @@ struct Sequence {
   int seq, length;
   int begin;  // token, within its row of the batch
   int chunk;  // the first, among those of all sequences
-  // One without tokens has a tile too.
+  // At least 1: a sequence without tokens has a tile too.
   __device__ int tiles(const Work& w) const { return max((length - 1) / (w.tiles.chunks * chunk_tokens) + 1, 1); }
 };
 
@@ -52,9 +57,9 @@ struct Tile {
   __device__ int64_t row(const Work& w) const { return w.p.cu_seqlens == nullptr ? seq : 0; }
 };
 
-// Finds part `id` of all sequences', each cut into parts of so many tokens: its sequence, and which of its parts it is.
-// Packed: sequences are placed by their offsets, clamped to [0, seq] and kept from decreasing, so that wrong ones
-// cannot lead outside the tensors. A sequence without tokens has a part too. False: there are fewer parts than that.
+// Cuts every sequence into parts of part_tokens tokens, at least one each, and finds part `id` of them all: its
+// sequence, and its index within the sequence. Packed offsets are clamped to [0, seq] and kept from decreasing, so that
+// wrong ones cannot lead outside the tensors. Returns false where there are not so many parts.
 __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int part_tokens, Sequence& out,
                           int& index) {
   const Layout& l = w.layout;
@@ -132,7 +137,7 @@ __device__ void write_table(const Work& w, const Tile& tile) {
   }
 }
 
-// This thread's elements of the tile: four tokens of one head, `step` apart; neighbouring threads have neighbouring
+// This thread's elements of the tile: four tokens of one head, `step` apart. Neighbouring threads have neighbouring
 // heads, then tokens. Shared memory holds two rows of the tile's tokens for each head.
 struct Elements {
   int head, token, step;  // head within the tile's; first token within the tile
@@ -147,7 +152,7 @@ struct Elements {
     }
     row = head * row_pitch(w) + token;
   }
-  // Of the first in di, df, m.
+  // Index of the first element in di, df, m.
   __device__ int64_t output(const Work& w, const Tile& tile) const {
     const int64_t token_of_all = tile.row(w) * w.layout.seq + tile.first + token;
     return token_of_all * w.layout.heads + blockIdx.y * w.tiles.heads + head;
@@ -156,7 +161,7 @@ struct Elements {
   __device__ static int row_pitch(const Work& w) { return w.tiles.chunks * chunk_tokens + 4; }
 };
 
-// Loads are on their way all four before the first is used.
+// All four loads are issued before the first is used.
 __device__ __forceinline__ void load_gates(float (&out)[tokens_per_lane], const Work& w, const Strided& gate,
                                            const Tile& tile, const Elements& own, float outside) {
   const int64_t first = tile.row(w) * gate.batch + (tile.first + own.token) * gate.seq +
@@ -177,8 +182,8 @@ __device__ __forceinline__ void load_gates(float (&out)[tokens_per_lane], const 
   }
 }
 
-// The same bits as log_sigmoid, without its branches: lanes do not go two ways, and tokens overlap. log1pf is written
-// out for e in [0, 1]: 1 + e = 2^k (1 + r).
+// The same bits as log_sigmoid, without branches: lanes do not diverge, and the latencies of tokens overlap. log1pf is
+// written out for e in [0, 1]: 1 + e = 2^k (1 + r).
 __device__ __forceinline__ float straight_log_sigmoid(float x) {
   const float e = expf(-fabsf(x));
   const int k = (__float_as_int(__fadd_rz(e, 1.0f)) - 0x3f400000) & static_cast<int>(0xff800000);  // times 2^23
@@ -192,11 +197,10 @@ __device__ __forceinline__ float straight_log_sigmoid(float x) {
   return (x >= 0.0f ? 0.0f : x) - log1p_e;  // NaN too
 }
 
-// What follows from x (its conversion to float64) is worked out again behind this: kept, it would take more registers
-// than there are.
+// Hides x from the compiler, which then converts it to float64 again instead of keeping the result: that would spill.
 __device__ __forceinline__ void derive_anew(float& x) { asm volatile("" : "+f"(x)); }
 
-// A natural log as one to base 2, a whole number and the rest.
+// Converts a natural log to base 2, as a whole number and the rest.
 __device__ __forceinline__ float2 split_log(double x) {
   constexpr double log2_e = 1.4426950408889634;
   x *= log2_e;
@@ -216,11 +220,11 @@ struct Transform {
 
 // With b_t the cumulative log forget gate from the chunk's start on, beta_t = b_t - i_t and
 // alpha_t = min(-m_start, min_{j <= t} beta_j),
-//   m_t = max(m_start + b_t, max_{j <= t} b_t - b_j + i_j) = b_t - alpha_t:
-// a sum, then a minimum, neither of which waits for m_start.
+//   m_t = max(m_start + b_t, max_{j <= t} b_t - b_j + i_j) = b_t - alpha_t.
+// The sums and the minimum over j are made before m_start is known.
 struct ChunkLogs {
   double b[tokens_per_lane], beta[tokens_per_lane];
-  double least_before;  // beta before this lane's tokens
+  double least_before;  // the least beta before this lane's tokens
   Transform all;        // of the whole chunk, in the last lane
 };
 
@@ -287,7 +291,7 @@ __device__ __forceinline__ ChunkLogs scan_unit(const Work& w, const Unit& unit) 
   return scan_chunk(rows + at, rows + w.tiles.heads * pitch + at, unit.lane);
 }
 
-// What the tile does to m, for the first threads: a head each.
+// What the tile does to m. The first threads call it, one for each head.
 __device__ __forceinline__ Transform tile_total(const Work& w, const Transform* unit_total) {
   Transform total = unit_total[threadIdx.x];
 #pragma unroll 1
@@ -295,7 +299,7 @@ __device__ __forceinline__ Transform tile_total(const Work& w, const Transform* 
   return total;
 }
 
-// What the blocks of the cluster before this one do to m, in order; in lane 0 of a whole warp.
+// What the earlier blocks of the cluster do to m, in order. A whole warp calls it; lane 0 has the result.
 __device__ Transform earlier_blocks(const double2* own_total, int rank, int lane) {
   Transform all{.sum = 0.0, .top = -infinity()};
   if (lane < rank) {
@@ -309,8 +313,8 @@ __device__ Transform earlier_blocks(const double2* own_total, int rank, int lane
   return all;
 }
 
-// A cluster has a sequence, packed ones too: its tiles in runs, one for each block. What a run does to m has to be
-// known before the runs behind it can be written, so a block with several tiles goes through them twice.
+// A cluster has one sequence, packed or not; each block has a run of its tiles. The later runs need what this run does
+// to m. So a block with several tiles reads them twice: first for that, then to write.
 __global__ void __launch_bounds__(most_warps * 32)
     scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last, int cluster) {
   let_next_kernel_start();
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   __shared__ Transform unit_total[most_warps];
   __shared__ double2 block_total[most_heads];
   __shared__ double m_in[most_heads];
-  __shared__ Sequence seq;  // read anew where it is needed: registers are few
+  __shared__ Sequence seq;  // read from here where it is needed: in registers it would spill
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   const auto clear = [&](int* flags, int64_t count) {
 #pragma unroll 1
@@ -329,7 +333,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   clear(w.tile_flags, w.num_tile_flags);
   const Layout& l = w.layout;
   int begin, end;   // of this block's tiles
-  bool goes_twice;  // what the last tiles do to m nobody needs
+  bool goes_twice;  // not the last run: no block needs what that does to m
   {
     Sequence found;
     int only;  // part
@@ -340,13 +344,13 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (threadIdx.x == 0) seq = found;
   }
   __syncthreads();
-  if (begin >= end) {  // nothing to do, but the others of the cluster wait
+  if (begin >= end) {  // no tiles, but the other blocks of the cluster wait at the barriers
     ptx::cluster_barrier();
     ptx::cluster_barrier();
     return;
   }
   const int heads = w.tiles.heads;
-  // The first threads do what is once a head.
+  // The first threads do what is done once for each head.
   const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
   if (has_head()) {
     const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
@@ -373,7 +377,7 @@ __global__ void __launch_bounds__(most_warps * 32)
 
 #pragma unroll 1
   for (int index = begin; index < end; ++index) {
-    {  // the same once more behind the barrier, from seq: it is not kept in registers meanwhile
+    {  // Tile is made again from seq behind the barrier: kept in registers it would spill
       const Tile tile(w, seq, index);
       if (w.p.cu_seqlens != nullptr && blockIdx.y == 0) write_table(w, tile);
       load_logs(w, tile, Elements(w, tile));
@@ -433,13 +437,13 @@ __global__ void __launch_bounds__(most_warps * 32)
       store(w.beta, betas);
       if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
       if (unit.lane == 31) {
-        w.alpha_last[unit.item] = log_alpha;  // nothing past the sequence's end changes it, nor m
+        w.alpha_last[unit.item] = log_alpha;  // padding past the sequence's end changes neither this nor m
         const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
         if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
       }
       if (m_out != nullptr) {
         float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
-        *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // over i, which is read
+        *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // in the place of i
       }
     }
     if (m_out != nullptr) {
@@ -464,17 +468,19 @@ __global__ void __launch_bounds__(most_warps * 32)
   if (cluster > 1) ptx::cluster_wait();  // no block leaves while others may read its total
 }
 
-// The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
-// whose m took the input gate's branch (a reset) takes a and clears it; the others get it besides their dlf. Before the
-// first reset that is met (open), dlf_t + a_t is dm plus the sum of e + q . dq - k . dk over the tokens from t on:
-// <c, dc> + <n, dn>, which may be much larger, is gone from it. That sum is what is carried while open, and a itself
-// where a reset takes it is the difference to dlf of the token behind.
+// The gradient that flows through the stabilizer m, walked from the sequence's end to its start:
+//   a = dm - (<c, dc> + <n, dn>) at the end; a += e_t at every token.
+//   A reset is a token whose m took the input gate's branch. It adds a to its input gate's gradient and clears a.
+//   Every other token adds a to its forget gate's gradient, dlf_t + a_t.
+// Until the walk meets the first reset, it is open. There dlf_t + a_t = dm + the sum of e + q . dq - k . dk over the
+// tokens from t on. <c, dc> + <n, dn> may be much larger than this sum, and does not occur in it. So this sum is
+// carried while open. The a that a reset takes is this sum minus dlf of the next token.
 struct Carried {
   double value;
   bool open;
 };
 
-// What a run of tokens does to it.
+// What a run of tokens does to Carried.
 struct Walk {
   double closed, open;  // sums of e since the last reset, and of e + q . dq - k . dk
   int reset;
@@ -488,8 +494,8 @@ struct Walk {
   }
 };
 
-// What the later tiles of the sequence do to it. Blocks take tiles in the order in which they start, from the last
-// tile on: what is waited for has started, and waiting cannot hang.
+// What the later tiles of the sequence do to Carried. Blocks take tiles from the last to the first, in the order in
+// which the blocks start. So a block waits only for blocks that run already, and cannot deadlock.
 __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t id, int64_t head, int lane) {
   Walk behind{};
   for (int first = tile.index + 1; first < count && !behind.reset; first += 32) {
@@ -507,15 +513,18 @@ __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t 
                   .open = __shfl_sync(all_lanes, mine.open, source),
                   .reset = __shfl_sync(all_lanes, mine.reset, source)};
     };
-    for (int d = 1; d < 32; d *= 2) mine = from_lane(lane + d).then(mine);  // right where 0 gets it from
+    for (int d = 1; d < 32; d *= 2) mine = from_lane(lane + d).then(mine);  // right in the lanes that lane 0 reads
     behind = from_lane(0).then(behind);
   }
   return behind;
 }
 
-// dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
-// before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
-// cancels but inside.
+// dlf_t is the sum of X S over the pairs j < t <= u. The pairs are summed by where j and u lie:
+//   j before the chunk, u after it   through
+//   j before it, u inside            suffix sum of q . dq across
+//   j inside, u after it             prefix sum of k . dk across
+//   both inside                      prefix and suffix sums of `within`
+// Large terms cancel only in the last.
 __global__ void __launch_bounds__(most_warps * 32)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
                           int state_tiles) {
@@ -543,7 +552,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
   const int64_t at = unit.item * chunk_tokens + lane * tokens_per_lane;
   const bool sigmoid = w.p.input_gate == InputGate::sigmoid;
-  // Across the chunk's ends; within it, k . dk and q . dq - k . dk.
+  // qdq, kdk: across the chunk's ends. in_k: k . dk within it; within: q . dq - k . dk within it.
   float qdq[tokens_per_lane] = {}, kdk[tokens_per_lane] = {}, in_k[tokens_per_lane] = {}, within[tokens_per_lane] = {},
         e[tokens_per_lane] = {};
   unsigned resets = 0;  // a byte a token
@@ -571,7 +580,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     for (int x = 0; x < tokens_per_lane; ++x) within[x] -= in_k[x];
   }
 
-  // Sums over later and earlier tokens of the chunk, and what is carried, over this lane's tokens and then the warp's.
+  // Sums over later and earlier tokens of the chunk, and of what is carried: over this lane's tokens, then the warp's.
   double later = 0.0, earlier = 0.0, closed = 0.0;
 #pragma unroll
   for (int x = tokens_per_lane - 1; x >= 0; --x) {
@@ -598,7 +607,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     unit_walk[unit.warp] = {
         .closed = closed, .open = reset ? 0.0 : closed + later - all_earlier, .reset = static_cast<int>(reset)};
   }
-  // From here on those of the tokens behind this lane's, and before them.
+  // From here on: sums over the tokens after this lane's, and before them.
   earlier -= own_earlier;
   later = __shfl_down_sync(all_lanes, later, 1);
   closed = __shfl_down_sync(all_lanes, closed, 1);
@@ -616,7 +625,7 @@ __global__ void __launch_bounds__(most_warps * 32)
         ptx::store_release(w.tile_flags + to, 1 + all.reset);
       }
     }
-    // No stabilizer: as if past a reset, with nothing to carry.
+    // Without a stabilizer: as after a reset, with nothing carried.
     const double from_m = sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head];
     const Carried at_end{.value = from_m, .open = !sigmoid};
     const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
@@ -641,7 +650,7 @@ __global__ void __launch_bounds__(most_warps * 32)
             at_start.value + (at_start.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
       }
     }
-    // Open, dlf + a has the carried sum less all k . dk for through, and a the difference of the two besides its e.
+    // While open: dlf + a has the carried sum minus all k . dk in the place of through. a has e plus their difference.
     double a = closed, base = through, besides = 0.0;
     if (from_here >> 1 == 0) {
       if (carried.open)
@@ -671,7 +680,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     *reinterpret_cast<float4*>(to + heads * pitch) = make_float4(into_f[0], into_f[1], into_f[2], into_f[3]);
   }
 
-  // Through the logarithm and the cap; a slope of 0 ends what is behind it.
+  // Through the logarithm and the cap. A slope of 0 gives 0 whatever the gradient is.
   const Elements own(w, tile);
   const float cap = w.p.gate_soft_cap;
   const bool i_has_slope = sigmoid || cap != 0.0f;
@@ -717,10 +726,10 @@ cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks,
                       arguments...);
 }
 
-// The scan's tiles: of so few heads that a cluster of portable size has a block for every tile of a sequence, where
-// that is enough; so long sequences occupy as many SMs as many short ones do. Of two at most, and of 16
-// warps rather than 32: smaller clusters fit together where some SMs are left over (on an H200, 15 clusters
-// of 8 blocks of 32 warps do, and 8 sequences of 8 heads make 16).
+// The scan's tiles, smaller than the gradients': two heads at most, else one, and 16 warps, else 32. The first choice
+// is taken with which a cluster of portable size has a block for every tile of a sequence. So few long sequences occupy
+// as many SMs as many short ones. Blocks of 16 warps, because more clusters of them run at once: on an H200 15 clusters
+// of 8 blocks of 32 warps do, and 8 sequences of 8 heads make 16.
 Tiles choose_scan_tiles(const Work& w) {
   Tiles tiles = w.tiles;
   const int64_t length_chunks = ceil_div(w.p.seq, chunk_tokens);
@@ -738,8 +747,8 @@ Tiles choose_scan_tiles(const Work& w) {
   return tiles;
 }
 
-// Blocks for a sequence's tiles. Packed, one sequence may have nearly all tokens and many blocks then have nothing to
-// do: there are no more of these than fill the device about once.
+// Blocks of a sequence's cluster. Packed, one sequence may have nearly all tokens, and most other blocks then have no
+// tile. So all clusters together have at most as many blocks as run at once.
 int choose_cluster(const Work& w) {
   static PerDevice known;
   int64_t most = cluster_limit(known, reinterpret_cast<const void*>(scan_gates_kernel), most_warps * 32,
@@ -755,8 +764,8 @@ int choose_cluster(const Work& w) {
 
 }  // namespace
 
-// Blocks of up to 32 warps where a tile then has the whole sequence, and nothing is carried. Else of 16 warps, two of
-// which fit an SM, as long as a cluster has a block for every tile; behind that of 32.
+// Up to 32 warps a block where a tile then has the whole sequence: nothing is carried. Else 16 warps, two blocks an SM,
+// where a cluster has a block for every tile. Else 32.
 Tiles choose_tiles(const MlstmProblem& p) {
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t groups = ceil_div(p.heads, most_heads), heads = ceil_div(p.heads, groups);
