@@ -1,19 +1,19 @@
-// Sums over the pairs within one chunk, from the float32 tiles q k^T and dh v^T (exact products, float32 sums). One
-// block of four warps (two by two) makes both 64 x 64 tiles of one chunk of one head. Two uses:
+// Sums over the pairs within one chunk, from the float32 tiles q k^T and dh v^T (exact products, float32 sums). A block
+// of four warps (two by two) makes both 64 x 64 tiles of one chunk of one head. It has two uses.
 //
-// gates: the shares of q_t . dq_t and k_j . dk_j, the row and column sums of
+// gates: the shares of q_t . dq_t and k_j . dk_j from within the chunk. They are the row and column sums of
 //
-//   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t),   j <= t
+//   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t),   j <= t.
 //
-// rather than from dq and dk, whose operands are rounded: the gates' gradients are differences of these sums and would
-// keep the rounding of the whole.
+// dq and dk themselves would not do: their operands are rounded, and the gates' gradients are small differences of
+// these sums.
 //
 // tokens (16-bit dtypes): u_t = dh_t . h_t without the rounding of h, and delta and e from it:
 //
-//   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t),   c at the chunk's start
+//   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t),   c at the chunk's start.
 //
-// with c as dq's kernel reads it, so that numerator and normalizer cancel where h does not depend on their common scale
-// (dn, df and dm are such differences).
+// c is read as dq's kernel reads it. So numerator and normalizer cancel where h does not depend on their common scale:
+// dn, df and dm are such differences.
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 

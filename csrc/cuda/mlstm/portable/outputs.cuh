@@ -9,11 +9,13 @@
 // where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = scale D T (h);  scale D (T / d_t + delta_t) (dq, dk);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
 //
-// A block of four warps (two by two) makes 64 rows by tile_n columns of the output. First loop: over the inner
-// dimension of T (dqk or dv) in steps of tile_k, three cp.async stages of A, B and S, both products at once, sharing
-// the fragments of A; column tiles of the same rows compute T again. Then P from T in
-// registers, rounded into shared memory, and the product with Z. Row sums come from the float32 accumulators: s_t of h,
-// and for the gates the share of q . dq and k . dk that the state's term has (chunk_sums.cu has the other share).
+// A block of four warps (two by two) makes 64 rows by tile_n columns of the output.
+//   A loop over the inner dimension of T (dqk or dv), in steps of tile_k, makes T = A B^T and A S at once. They share
+//     the fragments of A. A, B and S come through three cp.async stages. Column tiles of the same rows compute T again.
+//   P is made from T in registers, rounded, and stored to shared memory.
+//   The product P Z is added to the scaled A S.
+// Row sums come from the float32 accumulators: s_t of h, and the shares of q . dq and k . dk in the state's term, for
+// the gates' gradients. chunk_sums.cu makes the other shares.
 #pragma once
 
 #include "cuda/mlstm/portable/kernels.h"
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       if (threadIdx.x < tile_k) sh.n[step % 2][threadIdx.x] = k + threadIdx.x < inner ? n[k + threadIdx.x] : 0.0f;
     }
     ptx::cp_async_wait<num_stages - 2>();
-    __syncthreads();  // this stage is in, and every warp is done with the one that is fetched over next
+    __syncthreads();  // this stage has arrived, and all warps have read the stage that is refilled next
     fetch(k + (num_stages - 1) * tile_k, (step + num_stages - 1) % num_stages);
     const auto& stage = sh.stage[step % num_stages];
     const E* const state_columns =
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   load_tile<chunk_tokens, tile_n, Shared::z_pitch>(tail.z, z, 0, col0);
   ptx::cp_async_commit();
 
-  // P, masked to j <= t; a weight of exactly 0 gives 0, whatever k or v hold there.
+  // P, masked to j <= t. A weight of exactly 0 gives 0, whatever k or v hold.
   float row_sum[2][2] = {};
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
         if (pos == 0) sh.row_sum[warp % 2][warp_row + mt * 16 + group + half_row * 8] = sum;
       }
   }
-  // The state's term, and dn's and n's.
+  // Scales the state's term; adds those of dn and n.
   constexpr bool gate_sums = output == Output::dq || output == Output::dk;
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
@@ -256,8 +258,8 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   ptx::cp_async_wait<0>();
   __syncthreads();
 
-  // A product takes 0 times NaN or infinity as NaN, so a token of Z that is not finite would reach rows that do not
-  // depend on it. Such tiles are rare: they take plain sums over the tokens that count.
+  // A product turns 0 times NaN or infinity into NaN. So a token of Z that is not finite would reach rows that do not
+  // depend on it. A tile with such a token takes plain sums over the tokens of weight other than 0.
   bool odd = false;
   for (int x = threadIdx.x; x < chunk_tokens * tile_n; x += threads_per_block) {
     const float value = to_float(tail.z[x / tile_n * Shared::z_pitch + x % tile_n]);
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
             const float p = to_float(tail.p[row * Shared::p_pitch + x]);
             if (p != 0.0f) sum += p * to_float(tail.z[x * Shared::z_pitch + col]);
           }
-          // Selected with constants so that `out` stays in registers.
+          // Indexed by constants, so that `out` stays in registers.
 #pragma unroll
           for (int m2 = 0; m2 < 2; ++m2)
 #pragma unroll

@@ -18,8 +18,8 @@ struct Matrix {
   bool vectors;
 };
 
-// Copies rows [row0, row0 + tile_rows) and columns [col0, col0 + tile_cols) to shared memory, zeros outside the
-// matrix. Asynchronous (the caller commits and waits) where the element types agree and 16-byte copies are possible.
+// Copies rows [row0, row0 + tile_rows) and columns [col0, col0 + tile_cols) to shared memory, with zeros outside the
+// matrix. By cp.async, where the element types agree and `vectors` holds: the caller commits and waits.
 template <int tile_rows, int tile_cols, int pitch, typename S, typename G>
 __device__ __forceinline__ void load_tile(S* tile, const Matrix<G>& matrix, int64_t row0, int64_t col0) {
   constexpr int width = 16 / sizeof(G);
