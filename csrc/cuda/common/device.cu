@@ -3,7 +3,7 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-// All kernels are compiled for the same targets: what holds for this one does for the others.
+// Tells which code runs on a device: all kernels are compiled for the same targets.
 __global__ void probe_kernel() {}
 
 bool attribute(cudaDeviceAttr which, int device, int& value) {
