@@ -1,4 +1,4 @@
-// One unit of the sLSTM at one token, forward and backward: what all kernels share.
+// One unit of the sLSTM at one token, forward and backward. All sLSTM kernels share it.
 #pragma once
 
 #include "cuda/common/numeric.cuh"
@@ -7,7 +7,7 @@
 
 namespace flash_xlstm::cuda {
 
-// Where a row's tokens lie.
+// Where a row's tokens lie: a row of the batch, or a packed sequence.
 struct SlstmRow {
   int64_t batch;
   int64_t start, length;
@@ -34,8 +34,8 @@ struct SlstmUnitKept {
   float value[slstm_kept];
 };
 
-// For float32; the special function unit's exp and log for 16-bit types, whose errors (2^-21 and less) vanish behind
-// the rounding of x and h.
+// ExactMath is for the kernels that serve float32, FastMath for those of 16-bit types only. FastMath takes exp and log
+// from the special function unit; their errors (2^-21 and less) are far below the rounding of x and h.
 struct ExactMath {
   static __device__ __forceinline__ float exponential(float x) { return expf(x); }
   static __device__ __forceinline__ float log_1p(float x) { return log1pf(x); }
@@ -44,12 +44,12 @@ struct ExactMath {
 };
 struct FastMath {
   static __device__ __forceinline__ float exponential(float x) { return __expf(x); }
-  // For x from 0 to 1. The logarithm's error is absolute, 2^-21, and m adds up thousands of these.
+  // For x from 0 to 1. __logf has an absolute error of 2^-21, and m is a sum of thousands of these.
   static __device__ __forceinline__ float log_1p(float x) {
     return x < 0.01f ? x * (1.0f - x * (0.5f - x * (1.0f / 3.0f))) : __logf(1.0f + x);
   }
   static __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
-  // By exp(-2 |x|), which does not overflow; x itself where 1 - exp would lose its digits.
+  // From exp(-2 |x|), which does not overflow. Near 0 a polynomial, since 1 - exp would cancel.
   static __device__ __forceinline__ float tangent(float x) {
     const float y = __expf(-2.0f * fabsf(x));
     const float far = copysignf(__fdividef(1.0f - y, 1.0f + y), x);
@@ -57,7 +57,8 @@ struct FastMath {
   }
 };
 
-// exp(x - y) for weights: both branches of the stabilizer, of which one is 1.
+// The weights of the old state (keep) and of the input (take). One is 1, the other exp(-|margin|); a fresh unit (n is
+// 0) may have a keep of up to exp(slstm_max_log_keep).
 template <typename Math>
 __device__ __forceinline__ void slstm_weights(float margin, bool reset, float& keep, float& take) {
   const float weight = Math::exponential(reset ? fminf(-margin, slstm_max_log_keep) : margin);
@@ -65,7 +66,7 @@ __device__ __forceinline__ void slstm_weights(float margin, bool reset, float& k
   take = reset ? 1.0f : weight;
 }
 
-// The unit's state from t - 1 to t; i, f, z, o are whole pre-activations.
+// Takes the unit's state from t - 1 to t. i, f, z, o are pre-activations, the recurrent part included.
 template <typename Math>
 __device__ __forceinline__ SlstmUnitKept slstm_unit(float i, float f, float z, float o, SlstmUnit& unit) {
   const bool padding = i == -INFINITY && f == INFINITY;
@@ -93,15 +94,15 @@ __device__ __forceinline__ SlstmUnitKept slstm_unit(float i, float f, float z, f
   return kept;
 }
 
-// Gradients of a unit's state. `excess` is dm - (dc c + dn n): what of dm is not the share of c and n in it, which the
-// stabilizer hands on unchanged until it takes the input gate's branch. Carried instead of dm: the difference would
-// cancel at every token.
+// Gradients of a unit's state. `excess` is dm - (dc c + dn n), the part of dm that does not come from the scaling of c
+// and n. It stays the same from token to token until m took the input gate's branch. It is carried instead of dm,
+// because the difference would cancel at every token.
 struct SlstmUnitGradient {
   float dh, dc, dn, excess;
 };
 
-// In: dh whole, the rest of the state after t. Out: dx[4]; of the state before t, with dh what passes a padding unit
-// by.
+// In: g of the state after t, dh complete. Out: dx[4], and g of the state before t. Its dh is 0, or for a padding unit
+// the dh that came in.
 template <typename Math>
 __device__ __forceinline__ void slstm_unit_backward(const float (&kept)[slstm_kept], float c_before, float n_before,
                                                     SlstmUnitGradient& g, float (&dx)[4]) {

@@ -1,13 +1,13 @@
-// The sLSTM on any GPU: a block takes one head of up to 4 rows through all tokens. R is read from the second-level
-// cache at every token; the rows share the reads. Everything is float32 but what lies in memory as 16 bits.
+// The sLSTM on any GPU. A block takes one head of up to 4 rows through all tokens. It reads R from the L2 cache at
+// every token; the rows share the reads. Arithmetic is float32.
 //
-// Forward: a warp takes a unit at a time and forms its 4 gates for 4 rows, lanes along R's inputs; the 16 sums end up
-// in different lanes, and 4 lanes run the cell. One block barrier a token, h being double-buffered.
-// Backward: threads run the cells of (row, unit); then warps form dh = R^T dx, an input unit at a time, from a copy of
-// R that lies transposed, (heads, in, 4 out). Two block barriers a token.
+// Forward: a warp makes the 4 gates of one unit for 4 rows, with its lanes along R's inputs. The 16 sums end up in
+// different lanes, and 4 lanes run the cell. h is double-buffered, so a token needs one __syncthreads.
+// Backward: threads run the cells of (row, unit). Then warps make dh = R^T dx, an input unit at a time, from a
+// transposed copy of R, (heads, in, 4, out). A token needs two __syncthreads.
 //
 // State and h (forward, 20 floats a unit of dim) or gradients and dx (backward, 32) lie in shared memory where they
-// fit, else in the scratch buffer: no limit on dim.
+// fit, else in the workspace. So dim has no limit.
 #include "cuda/common/device.h"
 #include "cuda/slstm/cell.cuh"
 #include "cuda/slstm/portable.h"
@@ -52,7 +52,7 @@ __device__ __forceinline__ void lane_dots(float (&sums)[outputs * block_rows], c
   }
 }
 
-// Adds up each of `count` values over the warp; sum j ends up in lanes j * 32 / count on.
+// Sums each of `count` values over the warp. Sum j ends up in the 32 / count lanes from j * 32 / count on.
 template <int count, int distance = 16, int size>
 __device__ __forceinline__ float warp_sums(float (&value)[size]) {
   if constexpr (count > 1) {
@@ -71,8 +71,8 @@ __device__ __forceinline__ float warp_sums(float (&value)[size]) {
   }
 }
 
-// The 4 gates of a unit for 4 rows: `add` is what lane l adds to the sum of gate l / 8 and row l / 2 % 4 (lanes in
-// pairs). Lane r gets the gates of row r % 4.
+// The 4 gates of a unit for 4 rows. `add` of lane l is added to the sum of gate l / 8 and row l / 2 % 4; pairs of lanes
+// have the same. Lane l gets the gates of row l % 4.
 template <typename W>
 __device__ __forceinline__ void unit_gates(float (&gates)[4], const W* weights, int64_t gate_stride, const float* h,
                                            int64_t dim, bool vectors, float add) {
@@ -255,8 +255,8 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// One token: a block takes 16 units, one a warp, of one head and 4 rows. The new h goes to `h_next`: other blocks still
-// read the old one.
+// One token. A block takes 16 units, one a warp, of one head and 4 rows. It writes the new h to `h_next`, because other
+// blocks still read the old h.
 template <typename W>
 __global__ void __launch_bounds__(threads) step_kernel(const __grid_constant__ SlstmStep params, float* h_next) {
   const int lane = threadIdx.x % 32;
@@ -307,7 +307,7 @@ bool can_load_vectors(const void* weights, int64_t dim) {
 
 int64_t blocks_of(const SlstmProblem& p) { return p.heads * ceil_div(p.rows, block_rows); }
 
-// Shared memory where `bytes` fit beside nothing else, else none.
+// `bytes` where they fit a block's shared memory, else 0.
 int64_t shared_bytes(int64_t bytes) { return bytes <= shared_memory_limit() ? bytes : 0; }
 
 int64_t weight_bytes(const SlstmProblem& p) {

@@ -1,11 +1,13 @@
 // What the Hopper kernels of the sLSTM share: how a head is spread over a cluster, fragments, launches.
 //
-// Units come in groups of 8. A warp owns a group for all tokens: as rows of an m16n8k16 accumulator the group's gates
-// are (i; f) and (z; o), 8 units each, and columns are 8 rows of the batch, so that a thread holds all four gates of
-// unit lane / 4 for rows 2 (lane % 4) and the next: the cell needs no exchange. A block has `block_groups` groups, a
-// cluster as many blocks as the head needs, and `n_tiles` times 8 rows of the batch. From dim 264 on a block has more
-// warps than groups, whose registers hold more of R: warp w has group w % block_groups, and of the cell's n tiles
-// `cell_tiles` from (w / block_groups) * cell_tiles on, where there are so many.
+// Units come in groups of 8. A warp owns a group for all tokens. Its gates are two m16n8k16 accumulators, (i; f) and
+// (z; o): 8 units of each gate as rows, 8 rows of the batch as columns. So a thread holds all four gates of unit lane /
+// 4 for rows 2 (lane % 4) and the next, and the cell needs no exchange.
+//
+// A block has `block_groups` groups, a cluster as many blocks as the head needs. A cluster has `n_tiles` times 8 rows
+// of the batch. From dim 264 on a block has more warps than groups, whose registers together hold more of R. Warp w
+// then has group w % block_groups, and of that group's cells the `cell_tiles` n tiles from (w / block_groups) *
+// cell_tiles on, if there are so many.
 #pragma once
 
 #include <algorithm>
@@ -94,8 +96,8 @@ cudaError_t launch(void (*kernel)(Params, Geometry), const Params& params, const
 
 inline int64_t row_tiles(const SlstmProblem& p, int n_tiles) { return ceil_div(p.rows, n_tiles * rows_a_tile); }
 
-// Time of a launch, in units of what 8 rows add to a step: the steps of clusters that do not fit at once come after
-// each other, and each step waits for what does not depend on its rows.
+// Estimated time of a launch, in units of what 8 rows add to a step: waves of clusters times the time of a step, which
+// has a part that does not depend on its rows.
 inline int64_t launch_cost(const SlstmProblem& p, int n_tiles, int active) {
   constexpr int64_t waiting = 3;
   const int64_t clusters = p.heads * row_tiles(p, n_tiles);
