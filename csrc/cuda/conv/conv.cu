@@ -1,11 +1,11 @@
-// The causal depthwise convolution: bound by memory, so a thread takes 4 neighbouring channels (one where they do not
-// lie aligned) through a run of tokens with the inputs that it still needs in registers, and each input is read once
-// but for the kernel - 1 before a run. Taps beyond the kernel's size are left out, not multiplied by 0: what is not
-// finite reaches only outputs that depend on it.
+// The causal depthwise convolution, bound by memory bandwidth. A thread takes 4 neighbouring channels through a run of
+// tokens (2 channels with more than 4 taps, 1 where they are not aligned). It keeps the inputs that it still needs in
+// registers. So each input is read once, except the kernel - 1 before a run. Taps beyond the kernel's size are left
+// out, not multiplied by 0, so that an input that is not finite reaches only outputs that depend on it.
 //
-// Backward: with pre the sum before the activation and g_t = dy_t act'(pre_t), dx_t = sum over k of
-// weight[k] g_{t + kernel - 1 - k}. A run computes its g and kernel - 1 beyond, and emits dx that many tokens behind;
-// at a sequence's start what would be dx of inputs before the first is the state's gradient. A run's sums for dweight
+// Backward: pre is the sum before the activation, g_t = dy_t act'(pre_t), and dx_t = sum over k of
+// weight[k] g_{t + kernel - 1 - k}. A run computes its own g and the next kernel - 1, and writes dx kernel - 1 tokens
+// behind. At a sequence's start, dx of inputs before the first token is the state's gradient. A run's sums for dweight
 // and dbias go to scratch and are added in a fixed order.
 #include <initializer_list>
 #include <type_traits>
@@ -18,7 +18,7 @@ namespace flash_xlstm::cuda {
 namespace {
 
 constexpr int forward_run = 32, backward_run = 64, threads = 128;
-// Kernels run with room for 4 taps or for the most there may be; of these the first taps - kernel stay unused.
+// CUDA kernels have room for 4 or for max_conv_kernel taps. The first taps - kernel of them are unused.
 constexpr int few_taps = 4, most_taps = max_conv_kernel;
 
 template <int width>
@@ -68,7 +68,7 @@ __device__ __forceinline__ void for_each_row(const ConvProblem& p, int64_t batch
   }
 }
 
-// [kernel + 1][channels] float32: the weights, and the bias last.
+// Writes [kernel + 1][channels] float32: the weights, then the bias.
 __global__ void prepare_kernel(const __grid_constant__ ConvProblem p, float* to) {
   const int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (x >= (p.kernel + 1) * p.channels) return;
@@ -99,7 +99,7 @@ template <typename T, int width, int taps>
 struct Window {
   Values<width> input[taps];
 
-  // As it is before token `token`.
+  // The window before token `token`.
   __device__ __forceinline__ Window(const ConvProblem& p, const Row& row, int64_t token, int64_t channel, int kernel) {
 #pragma unroll
     for (int j = 0; j < taps; ++j) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ float silu_slope(float x) {
   return s == 0.0f ? 0.0f : s * (1.0f + x * (1.0f - s));
 }
 
-// This thread's channels and run of tokens; false beyond the end.
+// Gives this thread's channels and run of tokens. Returns false past the last channel.
 template <int width>
 __device__ __forceinline__ bool locate(const ConvProblem& p, int run, int64_t& channel, int64_t& batch,
                                        int64_t& first) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(threads)
   int64_t channel, batch, first;
   if (!locate<width>(p, backward_run, channel, batch, first)) return;
   const Weights<width, taps> weights(prepared, p.channels, channel, kernel);
-  Values<width> first_tap[taps];  // first_tap[k] is weight[k]: what is indexed by a variable does not stay in registers
+  Values<width> first_tap[taps];  // first_tap[k] is weight[k]: constant indices, so registers
 #pragma unroll
   for (int k = 0; k < taps; ++k) {
     first_tap[k] = k < kernel ? load<float, width>(prepared, k * p.channels + channel) : Values<width>{};
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// A sequence of no tokens hands its state's gradient on.
+// A sequence without tokens passes the state's gradient through.
 template <typename T>
 __global__ void empty_rows_kernel(const __grid_constant__ ConvBackward params, int64_t count) {
   const int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -334,7 +334,7 @@ __global__ void step_kernel(const __grid_constant__ ConvStep params) {
   static_cast<T*>(params.y)[x] = from_float<T>(params.silu ? silu(sum) : sum);
 }
 
-// Whether groups of 4 channels lie aligned in all of these.
+// Whether groups of 4 channels are aligned in all of these.
 bool wide(const ConvProblem& p, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
   bool good = p.channels % 4 == 0;
   for (const void* at : pointers) good &= reinterpret_cast<uintptr_t>(at) % 16 == 0;
@@ -355,7 +355,7 @@ void prepare(const ConvProblem& p, float* to, cudaStream_t stream) {
   prepare_kernel<<<blocks_for((p.kernel + 1) * p.channels), 256, 0, stream>>>(p, to);
 }
 
-// f(width, taps) as constants: groups of channels where all lies aligned, the fewest taps that do.
+// Calls f(width, taps) with constants: channels a thread, and the fewest taps that hold the kernel.
 template <typename F>
 void with_sizes(bool aligned, int64_t kernel, F&& f) {
   using std::integral_constant;
