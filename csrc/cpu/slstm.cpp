@@ -1,12 +1,11 @@
-// The sLSTM on the CPU: a task for a head and a few rows, which walks the tokens with R in float32; rows share the
-// reads of R. The weights' gradients are products over all tokens afterwards, a task for a head and a block of one
-// gate's outputs; they take dx and h as they were rounded to their dtype.
-#include <torch/csrc/stable/ops.h>
-
+// The sLSTM on the CPU. A task takes one head and a few rows and walks the tokens, with R in float32; the rows share
+// the reads of R. The weights' gradients are products over all tokens afterwards, a task for each head and block of one
+// gate's outputs. They use dx and h as rounded to their dtype.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 #include "params/slstm.h"
 
@@ -14,14 +13,7 @@ namespace flash_xlstm::cpu {
 namespace {
 
 constexpr int64_t rows_a_task = 4;
-constexpr int64_t block = 64;  // outputs of R that a task of the weights' gradients takes, and tokens at a time
-
-template <typename F>
-void parallel(int64_t count, F&& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t x = begin; x < end; ++x) f(x);
-  });
-}
+constexpr int64_t block = 64;  // outputs of R of a task of the weights' gradients, and its tokens at a time
 
 const void* at(const void* data, int64_t index, DType dtype) {
   return static_cast<const char*>(data) + index * element_bytes(dtype);
@@ -52,8 +44,8 @@ std::vector<float> load_bias(const SlstmProblem& p, int64_t head) {
   return bias;
 }
 
-// R of every head in float32 as the operand of a product with `depth` rows and `columns` columns, panel by panel:
-// h_{t-1} meets it with in as rows and (gate, out) as columns; for the backward it is the other way round.
+// R of every head in float32, as the right operand of a product, panel by panel: `depth` rows by `columns` columns.
+// Forward: rows are in, columns (gate, out). Backward: the other way round.
 struct Weights {
   Weights(const SlstmProblem& p, bool backward)
       : depth(backward ? 4 * p.dim : p.dim),
@@ -104,7 +96,7 @@ Tile tile_of(const SlstmProblem& p, int64_t task) {
 
 int64_t tasks(const SlstmProblem& p) { return p.heads * ceil_div(p.rows, rows_a_task); }
 
-// rows_a_task rows of `dim` floats, loaded from and stored to (rows, heads, dim); nullptr: zeros, and nowhere.
+// rows_a_task rows of `dim` floats, loaded from and stored to (rows, heads, dim). nullptr: loads zeros, stores nothing.
 struct RowState {
   RowState(const SlstmProblem& p, const Tile& tile, const float* from) : dim(p.dim), heads(p.heads) {
     values.resize(rows_a_task * dim);
@@ -239,7 +231,7 @@ void weight_gradients(const SlstmBackward& params, int64_t gate, int64_t head, i
       const int64_t tokens = std::min(block, row.length - t), token = row.batch * p.seq + row.start + t;
       load(dx.data(), params.dx, ((token * 4 + gate) * p.heads + head) * dim + first, p.dtype, 4 * p.heads * dim,
            tokens, count);
-      const int64_t skipped = t == 0 ? 1 : 0;  // whose h before is the initial state's
+      const int64_t skipped = t == 0 ? 1 : 0;  // the first token takes h from the initial state
       if (skipped) {
         std::fill_n(h.data(), dim, 0.0f);
         if (p.h0 != nullptr) std::memcpy(h.data(), p.h0 + (r * p.heads + head) * dim, dim * sizeof(float));
@@ -281,7 +273,7 @@ void slstm_backward(const SlstmBackward& params) {
   });
 }
 
-// Two passes: every unit's R h needs the whole h, so that h cannot change before all are done.
+// Two passes: R h of every unit needs all of the old h, so no h may change before all R h are made.
 void slstm_step(const SlstmStep& params) {
   const VectorKernels& kernels = vector_kernels();
   const int64_t dim = params.dim, heads = params.heads, wide = 4 * dim;

@@ -3,13 +3,11 @@
 //
 // Rules for a kernel launched by `launch_early`:
 //   - Every thread that goes on calls `wait_for_earlier_kernels` before it reads or writes what another kernel writes
-//   or
-//     reads. Before this wait it may only prefetch into the L2 cache, which is coherent, and read what the caller has
-//     promised to be at rest (FusedLinearRows::constant_weights, MlstmStep::settled_state).
-//   - It calls `let_next_kernel_start` where the next kernel may begin to do that. Mostly this is the first thing it
-//   does,
-//     so that several kernels may run at once. With `holds_next` it calls it after its own wait. The next kernel's
-//     promise then has to hold only for what comes before this kernel.
+//     or reads. Before this wait it may only prefetch into the L2 cache, which is coherent, and read what the caller
+//     has promised to be at rest (FusedLinearRows::constant_weights, MlstmStep::settled_state).
+//   - It calls `let_next_kernel_start` where the next kernel may begin to do that. Mostly it does so first, so that
+//     several kernels may run at once. With `holds_next` it does so after its own wait. The next kernel's promise then
+//     has to hold only for what comes before this kernel.
 //
 // Kernels of other libraries may also let the next kernel start early, and still write afterwards. So a read before the
 // wait is safe only in two cases: behind a kernel that lets the next one start after its own wait (a block step's

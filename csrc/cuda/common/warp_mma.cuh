@@ -1,8 +1,7 @@
 // Warp-level products of shared-memory tiles for the portable kernels: one interface for three arithmetics.
 //   bfloat16  bf16 tiles, mma m16n8k16.
 //   float16   float32 tiles, rounded to tf32 when they are read, mma m16n8k8. tf32 has float16's 10 bits, so inputs
-//   stay
-//             exact, and float32's exponent range, which states, dc and 1/d need.
+//             stay exact, and float32's exponent range, which states, dc and 1/d need.
 //   float32   float32 tiles, mma m16n8k8. Each operand is split into two tf32 halves; three mma make a product, without
 //             the one of the two low halves, which is 2^-22 of it. Sums are float32: float32 precision, not TF32.
 #pragma once

@@ -12,9 +12,8 @@
 //   - Several products of one x are one launch, whose tiles are dealt out together.
 //   - A residual is added in the epilogue. For silu(x A^T) * (x B^T) a tile has rows of A and the same rows of B.
 //   - By programmatic dependent launch (dependent_launch.cuh) a block may start while earlier kernels run. It then
-//   loads
-//     W, if the caller has promised that no running kernel writes it (`constant_weights`). x is loaded after the wait.
-//     Without the promise W is too.
+//     loads W, if the caller has promised that no running kernel writes it (`constant_weights`). It loads x after its
+//     wait, and without the promise W too.
 // An RMS norm of x is a launch of its own. Here each block would have to make the normed x, which for several rows is
 // more work than the products.
 #include <algorithm>

@@ -1,11 +1,10 @@
 // The four outputs that have a row per token, by one design: h, dq, dk, dv of one chunk (128 tokens) of one head.
 //
-//   output  rows   A   B   T = A B^T        state S (at the chunk's)   Z    out row
-//   h       t      q   k   q_t . k_j        c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) scale / d_t
-//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    (sum_j P_tj k_j + a_t S-term + n-term)
-//   scale
-//   dk      j      v   dh  dh_t . v_j       dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
-//   dv      j      k   q   q_t . k_j        dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
+//   output  rows   A   B   T = A B^T       state S (at the chunk's)   Z    out row
+//   h       t      q   k   q_t . k_j       c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) scale / d_t
+//   dq      t      dh  v   dh_t . v_j      c (start)  S dh_t          k    (sum_j P_tj k_j + a_t S-term + n-term) scale
+//   dk      j      v   dh  dh_t . v_j      dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
+//   dv      j      k   q   q_t . k_j       dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
 //
 // where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = D T (h);  D (T / d_t + delta_t) (dq; dk with scale);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
@@ -15,8 +14,7 @@
 // next tile while the two consumer warpgroups (64 rows each) finish the last. The warpgroups share no data and wait
 // only for the ring, so the arithmetic of one overlaps the products of the other. A warpgroup
 //   makes T in float32 registers: the diagonal 64 x 64 block of its own rows' tokens and, where its rows reach the
-//   other
-//     64 tokens, the full block of those;
+//     other 64 tokens, the full block of those;
 //   turns T into P, rounded into fragments of an A operand;
 //   makes out = A S (64 x tile_n), scales its rows, and adds P Z.
 //
