@@ -15,6 +15,8 @@ namespace flash_xlstm::cuda {
 using bf16 = __nv_bfloat16;
 using half = __half;
 
+constexpr unsigned all_lanes = 0xffffffffu;  // of a warp, for shuffles and votes
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(half x) { return __half2float(x); }

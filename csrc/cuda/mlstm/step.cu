@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(threads, resident)
                 int early_batches) {
   constexpr int warps = threads / 32;
   constexpr bool one_wave = lanes == 8 || lanes == 64;  // of blocks, more or less
-  constexpr int groups = threads / lanes;  // rows loaded at once
+  constexpr int groups = threads / lanes;               // rows loaded at once
   constexpr int tile_columns = lanes * width;
   // 32 bits: a division in 64 is a long call.
   const unsigned item = blockIdx.x / static_cast<unsigned>(blocks);
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(threads, resident)
     load_next(x + threads);
   }
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
+  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(all_lanes, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // the whole block has read n and m
   if (clustered) cluster_arrive();
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(threads, resident)
     for (int x = 0; x < width; ++x) {
 #pragma unroll
       for (int distance = 16; distance >= lanes; distance /= 2) {
-        acc[x] += __shfl_xor_sync(0xffffffffu, acc[x], distance);
+        acc[x] += __shfl_xor_sync(all_lanes, acc[x], distance);
       }
     }
     if (tile != block) __syncthreads();  // all have read the last tile's sums

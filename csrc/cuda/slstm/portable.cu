@@ -60,13 +60,13 @@ __device__ __forceinline__ float warp_sums(float (&value)[size]) {
 #pragma unroll
     for (int j = 0; j < count / 2; ++j) {
       const float mine = upper ? value[j + count / 2] : value[j], other = upper ? value[j] : value[j + count / 2];
-      value[j] = mine + __shfl_xor_sync(0xffffffffu, other, distance);
+      value[j] = mine + __shfl_xor_sync(all_lanes, other, distance);
     }
     return warp_sums<count / 2, distance / 2>(value);
   } else {
     float sum = value[0];
 #pragma unroll
-    for (int d = distance; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    for (int d = distance; d > 0; d /= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
     return sum;
   }
 }
@@ -81,7 +81,7 @@ __device__ __forceinline__ void unit_gates(float (&gates)[4], const W* weights, 
   const float sum = warp_sums<4 * block_rows>(sums) + add;
   const int row = threadIdx.x % block_rows;
 #pragma unroll
-  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(0xffffffffu, sum, g * 8 + row * 2);
+  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(all_lanes, sum, g * 8 + row * 2);
 }
 
 template <typename W>
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(threads) step_kernel(const __grid_constant__ S
   const float sum = warp_sums<4 * block_rows>(sums) + add;
   float gates[4];
 #pragma unroll
-  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(0xffffffffu, sum, g * 8 + lane % block_rows * 2);
+  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(all_lanes, sum, g * 8 + lane % block_rows * 2);
   if (lane >= block_rows || row >= params.batch) return;
   const int64_t at = (row * heads + head) * dim + unit;
   SlstmUnit state{.h = params.h_state[at], .c = params.c_state[at], .n = params.n_state[at], .m = params.m_state[at]};

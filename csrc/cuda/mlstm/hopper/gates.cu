@@ -23,7 +23,6 @@
 namespace flash_xlstm::cuda::hopper {
 namespace {
 
-constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int tokens_per_lane = 4;
 constexpr int most_heads = 8;  // of a tile: 32 bytes of float32 gates
 constexpr int most_warps = 32;

@@ -80,7 +80,6 @@ struct OutputArgs {
 constexpr int consumer_warps = 8;
 constexpr int output_threads = (consumer_warps + 4) * 32;
 constexpr int ab_bytes = 2 * box_bytes;
-constexpr unsigned all_lanes = 0xffffffffu;
 
 // One tile of an output: a chunk of one head by tile_n columns.
 struct Tile {

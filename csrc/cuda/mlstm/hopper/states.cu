@@ -193,15 +193,15 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         log = log_sum(w.alpha_last[item], w.m_start[item]);
       }
       for (int d = 1; d < 32; d *= 2) {
-        const float later = __shfl_up_sync(0xffffffffu, log, d);
+        const float later = __shfl_up_sync(all_lanes, log, d);
         if (lane >= d) log += later;
       }
-      const unsigned enough = __ballot_sync(0xffffffffu, left + log < forgotten);
+      const unsigned enough = __ballot_sync(all_lanes, left + log < forgotten);
       if (enough != 0) {
         run_begin = max(run_begin, last - (__ffs(enough) - 1));
         break;
       }
-      left += __shfl_sync(0xffffffffu, log, 31);
+      left += __shfl_sync(all_lanes, log, 31);
     }
     if (lane == 0) sh.run_begin[warp] = run_begin;
   }
@@ -269,10 +269,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           unsigned most = 0;
 #pragma unroll
           for (int x = 0; x < 4; ++x) most = max(most, __float_as_uint(fabsf(product[x])));
-          most = __reduce_max_sync(0xffffffffu, most);
+          most = __reduce_max_sync(all_lanes, most);
           if (lane == 0) to.most = most;
         }
-        const bool has_zero = __any_sync(0xffffffffu, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f ||
+        const bool has_zero = __any_sync(all_lanes, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f ||
                                                           product[3] == 0.0f);
         if (lane == 0) {
           to.has_zero = has_zero;
@@ -499,7 +499,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         for_each_n([&](float& x, int row) {
           if (pos == 0) inner += x * w.n[item * l.dqk + row];
         });
-        for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+        for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(all_lanes, inner, d);
         // A warp writes one share.
         if (lane == 0) {
           w.through[item * (args.dqk_tiles * args.dv_tiles * groups * 4) +
@@ -617,8 +617,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 1);
-        n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
+        n_part[r] += __shfl_xor_sync(all_lanes, n_part[r], 1);
+        n_part[r] += __shfl_xor_sync(all_lanes, n_part[r], 2);
         n[r] = n[r] * keep + n_part[r];
       }
       if (may_tell && writes && thread == 0) ptx::bulk_store_wait<0>();  // the weigher sets the flag after it

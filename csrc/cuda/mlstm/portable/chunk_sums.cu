@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       float sum = row_sum[mt][half_row];
-      for (int d = 1; d < 4; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+      for (int d = 1; d < 4; d *= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
       if (pos == 0) sh.row_sum[warp % 2][warp_row + mt * 16 + group + half_row * 8] = sum;
     }
   if constexpr (sums == Sums::gates) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         float sum = col_sum[nt][x];
-        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
         if (group == 0) sh.col_sum[warp / 2][warp_col + nt * 8 + pos * 2 + x] = sum;
       }
   }

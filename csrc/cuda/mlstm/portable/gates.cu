@@ -9,7 +9,6 @@
 namespace flash_xlstm::cuda::portable {
 namespace {
 
-constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int warps_per_block = 4;
 static_assert(chunk_tokens == 64, "two tokens a lane");
 

@@ -210,15 +210,15 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
         }
     }
   if constexpr (output == Output::h) {
-    q_n += __shfl_xor_sync(0xffffffffu, q_n, 1);
+    q_n += __shfl_xor_sync(all_lanes, q_n, 1);
     if (threadIdx.x % 2 == 0) sh.q_n[threadIdx.x / 2] = q_n;
 #pragma unroll
     for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
         float sum = row_sum[mt][half_row];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum += __shfl_xor_sync(all_lanes, sum, 1);
+        sum += __shfl_xor_sync(all_lanes, sum, 2);
         if (pos == 0) sh.row_sum[warp % 2][warp_row + mt * 16 + group + half_row * 8] = sum;
       }
   }
@@ -250,8 +250,8 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
           }
         }
       if constexpr (gate_sums) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum += __shfl_xor_sync(all_lanes, sum, 1);
+        sum += __shfl_xor_sync(all_lanes, sum, 2);
         if (pos == 0) sh.row_sum[warp % 2][row] = sum;
       }
     }
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
             const float p = to_float(tail.p[row * Shared::p_pitch + x]);
             if (p != 0.0f) sum += p * to_float(tail.z[x * Shared::z_pitch + col]);
           }
-          // Indexed by constants, so that `out` stays in registers.
+      // Indexed by constants, so that `out` stays in registers.
 #pragma unroll
           for (int m2 = 0; m2 < 2; ++m2)
 #pragma unroll

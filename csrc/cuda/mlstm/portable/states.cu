@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
     for_each_pair([&](float* a, int64_t, int64_t, int mt, int nt, int half_row) {
       inner += a[0] * to_float(start[mt][nt][half_row].x) + a[1] * to_float(start[mt][nt][half_row].y);
     });
-    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(all_lanes, inner, d);
     if (lane == 0) sh.inner[warp] = inner;
   };
 

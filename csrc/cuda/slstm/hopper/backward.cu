@@ -96,7 +96,7 @@ __device__ __forceinline__ float2 scale(float (&dx)[2][4]) {
   }
 #pragma unroll
   for (int distance = 4; distance < 32; distance *= 2) {
-    largest = __vmaxu2(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    largest = __vmaxu2(largest, __shfl_xor_sync(all_lanes, largest, distance));
   }
   float undo[2];
 #pragma unroll

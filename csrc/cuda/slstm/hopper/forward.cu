@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
         const uint32_t mine = ptx::transpose_8x8(pack<T>(state[nt][0].h, state[nt][1].h));
         uint32_t word[4];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) word[x] = __shfl_sync(0xffffffffu, mine, lane - quad + x);
+        for (int x = 0; x < 4; ++x) word[x] = __shfl_sync(all_lanes, mine, lane - quad + x);
         T* to = h_next + nt * rows_a_tile * pitch;
         if (alone) {
           if (quad == 0) *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
