@@ -12,7 +12,7 @@ constexpr int64_t linear_max_rows = 16;
 // linear_alignment bytes.
 constexpr DType linear_cuda_dtype = DType::bfloat16;
 constexpr int64_t linear_in_multiple = 8, linear_alignment = 16;
-// On the CPU: up to so many rows of x, this is faster than torch's product.
+// On the CPU: the most rows of x for which this is faster than torch's product.
 constexpr int64_t linear_faster_rows = 4;
 
 // y = x weight^T + bias for few rows of x, all of one dtype. x is (rows, in) with rows x_stride apart; weight (out, in)

@@ -8,7 +8,7 @@
 // sums are right.
 //
 //   thread of a warp   rows of W                k of a group of 32
-//   lane               lane / 4, and 8 further  8 (lane % 4) to 8 (lane % 4) + 7: two mma's worth
+//   lane               lane / 4, and 8 further  8 (lane % 4) to 8 (lane % 4) + 7: for two mma
 //
 // Two groups of 64 are loaded before the first is used: 8 loads of 16 bytes a thread, 32 KiB a block in flight. In the
 // epilogue the warps' sums are added through shared memory, in a fixed order.

@@ -48,7 +48,7 @@
 // overlaps the start of the other.
 //
 // Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), and 24 KiB for P and
-// for rows on their way out. dq: 3 stages, and 64 KiB for D (q k^T) and dh v^T.
+// for output rows in the epilogue. dq: 3 stages, and 64 KiB for D (q k^T) and dh v^T.
 #pragma once
 
 #include <limits>
@@ -98,7 +98,7 @@ struct OutputShared {
   static constexpr int num_stages = is_dq ? 3 : 4;
   alignas(1024) unsigned char stage[num_stages][stage_bytes];
   alignas(1024) unsigned char n_parts[is_h ? num_stages : 1][n_bytes];
-  // Of each warp. First P of the diagonal block (dq: D (q k^T) of it), then rows on their way out.
+  // Of each warp. First P of the diagonal block (dq: D (q k^T) of it), then output rows in the epilogue.
   alignas(16) unsigned char own[consumer_warps][is_dq ? 4096 : 2048];
   // Of each warp of the group that has a full block: the same of that block (dq: and its dh v^T).
   alignas(16) unsigned char own_full[consumer_warps / 2][is_dq ? 8192 : 2048];
@@ -124,7 +124,7 @@ struct SmallShared {
   static constexpr int inv_d_at = beta_at + log_bytes, delta_at = inv_d_at + float_bytes;
   static constexpr int tile_at = delta_at + float_bytes;
   alignas(1024) unsigned char stage[num_stages][stage_bytes];
-  alignas(16) unsigned char own[consumer_warps][1024];  // each warp's own: rows on their way out
+  alignas(16) unsigned char own[consumer_warps][1024];  // of each warp: output rows in the epilogue
   uint64_t full[num_stages], empty[num_stages];
 };
 
