@@ -1,5 +1,5 @@
-// The pybind11 module _C. Importing it registers the operators (ops/*.cpp); what it offers itself is facts about the
-// build and about the operators.
+// The pybind11 module _C. Importing it registers the operators (ops/*.cpp). Its own functions give facts about the
+// build and the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,13 +22,13 @@ namespace flash_xlstm {
 
 namespace {
 
-// The thread's last argument error, for Python to know it by where torch has made a RuntimeError of it.
+// The thread's last argument error. Where torch has turned it into a RuntimeError, Python recognizes it by this.
 thread_local const char* last_kind = "";
 thread_local std::string last_message;
 
 }  // namespace
 
-// Here because pybind11 lives here, whose exceptions torch's operator call hands on as what they are.
+// These throw pybind11's exceptions, which torch's operator calls pass on unchanged. Only this file sees pybind11.
 [[noreturn]] void throw_value_error(const std::string& message) {
   last_kind = "ValueError", last_message = message;
   throw py::value_error(message);

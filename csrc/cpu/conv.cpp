@@ -1,11 +1,10 @@
-// The causal depthwise convolution on the CPU: a task for a sequence and a block of channels; the weights' gradients
-// are summed over the sequences by a task for each block of channels.
-#include <torch/csrc/stable/ops.h>
-
+// The causal depthwise convolution on the CPU. The forward has a task for each sequence and block of channels. The
+// backward has a task for each block of channels, which goes through all sequences and sums the weights' gradients.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 #include "params/conv.h"
 
@@ -13,13 +12,6 @@ namespace flash_xlstm::cpu {
 namespace {
 
 constexpr int64_t channels_a_task = 128;
-
-template <typename F>
-void parallel(int64_t count, F&& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t x = begin; x < end; ++x) f(x);
-  });
-}
 
 void load(float* to, const void* data, int64_t index, DType dtype, int64_t count) {
   const void* from = static_cast<const char*>(data) + index * element_bytes(dtype);
@@ -35,8 +27,9 @@ struct Row {
 };
 
 Row row_of(const ConvProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {row, 0, p.seq};
-  return {0, p.cu_seqlens[row], p.cu_seqlens[row + 1] - p.cu_seqlens[row]};
+  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
+  const int64_t start = p.cu_seqlens[row];
+  return {.batch = 0, .start = start, .length = p.cu_seqlens[row + 1] - start};
 }
 
 // A block of channels, its weights as [kernel][count] and bias in float32.
@@ -58,10 +51,10 @@ struct Channels {
   std::vector<float> weight, bias;
 };
 
-int64_t blocks_of(int64_t channels) { return (channels + channels_a_task - 1) / channels_a_task; }
+int64_t blocks_of(int64_t channels) { return ceil_div(channels, channels_a_task); }
 
-// The last `kernel` inputs of a sequence, in float32; input t lies in place t + kernel - 1 (mod kernel), those before
-// the first from the state.
+// The last `kernel` inputs of a sequence, in float32. Input t lies in place t + kernel - 1 (mod kernel). Inputs before
+// the first come from the state.
 class Window {
  public:
   Window(const ConvProblem& problem, int64_t row, const Channels& block)
@@ -70,7 +63,7 @@ class Window {
       load(place(j), p_.state, (row * (p_.kernel - 1) + j) * p_.channels + block.first, p_.dtype, block.count);
     }
   }
-  // The inputs that output t sees, the oldest first; t comes one after the other.
+  // The inputs of output t, the oldest first. Must be called for t = 0, 1, ... in turn.
   const float* const* at(int64_t t) {
     load(place(t + p_.kernel - 1), p_.x, row_.batch * p_.x_batch + (row_.start + t) * p_.x_seq + block_.first, p_.dtype,
          block_.count);
@@ -106,7 +99,7 @@ void last_state(const ConvForward& params, int64_t row_index) {
   }
 }
 
-// The gradients of a block of channels through one sequence.
+// The gradients of one sequence, for a block of channels.
 void backward_row(const ConvBackward& params, int64_t row_index, const Channels& block, float* dweight, float* dbias) {
   const ConvProblem& p = params.p;
   const VectorKernels& kernels = vector_kernels();

@@ -27,8 +27,8 @@ struct Choice {
   const char* name;
 };
 
-// The best that the processor has; at most what FLASH_XLSTM_CPU_ISA names, so that one machine can test what others
-// run.
+// The best instruction set of the processor, but at most the one that FLASH_XLSTM_CPU_ISA names. So one machine can
+// test them all.
 Choice choose() {
   const char* value = std::getenv("FLASH_XLSTM_CPU_ISA");
   const std::string limit = value != nullptr && *value != '\0' ? value : "avx512";

@@ -7,7 +7,8 @@ namespace flash_xlstm::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// What this machine has, or the less that FLASH_XLSTM_CPU_ISA names; and its name ("AVX-512", "AVX2", "baseline").
+// The best instruction set of this machine, but at most the one that FLASH_XLSTM_CPU_ISA names; and its name:
+// "AVX-512", "AVX2" or "baseline".
 Isa isa();
 const char* isa_name();
 
@@ -18,8 +19,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(const v
 }  // namespace flash_xlstm::cpu
 
 #ifdef FLASH_XLSTM_ISA
-// Begins the definition of the kernel cpu::name(const Params& p) in the namespace of the instruction set. The baseline's
-// copy of the file also defines cpu::name, which calls what is right for this machine.
+// Begins the definition of the kernel cpu::name(const Params& p), in the namespace of the instruction set. The
+// baseline's copy of the file also defines cpu::name, which calls the kernel of this machine's instruction set.
 #ifndef FLASH_XLSTM_ISA_CHOOSES
 #define CPU_KERNEL(name, Params) void name(const Params& p)
 #else

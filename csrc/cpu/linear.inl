@@ -1,5 +1,5 @@
-// Products with few rows; part of vector_kernels.inl. Weights are read once, in their own dtype and the order in
-// which they lie (several rows side by side defeat the prefetcher), and multiplied in float32.
+// Products with few rows, a part of vector_kernels.inl. Weights are read once, in their own dtype and in memory order:
+// several rows side by side defeat the prefetcher. Products and sums are float32.
 
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
@@ -14,7 +14,7 @@ typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
 
 inline void load_vector(Vector& to, const float* from) { std::memcpy(&to, from, sizeof(to)); }
 
-// 2 * vector_lanes weights in two vectors, in the order that `linear_rows_x` gives x.
+// Loads 2 * vector_lanes weights as two vectors, in the order that `linear_rows_x` gives x.
 template <typename Type>
 inline void load_pair(Vector (&to)[2], const typename Type::Bits* from) {
   float values[2 * vector_lanes];
@@ -27,7 +27,7 @@ inline void load_pair<Float32>(Vector (&to)[2], const float* from) {
   load_vector(to[1], from + vector_lanes);
 }
 template <>
-inline void load_pair<BFloat16>(Vector (&to)[2], const uint16_t* from) {  // those with even places, then the others
+inline void load_pair<BFloat16>(Vector (&to)[2], const uint16_t* from) {  // even places, then odd
   Words words;
   std::memcpy(&words, from, sizeof(words));
   const Words even = words << 16, odd = words & 0xffff0000u;
@@ -41,8 +41,8 @@ inline float lanes_total(const Vector& vector) {
   return sum;
 }
 
-// Two sums side by side, to hide an addition's latency, whatever the number of rows, so that a row's result is the same
-// whatever it is multiplied together with. More are quicker from a cache and slower from memory.
+// Two sums side by side hide an addition's latency. Two for any number of rows, so that a row's result does not depend
+// on the other rows. More are faster from a cache and slower from memory.
 constexpr int64_t linear_step = 2 * vector_lanes;
 
 void linear_rows_x(const LinearRows& p, float* x) {
@@ -61,7 +61,7 @@ void linear_rows_x(const LinearRows& p, float* x) {
 template <typename Type, int rows>
 void linear_block(const LinearRows& p, const float* x, int64_t row, int64_t column) {
   using Bits = typename Type::Bits;
-  constexpr int64_t line = 64 / sizeof(Bits), ahead = 32 * line;  // rows follow each other: it may reach into the next
+  constexpr int64_t line = 64 / sizeof(Bits), ahead = 32 * line;  // may reach into the next row
   const Bits* weight = static_cast<const Bits*>(p.weight) + column * p.in;
   x += row * p.in;
   Vector sums[rows][2] = {};

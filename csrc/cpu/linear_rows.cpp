@@ -13,8 +13,8 @@ void linear_rows(const LinearRows* products, int64_t count) {
   const LinearRows& first = products[0];
   std::vector<float> x(first.rows * first.in);
   kernels.linear_rows_x(first, x.data());
-  // Groups of four columns, one product's after the other's. Which thread has a column changes no result.
-  const auto groups = [](const LinearRows& p) { return (p.out + 3) / 4; };
+  // Groups of four columns, product after product. A result does not depend on the thread that makes it.
+  const auto groups = [](const LinearRows& p) { return ceil_div(p.out, 4); };
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += groups(products[i]);
   const int64_t grain = (1 + (int64_t{1} << 16) / first.in + 3) / 4;  // at least 64k weights a thread

@@ -1,11 +1,12 @@
-// The chunkwise mLSTM on the CPU: BLAS (torch's batched product) for everything quadratic, vectorised loops
-// (vector_kernels.inl) for what lies between, threads over chunks or rows of the state.
+// The chunkwise mLSTM on the CPU. Matrix products are torch's batched product (BLAS). Vectorised loops
+// (vector_kernels.inl) do the rest. Threads share the chunks, or the rows of the state.
 //
-// A lane is one head of one sequence. An item is one chunk of one lane, padded to `length` tokens that change nothing;
-// items are numbered lane by lane, and worked through in segments of a bounded number of them, so that scratch memory
-// does not grow with the sequence. A segment's end cuts at most one lane, whose state is carried over. The backward
-// first walks forward for the states at the segments' starts, then takes the segments from the last to the first.
-// Inputs are converted to float32 once; the sums that gates, stabilizer and normalizer form run in float64.
+// A lane is one head of one sequence. An item is one chunk of one lane, padded to `length` tokens with tokens that
+// change nothing. Items are numbered lane by lane and worked through in segments of a bounded number of items, so that
+// scratch memory does not grow with the sequence. A segment's end cuts at most one lane, whose state is carried to the
+// next segment. The backward first walks forward for the states at the segments' starts, then takes the segments from
+// the last to the first. Inputs are converted to float32 once. The sums of gates, stabilizer and normalizer are
+// float64.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -17,6 +18,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 #include "params/mlstm.h"
 
@@ -27,19 +29,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t default_chunk = 64, max_chunk = 256;
-// Scratch of a segment, a thread: what passes through a core's caches. Measured on 2 cores (forward at 2,048 tokens,
-// forward and backward at 1,024, 4 heads x 128 x 128): 2 to 4 MiB a thread are even, 12 take a third longer.
+// Scratch memory of a segment for each thread, so that it fits a core's caches. Measured on 2 cores (forward at 2,048
+// tokens, forward and backward at 1,024, 4 heads x 128 x 128): 2 to 4 MiB a thread are equally fast, 12 take a third
+// longer.
 constexpr int64_t segment_bytes = int64_t{3} << 20;
-constexpr int64_t state_block = 2048;  // floats of a state that a task takes through a segment
+constexpr int64_t state_block = 2048;  // floats of a state for one task of a scan
 
 // A batch of matrices in memory.
 struct Matrices {
   float* data;
   int64_t batch_stride, rows, columns, row_stride, column_stride;
-  Matrices transposed() const { return {data, batch_stride, columns, rows, column_stride, row_stride}; }
+  Matrices transposed() const {
+    return {.data = data,
+            .batch_stride = batch_stride,
+            .rows = columns,
+            .columns = rows,
+            .row_stride = column_stride,
+            .column_stride = row_stride};
+  }
 };
 
-Matrices dense(float* data, int64_t rows, int64_t columns) { return {data, rows * columns, rows, columns, columns, 1}; }
+Matrices dense(float* data, int64_t rows, int64_t columns) {
+  return {.data = data,
+          .batch_stride = rows * columns,
+          .rows = rows,
+          .columns = columns,
+          .row_stride = columns,
+          .column_stride = 1};
+}
 
 Tensor as_tensor(const Matrices& m, int64_t count) {
   const std::array<int64_t, 3> sizes{count, m.rows, m.columns};
@@ -48,29 +65,22 @@ Tensor as_tensor(const Matrices& m, int64_t count) {
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
 }
 
-// out = a b for each of `count` matrices. The out overload: autocast leaves it alone.
+// out = a b for each of `count` matrices. The `out` overload, which autocast does not change.
 void multiply(const Matrices& out, const Matrices& a, const Matrices& b, int64_t count) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(as_tensor(a, count)),
                                     torch::stable::detail::from(as_tensor(b, count)),
                                     torch::stable::detail::from(as_tensor(out, count))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+  torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned reference
 }
 
-template <typename F>
-void parallel(int64_t count, F&& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t x = begin; x < end; ++x) f(x);
-  });
-}
-
-// Scratch from torch's allocator, handed out in pieces that start on cache lines.
+// Scratch memory from torch's allocator, in pieces that start on cache lines.
 class Scratch {
  public:
   template <typename T>
   void reserve(T** piece, int64_t count) {
     pieces_.push_back({[piece](char* at) { *piece = reinterpret_cast<T*>(at); }, used_});
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    used_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
   }
   void allocate() {
     const std::array<int64_t, 1> size{used_};
@@ -99,7 +109,7 @@ double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
 
 double cap_gate(double x, double cap) { return cap == 0.0 || std::isinf(x) ? x : cap * std::tanh(x / cap); }
-// 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
+// 1 - tanh^2 without the difference, which would be all rounding error where tanh is near 1. 0 for an infinite x.
 double cap_gate_slope(double x, double cap) {
   if (cap == 0.0) return 1.0;
   const double e = std::exp(-2.0 * std::abs(x / cap));
@@ -124,7 +134,7 @@ struct Plan {
   std::vector<int64_t> lane_begin;  // first item of each lane, and the end
   std::vector<float> row_high, row_low, column_high, column_low, m;  // [items][length], as in ChunkGates
   std::vector<float> m_start;  // [items]
-  std::vector<double> keep;    // [items]: what the state at the start is worth at the end
+  std::vector<double> keep;    // [items]: the weight of the state at the start in the state at the end
   std::vector<float> m_last;   // [lanes]
   std::vector<char> reset;           // [items][length]: m took the input gate's branch
 
@@ -142,8 +152,14 @@ struct Plan {
       for (int64_t head = 0; head < p.heads; ++head) {
         lane_begin.push_back(static_cast<int64_t>(items.size()));
         for (int64_t first = start; first < stop; first += length) {
-          items.push_back({s * p.heads + head, s, head, p.cu_seqlens == nullptr ? s : 0, first,
-                           std::min(length, stop - first), first == start, first + length >= stop});
+          items.push_back({.lane = s * p.heads + head,
+                           .seq = s,
+                           .head = head,
+                           .row = p.cu_seqlens == nullptr ? s : 0,
+                           .first = first,
+                           .tokens = std::min(length, stop - first),
+                           .lane_begin = first == start,
+                           .lane_end = first + length >= stop});
         }
       }
     }
@@ -162,12 +178,18 @@ struct Plan {
   }
   ChunkGates gates(int64_t item) const {
     const int64_t at = item * length;
-    return {length, &row_high[at], &row_low[at], &column_high[at], &column_low[at], &m[at], m_start[item]};
+    return {.length = length,
+            .row_high = &row_high[at],
+            .row_low = &row_low[at],
+            .column_high = &column_high[at],
+            .column_low = &column_low[at],
+            .m = &m[at],
+            .m_start = m_start[item]};
   }
   std::vector<Run> runs(int64_t begin, int64_t end) const {
     std::vector<Run> result;
     for (int64_t x = begin; x < end; ++x) {
-      if (x == begin || items[x].lane_begin) result.push_back({x - begin, 0});
+      if (x == begin || items[x].lane_begin) result.push_back({.begin = x - begin, .count = 0});
       ++result.back().count;
     }
     return result;
@@ -213,8 +235,8 @@ struct Plan {
           const double carried = forget + stabilizer;
           reset[at] = stabilized() && input >= carried;
           if (stabilized()) stabilizer = input >= carried ? input : carried;
-          // Every weight is relative to the float32 m, which cancels but for eps and the floor of d: only that both
-          // sides of the division use the same one matters.
+          // Every weight is relative to the float32 m. It cancels in the division, except for eps and the floor of d.
+          // So its rounding does not matter, as long as both sides use the same m.
           m[at] = static_cast<float>(stabilizer);
           split(b - m[at], row_high[at], row_low[at]);
           split(input - b, column_high[at], column_low[at]);
@@ -226,7 +248,7 @@ struct Plan {
   }
 };
 
-// Scratch that both directions need for the states at the chunks' starts. n is float64, in units of two floats.
+// Scratch that both directions need for the states at the chunks' starts. n is float64.
 struct StateScratch {
   float *k, *weighted_k, *update, *carry_c[2];
   double *n_update, *n_start, *carry_n[2];
@@ -246,7 +268,7 @@ struct StateScratch {
   }
 };
 
-// y (rows of `to`) += p^T z or p z where z is not finite everywhere and p's zeros must stay zeros.
+// to (dqk x dv) = weighted^T z, without the terms whose weight is 0: z may hold what is not finite.
 void guarded_update(float* to, const float* weighted, const float* z, int64_t length, int64_t dqk, int64_t dv) {
   std::memset(to, 0, sizeof(float) * dqk * dv);
   for (int64_t t = 0; t < length; ++t) {
@@ -258,8 +280,9 @@ void guarded_update(float* to, const float* weighted, const float* z, int64_t le
   }
 }
 
-// The states at the starts of the segment's items into `slots` (c, slot_stride apart), from the items' k and v. The
-// lane that the segment's start cuts begins with carry_in, the one that its end cuts leaves its state in carry_out.
+// Writes the states at the starts of the segment's items to `slots` (c, slot_stride apart), from the items' k and v.
+// The lane that the segment's start cuts begins with the carried state carry_in. The lane that its end cuts leaves its
+// state in the other one.
 void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t end, const Matrices& v, float* slots,
                     int64_t slot_stride, int carry_in, float* c_last, float* n_last) {
   const MlstmProblem& p = plan.p;
@@ -292,7 +315,7 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
 
   const std::vector<Run> runs = plan.runs(begin, end);
   const int carry_out = carry_in ^ 1;
-  const int64_t blocks = (state + state_block - 1) / state_block;
+  const int64_t blocks = ceil_div(state, state_block);
   parallel(static_cast<int64_t>(runs.size()) * blocks, [&](int64_t task) {
     const Run& run = runs[task / blocks];
     const int64_t at = task % blocks * state_block, size = std::min(state_block, state - at);
@@ -334,7 +357,7 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
   }
 }
 
-// What an empty sequence does with its state, and with the state's gradient. from == nullptr: zeros; to == nullptr: not
+// An empty sequence passes its state, and the state's gradient, through. from == nullptr: zeros. to == nullptr: not
 // wanted.
 void pass_on(float* to, const float* from, int64_t lane, int64_t size) {
   if (to == nullptr) return;
@@ -378,7 +401,8 @@ void mlstm_forward(const MlstmForward& params) {
   int carry_in = 0;
   for (int64_t begin = 0; begin < count; begin += per_segment, carry_in ^= 1) {
     const int64_t end = std::min(begin + per_segment, count), items = end - begin;
-    const Matrices v{right, inner * p.dv, length, p.dv, p.dv, 1};
+    Matrices v = dense(right, length, p.dv);
+    v.batch_stride = inner * p.dv;
     segment_states(plan, states, begin, end, v, right + length * p.dv, inner * p.dv, carry_in, params.c_last,
                    params.n_last);
     parallel(items, [&](int64_t x) {
@@ -439,8 +463,8 @@ void mlstm_forward(const MlstmForward& params) {
 
 namespace {
 
-// What the gates' gradients are made of, [items][length]: q_dq and k_dk are a token's shares of the pairs that cross
-// the chunk's start and end, within and column those of the pairs inside it (backward_tile).
+// The terms of the gates' gradients, [items][length]. q_dq and k_dk are a token's shares of the pairs that cross the
+// chunk's start and end. within and column are its shares of the pairs inside the chunk (backward_tile).
 struct GateSums {
   std::vector<float> q_dq, k_dk, within, column, e;
   std::vector<double> through;  // [items] keep (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
@@ -459,9 +483,12 @@ void store_gate(void* gate, DType dtype, int64_t index, double value) {
   }
 }
 
-// dlf_t sums X S over the pairs j < t <= u by where they lie: both outside the chunk (through), j before it (q . dq
-// from t on), u behind it (k . dk before t), both within. The stabilizer's path (a), where there is a stabilizer, walks
-// back over the whole lane.
+// dlf_t is the sum of X S over the pairs j < t <= u. The pairs are summed by where j and u lie:
+//   j before the chunk, u after it   through
+//   j before it, u inside            q . dq from t on
+//   j inside, u after it             k . dk before t
+//   both inside                      within
+// `a` is the gradient that flows through the stabilizer, where there is one. It is walked back over the whole lane.
 void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward& params) {
   const MlstmProblem& p = plan.p;
   const int64_t length = plan.length;
@@ -515,7 +542,7 @@ void mlstm_backward(const MlstmBackward& params) {
   const int64_t length = plan.length, count = static_cast<int64_t>(plan.items.size()), state = p.dqk * p.dv;
   const int64_t tile = length * length;
   const int64_t per_segment = items_per_segment(7 * length * p.dqk + 4 * length * p.dv + 4 * tile + 3 * state, count);
-  const int64_t segments = count == 0 ? 0 : (count + per_segment - 1) / per_segment;
+  const int64_t segments = count == 0 ? 0 : ceil_div(count, per_segment);
 
   StateScratch states;
   Scratch scratch;
@@ -532,7 +559,7 @@ void mlstm_backward(const MlstmBackward& params) {
     scratch.reserve(&carry_dc[x], state);
     scratch.reserve(&carry_dn[x], p.dqk);
   }
-  // Per token of the segment: weights of the state's terms, 1 / d, delta.
+  // For each token of the segment: weights of the state's terms, 1 / d, delta, s.
   float *end_weight, *start_weight, *start_over_d, *start_delta, *inv_d, *delta, *s;
   for (float** tokens : {&end_weight, &start_weight, &start_over_d, &start_delta, &inv_d, &delta, &s}) {
     scratch.reserve(tokens, per_segment * length);
@@ -611,7 +638,7 @@ void mlstm_backward(const MlstmBackward& params) {
     // The states' gradients at the chunks' ends, from the last to the first.
     multiply(dense(states.update, p.dqk, p.dv), dense(states.weighted_k, length, p.dqk).transposed(), dh_rows, items);
     const std::vector<Run> runs = plan.runs(begin, end);
-    const int64_t blocks = (state + state_block - 1) / state_block;
+    const int64_t blocks = ceil_div(state, state_block);
     std::vector<double> through(items * blocks, 0.0);  // [block][item]
     const int carry_out = carry_in ^ 1;
     parallel(static_cast<int64_t>(runs.size()) * blocks, [&](int64_t task) {

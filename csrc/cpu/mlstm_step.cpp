@@ -1,4 +1,4 @@
-// One token of the mLSTM on the CPU: a task for each row and head, which reads and writes its state once.
+// One token of the mLSTM on the CPU. A task takes one row and head and reads and writes its state once.
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
@@ -12,7 +12,7 @@ namespace flash_xlstm::cpu {
 void mlstm_step(const MlstmStep& p) {
   const VectorKernels& kernels = vector_kernels();
   const int64_t h_bytes = p.dv * element_bytes(p.dtype);
-  // At least 16k state elements a thread: below that, waking a thread costs more than it brings.
+  // At least 16k state elements a thread: with fewer, waking a thread costs more than it saves.
   const int64_t grain = 1 + (int64_t{1} << 14) / (p.dqk * p.dv);
   torch::stable::parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * (p.dqk + p.dv));

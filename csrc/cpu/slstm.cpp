@@ -1,12 +1,11 @@
-// The sLSTM on the CPU: a task for a head and a few rows, which walks the tokens with R in float32; rows share the
-// reads of R. The weights' gradients are products over all tokens afterwards, a task for a head and a block of one
-// gate's outputs; they take dx and h as they were rounded to their dtype.
-#include <torch/csrc/stable/ops.h>
-
+// The sLSTM on the CPU. A task takes one head and a few rows and walks the tokens, with R in float32; the rows share
+// the reads of R. The weights' gradients are products over all tokens afterwards, a task for each head and block of one
+// gate's outputs. They use dx and h as rounded to their dtype.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 #include "params/slstm.h"
 
@@ -14,14 +13,7 @@ namespace flash_xlstm::cpu {
 namespace {
 
 constexpr int64_t rows_a_task = 4;
-constexpr int64_t block = 64;  // outputs of R that a task of the weights' gradients takes, and tokens at a time
-
-template <typename F>
-void parallel(int64_t count, F&& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t x = begin; x < end; ++x) f(x);
-  });
-}
+constexpr int64_t block = 64;  // outputs of R of a task of the weights' gradients, and its tokens at a time
 
 const void* at(const void* data, int64_t index, DType dtype) {
   return static_cast<const char*>(data) + index * element_bytes(dtype);
@@ -41,8 +33,9 @@ struct Row {
 };
 
 Row row_of(const SlstmProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {row, 0, p.seq};
-  return {0, p.cu_seqlens[row], p.cu_seqlens[row + 1] - p.cu_seqlens[row]};
+  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
+  const int64_t start = p.cu_seqlens[row];
+  return {.batch = 0, .start = start, .length = p.cu_seqlens[row + 1] - start};
 }
 
 std::vector<float> load_bias(const SlstmProblem& p, int64_t head) {
@@ -51,13 +44,13 @@ std::vector<float> load_bias(const SlstmProblem& p, int64_t head) {
   return bias;
 }
 
-// R of every head in float32 as the operand of a product with `depth` rows and `columns` columns, panel by panel:
-// h_{t-1} meets it with in as rows and (gate, out) as columns; for the backward it is the other way round.
+// R of every head in float32, as the right operand of a product, panel by panel: `depth` rows by `columns` columns.
+// Forward: rows are in, columns (gate, out). Backward: the other way round.
 struct Weights {
   Weights(const SlstmProblem& p, bool backward)
       : depth(backward ? 4 * p.dim : p.dim),
         columns(backward ? p.dim : 4 * p.dim),
-        head_size((columns + product_panel - 1) / product_panel * product_panel * depth),
+        head_size(ceil_div(columns, product_panel) * product_panel * depth),
         values(p.heads * head_size) {
     const int64_t dim = p.dim;
     parallel(4 * p.heads, [&](int64_t item) {
@@ -91,7 +84,8 @@ struct Tile {
 };
 
 Tile tile_of(const SlstmProblem& p, int64_t task) {
-  Tile tile{task % p.heads, task / p.heads * rows_a_task, 0, 0, {}};
+  Tile tile{};
+  tile.head = task % p.heads, tile.first = task / p.heads * rows_a_task;
   tile.count = std::min(rows_a_task, p.rows - tile.first);
   for (int64_t r = 0; r < tile.count; ++r) {
     tile.rows[r] = row_of(p, tile.first + r);
@@ -100,9 +94,9 @@ Tile tile_of(const SlstmProblem& p, int64_t task) {
   return tile;
 }
 
-int64_t tasks(const SlstmProblem& p) { return p.heads * ((p.rows + rows_a_task - 1) / rows_a_task); }
+int64_t tasks(const SlstmProblem& p) { return p.heads * ceil_div(p.rows, rows_a_task); }
 
-// rows_a_task rows of `dim` floats, loaded from and stored to (rows, heads, dim); nullptr: zeros, and nowhere.
+// rows_a_task rows of `dim` floats, loaded from and stored to (rows, heads, dim). nullptr: loads zeros, stores nothing.
 struct RowState {
   RowState(const SlstmProblem& p, const Tile& tile, const float* from) : dim(p.dim), heads(p.heads) {
     values.resize(rows_a_task * dim);
@@ -138,8 +132,15 @@ void forward_tile(const SlstmForward& params, const Tile& tile, const Weights& w
       load(x.data(), params.x, row.batch * params.x_batch + (row.start + t) * params.x_seq + tile.head * params.x_head,
            p.dtype, params.x_gate, 4, dim);
       float* kept = params.kept == nullptr ? nullptr : params.kept + (token * p.heads + tile.head) * slstm_kept * dim;
-      kernels.slstm_cell(
-          {dim, x.data(), recurrent.data() + r * wide, bias.data(), h.row(r), c.row(r), n.row(r), m.row(r), kept});
+      kernels.slstm_cell({.dim = dim,
+                          .x = x.data(),
+                          .recurrent = recurrent.data() + r * wide,
+                          .bias = bias.data(),
+                          .h = h.row(r),
+                          .c = c.row(r),
+                          .n = n.row(r),
+                          .m = m.row(r),
+                          .kept = kept});
       store(params.h, (token * p.heads + tile.head) * dim, p.dtype, dim, h.row(r), 1, dim);
     }
   }
@@ -188,9 +189,15 @@ void backward_tile(const SlstmBackward& params, const Tile& tile, const Weights&
              1, dim);
         for (int64_t x = 0; x < dim; ++x) dh.row(r)[x] += dh_here[x];
       }
-      kernels.slstm_cell_backward({dim, params.kept + (token * p.heads + tile.head) * slstm_kept * dim,
-                                   state(r, t, kept_c, p.c0), state(r, t, kept_n, p.n0), dh.row(r), dc.row(r),
-                                   dn.row(r), excess.row(r), dx.data() + r * wide});
+      kernels.slstm_cell_backward({.dim = dim,
+                                   .kept = params.kept + (token * p.heads + tile.head) * slstm_kept * dim,
+                                   .c = state(r, t, kept_c, p.c0),
+                                   .n = state(r, t, kept_n, p.n0),
+                                   .dh = dh.row(r),
+                                   .dc = dc.row(r),
+                                   .dn = dn.row(r),
+                                   .excess = excess.row(r),
+                                   .dx = dx.data() + r * wide});
       store(params.dx, (token * 4 * p.heads + tile.head) * dim, p.dtype, p.heads * dim, dx.data() + r * wide, 4, dim);
     }
     weights.multiply(recurrent.data(), dx.data(), tile.head, tile.count);
@@ -224,7 +231,7 @@ void weight_gradients(const SlstmBackward& params, int64_t gate, int64_t head, i
       const int64_t tokens = std::min(block, row.length - t), token = row.batch * p.seq + row.start + t;
       load(dx.data(), params.dx, ((token * 4 + gate) * p.heads + head) * dim + first, p.dtype, 4 * p.heads * dim,
            tokens, count);
-      const int64_t skipped = t == 0 ? 1 : 0;  // whose h before is the initial state's
+      const int64_t skipped = t == 0 ? 1 : 0;  // the first token takes h from the initial state
       if (skipped) {
         std::fill_n(h.data(), dim, 0.0f);
         if (p.h0 != nullptr) std::memcpy(h.data(), p.h0 + (r * p.heads + head) * dim, dim * sizeof(float));
@@ -259,19 +266,19 @@ void slstm_backward(const SlstmBackward& params) {
     const Weights weights(p, true);
     parallel(tasks(p), [&](int64_t task) { backward_tile(params, tile_of(p, task), weights); });
   }
-  const int64_t blocks = (p.dim + block - 1) / block;
+  const int64_t blocks = ceil_div(p.dim, block);
   parallel(4 * p.heads * blocks, [&](int64_t task) {
     const int64_t first = task % blocks * block, item = task / blocks;
     weight_gradients(params, item / p.heads, item % p.heads, first, std::min(block, p.dim - first));
   });
 }
 
-// Two passes: every unit's R h needs the whole h, so that h cannot change before all are done.
+// Two passes: R h of every unit needs all of the old h, so no h may change before all R h are made.
 void slstm_step(const SlstmStep& params) {
   const VectorKernels& kernels = vector_kernels();
   const int64_t dim = params.dim, heads = params.heads, wide = 4 * dim;
   std::vector<float> recurrent(params.batch * heads * wide);
-  const int64_t blocks = (dim + block - 1) / block;
+  const int64_t blocks = ceil_div(dim, block);
   parallel(4 * heads * blocks, [&](int64_t task) {
     const int64_t first = task % blocks * block, item = task / blocks, gate = item / heads, head = item % heads;
     const int64_t count = std::min(block, dim - first), from = (item * dim + first) * dim;
@@ -293,8 +300,15 @@ void slstm_step(const SlstmStep& params) {
     load(x.data(), params.x, row * params.x_batch + head * params.x_head, params.dtype, params.x_gate, 4, dim);
     load(bias.data(), params.bias, head * dim, params.bias_dtype, heads * dim, 4, dim);
     const int64_t offset = task * dim;
-    kernels.slstm_cell({dim, x.data(), recurrent.data() + task * wide, bias.data(), params.h_state + offset,
-                        params.c_state + offset, params.n_state + offset, params.m_state + offset, nullptr});
+    kernels.slstm_cell({.dim = dim,
+                        .x = x.data(),
+                        .recurrent = recurrent.data() + task * wide,
+                        .bias = bias.data(),
+                        .h = params.h_state + offset,
+                        .c = params.c_state + offset,
+                        .n = params.n_state + offset,
+                        .m = params.m_state + offset,
+                        .kept = nullptr});
     store(params.h, offset, params.dtype, dim, params.h_state + offset, 1, dim);
   });
 }

@@ -5,7 +5,7 @@
 constexpr int vector_floats = 16;
 typedef float UnalignedVector __attribute__((vector_size(vector_floats * sizeof(float)), aligned(4), may_alias));
 
-// `rows` x (vectors * vector_floats) of the product, accumulated in registers.
+// A tile of `rows` x (vectors * vector_floats) of the product, accumulated in registers.
 template <int rows, int vectors>
 inline void product_tile(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
                          int64_t m_stride, int64_t depth, bool add) {

@@ -1,5 +1,5 @@
-// The CPU kernels' inner loops, as a table of functions; one table for each instruction set (vector_kernels.inl).
-// Everything here is float32 in memory, rows are contiguous, and matrices are row-major.
+// The CPU kernels' inner loops, as a table of functions, one table for each instruction set (vector_kernels.inl).
+// Arrays are float32 unless said, rows are contiguous, and matrices are row-major.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 namespace flash_xlstm::cpu {
 
-// A chunk's gates, one entry a token, `length` of them (padded with tokens that change nothing). The log weight of
-// token j at token t is row_t + column_j, with row = b - m and column = i - b. Each is in two parts, so that sums of
-// large terms which nearly cancel keep float32 precision.
+// A chunk's gates: `length` entries, one for each token, padded with tokens that change nothing. The log weight of
+// token j at token t is row_t + column_j, with row = b - m and column = i - b. Each is a high and a low part, because
+// row and column may be large and nearly cancel.
 struct ChunkGates {
   int64_t length;
   const float *row_high, *row_low, *column_high, *column_low;
@@ -31,7 +31,7 @@ struct SlstmCellBackward {
   int64_t dim;
   const float* kept;   // [slstm_kept][dim] of the token
   const float *c, *n;  // of the token before
-  float* dh;           // in: of h_t, whole; out: what passes a padding unit by, else 0
+  float* dh;           // in: of h_t, complete; out: unchanged for a padding unit, else 0
   float *dc, *dn;      // of the state: from t to t - 1
   float* excess;       // dm - (dc c + dn n): from t to t - 1
   float* dx;           // [4][dim]
@@ -48,18 +48,18 @@ struct VectorKernels {
   void (*unpack)(void* to, DType dtype, int64_t stride, const float* from, const float* factor, int64_t rows,
                  int64_t columns);
 
-  // weight_j = D_Tj, T the chunk's last token: what token j adds to the state at the chunk's end.
+  // weight_j = D_Tj, T the chunk's last token: the weight of token j in the state at the chunk's end.
   void (*end_weights)(float* weight, const ChunkGates& g);
-  // start_t = exp(b_t + m_start - m_t): what the state at the chunk's start is worth at token t.
+  // start_t = exp(b_t + m_start - m_t): the weight of the state at the chunk's start at token t.
   void (*start_weights)(float* start, const ChunkGates& g);
-  // to = weight[row] * from (a weight of 0 gives 0 whatever is there).
+  // to = weight[row] * from. A weight of 0 gives 0, whatever `from` holds.
   void (*weight_rows)(float* to, int64_t to_stride, const float* from, const float* weight, int64_t rows,
                       int64_t columns);
   // sum (columns) = sum over the rows of weight[row] * from.
   void (*weighted_sum)(float* sum, const float* from, const float* weight, int64_t rows, int64_t columns);
 
-  // n, in float64, through the chunk's tokens; s_t = scale q_t . n_t where q is given. s is a cancelling sum that
-  // divides everything; this way its error is that of its inputs. `weights` holds 2 length doubles.
+  // Takes n, in float64, through the chunk's tokens. s_t = scale q_t . n_t where q is given. s is a sum that may cancel
+  // and divides everything; in float64 its error is that of its inputs. `weights` is scratch of 2 length doubles.
   void (*normalizer)(double* n, float* s, const float* q, const float* k, const ChunkGates& g, double scale,
                      int64_t dqk, double* weights);
   // inv_d = 1 / (max(|s|, exp(-m)) + eps).
@@ -68,56 +68,56 @@ struct VectorKernels {
   // qk = q k^T (length x length) becomes W_tj in rows of w_stride, zero above the diagonal.
   void (*forward_tile)(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale);
 
-  // Backward tile. In: qk, gv = dh v^T, inv_d, s, and what comes through the state at the chunk's start:
-  // across_t = scale start_t / d_t q_t . (c dh_t), its part of u, and across_n_t = scale start_t / d_t q_t . n, its
-  // part of s / d. Out: x_tj = scale D (gv / d + delta), w_tj = scale D qk / d, both zero above the diagonal; delta, e;
-  // within_t = sum of x qk over the pairs j < t <= u, column_j = sum over u >= j.
+  // In: qk; gv = dh v^T; inv_d; s; and the terms of the state at the chunk's start,
+  //   across_t = scale start_t / d_t q_t . (c dh_t) of u, across_n_t = scale start_t / d_t q_t . n of s / d.
+  // Out: x_tj = scale D (gv / d + delta) and w_tj = scale D qk / d, both zero above the diagonal; delta, e;
+  //   within_t = sum of x qk over the pairs j < t <= u; column_j = sum of x qk over u >= j.
   void (*backward_tile)(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale,
                         float eps, const float* inv_d, const float* s, const float* across, const float* across_n,
                         float* delta, float* e, float* within, float* column);
 
   // sums[row] = sum over columns of a * b, rows of b b_stride apart.
   void (*row_dots)(float* sums, const float* a, const float* b, int64_t b_stride, int64_t rows, int64_t columns);
-  // y[row] += weight[row] * x[row] + n_weight[row] * n;  sums[row] = with[row] . (what was added).
+  // added = weight[row] * x[row] + n_weight[row] * n;  y[row] += added;  sums[row] = with[row] . added.
   void (*add_state_term)(float* y, const float* x, const float* weight, const float* n_weight, const float* n,
                          const float* with, float* sums, int64_t rows, int64_t columns);
 
-  // A piece of the state through `count` chunks: slot[r] (slot_stride apart) = state;
+  // Takes a piece of the state through `count` chunks: slot[r] (slot_stride apart) = state;
   // state = keep[r] state + update[r].
   void (*scan)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
                const double* keep, int64_t count, int64_t size);
-  // The same from the last chunk to the first, for the state's gradient; through[r] += keep[r] <start[r], state>
-  // before the update, start[r] being the state at chunk r's start.
+  // The same from the last chunk to the first, for the state's gradient. Before the update,
+  // through[r] += keep[r] <start[r], state>, where start[r] is the state at chunk r's start.
   void (*scan_back)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
                     const double* keep, const float* start, int64_t start_stride, double* through, int64_t count,
                     int64_t size);
 
-  // y[row] = sum over the columns c of `p` that count (c <= row, or c >= row with upper) and are not 0 of
-  // p[row][c] z[c]: the product for a z that is not finite everywhere.
+  // y[row] = sum over c of p[row][c] z[c], for c <= row, or with `upper` sum over c of p[c][row] z[c], for c >= row.
+  // Terms whose weight is 0 are left out: z may hold what is not finite.
   void (*guarded_product)(float* y, const float* p, int64_t p_stride, const float* z, bool upper, int64_t rows,
                           int64_t columns);
 
-  // One token of one row and head, with the state in `slot`; scratch holds 2 dqk + 2 dv floats.
+  // One token of one row and head, with the state in `slot`. scratch: 2 dqk + 2 dv floats.
   void (*step)(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* scratch);
 
-  // out[r][x] (+)= sum over k of a[r][k] m[k][x]; rows of out are out_stride apart, a is anything. m comes in panels of
-  // product_panel columns, m_panel apart, their rows m_stride apart: a matrix that is read often lies panel by panel, so
-  // that it is read straight on.
+  // out[r][x] (+)= sum over k of a[r][k] m[k][x]. Rows of out are out_stride apart; a may have any strides. m comes in
+  // panels of product_panel columns, m_panel apart, with rows m_stride apart. A matrix that is read often lies panel by
+  // panel, so that it is read contiguously.
   void (*product)(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
                   int64_t m_stride, int64_t m_panel, int64_t rows, int64_t depth, int64_t columns, bool add);
   void (*slstm_cell)(const SlstmCell& cell);
   void (*slstm_cell_backward)(const SlstmCellBackward& cell);
 
-  // y = act(bias + sum over k of weight[k] taps[k]) for one token, and act' there where slope is not null; arrays of
-  // `channels` floats, weight [kernel][channels].
+  // One token: y = act(bias + sum over k of weight[k] taps[k]), and slope = act' of that sum where not null. Arrays of
+  // `channels` floats; weight is [kernel][channels].
   void (*conv_token)(float* y, float* slope, const float* const* taps, const float* weight, const float* bias,
                      int64_t kernel, bool silu, int64_t channels);
   // to += a b, element by element.
   void (*add_product)(float* to, const float* a, const float* b, int64_t count);
 
-  // x (rows, in) as float32, in the order in which linear_rows reads it.
+  // Converts x (rows, in) to float32, in the order in which linear_rows reads it.
   void (*linear_rows_x)(const LinearRows& p, float* x);
-  // Columns [begin, end) of y, from that x.
+  // Makes columns [begin, end) of y from that x.
   void (*linear_rows)(const LinearRows& p, const float* x, int64_t begin, int64_t end);
 };
 

@@ -1,6 +1,6 @@
-// Inner loops of the CPU kernels, included once for each instruction set with FLASH_XLSTM_ISA naming it. Plain loops
-// that the compiler vectorises: no branches on data, no library calls. Standard headers with inline functions stay
-// out of here: compiled for AVX-512, the linker might choose their code for the whole module.
+// Inner loops of the CPU kernels, compiled once for each instruction set, which FLASH_XLSTM_ISA names. They are plain
+// loops that the compiler vectorises: no branches on data, no library calls. Standard headers with inline functions
+// must not be included: their code would be compiled for AVX-512, and the linker might choose it for the whole module.
 #include <cstdint>
 #include <cstring>
 
@@ -26,14 +26,14 @@ constexpr float infinity = __builtin_huge_valf();
 
 inline float absolute(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
 
-// a b; 0 where a is, whatever b is. By bits: of the plain conditional, in a loop over 16 lanes, GCC 12 makes AVX2 code
-// that takes the first eight lanes' conditions for the next eight as well.
+// a b, or 0 where a is 0, whatever b is. By bits, because GCC 12 miscompiles the plain conditional for AVX2: in a loop
+// over 16 lanes it takes the first eight lanes' conditions for the next eight too.
 inline float product_or_zero(float a, float b) {
   const uint32_t keep = a == 0.0f ? 0u : ~0u;
   return bits_to_float(float_to_bits(a * b) & keep);
 }
 
-// exp to about one unit in the last place; 0 below -103, inf above 88.7, NaN for NaN.
+// exp to about one unit in the last place. 0 below -103, inf above 88.7, NaN for NaN.
 inline float exponential(float x) {
   const float shifted = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
   const float n = __builtin_rintf(shifted * 1.44269504f);
@@ -46,7 +46,7 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n in two factors, so that results below the normal range come out right too.
+  // 2^n in two factors, so that subnormal results are right too.
   const int32_t whole = static_cast<int32_t>(n), half = whole / 2;
   const float first = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
   const float second = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
@@ -54,7 +54,7 @@ inline float exponential(float x) {
   return x != x ? x : x > 88.73f ? infinity : y;
 }
 
-// exp in float64, to a few units in the 14th place, for x <= 1; 0 below -700.
+// exp in float64 for x <= 1, to a few units in the 14th digit. 0 below -700.
 inline double exponential(double x) {
   constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the integer in the low bits
   const double shifted = x < -700.0 ? -700.0 : x;
@@ -99,7 +99,7 @@ void parallel(int64_t count, int64_t grain, const F& f) {
       0, count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
 }
 
-// Zeros.
+// An array of floats, zero at first.
 class Floats {
  public:
   explicit Floats(int64_t count) : data_(new float[count]()) {}
@@ -134,14 +134,14 @@ struct Float16 {
   using Bits = uint16_t;
   static float load(uint16_t x) {
     const uint32_t sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
-    // Shifting puts exponent and fraction in place, short of the exponents' bias: 2^112 corrects it, subnormals too.
+    // A shift puts exponent and fraction in place. The factor 2^112 corrects the exponent's bias, also for subnormals.
     const float scaled = bits_to_float(magnitude << 13) * 5.192296858534828e33f;
     const uint32_t bits = magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : float_to_bits(scaled);
     return bits_to_float(bits | sign);
   }
   static uint16_t store(float x) {
     const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    // Normal results: round to nearest even at bit 13. Subnormal ones: an addition does the rounding.
+    // Normal results are rounded to nearest even at bit 13. Subnormal results are rounded by an addition.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
@@ -160,7 +160,7 @@ auto with_dtype(DType dtype, F&& f) {
   }
 }
 
-// Sums in independent lanes so that the compiler may keep them in vectors without reordering anything else.
+// A sum in independent lanes, so that the compiler may vectorise it without reordering other sums.
 constexpr int lanes = 16;
 struct LaneSum {
   float lane[lanes] = {};
@@ -313,7 +313,7 @@ void forward_tile(float* w, int64_t w_stride, const float* qk, const ChunkGates&
   }
 }
 
-// The sum of a (b - shift) where a is not 0, and the sum of the terms' sizes.
+// The sum of a (b - shift) where a is not 0, and the sum of the terms' absolute values.
 struct SumAndSize {
   float sum, size;
 };
@@ -333,7 +333,7 @@ inline SumAndSize shifted_dot(const float* a, const float* b, float shift, int64
     tail += term;
     tail_size += absolute(term);
   }
-  return {sum.total() + tail, size.total() + tail_size};
+  return {.sum = sum.total() + tail, .size = size.total() + tail_size};
 }
 
 void backward_tile(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale, float eps,
@@ -356,9 +356,9 @@ void backward_tile(float* x, float* w, const float* qk, const float* gv, const C
     if (size >= floor) {
       const float sign = s[t] < 0.0f ? -1.0f : 1.0f;
       shift = sign * u;
-      // gv - sign(s) u cancels where one token dominates. What u lacks for that to come out right is found from the
-      // differences themselves: the weights w and across_n sum to s / d = sign(s) (1 - eps / d). Only there: where s
-      // is the small difference of large weights, that sum is known less well than u.
+      // gv - sign(s) u cancels where one token dominates, so u is corrected by a sum of these differences: the weights
+      // w and across_n sum to s / d = sign(s) (1 - eps / d). Only there. Where s is the small difference of large
+      // weights, this sum is less exact than u.
       const SumAndSize shifted = shifted_dot(w_row, gv_row, shift, t + 1);
       const float across_shifted = across[t] - shift * across_n[t];
       if (shifted.size + absolute(across_shifted) < plain.size + absolute(across[t])) {
@@ -375,7 +375,7 @@ void backward_tile(float* x, float* w, const float* qk, const float* gv, const C
     std::memset(x_row + t + 1, 0, sizeof(float) * (length - t - 1));
     std::memset(w_row + t + 1, 0, sizeof(float) * (length - t - 1));
   }
-  // Rows from the last: column_j holds the sum over the rows seen.
+  // From the last row to the first. column_j holds the sum over the rows so far.
   std::memset(column, 0, sizeof(float) * length);
   for (int64_t t = length - 1; t >= 0; --t) {
     const float *x_row = x + t * length, *qk_row = qk + t * length;
@@ -466,7 +466,7 @@ void guarded_product(float* y, const float* p, int64_t p_stride, const float* z,
     float* out = y + r * columns;
     std::memset(out, 0, sizeof(float) * columns);
     for (int64_t j = upper ? r : 0; j < (upper ? rows : r + 1); ++j) {
-      // With upper, the weights lie as p[j][r].
+      // With `upper`, the weight of j in r is p[j][r].
       const float weight = upper ? p[j * p_stride + r] : p[r * p_stride + j];
       if (weight == 0.0f) continue;
       for (int64_t c = 0; c < columns; ++c) out[c] += weight * z[j * columns + c];
@@ -476,7 +476,7 @@ void guarded_product(float* y, const float* p, int64_t p_stride, const float* z,
 
 // --- one token -----------------------------------------------------------------------------------------------------
 
-// Rows of the state, `rows` at once: h is read and written once for all of them.
+// `rows` rows of the state at once: h is read and written once for all of them.
 template <typename Type, int rows>
 void step_rows(typename Type::Bits* __restrict c, const float* __restrict v, float* __restrict h, const float* keys,
                const float* queries, float keep, int64_t dv) {

@@ -1,6 +1,6 @@
-// Checks of op arguments, run before anything is allocated or launched. A ValueError or TypeError names the
-// argument, what it was and what it must be. They live here, not in Python, so that eager, compiled and direct
-// torch.ops calls all meet the same ones. What never gets this far (a list where a tensor belongs) is named by
+// Checks of op arguments, which run before anything is allocated or launched. A ValueError or TypeError names the
+// argument, what it was and what it must be. The checks are in C++, so that eager, compiled and direct torch.ops calls
+// all run them. Arguments that torch itself rejects (a list where a tensor belongs) are named by
 // python/flash_xlstm/ops/_errors.py.
 #pragma once
 
@@ -23,15 +23,15 @@ namespace flash_xlstm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed, also from a braced list: nothing is allocated
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // a view, also of a braced list: no allocation
 
-// Defined beside the pybind11 module: throw what Python sees as a ValueError and a TypeError. torch before 2.15 also
-// turns std::invalid_argument into a ValueError; later ones make a RuntimeError of it.
+// Throw what Python sees as a ValueError and a TypeError (bindings.cpp). std::invalid_argument would not do: torch from
+// 2.15 on turns it into a RuntimeError.
 [[noreturn]] void throw_value_error(const std::string& message);
 [[noreturn]] void throw_type_error(const std::string& message);
 
-// Plain strings, no streams: a module that was linked with a static libstdc++ would format through another copy's
-// locale, and crash.
+// Strings without streams: a module that is linked with a static libstdc++ would format through another copy's locale
+// and crash.
 inline std::string to_text(const char* x) { return x; }
 inline std::string to_text(const std::string& x) { return x; }
 inline std::string to_text(int64_t x) { return std::to_string(x); }
@@ -104,7 +104,7 @@ inline DType to_dtype(ScalarType t) {
   return t == ScalarType::Float ? DType::float32 : t == ScalarType::BFloat16 ? DType::bfloat16 : DType::float16;
 }
 
-// `want` describes the shape in words, e.g. "(batch, seq, heads, dqk)"; -1 in `sizes` matches anything.
+// `want` names the dimensions, e.g. "(batch, seq, heads, dqk)". -1 in `sizes` matches any size.
 inline void check_shape(const char* name, const Tensor& t, Sizes sizes, const char* want) {
   const Sizes has = t.sizes();
   bool good = has.size() == sizes.size();
@@ -156,7 +156,7 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) value_error(name, " must be contiguous: it is updated in place");
 }
 
-// Numbers are checked as the kernels see them, in float32.
+// Checked in float32, as the kernels use it.
 inline float check_eps(const char* name, double eps) {
   const float value = static_cast<float>(eps);
   if (!(value >= 0.0f) || !std::isfinite(value)) {
@@ -176,7 +176,7 @@ inline float check_scale(std::optional<double> scale, int64_t dqk) {
   return value;
 }
 
-// 0, the kernels' word for no cap, without one.
+// Without a cap: 0, which means none to the kernels.
 inline float check_gate_soft_cap(std::optional<double> cap) {
   if (!cap) return 0.0f;
   const float value = static_cast<float>(*cap);
@@ -186,8 +186,8 @@ inline float check_gate_soft_cap(std::optional<double> cap) {
   return value;
 }
 
-// On the CPU the offsets can be read: 0 first, seq last, never decreasing. On CUDA the kernels clamp them instead,
-// since reading them would wait for the device.
+// The offsets on the CPU: the first 0, the last seq, never decreasing. On CUDA reading them would wait for the device,
+// so the kernels clamp them instead.
 inline void check_cu_seqlens_values(const Tensor& cu, int64_t seq) {
   const auto* offsets = static_cast<const int32_t*>(cu.data_ptr());
   const int64_t count = cu.size(0);
@@ -221,7 +221,7 @@ inline Strided strided(const Tensor& t) {
   return {.data = t.data_ptr(), .batch = strides[0], .seq = strides[1], .head = strides[2]};
 }
 
-// The product of sizes, for which `name`, an argument or what is made of it, is named where it passes int64.
+// The product of sizes. Where it exceeds int64, a ValueError says so of `name`.
 inline int64_t checked_product(const char* name, Sizes sizes) {
   int64_t product = 1;
   bool is_empty = false;
@@ -243,12 +243,11 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
-// The distance between rows (all dimensions but the last) where it is the same everywhere and rows are contiguous;
-// else -1.
+// The stride between rows (all dimensions but the last), if it is the same everywhere and rows are contiguous; else -1.
 inline int64_t row_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1) return -1;
-  int64_t stride = -1, next = -1;  // next: the stride that continues the rows seen so far
+  int64_t stride = -1, next = -1;  // next: the stride that the next dimension must have
   for (int64_t d = last - 1; d >= 0; --d) {
     if (t.size(d) == 1) continue;
     if (next >= 0 && t.stride(d) != next) return -1;
@@ -261,9 +260,9 @@ inline Tensor with_uniform_rows(const Tensor& t) {
   return row_stride(t) >= 0 ? t : torch::stable::contiguous(t);
 }
 
-// Contiguous, on the device of `like`; past the dispatcher, which takes several times as long as the allocation.
+// Contiguous, on the device of `like`. Bypasses the dispatcher, which takes several times as long as the allocation.
 inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
-  constexpr size_t usual_dims = 8;  // strides of more are in the heap
+  constexpr size_t usual_dims = 8;  // the strides of more are on the heap
   int64_t usual[usual_dims];
   std::vector<int64_t> more;
   if (sizes.size() > usual_dims) more.resize(sizes.size());
@@ -272,7 +271,7 @@ inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     if (__builtin_mul_overflow(stride, sizes[d] > 1 ? sizes[d] : 1, &stride)) {
-      checked_product("a result of these arguments", sizes);  // says so, or the result is empty
+      checked_product("a result of these arguments", sizes);  // throws, unless the result is empty
       stride = 1;
     }
   }

@@ -10,15 +10,15 @@ namespace flash_xlstm {
 
 constexpr int min_compute_capability = 8;  // .0
 
-// An op's file says so of each function of flash_xlstm.ops, by a static object: `words` gives its CUDA kernels on a
-// device of a compute capability; nullptr: "portable".
+// A static object of this type, in the op's file, describes a function of flash_xlstm.ops. `words` names its CUDA
+// kernels on a device of a compute capability. nullptr: "portable".
 struct DescribedOp {
   DescribedOp(const char* op, std::string (*words)(int major, int minor) = nullptr);
 };
 
-// Those ops, sorted.
+// The described ops, sorted.
 std::vector<std::string> described_ops();
-// The kernel that an op takes on a CUDA device of this compute capability, or without one on the CPU. Throws
+// The kernel that an op takes on a CUDA device of this compute capability; without one, on the CPU. Throws
 // std::out_of_range for an unknown op.
 std::string kernel_for(const std::string& op, std::optional<std::pair<int, int>> compute_capability);
 

@@ -10,8 +10,8 @@
 namespace flash_xlstm {
 namespace {
 
-// Looked up at first use: linking libtorch_cuda would tie the module to a CUDA build of torch, and Python loads
-// torch's libraries with local visibility, so that a weak symbol would stay null.
+// Looked up at the first use. Linking libtorch_cuda would tie the module to a CUDA build of torch. A weak symbol would
+// stay null, because Python loads torch's libraries with local visibility.
 template <typename F>
 F torch_cuda_function(const char* name) {
   void* lib = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);

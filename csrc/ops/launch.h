@@ -1,4 +1,4 @@
-// What the ops share around their kernels: running one where its tensors are, scratch memory, registering.
+// What the ops share around their kernels: dispatch by device, scratch memory, registration.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -20,8 +20,8 @@ namespace flash_xlstm {
 }
 
 #ifdef FLASH_XLSTM_WITH_CUDA
-// Memory of the current device for the launches of one call, from torch's allocator: in the order of torch's current
-// stream, as a tensor's is, but the host makes no tensor. 512-byte aligned.
+// Memory of the current device for the launches of one call, 512-byte aligned. It comes from torch's caching allocator
+// and is ordered by torch's current stream, like a tensor's, but without the host cost of a tensor.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);
@@ -41,7 +41,7 @@ void check_cuda(cudaError_t status, const char* what);
 // Raises RuntimeError where the device is older than the kernels (compute capability 8.0).
 void check_device_supported(int32_t device);
 
-// Calls launch(stream), which gives a cudaError_t, with the device of `t` as the current one.
+// Calls launch(stream), which returns a cudaError_t, with the device of `t` as the current device.
 template <typename F>
 void on_cuda(const char* op, const Tensor& t, F&& launch) {
   const int32_t device = t.get_device_index();
@@ -53,8 +53,8 @@ void on_cuda(const char* op, const Tensor& t, F&& launch) {
 
 inline void nothing() {}
 
-// Runs the kernel of `op` that belongs to the device of `t`; with workspace_bytes the CUDA one gets so much scratch.
-// prepare() comes before a CUDA launch, with the device as the current one, and may change `params`.
+// Runs the kernel of `op` for the device of `t`. With workspace_bytes the CUDA kernel gets so much scratch memory.
+// prepare() runs before a CUDA launch, with the device as the current device, and may change `params`.
 template <auto cpu_kernel, auto cuda_kernel, auto workspace_bytes = nullptr, typename Params, typename F = void (&)()>
 void run(const char* op, const Tensor& t, const Params& params, [[maybe_unused]] F&& prepare = nothing) {
   if (t.is_cpu()) {
@@ -76,7 +76,7 @@ void run(const char* op, const Tensor& t, const Params& params, [[maybe_unused]]
 #endif
 }
 
-// std::tuple of so many tensors.
+// Tensors<count>: a std::tuple of so many tensors.
 template <size_t>
 using OneTensor = Tensor;
 template <typename Indices>
@@ -88,8 +88,8 @@ struct TensorTuple<std::index_sequence<indices...>> {
 template <size_t count>
 using Tensors = typename TensorTuple<std::make_index_sequence<count>>::type;
 
-// Begins the function that registers a file's operators, once for CPU and once for CUDA: each dispatches by its
-// tensors' device. For CUDA in a CPU-only build too: there the ops say that CUDA kernels were not built.
+// Begins the function that registers a file's operators, for CPU and for CUDA. An operator dispatches by its tensors'
+// device. A CPU-only build registers them for CUDA too, and they raise that CUDA kernels were not built.
 #define IMPLEMENT_OPS(lib)                                                \
   static void implement_ops(torch::stable::detail::StableLibrary& lib);   \
   STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, on) { implement_ops(on); }  \

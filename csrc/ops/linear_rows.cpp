@@ -54,7 +54,7 @@ void check_cuda_limits(const Tensor& x, const char* name, const Tensor& weight) 
   }
 }
 
-// With rows that begin at multiples of 16 bytes and do not overlap, as those of an expanded x do.
+// x with rows that are aligned to 16 bytes and do not overlap. The rows of an expanded x overlap and are copied.
 Tensor aligned_rows(const Tensor& x) {
   Tensor t = with_uniform_rows(x);
   const int64_t in = t.size(t.dim() - 1);
@@ -135,7 +135,7 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
     check_dtype("residual", *residual, x.scalar_type(), ", as x");
     check_device("residual", *residual, x, "x");
   }
-  if (x.is_cpu()) {  // step by step
+  if (x.is_cpu()) {  // one product after the other
     std::vector<Tensor> outputs;
     for (int64_t part = 0; part < count; ++part) {
       outputs.push_back(linear_rows(x, weights[part], biases[part], constant_weights));

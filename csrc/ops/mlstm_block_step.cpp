@@ -1,6 +1,7 @@
-// A whole mLSTM block on one token of each row, in one call. On the CPU the kernels of its parts one after the other,
-// each rounding as its own operator does: of a small model's token, calls are most. On CUDA eight launches, with
-// the residuals and the SwiGLU inside the products (cuda/linear/linear_rows.cu), which round less often.
+// A whole mLSTM block on one token of each row, in one call: in a small model, calls are most of a token's time.
+//   CPU: the kernels of the parts one after the other. Each rounds as its own operator does.
+//   CUDA: eight launches. The residuals and the SwiGLU are in the products' epilogues (cuda/linear/linear_rows.cu), so
+//     results are rounded less often.
 #include <optional>
 #include <vector>
 
@@ -17,13 +18,13 @@
 namespace flash_xlstm {
 namespace {
 
-// What one of several layers with the same input puts out: rows `stride` elements apart.
+// The output of one of several layers with the same input: rows `stride` elements apart.
 struct Part {
   char* data;
   int64_t stride;
 };
 
-// The rows of a token on their way through a block.
+// The token's rows, and the memory of the block's intermediate results.
 class Rows {
  public:
   explicit Rows(const Tensor& x) : x_(x), dtype_(to_dtype(x.scalar_type())), rows_(x.numel() / x.size(x.dim() - 1)) {}
@@ -48,8 +49,8 @@ class Rows {
     return t.data_ptr();
   }
 
-  // x (rows, in) times the weights of layers with `sizes` outputs, which are stacked in one or apart; adds what there
-  // is to do to `products`.
+  // x (rows, in) times the weights of layers with `sizes` outputs, which are stacked in one tensor or separate. Appends
+  // the products to `products` and gives where their outputs will be.
   std::vector<Part> project(std::vector<LinearRows>& products, const char* name, const void* x, int64_t in,
                             const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                             const std::vector<int64_t>& sizes) {
@@ -124,7 +125,7 @@ FusedLinearRows fused(const std::vector<LinearRows>& products) {
   p.dtype = first.dtype;
   p.rows = first.rows, p.in = first.in;
   p.x = first.x, p.x_stride = first.x_stride;
-  p.constant_weights = true;  // since what came before the block has ended, see holds_next below
+  p.constant_weights = true;  // work before the block has ended by then, see holds_next below
   for (const LinearRows& y : products) {
     p.part[p.count++] = {.weight = y.weight, .bias = y.bias, .y = y.y, .out = y.out};
   }
@@ -196,7 +197,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
                          .weight = rows.parameter("head_norm", head_norm, {v_size}),
                          .y = rows.buffer(v_size)};
   };
-  // Everything is checked before anything runs.
+  // All checks come before the first kernel.
   std::vector<LinearRows> products;
   if (x.is_cpu()) {
     const RmsNorm norm = rows.norm_of(x.data_ptr(), norm_mlstm, size, norm_mlstm_eps);
@@ -237,12 +238,12 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
   const void* const x_data = x.data_ptr();
   RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
-  // The products read their weights before the kernels before them have ended. Whatever wrote those has, once the norm
+  // The products read their weights before their wait. So kernels that wrote the weights must have ended when the norm
   // lets the first product start.
   norm.holds_next = !constant_weights;
   const auto part = rows.project(products, "qkvo", norm.y, size, qkvo, {}, {qk_size, qk_size, v_size, v_size});
   const auto gate = rows.project(products, "gates", norm.y, size, gates, gate_biases, {heads, heads});
-  // The step reads the state while this product runs: what wrote it may be the kernels just before.
+  // The step reads the state while this product runs. A kernel just before the block may have written the state.
   FusedLinearRows first = fused(products);
   first.holds_next = step.settled_state = true;
   set_step(part, gate);
@@ -299,8 +300,8 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
-  // `qkvo`, `gates` and `up` are the weights of layers that read the same input: stacked in one (q, k, v, output gate;
-  // input gate, forget gate; gate, up), or each for itself in that order.
+  // `qkvo`, `gates` and `up` are the weights of layers that read the same input: q, k, v, output gate; input gate,
+  // forget gate; gate, up. They are stacked in one tensor, or separate tensors in that order.
   lib.def(
       "mlstm_block_step(Tensor x, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, Tensor? state_indices, Tensor norm_mlstm, "
       "Tensor[] qkvo, Tensor[] gates, Tensor[] gate_biases, Tensor head_norm, Tensor out_proj, Tensor norm_ffn, "

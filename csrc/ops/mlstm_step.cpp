@@ -77,7 +77,7 @@ Tensor mlstm_step(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Te
                   OptTensor state_indices, std::optional<double> scale, double eps,
                   std::optional<double> gate_soft_cap, bool settled_state) {
   MlstmStep p{};
-  // A chain of such steps: each may read its state as soon as all but the one before it have ended.
+  // In a chain of such steps each may read its state when all kernels but the one before it have ended.
   p.settled_state = p.holds_next = settled_state;
   check_shape("q", q, {-1, -1, -1}, "(batch, heads, dqk)");
   check_op_dtype("q", q.scalar_type());

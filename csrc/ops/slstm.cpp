@@ -9,7 +9,7 @@ namespace {
 
 float* float_data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-// What a problem points to, held alive.
+// A problem, with the tensors that it points to.
 struct CheckedProblem {
   SlstmProblem p;
   std::vector<Tensor> held;
@@ -193,7 +193,7 @@ Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
-  // `keep`: keep what the backward needs; without, `kept` is empty. `recurrent_grad_clip` may be infinite.
+  // `keep`: whether to keep what the backward needs; else `kept` is empty. `recurrent_grad_clip` may be infinite.
   lib.def(
       "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
       "float recurrent_grad_clip, bool keep, bool return_final_state) "

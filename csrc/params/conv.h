@@ -1,7 +1,9 @@
 // The causal depthwise convolution.
 //
-// A row is one sequence: a batch row, or one packed sequence. y_t = act(bias + sum over k of weight[k] x_{t - kernel +
-// 1 + k}); inputs before the first come from the state, (rows, kernel - 1, channels), the oldest first.
+//   y_t = act(bias + sum over k of weight[k] x_{t - kernel + 1 + k})
+//
+// A row is one sequence: a row of the batch, or one packed sequence. Inputs before the first come from the state,
+// (rows, kernel - 1, channels), the oldest first.
 #pragma once
 
 #include "params/types.h"

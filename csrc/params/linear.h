@@ -8,14 +8,15 @@
 namespace flash_xlstm {
 
 constexpr int64_t linear_max_rows = 16;
-// On CUDA: the one dtype, what `in` is a multiple of, and where weights begin and rows of x.
+// On CUDA: the only dtype; `in` is a multiple of linear_in_multiple; weights and rows of x are aligned to
+// linear_alignment bytes.
 constexpr DType linear_cuda_dtype = DType::bfloat16;
 constexpr int64_t linear_in_multiple = 8, linear_alignment = 16;
-// On the CPU; with more rows of x, torch's product is as fast.
+// On the CPU: the most rows of x for which this is faster than torch's product.
 constexpr int64_t linear_faster_rows = 4;
 
-// y = x weight^T + bias for few rows of x: (rows, in) x_stride apart, weight (out, in) and y (rows, out) contiguous,
-// all of one dtype.
+// y = x weight^T + bias for few rows of x, all of one dtype. x is (rows, in) with rows x_stride apart; weight (out, in)
+// and y (rows, out) are contiguous.
 struct LinearRows {
   DType dtype = DType::float32;
   int64_t rows = 0, in = 0, out = 0;
@@ -26,8 +27,7 @@ struct LinearRows {
   void* y = nullptr;
 };
 
-// Several such products of one x, and what comes behind them: a sum with `residual` (one product), or silu(y of the
-// first) * (y of the second).
+// Several such products of one x, with an epilogue: y + residual (one product), or silu(first y) * second y (two).
 struct FusedLinearRows {
   static constexpr int max_parts = 8;
   struct Part {
@@ -45,8 +45,8 @@ struct FusedLinearRows {
   const void* residual = nullptr;  // (rows, out) residual_stride apart; nullptr: none
   int64_t residual_stride = 0;
   bool swiglu = false;            // two parts of equal out
-  bool constant_weights = false;  // nothing that may still run writes the weights: they may be read before it has ended
-  bool holds_next = false;        // the next kernel starts only when all before this one have ended
+  bool constant_weights = false;  // no kernel that may still run writes the weights: they are read before the wait
+  bool holds_next = false;        // lets the next kernel start only after all kernels before this one have ended
 };
 
 namespace cpu {

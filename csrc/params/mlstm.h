@@ -18,13 +18,13 @@ struct MlstmProblem {
   int64_t num_seqs = 0;  // batch, or the number of packed sequences
   float scale = 0, eps = 0;
   int64_t chunk_size = 0;  // 0: the kernel chooses
-  // Of i and f before anything else: cap * tanh(x / cap), infinities kept (they mark padding); 0: none.
+  // Applied to i and f first: cap * tanh(x / cap), with infinities kept, since they mark padding. 0: none.
   float gate_soft_cap = 0.0f;
-  // sigmoid: log weights have logsigmoid(i) for i, m stays 0 (m0, m and their gradients are not touched: null).
+  // sigmoid: log weights have logsigmoid(i) in the place of i, and m stays 0. m0, m and their gradients are null.
   InputGate input_gate = InputGate::exponential;
-  bool normalize = true;  // false (sigmoid only): d_t = 1, and no n, s (null)
+  bool normalize = true;  // false (with sigmoid only): d_t = 1; n and s are null
   Strided q, k, v, i, f;
-  // Initial state, one per sequence, contiguous float32; c0 == nullptr means zeros (all are given or none).
+  // Initial state of each sequence, contiguous float32; all or none, none means zeros.
   const float* c0 = nullptr;            // (num_seqs, heads, dqk, dv)
   const float* n0 = nullptr;            // (num_seqs, heads, dqk)
   const float* m0 = nullptr;            // (num_seqs, heads)
@@ -44,7 +44,7 @@ struct MlstmForward {
 struct MlstmBackward {
   MlstmProblem p;
   Strided dh;               // data == nullptr: zero
-  const void* h = nullptr;  // as the forward wrote it; float32 on CUDA only, else nullptr
+  const void* h = nullptr;  // as the forward wrote it; given for float32 on CUDA only
   const float* s = nullptr;
   const float* m = nullptr;
   const float* dc_last = nullptr;  // gradients of the final state, contiguous float32; each may be nullptr: zero
@@ -73,8 +73,8 @@ struct MlstmStep {
   // (batch): the slot of each row; -1 leaves the row out (its h is 0). nullptr: row b uses slot b.
   const int32_t* state_indices = nullptr;
   void* h = nullptr;           // (batch, heads, dv) contiguous, dtype
-  bool settled_state = false;  // nothing that may still run writes the state: it may be read before it has ended
-  bool holds_next = false;     // the next kernel starts only when all before this one have ended
+  bool settled_state = false;  // no kernel that may still run writes the state: it is read before the wait
+  bool holds_next = false;     // lets the next kernel start only after all kernels before this one have ended
 };
 
 namespace cpu {
@@ -84,8 +84,8 @@ void mlstm_step(const MlstmStep& params);
 }  // namespace cpu
 
 namespace cuda {
-// What must be copied, to be contiguous and 16-byte aligned, for the best kernels that the problem's sizes, dtypes and
-// the current device allow; others read every layout, but are slower.
+// Inputs to copy, so that they are contiguous and 16-byte aligned, before the fastest path for the problem's sizes and
+// dtypes on the current device can read them. Slower paths read every layout.
 struct MlstmCopies {
   bool q = false, k = false, v = false, dh = false;
   bool any() const { return q || k || v || dh; }
@@ -104,7 +104,7 @@ cudaError_t mlstm_backward(const MlstmBackward& params, void* workspace, cudaStr
 // The kernels that a device of this compute capability has, for people.
 std::string mlstm_words(int major, int minor);
 
-constexpr int64_t max_step_dqk = 8192;  // q and k fit a block's shared memory
+constexpr int64_t max_step_dqk = 8192;  // q and k in float32 take 64 KiB of a block's shared memory
 int64_t mlstm_step_workspace_bytes(const MlstmStep& params);
 cudaError_t mlstm_step(const MlstmStep& params, void* workspace, cudaStream_t stream);
 }  // namespace cuda

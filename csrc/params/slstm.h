@@ -1,6 +1,6 @@
 // The sLSTM.
 //
-// A row is one sequence: a batch row, or one packed sequence. Gates are in the order i, f, z, o.
+// A row is one sequence: a row of the batch, or one packed sequence. Gates are in the order i, f, z, o.
 #pragma once
 
 #include <string>
@@ -10,12 +10,12 @@
 namespace flash_xlstm {
 
 // What the forward keeps of a token for the backward, float32, (batch, seq, heads, slstm_kept, dim). `margin` is
-// i - (logsigmoid(f) + m_{t-1}): m took the input gate's branch where it is not negative or n_{t-1} is 0. `forget` is
-// sigmoid(-f), and -1 marks a unit that is padding.
+// i - (logsigmoid(f) + m_{t-1}). m took the input gate's branch where margin >= 0 or n_{t-1} is 0. `forget` is
+// sigmoid(-f), or -1 for a unit that is padding.
 enum SlstmKept : int { kept_margin, kept_z, kept_o, kept_forget, kept_c, kept_n, slstm_kept };
 
-// A unit whose n is 0 is fresh and takes m = i, however large log weights of the empty past are: e^80 is the most that
-// these reach (c = n = 0 there, so that it only keeps 0 * inf from becoming NaN).
+// A fresh unit, whose n is 0, takes m = i, whatever the log weight of its past is. That log weight is capped at this.
+// Its c and n are 0, so the cap changes no result; it keeps 0 * inf from becoming NaN.
 constexpr float slstm_max_log_keep = 80.0f;
 
 struct SlstmProblem {
@@ -42,12 +42,12 @@ struct SlstmForward {
 };
 
 struct SlstmBackward {
-  SlstmProblem p;            // of the initial state, m0 is not read
+  SlstmProblem p;            // m0 is not read
   const void* dh = nullptr;  // (batch, seq, heads, dim), strides in elements, the last contiguous; nullptr: zero
   int64_t dh_batch = 0, dh_seq = 0, dh_head = 0;
   const void* h = nullptr;      // as the forward wrote it
   const float* kept = nullptr;  // as the forward wrote it
-  float clip = 0;  // the gradient that reaches h_{t-1} through R stays within -clip and clip; may be infinite
+  float clip = 0;               // clips the gradient that reaches h_{t-1} through R to [-clip, clip]; may be infinite
   // Gradients of the final state, contiguous float32; each may be nullptr: zero.
   const float *dh_last = nullptr, *dc_last = nullptr, *dn_last = nullptr, *dm_last = nullptr;
   void* dx = nullptr;        // (batch, seq, 4, heads, dim) contiguous, dtype

@@ -1,10 +1,10 @@
 #pragma once
 
-#include "cuda/common/ceil_div.h"
+#include "params/types.h"
 
 namespace flash_xlstm::cuda {
 
-// Hands out consecutive aligned pieces of a scratch buffer; with a null base it only counts.
+// Hands out consecutive pieces of a scratch buffer, aligned to 256 bytes. With a null base it only counts bytes.
 class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}

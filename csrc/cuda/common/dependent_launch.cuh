@@ -1,19 +1,20 @@
-// Programmatic dependent launch: the blocks of a kernel may start while the kernel before it in the stream still runs,
-// so that a chain of short kernels does not pay a start for each.
+// Programmatic dependent launch: the blocks of a kernel may start while the kernel before it in the stream still runs.
+// So a chain of short kernels does not pay the launch latency of each.
 //
-// A kernel launched by `launch_early` must call `wait_for_earlier_kernels` in every thread that goes on, before it
-// reads or writes what another kernel writes or reads; until then it may fetch into the L2 cache, which
-// serves everyone, or read what the caller has promised is at rest (FusedLinearRows::constant_weights,
-// MlstmStep::settled_state), and nothing else. It calls `let_next_kernel_start` where the next may begin to do that:
-// mostly at once, so that several kernels may be under way; behind its own wait (`holds_next`) where the next one's
-// promise holds only for what comes before the kernel just before it.
+// Rules for a kernel launched by `launch_early`:
+//   - Every thread that goes on calls `wait_for_earlier_kernels` before it reads or writes what another kernel writes
+//     or reads. Before this wait it may only prefetch into the L2 cache, which is coherent, and read what the caller
+//     has promised to be at rest (FusedLinearRows::constant_weights, MlstmStep::settled_state).
+//   - It calls `let_next_kernel_start` where the next kernel may begin to do that. Mostly it does so first, so that
+//     several kernels may run at once. With `holds_next` it does so after its own wait. The next kernel's promise then
+//     has to hold only for what comes before this kernel.
 //
-// Kernels of other libraries may do the same, so a kernel of theirs that has let ours start may still be about to write:
-// what is read ahead of the wait is safe only behind a kernel that lets the next start after its own wait (a block
-// step's norm), or within a captured chain that begins when all before it have ended (models/decoding.py).
+// Kernels of other libraries may also let the next kernel start early, and still write afterwards. So a read before the
+// wait is safe only in two cases: behind a kernel that lets the next one start after its own wait (a block step's
+// norm), or in a captured chain that begins when all work before it has ended (models/decoding.py).
 //
-// The mLSTM's h of small heads waits at its end only: what it reads of the kernel before it, it finds by flags, and the
-// rest was there when that kernel let it start, behind its own wait (mlstm/hopper/outputs.cuh).
+// The mLSTM's h of small heads waits only at its end. It finds by flags what the kernel before it writes. Everything
+// else it reads was written when that kernel let it start, after its own wait (mlstm/hopper/outputs.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,7 +30,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Until all kernels before this one in the stream have ended and what they wrote can be seen.
+// Blocks until all earlier kernels in the stream have ended and their writes are visible.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -37,7 +38,7 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 }
 __device__ __forceinline__ void prefetch_to_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// A launch whose blocks may start early. clusters: blocks of a cluster; 1: none.
+// A launch whose blocks may start early. cluster: blocks of a thread block cluster; 1: no clusters.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, int cluster,
                          cudaStream_t stream, Arguments&&... arguments) {

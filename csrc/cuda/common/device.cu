@@ -3,7 +3,7 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-// All kernels are compiled for the same targets: what holds for this one does for the others.
+// Tells which code runs on a device: all kernels are compiled for the same targets.
 __global__ void probe_kernel() {}
 
 bool attribute(cudaDeviceAttr which, int device, int& value) {
@@ -47,23 +47,23 @@ bool code_knows_hopper() {
 }
 
 int cluster_limit(PerDevice& known, const void* kernel, int threads, size_t shared_bytes) {
-  constexpr int portable = 8, most = 16;
   return known.get(1, [&](int, int& value) {
-    value = code_knows_hopper() ? portable : 1;
+    value = code_knows_hopper() ? portable_cluster : 1;
     if (value == 1) return true;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
       cudaLaunchConfig_t config{};
       cudaLaunchAttribute attribute{};
       attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = most;
+      attribute.val.clusterDim.x = largest_cluster;
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      config.gridDim = dim3(most);
+      config.gridDim = dim3(largest_cluster);
       config.blockDim = dim3(static_cast<unsigned>(threads));
       config.dynamicSmemBytes = shared_bytes;
       config.attrs = &attribute;
       config.numAttrs = 1;
       int clusters = 0;
-      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) value = most;
+      const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+      if (status == cudaSuccess && clusters > 0) value = largest_cluster;
     }
     cudaGetLastError();  // a refusal above is an answer, not an error
     return true;

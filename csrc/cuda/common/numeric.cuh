@@ -1,4 +1,4 @@
-// Element types of the CUDA kernels: loads to float, rounded stores.
+// Element types of the CUDA kernels: conversion to float and rounding back; scalar functions of gates.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "params/types.h"
 
@@ -13,6 +14,8 @@ namespace flash_xlstm::cuda {
 
 using bf16 = __nv_bfloat16;
 using half = __half;
+
+constexpr unsigned all_lanes = 0xffffffffu;  // of a warp, for shuffles and votes
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -33,6 +36,33 @@ __device__ __forceinline__ half from_float<half>(float x) {
   return __float2half_rn(x);
 }
 
+// Two neighbouring 16-bit elements, as a thread of an mma fragment holds them.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  } else {
+    const __half2 two = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&two);
+  }
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t two) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&two));
+  }
+}
+
+// Neighbouring elements that one load or store moves; 16 bytes unless `count` says otherwise.
+template <typename T, int count = 16 / sizeof(T)>
+struct alignas(count * sizeof(T)) Group {
+  static constexpr int width = count;
+  T value[count];
+};
+
 // One element of a tensor whose dtype is known only at run time (gates).
 __device__ __forceinline__ float load_as_float(const void* data, int64_t index, DType dtype) {
   switch (dtype) {
@@ -50,7 +80,7 @@ __device__ __forceinline__ void store_from_float(void* data, int64_t index, DTyp
   }
 }
 
-// 16 bytes that are read once: they need not pass through the L1 cache.
+// Loads 16 bytes that are read once, so it does not allocate them in the L1 cache.
 __device__ __forceinline__ uint4 load_16_once(const void* at) {
   uint4 bits;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -58,7 +88,7 @@ __device__ __forceinline__ uint4 load_16_once(const void* at) {
                : "l"(at));
   return bits;
 }
-// In one instruction; left to itself, the compiler may store the elements of a struct one by one.
+// Stores 16 bytes in one instruction. The compiler may store the elements of a struct one by one.
 __device__ __forceinline__ void store_16(void* at, uint4 bits) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                : "memory");
@@ -71,9 +101,9 @@ __device__ __forceinline__ double log_sigmoid(double x) { return x >= 0.0 ? -log
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// open = sigmoid(x) and shut = sigmoid(-x) from one exponential and without a difference: relative to float64 within
-// 1e-6 where |x| is a few and within 1e-5 elsewhere. What is less than the smallest normal float becomes 0, and so does
-// shut where open does: their product is right.
+// open = sigmoid(x) and shut = sigmoid(-x), from one exponential and without a difference. Relative error: 1e-6 for
+// small |x|, 1e-5 elsewhere. Results below the smallest normal float become 0. shut becomes 0 where open does, so that
+// their product is right.
 struct Sigmoids {
   float open, shut;
 };
@@ -82,17 +112,18 @@ __device__ __forceinline__ Sigmoids sigmoids(float x) {
   float e, open;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -log2_e));  // inf from x = -89 on
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(open) : "f"(1.0f + e));
-  return {open, fminf(e, largest) * open};
+  return {.open = open, .shut = fminf(e, largest) * open};
 }
 
-// A gate's pre-activation, soft-capped; cap 0: not at all. Infinities stay: they mark padding.
+// A gate's pre-activation, soft-capped. cap 0: unchanged. Infinities are kept: they mark padding.
 __device__ __forceinline__ float cap_gate(float x, float cap) {
   return cap == 0.0f || isinf(x) ? x : cap * tanhf(x / cap);
 }
 __device__ __forceinline__ double cap_gate(double x, double cap) {
   return cap == 0.0 || isinf(x) ? x : cap * tanh(x / cap);
 }
-// Its slope: 1 - tanh^2 without the difference, which is all rounding where tanh nears 1; 0 for an infinite x.
+// The cap's slope, 1 - tanh^2, without the difference: that would be all rounding error where tanh is near 1. 0 for an
+// infinite x.
 __device__ __forceinline__ float cap_gate_slope(float x, float cap) {
   if (cap == 0.0f) return 1.0f;
   const float e = expf(-2.0f * fabsf(x / cap));

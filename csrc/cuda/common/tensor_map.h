@@ -1,4 +1,4 @@
-// Tensor maps of 16-bit elements, which tell the TMA of compute capability 9.0 how a tensor lies in memory.
+// Tensor maps of 16-bit elements: the description of a tensor in memory that the TMA of compute capability 9.0 needs.
 #pragma once
 
 #include <cuda.h>
@@ -9,7 +9,7 @@
 
 namespace flash_xlstm::cuda {
 
-// Looked up at first use, so that nothing links the driver's library; nullptr where the driver has none.
+// Looked up at the first use, so that nothing links libcuda. nullptr where the driver does not have it.
 inline auto encode_function() {
   static const auto function = [] {
     void* found = nullptr;
@@ -22,7 +22,7 @@ inline auto encode_function() {
   return function;
 }
 
-// strides in bytes, of all dimensions but the first. What lies outside the tensor is read as 0.
+// strides: in bytes, of all dimensions except the first. Elements outside the tensor are read as 0.
 template <int rank>
 cudaError_t encode(CUtensorMap& map, const void* data, const std::array<uint64_t, rank>& sizes,
                    const std::array<uint64_t, rank - 1>& strides, const std::array<uint32_t, rank>& boxes,

@@ -1,9 +1,9 @@
-// Warp-level products of shared-memory tiles for the portable kernels, one interface for three arithmetics:
-//   bfloat16  bf16 tiles, mma m16n8k16
-//   float16   float32 tiles, rounded to tf32 as they are read, mma m16n8k8: tf32 has float16's 10 bits (so inputs stay
-//             exact) and float32's exponent range, which states, dc and 1/d need and float16 lacks
-//   float32   float32 tiles, each operand split into two tf32 halves, three mma per product (the product of the two
-//             low halves, 2^-22 of the whole, is left out) and a float32 sum: float32 precision, not TF32
+// Warp-level products of shared-memory tiles for the portable kernels: one interface for three arithmetics.
+//   bfloat16  bf16 tiles, mma m16n8k16.
+//   float16   float32 tiles, rounded to tf32 when they are read, mma m16n8k8. tf32 has float16's 10 bits, so inputs
+//             stay exact, and float32's exponent range, which states, dc and 1/d need.
+//   float32   float32 tiles, mma m16n8k8. Each operand is split into two tf32 halves; three mma make a product, without
+//             the one of the two low halves, which is 2^-22 of it. Sums are float32: float32 precision, not TF32.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +17,7 @@ template <typename T>
 struct Arithmetic {
   using Element = float;  // in shared memory and in the state buffer
   static constexpr int mma_k = 8;
-  // Element strides between rows that keep fragment loads free of bank conflicts.
+  // Row pitches, in elements, without bank conflicts in fragment loads.
   static constexpr int pitch_k(int columns) { return columns + 4; }   // the product's k runs along the row
   static constexpr int pitch_mn(int columns) { return columns + 8; }  // k runs across the rows
   static constexpr bool split = std::is_same_v<T, float>;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], cons
 #pragma unroll
       for (int mt = 0; mt < m_tiles; ++mt) {
         if constexpr (Arithmetic<T>::split) {
-          // Summed outside: the tensor core truncates as it accumulates, a bias that grows with k.
+          // Summed outside the tensor core, which truncates as it accumulates: a bias that grows with k.
           float step[4] = {};
           ptx::mma_tf32(step, f.low[mt], high[0], high[1]);
           ptx::mma_tf32(step, f.high[mt], low[0], low[1]);

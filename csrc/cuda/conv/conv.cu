@@ -1,29 +1,25 @@
-// The causal depthwise convolution: bound by memory, so a thread takes 4 neighbouring channels (one where they do not
-// lie aligned) through a run of tokens with the inputs that it still needs in registers, and each input is read once
-// but for the kernel - 1 before a run. Taps beyond the kernel's size are left out, not multiplied by 0: what is not
-// finite reaches only outputs that depend on it.
+// The causal depthwise convolution, bound by memory bandwidth. A thread takes 4 neighbouring channels through a run of
+// tokens (2 channels with more than 4 taps, 1 where they are not aligned). It keeps the inputs that it still needs in
+// registers. So each input is read once, except the kernel - 1 before a run. Taps beyond the kernel's size are left
+// out, not multiplied by 0, so that an input that is not finite reaches only outputs that depend on it.
 //
-// Backward: with pre the sum before the activation and g_t = dy_t act'(pre_t), dx_t = sum over k of
-// weight[k] g_{t + kernel - 1 - k}. A run computes its g and kernel - 1 beyond, and emits dx that many tokens behind;
-// at a sequence's start what would be dx of inputs before the first is the state's gradient. A run's sums for dweight
+// Backward: pre is the sum before the activation, g_t = dy_t act'(pre_t), and dx_t = sum over k of
+// weight[k] g_{t + kernel - 1 - k}. A run computes its own g and the next kernel - 1, and writes dx kernel - 1 tokens
+// behind. At a sequence's start, dx of inputs before the first token is the state's gradient. A run's sums for dweight
 // and dbias go to scratch and are added in a fixed order.
 #include <initializer_list>
 #include <type_traits>
 
 #include "cuda/common/numeric.cuh"
+#include "cuda/common/packed.cuh"
 #include "params/conv.h"
 
 namespace flash_xlstm::cuda {
 namespace {
 
 constexpr int forward_run = 32, backward_run = 64, threads = 128;
-// Kernels run with room for 4 taps or for the most there may be; of these the first taps - kernel stay unused.
+// CUDA kernels have room for 4 or for max_conv_kernel taps. The first taps - kernel of them are unused.
 constexpr int few_taps = 4, most_taps = max_conv_kernel;
-
-template <typename T, int width>
-struct alignas(width * sizeof(T)) Group {
-  T value[width];
-};
 
 template <int width>
 struct Values {
@@ -47,29 +43,15 @@ __device__ __forceinline__ void store(void* data, int64_t index, const Values<wi
   *reinterpret_cast<Group<T, width>*>(static_cast<T*>(data) + index) = group;
 }
 
-// A sequence: tokens [start, stop) of a batch row. Offsets that are wrong are moved inside the tensors.
+// A sequence: tokens [start, stop) of a batch row.
 struct Row {
   int64_t index, batch, start, stop;
 };
 
 __device__ __forceinline__ Row row_at(const ConvProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {row, row, 0, p.seq};
-  const int64_t start = min(max(static_cast<int64_t>(p.cu_seqlens[row]), int64_t{0}), p.seq);
-  const int64_t stop = min(max(static_cast<int64_t>(p.cu_seqlens[row + 1]), start), p.seq);
-  return {row, 0, start, stop};
-}
-
-// The last packed sequence that starts at the token or before.
-__device__ __forceinline__ int64_t row_of(const ConvProblem& p, int64_t token) {
-  int64_t low = 0, high = p.rows;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= token)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
+  if (p.cu_seqlens == nullptr) return {.index = row, .batch = row, .start = 0, .stop = p.seq};
+  const TokenRange tokens = packed_tokens(p.cu_seqlens, row, p.seq);
+  return {.index = row, .batch = 0, .start = tokens.start, .stop = tokens.stop};
 }
 
 // Calls f(row, begin, end) for each sequence's share of tokens [first, last) of a batch row.
@@ -78,7 +60,7 @@ __device__ __forceinline__ void for_each_row(const ConvProblem& p, int64_t batch
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t end_row = packed ? p.rows : batch + 1;
 #pragma unroll 1
-  for (int64_t r = packed ? row_of(p, first) : batch; r < end_row; ++r) {
+  for (int64_t r = packed ? sequence_of(p.cu_seqlens, p.rows, first) : batch; r < end_row; ++r) {
     const Row row = row_at(p, r);
     if (row.start >= last) break;
     const int64_t begin = max(first, row.start), end = min(last, row.stop);
@@ -86,7 +68,7 @@ __device__ __forceinline__ void for_each_row(const ConvProblem& p, int64_t batch
   }
 }
 
-// [kernel + 1][channels] float32: the weights, and the bias last.
+// Writes [kernel + 1][channels] float32: the weights, then the bias.
 __global__ void prepare_kernel(const __grid_constant__ ConvProblem p, float* to) {
   const int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (x >= (p.kernel + 1) * p.channels) return;
@@ -117,7 +99,7 @@ template <typename T, int width, int taps>
 struct Window {
   Values<width> input[taps];
 
-  // As it is before token `token`.
+  // The window before token `token`.
   __device__ __forceinline__ Window(const ConvProblem& p, const Row& row, int64_t token, int64_t channel, int kernel) {
 #pragma unroll
     for (int j = 0; j < taps; ++j) {
@@ -150,19 +132,18 @@ struct Window {
   }
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 __device__ __forceinline__ float silu_slope(float x) {
   const float s = sigmoid(x);
   return s == 0.0f ? 0.0f : s * (1.0f + x * (1.0f - s));
 }
 
-// This thread's channels and run of tokens; false beyond the end.
+// Gives this thread's channels and run of tokens. Returns false past the last channel.
 template <int width>
 __device__ __forceinline__ bool locate(const ConvProblem& p, int run, int64_t& channel, int64_t& batch,
                                        int64_t& first) {
-  const int64_t groups = (p.channels + width - 1) / width, blocks = (groups + threads - 1) / threads;
-  const int64_t runs = (p.seq + run - 1) / run, place = blockIdx.x / blocks;
+  const int64_t blocks = ceil_div(ceil_div(p.channels, width), threads);
+  const int64_t runs = ceil_div(p.seq, run), place = blockIdx.x / blocks;
   channel = (blockIdx.x % blocks * threads + threadIdx.x) * width;
   batch = place / runs;
   first = place % runs * run;
@@ -198,7 +179,9 @@ struct StateElement {
   int place;
 };
 __device__ __forceinline__ StateElement state_element(const ConvProblem& p, int64_t x) {
-  return {x / p.channels / (p.kernel - 1), x % p.channels, static_cast<int>(x / p.channels % (p.kernel - 1))};
+  return {.row = x / p.channels / (p.kernel - 1),
+          .channel = x % p.channels,
+          .place = static_cast<int>(x / p.channels % (p.kernel - 1))};
 }
 
 template <typename T>
@@ -227,7 +210,7 @@ __global__ void __launch_bounds__(threads)
   int64_t channel, batch, first;
   if (!locate<width>(p, backward_run, channel, batch, first)) return;
   const Weights<width, taps> weights(prepared, p.channels, channel, kernel);
-  Values<width> first_tap[taps];  // first_tap[k] is weight[k]: what is indexed by a variable does not stay in registers
+  Values<width> first_tap[taps];  // first_tap[k] is weight[k]: constant indices, so registers
 #pragma unroll
   for (int k = 0; k < taps; ++k) {
     first_tap[k] = k < kernel ? load<float, width>(prepared, k * p.channels + channel) : Values<width>{};
@@ -287,7 +270,7 @@ __global__ void __launch_bounds__(threads)
       }
     }
   });
-  const int64_t runs = (p.seq + backward_run - 1) / backward_run;
+  const int64_t runs = ceil_div(p.seq, backward_run);
   float* to = sums + (batch * runs + first / backward_run) * (kernel + 1) * p.channels + channel;
 #pragma unroll
   for (int e = 0; e < width; ++e) {
@@ -299,7 +282,7 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// A sequence of no tokens hands its state's gradient on.
+// A sequence without tokens passes the state's gradient through.
 template <typename T>
 __global__ void empty_rows_kernel(const __grid_constant__ ConvBackward params, int64_t count) {
   const int64_t x = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -351,7 +334,7 @@ __global__ void step_kernel(const __grid_constant__ ConvStep params) {
   static_cast<T*>(params.y)[x] = from_float<T>(params.silu ? silu(sum) : sum);
 }
 
-// Whether groups of 4 channels lie aligned in all of these.
+// Whether groups of 4 channels are aligned in all of these.
 bool wide(const ConvProblem& p, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
   bool good = p.channels % 4 == 0;
   for (const void* at : pointers) good &= reinterpret_cast<uintptr_t>(at) % 16 == 0;
@@ -359,20 +342,20 @@ bool wide(const ConvProblem& p, std::initializer_list<const void*> pointers, std
   return good;
 }
 
-unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + 255) / 256); }
+unsigned blocks_for(int64_t count) { return static_cast<unsigned>(ceil_div(count, 256)); }
 
 unsigned run_blocks(const ConvProblem& p, int run, int width) {
-  const int64_t groups = (p.channels + width - 1) / width;
-  return static_cast<unsigned>((groups + threads - 1) / threads * p.batch * ((p.seq + run - 1) / run));
+  const int64_t blocks = ceil_div(ceil_div(p.channels, width), threads);
+  return static_cast<unsigned>(blocks * p.batch * ceil_div(p.seq, run));
 }
 
-int64_t prepared_floats(const ConvProblem& p) { return ((p.kernel + 1) * p.channels + 63) / 64 * 64; }
+int64_t prepared_floats(const ConvProblem& p) { return ceil_div((p.kernel + 1) * p.channels, 64) * 64; }
 
 void prepare(const ConvProblem& p, float* to, cudaStream_t stream) {
   prepare_kernel<<<blocks_for((p.kernel + 1) * p.channels), 256, 0, stream>>>(p, to);
 }
 
-// f(width, taps) as constants: groups of channels where all lies aligned, the fewest taps that do.
+// Calls f(width, taps) with constants: channels a thread, and the fewest taps that hold the kernel.
 template <typename F>
 void with_sizes(bool aligned, int64_t kernel, F&& f) {
   using std::integral_constant;
@@ -407,7 +390,7 @@ cudaError_t conv_forward(const ConvForward& params, void* workspace, cudaStream_
 
 int64_t conv_backward_workspace_bytes(const ConvBackward& params) {
   const ConvProblem& p = params.p;
-  const int64_t runs = p.batch * ((p.seq + backward_run - 1) / backward_run);
+  const int64_t runs = p.batch * ceil_div(p.seq, backward_run);
   return (prepared_floats(p) + runs * (p.kernel + 1) * p.channels) * 4;
 }
 
@@ -427,7 +410,7 @@ cudaError_t conv_backward(const ConvBackward& params, void* workspace, cudaStrea
     if (params.dstate != nullptr && count > 0 && p.cu_seqlens != nullptr) {
       empty_rows_kernel<T><<<blocks_for(count), 256, 0, stream>>>(params, count);
     }
-    const int64_t runs = p.batch * ((p.seq + backward_run - 1) / backward_run);
+    const int64_t runs = p.batch * ceil_div(p.seq, backward_run);
     add_kernel<<<blocks_for((p.kernel + 1) * p.channels), 256, 0, stream>>>(params, sums, runs);
     return cudaGetLastError();
   });

@@ -1,25 +1,25 @@
-// y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums: what decoding does with every weight. The weights
-// are read once and straight into registers; everything else stays behind that stream.
+// y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums. Decoding does this with every weight. The weights
+// are read once, straight into registers.
 //
-// A block makes 16 columns of y from 16 rows of W. Its 8 warps share the products' length k: a warp takes 64 of it (128
-// bytes of each row), then the 64 that are 512 further on, so that a block reads whole kilobytes of each row. The
-// products are mma.m16n8k16 with W as the 16 rows and x as the 8 columns (two mma for more than 8 rows of x). Each
-// thread loads 16 neighbouring bytes of a row, and takes them as the k that the fragment's layout gives it: a sum does
-// not mind the order, as long as x is taken in the same.
+// A block makes 16 columns of y from 16 rows of W. Its 8 warps share k: a warp takes 64 of k (128 bytes of each row),
+// then the 64 that are 512 further on, so that a block reads whole kilobytes of each row. The products are mma.m16n8k16
+// with W as the 16 rows and x as the 8 columns; more than 8 rows of x take two mma. Each thread loads 16 neighbouring
+// bytes of a row and uses them as the k that the fragment's layout gives to it. x is used in the same order, so the
+// sums are right.
 //
 //   thread of a warp   rows of W                k of a group of 32
-//   lane               lane / 4, and 8 further  8 (lane % 4) to 8 (lane % 4) + 7: two mma's worth
+//   lane               lane / 4, and 8 further  8 (lane % 4) to 8 (lane % 4) + 7: for two mma
 //
-// Two groups of 64 are loaded before the first is used: 8 loads of 16 bytes a thread, 32 KiB a block in flight. At the
-// end the warps' sums are added up through shared memory, in a fixed order.
+// Two groups of 64 are loaded before the first is used: 8 loads of 16 bytes a thread, 32 KiB a block in flight. In the
+// epilogue the warps' sums are added through shared memory, in a fixed order.
 //
-// Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
-//   - Several products of one x are one launch: a block finds its part of the columns.
-//   - A residual is added where y is written. For silu(x A^T) * (x B^T) a block takes 8 rows of each of A and B.
-//   - The launch may overlap the kernel before (dependent_launch.cuh): the blocks that may come early fetch the
-//     beginning of their rows of W into the L2 cache before they wait for x.
-// An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
-// rows is more work than the products.
+// Decoding is a chain of such products of some ten microseconds each, so the time between them counts:
+//   - Several products of one x are one launch. A block finds the product that its columns belong to.
+//   - A residual is added in the epilogue. For silu(x A^T) * (x B^T) a block takes 8 rows of each of A and B.
+//   - By programmatic dependent launch (dependent_launch.cuh) blocks may start while the kernel before runs. The first
+//     wave prefetches the beginning of its rows of W into the L2 cache before it waits for x.
+// An RMS norm of x is a launch of its own. Here each block would have to make the normed x, which for several rows is
+// more work than the products.
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
 #include "cuda/common/numeric.cuh"
@@ -33,14 +33,14 @@ namespace flash_xlstm::cuda {
 namespace {
 
 constexpr int warps = 8, threads = warps * 32;
-constexpr int tile_rows = 16;            // of W
-constexpr int warp_k = 64;               // of a warp at once
-constexpr int block_k = warps * warp_k;  // of a block at once
-constexpr int batch = 2;                 // of warp_k, loaded together
+constexpr int tile_rows = 16;            // of W, a block
+constexpr int warp_k = 64;               // k that a warp loads at once
+constexpr int block_k = warps * warp_k;  // k that a block loads at once
+constexpr int batch = 2;                 // warp_k's loaded before the first is used
 constexpr int prefetch_k = batch * block_k;
 constexpr int resident_blocks(int row_tiles) { return row_tiles == 1 ? 3 : 2; }  // of an SM
 
-// Zeros where not `inside`. One predicated instruction: with a branch around each, loads would not go out together.
+// Zeros where not `inside`. One predicated instruction: branches would keep the loads from being issued together.
 __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
   uint4 bits;
   asm volatile(
@@ -52,7 +52,7 @@ __device__ __forceinline__ uint4 load_weight(const bf16* at, bool inside) {
   return bits;
 }
 
-// Up to 8 * row_tiles rows of x. early_blocks: as many as run at once.
+// Up to 8 * row_tiles rows of x. early_blocks: blocks of the first wave, which prefetch.
 template <int row_tiles>
 __global__ void __launch_bounds__(threads, resident_blocks(row_tiles))
     linear_rows_kernel(const __grid_constant__ FusedLinearRows p, const unsigned early_blocks) {
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(threads, resident_blocks(row_tiles))
   int64_t tile = blockIdx.x;
   if (!p.swiglu) {
     for (; part < p.count - 1; ++part) {
-      const int64_t tiles = (p.part[part].out + tile_rows - 1) / tile_rows;
+      const int64_t tiles = ceil_div(p.part[part].out, tile_rows);
       if (tile < tiles) break;
       tile -= tiles;
     }
   }
   const int64_t first_column = tile * tile_columns, out = p.part[part].out;
-  // Row `row` of the tile's 16. Behind the end of W, its last one: those sums are thrown away.
+  // Row `row` of the tile's 16. Past the end of W its last row: those sums are not written.
   const auto weight_row = [&](int row) {
     const bool second = p.swiglu && row >= tile_columns;
     const int64_t column = first_column + (second ? row - tile_columns : row);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(threads, resident_blocks(row_tiles))
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
           uint4 value = zero;
-          // A plain load: what another kernel has just written may lie stale in the read-only cache.
+          // A plain load: the read-only cache may be stale for what an earlier kernel has just written.
           if (has_row[t] && at + fragment_k < in) value = *reinterpret_cast<const uint4*>(x[t] + at);
           ptx::mma_bf16(acc[t], first, value.x, value.y);
           ptx::mma_bf16(acc[t], second, value.z, value.w);
@@ -168,7 +168,7 @@ cudaError_t fused_linear_rows(const FusedLinearRows& p, cudaStream_t stream) {
   int64_t blocks = 0;
   const int tile_columns = p.swiglu ? tile_rows / 2 : tile_rows;
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) {
-    blocks += (p.part[part].out + tile_columns - 1) / tile_columns;
+    blocks += ceil_div(p.part[part].out, tile_columns);
   }
   const int row_tiles = p.rows <= 8 ? 1 : 2;
   const auto kernel = row_tiles == 1 ? linear_rows_kernel<1> : linear_rows_kernel<2>;

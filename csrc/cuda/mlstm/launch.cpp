@@ -1,4 +1,4 @@
-// Which kernels serve an mLSTM problem: the paths, tried in order. A faster path for one GPU is a folder and a row.
+// Which kernels serve an mLSTM problem: a table of paths, tried in order. A path for another GPU is a folder and a row.
 #include <cstdint>
 #include <string>
 
@@ -14,10 +14,10 @@ namespace {
 struct Path {
   std::string (*words)();                                  // what it serves, for people
   bool (*runs_on)(int major, int minor);                   // devices of this compute capability
-  bool (*serves)(const MlstmProblem& p);                   // on the current device, if it reads the inputs
-  bool (*serves_backward)(const MlstmBackward& params);    // beyond that
-  bool (*reads)(const Strided& t, const MlstmProblem& p);  // an input as it lies
-  bool writes_apart;                                       // dq, dk and dv that are not contiguous
+  bool (*serves)(const MlstmProblem& p);                   // on the current device; layouts: see `reads`
+  bool (*serves_backward)(const MlstmBackward& params);    // additionally, for the backward
+  bool (*reads)(const Strided& t, const MlstmProblem& p);  // whether it can read an input with its strides
+  bool writes_apart;                                       // whether it writes dq, dk and dv that are not contiguous
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
   cudaError_t (*forward)(const MlstmForward& params, void* workspace, cudaStream_t stream);
   int64_t (*backward_workspace_bytes)(const MlstmBackward& params);
@@ -64,7 +64,7 @@ MlstmCopies copies(const Path& path, const MlstmBackward& params) {
   return all;
 }
 
-// The first that serves the problem as it lies; the last serves every one.
+// The first path that serves the problem with its strides. The last path serves every problem.
 template <typename Params>
 const Path& path_for(const Params& params) {
   const Path* path = paths;
@@ -72,7 +72,7 @@ const Path& path_for(const Params& params) {
   return *path;
 }
 
-// The first that serves it if its inputs are copied.
+// The first path that serves it once its inputs are copied.
 template <typename Params>
 const Path& path_with_copies(const Params& params) {
   const Path* path = paths;

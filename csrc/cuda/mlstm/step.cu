@@ -1,26 +1,27 @@
 // One token of the mLSTM for every row, the state updated in place, in one launch.
 //
-// The state c of a (row, head), dqk x dv, is cut into tiles of columns, one block each, so that h needs no sum across
-// blocks. Every block of a (row, head) works out the gates and the normalizer for itself, from the old n and m; so n
-// and m must not change before all of them have read them. The tiles of a (row, head) form a cluster: each block
-// arrives at the cluster's barrier once it has read n and m, and block 0 writes the new ones behind that barrier, while
-// its rows of c are still on their way. Where there are no clusters (before compute capability 9.0) a counter for each
-// (row, head) takes the barrier's place: the block that finds itself last writes.
+// The state c of a (row, head) is dqk x dv. It is cut into tiles of columns, one block each, so that h needs no sum
+// across blocks. Every block computes the gates and the normalizer for itself, from the old n and m. So n and m must
+// not change before all blocks of the (row, head) have read them. These blocks form a thread block cluster. A block
+// arrives at the cluster's barrier once it has read n and m. Block 0 waits for the barrier and writes the new n and m,
+// while its loads of c are still in flight. Before compute capability 9.0 there are no clusters. There a counter for
+// each (row, head) takes the barrier's place, and the last block to finish writes.
 //
-// A block has 256 or 512 threads: `lanes` of them side by side hold 16 bytes of a row of c each, so that threads /
-// lanes rows are under way at once; a thread loads a batch of rows before it uses the first (32 KiB a block in flight;
-// in one wave 96, in halves: while it works on one, the other is on its way). The first rows are issued before anything
-// else is waited for. Sums over rows go through shuffles, then through shared memory, in a fixed order.
+// A block has 256 or 512 threads. `lanes` neighbouring threads hold 16 bytes each of one row of c, so a block loads
+// threads / lanes rows at once. A thread loads a batch of rows before it uses the first: 32 KiB a block in flight. In
+// one wave it is 96 KiB in two halves, of which one loads while the other is used. The first loads of c are issued
+// before the block waits for anything else. Sums over rows go through shuffles, then shared memory, in a fixed order.
 //
 //   tiles            threads  lanes  bytes of a row  blocks at 8 heads, dv 512, float32
 //   few (row, head)  512*     8      128             16 for each: batch 1 fills 128 SMs
 //   many             256      16     256             8 for each
 //   one wave         512      64     1024            2 for each: batch 8 fills 128 SMs
-//   dv > 1024 x 4 B  256      32     512             dv / 128
+//   dv > 512 x 4 B   256      32     512             dv / 128, at most 16
+//   c not aligned    256      32     an element each dv / 32, at most 16
 //   * 256 where c is bfloat16, which takes more registers
 //
-// Clusters of 8 leave some SMs without a block, and a partial second wave takes as long as a full one. So as many (row,
-// head) as make one block an SM have clusters of 2.
+// Clusters of 8 leave some SMs without a block, and a partial second wave takes as long as a full one. So clusters of 2
+// are used where they give about one block an SM.
 #include <algorithm>
 #include <cstring>
 
@@ -32,18 +33,11 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-// Few enough (row, head) that 16 blocks of 512 threads each run together.
-constexpr int64_t few_items = 16;
-// Of many (row, head), blocks ask the L2 cache for two batches of rows of c first of all, else for one.
+constexpr int few_resident = 2;  // blocks an SM, where there are few (row, head)
+// From so many (row, head) on, a block first prefetches two batches of rows of c into the L2 cache, else one. Tuned.
 constexpr int64_t many_items = 2048;
-constexpr int portable_cluster = 8, largest_cluster = 16;
 
-template <typename C, int width>
-struct alignas(sizeof(C) * width) Group {
-  C value[width];
-};
-
-// A row of the state is read once and written once: neither copy is kept in the caches for a second use.
+// A row of the state is read once and written once, so neither is kept in the caches.
 template <typename C, int width>
 __device__ __forceinline__ Group<C, width> load_state(const C* at) {
   Group<C, width> group;
@@ -66,8 +60,8 @@ __device__ __forceinline__ void store_state(C* at, const Group<C, width>& group)
   }
 }
 
-// An element as it lies in memory, to be converted when it is needed: a conversion right behind each load would wait
-// for one after the other.
+// An element as it lies in memory. It is converted where it is used: a conversion next to the load would wait for each
+// load in turn.
 struct Raw {
   uint32_t bits;
 };
@@ -80,8 +74,8 @@ __device__ __forceinline__ float raw_to_float(Raw raw, DType dtype) {
   return dtype == DType::float16 ? from_half : __uint_as_float(dtype == DType::float32 ? raw.bits : raw.bits << 16);
 }
 
-// Relaxed: what has to come before the barrier are reads whose values have been used, and nothing has been written that
-// another block reads. A release would wait for memory.
+// Relaxed: before the barrier there are only reads, whose values have been used. No other block reads what this one has
+// written. A release would wait for memory.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -93,7 +87,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Fetches all that a (row, head) needs but c into the L2 cache.
+// Prefetches into the L2 cache all that a (row, head) needs except c.
 template <int threads>
 __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row, int head, int64_t state) {
   const int64_t item = element_bytes(p.dtype), gate_item = element_bytes(p.gate_dtype);
@@ -109,15 +103,15 @@ __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row
   fetch_row(p.q, p.dqk, item), fetch_row(p.k, p.dqk, item), fetch_row(p.v, p.dv, item);
 }
 
-// tiles: columns' tiles of a (row, head), which `blocks` blocks (a cluster, if `clustered`) share. counters: one zero
-// for each (row, head), where not clustered and blocks > 1. early_batches: of c, fetched into the L2 cache.
+// tiles: column tiles of a (row, head), which `blocks` blocks share (a cluster, if `clustered`). counters: one zero for
+// each (row, head), used if not clustered and blocks > 1. early_batches: batches of c to prefetch into the L2 cache.
 template <typename C, int width, int lanes, int threads, int batch_rows, int resident>
 __global__ void __launch_bounds__(threads, resident)
     step_kernel(const __grid_constant__ MlstmStep p, int tiles, int blocks, bool clustered, unsigned* counters,
                 int early_batches) {
   constexpr int warps = threads / 32;
   constexpr bool one_wave = lanes == 8 || lanes == 64;  // of blocks, more or less
-  constexpr int groups = threads / lanes;  // rows under way
+  constexpr int groups = threads / lanes;               // rows loaded at once
   constexpr int tile_columns = lanes * width;
   // 32 bits: a division in 64 is a long call.
   const unsigned item = blockIdx.x / static_cast<unsigned>(blocks);
@@ -129,10 +123,10 @@ __global__ void __launch_bounds__(threads, resident)
   const int dqk = static_cast<int>(p.dqk);
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
-  // Many blocks gain nothing by reading their own rows of c at once, where the cache can be asked for more.
+  // With many blocks this gains nothing: prefetching into the L2 cache covers more of c.
   const bool early = one_wave && p.settled_state && p.state_indices == nullptr;
   if (!p.holds_next) let_next_kernel_start();
-  // In vain if an earlier kernel is about to change the index.
+  // Only for prefetching: an earlier kernel may still change the index.
   const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
   if (guess >= 0 && guess < p.num_slots) {
     prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
@@ -152,7 +146,7 @@ __global__ void __launch_bounds__(threads, resident)
   if (!early) wait();
 
   const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (slot < 0 || slot >= p.num_slots) {  // the whole cluster alike
+  if (slot < 0 || slot >= p.num_slots) {  // the same for the whole cluster
     const float fill = slot == -1 ? 0.0f : NAN;
     for (int64_t x = block * threads + threadIdx.x; x < p.dv; x += blocks * threads) {
       store_from_float(p.h, static_cast<int64_t>(item) * p.dv + x, p.dtype, fill);
@@ -189,7 +183,7 @@ __global__ void __launch_bounds__(threads, resident)
     for (int x = 0; x < width; ++x) v_raw[x] = column + x < p.dv ? read(p.v, column + x) : Raw{0};
   };
   load_v();
-  // Everything that is read is on its way before the gates are waited for: one trip to memory in all.
+  // All loads are issued before the gates are used: one memory latency in all.
   Raw q_next{0}, k_next{0};
   float n_next = 0.0f;
   const auto load_next = [&](int x) {
@@ -218,15 +212,15 @@ __global__ void __launch_bounds__(threads, resident)
     load_next(x + threads);
   }
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(0xffffffffu, s, distance);
+  for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(all_lanes, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
-  __syncthreads();  // behind it, this block has read n and m
+  __syncthreads();  // the whole block has read n and m
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll
   for (int w = 0; w < warps; ++w) s += part[w];
   s *= p.scale;
-  // fmaxf would drop a NaN.
+  // fmaxf would drop a NaN in s.
   const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
   const auto write_n_and_m = [&] {
     if (threadIdx.x == 0) p.m[state] = m;
@@ -234,7 +228,7 @@ __global__ void __launch_bounds__(threads, resident)
       n[x] = x == static_cast<int>(threadIdx.x) ? n_first : keep * n[x] + k[x];
     }
   };
-  if (clustered && block == 0) {  // while c is still on its way
+  if (clustered && block == 0) {  // while the loads of c are in flight
     cluster_wait();
     write_n_and_m();
   }
@@ -267,15 +261,15 @@ __global__ void __launch_bounds__(threads, resident)
         if constexpr (parts > 1) load_part(held[part], part_first + batch_rows * groups);
       }
     }
-    // A warp's rows first, where it has several; then the rest.
+    // First over the rows of a warp, where it has several; then over the warps.
 #pragma unroll
     for (int x = 0; x < width; ++x) {
 #pragma unroll
       for (int distance = 16; distance >= lanes; distance /= 2) {
-        acc[x] += __shfl_xor_sync(0xffffffffu, acc[x], distance);
+        acc[x] += __shfl_xor_sync(all_lanes, acc[x], distance);
       }
     }
-    if (tile != block) __syncthreads();  // the last tile's sums have been read
+    if (tile != block) __syncthreads();  // all have read the last tile's sums
     if (threadIdx.x % 32 < lanes) {
       float* const share = sums[lanes < 32 ? threadIdx.x / 32 : group] + lane * width;
 #pragma unroll
@@ -314,16 +308,16 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
   constexpr int tile_columns = lanes * width;
   const auto kernel = step_kernel<C, width, lanes, threads, batch_rows, resident>;
   const size_t shared_bytes = 2 * sizeof(float) * p.dqk;
-  // What is asked of the device is asked for shared memory in steps: once for each.
+  // cluster_limit is looked up once for each step of shared memory, not for each size.
   constexpr size_t shared_step = 8 * 1024, shared_steps = 2 * sizeof(float) * max_step_dqk / shared_step;
   const size_t step = (shared_bytes - 1) / shared_step, step_bytes = (step + 1) * shared_step;
-  if (step_bytes > 32 * 1024) {
+  if (step_bytes > 32 * 1024) {  // with the static part, more than the 48 KiB that need no attribute
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(step_bytes));
     if (status != cudaSuccess) return status;
   }
   const int64_t items = p.batch * p.heads;
-  const int64_t tiles = (p.dv + tile_columns - 1) / tile_columns;
+  const int64_t tiles = ceil_div(p.dv, tile_columns);
   static PerDevice known[shared_steps];
   const int limit = cluster_limit(known[step], reinterpret_cast<const void*>(kernel), threads, step_bytes);
   const bool clusters = limit > 1;
@@ -341,19 +335,21 @@ cudaError_t launch(const MlstmStep& p, unsigned* counters, cudaStream_t stream) 
 template <typename C>
 cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stream) {
   constexpr int width = 16 / sizeof(C);
-  // Blocks an SM: 80 registers a thread hold 8 rows of float32, bfloat16 ones take more.
+  // Blocks an SM. 80 registers a thread hold 8 rows of float32; rows of bfloat16 take more.
   constexpr int resident = width == 8 ? 2 : 3;
   if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) {
     return launch<C, 1, 32, 256, 8, 3>(p, counters, stream);
   }
-  if (p.batch * p.heads <= few_items && p.dv <= largest_cluster * 8 * width) {
+  // Few enough (row, head) that largest_cluster blocks of each run at once.
+  const int64_t at_once = few_resident * processor_count();
+  if (p.batch * p.heads * largest_cluster <= at_once && p.dv <= largest_cluster * 8 * width) {
     if constexpr (width == 8)
-      return launch<C, width, 8, 256, 8, 2>(p, counters, stream);
+      return launch<C, width, 8, 256, 8, few_resident>(p, counters, stream);
     else
-      return launch<C, width, 8, 512, 4, 2>(p, counters, stream);
+      return launch<C, width, 8, 512, 4, few_resident>(p, counters, stream);
   }
   if constexpr (width == 4) {
-    const int64_t blocks = p.batch * p.heads * ((p.dv + 64 * width - 1) / (64 * width)), most = processor_count();
+    const int64_t blocks = p.batch * p.heads * ceil_div(p.dv, 64 * width), most = processor_count();
     if (blocks <= most && blocks * 4 >= most * 3) return launch<C, width, 64, 512, 12, 1>(p, counters, stream);
   }
   if (p.dv <= portable_cluster * 16 * width) return launch<C, width, 16, 256, 8, resident>(p, counters, stream);

@@ -1,4 +1,4 @@
-// Thin wrappers of thread-block clusters: ranks, barriers, another block's shared memory (sm_90).
+// Thin wrappers for thread block clusters: ranks, barriers, distributed shared memory (sm_90).
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -11,7 +11,7 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// All threads of all blocks of the cluster; what was written before is visible behind.
+// Synchronizes all threads of the cluster. Writes before the barrier are visible after it.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -19,20 +19,20 @@ __device__ __forceinline__ void cluster_barrier() {
           : "memory");
 }
 
-// Its two halves. Between them a block goes on with what does not concern the others.
+// The two halves of cluster_barrier. Between them a block may do what does not depend on the others.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// The address, for loads and store_async, of block `rank`'s counterpart of an address in this block's shared memory.
+// The address in block `rank`'s shared memory that corresponds to `shared` in this block's.
 __device__ __forceinline__ uint32_t peer_address(const void* shared, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
   return address;
 }
 
-// From block `rank`'s counterpart of an address in this block's shared memory.
+// Loads from peer_address(shared, rank).
 __device__ __forceinline__ double2 load_peer(const double2* shared, int rank) {
   double2 value;
   asm volatile("ld.shared::cluster.v2.f64 {%0, %1}, [%2];"
@@ -42,7 +42,8 @@ __device__ __forceinline__ double2 load_peer(const double2* shared, int rank) {
   return value;
 }
 
-// 16 bytes to a block of the cluster; then the barrier there, in the same block, is told of 16 bytes.
+// Stores 16 bytes to a block of the cluster and completes 16 bytes on an mbarrier of that block. Both are peer
+// addresses.
 __device__ __forceinline__ void store_async(uint32_t address, uint32_t barrier, uint32_t a, uint32_t b, uint32_t c,
                                             uint32_t d) {
   asm volatile(
@@ -51,7 +52,7 @@ __device__ __forceinline__ void store_async(uint32_t address, uint32_t barrier, 
       : "memory");
 }
 
-// As mbarrier_wait, for what blocks of the cluster have stored.
+// As mbarrier_wait, with acquire at cluster scope: for data from store_async.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n"

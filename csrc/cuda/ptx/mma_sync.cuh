@@ -1,4 +1,4 @@
-// Thin wrappers of mma.sync, ldmatrix and cp.async (Ampere and later).
+// Thin wrappers for mma.sync, ldmatrix and cp.async (sm_80).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros. Both addresses are 16-byte aligned.
+// Copies `bytes` (0 to 16) and fills up to 16 bytes with zeros. Both addresses are 16-byte aligned.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
@@ -68,7 +68,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Nearest tf32 (10 bits after the point, float32's exponent range).
+// Rounds to nearest tf32: 10 bits of fraction, float32's exponent range.
 __device__ __forceinline__ uint32_t round_tf32(float x) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));

@@ -1,4 +1,4 @@
-// Thin wrappers of the stores and transposes of 8 x 8 matrices (sm_90).
+// Thin wrappers for stmatrix and movmatrix: stores and transposes of 8 x 8 matrices of 16-bit elements (sm_90).
 #pragma once
 
 #include "cuda/ptx/mma_sync.cuh"
@@ -11,15 +11,15 @@ __device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t a, uint32_t b
                : "memory");
 }
 
-// The transposed 8 x 8 matrix of 16-bit elements whose row lane / 4 this thread holds two of.
+// Transposes an 8 x 8 matrix. Lane l holds elements 2 (l % 4) and the next of row l / 4, before and after.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 
-// Stores four 8 x 8 matrices of which each thread holds, of row lane / 4, columns 2 (lane % 4) and the next, so that a
-// column lies contiguous: lane l gives the address of column l % 8 of matrix l / 8.
+// Stores four 8 x 8 matrices by columns. A lane l holds elements 2 (l % 4) and the next of row l / 4 of each, and gives
+// the address of column l % 8 of matrix l / 8, 16 contiguous bytes.
 __device__ __forceinline__ void stmatrix_x4_transposed(void* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)),
                "r"(a), "r"(b), "r"(c), "r"(d)

@@ -1,4 +1,4 @@
-// Thin wrappers of mbarrier, the TMA and the instructions around them (sm_90).
+// Thin wrappers for mbarriers, the TMA and the instructions that go with them (sm_90).
 #pragma once
 
 #include <cuda.h>
@@ -9,8 +9,8 @@
 
 namespace flash_xlstm::cuda::ptx {
 
-// Bytes from a shared-memory pointer to the next multiple of `alignment`. To add, not to round the pointer as an
-// integer: through one the compiler loses the address space, and with it LDS.
+// Bytes from a shared-memory pointer to the next multiple of `alignment`, to be added to the pointer. A pointer rounded
+// as an integer loses its address space, and the compiler emits generic loads instead of LDS.
 template <uint32_t alignment>
 __device__ __forceinline__ uint32_t bytes_to_align(const void* shared) {
   return -shared_address(shared) & (alignment - 1);
@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t bytes_to_align(const void* shared) {
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// After the inits, before anyone else uses the barriers.
+// Makes the inits visible. Needed before other threads or the TMA use the barriers.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -43,9 +43,10 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
-// Of what is read once: other lines of the L2 cache outlive it.
+// L2 cache hints: for data that is read once, and for data that many blocks read.
+constexpr uint64_t evict_first = 0x12f0000000000000ull, evict_last = 0x14f0000000000000ull;
+// For data that is read once: other lines of the L2 cache stay.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
-  constexpr uint64_t evict_first = 0x12f0000000000000ull;
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
       "%5}], [%2], %6;" ::"r"(shared_address(shared)),
@@ -66,7 +67,7 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, int
                : "memory");
 }
 __device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the sources of all but `pending` stores may be overwritten.
+// Waits until at most the last `pending` groups of bulk stores may still read their sources.
 template <int pending>
 __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
@@ -79,11 +80,11 @@ __device__ __forceinline__ void bulk_store_wait() {
 // Makes this thread's ordinary shared-memory stores visible to the TMA and wgmma.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Between ordinary accesses, of this thread or of others whose flag it has seen, and those of the TMA.
+// Orders ordinary global accesses, of this thread or of threads whose flag it has seen, before those of the TMA.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Keeps the compiler from moving loads across: it would hoist so many that registers run out. A real instruction, since
-// the assembler orders nothing by an empty one.
+// Keeps the compiler from moving loads across. It would hoist so many that registers spill. An empty asm statement does
+// not order what ptxas does, so this is an instruction.
 __device__ __forceinline__ void keep_order() { __syncwarp(); }
 
 __device__ __forceinline__ void store_release(int* to, int value) {
@@ -109,7 +110,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same; true for all where `value` is for one.
+// The same. Gives all threads whether `value` is true in any.
 __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {
   int any;
   asm volatile(

@@ -1,5 +1,5 @@
-// wgmma.mma_async m64nNk16, 16-bit operands, float32 accumulators (sm_90a). The accumulator's element r of column
-// group g (d[4 g + r]) of lane l in warp w of the warpgroup is row 16 w + l / 4 + 8 (r / 2), column 8 g + 2 (l % 4) + r % 2.
+// wgmma.mma_async m64nNk16, 16-bit operands, float32 accumulators (sm_90a). Lane l of warp w of the warpgroup holds in
+// d[4 g + r] the accumulator's row 16 w + l / 4 + 8 (r / 2), column 8 g + 2 (l % 4) + r % 2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,10 +9,11 @@
 
 namespace flash_xlstm::cuda::ptx {
 
-// Operand tiles lie in shared memory as the TMA writes them: boxes of 64 elements (128 bytes) a row, swizzled
-// by 128 bytes, aligned to 1024. K-major: a row is one index of M or N and the box holds 64 of K; a k16 step is 32
-// bytes further on. Transposed (B only): a row is one index of K and the box holds 64 of N; a k16 step is 2048 bytes
-// further on, the next 64 of N is `box_bytes` further on.
+// Operand tiles lie in shared memory as the TMA writes them: boxes with rows of 64 elements (128 bytes), 128-byte
+// swizzle, aligned to 1024 bytes.
+//   K-major: a row is one index of M or N, and the box holds 64 of K. The next k16 step is 32 bytes further on.
+//   Transposed (B only): a row is one index of K, and the box holds 64 of N. The next k16 step is 2048 bytes further
+//   on, the next 64 of N `box_bytes`.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address, uint32_t box_bytes = 16) {
   constexpr uint64_t swizzle_128 = 1ull << 62, eight_rows = 1024 >> 4;
   return swizzle_128 | (eight_rows << 32) | (static_cast<uint64_t>(box_bytes >> 4) << 16) |
@@ -26,14 +27,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from moving uses of accumulators across a fence or a wait.
+// Keeps the compiler from moving accesses to accumulators across a fence or a wait.
 template <int count>
 __device__ __forceinline__ void hold(float (&d)[count]) {
 #pragma unroll
   for (int x = 0; x < count; ++x) asm volatile("" : "+f"(d[x])::"memory");
 }
 
-// Plain arithmetic on accumulators would give them new registers; with most registers taken, that spills.
+// Arithmetic on accumulators in place. The plain operators give the results new registers, which spills.
 __device__ __forceinline__ void mul_in_place(float& x, float factor) {
   asm volatile("mul.f32 %0, %0, %1;" : "+f"(x) : "f"(factor));
 }

@@ -1,23 +1,29 @@
-// One unit of the sLSTM at one token, forward and backward: what all kernels share.
+// One unit of the sLSTM at one token, forward and backward. All sLSTM kernels share it.
 #pragma once
 
 #include "cuda/common/numeric.cuh"
+#include "cuda/common/packed.cuh"
 #include "params/slstm.h"
 
 namespace flash_xlstm::cuda {
 
-// Where a row's tokens lie. Offsets that are wrong are moved inside the tensors.
+// Where a row's tokens lie: a row of the batch, or a packed sequence.
 struct SlstmRow {
   int64_t batch;
   int64_t start, length;
 };
 
 __device__ __forceinline__ SlstmRow slstm_row(const SlstmProblem& p, int64_t row) {
-  if (row >= p.rows) return {0, 0, 0};
-  if (p.cu_seqlens == nullptr) return {row, 0, p.seq};
-  const int64_t start = min(max(static_cast<int64_t>(p.cu_seqlens[row]), int64_t{0}), p.seq);
-  const int64_t stop = min(max(static_cast<int64_t>(p.cu_seqlens[row + 1]), start), p.seq);
-  return {0, start, stop - start};
+  if (row >= p.rows) return {.batch = 0, .start = 0, .length = 0};
+  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
+  const TokenRange tokens = packed_tokens(p.cu_seqlens, row, p.seq);
+  return {.batch = 0, .start = tokens.start, .length = tokens.stop - tokens.start};
+}
+
+// An element of `state` (rows, heads, dim); 0 beyond the last row and where there is no state.
+__device__ __forceinline__ float initial(const float* state, const SlstmProblem& p, int64_t row, int64_t head,
+                                         int64_t unit) {
+  return state == nullptr || row >= p.rows ? 0.0f : state[(row * p.heads + head) * p.dim + unit];
 }
 
 struct SlstmUnit {
@@ -28,8 +34,8 @@ struct SlstmUnitKept {
   float value[slstm_kept];
 };
 
-// For float32; the special function unit's exp and log for 16-bit types, whose errors (2^-21 and less) vanish behind
-// the rounding of x and h.
+// ExactMath is for the kernels that serve float32, FastMath for those of 16-bit types only. FastMath takes exp and log
+// from the special function unit; their errors (2^-21 and less) are far below the rounding of x and h.
 struct ExactMath {
   static __device__ __forceinline__ float exponential(float x) { return expf(x); }
   static __device__ __forceinline__ float log_1p(float x) { return log1pf(x); }
@@ -38,12 +44,12 @@ struct ExactMath {
 };
 struct FastMath {
   static __device__ __forceinline__ float exponential(float x) { return __expf(x); }
-  // For x from 0 to 1. The logarithm's error is absolute, 2^-21, and m adds up thousands of these.
+  // For x from 0 to 1. __logf has an absolute error of 2^-21, and m is a sum of thousands of these.
   static __device__ __forceinline__ float log_1p(float x) {
     return x < 0.01f ? x * (1.0f - x * (0.5f - x * (1.0f / 3.0f))) : __logf(1.0f + x);
   }
   static __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
-  // By exp(-2 |x|), which does not overflow; x itself where 1 - exp would lose its digits.
+  // From exp(-2 |x|), which does not overflow. Near 0 a polynomial, since 1 - exp would cancel.
   static __device__ __forceinline__ float tangent(float x) {
     const float y = __expf(-2.0f * fabsf(x));
     const float far = copysignf(__fdividef(1.0f - y, 1.0f + y), x);
@@ -51,7 +57,8 @@ struct FastMath {
   }
 };
 
-// exp(x - y) for weights: both branches of the stabilizer, of which one is 1.
+// The weights of the old state (keep) and of the input (take). One is 1, the other exp(-|margin|); a fresh unit (n is
+// 0) may have a keep of up to exp(slstm_max_log_keep).
 template <typename Math>
 __device__ __forceinline__ void slstm_weights(float margin, bool reset, float& keep, float& take) {
   const float weight = Math::exponential(reset ? fminf(-margin, slstm_max_log_keep) : margin);
@@ -59,7 +66,7 @@ __device__ __forceinline__ void slstm_weights(float margin, bool reset, float& k
   take = reset ? 1.0f : weight;
 }
 
-// The unit's state from t - 1 to t; i, f, z, o are whole pre-activations.
+// Takes the unit's state from t - 1 to t. i, f, z, o are pre-activations, the recurrent part included.
 template <typename Math>
 __device__ __forceinline__ SlstmUnitKept slstm_unit(float i, float f, float z, float o, SlstmUnit& unit) {
   const bool padding = i == -INFINITY && f == INFINITY;
@@ -87,15 +94,15 @@ __device__ __forceinline__ SlstmUnitKept slstm_unit(float i, float f, float z, f
   return kept;
 }
 
-// Gradients of a unit's state. `excess` is dm - (dc c + dn n): what of dm is not the share of c and n in it, which the
-// stabilizer hands on unchanged until it takes the input gate's branch. Carried instead of dm: the difference would
-// cancel at every token.
+// Gradients of a unit's state. `excess` is dm - (dc c + dn n), the part of dm that does not come from the scaling of c
+// and n. It stays the same from token to token until m took the input gate's branch. It is carried instead of dm,
+// because the difference would cancel at every token.
 struct SlstmUnitGradient {
   float dh, dc, dn, excess;
 };
 
-// In: dh whole, the rest of the state after t. Out: dx[4]; of the state before t, with dh what passes a padding unit
-// by.
+// In: g of the state after t, dh complete. Out: dx[4], and g of the state before t. Its dh is 0, or for a padding unit
+// the dh that came in.
 template <typename Math>
 __device__ __forceinline__ void slstm_unit_backward(const float (&kept)[slstm_kept], float c_before, float n_before,
                                                     SlstmUnitGradient& g, float (&dx)[4]) {

@@ -1,4 +1,4 @@
-// Which kernels serve an sLSTM problem. A faster path for one GPU is a branch here.
+// Which kernels serve an sLSTM problem. A path for another GPU is a branch here.
 #include "params/slstm.h"
 
 #include <algorithm>
@@ -43,7 +43,7 @@ cudaError_t slstm_forward(const SlstmForward& params, void* workspace, cudaStrea
   return slstm_portable::forward(params, workspace, stream);
 }
 
-// The loop and the weights' product run one after the other and share the scratch.
+// The loop over the tokens and the weights' product run one after the other and share the workspace.
 int64_t slstm_backward_workspace_bytes(const SlstmBackward& params) {
   const int64_t loop = on_hopper(params) ? 0 : slstm_portable::backward_workspace_bytes(params);
   return std::max(loop, slstm_weight_gradients_workspace_bytes(params));

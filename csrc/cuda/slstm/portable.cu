@@ -1,13 +1,13 @@
-// The sLSTM on any GPU: a block takes one head of up to 4 rows through all tokens. R is read from the second-level
-// cache at every token; the rows share the reads. Everything is float32 but what lies in memory as 16 bits.
+// The sLSTM on any GPU. A block takes one head of up to 4 rows through all tokens. It reads R from the L2 cache at
+// every token; the rows share the reads. Arithmetic is float32.
 //
-// Forward: a warp takes a unit at a time and forms its 4 gates for 4 rows, lanes along R's inputs; the 16 sums end up
-// in different lanes, and 4 lanes run the cell. One block barrier a token, h being double-buffered.
-// Backward: threads run the cells of (row, unit); then warps form dh = R^T dx, an input unit at a time, from a copy of
-// R that lies transposed, (heads, in, 4 out). Two block barriers a token.
+// Forward: a warp makes the 4 gates of one unit for 4 rows, with its lanes along R's inputs. The 16 sums end up in
+// different lanes, and 4 lanes run the cell. h is double-buffered, so a token needs one __syncthreads.
+// Backward: threads run the cells of (row, unit). Then warps make dh = R^T dx, an input unit at a time, from a
+// transposed copy of R, (heads, in, 4, out). A token needs two __syncthreads.
 //
 // State and h (forward, 20 floats a unit of dim) or gradients and dx (backward, 32) lie in shared memory where they
-// fit, else in the scratch buffer: no limit on dim.
+// fit, else in the workspace. So dim has no limit.
 #include "cuda/common/device.h"
 #include "cuda/slstm/cell.cuh"
 #include "cuda/slstm/portable.h"
@@ -25,9 +25,6 @@ __device__ __forceinline__ void lane_dots(float (&sums)[outputs * block_rows], c
                                           const float* values, int64_t length, bool vectors) {
   const int lane = threadIdx.x % 32;
   if (vectors) {
-    struct alignas(4 * sizeof(W)) Group {
-      W value[4];
-    };
 #pragma unroll 1
     for (int64_t k = 4 * lane; k < length; k += 128) {
       float4 v[block_rows];
@@ -35,7 +32,7 @@ __device__ __forceinline__ void lane_dots(float (&sums)[outputs * block_rows], c
       for (int r = 0; r < block_rows; ++r) v[r] = *reinterpret_cast<const float4*>(values + r * length + k);
 #pragma unroll
       for (int o = 0; o < outputs; ++o) {
-        const Group w = *reinterpret_cast<const Group*>(weights + o * output_stride + k);
+        const auto w = *reinterpret_cast<const Group<W, 4>*>(weights + o * output_stride + k);
 #pragma unroll
         for (int r = 0; r < block_rows; ++r) {
           sums[o * block_rows + r] += to_float(w.value[0]) * v[r].x + to_float(w.value[1]) * v[r].y +
@@ -55,7 +52,7 @@ __device__ __forceinline__ void lane_dots(float (&sums)[outputs * block_rows], c
   }
 }
 
-// Adds up each of `count` values over the warp; sum j ends up in lanes j * 32 / count on.
+// Sums each of `count` values over the warp. Sum j ends up in the 32 / count lanes from j * 32 / count on.
 template <int count, int distance = 16, int size>
 __device__ __forceinline__ float warp_sums(float (&value)[size]) {
   if constexpr (count > 1) {
@@ -63,19 +60,19 @@ __device__ __forceinline__ float warp_sums(float (&value)[size]) {
 #pragma unroll
     for (int j = 0; j < count / 2; ++j) {
       const float mine = upper ? value[j + count / 2] : value[j], other = upper ? value[j] : value[j + count / 2];
-      value[j] = mine + __shfl_xor_sync(0xffffffffu, other, distance);
+      value[j] = mine + __shfl_xor_sync(all_lanes, other, distance);
     }
     return warp_sums<count / 2, distance / 2>(value);
   } else {
     float sum = value[0];
 #pragma unroll
-    for (int d = distance; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    for (int d = distance; d > 0; d /= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
     return sum;
   }
 }
 
-// The 4 gates of a unit for 4 rows: `add` is what lane l adds to the sum of gate l / 8 and row l / 2 % 4 (lanes in
-// pairs). Lane r gets the gates of row r % 4.
+// The 4 gates of a unit for 4 rows. `add` of lane l is added to the sum of gate l / 8 and row l / 2 % 4; pairs of lanes
+// have the same. Lane l gets the gates of row l % 4.
 template <typename W>
 __device__ __forceinline__ void unit_gates(float (&gates)[4], const W* weights, int64_t gate_stride, const float* h,
                                            int64_t dim, bool vectors, float add) {
@@ -84,12 +81,7 @@ __device__ __forceinline__ void unit_gates(float (&gates)[4], const W* weights, 
   const float sum = warp_sums<4 * block_rows>(sums) + add;
   const int row = threadIdx.x % block_rows;
 #pragma unroll
-  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(0xffffffffu, sum, g * 8 + row * 2);
-}
-
-__device__ __forceinline__ float initial(const float* state, const SlstmProblem& p, int64_t row, int head,
-                                         int64_t unit) {
-  return state == nullptr || row >= p.rows ? 0.0f : state[(row * p.heads + head) * p.dim + unit];
+  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(all_lanes, sum, g * 8 + row * 2);
 }
 
 template <typename W>
@@ -132,7 +124,7 @@ __global__ void __launch_bounds__(threads)
       unit_gates(gates, weights + unit * dim, p.heads * dim * dim, h_before, dim, vectors, add);
       if (lane < block_rows) {
         const int64_t at = lane * dim + unit;
-        SlstmUnit state{h_before[at], c[at], n[at], m[at]};
+        SlstmUnit state{.h = h_before[at], .c = c[at], .n = n[at], .m = m[at]};
         if (t < mine.length) {
           const SlstmUnitKept kept = slstm_unit<ExactMath>(gates[0], gates[1], gates[2], gates[3], state);
           const int64_t token = (mine.batch * p.seq + mine.start + t) * p.heads + head;
@@ -163,7 +155,7 @@ __global__ void __launch_bounds__(threads)
 template <typename W>
 __global__ void transpose_kernel(const W* from, W* to, int64_t heads, int64_t dim) {
   __shared__ float tile[32][33];
-  const int64_t tiles = (dim + 31) / 32, matrix = blockIdx.x / (tiles * tiles);
+  const int64_t tiles = ceil_div(dim, 32), matrix = blockIdx.x / (tiles * tiles);
   const int64_t gate = matrix / heads, head = matrix % heads;
   const int64_t out = blockIdx.x / tiles % tiles * 32, in = blockIdx.x % tiles * 32;
   from += (gate * heads + head) * dim * dim;
@@ -227,7 +219,7 @@ __global__ void __launch_bounds__(threads)
         for (int k = 0; k < slstm_kept; ++k) {
           kept[k] = params.kept[((token * p.heads + head) * slstm_kept + k) * dim + unit];
         }
-        SlstmUnitGradient g{dh[x], dc[x], dn[x], excess[x]};
+        SlstmUnitGradient g{.dh = dh[x], .dc = dc[x], .dn = dn[x], .excess = excess[x]};
         if (params.dh != nullptr) {
           g.dh += load_as_float(
               params.dh, at.batch * params.dh_batch + (at.start + t) * params.dh_seq + head * params.dh_head + unit,
@@ -263,12 +255,12 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// One token: a block takes 16 units, one a warp, of one head and 4 rows. The new h goes to `h_next`: other blocks still
-// read the old one.
+// One token. A block takes 16 units, one a warp, of one head and 4 rows. It writes the new h to `h_next`, because other
+// blocks still read the old h.
 template <typename W>
 __global__ void __launch_bounds__(threads) step_kernel(const __grid_constant__ SlstmStep params, float* h_next) {
   const int lane = threadIdx.x % 32;
-  const int64_t dim = params.dim, heads = params.heads, unit_tiles = (dim + warps - 1) / warps;
+  const int64_t dim = params.dim, heads = params.heads, unit_tiles = ceil_div(dim, warps);
   const int64_t unit = blockIdx.x % unit_tiles * warps + threadIdx.x / 32;
   const int64_t head = blockIdx.x / unit_tiles % heads;
   const int64_t first_row = blockIdx.x / unit_tiles / heads * block_rows;
@@ -299,10 +291,10 @@ __global__ void __launch_bounds__(threads) step_kernel(const __grid_constant__ S
   const float sum = warp_sums<4 * block_rows>(sums) + add;
   float gates[4];
 #pragma unroll
-  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(0xffffffffu, sum, g * 8 + lane % block_rows * 2);
+  for (int g = 0; g < 4; ++g) gates[g] = __shfl_sync(all_lanes, sum, g * 8 + lane % block_rows * 2);
   if (lane >= block_rows || row >= params.batch) return;
   const int64_t at = (row * heads + head) * dim + unit;
-  SlstmUnit state{params.h_state[at], params.c_state[at], params.n_state[at], params.m_state[at]};
+  SlstmUnit state{.h = params.h_state[at], .c = params.c_state[at], .n = params.n_state[at], .m = params.m_state[at]};
   slstm_unit<ExactMath>(gates[0], gates[1], gates[2], gates[3], state);
   h_next[at] = state.h;
   params.c_state[at] = state.c, params.n_state[at] = state.n, params.m_state[at] = state.m;
@@ -313,14 +305,14 @@ bool can_load_vectors(const void* weights, int64_t dim) {
   return dim % 4 == 0 && reinterpret_cast<uintptr_t>(weights) % 16 == 0;
 }
 
-int64_t blocks_of(const SlstmProblem& p) { return p.heads * ((p.rows + block_rows - 1) / block_rows); }
+int64_t blocks_of(const SlstmProblem& p) { return p.heads * ceil_div(p.rows, block_rows); }
 
-// Shared memory where `bytes` fit beside nothing else, else none.
+// `bytes` where they fit a block's shared memory, else 0.
 int64_t shared_bytes(int64_t bytes) { return bytes <= shared_memory_limit() ? bytes : 0; }
 
 int64_t weight_bytes(const SlstmProblem& p) {
   const int64_t bytes = 4 * p.heads * p.dim * p.dim * element_bytes(p.weight_dtype);
-  return (bytes + 255) / 256 * 256;
+  return ceil_div(bytes, 256) * 256;
 }
 
 template <typename Kernel>
@@ -359,7 +351,7 @@ cudaError_t backward(const SlstmBackward& params, void* workspace, cudaStream_t 
   return dispatch_dtype(p.weight_dtype, [&](auto zero) {
     using W = decltype(zero);
     W* transposed = static_cast<W*>(workspace);
-    const int64_t tiles = (p.dim + 31) / 32;
+    const int64_t tiles = ceil_div(p.dim, 32);
     transpose_kernel<W><<<static_cast<unsigned>(tiles * tiles * 4 * p.heads), dim3(32, 8), 0, stream>>>(
         static_cast<const W*>(p.weights), transposed, p.heads, p.dim);
     const int64_t bytes = shared_bytes(backward_floats * p.dim * static_cast<int64_t>(sizeof(float)));
@@ -380,8 +372,7 @@ int64_t slstm_step_workspace_bytes(const SlstmStep& params) {
 cudaError_t slstm_step(const SlstmStep& params, void* workspace, cudaStream_t stream) {
   return dispatch_dtype(params.weight_dtype, [&](auto zero) {
     using W = decltype(zero);
-    const int64_t unit_tiles = (params.dim + warps - 1) / warps,
-                  row_tiles = (params.batch + block_rows - 1) / block_rows;
+    const int64_t unit_tiles = ceil_div(params.dim, warps), row_tiles = ceil_div(params.batch, block_rows);
     float* h_next = static_cast<float*>(workspace);
     step_kernel<W>
         <<<static_cast<unsigned>(unit_tiles * params.heads * row_tiles), threads, 0, stream>>>(params, h_next);

@@ -10,7 +10,7 @@ namespace flash_xlstm::cuda::slstm_portable {
 int64_t forward_workspace_bytes(const SlstmForward& params);
 cudaError_t forward(const SlstmForward& params, void* workspace, cudaStream_t stream);
 
-// dx and the initial state's gradients.
+// Makes dx and the initial state's gradients.
 int64_t backward_workspace_bytes(const SlstmBackward& params);
 cudaError_t backward(const SlstmBackward& params, void* workspace, cudaStream_t stream);
 

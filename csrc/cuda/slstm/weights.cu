@@ -1,11 +1,11 @@
 // dR[gate, head] = sum over tokens of dx_t h_{t-1}^T and db = sum of dx_t: one product over all tokens of all rows,
-// after the loop. Where there are few tiles, the tokens are split among blocks; sums of the parts lie in scratch and
+// after the loop over the tokens. Where tiles are few, the tokens are split among blocks. Their sums go to scratch and
 // are added in a fixed order.
 //
-// 16 bits, dim from 128 on a multiple of 8: tiles of 128 outputs x 128 inputs, 8 warps of 64 x 32, tokens 32 at a time
-// through a ring of three stages that cp.async fills. Both operands lie as [token][column], the 16-byte chunks of a row
-// permuted, and are transposed by ldmatrix.
-// The rest: tiles of 64 x 64, 4 warps of 32 x 32, tokens 32 at a time: the next ones are read into registers while
+// 16-bit types, dim a multiple of 8 and at least 128: tiles of 128 outputs x 128 inputs, 8 warps of 64 x 32. Tokens
+// come 32 at a time through a ring of three stages that cp.async fills. Both operands lie as [token][column], with the
+// 16-byte pieces of a row permuted, and ldmatrix transposes them.
+// Otherwise: tiles of 64 x 64, 4 warps of 32 x 32. Tokens come 32 at a time, and the next 32 load into registers while
 // these are multiplied (warp_mma.cuh: float32 as three tf32 products, float16 as tf32).
 #include <algorithm>
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int tile = 64, chunk = 32, threads = 128;
 
-// starts[token]: the row whose first token it is, else -1.
+// starts[token]: the row that starts at the token, else -1.
 __global__ void starts_kernel(const __grid_constant__ SlstmProblem p, int32_t* starts) {
   const int64_t token = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (token >= p.batch * p.seq) return;
@@ -27,24 +27,11 @@ __global__ void starts_kernel(const __grid_constant__ SlstmProblem p, int32_t* s
     starts[token] = token % p.seq == 0 ? static_cast<int32_t>(token / p.seq) : -1;
     return;
   }
-  int64_t low = 0, high = p.rows;  // the last row that starts at the token or before
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (p.cu_seqlens[middle] <= token)
-      low = middle;
-    else
-      high = middle;
-  }
-  starts[token] = p.cu_seqlens[low] == token || token == 0 ? static_cast<int32_t>(low) : -1;
+  const int64_t row = sequence_of(p.cu_seqlens, p.rows, token);
+  starts[token] = p.cu_seqlens[row] == token || token == 0 ? static_cast<int32_t>(row) : -1;
 }
 
-template <typename T>
-struct alignas(16) Group {
-  static constexpr int width = 16 / sizeof(T);
-  T value[width];
-};
-
-// A chunk of dx and of h before it, in registers: each thread holds columns [column, column + width) of some tokens.
+// A chunk of dx_t and of h_{t-1}, in registers. Each thread holds columns [column, column + width) of some tokens.
 template <typename T>
 struct Loader {
   using Vector = Group<T>;
@@ -113,7 +100,7 @@ __global__ void __launch_bounds__(threads)
   __shared__ alignas(16) E dx[chunk * pitch];
   __shared__ alignas(16) E h[chunk * pitch];
   const SlstmProblem& p = params.p;
-  const int64_t tiles = (p.dim + tile - 1) / tile, matrix = blockIdx.x / (tiles * tiles);
+  const int64_t tiles = ceil_div(p.dim, tile), matrix = blockIdx.x / (tiles * tiles);
   const int gate = static_cast<int>(matrix / p.heads), head = static_cast<int>(matrix % p.heads);
   const int64_t out = blockIdx.x / tiles % tiles * tile, in = blockIdx.x % tiles * tile;
   const int64_t begin = blockIdx.y * tokens_a_split, stop = min(begin + tokens_a_split, p.batch * p.seq);
@@ -159,7 +146,7 @@ constexpr int tile = 128, threads = 256, stages = 3, blocks_a_multiprocessor = 2
 constexpr int row_bytes = tile * 2, operand_bytes = chunk * row_bytes;
 static_assert(stages * 2 * operand_bytes <= 48 * 1024);
 
-// Of an operand: 8 tokens of a chunk of 8 columns lie in different banks.
+// Offset in an operand of a 16-byte piece, 8 columns. The pieces of 8 successive tokens lie in different banks.
 __device__ __forceinline__ int chunk_offset(int token, int column_chunk) {
   return token * row_bytes + ((column_chunk ^ (token % 8)) * 16);
 }
@@ -171,14 +158,14 @@ __global__ void __launch_bounds__(threads, blocks_a_multiprocessor)
                    int64_t tokens_a_split) {
   __shared__ alignas(128) char ring[stages * 2 * operand_bytes];  // a stage: dx, then h
   const SlstmProblem& p = params.p;
-  const int64_t tiles = (p.dim + tile - 1) / tile, matrix = blockIdx.x / (tiles * tiles);
+  const int64_t tiles = ceil_div(p.dim, tile), matrix = blockIdx.x / (tiles * tiles);
   const int64_t gate = matrix / p.heads, head = matrix % p.heads;
   const int64_t out = blockIdx.x / tiles % tiles * tile, in = blockIdx.x % tiles * tile;
   const int64_t begin = blockIdx.y * tokens_a_split, stop = min(begin + tokens_a_split, p.batch * p.seq);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // This thread loads column chunk threadIdx.x % 16 of tokens threadIdx.x / 16 and 16 after it. Whether a token is a
-  // row's first, which decides where its h comes from, is asked for a stage ahead.
+  // This thread loads column chunk threadIdx.x % 16 of tokens threadIdx.x / 16 and 16 after it. A row's first token
+  // takes h from the initial state. `starts`, which tells, is loaded a stage ahead.
   const int column_chunk = threadIdx.x % 16, load_token = threadIdx.x / 16;
   const bool out_within = out + column_chunk * 8 < p.dim, in_within = in + column_chunk * 8 < p.dim;
   const int64_t width = p.heads * p.dim;
@@ -316,28 +303,28 @@ Plan plan(const SlstmProblem& p) {
   const int64_t multiprocessors = processor_count();
   Plan plan{};
   plan.wide = p.dtype != DType::float32 && p.dim >= wide::tile && p.dim % 8 == 0;
-  const int64_t side = plan.wide ? wide::tile : tile, tiles = (p.dim + side - 1) / side;
+  const int64_t side = plan.wide ? wide::tile : tile, tiles = ceil_div(p.dim, side);
   plan.blocks = tiles * tiles * 4 * p.heads;
   plan.tokens = p.batch * p.seq;
   plan.weights = 4 * p.heads * p.dim * p.dim;
-  const int64_t most = (plan.tokens + fewest_tokens - 1) / fewest_tokens;
+  const int64_t most = ceil_div(plan.tokens, fewest_tokens);
   int64_t splits = std::clamp<int64_t>(4 * multiprocessors / plan.blocks, 1, most);
   if (plan.wide) {
-    // The fewest that leave little of the last round of blocks idle, or the best of 16.
+    // The fewest splits with which blocks fill their waves to 95 %, or the best of 16.
     const int64_t at_once = multiprocessors * wide::blocks_a_multiprocessor;
     double best = 0.0;
     for (int64_t x = 1; x <= std::min<int64_t>(most, 16) && best < 0.95; ++x) {
-      const int64_t all = plan.blocks * x, rounds = (all + at_once - 1) / at_once;
+      const int64_t all = plan.blocks * x, rounds = ceil_div(all, at_once);
       const double busy = static_cast<double>(all) / static_cast<double>(rounds * at_once);
       if (busy > best) best = busy, splits = x;
     }
   }
-  plan.tokens_a_split = ((plan.tokens + splits - 1) / splits + chunk - 1) / chunk * chunk;
-  plan.splits = static_cast<int>((plan.tokens + plan.tokens_a_split - 1) / plan.tokens_a_split);
+  plan.tokens_a_split = ceil_div(ceil_div(plan.tokens, splits), chunk) * chunk;
+  plan.splits = static_cast<int>(ceil_div(plan.tokens, plan.tokens_a_split));
   return plan;
 }
 
-unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + 255) / 256); }
+unsigned blocks_for(int64_t count) { return static_cast<unsigned>(ceil_div(count, 256)); }
 
 }  // namespace
 

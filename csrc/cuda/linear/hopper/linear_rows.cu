@@ -1,22 +1,21 @@
-// y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums, on Hopper: what decoding does with every weight.
-// Each SM has one block, and each block nearly the same number of W's rows: so all end together, and each
-// reads its share as one stream, from the first stage to the last, that never waits for a sum.
+// y = x W^T + bias for up to 16 rows of x, bfloat16, float32 sums, on Hopper. Decoding does this with every weight.
+// Each SM has one block, and all blocks have nearly the same number of W's rows, so they end together. A producer warp
+// streams a block's share of W through a ring of stages by TMA, across tiles, and never waits for the epilogue.
 //
-// The rows of W are cut into tiles, as tall as makes them come out even (up to 48). A stage holds 128 of k of a tile's
-// rows and of every row of x, boxes of the TMA; x comes from the L2 cache, once for each tile. Eight
-// warps consume it: four share its k, two its rows. The products are mma.m16n8k16 with x as the 16 rows and W as the 8
-// columns, their operands brought by ldmatrix. A stage is given back as soon as it is in registers: to multiply while
-// the next is read, and give it back one later, was slower. At a tile's end the four sums over k are added through
-// shared memory, in a fixed order.
+// The rows of W are cut into tiles of equal height, up to 48, such that the blocks have equally many. A stage holds 128
+// of k: of the tile's rows of W and of every row of x, as TMA boxes. x comes from the L2 cache, once for each tile.
+// Eight consumer warps share a stage: four along k, two along the rows. The products are mma.m16n8k16 with x as the 16
+// rows and W as the 8 columns; ldmatrix loads both. A warp releases a stage when its operands are in registers. In the
+// epilogue the four sums over k are added through shared memory, in a fixed order.
 //
-// Decoding is a chain of such products, each over in some ten microseconds, so what lies between them counts:
-//   - Several products of one x are one launch: the tiles of all are dealt out.
-//   - A residual is added where y is written. For silu(x A^T) * (x B^T) a tile has rows of A and the same of B.
-//   - The launch may overlap the kernels before (dependent_launch.cuh): a block that has found an SM begins
-//     to read W, where the caller has promised that nothing under way writes it (`constant_weights`). Without the
-//     promise W waits as x does; fetching it into the L2 cache meanwhile gained nothing.
-// An RMS norm in front is a launch of its own: each block would have to make the normed x for itself, which for several
-// rows is more work than the products.
+// Decoding is a chain of such products of some ten microseconds each, so the time between them counts:
+//   - Several products of one x are one launch, whose tiles are dealt out together.
+//   - A residual is added in the epilogue. For silu(x A^T) * (x B^T) a tile has rows of A and the same rows of B.
+//   - By programmatic dependent launch (dependent_launch.cuh) a block may start while earlier kernels run. It then
+//     loads W, if the caller has promised that no running kernel writes it (`constant_weights`). It loads x after its
+//     wait, and without the promise W too.
+// An RMS norm of x is a launch of its own. Here each block would have to make the normed x, which for several rows is
+// more work than the products.
 #include <algorithm>
 
 #include "cuda/common/dependent_launch.cuh"
@@ -31,16 +30,17 @@ namespace {
 
 constexpr int consumers = 8, consumer_threads = consumers * 32, threads = consumer_threads + 32;
 constexpr int k_groups = 4, column_groups = consumers / k_groups;
-constexpr int warp_k = 32, stage_k = k_groups * warp_k;  // of a warp, of a stage
-// A box: 64 of k, 128 bytes of a row, whose 16-byte pieces are swizzled.
+constexpr int warp_k = 32, stage_k = k_groups * warp_k;  // k of a warp, of a stage
+// A TMA box has 64 of k, 128 bytes of a row, with 128-byte swizzle.
 constexpr int box_k = 64, boxes = stage_k / box_k, row_bytes = box_k * 2;
 constexpr int most_stages = 16, largest_tile = 48;
-// More than half of an SM's, so that each has one block. With room for two, the blocks of the next launch
-// would come while this one's end, two where one has ended early and none elsewhere.
+// exclusive_bytes is more than half of an SM's shared memory, so that an SM has one block. With room for two, the next
+// launch would put two blocks on an SM where this one ends early, and none on others. shared_limit leaves 24 KiB of the
+// 227 of a block unused.
 constexpr int exclusive_bytes = 116 * 1024, shared_limit = 203 * 1024;
-// Stages of W that are on their way before the kernels before have ended. More would hold up what those wait for; but
-// of a small product, whose blocks have one tile of at most small_rings times the ring, the whole ring: between its
-// launches memory has little else to do.
+// Stages of W that are loaded before the wait for earlier kernels. More would take bandwidth from those kernels. A
+// small product, whose blocks have one tile of at most small_rings times the ring, loads the whole ring: there memory
+// is idle between launches.
 constexpr int early_stages = 6, small_rings = 3;
 
 // column_tiles: 8 rows of W each, of a warp.
@@ -53,7 +53,7 @@ struct Shape {
   static constexpr int sums_stride = tile + 8;  // 8 banks on from row to row
   static constexpr int sums_bytes = k_groups * x_rows * sums_stride * 4;
   static constexpr int stages = std::min<int>(most_stages, (shared_limit - sums_bytes - 1024) / stage_bytes);
-  // one_tile: a block has no second, and the sums take the place of the stages.
+  // one_tile: no block has a second tile, so the sums may overwrite the stages.
   static constexpr int shared_bytes(bool one_tile) {
     return std::max(exclusive_bytes, stages * stage_bytes + (one_tile ? 0 : sums_bytes) + 1024);  // to align
   }
@@ -63,26 +63,25 @@ struct Maps {
   CUtensorMap x, weight[FusedLinearRows::max_parts];
 };
 
-// Of W, which is read once, and of x, which every block reads.
+// once: W, which is read once. Else x, which every block reads.
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int k, int row,
                                          bool once) {
-  constexpr uint64_t evict_first = 0x12f0000000000000ull, evict_last = 0x14f0000000000000ull;
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
       "%4}], [%2], %5;" ::"r"(ptx::shared_address(shared)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(k), "r"(row),
-      "l"(once ? evict_first : evict_last)
+      "l"(once ? ptx::evict_first : ptx::evict_last)
       : "memory");
 }
 
-// A tile of `columns` columns of y (rows of W): the part it belongs to, and its first column there.
+// A tile of `columns` columns of y, rows of W: its part (product), and its first column there.
 struct Tile {
   int part = 0, first;
 
   __device__ Tile(const FusedLinearRows& p, int tile, int columns) {
     const int parts = p.swiglu ? 1 : p.count;
     for (; part < parts - 1; ++part) {
-      const int tiles = static_cast<int>((p.part[part].out + columns - 1) / columns);
+      const int tiles = static_cast<int>(ceil_div(p.part[part].out, columns));
       if (tile < tiles) break;
       tile -= tiles;
     }
@@ -115,8 +114,8 @@ __global__ void __launch_bounds__(threads, 1)
 
   if (warp == consumers) {
     if (lane != 0) return;
-    const int pieces = (in + stage_k - 1) / stage_k;
-    // Blocks begin at different places of k, or all would ask the same few slices of the cache for x at a time.
+    const int pieces = ceil_div(in, stage_k);
+    // Blocks begin at different places of k. Else all would load the same piece of x from a few L2 slices at once.
     const int begin = static_cast<int>(blockIdx.x) * pieces / blocks;
     const auto place_of = [&](int piece) {
       const int at = begin + piece;
@@ -162,24 +161,24 @@ __global__ void __launch_bounds__(threads, 1)
   }
 
   const int k_group = warp % k_groups, column_group = warp / k_groups;
-  // Where in the first stage the row lies of which the lane tells ldmatrix: of x, for each 16 of k, and of W.
+  // The lane's ldmatrix addresses in the first stage: of x, for each 16 of k, and of W.
   const int matrix = lane / 8, matrix_row = lane % 8;
   const auto place = [&](int row, int piece) {
     return ring + k_group / 2 * S::box_bytes + row * row_bytes + ((k_group % 2 * 4 + piece) ^ matrix_row) * 16;
   };
-  const int x_row = matrix_row + (row_tiles == 2 ? matrix % 2 * 8 : 0);  // 8 rows are taken twice; nobody reads that
+  const int x_row = matrix_row + (row_tiles == 2 ? matrix % 2 * 8 : 0);  // of 8 rows, both halves: one is not used
   const uint8_t* const x_at[2] = {place(x_row, matrix / 2), place(x_row, 2 + matrix / 2)};
   const uint8_t* const weight_at = place(S::x_rows + column_group * column_tiles * 8 + matrix_row, matrix);
   wait_for_earlier_kernels();
   if (p.holds_next) let_next_kernel_start();
-  // Of the results that a thread will write, at most this many.
-  constexpr int items = (S::x_rows * S::tile + consumer_threads - 1) / consumer_threads;
+  // The most results that a thread writes.
+  constexpr int items = ceil_div(S::x_rows * S::tile, consumer_threads);
   int stage = 0, parity = 0;
   for (int t = blockIdx.x; t < tiles; t += blocks) {
     const Tile tile(p, t, columns);
     const int64_t out = p.part[tile.part].out;
     const int valid = static_cast<int>(min(static_cast<int64_t>(columns), out - tile.first));
-    // What is added to the sums is on its way meanwhile.
+    // Bias and residual are loaded before the products.
     float biases[items][2], residuals[items];
 #pragma unroll
     for (int i = 0; i < items; ++i) {
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(threads, 1)
       if (++stage == S::stages) stage = 0, parity ^= 1;
     }
 
-    // The stages have been read, or the last tile's sums.
+    // All have read the stages, or the last tile's sums.
     if (one_tile || t != blockIdx.x) ptx::named_barrier(1, consumer_threads);
     const auto sum_at = [&](int group, int row, int column) -> float& {
       return sums[(group * S::x_rows + row) * S::sums_stride + column];
@@ -249,24 +248,24 @@ __global__ void __launch_bounds__(threads, 1)
   }
 }
 
-// How the columns of y are dealt out: tiles of `columns`.
+// How the columns of y are dealt out: in tiles of `columns` columns.
 struct Plan {
   int tiles, columns, blocks;
 };
 
 int tiles_of(const FusedLinearRows& p, int64_t columns) {
   int64_t tiles = 0;
-  for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) tiles += (p.part[part].out + columns - 1) / columns;
+  for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) tiles += ceil_div(p.part[part].out, columns);
   return static_cast<int>(tiles);
 }
 
-// As few tiles a block as can be, and no taller than that takes.
+// As few tiles a block as possible, and of the least height that allows it.
 Plan plan(const FusedLinearRows& p, int most_rows) {
   int64_t total = 0;
   for (int part = 0; part < (p.swiglu ? 1 : p.count); ++part) total += p.part[part].out;
   const int blocks = processor_count(), most = most_rows / (p.swiglu ? 2 : 1);
   for (int64_t each = 1;; ++each) {
-    for (int64_t columns = (total + each * blocks - 1) / (each * blocks); columns <= most; ++columns) {
+    for (int64_t columns = ceil_div(total, each * blocks); columns <= most; ++columns) {
       const int tiles = tiles_of(p, columns);
       if (tiles <= each * blocks) {
         return {.tiles = tiles, .columns = static_cast<int>(columns), .blocks = std::min(tiles, blocks)};
@@ -308,7 +307,7 @@ cudaError_t launch_for(const FusedLinearRows& p, cudaStream_t stream) {
 
 }  // namespace
 
-// A tensor map's rows lie apart: not those of an expanded x.
+// Not an expanded x: a tensor map needs rows that do not overlap.
 bool serves(const FusedLinearRows& p) {
   return device_is_hopper() && encode_function() != nullptr && (p.rows == 1 || p.x_stride >= p.in);
 }

@@ -1,4 +1,4 @@
-// Products with few rows for compute capability 9.0.
+// Products with few rows for compute capability 9.0, within the limits of params/linear.h.
 #pragma once
 
 #include <cuda_runtime_api.h>

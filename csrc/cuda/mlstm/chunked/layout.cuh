@@ -1,13 +1,13 @@
 // How mLSTM kernels cut a problem into chunks.
 //
 // A chunk is up to `tokens` consecutive tokens of one sequence and never spans two sequences. Chunks are numbered over
-// all sequences. A sequence has one boundary more than it has chunks: boundary chunk + sequence is the chunk's start,
-// the next its end. States are large, so they are kept for a range of chunks only, or for every boundary.
+// all sequences. A sequence has one boundary more than it has chunks: the boundary at a chunk's start has the number
+// chunk + sequence, the one at its end the next. States are kept for a range of chunks, or for every boundary.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/common/ceil_div.h"
+#include "params/types.h"
 
 namespace flash_xlstm::cuda {
 
@@ -71,7 +71,7 @@ struct ChunkLayout {
 };
 
 #ifdef __CUDACC__
-// 1 / d_t, and the share of s_t in it. NaN in s_t stays NaN, which fmaxf would not see to.
+// 1 / d_t, d_t = max(|s_t|, exp(-m_t)) + eps. A NaN in s_t stays NaN; fmaxf would drop it.
 struct Normalizer {
   float inverse = 1.0f, sign = 0.0f;  // sign: of s_t where it decides d_t, else 0
   __device__ Normalizer(float s, float m, float eps, bool normalize = true) {

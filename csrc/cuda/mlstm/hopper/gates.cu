@@ -1,10 +1,15 @@
-// Everything that is one number per token. The gates lie with the heads innermost, so they are taken in tiles: some
-// chunks of one sequence, of up to eight heads at once (the scan of a long sequence: of fewer, to have more blocks).
-// What is done element by element goes along memory, through shared memory to warps that own a chunk of one head each,
-// four consecutive tokens a lane; scans run in float64. What is carried from tile to tile: for the scan, a cluster of
-// blocks has a sequence, some consecutive tiles each, and a block reads from the earlier ones' shared memory what their
-// tiles do to m; for the gradients every tile has a block, which leaves its share with a flag and waits for those of
-// later tiles.
+// Everything that is one number per token: the scan of the gates and the gates' gradients.
+//
+// The gates lie in memory with the heads innermost. So a block works on tiles: some chunks of one sequence, for up to
+// eight heads. The scan of a long sequence takes fewer heads a tile, which gives more blocks. A block reads and writes
+// the gates in memory order and passes them through shared memory. There a warp owns one chunk of one head, a lane four
+// consecutive tokens. Scans run in float64.
+//
+// Tiles of one sequence depend on each other.
+//   Scan: a thread block cluster has a sequence, each of its blocks a run of consecutive tiles. A block reads through
+//     distributed shared memory what the tiles of earlier blocks do to m.
+//   Gradients: every tile has a block. It writes its share to memory, sets a flag, and waits for the flags of the
+//     later tiles.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -18,11 +23,10 @@
 namespace flash_xlstm::cuda::hopper {
 namespace {
 
-constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int tokens_per_lane = 4;
 constexpr int most_heads = 8;  // of a tile: 32 bytes of float32 gates
 constexpr int most_warps = 32;
-constexpr int portable_cluster = 8, largest_cluster = 16;
+constexpr int blocks_of_16_warps = 2;  // that fit an SM
 static_assert(chunk_tokens == 32 * tokens_per_lane, "a chunk is a warp");
 
 __device__ __forceinline__ double infinity() { return static_cast<double>(INFINITY); }
@@ -31,7 +35,7 @@ struct Sequence {
   int seq, length;
   int begin;  // token, within its row of the batch
   int chunk;  // the first, among those of all sequences
-  // One without tokens has a tile too.
+  // At least 1: a sequence without tokens has a tile too.
   __device__ int tiles(const Work& w) const { return max((length - 1) / (w.tiles.chunks * chunk_tokens) + 1, 1); }
 };
 
@@ -52,15 +56,18 @@ struct Tile {
   __device__ int64_t row(const Work& w) const { return w.p.cu_seqlens == nullptr ? seq : 0; }
 };
 
-// Finds part `id` of all sequences', each cut into parts of so many tokens: its sequence, and which of its parts it is.
-// Packed: sequences are placed by their offsets, clamped to [0, seq] and kept from decreasing, so that wrong ones
-// cannot lead outside the tensors. A sequence without tokens has a part too. False: there are fewer parts than that.
+// Cuts every sequence into parts of part_tokens tokens, at least one each, and finds part `id` of them all: its
+// sequence, and its index within the sequence. Packed offsets are clamped to [0, seq] and kept from decreasing, so that
+// wrong ones cannot lead outside the tensors. Returns false where there are not so many parts.
 __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int part_tokens, Sequence& out,
                           int& index) {
   const Layout& l = w.layout;
   if (w.p.cu_seqlens == nullptr) {
     const unsigned per_seq = static_cast<unsigned>(parts_per_seq), seq = static_cast<unsigned>(id) / per_seq;
-    out = {static_cast<int>(seq), static_cast<int>(l.seq), 0, static_cast<int>(seq * l.chunks_per_seq)};
+    out = {.seq = static_cast<int>(seq),
+           .length = static_cast<int>(l.seq),
+           .begin = 0,
+           .chunk = static_cast<int>(seq * l.chunks_per_seq)};
     index = static_cast<int>(static_cast<unsigned>(id) - seq * per_seq);
     return true;
   }
@@ -92,7 +99,7 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
     end = max(end, begin);
     const int end_before = __shfl_up_sync(all_lanes, end, 1);
     if (lane > 0) begin = end_before;
-    const int own_chunks = (end - begin + chunk_tokens - 1) / chunk_tokens;
+    const int own_chunks = ceil_div(end - begin, chunk_tokens);
     const int own_parts = exists ? max((end - begin - 1) / part_tokens + 1, 1) : 0;
     int2 sum = make_int2(own_chunks, own_parts);
     for (int d = 1; d < 32; d *= 2) {
@@ -108,7 +115,7 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
       chunks += warp_sum[x].x, parts += warp_sum[x].y;
     }
     if (first_part <= wanted && wanted < first_part + own_parts) {
-      found = {static_cast<int>(s), end - begin, begin, first_chunk};
+      found = {.seq = static_cast<int>(s), .length = end - begin, .begin = begin, .chunk = first_chunk};
       found_index = wanted - first_part;
     }
     __syncthreads();
@@ -119,7 +126,7 @@ __device__ bool find_part(const Work& w, int64_t id, int64_t parts_per_seq, int 
 
 // The tables of packed sequences, for later kernels.
 __device__ void write_table(const Work& w, const Tile& tile) {
-  const int count = (tile.tokens + chunk_tokens - 1) / chunk_tokens;
+  const int count = ceil_div(tile.tokens, chunk_tokens);
   if (threadIdx.x < count) w.seq_of_chunk[tile.chunk + threadIdx.x] = tile.seq;
   if (threadIdx.x != 0) return;
   if (tile.index == 0) w.first_chunk[tile.seq] = tile.chunk, w.first_token[tile.seq] = tile.first;
@@ -129,7 +136,7 @@ __device__ void write_table(const Work& w, const Tile& tile) {
   }
 }
 
-// This thread's elements of the tile: four tokens of one head, `step` apart; neighbouring threads have neighbouring
+// This thread's elements of the tile: four tokens of one head, `step` apart. Neighbouring threads have neighbouring
 // heads, then tokens. Shared memory holds two rows of the tile's tokens for each head.
 struct Elements {
   int head, token, step;  // head within the tile's; first token within the tile
@@ -144,7 +151,7 @@ struct Elements {
     }
     row = head * row_pitch(w) + token;
   }
-  // Of the first in di, df, m.
+  // Index of the first element in di, df, m.
   __device__ int64_t output(const Work& w, const Tile& tile) const {
     const int64_t token_of_all = tile.row(w) * w.layout.seq + tile.first + token;
     return token_of_all * w.layout.heads + blockIdx.y * w.tiles.heads + head;
@@ -153,7 +160,7 @@ struct Elements {
   __device__ static int row_pitch(const Work& w) { return w.tiles.chunks * chunk_tokens + 4; }
 };
 
-// Loads are on their way all four before the first is used.
+// All four loads are issued before the first is used.
 __device__ __forceinline__ void load_gates(float (&out)[tokens_per_lane], const Work& w, const Strided& gate,
                                            const Tile& tile, const Elements& own, float outside) {
   const int64_t first = tile.row(w) * gate.batch + (tile.first + own.token) * gate.seq +
@@ -174,8 +181,8 @@ __device__ __forceinline__ void load_gates(float (&out)[tokens_per_lane], const 
   }
 }
 
-// The same bits as log_sigmoid, without its branches: lanes do not go two ways, and tokens overlap. log1pf is written
-// out for e in [0, 1]: 1 + e = 2^k (1 + r).
+// The same bits as log_sigmoid, without branches: lanes do not diverge, and the latencies of tokens overlap. log1pf is
+// written out for e in [0, 1]: 1 + e = 2^k (1 + r).
 __device__ __forceinline__ float straight_log_sigmoid(float x) {
   const float e = expf(-fabsf(x));
   const int k = (__float_as_int(__fadd_rz(e, 1.0f)) - 0x3f400000) & static_cast<int>(0xff800000);  // times 2^23
@@ -189,11 +196,10 @@ __device__ __forceinline__ float straight_log_sigmoid(float x) {
   return (x >= 0.0f ? 0.0f : x) - log1p_e;  // NaN too
 }
 
-// What follows from x (its conversion to float64) is worked out again behind this: kept, it would take more registers
-// than there are.
+// Hides x from the compiler, which then converts it to float64 again instead of keeping the result: that would spill.
 __device__ __forceinline__ void derive_anew(float& x) { asm volatile("" : "+f"(x)); }
 
-// A natural log as one to base 2, a whole number and the rest.
+// Converts a natural log to base 2, as a whole number and the rest.
 __device__ __forceinline__ float2 split_log(double x) {
   constexpr double log2_e = 1.4426950408889634;
   x *= log2_e;
@@ -205,17 +211,19 @@ __device__ __forceinline__ float2 split_log(double x) {
 // What a run of tokens does to m: m -> max(m + sum, top).
 struct Transform {
   double sum, top;
-  __device__ Transform then(const Transform& next) const { return {sum + next.sum, fmax(top + next.sum, next.top)}; }
+  __device__ Transform then(const Transform& next) const {
+    return {.sum = sum + next.sum, .top = fmax(top + next.sum, next.top)};
+  }
   __device__ double from(double m) const { return fmax(m + sum, top); }
 };
 
 // With b_t the cumulative log forget gate from the chunk's start on, beta_t = b_t - i_t and
 // alpha_t = min(-m_start, min_{j <= t} beta_j),
-//   m_t = max(m_start + b_t, max_{j <= t} b_t - b_j + i_j) = b_t - alpha_t:
-// a sum, then a minimum, neither of which waits for m_start.
+//   m_t = max(m_start + b_t, max_{j <= t} b_t - b_j + i_j) = b_t - alpha_t.
+// The sums and the minimum over j are made before m_start is known.
 struct ChunkLogs {
   double b[tokens_per_lane], beta[tokens_per_lane];
-  double least_before;  // beta before this lane's tokens
+  double least_before;  // the least beta before this lane's tokens
   Transform all;        // of the whole chunk, in the last lane
 };
 
@@ -242,7 +250,7 @@ __device__ ChunkLogs scan_chunk(const float* i_row, const float* lf_row, int lan
   for (int d = 1; d < 32; d *= 2) through = least(through, __shfl_up_sync(all_lanes, through, d));
   out.least_before = __shfl_up_sync(all_lanes, through, 1);
   if (lane == 0) out.least_before = infinity();
-  out.all = {out.b[3], out.b[3] - through};
+  out.all = {.sum = out.b[3], .top = out.b[3] - through};
   return out;
 }
 
@@ -282,7 +290,7 @@ __device__ __forceinline__ ChunkLogs scan_unit(const Work& w, const Unit& unit) 
   return scan_chunk(rows + at, rows + w.tiles.heads * pitch + at, unit.lane);
 }
 
-// What the tile does to m, for the first threads: a head each.
+// What the tile does to m. The first threads call it, one for each head.
 __device__ __forceinline__ Transform tile_total(const Work& w, const Transform* unit_total) {
   Transform total = unit_total[threadIdx.x];
 #pragma unroll 1
@@ -290,22 +298,22 @@ __device__ __forceinline__ Transform tile_total(const Work& w, const Transform* 
   return total;
 }
 
-// What the blocks of the cluster before this one do to m, in order; in lane 0 of a whole warp.
+// What the earlier blocks of the cluster do to m, in order. A whole warp calls it; lane 0 has the result.
 __device__ Transform earlier_blocks(const double2* own_total, int rank, int lane) {
-  Transform all{0.0, -infinity()};
+  Transform all{.sum = 0.0, .top = -infinity()};
   if (lane < rank) {
     const double2 theirs = ptx::load_peer(own_total, lane);
-    all = {theirs.x, theirs.y};
+    all = {.sum = theirs.x, .top = theirs.y};
   }
 #pragma unroll
   for (int d = 1; d < largest_cluster; d *= 2) {
-    all = all.then({__shfl_down_sync(all_lanes, all.sum, d), __shfl_down_sync(all_lanes, all.top, d)});
+    all = all.then({.sum = __shfl_down_sync(all_lanes, all.sum, d), .top = __shfl_down_sync(all_lanes, all.top, d)});
   }
   return all;
 }
 
-// A cluster has a sequence, packed ones too: its tiles in runs, one for each block. What a run does to m has to be
-// known before the runs behind it can be written, so a block with several tiles goes through them twice.
+// A cluster has one sequence, packed or not; each block has a run of its tiles. The later runs need what this run does
+// to m. So a block with several tiles reads them twice: first for that, then to write.
 __global__ void __launch_bounds__(most_warps * 32)
     scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last, int cluster) {
   let_next_kernel_start();
@@ -313,7 +321,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   __shared__ Transform unit_total[most_warps];
   __shared__ double2 block_total[most_heads];
   __shared__ double m_in[most_heads];
-  __shared__ Sequence seq;  // read anew where it is needed: registers are few
+  __shared__ Sequence seq;  // read from here where it is needed: in registers it would spill
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   const auto clear = [&](int* flags, int64_t count) {
 #pragma unroll 1
@@ -324,7 +332,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   clear(w.tile_flags, w.num_tile_flags);
   const Layout& l = w.layout;
   int begin, end;   // of this block's tiles
-  bool goes_twice;  // what the last tiles do to m nobody needs
+  bool goes_twice;  // not the last run: no block needs what that does to m
   {
     Sequence found;
     int only;  // part
@@ -335,13 +343,13 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (threadIdx.x == 0) seq = found;
   }
   __syncthreads();
-  if (begin >= end) {  // nothing to do, but the others of the cluster wait
+  if (begin >= end) {  // no tiles, but the other blocks of the cluster wait at the barriers
     ptx::cluster_barrier();
     ptx::cluster_barrier();
     return;
   }
   const int heads = w.tiles.heads;
-  // The first threads do what is once a head.
+  // The first threads do what is done once for each head.
   const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
   if (has_head()) {
     const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
@@ -351,7 +359,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
   }
   if (goes_twice) {
-    Transform total{0.0, -infinity()};
+    Transform total{.sum = 0.0, .top = -infinity()};
 #pragma unroll 1
     for (int index = begin; index < end; ++index) {
       const Tile tile(w, seq, index);
@@ -368,7 +376,7 @@ __global__ void __launch_bounds__(most_warps * 32)
 
 #pragma unroll 1
   for (int index = begin; index < end; ++index) {
-    {  // the same once more behind the barrier, from seq: it is not kept in registers meanwhile
+    {  // Tile is made again from seq behind the barrier: kept in registers it would spill
       const Tile tile(w, seq, index);
       if (w.p.cu_seqlens != nullptr && blockIdx.y == 0) write_table(w, tile);
       load_logs(w, tile, Elements(w, tile));
@@ -428,13 +436,13 @@ __global__ void __launch_bounds__(most_warps * 32)
       store(w.beta, betas);
       if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
       if (unit.lane == 31) {
-        w.alpha_last[unit.item] = log_alpha;  // nothing past the sequence's end changes it, nor m
+        w.alpha_last[unit.item] = log_alpha;  // padding past the sequence's end changes neither this nor m
         const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
         if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
       }
       if (m_out != nullptr) {
         float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
-        *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // over i, which is read
+        *reinterpret_cast<float4*>(to) = make_float4(ms[0], ms[1], ms[2], ms[3]);  // in the place of i
       }
     }
     if (m_out != nullptr) {
@@ -459,55 +467,63 @@ __global__ void __launch_bounds__(most_warps * 32)
   if (cluster > 1) ptx::cluster_wait();  // no block leaves while others may read its total
 }
 
-// The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
-// whose m took the input gate's branch (a reset) takes a and clears it; the others get it besides their dlf. Before the
-// first reset that is met (open), dlf_t + a_t is dm plus the sum of e + q . dq - k . dk over the tokens from t on:
-// <c, dc> + <n, dn>, which may be much larger, is gone from it. That sum is what is carried while open, and a itself
-// where a reset takes it is the difference to dlf of the token behind.
+// The gradient that flows through the stabilizer m, walked from the sequence's end to its start:
+//   a = dm - (<c, dc> + <n, dn>) at the end; a += e_t at every token.
+//   A reset is a token whose m took the input gate's branch. It adds a to its input gate's gradient and clears a.
+//   Every other token adds a to its forget gate's gradient, dlf_t + a_t.
+// Until the walk meets the first reset, it is open. There dlf_t + a_t = dm + the sum of e + q . dq - k . dk over the
+// tokens from t on. <c, dc> + <n, dn> may be much larger than this sum, and does not occur in it. So this sum is
+// carried while open. The a that a reset takes is this sum minus dlf of the next token.
 struct Carried {
   double value;
   bool open;
 };
 
-// What a run of tokens does to it.
+// What a run of tokens does to Carried.
 struct Walk {
   double closed, open;  // sums of e since the last reset, and of e + q . dq - k . dk
   int reset;
   __device__ Walk then(const Walk& earlier) const {
-    return earlier.reset ? earlier : Walk{closed + earlier.closed, open + earlier.open, reset};
+    return earlier.reset ? earlier
+                         : Walk{.closed = closed + earlier.closed, .open = open + earlier.open, .reset = reset};
   }
   __device__ Carried from(const Carried& x) const {
-    return reset ? Carried{closed, false} : Carried{x.value + (x.open ? open : closed), x.open};
+    return reset ? Carried{.value = closed, .open = false}
+                 : Carried{.value = x.value + (x.open ? open : closed), .open = x.open};
   }
 };
 
-// What the later tiles of the sequence do to it. Blocks take tiles in the order in which they start, from the last
-// tile on: what is waited for has started, and waiting cannot hang.
+// What the later tiles of the sequence do to Carried. Blocks take tiles from the last to the first, in the order in
+// which the blocks start. So a block waits only for blocks that run already, and cannot deadlock.
 __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t id, int64_t head, int lane) {
-  Walk behind{0.0, 0.0, 0};
+  Walk behind{};
   for (int first = tile.index + 1; first < count && !behind.reset; first += 32) {
-    Walk mine{0.0, 0.0, 0};
+    Walk mine{};
     if (first + lane < count) {
       const int64_t at = (id - tile.index + first + lane) * w.layout.heads + head;
       int flag;
       while ((flag = ptx::load_acquire(w.tile_flags + at)) == 0) __nanosleep(50);
       const double2 sums = w.tile_totals[at];
-      mine = {sums.x, sums.y, flag - 1};
+      mine = {.closed = sums.x, .open = sums.y, .reset = flag - 1};
     }
     __syncwarp();
     const auto from_lane = [&](int source) {
-      return Walk{__shfl_sync(all_lanes, mine.closed, source), __shfl_sync(all_lanes, mine.open, source),
-                  __shfl_sync(all_lanes, mine.reset, source)};
+      return Walk{.closed = __shfl_sync(all_lanes, mine.closed, source),
+                  .open = __shfl_sync(all_lanes, mine.open, source),
+                  .reset = __shfl_sync(all_lanes, mine.reset, source)};
     };
-    for (int d = 1; d < 32; d *= 2) mine = from_lane(lane + d).then(mine);  // right where 0 gets it from
+    for (int d = 1; d < 32; d *= 2) mine = from_lane(lane + d).then(mine);  // right in the lanes that lane 0 reads
     behind = from_lane(0).then(behind);
   }
   return behind;
 }
 
-// dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
-// before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
-// cancels but inside.
+// dlf_t is the sum of X S over the pairs j < t <= u. The pairs are summed by where j and u lie:
+//   j before the chunk, u after it   through
+//   j before it, u inside            suffix sum of q . dq across
+//   j inside, u after it             prefix sum of k . dk across
+//   both inside                      prefix and suffix sums of `within`
+// Large terms cancel only in the last.
 __global__ void __launch_bounds__(most_warps * 32)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
                           int state_tiles) {
@@ -535,7 +551,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   const int64_t stride = l.max_chunks * l.heads * chunk_tokens;
   const int64_t at = unit.item * chunk_tokens + lane * tokens_per_lane;
   const bool sigmoid = w.p.input_gate == InputGate::sigmoid;
-  // Across the chunk's ends; within it, k . dk and q . dq - k . dk.
+  // qdq, kdk: across the chunk's ends. in_k: k . dk within it; within: q . dq - k . dk within it.
   float qdq[tokens_per_lane] = {}, kdk[tokens_per_lane] = {}, in_k[tokens_per_lane] = {}, within[tokens_per_lane] = {},
         e[tokens_per_lane] = {};
   unsigned resets = 0;  // a byte a token
@@ -563,7 +579,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     for (int x = 0; x < tokens_per_lane; ++x) within[x] -= in_k[x];
   }
 
-  // Sums over later and earlier tokens of the chunk, and what is carried, over this lane's tokens and then the warp's.
+  // Sums over later and earlier tokens of the chunk, and of what is carried: over this lane's tokens, then the warp's.
   double later = 0.0, earlier = 0.0, closed = 0.0;
 #pragma unroll
   for (int x = tokens_per_lane - 1; x >= 0; --x) {
@@ -587,9 +603,10 @@ __global__ void __launch_bounds__(most_warps * 32)
   const double all_earlier = __shfl_sync(all_lanes, earlier, 31);
   if (lane == 0) {
     const bool reset = lanes_with_reset != 0;
-    unit_walk[unit.warp] = {closed, reset ? 0.0 : closed + later - all_earlier, reset};
+    unit_walk[unit.warp] = {
+        .closed = closed, .open = reset ? 0.0 : closed + later - all_earlier, .reset = static_cast<int>(reset)};
   }
-  // From here on those of the tokens behind this lane's, and before them.
+  // From here on: sums over the tokens after this lane's, and before them.
   earlier -= own_earlier;
   later = __shfl_down_sync(all_lanes, later, 1);
   closed = __shfl_down_sync(all_lanes, closed, 1);
@@ -607,8 +624,9 @@ __global__ void __launch_bounds__(most_warps * 32)
         ptx::store_release(w.tile_flags + to, 1 + all.reset);
       }
     }
-    // No stabilizer: as if past a reset, with nothing to carry.
-    const Carried at_end{sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head], !sigmoid};
+    // Without a stabilizer: as after a reset, with nothing carried.
+    const double from_m = sigmoid || dm_last == nullptr ? 0.0 : dm_last[tile.seq * l.heads + head];
+    const Carried at_end{.value = from_m, .open = !sigmoid};
     const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
     if (lane == 0) {
       carried_in[unit.head] = carried;
@@ -631,7 +649,7 @@ __global__ void __launch_bounds__(most_warps * 32)
             at_start.value + (at_start.open ? 0.0 : through + cross_q));  // <c, dc> + <n, dn> at the start
       }
     }
-    // Open, dlf + a has the carried sum less all k . dk for through, and a the difference of the two besides its e.
+    // While open: dlf + a has the carried sum minus all k . dk in the place of through. a has e plus their difference.
     double a = closed, base = through, besides = 0.0;
     if (from_here >> 1 == 0) {
       if (carried.open)
@@ -661,7 +679,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     *reinterpret_cast<float4*>(to + heads * pitch) = make_float4(into_f[0], into_f[1], into_f[2], into_f[3]);
   }
 
-  // Through the logarithm and the cap; a slope of 0 ends what is behind it.
+  // Through the logarithm and the cap. A slope of 0 gives 0 whatever the gradient is.
   const Elements own(w, tile);
   const float cap = w.p.gate_soft_cap;
   const bool i_has_slope = sigmoid || cap != 0.0f;
@@ -707,10 +725,10 @@ cudaError_t launch(const Work& w, void (*kernel)(Parameters...), int64_t blocks,
                       arguments...);
 }
 
-// The scan's tiles: of so few heads that a cluster of portable size has a block for every tile of a sequence, where
-// that is enough; so long sequences occupy as many SMs as many short ones do. Of two at most, and of 16
-// warps rather than 32: smaller clusters fit together where some SMs are left over (on an H200, 15 clusters
-// of 8 blocks of 32 warps do, and 8 sequences of 8 heads make 16).
+// The scan's tiles, smaller than the gradients': two heads at most, else one, and 16 warps, else 32. The first choice
+// is taken with which a cluster of portable size has a block for every tile of a sequence. So few long sequences occupy
+// as many SMs as many short ones. Blocks of 16 warps, because more clusters of them run at once: on an H200 15 clusters
+// of 8 blocks of 32 warps do, and 8 sequences of 8 heads make 16.
 Tiles choose_scan_tiles(const Work& w) {
   Tiles tiles = w.tiles;
   const int64_t length_chunks = ceil_div(w.p.seq, chunk_tokens);
@@ -728,16 +746,16 @@ Tiles choose_scan_tiles(const Work& w) {
   return tiles;
 }
 
-// Blocks for a sequence's tiles. Packed, one sequence may have nearly all tokens and many blocks then have nothing to
-// do: there are no more of these than fill the device about once.
+// Blocks of a sequence's cluster. Packed, one sequence may have nearly all tokens, and most other blocks then have no
+// tile. So all clusters together have at most as many blocks as run at once.
 int choose_cluster(const Work& w) {
-  constexpr int64_t most_packed_blocks = 256;
   static PerDevice known;
   int64_t most = cluster_limit(known, reinterpret_cast<const void*>(scan_gates_kernel), most_warps * 32,
                                shared_bytes(most_heads, most_warps / most_heads));
   if (w.p.cu_seqlens != nullptr) {
     const int64_t alone = w.p.num_seqs * ceil_div(w.p.heads, int64_t{w.tiles.heads});
-    most = std::clamp(most_packed_blocks / std::max(alone, int64_t{1}), int64_t{1}, most);
+    const int64_t at_once = blocks_of_16_warps * processor_count();
+    most = std::clamp(at_once / std::max(alone, int64_t{1}), int64_t{1}, most);
   }
   const int64_t each = ceil_div(w.tiles.per_seq, most);
   return static_cast<int>(ceil_div(w.tiles.per_seq, each));
@@ -745,8 +763,8 @@ int choose_cluster(const Work& w) {
 
 }  // namespace
 
-// Blocks of up to 32 warps where a tile then has the whole sequence, and nothing is carried. Else of 16 warps, two of
-// which fit an SM, as long as a cluster has a block for every tile; behind that of 32.
+// Up to 32 warps a block where a tile then has the whole sequence: nothing is carried. Else 16 warps, two blocks an SM,
+// where a cluster has a block for every tile. Else 32.
 Tiles choose_tiles(const MlstmProblem& p) {
   const bool packed = p.cu_seqlens != nullptr;
   const int64_t groups = ceil_div(p.heads, most_heads), heads = ceil_div(p.heads, groups);

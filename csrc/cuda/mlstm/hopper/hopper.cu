@@ -1,6 +1,9 @@
-// The Hopper mLSTM, step by step. Forward: gate scan, states at every chunk's start, h. Backward: gate scan and states
-// again (kept, they would take two thirds of the memory of q, k, v, h together at 256 x 512), dq with u, delta and e,
-// the states' gradients in place of the states, dk, dv, and last the gates.
+// The Hopper mLSTM, kernel by kernel.
+//   Forward: gate scan; states at every chunk's start; h.
+//   Backward: gate scan and states again; dq with u, delta and e; the states' gradients in place of the states; dk and
+//     dv; the gates' gradients.
+// The states are made again because keeping them would take two thirds of the memory of q, k, v and h together (at dqk
+// 256, dv 512).
 #include "cuda/common/carver.h"
 #include "cuda/common/device.h"
 #include "cuda/common/status.h"
@@ -12,7 +15,7 @@ namespace flash_xlstm::cuda::hopper {
 namespace {
 
 cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
-  // The stride of a dimension of size 1 is never followed, but it is checked.
+  // The driver checks the stride of a dimension of size 1 too, though it is never used.
   const auto bytes = [&](int64_t stride, int64_t size) {
     return static_cast<uint64_t>((size == 1 ? dim : stride) * 2);
   };
@@ -22,7 +25,7 @@ cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& 
                    {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
 }
 
-// m: the forward's m_t where its caller wants none: the outputs read it; null: not needed.
+// m: scratch for the forward's m_t, which the outputs read, where the caller wants none. nullptr: not needed.
 int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, float** m = nullptr) {
   Carver carver(workspace);
   w = Work{};
@@ -94,8 +97,9 @@ int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, floa
   return carve(params.p, false, workspace, w, given ? nullptr : &m);
 }
 
-// Called after a launch: encoding needs the device's context to be this thread's, which a thread of autograd's that has
-// not yet used the device lacks. The kernel that needs no maps runs meanwhile.
+// Called after the first launch. Encoding needs the device's context to be current in this thread, and a launch makes
+// it so: an autograd thread may not have used the device before. That first kernel, which needs no maps, runs
+// meanwhile.
 cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   const MlstmProblem& p = w.p;
   RETURN_IF_FAILED(encode_rows(maps.q, p.q, p, p.dqk));

@@ -15,9 +15,9 @@ inline std::string words() {
          std::to_string(least_dim) + " to " + std::to_string(most_dim);
 }
 
-// Whether these kernels serve the problem on the current device, if they can read its inputs.
+// Whether these kernels serve the problem on the current device, apart from its inputs' layouts (`reads`).
 bool serves(const MlstmProblem& p);
-// Beyond that: with dh only. Without it there is little to do.
+// Additionally for the backward: not without dh, where little is left to do.
 inline bool serves_backward(const MlstmBackward& params) { return params.dh.data != nullptr; }
 // Whether the TMA can follow an input: 16-byte aligned, strides greater than 0 and multiples of 16 bytes.
 bool reads(const Strided& t, const MlstmProblem& p);

@@ -1,4 +1,4 @@
-// dk and dv, for one type of q: one a file, for the compiler's time.
+// dk and dv for one type of q. Each type has a file of its own, so that they compile in parallel.
 #pragma once
 
 #include "cuda/mlstm/hopper/outputs.cuh"

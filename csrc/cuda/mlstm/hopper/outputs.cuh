@@ -1,49 +1,54 @@
 // The four outputs that have a row per token, by one design: h, dq, dk, dv of one chunk (128 tokens) of one head.
 //
-//   output  rows   A   B   T = A B^T        state S (at the chunk's)   Z    out row
-//   h       t      q   k   q_t . k_j        c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) scale / d_t
-//   dq      t      dh  v   dh_t . v_j       c (start)  S dh_t          k    (sum_j P_tj k_j + a_t S-term + n-term) scale
-//   dk      j      v   dh  dh_t . v_j       dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
-//   dv      j      k   q   q_t . k_j        dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
+//   output  rows   A   B   T = A B^T       state S (at the chunk's)   Z    out row
+//   h       t      q   k   q_t . k_j       c (start)  q_t S           v    (sum_j P_tj v_j + a_t S-term) scale / d_t
+//   dq      t      dh  v   dh_t . v_j      c (start)  S dh_t          k    (sum_j P_tj k_j + a_t S-term + n-term) scale
+//   dk      j      v   dh  dh_t . v_j      dc (end)   S v_j           q    sum_t P_jt q_t + w_j (S-term + dn)
+//   dv      j      k   q   q_t . k_j       dc (end)   k_j S           dh   sum_t P_jt dh_t + w_j S-term
 //
 // where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = D T (h);  D (T / d_t + delta_t) (dq; dk with scale);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
 //
-// A persistent block works through tiles of 128 rows by tile_n columns. Its producer warp streams 64-wide panels of A
-// and B, of A and S, and Z in two halves of 64 tokens, through a ring of stages, and runs ahead into the next tile
-// while the two consumer warpgroups (64 rows each) finish the last. A warpgroup waits for nothing but the ring: the
-// two share no data, so that one's arithmetic runs beside the other's products. It makes T in float32 registers: the
-// diagonal 64 x 64 block of its own rows' tokens and, where its rows reach the other 64 tokens, the full block of
-// those; turns it into P, rounded into the fragments of an A operand; then out = A S (64 x tile_n), scales its rows,
-// and adds P Z.
+// A persistent block works through tiles of 128 rows by tile_n columns. A producer warp streams operands by TMA through
+// a ring of stages: 64-wide panels of A and B, then of A and S, then Z in two halves of 64 tokens. It prefetches the
+// next tile while the two consumer warpgroups (64 rows each) finish the last. The warpgroups share no data and wait
+// only for the ring, so the arithmetic of one overlaps the products of the other. A warpgroup
+//   makes T in float32 registers: the diagonal 64 x 64 block of its own rows' tokens and, where its rows reach the
+//     other 64 tokens, the full block of those;
+//   turns T into P, rounded into fragments of an A operand;
+//   makes out = A S (64 x tile_n), scales its rows, and adds P Z.
 //
-// dq makes out = A S first and both tiles, q k^T and dh v^T, for u from exact products:
-//   u_t d_t / scale = sum_j D_tj (q_t . k_j) (dh_t . v_j) + g_t q_t . (c dh_t)
-// so that numerator and normalizer cancel where h does not depend on their common scale (dn, df and dm are such
-// differences); delta and e follow. The last term runs over all of dqk, so a tile makes the other column tiles' A S
-// too, before its own. The gates' gradients are sums of q . dq and k . dk: dq and dk leave what comes from across the
-// chunk's boundary, from their float32 accumulators; what comes from within the chunk, differences of which all but
-// cancel where forget gates are nearly shut, dq's kernel sums over rows and columns of the exact tile
+// dq makes out = A S first, then both tiles q k^T and dh v^T, because u needs exact products:
+//   u_t d_t / scale = sum_j D_tj (q_t . k_j) (dh_t . v_j) + g_t q_t . (c dh_t).
+// With these, numerator and normalizer cancel where h does not depend on their common scale: dn, df and dm are such
+// differences. delta and e follow from u. The last term runs over all of dqk, so a tile makes the other column tiles'
+// A S too, before its own.
+//
+// The gates' gradients are sums of q . dq and k . dk. dq and dk write the shares that cross the chunk's boundary, from
+// their float32 accumulators. The shares from within the chunk all but cancel where forget gates are nearly shut. So
+// dq's kernel sums them over rows and columns of the exact tile
 //   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t).
 //
-// s_t of h comes from float32: row sums of P before it is rounded, and q . n with n as a sum of three 16-bit numbers
-// beside S.
+// h's kernel makes s_t from float32: row sums of P before rounding, plus q . n. n is a sum of three 16-bit numbers that
+// are loaded beside S.
 //
-// A product takes 0 times NaN or infinity as NaN, so what is not finite in Z, T or S reaches elements that do not
-// depend on it. Elements that are not finite are therefore made once more, one by one (mend_rows); nothing else pays
-// for it.
+// A product turns 0 times NaN or infinity into NaN. So what is not finite in Z, T or S reaches elements that do not
+// depend on it. mend_rows recomputes the elements that are not finite, one by one. Finite results do not pay for it.
 //
-// float16: P and the states may leave its range. A row of P is scaled by a power of two to below 1, and so is its state
-// term; states are kept scaled by a power of two for each chunk (Work::state_log).
+// float16: P and the states may leave its range. A row of P and its state term are scaled by a power of two to below 1.
+// A chunk's state is kept scaled by a power of two (Work::state_log).
 //
-// Small heads (up to 64 x 64, bfloat16) are bound by the length of a tile's chain of waits. There the gates come
-// through the ring, what serves twice is loaded once (A for T and S; dk's operands for dv), P stays in registers, and
-// two blocks that make h share an SM: see SmallShared. h's blocks start beside those of the states, where
-// these leave room, instead of behind them, and take tiles in the order in which the states come. k and v, which both
-// read, are then still in the L2 cache. The ramps of the two kernels overlap.
+// Small heads (up to 64 x 64, bfloat16) are bound by the latency of a tile's chain of waits. There (SmallShared)
+//   the gates come through the ring;
+//   an operand that serves twice is loaded once: A for T and S, dk's operands for dv;
+//   P stays in registers;
+//   two blocks that make h share an SM.
+// h's kernel also starts beside the states' kernel, as far as SMs have room, and takes tiles in the order in which the
+// states are written. k and v, which both kernels read, are then still in the L2 cache, and the tail of one kernel
+// overlaps the start of the other.
 //
-// Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), 16 KiB to write rows
-// out; dq: 3 stages, and 48 KiB for D (q k^T).
+// Shared memory at tile_n 256: 4 stages of 48 KiB (A 16, B 16 or S 32; or Z 32; h: 1 more for n), and 24 KiB for P and
+// for output rows in the epilogue. dq: 3 stages, and 64 KiB for D (q k^T) and dh v^T.
 #pragma once
 
 #include <limits>
@@ -76,7 +81,6 @@ struct OutputArgs {
 constexpr int consumer_warps = 8;
 constexpr int output_threads = (consumer_warps + 4) * 32;
 constexpr int ab_bytes = 2 * box_bytes;
-constexpr unsigned all_lanes = 0xffffffffu;
 
 // One tile of an output: a chunk of one head by tile_n columns.
 struct Tile {
@@ -106,20 +110,20 @@ struct OutputShared {
   static constexpr int num_stages = is_dq ? 3 : 4;
   alignas(1024) unsigned char stage[num_stages][stage_bytes];
   alignas(1024) unsigned char n_parts[is_h ? num_stages : 1][n_bytes];
-  // Each warp's own: P of the diagonal block, then rows on their way out; dq: D (q k^T) of the block, then rows.
+  // Of each warp. First P of the diagonal block (dq: D (q k^T) of it), then output rows in the epilogue.
   alignas(16) unsigned char own[consumer_warps][is_dq ? 4096 : 2048];
-  // The same of the full block, of the group that has one; dq: and that block of dh v^T.
+  // Of each warp of the group that has a full block: the same of that block (dq: and its dh v^T).
   alignas(16) unsigned char own_full[consumer_warps / 2][is_dq ? 8192 : 2048];
   float column_sum[is_dq ? 2 : 1][is_dq ? consumer_warps : 1][box];
-  // Of the columns' tokens, for each group.
+  // Of the columns' tokens, a copy for each group.
   float2 col_log[2][chunk_tokens];  // beta, or alpha
   float col_inv_d[2][is_h || is_dq ? 1 : chunk_tokens], col_delta[2][is_h || is_dq ? 1 : chunk_tokens];
   float n[2][is_h ? 2 : tile_n];
   uint64_t full[num_stages], empty[num_stages];
 };
 
-// Small tiles, of heads up to 64 x 64: `blocks` blocks share an SM. A stage holds one operand, S with the
-// gates and the tile itself beside it. dk and dv of a chunk are made one after the other, from what is loaded once.
+// Small tiles, of heads up to 64 x 64: `blocks` blocks share an SM. A stage holds one operand. The stage of S also
+// holds the gates and the Tile. dk and dv of a chunk are made one after the other from operands that are loaded once.
 template <int blocks>
 struct SmallShared {
   static constexpr bool is_small = true;
@@ -132,21 +136,21 @@ struct SmallShared {
   static constexpr int inv_d_at = beta_at + log_bytes, delta_at = inv_d_at + float_bytes;
   static constexpr int tile_at = delta_at + float_bytes;
   alignas(1024) unsigned char stage[num_stages][stage_bytes];
-  alignas(16) unsigned char own[consumer_warps][1024];  // each warp's own: rows on their way out
+  alignas(16) unsigned char own[consumer_warps][1024];  // of each warp: output rows in the epilogue
   uint64_t full[num_stages], empty[num_stages];
 };
 
-// Where a small tile's operands lie, counted from its first stage. h: q, k, c, v; dk and dv: v, dh, dc, k, q.
+// The stages of a small tile's operands, from its first one on. h: q, k, c, v; dk and dv: v, dh, dc, k, q.
 template <Output output>
 struct SmallStages {
   static constexpr int a = output == Output::dv ? 3 : 0, b = output == Output::dv ? 4 : 1, s = 2;
   static constexpr int z = output == Output::dv ? 1 : output == Output::dk ? 4 : 3;
   static constexpr int gate_rows = 3;                    // dk: k
-  static constexpr bool is_last = output != Output::dk;  // dv, which comes next, needs the others
+  static constexpr bool is_last = output != Output::dk;  // dv comes after dk and still needs the stages
   static constexpr int count = output == Output::h ? 4 : 5;
 };
 
-// Not finite if `sum` or an element of `two` is not; else 0.
+// Keeps `sum` 0 as long as all elements of `two` have been finite.
 template <typename T>
 __device__ __forceinline__ void note_odd(uint32_t& sum, uint32_t two) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -184,13 +188,13 @@ struct Roles {
   static constexpr bool inner_is_dqk = output == Output::h || output == Output::dv;
   static constexpr bool gate_sums = output == Output::dq || output == Output::dk;
   static constexpr bool state_rows_are_k = inner_is_dqk;  // S lies as [k][n]
-  // The halves of Z in the order in which they come: first the one that all rows reach, j's first or t's last tokens.
+  // First token of Z's first and second half. The half that all rows reach comes first: j's first or t's last tokens.
   __device__ static constexpr int half_begin(int half) { return (half == 0) == rows_are_t ? 0 : box; }
-  // The group whose rows reach both.
+  // Whether the group's rows reach both halves.
   __device__ static bool reaches_both(int group) { return group == (rows_are_t ? 1 : 0); }
 };
 
-// Where the ring stands; producer and consumers walk it alike.
+// The place in the ring. Producer and consumers advance theirs alike.
 template <int num_stages>
 struct RingState {
   int stage = 0, parity = 0;
@@ -199,7 +203,7 @@ struct RingState {
   }
 };
 
-// Waits for the ring's stage `ahead` of where it stands.
+// Waits for the stage that is `ahead` stages after the ring's place, and gives its index.
 template <typename Shared>
 __device__ __forceinline__ int wait_for_stage(Shared& sh, RingState<Shared::num_stages> ring, int ahead) {
 #pragma unroll
@@ -208,7 +212,7 @@ __device__ __forceinline__ int wait_for_stage(Shared& sh, RingState<Shared::num_
   return ring.stage;
 }
 
-// The column tiles whose A S a tile makes, its own last.
+// How many column tiles' A S a tile makes, and which one comes x-th: its own is the last.
 template <Output output>
 __device__ __forceinline__ int state_tile_count(const OutputArgs& args) {
   return output == Output::dq ? args.tiles : 1;
@@ -262,7 +266,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
   const auto load_state = [&](int index) {
     if (!tile.has_state) return;
     const int col0 = index * tile_n;
-    // From the last panel of A to the first: the last ones are still in the L2 cache.
+    // From the last panel of A to the first: the last ones, just read for T, are still in the L2 cache.
     for (int k = (static_cast<int>(inner) - 1) / box * box; k >= 0; k -= box) {
       unsigned char* to = begin_stage(ab_bytes + boxes_n * box_bytes + (output == Output::h ? Shared::n_bytes : 0));
       uint64_t* full = &sh.full[ring.stage];
@@ -278,7 +282,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
       if constexpr (output == Output::h) ptx::tma_load(sh.n_parts[ring.stage], &maps.n_parts, full, k, 0, item);
       ring.advance();
     }
-    if constexpr (R::gate_sums) {  // the rows that dq and dk are multiplied by for the gates
+    if constexpr (R::gate_sums) {  // q for q . dq, k for k . dk
       for (int x = 0; x < boxes_n; x += 2) {
         unsigned char* to = begin_stage((boxes_n == 1 ? 1 : 2) * ab_bytes);
         for (int y = 0; y < (boxes_n == 1 ? 1 : 2); ++y) {
@@ -307,7 +311,7 @@ __device__ __forceinline__ void produce(const OutputArgs& args, Shared& sh, Ring
   }
 }
 
-// The same for a small tile of h, or dk and dv. The tile itself goes along, so that consumers need not work it out.
+// The same for a small tile of h, or of dk and dv. It also sends the Tile, so that consumers need not compute it.
 template <Output output, typename Shared>
 __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                               const Tile& tile) {
@@ -322,10 +326,10 @@ __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh
     ptx::tma_load(to + box_bytes, &map, full, 0, tile.head, tile.first + box, tile.row);
     ring.advance();
   };
-  if constexpr (is_h) {  // q, k, v, too, are there once a states' block runs
+  if constexpr (is_h) {  // the flag also means that q, k, v are written: the states' kernel has waited for them
     const int* const flag = args.w.state_flags + tile.item;
     while (ptx::load_acquire(flag) == 0) __nanosleep(50);
-    ptx::fence_async();  // between the stores of others and this thread's copies
+    ptx::fence_async();  // orders the states' stores before this thread's TMA loads
   }
   wait_for_stage();
   load_rows(is_h ? maps.q : maps.v);
@@ -336,7 +340,7 @@ __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh
   unsigned char* const to = sh.stage[ring.stage];
   uint64_t* full = &sh.full[ring.stage];
   *reinterpret_cast<Tile*>(to + Shared::tile_at) = tile;
-  ptx::fence_async_shared();  // before the TMA overwrites it, in time
+  ptx::fence_async_shared();  // orders this store before the TMA's next write to the stage
   const auto load_item = [&](int offset, const CUtensorMap& map) {
     ptx::tma_load(to + offset, &map, full, 0, 0, tile.item);
   };
@@ -363,9 +367,9 @@ __device__ __forceinline__ void produce_small(const OutputArgs& args, Shared& sh
   }
 }
 
-// Makes those elements of the warp's 16 written rows (from `first_row` on) that are not finite once more, one by one in
-// float32: a weight of 0 and a masked token take no part, whatever they hold. inv_d, delta: dq's, of rows quad and quad
-// + 8. Slow; what needs no second look is passed over early.
+// Recomputes, one by one in float32, those elements of the warp's 16 written rows (from `first_row` on) that are not
+// finite. Masked tokens and tokens of weight 0 are left out, whatever they hold. inv_d, delta: dq's, of rows quad and
+// quad + 8. Slow, so rows and columns that are rightly not finite are skipped early.
 template <Output output, int tile_n, typename T>
 __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile, int first_row, float2 inv_d,
                                        float2 delta) {
@@ -394,7 +398,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
   constexpr int groups = tile_n / 32;
   const int col0 = tile.index * tile_n + lane;
 
-  // Columns whose state is not finite: what depends on the state is rightly not.
+  // Columns whose state is not finite. Where a row depends on the state, these elements are rightly not finite.
   unsigned state_odd = 0;
   for (int g = 0; g < groups; ++g) {
     if (col0 + g * 32 >= columns || !tile.has_state) continue;
@@ -414,7 +418,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
     const float row_factor = !tile.has_state ? 0.0f
                              : R::rows_are_t ? fast_exp2(log_sum(row_log, m_start))
                                              : fast_exp2(log_difference(alpha_last, row_log));
-    // P of the tokens 32 x + lane, and whether they take part.
+    // P of the tokens 32 x + lane, and whether their weight is other than 0.
     float weights[chunk_tokens / 32], sum = 0.0f;
     unsigned takes_part[chunk_tokens / 32];
     bool own_is_odd = false;
@@ -446,7 +450,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
       factor = p.scale * Normalizer(sum, args.m == nullptr ? 0.0f : args.m[token], p.eps, p.normalize).inverse;
       if (tile.index == 0 && lane == 0 && args.s_out != nullptr) args.s_out[token] = sum;
     }
-    if (__any_sync(all_lanes, own_is_odd)) continue;  // what reaches the whole row
+    if (__any_sync(all_lanes, own_is_odd)) continue;  // this reaches the whole row
     for (int g = 0; g < groups; ++g) {
       const int col = col0 + g * 32;
       const bool odd = col < columns && !(to_float(out[col]) * 0.0f == 0.0f) &&
@@ -475,7 +479,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
   }
 }
 
-// Small tiles: out takes T's registers.
+// Small tiles: `out` has T's registers.
 template <bool is_small, int count>
 __device__ __forceinline__ auto& out_registers(float (&own)[count], float (&t)[32]) {
   if constexpr (is_small)
@@ -491,7 +495,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   constexpr bool gate_sums = R::gate_sums, is_h = output == Output::h, is_dq = output == Output::dq;
   constexpr bool is_dk = output == Output::dk, is_dv = output == Output::dv, is_half = std::is_same_v<T, half>;
   constexpr bool is_small = Shared::is_small;
-  // Registers suffice to have what is read from memory on its way early, and nothing made of it before a product.
+  // Whether there are registers to load gates before the products and to use them after.
   constexpr bool reads_early = tile_n <= 128;
   const Work& w = args.w;
   const Layout& l = w.layout;
@@ -501,13 +505,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   const int col0 = tile.index * tile_n;
   const int columns = static_cast<int>(R::inner_is_dqk ? w.p.dv : w.p.dqk);
   const int64_t inner = R::inner_is_dqk ? w.p.dqk : w.p.dv;
-  // Small: known to be the same for a warp's lanes; products behind a branch that may not be are serialized.
+  // Small tiles: by shuffles, so that the compiler knows them to be warp-uniform. It serializes wgmma behind a branch
+  // that may not be.
   const bool reaches_both = R::reaches_both(is_small ? __shfl_sync(all_lanes, group, 0) : group);
   const bool has_state = is_small ? __shfl_sync(all_lanes, tile.has_state ? 1 : 0, 0) != 0 : tile.has_state;
   const int rows[2] = {group * 64 + (warp % 4) * 16 + quad, group * 64 + (warp % 4) * 16 + quad + 8};
   const int diagonal = group * box, full = box - diagonal;  // first columns of the blocks
 
-  // The gates, on their way; used after the first products. Small tiles: most of them come through the ring.
+  // The gates are loaded here and used after the first products. Small tiles: most gates come through the ring.
   float2 row_log[2] = {}, col_log{};
   if constexpr (!is_small) {
     row_log[0] = (R::rows_are_t ? w.alpha : w.beta)[at + rows[0]];
@@ -526,7 +531,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       if (c < tile_n && col0 + c < columns) n_of_col[x] = w.n[tile.item * l.dqk + col0 + c];
     }
   }
-  // In shared memory: of the columns' tokens; n of the output's columns.
+  // In shared memory: of the columns' tokens, and n of the output's columns.
   const float2* col_logs = nullptr;
   const float *col_inv_d = nullptr, *col_delta = nullptr, *n_of_out = nullptr;
   if constexpr (!is_small) {
@@ -535,7 +540,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   }
   const auto share_gates = [&] {
     if constexpr (!is_small) {
-      ptx::named_barrier(1 + group, 128);  // the last tile's have been read
+      ptx::named_barrier(1 + group, 128);  // all have read the last tile's
       sh.col_log[group][thread % 128] = col_log;
       if constexpr (is_dk || is_dv) sh.col_inv_d[group][thread % 128] = inv_d_of_col;
       if constexpr (is_dk) sh.col_delta[group][thread % 128] = delta_of_col;
@@ -550,7 +555,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   };
   const auto pair_at = [&](const float* from, int col) { return *reinterpret_cast<const float2*>(from + col); };
 
-  const auto scaled_pair_at = [&](const float* from, int col) {  // the larger tiles' have been scaled
+  const auto scaled_pair_at = [&](const float* from, int col) {  // larger tiles scale before they store
     float2 two = pair_at(from, col);
     if constexpr (is_small) two.x *= w.p.scale, two.y *= w.p.scale;
     return two;
@@ -575,8 +580,9 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&sh.empty[s]);
   };
-  // Issues a panel after another; a stage is given back once the next panel's products have been issued. Accumulators
-  // start from written zeros: one that a product may or may not read holds its registers from tile to tile.
+  // Issues the products of one panel after another. A stage is released once the next panel's products are issued.
+  // Accumulators start from zeros that are written: an accumulator that a product reads only on a condition would keep
+  // its registers from tile to tile.
   const auto for_panels = [&](int width, auto&& issue) {
     int last = 0;
     for (int k = 0; k < width; k += box) {
@@ -603,8 +609,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
                                                   ptx::wgmma_descriptor(right + kk * 32), adds || kk > 0);
     }
   };
-  // Both groups make both blocks, though one needs a half of it: the products of a branch the compiler would serialize
-  // for want of registers.
+  // Both groups make both blocks, though one of them needs only the diagonal one. Behind a branch the compiler would
+  // serialize the products, because registers are too few.
   const auto product_both = [&](float (&to0)[32], float (&to1)[32], int64_t width) {
 #pragma unroll
     for (int x = 0; x < 32; ++x) to0[x] = to1[x] = 0.0f;
@@ -618,7 +624,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   // Small tiles: waits for one of the tile's stages.
   const auto small_stage = [&](int index) { return wait_for_stage(sh, ring, index); };
 
-  // Where the diagonal block's columns end for this thread: pair c's first column is at c * 8 beyond it, row - column.
+  // Row minus column of this thread's first element of the diagonal block. The columns of pair c are c * 8 further on.
   const int to_diagonal = (warp % 4) * 16 + quad - pos * 2;
   const auto reaches = [&](int c, int r, int y) {
     const int ahead = to_diagonal + r * 8 - c * 8 - y;
@@ -640,7 +646,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
   };
 
-  [[maybe_unused]] uint32_t p_diagonal[4][4], p_full[4][4];  // small tiles: P
+  [[maybe_unused]] uint32_t p_diagonal[4][4], p_full[4][4];  // small tiles: P as fragments
   float inv_d[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};  // dq
   float row_sum[2] = {0.0f, 0.0f}, row_inside[2] = {0.0f, 0.0f};
   float* const own_weights = reinterpret_cast<float*>(sh.own[warp]) + lane;  // dq
@@ -774,7 +780,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   };
 
   const int64_t shares_stride = l.max_chunks * l.heads * chunk_tokens;
-  // Of the rows' tokens: how far the state reaches.
+  // The state's weight in the rows.
   float state_factor[2];
   const auto set_state_factor = [&] {
 #pragma unroll
@@ -798,7 +804,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       dot_out[0] = dot_out[1] = dot_n[0] = dot_n[1] = 0.0f;
       for_dots([&](int c, int r, float2 q) {
         const float2 n = pair_at(n_of_out, c * 8 + pos * 2);
-        // In place: the compiler would put the sums off to behind the loop, which alone uses the last.
+        // In place: the compiler would move the sums behind the loop, and only the last are used there.
         ptx::fma_in_place(dot_out[r], q.x, out[c * 4 + r * 2]);
         ptx::fma_in_place(dot_out[r], q.y, out[c * 4 + r * 2 + 1]);
         ptx::fma_in_place(dot_n[r], q.x, n.x);
@@ -813,7 +819,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
       dot_n[r] = quad_sum(dot_n[r]);
     }
 
-    // D (q k^T) waits in shared memory, each thread's own.
+    // D (q k^T) goes to shared memory, to a place of each thread's own.
     product_both(tile_t, second, w.p.dqk);
     if constexpr (reads_early) set_state_factor();
     for_decays(diagonal, [&](int c, int r, int y, float d) {
@@ -866,8 +872,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   } else if constexpr (is_small) {
     using At = SmallStages<output>;
     const int stage_a = small_stage(At::a), stage_b = small_stage(At::b);
-    // False, but the compiler does not know: so T's second block and out take over the registers of the first. Zeros
-    // written ahead would have their own, and there are not enough for that.
+    // False, but the compiler does not know it. So T's second block and `out` reuse the registers of the first block.
+    // Zeros written ahead would take registers of their own, and spill.
     const bool adds = args.tiles_of_both < 0;
     const auto make_t = [&](int begin, bool is_first) {
       if (is_first) {
@@ -939,7 +945,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     weigh(of_diagonal, diagonal, std::true_type{});
     if (reaches_both) weigh(of_full, full, std::false_type{});
   }
-  // For want of registers P waits in shared memory for the state's product, which dq has had before.
+  // P goes to shared memory while the state's product runs: registers are too few for both. dq's came first.
   uint4 *own_p = nullptr, *own_full_p = nullptr;
   if constexpr (!is_small) {
     scale_rows(of_diagonal, of_full);
@@ -959,7 +965,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     state_product();
   }
 
-  // The state's term, and dn's and n's.
+  // Scales the state's term; adds those of dn and n.
   float n_share[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -1008,7 +1014,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     ptx::hold(out);
     ptx::wgmma_fence();
     add_product(p_diagonal, diagonal);
-    add_product(p_full, reaches_both ? full : diagonal);  // zeros times what the rows depend on anyway
+    add_product(p_full, reaches_both ? full : diagonal);  // else zeros times rows that the output depends on anyway
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::hold(out);
@@ -1043,7 +1049,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     };
     add_product(own_p, of_diagonal, !reaches_both);
     if (reaches_both) add_product(own_full_p, of_full, true);
-    ptx::mbarrier_wait(&sh.full[last], last_parity);  // by one group not read; given back in its turn
+    ptx::mbarrier_wait(&sh.full[last], last_parity);  // one group does not read it, but releases it in order
     release(first);
     release(last);
   }
@@ -1072,7 +1078,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     }
   }
   if constexpr (is_dq) {
-    // Sums over columns: of the diagonal block for the group's own tokens, of the full block for the other group's.
+    // Column sums: of the diagonal block for the group's own tokens, of the full block for the other group's.
     ptx::named_barrier(1 + group, 128);
     const int block = thread % 128 / box, token = (block == 0 ? diagonal : full) + thread % box;
     float sum = 0.0f;
@@ -1083,7 +1089,8 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   }
 
   unsigned char* const part = sh.own[warp];
-  // Rows go out through shared memory, 16 rows x 64 columns (small tiles: 32) a warp at a time, 16 bytes a lane.
+  // The epilogue: rows go through shared memory, 16 rows x 64 columns (small tiles: 32) a warp at a time, then 16 bytes
+  // a lane to memory.
   constexpr int part_cols = is_small ? box / 2 : box, lanes_a_row = part_cols / 8, rows_a_store = 32 / lanes_a_row;
   constexpr int stores = 16 / rows_a_store;
   T* to[stores];  // of the rows that this lane writes to; null where there is none
@@ -1095,7 +1102,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     to[y] += col0 + lane % lanes_a_row * 8;
     if (row >= tile.length) to[y] = nullptr;
   }
-  // Neighbouring rows' chunks of 16 bytes at different banks.
+  // The 16-byte pieces of neighbouring rows lie in different banks.
   const auto part_at = [&](int row, int chunk16) {
     return part + row * part_cols * 2 + (chunk16 ^ (is_small ? row / 2 % 4 : row % 8)) * 16;
   };
@@ -1132,14 +1139,14 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
   if constexpr (is_small) {
     using At = SmallStages<output>;
     if constexpr (At::is_last) {
-      release(small_stage(At::s));  // with it the tile itself
+      release(small_stage(At::s));  // it also holds the Tile, which was in use
 #pragma unroll
       for (int x = 0; x < At::count; ++x) ring.advance();
     }
   }
 }
 
-// What a kernel makes: one output, or dk and dv together, whose tiles of one chunk share much of what they read.
+// What a kernel makes: one output, or dk and dv together. dk's and dv's tiles of one chunk share most operands in L2.
 template <Output output, int tile_n, typename T>
 struct One {
   using Shared = OutputShared<output, tile_n>;
@@ -1177,7 +1184,7 @@ struct DkAndDv {
   }
 };
 
-// Small tiles of h, or dk and dv.
+// Small tiles: of h, or of dk and dv.
 template <int blocks, Output first, Output... others>
 struct Small {
   using Shared = SmallShared<blocks>;
@@ -1226,12 +1233,17 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
   const auto tile_of = [&](const Chunk& chunk, int head, int index) {
     const bool is_empty = Makes::rows_are_t ? chunk.is_first && args.w.starts_empty
                                             : chunk.is_last && args.w.ends_empty;
-    return Tile{static_cast<int>(chunk.row), static_cast<int>(chunk.first), chunk.length,
-                static_cast<int>(chunk.chunk * l.heads) + head, head, index, !is_empty};
+    return Tile{.row = static_cast<int>(chunk.row),
+                .first = static_cast<int>(chunk.first),
+                .length = chunk.length,
+                .item = static_cast<int>(chunk.chunk * l.heads) + head,
+                .head = head,
+                .index = index,
+                .has_state = !is_empty};
   };
-  // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. They take turns from
-  // round to round: where the number of blocks is a multiple of that of tiles, a block would have tiles of one kind
-  // only, all the long ones (dk's) or all the short ones (dv's).
+  // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. Where the number of
+  // blocks is a multiple of the number of tiles, a block would always get the same column tile: long ones only (dk's)
+  // or short ones only (dv's). So the assignment shifts by one from round to round.
   const auto for_tiles = [&](auto&& f) {
     const int heads = static_cast<int>(l.heads), tiles = args.tiles_of_both, blocks = static_cast<int>(gridDim.x);
     const int count = static_cast<int>(l.max_chunks) * heads * tiles;
@@ -1246,7 +1258,7 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
       f(tile_of(chunk, item - chunk_index * heads, turn));
     }
   };
-  // In the order in which their states come, each to the next block that has room for it; packed, in their own order.
+  // Tiles in the order in which their states are written, each to the block that asks next. Packed: in chunk order.
   const auto for_tiles_in_turn = [&](auto&& f) {
     const Work& w = args.w;
     const auto heads = static_cast<unsigned>(l.heads);
@@ -1254,11 +1266,11 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
     const auto segments = static_cast<unsigned>(packed ? 1 : w.segments);
     const auto chunks = static_cast<unsigned>(packed ? l.max_chunks : l.chunks_per_seq);
     const auto rows = static_cast<unsigned>(packed ? 1 : l.num_seqs);
-    const unsigned per_segment = (chunks + segments - 1) / segments, side_by_side = segments * rows * heads;
+    const unsigned per_segment = ceil_div(chunks, segments), side_by_side = segments * rows * heads;
     const unsigned count = per_segment * side_by_side;
     int* const taken = w.state_flags + w.num_state_flags - 1;
     for (unsigned index = blockIdx.x; index < count;) {
-      const unsigned next = gridDim.x + static_cast<unsigned>(atomicAdd(taken, 1));  // on its way while this one loads
+      const unsigned next = gridDim.x + static_cast<unsigned>(atomicAdd(taken, 1));  // early, to hide its latency
       const unsigned step = index / side_by_side;
       unsigned rest = index - step * side_by_side;
       const unsigned head = rest % heads;
@@ -1287,7 +1299,7 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
     if constexpr (Makes::follows_states) {
       while (Makes::consume_tile(args, sh, ring)) {
       }
-      wait_for_earlier_kernels();  // so that what waits for this kernel has waited for the states' as well
+      wait_for_earlier_kernels();  // a kernel that waits for this one has then waited for the states' too
     } else if constexpr (Shared::is_small) {
       const int64_t chunks = l.first_chunk == nullptr ? l.max_chunks : l.first_chunk[l.num_seqs];
       const int count = static_cast<int>(chunks * l.heads) * args.tiles_of_both;

@@ -4,33 +4,37 @@
 //   backward  dc <- g dc + sum_t w_t q_t dh_t^T       w_t = scale exp(b_t + m_start - m_t) / d_t
 //   with g = exp(b_end + m_start - m_end); n and dn likewise with 1 for v and delta_t d_t for dh.
 //
-// A block owns a piece of one head's state, 64 dqk x tile_dv for each of its one or two consumer warpgroups, keeps it
-// in float32 registers as wgmma's accumulator, and walks the chunks of one sequence. A producer warp streams k and v (q
-// and dh) through a ring of 64-token stages. Each chunk, a consumer: rounds its piece into shared memory, from where
-// the TMA takes it to its slot; multiplies it by g; then, for each 16 tokens, loads k^T fragments (transposed
-// ldmatrix), weights them in float32, rounds them and issues one m64 x tile_dv x 16 product with v straight from the
-// stage. n is summed from the float32 weighted fragments by the blocks of the first dv tile. Backward, the state at the
-// chunk's start comes through the ring too, for g (<c, dc> + <n, dn>), before the slot is overwritten.
+// A block has one or two consumer warpgroups. Each owns a 64 dqk x tile_dv piece of one head's state, keeps it in
+// float32 registers as wgmma's accumulator, and walks the chunks of one sequence. A producer warp streams k and v (q
+// and dh) by TMA through a ring of 64-token stages. For each chunk a consumer
+//   rounds its piece into shared memory, from where the TMA stores it to its slot;
+//   multiplies the piece by g;
+//   for each 16 tokens loads k^T fragments (transposed ldmatrix), weights them in float32, rounds them and issues one
+//     m64 x tile_dv x 16 wgmma with v from the stage.
+// Blocks of the first dv tile sum n from the float32 weighted fragments. Backward, the ring also brings the state at
+// the chunk's start, for g (<c, dc> + <n, dn>), before its slot is overwritten.
 //
-// With few heads a sequence is cut into segments, one for each of some blocks, which need the states at their starts.
-// So what comes before the last segment is walked by all of them first, an equal piece each, cut once more where a
-// segment begins: from zero (the first from the initial state), leaving the state at the end of each run in memory. A
-// state at a segment's start is then state_end = keep state_start + that, run after run, keep being the product of g;
-// from there each block walks its own segment and writes. The first walk of a run leaves out what the gates have
-// forgotten by its end, mostly all but some thousand tokens (and with it a NaN there, which g = 0 would keep). Blocks
-// wait only for blocks with lower indices, which start first: the run that ends where segment s begins belongs to block
-// s or one before it.
+// With few heads a sequence is cut into segments, one a block. A block needs the state at its segment's start. The walk
+// has two passes.
+//   First pass: all blocks share the steps before the last segment, an equal piece each. A piece is cut where a segment
+//     begins into two runs at most. A block walks each run from a state of zero (the first run of all: from the initial
+//     state) and writes the state at the run's end, and keep, the product of g over the run, to memory.
+//   Second pass: a block combines the runs before its segment, one after the other: state = keep state + the run's.
+//     Then it walks its segment and writes the slots.
+// The first pass skips the tokens that the gates have forgotten by the run's end: in a long run mostly all but some
+// thousand. This drops a NaN there too, which g = 0 would keep. The run that ends where segment s begins belongs to
+// block s or an earlier one, so a block waits only for blocks that started before it.
 //
-// float16: the state is kept, in registers as in memory, scaled by a power of two that bounds its weights, known to all
-// blocks of a head since it comes from the weights alone; so are the weighted operands.
+// float16: the state is kept scaled by a power of two that bounds its weights, in registers and in memory. The weighted
+// operands have the same scale. It follows from the weights alone, so all blocks of a head have the same.
 //
-// The weights of a step's tokens, and g, are made by three more warps of the producer's, each for every third step, so
-// that no consumer waits for the memory that they are read from.
+// The producer warpgroup's other three warps make g and the weights of a step's tokens, each warp for every third step.
+// So no consumer waits for the loads of the gates.
 //
-// Of a chunk's two halves the second's fragments are made while the first's products run. Small states (dv up to 128),
-// whose walks are bounded by the length of a step, not by what it moves, share SMs where they fit. A step
-// holds a chunk's two stages to its end, so what is on its way meanwhile is the rest of the ring: at 64 x 64 four more.
-// Forward, the outputs of these start beside the walk (outputs.cuh): each waits for a flag that its state is there.
+// The second half of a chunk is turned into fragments while the first half's products run. A step holds a chunk's two
+// stages to its end; the rest of the ring prefetches (four stages at 64 x 64). Small states (dv up to 128) are bound by
+// the latency of a step, not by bandwidth, so two blocks share an SM where they fit. Forward at 64 x 64 in bfloat16,
+// the outputs' kernel runs beside this one (outputs.cuh): an output waits for the flag of its state.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
@@ -63,7 +67,7 @@ struct StateArgs {
   const float* log0;  // backward: of what was kept before
 };
 
-// What a step takes of a chunk's tokens.
+// The weights of a chunk's tokens, for one step.
 struct alignas(16) Weights {
   float product[chunk_tokens];  // of the product
   float n[chunk_tokens];        // of the n sum; backward only
@@ -71,10 +75,10 @@ struct alignas(16) Weights {
   unsigned most;                // float16: the bits of the largest
   bool has_zero;
 };
-constexpr int weighers = 3;  // warps that make them, each those of every third step
+constexpr int weighers = 3;  // warps that make Weights, each for every third step
 
-// log2 of what is left at a run's end of a state that need not be walked: of one up to 2^34, less than any normal
-// number.
+// A step is skipped where the gates after it multiply its state by less than 2^this: a state up to 2^34 is then below
+// the smallest normal number.
 constexpr float forgotten = -160.0f;
 
 template <int groups, int tile_dv, typename T>
@@ -82,7 +86,7 @@ struct StateShared {
   static constexpr bool is_small = tile_dv <= 128;
   static constexpr int num_stages = groups == 1 && tile_dv == 64 ? 6 : groups == 2 && is_small ? 4 : 3;
   static constexpr int blocks_per_processor = groups == 1 && is_small ? 2 : 1;
-  // No more in all than the launch gives the block, or the consumers would wait for the rest forever.
+  // setmaxnreg: the sum must not exceed what the launch gives the block, else the consumers would wait forever.
   static constexpr int launch_registers = 65536 / ((groups + 1) * 128 * blocks_per_processor) / 8 * 8;
   static constexpr int producer_registers = 48;
   static constexpr int consumer_registers =
@@ -98,7 +102,7 @@ struct StateShared {
   Weights weights[weighers];                // of step s: weights[s % weighers]
   uint64_t full[num_stages], empty[num_stages];
   uint64_t weights_full[weighers], weights_empty[weighers];
-  int run_begin[2];  // of this block's two runs, without what is forgotten by their ends
+  int run_begin[2];  // first step walked of this block's two runs: earlier ones are forgotten
   int turn;
 };
 
@@ -115,15 +119,15 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   extern __shared__ unsigned char shared_bytes[];
   Shared& sh = *reinterpret_cast<Shared*>(shared_bytes + ptx::bytes_to_align<1024>(shared_bytes));
 
-  // The outputs of small tiles rely on this order: where they have started, the gates are there, and all blocks of this
-  // kernel run.
+  // The outputs of small tiles rely on this order: when they start, the gates are written and all blocks of this kernel
+  // run.
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
   const Work& w = args.w;
   const Layout& l = w.layout;
-  // A segment waits for those before it. The hardware may start blocks in any order, so they take their places in the
-  // order in which they do start: those waited for have.
+  // A segment waits for earlier ones. The hardware may start blocks in any order, so each takes its place when it
+  // starts: all earlier places are then taken by running blocks.
   int64_t place = blockIdx.x;
   if (w.segments > 1) {
     if (threadIdx.x == 0) sh.turn = atomicAdd(args.turns, 1);
@@ -145,22 +149,23 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   l.chunk_range(seq, begin, end);
   const int count = static_cast<int>(end - begin);
   const auto chunk_at = [&](int step) { return backward ? end - 1 - step : begin + step; };
-  // Steps of this segment; past the sequence's end there is nothing to do, but an empty sequence has its final state.
-  const int per_segment = (count + w.segments - 1) / w.segments;
+  // Steps of this segment. Segments past the sequence's end return, but the first also writes an empty one's final
+  // state.
+  const int per_segment = ceil_div(count, w.segments);
   const int first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count) return;
   const bool is_last = last_step == count;
-  // The pieces that are walked first: of all steps before the last segment.
+  // Steps of a block's piece in the first pass.
   const int last_segment = count > 0 ? (count - 1) / per_segment : 0, before_last = last_segment * per_segment;
   const int piece = (before_last + last_segment) / (last_segment + 1);
-  // Run `part`, 0 or 1, of block `owner`'s piece; may be empty.
+  // Steps of run `part` (0 or 1) of block `owner`'s piece; may be empty.
   const auto run_of = [&](int owner, int part, int& begin, int& end) {
     const int from = min(owner * piece, before_last), to = min(from + piece, before_last);
     const int cut = min((from / max(per_segment, 1) + 1) * per_segment, to);
     begin = part == 0 ? from : cut, end = part == 0 ? cut : to;
   };
-  // Whether the state before a step is all zeros, which nobody reads; whether to read, backward, the one that lies
-  // there.
+  // is_zero: the state before a step is all zeros and is neither written nor read. reads_state: backward, whether the
+  // step reads the forward state in its slot.
   const bool begins_at_zero = backward ? w.ends_empty : w.starts_empty;
   const auto is_zero = [&](int step) { return begins_at_zero && step == 0; };
   const auto reads_state = [&](int step) { return !is_zero(step) && !(w.starts_empty && step == count - 1); };
@@ -172,14 +177,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     }
     for (int s = 0; s < weighers; ++s) {
       ptx::mbarrier_init(&sh.weights_full[s], 32);
-      ptx::mbarrier_init(&sh.weights_empty[s], groups * 128);  // racecheck takes a thread at its own word
+      ptx::mbarrier_init(&sh.weights_empty[s], groups * 128);  // every thread arrives: racecheck tracks threads
     }
     ptx::fence_barrier_init();
   }
   if (const int warp = threadIdx.x / 32, lane = threadIdx.x % 32; warp < 2 && w.segments > 1) {
     int run_begin, run_end;
     run_of(segment, warp, run_begin, run_end);
-    float left = 0.0f;  // log2 of what is left of the state behind the steps seen so far, from the last on
+    float left = 0.0f;  // log2 of the product of g over the steps seen so far, from the last one back
     for (int last = run_end - 1; last >= run_begin; last -= 32) {
       const int step = last - lane;
       float log = 0.0f;
@@ -188,20 +193,20 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         log = log_sum(w.alpha_last[item], w.m_start[item]);
       }
       for (int d = 1; d < 32; d *= 2) {
-        const float later = __shfl_up_sync(0xffffffffu, log, d);
+        const float later = __shfl_up_sync(all_lanes, log, d);
         if (lane >= d) log += later;
       }
-      const unsigned enough = __ballot_sync(0xffffffffu, left + log < forgotten);
+      const unsigned enough = __ballot_sync(all_lanes, left + log < forgotten);
       if (enough != 0) {
         run_begin = max(run_begin, last - (__ffs(enough) - 1));
         break;
       }
-      left += __shfl_sync(0xffffffffu, log, 31);
+      left += __shfl_sync(all_lanes, log, 31);
     }
     if (lane == 0) sh.run_begin[warp] = run_begin;
   }
   __syncthreads();
-  // What is walked of this block's runs.
+  // The steps of this block's run `part` that are walked.
   const auto walk_of = [&](int part, int& begin, int& end) {
     run_of(segment, part, begin, end);
     begin = w.segments > 1 ? sh.run_begin[part] : begin;
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     const int weigher = static_cast<int>(threadIdx.x % 128) / 32 - 1, lane = threadIdx.x % 32;
     if (weigher >= 0) {
       int turn = 0, parity = 1;
-      // Tells the outputs that a state has been written; a consumer need not wait for that.
+      // Sets the flag by which the outputs see a written state, so that no consumer has to wait for the store.
       const auto tell = [&](int64_t item) {
         if (lane == 0) ptx::store_release(w.state_flags + item, 1);
       };
@@ -264,10 +269,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           unsigned most = 0;
 #pragma unroll
           for (int x = 0; x < 4; ++x) most = max(most, __float_as_uint(fabsf(product[x])));
-          most = __reduce_max_sync(0xffffffffu, most);
+          most = __reduce_max_sync(all_lanes, most);
           if (lane == 0) to.most = most;
         }
-        const bool has_zero = __any_sync(0xffffffffu, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f ||
+        const bool has_zero = __any_sync(all_lanes, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f ||
                                                           product[3] == 0.0f);
         if (lane == 0) {
           to.has_zero = has_zero;
@@ -371,7 +376,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
   };
 
-  // This warpgroup's share of the state at a run's end: acc, n, keep and exponent, each thread's own.
+  // A warpgroup's share of the state at a run's end: acc, n, keep and exponent of each of its threads.
   constexpr int share_floats = (tile_dv / 2 + 4) * 128;
   const auto share_at = [&](int s) {
     return w.segment_ends + ((s * blocks + block_in_segment) * groups + group) * share_floats + thread;
@@ -396,7 +401,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     }
     __syncwarp();
     ptx::named_barrier(1 + group, 128);
-    // From the last run that leaves nothing of those before it.
+    // Starts at the last run whose keep is 0: nothing of the runs before it is left.
     int first = 2 * segment + 1;
     for (; first > 0; --first) {
       int begin, end;
@@ -410,12 +415,12 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       if (begin >= first_step) break;
       const float* const share = share_at(s);
       const float keep = share[(tile_dv / 2 + 2) * 128];
-      const bool is_whole = begin == 0 || keep == 0.0f;  // a state already
+      const bool is_whole = begin == 0 || keep == 0.0f;  // nothing is added to it
       float kept = keep, added = 1.0f;
       if constexpr (is_half) {
         const int theirs = static_cast<int>(share[(tile_dv / 2 + 3) * 128]);
         const int before = is_whole ? theirs : exponent;
-        // At least what power_of_two can take back.
+        // Within the range of power_of_two.
         const int kept_log = max(keep == 0.0f ? least_exponent : static_cast<int>(ceilf(log2f(keep))), -126);
         exponent = is_whole ? theirs : max(before + kept_log, theirs);
         kept = keep * power_of_two(max(before - exponent, -126));
@@ -488,14 +493,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         }
         if constexpr (is_half) {
           const float log = args.log0[item] + static_cast<float>(exponent);
-          inner *= fast_exp2(log * 0.5f);  // twice: its range
+          inner *= fast_exp2(log * 0.5f);  // in two factors, each within float32's range
           inner *= fast_exp2(log * 0.5f);
         }
         for_each_n([&](float& x, int row) {
           if (pos == 0) inner += x * w.n[item * l.dqk + row];
         });
-        for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
-        // One share a warp.
+        for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(all_lanes, inner, d);
+        // A warp writes one share.
         if (lane == 0) {
           w.through[item * (args.dqk_tiles * args.dv_tiles * groups * 4) +
                     ((tile_k * args.dv_tiles + tile_v) * groups + group) * 4 + warp] = keep * inner;
@@ -518,7 +523,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       };
       if (writes) {  // the rounded state to its slot
         if (thread == 0) ptx::bulk_store_wait_read<0>();
-        ptx::named_barrier(1 + group, 128);  // the last chunk's copy is out
+        ptx::named_barrier(1 + group, 128);  // the last chunk's store has read `rounded`
 #pragma unroll
         for (int c = 0; c < tile_dv / 16; ++c) {
           const int row = warp * 16 + lane % 16, chunk16 = (c % 4) * 2 + lane / 16;
@@ -539,7 +544,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         if (is_half && tile_k == 0 && tile_v == 0 && threadIdx.x == 0) args.log[item] = static_cast<float>(exponent);
       }
 
-      // A token of weight 0 is taken out whole, whatever its v holds: x is weighted by selection below, y here.
+      // A token of weight 0 must add nothing, whatever its k and v hold. x is selected below; y is zeroed here.
       const bool zeros = weights.has_zero;
       const int exponent_before = exponent;
       float keep_acc = keep, weight_scale = 1.0f;
@@ -612,11 +617,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 1);
-        n_part[r] += __shfl_xor_sync(0xffffffffu, n_part[r], 2);
+        n_part[r] += __shfl_xor_sync(all_lanes, n_part[r], 1);
+        n_part[r] += __shfl_xor_sync(all_lanes, n_part[r], 2);
         n[r] = n[r] * keep + n_part[r];
       }
-      if (may_tell && writes && thread == 0) ptx::bulk_store_wait<0>();  // then the weigher tells
+      if (may_tell && writes && thread == 0) ptx::bulk_store_wait<0>();  // the weigher sets the flag after it
       ptx::mbarrier_arrive(&sh.weights_empty[turn]);
       if (++turn == weighers) turn = 0, weights_parity ^= 1;
     }
@@ -679,12 +684,12 @@ int state_tiles(const MlstmProblem& p) {
 }
 
 Segments choose_segments(const MlstmProblem& p, int processors) {
-  constexpr int64_t least_chunks = 8, most = 32;  // of a segment; of a sequence
+  constexpr int64_t least_chunks = 8, most = 32;  // chunks of a segment, segments of a sequence
   const int groups = consumer_groups(p.dqk);
   const int64_t blocks = p.num_seqs * p.heads * (state_tiles(p) / (groups * 4));
   const int64_t chunks = ceil_div(p.seq, chunk_tokens);
-  // The smallest states' blocks share SMs; but the more there are, the more is walked twice. Of a long
-  // sequence that is little, for most of it is forgotten.
+  // Blocks of the smallest states share SMs. But more segments mean more steps in the first pass too. In a long
+  // sequence most of those are skipped as forgotten.
   const bool is_smallest = groups == 1 && column_tile(p.dv) == box;
   const int64_t room = !is_smallest ? processors : chunks < 256 ? processors * 5 / 4 : processors * 2;
   const int64_t count = std::min({room / std::max(blocks, int64_t{1}), chunks / least_chunks, most});

@@ -1,10 +1,9 @@
-// What the Hopper mLSTM kernels share: chunk size, scratch arrays, host functions that launch one kernel each.
+// What the Hopper mLSTM kernels share: the chunk size, scratch arrays, and the host functions, which launch one kernel
+// each.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-
-#include <type_traits>
 
 #include "cuda/common/device.h"
 #include "cuda/common/numeric.cuh"
@@ -26,11 +25,11 @@ struct Tiles {
   int64_t count;      // of all sequences, packed: at most
 };
 
-// N = max_chunks * heads, an item is chunk * heads + head. All logs are to base 2. Within a chunk, with b_t the
+// N = max_chunks * heads; an item is chunk * heads + head. All logs are to base 2. Within a chunk, with b_t the
 // cumulative log forget gate from the chunk's start on:
 //   D_tj = 2^(alpha_t - beta_j), g_t = 2^(alpha_t + m_start), w_j = 2^(alpha_last - beta_j).
-// Each is a float2 of a whole number and the rest, so that differences stay exact to float32 where the logs are large
-// (-2800 with gates at -15): s_t may be what is left of terms a thousand times its size.
+// Each log is a float2: a whole number and the rest. So differences are exact to float32 where the logs are large
+// (-2800 with gates at -15). They have to be: s_t may be the small difference of terms a thousand times its size.
 struct Work {
   MlstmProblem p;
   Layout layout;
@@ -41,10 +40,10 @@ struct Work {
   float2* beta;            // [N][128] b_j - i_j; +inf for padding and past the chunk's end
   float2* alpha_last;      // [N] alpha of the chunk's last token
   float2* m_start;         // [N] m before the chunk
-  // State at the chunk's start, [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv, each as it lies in shared memory
-  // (swizzled) and zero past dqk and dv: whichever way they are walked, reads are whole blocks. The backward replaces
-  // it, once it has been read, by the gradient of the state at the chunk's end. A sequence's first state, or its last
-  // gradient, that is all zeros is neither written nor read: with 16 chunks a sixteenth of all that is moved.
+  // State at the chunk's start: [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv. A block has the layout of shared
+  // memory (swizzled) and is zero past dqk and dv, so every access is a whole block. The backward reads a state, then
+  // overwrites it with the gradient of the state at the chunk's end. A sequence's first state or last gradient that is
+  // all zeros is neither written nor read: with 16 chunks this saves a sixteenth of the traffic.
   uint16_t* c;        // of q's type
   bool starts_empty;  // no initial state
   bool ends_empty;    // backward: no gradient of the final c and n
@@ -62,20 +61,20 @@ struct Work {
   float* k_dk;  // [dk tiles + 2][N][128] shares of k . dk: across the chunk's end, then within its halves of 64 tokens,
                 // then between them
   float* through;  // [N][state tiles] partial sums of g (<c, dc> + <n, dn>), c at the chunk's start, dc at its end
-  // Few heads: sequences are cut into segments that run side by side. Every block's share of the state at each
-  // segment's end; how many blocks have started, and flags that say that a share is there (zeroed by scan_gates; the
-  // backward has one set for each direction).
+  // Few heads: sequences are cut into segments that run at once (states.cu).
   int segments;
-  float* segment_ends;
+  float* segment_ends;  // the blocks' shares of the state at the ends of runs
+  // [0]: how many blocks have started. Then flags: a share is written. Zeroed by scan_gates; the backward has one set
+  // for each direction.
   int* segment_flags;
   int num_flags;
-  // Forward of small tiles, whose outputs start beside the states: [N] flags that say that an item's c and n_parts are
-  // there, then how many tiles have been taken (zeroed by scan_gates). Else null.
+  // Forward of small tiles, whose outputs run beside the states: [N] flags that an item's c and n_parts are written,
+  // then how many tiles have been taken. Zeroed by scan_gates. Else null.
   int* state_flags;
   int64_t num_state_flags;
   Tiles tiles;  // the gradients'; the scan makes its own
-  // Backward, [tiles.count][heads]: what a tile does to what gate_gradients carries through it, and flags that say it
-  // is there, behind them [heads] how many blocks have started (zeroed by scan_gates).
+  // Backward. tile_totals: [tiles.count][heads], what a tile does to what gate_gradients carries. tile_flags:
+  // [tiles.count][heads], a total is written, then [heads], how many blocks have started. Zeroed by scan_gates.
   double2* tile_totals;
   int* tile_flags;
   int64_t num_tile_flags;
@@ -83,7 +82,7 @@ struct Work {
   int64_t* first_token;
   int32_t* seq_of_chunk;
 
-  // Block (k, v) of an item's state; past the last, the last (its product is with zeros, or not stored).
+  // Index of block (k, v) of an item's state, clamped to the last: what is read beyond it meets zeros or is not stored.
   __device__ int block_index(int k, int v) const { return min(k, blocks_k - 1) * blocks_v + min(v, blocks_v - 1); }
   __device__ uint16_t* block(int64_t item, int k, int v) const {
     return c + (item * blocks_k * blocks_v + block_index(k, v)) * (box * box);
@@ -97,29 +96,9 @@ cudaError_t dispatch_16_bit(DType dtype, F&& f) {
 }
 
 #ifdef __CUDACC__
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float a, float b) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&two);
-  } else {
-    const __half2 two = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&two);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t two) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&two));
-  }
-}
-
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
-  // volatile: kept for a second use, the weights of a tile would take 64 registers.
+  // volatile: computed again at a second use. Kept, the weights of a tile would take 64 registers.
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
@@ -127,10 +106,9 @@ __device__ __forceinline__ float log_sum(float2 a, float2 b) { return (a.x + b.x
 __device__ __forceinline__ float log_difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
 #endif
 
-// The TMA's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part,
-// item); c as (64, row of a block, item), not swizzled: its blocks are already.
-// A block is contiguous, but racecheck takes a plain bulk copy for its thread's own stores and reports what it
-// overlaps.
+// The TMA's view of a tensor: q, k, v, dh as (column, head, token, row of the batch); n_parts as (dqk, part, item); c
+// as (64, row of a block, item), without swizzle: its blocks are swizzled already. A block of c is contiguous, but it
+// is loaded by tensor map, since racecheck reports false hazards for plain bulk loads.
 struct Maps {
   CUtensorMap q, k, v, dh, n_parts, c;
   // Small tiles only, as 16-bit numbers: alpha, beta as (256, 2, item); inv_d, delta as (256, 1, item), n as (2 dqk, 1,
@@ -138,7 +116,7 @@ struct Maps {
   CUtensorMap alpha, beta, inv_d, delta, n;
 };
 
-// Sets a kernel up on the current device, once, and says how many of its blocks run at once there.
+// Sets a kernel's shared memory limit on a device once, and gives how many of its blocks run at once there.
 class Prepared {
  public:
   template <typename Kernel>
@@ -173,8 +151,7 @@ cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float
 // Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
-// How many segments to cut sequences into, and floats of segment_ends and number of flags for them (with that of the
-// blocks that have started).
+// How many segments to cut sequences into, the floats of segment_ends, and the ints of segment_flags for one direction.
 struct Segments {
   int count;
   int64_t floats, flags;
@@ -185,11 +162,11 @@ Segments choose_segments(const MlstmProblem& p, int processors);
 cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream);
 // Also fills inv_d, delta, e, q_dq and the last two parts of k_dk.
 cudaError_t output_dq(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
-// Also fills k_dk but its last two parts.
+// Also fills k_dk except its last two parts.
 cudaError_t output_dk_dv(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 
-// Whether the outputs' tiles are small: see outputs.cuh. float16 would need more registers, for the largest weights of
-// both blocks of T before the first is rounded.
+// Whether the outputs' tiles are small (outputs.cuh). Not in float16: a row's scale needs the largest weight of both
+// blocks of T, so both would stay in registers.
 inline bool has_small_tiles(const MlstmProblem& p) { return p.dtype == DType::bfloat16 && p.dqk <= box && p.dv <= box; }
 
 // Width of an output's column tile.

@@ -1,19 +1,19 @@
-// Sums over the pairs within one chunk, from the float32 tiles q k^T and dh v^T (exact products, float32 sums). One
-// block of four warps (two by two) makes both 64 x 64 tiles of one chunk of one head. Two uses:
+// Sums over the pairs within one chunk, from the float32 tiles q k^T and dh v^T (exact products, float32 sums). A block
+// of four warps (two by two) makes both 64 x 64 tiles of one chunk of one head. It has two uses.
 //
-// gates: the shares of q_t . dq_t and k_j . dk_j, the row and column sums of
+// gates: the shares of q_t . dq_t and k_j . dk_j from within the chunk. They are the row and column sums of
 //
-//   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t),   j <= t
+//   Y_tj = scale D_tj (q_t . k_j) (dh_t . v_j / d_t + delta_t),   j <= t.
 //
-// rather than from dq and dk, whose operands are rounded: the gates' gradients are differences of these sums and would
-// keep the rounding of the whole.
+// dq and dk themselves would not do: their operands are rounded, and the gates' gradients are small differences of
+// these sums.
 //
 // tokens (16-bit dtypes): u_t = dh_t . h_t without the rounding of h, and delta and e from it:
 //
-//   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t),   c at the chunk's start
+//   u_t d_t = sum_j scale D_tj (q_t . k_j) (dh_t . v_j) + scale g_t q_t . (c dh_t),   c at the chunk's start.
 //
-// with c as dq's kernel reads it, so that numerator and normalizer cancel where h does not depend on their common scale
-// (dn, df and dm are such differences).
+// c is read as dq's kernel reads it. So numerator and normalizer cancel where h does not depend on their common scale:
+// dn, df and dm are such differences.
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 
@@ -121,9 +121,12 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
       }
   if constexpr (sums == Sums::tokens) {
     const int64_t state_row = (l.slot(chunk.chunk, chunk.seq) * l.heads + head) * l.dqk;
-    const Matrix<typename Arithmetic<T>::Element> state{
-        static_cast<const typename Arithmetic<T>::Element*>(w.scratch.c) + state_row * w.dv_pitch, w.dv_pitch,
-        static_cast<int>(l.dqk), l.dv, true};
+    using E = typename Arithmetic<T>::Element;
+    const Matrix<E> state{.data = static_cast<const E*>(w.scratch.c) + state_row * w.dv_pitch,
+                          .stride = w.dv_pitch,
+                          .rows = static_cast<int>(l.dqk),
+                          .cols = l.dv,
+                          .vectors = true};
     const float m_start = w.scratch.m_boundary[chunk.boundary * l.heads + head];
     const T* const q = static_cast<const T*>(w.p.q.data) + chunk.row * w.p.q.batch + head * w.p.q.head;
     for (int64_t col0 = 0; col0 < l.dqk; col0 += chunk_tokens) {
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       float sum = row_sum[mt][half_row];
-      for (int d = 1; d < 4; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+      for (int d = 1; d < 4; d *= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
       if (pos == 0) sh.row_sum[warp % 2][warp_row + mt * 16 + group + half_row * 8] = sum;
     }
   if constexpr (sums == Sums::gates) {
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split ? 3 : 
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         float sum = col_sum[nt][x];
-        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(all_lanes, sum, d);
         if (group == 0) sh.col_sum[warp / 2][warp_col + nt * 8 + pos * 2 + x] = sum;
       }
   }

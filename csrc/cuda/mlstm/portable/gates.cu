@@ -1,6 +1,6 @@
 // Everything of the mLSTM that is one number per token: log forget gates, stabilizer, the backward's u, delta, e and
-// the gate gradients. Arithmetic in float64 where sums are long; a warp handles one chunk of one head, two tokens a
-// lane, except where a warp walks a whole sequence chunk by chunk.
+// the gates' gradients. Long sums are float64. A warp takes one chunk of one head, two tokens a lane. Two kernels are
+// different: one warp takes a whole sequence of one head (boundary_stabilizer, carry_stabilizer).
 #include <cfloat>
 #include <cmath>
 
@@ -9,7 +9,6 @@
 namespace flash_xlstm::cuda::portable {
 namespace {
 
-constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int warps_per_block = 4;
 static_assert(chunk_tokens == 64, "two tokens a lane");
 
@@ -52,8 +51,8 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;
 }
 
-// One thread: sequences are few and this is nothing beside the rest. Offsets are clamped to [0, seq] and kept from
-// decreasing, so that wrong ones cannot lead outside the tensors.
+// One thread, since sequences are few. Offsets are clamped to [0, seq] and kept from decreasing, so that wrong ones
+// cannot lead outside the tensors.
 __global__ void chunk_table_kernel(const __grid_constant__ Work w) {
   const Layout& l = w.layout;
   if (threadIdx.x == 0) {
@@ -63,7 +62,7 @@ __global__ void chunk_table_kernel(const __grid_constant__ Work w) {
       const int64_t stop = min(max(static_cast<int64_t>(w.p.cu_seqlens[s + 1]), start), l.seq);
       w.scratch.first_token[s] = start;
       w.scratch.first_chunk[s] = chunk;
-      chunk += (stop - start + chunk_tokens - 1) / chunk_tokens;
+      chunk += ceil_div(stop - start, chunk_tokens);
       token = stop;
     }
     w.scratch.first_token[l.num_seqs] = token;
@@ -83,7 +82,7 @@ __device__ __forceinline__ float raw_gate(const Work& w, const Strided& gate, co
                        w.p.gate_dtype);
 }
 
-// A gate's pre-activation, capped, or log(sigmoid) of that. In float64 where the tensors are float32: sums of
+// A gate's pre-activation, capped, or log(sigmoid) of that. float64 where the tensors are float32, because sums of
 // neighbouring tokens may all but cancel.
 __device__ __forceinline__ double log_gate(const Work& w, float raw, bool through_log_sigmoid) {
   const float cap = w.p.gate_soft_cap;
@@ -95,8 +94,8 @@ __device__ __forceinline__ double log_gate(const Work& w, float raw, bool throug
   return through_log_sigmoid ? log_sigmoid(x) : x;
 }
 
-// b (in row's place, for token_stabilizer_kernel) and column within the chunk; its sum of log forget gates and its
-// largest log weight at the end.
+// Writes b to `row`, from where token_stabilizer_kernel reads it, and `column`; then the chunk's sum of log forget
+// gates and its largest log weight at the end.
 __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   Chunk chunk;
   int head;
@@ -111,7 +110,7 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
     lf[x] = inside ? log_gate(w, raw_gate(w, w.p.f, chunk, head, t), true) : 0.0;
   }
   const double through = prefix_sum(lf[0] + lf[1], lane);
-  // From what came before, not through - lf[1]: a NaN in the second token's gate is not the first one's.
+  // Not through - lf[1]: a NaN in the second token's gate must not reach the first token.
   double before = __shfl_up_sync(all_lanes, through, 1);
   if (lane == 0) before = 0.0;
   const double b[2] = {before + lf[0], through};
@@ -130,7 +129,7 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   }
 }
 
-// m at every chunk boundary: m' = max(b_chunk + m, max_chunk), scanned 32 chunks at a time by one warp a sequence.
+// m at every chunk boundary, m' = max(b_chunk + m, max_chunk). One warp a sequence and head scans 32 chunks at a time.
 __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float* m_last) {
   const Layout& l = w.layout;
   const int64_t seq = blockIdx.x / l.heads;
@@ -166,7 +165,7 @@ __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m
   if (!warp_item(w.layout, chunk, head, item)) return;
   const int lane = threadIdx.x % 32;
   const double m_start = w.scratch.m_boundary[chunk.boundary * w.layout.heads + head];
-  double b[2], over[2];  // i - b: what a token brings to the maximum
+  double b[2], over[2];  // over: i - b, a token's term of the maximum
   for (int x = 0; x < 2; ++x) {
     const int64_t at = item * chunk_tokens + lane * 2 + x;
     const float2 parts = w.scratch.row[at], other = w.scratch.column[at];
@@ -218,18 +217,21 @@ __global__ void token_gradients_kernel(const __grid_constant__ Work w, Strided d
   }
 }
 
-// Sums of one token's shares of q . dq or k . dk that cross the chunk's boundary (all parts but the last).
+// The sum of the first `parts` shares of a token's q . dq or k . dk. All but the last share cross the chunk's boundary.
 __device__ __forceinline__ double crossing(const float* shares, int64_t at, int64_t stride, int parts) {
   double sum = 0.0;
   for (int t = 0; t < parts; ++t) sum += shares[t * stride + at];
   return sum;
 }
 
-// The stabilizer's path: walking back from a = dm - (<c, dc> + <n, dn>) at the sequence's end, a += e_t, and a token
-// whose m took the input gate's branch (a reset) takes a and clears it; the others get it besides their dlf. Before the
-// first reset that is met (open), dlf_t + a_t is dm plus the sum of e + q . dq - k . dk over the tokens from t on:
-// <c, dc> + <n, dn>, which may be much larger, is gone from it. That sum is what is carried while open, and a itself
-// where a reset takes it is the difference to dlf of the token behind. Here: what is carried into every chunk's end.
+// The gradient that flows through the stabilizer m, walked from the sequence's end to its start:
+//   a = dm - (<c, dc> + <n, dn>) at the end; a += e_t at every token.
+//   A reset is a token whose m took the input gate's branch. It adds a to its input gate's gradient and clears a.
+//   Every other token adds a to its forget gate's gradient, dlf_t + a_t.
+// Until the walk meets the first reset, it is open. There dlf_t + a_t = dm + the sum of e + q . dq - k . dk over the
+// tokens from t on. <c, dc> + <n, dn> may be much larger than this sum, and does not occur in it. So this sum is
+// carried while open. The a that a reset takes is this sum minus dlf of the next token.
+// This kernel writes what is carried into every chunk's end.
 __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const float* dm_last, float* dm0,
                                         int column_tiles, int state_tiles) {
   const Layout& l = w.layout;
@@ -254,7 +256,7 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
     const int64_t item = chunk * l.heads + head;
     if (lane == 0) w.scratch.stabilizer[item] = static_cast<float>(a), w.scratch.open[item] = open;
     const int64_t at = item * chunk_tokens + lane * 2;
-    // The tokens before the chunk's first reset keep their e for the chunk before.
+    // The e of the tokens before the chunk's first reset go on to the chunk before.
     const unsigned resets0 = __ballot_sync(all_lanes, w.scratch.reset[at] != 0);
     const unsigned resets1 = __ballot_sync(all_lanes, w.scratch.reset[at + 1] != 0);
     const int first0 = resets0 ? 2 * (__ffs(resets0) - 1) : chunk_tokens;
@@ -278,9 +280,13 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
   }
 }
 
-// dlf_t sums X S over the pairs j < t <= u, by where they lie: both outside the chunk on either side (through), j
-// before it (suffix sum of q . dq across), u behind it (prefix sum of k . dk across), both inside. Nothing large
-// cancels but inside, where the sums are exact to float32. Without a stabilizer a stays 0 (no reset, e and carry of 0).
+// dlf_t is the sum of X S over the pairs j < t <= u. The pairs are summed by where j and u lie:
+//   j before the chunk, u after it   through
+//   j before it, u inside            suffix sum of q . dq across
+//   j inside, u after it             prefix sum of k . dk across
+//   both inside                      prefix and suffix sums of what chunk_sums.cu makes
+// Large terms cancel only in the last, which is exact to float32. Without a stabilizer a stays 0: no reset, e and carry
+// of 0.
 __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int column_tiles,
                                       int state_tiles) {
   Chunk chunk;
@@ -310,20 +316,20 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
   const double earlier = prefix_sum(kdk[0] + kdk[1], lane) - (kdk[0] + kdk[1]);
   const double dlf_sum[2] = {through + later + earlier, through + later - (qdq[0] + inside[0]) + earlier + kdk[0]};
 
-  // Before the first reset, from behind: dlf + a, from token t on, and dlf of the token behind.
+  // While open: dlf + a, summed from token t on, and dlf of the next token.
   const bool open = w.stabilized() && w.scratch.open[item] != 0;
   const double y[2] = {e[0] + qdq[0] + inside[0] - kdk[0], e[1] + qdq[1] + inside[1] - kdk[1]};
   const double y_after = suffix_sum(y[0] + y[1], lane);
   const double dlf_behind[2] = {dlf_sum[1], dlf_sum[1] - (qdq[1] + inside[1]) + kdk[1]};
 
-  // a arriving at each token, itself included: a segmented suffix sum, with the carry behind the last token.
+  // a at each token, its own e included: a segmented suffix sum, with the carry after the last token.
   const double e_after = suffix_sum(e[0] + e[1], lane);  // e of tokens >= 2 lane
   const unsigned resets0 = __ballot_sync(all_lanes, reset[0]), resets1 = __ballot_sync(all_lanes, reset[1]);
   const double carried = w.stabilized() ? w.scratch.stabilizer[item] : 0.0f;
   for (int x = 0; x < 2; ++x) {
     const int t = lane * 2 + x;
     const double e_from_t = x == 0 ? e_after : e_after - e[0];
-    // The nearest reset after t cuts the sum: it took everything from itself on.
+    // The next reset after t cuts the sum: it takes all from itself on.
     const unsigned later_lanes = lane == 31 ? 0u : all_lanes << (lane + 1);
     const unsigned later0 = resets0 & later_lanes;
     const unsigned later1 = resets1 & (x == 0 ? later_lanes | (1u << lane) : later_lanes);
@@ -371,7 +377,7 @@ cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t 
 
 cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   const int blocks = static_cast<int>(w.layout.max_chunks * w.layout.heads);
-  const Strided dh = w.p.normalize ? params.dh : Strided{};  // nothing depends on u without it
+  const Strided dh = w.p.normalize ? params.dh : Strided{};  // without a normalizer nothing depends on u
   token_gradients_kernel<<<blocks, 256, 0, stream>>>(w, dh, static_cast<const float*>(params.h), params.s);
   return cudaGetLastError();
 }

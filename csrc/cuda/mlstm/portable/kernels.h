@@ -1,4 +1,4 @@
-// The portable path's steps: host functions that launch one kernel each (or a few small ones).
+// The portable path's steps: host functions that launch one kernel each, or a few small ones.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,7 @@ struct Work {
   Scratch scratch;
   int64_t dv_pitch;  // row pitch of scratch.c, a multiple of 16 bytes
 
-  // Whether there is a stabilizer; without one m is 0 throughout.
+  // Without a stabilizer m is 0 throughout.
   __host__ __device__ bool stabilized() const { return p.input_gate == InputGate::exponential; }
 };
 
@@ -49,17 +49,17 @@ __device__ __forceinline__ void store_no_gradients(const Work& w, int64_t at) {
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
 // Fills row, column, m, reset, chunk_b, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
 cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
-// Fills inv_d, delta, e from the forward's h, s, m and dh; for float32 only, where h is not rounded. Without the
-// normalizer, whose inv_d is 1 and delta 0, for every dtype.
+// Fills inv_d, delta, e from the forward's h, s, m and dh. With the normalizer for float32 only, where h is not
+// rounded. Without it for every dtype: inv_d is 1 and delta 0.
 cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
 // states.cu
-// States of the layout's range into c and n; final state where not null and its sequence ends within the range.
-// range_index: which range this is, for the carried state.
+// Writes the states of the layout's range to c and n, and the final state, where not null, of sequences that end in the
+// range. range_index: the number of the range, which tells the two carried states apart.
 cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream);
-// Replaces every slot's state, from the end, by the gradient of that state; fills through; dc0, dn0 where not null.
+// Overwrites every slot's state, from the last to the first, with its gradient. Fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
 
@@ -80,7 +80,7 @@ struct OutputArgs {
 };
 template <Output output, typename T>
 cudaError_t chunk_outputs(const OutputArgs& args, cudaStream_t stream);
-// Width of a block's column tile, and how many make a row. Narrow rows take the narrow tile: less of it is padding.
+// Width of a block's column tile, and tiles of a row. Narrow rows take the narrow tile, which has less padding.
 __host__ __device__ inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : 128; }
 __host__ __device__ inline int column_tiles(int64_t columns) {
   return static_cast<int>(ceil_div(columns, column_tile(columns)));

@@ -9,11 +9,13 @@
 // where, with D_tj = exp(b_t - b_j + i_j - m_t):  P = scale D T (h);  scale D (T / d_t + delta_t) (dq, dk);
 // scale D T / d_t (dv).  1 / d_t is applied in float32, never to an operand.
 //
-// A block of four warps (two by two) makes 64 rows by tile_n columns of the output. First loop: over the inner
-// dimension of T (dqk or dv) in steps of tile_k, three cp.async stages of A, B and S, both products at once, sharing
-// the fragments of A; column tiles of the same rows compute T again. Then P from T in
-// registers, rounded into shared memory, and the product with Z. Row sums come from the float32 accumulators: s_t of h,
-// and for the gates the share of q . dq and k . dk that the state's term has (chunk_sums.cu has the other share).
+// A block of four warps (two by two) makes 64 rows by tile_n columns of the output.
+//   A loop over the inner dimension of T (dqk or dv), in steps of tile_k, makes T = A B^T and A S at once. They share
+//     the fragments of A. A, B and S come through three cp.async stages. Column tiles of the same rows compute T again.
+//   P is made from T in registers, rounded, and stored to shared memory.
+//   The product P Z is added to the scaled A S.
+// Row sums come from the float32 accumulators: s_t of h, and the shares of q . dq and k . dk in the state's term, for
+// the gates' gradients. chunk_sums.cu makes the other shares.
 #pragma once
 
 #include "cuda/mlstm/portable/kernels.h"
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   const Layout& l = w.layout;
   const int64_t inner = inner_is_dqk ? l.dqk : l.dv;
   const int64_t columns = inner_is_dqk ? l.dv : l.dqk;
-  const int tiles = static_cast<int>((columns + tile_n - 1) / tile_n);
+  const int tiles = static_cast<int>(ceil_div(columns, tile_n));
   const int tile = static_cast<int>(blockIdx.x % tiles);
   const int64_t item = blockIdx.x / tiles + l.range_begin * l.heads;  // over all chunks and heads
   const int head = static_cast<int>(item % l.heads);
@@ -91,8 +93,11 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   const Matrix<T> b = chunk_rows<T>(tb, b_vectors, chunk.row, chunk.first, head, chunk.length, inner);
   const Matrix<T> z = chunk_rows<T>(tz, z_vectors, chunk.row, chunk.first, head, chunk.length, columns);
   const int64_t slot = (l.slot(chunk.chunk, chunk.seq) + (rows_are_t ? 0 : 1)) * l.heads + head;
-  const Matrix<E> state{static_cast<const E*>(w.scratch.c) + slot * l.dqk * w.dv_pitch, w.dv_pitch,
-                        static_cast<int>(l.dqk), l.dv, true};
+  const Matrix<E> state{.data = static_cast<const E*>(w.scratch.c) + slot * l.dqk * w.dv_pitch,
+                        .stride = w.dv_pitch,
+                        .rows = static_cast<int>(l.dqk),
+                        .cols = l.dv,
+                        .vectors = true};
   const float* n = w.scratch.n + slot * l.dqk;
 
   if (threadIdx.x < chunk_tokens) {
@@ -148,7 +153,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       if (threadIdx.x < tile_k) sh.n[step % 2][threadIdx.x] = k + threadIdx.x < inner ? n[k + threadIdx.x] : 0.0f;
     }
     ptx::cp_async_wait<num_stages - 2>();
-    __syncthreads();  // this stage is in, and every warp is done with the one that is fetched over next
+    __syncthreads();  // this stage has arrived, and all warps have read the stage that is refilled next
     fetch(k + (num_stages - 1) * tile_k, (step + num_stages - 1) % num_stages);
     const auto& stage = sh.stage[step % num_stages];
     const E* const state_columns =
@@ -161,14 +166,11 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       multiply<T, Shared::state_rows_are_k>(out, rows, state_columns, Shared::s_pitch, kk);
     }
     if constexpr (output == Output::h) {
-      constexpr int width = 16 / sizeof(E);
-      struct alignas(16) Group {
-        E value[width];
-      };
+      constexpr int width = Group<E>::width;
       const int half = (threadIdx.x % 2) * (tile_k / 2);
 #pragma unroll
       for (int x = 0; x < tile_k / 2; x += width) {
-        const Group part = *reinterpret_cast<const Group*>(stage.a + (threadIdx.x / 2) * Shared::ab_pitch + half + x);
+        const auto part = *reinterpret_cast<const Group<E>*>(stage.a + (threadIdx.x / 2) * Shared::ab_pitch + half + x);
 #pragma unroll
         for (int y = 0; y < width; ++y) q_n += to_float(part.value[y]) * sh.n[step % 2][half + x + y];
       }
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   load_tile<chunk_tokens, tile_n, Shared::z_pitch>(tail.z, z, 0, col0);
   ptx::cp_async_commit();
 
-  // P, masked to j <= t; a weight of exactly 0 gives 0, whatever k or v hold there.
+  // P, masked to j <= t. A weight of exactly 0 gives 0, whatever k or v hold.
   float row_sum[2][2] = {};
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
@@ -208,19 +210,19 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
         }
     }
   if constexpr (output == Output::h) {
-    q_n += __shfl_xor_sync(0xffffffffu, q_n, 1);
+    q_n += __shfl_xor_sync(all_lanes, q_n, 1);
     if (threadIdx.x % 2 == 0) sh.q_n[threadIdx.x / 2] = q_n;
 #pragma unroll
     for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
         float sum = row_sum[mt][half_row];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum += __shfl_xor_sync(all_lanes, sum, 1);
+        sum += __shfl_xor_sync(all_lanes, sum, 2);
         if (pos == 0) sh.row_sum[warp % 2][warp_row + mt * 16 + group + half_row * 8] = sum;
       }
   }
-  // The state's term, and dn's and n's.
+  // Scales the state's term; adds those of dn and n.
   constexpr bool gate_sums = output == Output::dq || output == Output::dk;
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
@@ -248,16 +250,16 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
           }
         }
       if constexpr (gate_sums) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum += __shfl_xor_sync(all_lanes, sum, 1);
+        sum += __shfl_xor_sync(all_lanes, sum, 2);
         if (pos == 0) sh.row_sum[warp % 2][row] = sum;
       }
     }
   ptx::cp_async_wait<0>();
   __syncthreads();
 
-  // A product takes 0 times NaN or infinity as NaN, so a token of Z that is not finite would reach rows that do not
-  // depend on it. Such tiles are rare: they take plain sums over the tokens that count.
+  // A product turns 0 times NaN or infinity into NaN. So a token of Z that is not finite would reach rows that do not
+  // depend on it. A tile with such a token takes plain sums over the tokens of weight other than 0.
   bool odd = false;
   for (int x = threadIdx.x; x < chunk_tokens * tile_n; x += threads_per_block) {
     const float value = to_float(tail.z[x / tile_n * Shared::z_pitch + x % tile_n]);
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
             const float p = to_float(tail.p[row * Shared::p_pitch + x]);
             if (p != 0.0f) sum += p * to_float(tail.z[x * Shared::z_pitch + col]);
           }
-          // Selected with constants so that `out` stays in registers.
+      // Indexed by constants, so that `out` stays in registers.
 #pragma unroll
           for (int m2 = 0; m2 < 2; ++m2)
 #pragma unroll

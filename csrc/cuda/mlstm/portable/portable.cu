@@ -1,6 +1,8 @@
-// The portable mLSTM, step by step. Forward: gate scan, then range by range of chunks the states and h. Backward: gate
-// scan and states again (keeping the states of every layer would cost more memory than q, k, v, h together), then u,
-// delta and e, dq, the states' gradients in place of the states, dk, dv, and last the gates.
+// The portable mLSTM, kernel by kernel.
+//   Forward: gate scan; then, for each range of chunks, the states and h.
+//   Backward: gate scan and states again; u, delta and e; dq; the states' gradients in place of the states; dk; dv; the
+//     gates' gradients.
+// The states are made again because keeping them would take more memory than q, k, v and h together.
 #include "cuda/mlstm/portable/portable.h"
 
 #include <algorithm>
@@ -13,7 +15,7 @@
 namespace flash_xlstm::cuda::portable {
 namespace {
 
-// The forward keeps the states of as many chunks as fit in half of h's size, and at least in this much, so that small
+// The forward's range of chunks: their states take at most half of h's size, or this much if that is more. So small
 // problems are one range.
 constexpr int64_t least_state_bytes = 2 << 20;
 

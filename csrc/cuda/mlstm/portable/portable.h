@@ -1,4 +1,4 @@
-// The portable mLSTM: right on any GPU from compute capability 8.0 on, for every dtype and size.
+// The portable mLSTM: any GPU from compute capability 8.0 on, every dtype, size and layout.
 #pragma once
 
 #include <string>

@@ -5,12 +5,15 @@
 //   with g = exp(b_end + m_start - m_end); n and dn likewise with 1 for v and delta_t d_t for dh.
 //
 // A block of four warps owns a 64 x tile_dv piece of one head's state, keeps it in float32 registers as the product's
-// accumulator, and walks the chunks of one sequence; k and v (q and dh) come through a two-stage cp.async ring. Each
-// chunk: write the piece to its slot, weight the k rows in shared memory (the float32 weighted rows also make n), then
-// one 64 x tile_dv x 64 product. The backward direction writes dc at a chunk's end over the c that stood there, and
-// reads the c at its start for g (<c, dc> + <n, dn>): what the forget gates of the chunk get from the pairs that only
-// pass through it. Blocks of the first dv tile also carry n. Where the forward's range of chunks ends within a
-// sequence, that sequence's state goes on to the next launch in float32.
+// accumulator, and walks the chunks of one sequence. k and v (q and dh) come through a two-stage cp.async ring. For
+// each chunk a block
+//   writes the piece to its slot;
+//   weights the k rows in shared memory; the float32 weighted rows also make n;
+//   makes one 64 x tile_dv x 64 product.
+// Backward, it overwrites the c at a chunk's end with dc. It also reads the c at the chunk's start, for
+// g (<c, dc> + <n, dn>): the gradient of the chunk's forget gates from the pairs that lie on either side of the chunk.
+// Blocks of the first dv tile also keep n. Where the forward's range of chunks ends within a sequence, that sequence's
+// state is carried to the next launch in float32.
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 
@@ -59,8 +62,8 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
 
   const Work& w = args.w;
   const Layout& l = w.layout;
-  const int dqk_tiles = static_cast<int>((l.dqk + tile_dqk - 1) / tile_dqk);
-  const int dv_tiles = static_cast<int>((l.dv + tile_dv - 1) / tile_dv);
+  const int dqk_tiles = static_cast<int>(ceil_div(l.dqk, tile_dqk));
+  const int dv_tiles = static_cast<int>(ceil_div(l.dv, tile_dv));
   int64_t block = blockIdx.x;
   const int tile_v = static_cast<int>(block % dv_tiles);
   block /= dv_tiles;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
   const int64_t seq_begin = begin, seq_end = end;
   begin = max(begin, l.range_begin), end = min(end, l.range_end);
   const int64_t count = end - begin;
-  const bool empty = seq_begin == seq_end;  // handled with the first range
+  const bool empty = seq_begin == seq_end;  // the first range handles it
   if (empty ? l.range_begin > 0 : count <= 0) return;
 
   float acc[2][4][4];
@@ -141,8 +144,8 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
     });
     if (n_lane) w.scratch.n[base + row0 + threadIdx.x] = n;
   };
-  // Backward: the state at a chunk's start, read early so that its latency hides behind the weighting, and this tile's
-  // share of <c, dc> + <n, dn> with the gradient at the chunk's end.
+  // Backward: the state at a chunk's start, read early to hide its latency behind the weighting. With the gradient at
+  // the chunk's end it makes this tile's share of <c, dc> + <n, dn>.
   Pair<E> start[2][4][2];
   float n_start = 0.0f;
   const auto read_slot = [&](int64_t chunk) {
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
     for_each_pair([&](float* a, int64_t, int64_t, int mt, int nt, int half_row) {
       inner += a[0] * to_float(start[mt][nt][half_row].x) + a[1] * to_float(start[mt][nt][half_row].y);
     });
-    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(0xffffffffu, inner, d);
+    for (int d = 16; d > 0; d /= 2) inner += __shfl_xor_sync(all_lanes, inner, d);
     if (lane == 0) sh.inner[warp] = inner;
   };
 
@@ -196,14 +199,14 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
   for (int64_t step = 0; step < count; ++step) {
     if constexpr (backward) read_slot(chunk_at(step));
     ptx::cp_async_wait<0>();
-    __syncthreads();  // this step's stage is in; the other stage's readers are done
+    __syncthreads();  // this step's stage has arrived, and all have read the other stage
     fetch(step + 1);
     auto& stage = sh.stage[step % 2];
     const float* weight = sh.weight[step % 2];
     const float* weight_n = sh.weight_n[step % 2];
 
-    // Warp `warp` weights tokens [16 warp, 16 warp + 16), lane the columns 2 lane and 2 lane + 1. A token of weight
-    // 0 is taken out whole, whatever its k and v hold.
+    // A warp weights tokens [16 warp, 16 warp + 16), a lane columns 2 lane and 2 lane + 1. A token of weight 0 adds
+    // nothing, whatever its k and v hold.
     float part[2] = {0.0f, 0.0f};
     for (int x = 0; x < chunk_tokens / row_groups; ++x) {
       const int t = warp * (chunk_tokens / row_groups) + x;
@@ -275,7 +278,7 @@ int state_tiles(const MlstmProblem& p) {
 cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t range_index, cudaStream_t stream) {
   const int64_t bytes = element_bytes(w.p.dtype);
   const Layout& l = w.layout;
-  // The sequences that the range meets; packed ones are known on the device only.
+  // The sequences with chunks in the range. Packed: all, since only the device knows which.
   const bool packed = l.first_chunk != nullptr;
   const int64_t first = packed ? 0 : l.range_begin / l.chunks_per_seq;
   const int64_t stop = packed ? l.num_seqs : ceil_div(l.range_end, l.chunks_per_seq);

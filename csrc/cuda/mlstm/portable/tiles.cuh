@@ -18,8 +18,8 @@ struct Matrix {
   bool vectors;
 };
 
-// Copies rows [row0, row0 + tile_rows) and columns [col0, col0 + tile_cols) to shared memory, zeros outside the
-// matrix. Asynchronous (the caller commits and waits) where the element types agree and 16-byte copies are possible.
+// Copies rows [row0, row0 + tile_rows) and columns [col0, col0 + tile_cols) to shared memory, with zeros outside the
+// matrix. By cp.async, where the element types agree and `vectors` holds: the caller commits and waits.
 template <int tile_rows, int tile_cols, int pitch, typename S, typename G>
 __device__ __forceinline__ void load_tile(S* tile, const Matrix<G>& matrix, int64_t row0, int64_t col0) {
   constexpr int width = 16 / sizeof(G);
@@ -59,8 +59,12 @@ template <typename T>
 __device__ __forceinline__ Matrix<T> chunk_rows(const Strided& t, bool vectors, int64_t row, int64_t first, int head,
                                                 int length, int64_t dim) {
   const T* data = static_cast<const T*>(t.data);
-  if (data == nullptr) return {data, 0, 0, 0, false};
-  return {data + row * t.batch + first * t.seq + head * t.head, t.seq, length, dim, vectors};
+  if (data == nullptr) return {.data = data, .stride = 0, .rows = 0, .cols = 0, .vectors = false};
+  return {.data = data + row * t.batch + first * t.seq + head * t.head,
+          .stride = t.seq,
+          .rows = length,
+          .cols = dim,
+          .vectors = vectors};
 }
 
 inline bool can_vectorize(const Strided& t, int64_t item) {

@@ -1,30 +1,31 @@
-// The sLSTM's backward on Hopper: all tokens, from the last to the first, in one launch (tile.cuh: who owns what). It
-// gives dx and the initial state's gradients; dR and db are one product over all tokens afterwards (weights.cu).
+// The sLSTM's backward on Hopper: all tokens, from the last to the first, in one launch. It makes dx and the initial
+// state's gradients. dR and db are one product over all tokens afterwards (weights.cu). tile.cuh says which warp owns
+// what.
 //
-// R^T is the stationary operand: a block has the rows of its own units' gates, 32 a warp, as k, and all inputs as m. So
-// dx stays within the block, and what blocks exchange are float32 parts of dh_{t-1} = R^T dx_t, each sent to the block
-// that owns the units; it adds the parts in the order of the blocks. A warp has every m_warps-th m tile (16 inputs) and
+// R^T is the stationary operand. A block's k are the gates of its own units, 32 a group; its m are all inputs. So dx
+// stays within the block. Blocks exchange float32 parts of dh_{t-1} = R^T dx_t: each part goes to the block that owns
+// the units, which adds the parts in the order of the blocks. A warp has every m_warps-th m tile (16 inputs) and
 // `k_tiles` k tiles: up to 36 fragments in registers, further m tiles in shared memory in fragment order.
 //
 // A step of a warp:
-//   what the forward kept, dh_t   from the warp's own ring, filled by cp.async some steps ahead
-//   wait for parts of R^T dx_{t+1}, add and clip them
+//   what was kept, and dh_t       from the warp's own ring, which cp.async fills some steps ahead
+//   parts of R^T dx_{t+1}         waits for them, adds and clips them
 //   the cell backwards            in registers, where the state's gradient stays
-//   dx_t to the block             rounded, transposed by stmatrix, a row of the batch contiguous; the block's barrier
-//   R^T dx_t                      parts to their owners: asynchronous stores that count on the receiver's barrier
-//                                 (a cluster), or plain ones and the block's barrier
-//   dx_t to memory                off the path
+//   dx_t to the block             rounded, transposed by stmatrix, a row of the batch contiguous; then __syncthreads
+//   R^T dx_t                      parts to their owners: in a cluster by st.async, which completes on the receiver's
+//                                 mbarrier; in one block by plain stores and __syncthreads
+//   dx_t to memory                off the critical path
 //
-// Of dim 768 a block has 295 KB of R^T: 144 of 255 registers of 8 warps take half, shared memory the other. Of dim 512
-// the registers of 8 warps take all, and shared memory has room for the parts of 32 rows.
+// At dim 768 a block has 295 KB of R^T. Half of it takes 144 registers a thread of 8 warps, the other half shared
+// memory. At dim 512 the registers of 8 warps hold all of it, and shared memory has room for the parts of 32 rows.
 //
-// float16 has too small a range for dx as an operand. So each warp multiplies its group's dx of a row of the batch by
-// the power of two that makes the largest as large as float16 allows, and what two k tiles, which are a group, add to a
-// product is divided by it in float32. bfloat16 has float32's range and needs none of it.
+// float16's range is too small for dx as an operand. So each warp multiplies its group's dx of a row of the batch by a
+// power of two that brings the largest to 2^14 and more. Two k tiles are one group; what they add to a product is
+// divided by that power in float32. bfloat16 has float32's range and needs no scaling.
 //
-// Parts and dx are double-buffered. A block sends parts for step s + 2 once it has all parts for step s + 1, and every
-// warp that sent those had passed the barrier of its block behind the reading of the parts for step s. Barriers are
-// rearmed as in the forward.
+// Parts and dx are double-buffered. A block sends parts for step s + 2 after it has all parts for step s + 1. Every
+// warp that sent those had passed its block's barrier after the parts for step s were read. mbarriers are rearmed as in
+// the forward.
 #include "cuda/slstm/hopper/hopper.h"
 #include "cuda/slstm/hopper/tile.cuh"
 
@@ -35,7 +36,7 @@ constexpr int plane_bytes = rows_a_tile * units_a_group * 4;  // of one kept val
 constexpr int dh_offset = slstm_kept * plane_bytes, ring_bytes = dh_offset + rows_a_tile * units_a_group * 2;
 constexpr int max_warps = 8;
 
-// Where the parts of an m tile go: the place in the owner's parts, and the owner's counterpart of this shared memory.
+// Where the parts of an m tile go: the offset in the owner's parts, and the peer address of the owner's shared memory.
 struct Route {
   uint32_t offset, base;
 };
@@ -43,7 +44,7 @@ constexpr int routes_offset = header_bytes, inverses_offset = routes_offset + 51
 static_assert(max_dim / 16 * sizeof(Route) <= inverses_offset - routes_offset);
 static_assert(2 * max_warps * 4 * rows_a_tile * sizeof(float) <= dx_offset - inverses_offset);
 
-// A warp's share of R^T: m_tiles (and m_extra more) x k_tiles; `k_parts` warps share an m tile.
+// A warp's share of R^T: m_tiles in registers and m_extra in shared memory, x k_tiles. `k_parts` warps share an m tile.
 template <int m_tiles, int k_tiles, int k_parts, int n_tiles, int m_extra>
 struct Layout {
   static constexpr int stages = m_extra > 0 ? 2 : n_tiles == 1 ? 4 : 3;
@@ -66,8 +67,8 @@ struct Layout {
   }
 };
 
-// The fragment of inputs [16 m_tile, + 16) and of the block's local gate rows [16 k_tile, + 16): row r of the block is
-// unit r % 8 of gate r / 8 % 4 of group r / 32.
+// The fragment of inputs 16 m_tile and on, and of the block's gate rows 16 k_tile and on. Row r of the block is unit r
+// % 8 of gate r / 8 % 4 of group r / 32.
 template <typename T, typename W>
 __device__ __forceinline__ void load_weights(uint32_t (&a)[4], const SlstmProblem& p, int64_t head, int first_group,
                                              int m_tile, int k_tile) {
@@ -83,8 +84,8 @@ __device__ __forceinline__ void load_weights(uint32_t (&a)[4], const SlstmProble
   }
 }
 
-// Multiplies dx of a group, of rows 2 (lane % 4) and the next, each by the power of two that brings the row's largest
-// to 2^14 and more; returns the inverses. All lanes of a row have the same.
+// Multiplies a group's dx of rows 2 (lane % 4) and the next by powers of two that bring each row's largest to 2^14 and
+// more. Returns the inverses, the same in all lanes of a row.
 __device__ __forceinline__ float2 scale(float (&dx)[2][4]) {
   constexpr uint32_t smallest = 15, target = 127 + 14;  // exponents as float32 has them
   uint32_t largest = 0;                                 // of both rows, 16 bits each
@@ -95,7 +96,7 @@ __device__ __forceinline__ float2 scale(float (&dx)[2][4]) {
   }
 #pragma unroll
   for (int distance = 4; distance < 32; distance *= 2) {
-    largest = __vmaxu2(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    largest = __vmaxu2(largest, __shfl_xor_sync(all_lanes, largest, distance));
   }
   float undo[2];
 #pragma unroll
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   using Shared = Layout<m_tiles, k_tiles, k_parts, n_tiles, m_extra>;
   constexpr int stages = Shared::stages, rows = Shared::rows;
   constexpr bool scaled = std::is_same_v<T, half>;
-  // The m tiles that are multiplied at a time, whose accumulators fit into registers; chains along k hide latency.
+  // m_at_once: m tiles multiplied at a time, whose accumulators fit into registers. chains: along k, to hide latency.
   constexpr int all_tiles = m_tiles + m_extra, at_once = !scaled ? 8 : m_extra > 0 ? 1 : 4 / cell_tiles;
   constexpr int m_at_once = all_tiles * n_tiles > at_once ? std::max(1, at_once / n_tiles) : all_tiles;
   constexpr int chains = scaled || m_at_once * n_tiles >= 4 ? 1 : m_at_once * n_tiles >= 2 ? 2 : 4;
@@ -140,8 +141,8 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   const bool active = first_tile < n_tiles && group < g.groups;  // in the cell; every warp takes part in the product
   const int64_t unit = group * units_a_group + lane / 4;
   const int m_warps = g.warps / k_parts, m_first = warp % m_warps, k_part = warp / m_warps;
-  const int m_count = (g.groups + 1) / 2;
-  const int own_pairs = (min(g.block_groups, g.groups - first_group) + 1) / 2;
+  const int m_count = ceil_div(g.groups, 2);
+  const int own_pairs = ceil_div(min(g.block_groups, g.groups - first_group), 2);
   const uint32_t step_bytes = sources * own_pairs * n_tiles * fragment_bytes;
 
   // --- start: rows, barriers, R^T
@@ -189,8 +190,8 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   int longest = 0;
   for (int r = 0; r < rows; ++r) longest = max(longest, static_cast<int>(row_table[r].length));
 
-  // --- this thread's part of the cell: unit lane / 4, rows 2 quad and the next; of what it loads: row lane / 2 % 8 of
-  // what was kept, row lane % 8 of dh and dx. Pointers are to the token whose turn it is, and step back with it.
+  // --- this thread's part. The cell: unit lane / 4, rows 2 quad and the next. Loads and stores: row lane / 2 % 8 of
+  // what was kept, row lane % 8 of dh and dx. Pointers start at the last token and step back.
   SlstmUnitGradient grad[cell_tiles][2];
   float c_now[cell_tiles][2], n_now[cell_tiles][2];
   const float* kept_from[cell_tiles];
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   const auto row_length = [&](int nt, int row) {
     return static_cast<int>(row_table[(first_tile + nt) * rows_a_tile + row].length);
   };
-  const int width = static_cast<int>(p.heads * p.dim);  // a token's h; what was kept of it is 6 such, its dx 4
+  const int width = static_cast<int>(p.heads * p.dim);  // of a token's h; what was kept has 6 widths, dx 4
   const auto before = [&](auto* from, int widths) { return from - static_cast<int64_t>(width) * widths; };
   if (active) {
 #pragma unroll
@@ -235,8 +236,8 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     }
   }
 
-  // Step s takes token longest - 1 - s. Into stage s % stages: what was kept of it and dh, but c and n of the token
-  // before, which is the initial state before the first; those of the token itself are in registers by then.
+  // Step s takes token t = longest - 1 - s. It fills stage s % stages with dh and what was kept of t, except that c and
+  // n are those of t - 1, or of the initial state. c and n of t itself are in registers from the step before.
   char* ring = base + Shared::ring_offset(g) + warp * stages * cell_tiles * ring_bytes;
   const auto prefetch = [&](int s) {
     const int t = longest - 1 - s;
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     ptx::cp_async_commit();
   };
 
-  // Adds the parts of R^T dx that the other warps and blocks sent for step s.
+  // Adds the parts of R^T dx that warps and blocks sent for step s.
   const auto add_parts = [&](int s) {
     if (!alone) {
       ptx::mbarrier_wait_cluster(&full[s % 2], ((s - 1) / 2) % 2);
@@ -283,13 +284,13 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
         const float2 part = *reinterpret_cast<const float2*>(parts + (source * pairs * n_tiles + nt) * fragment_bytes);
         sum.x += part.x, sum.y += part.y;
       }
-      // Of token longest - s, whose gradient this is: nothing where the row had ended.
+      // The parts come from token longest - s: nothing where the row has no such token.
       if (longest - s < row_length(nt, 2 * quad)) grad[nt][0].dh += clip_gradient(sum.x, params.clip);
       if (longest - s < row_length(nt, 2 * quad + 1)) grad[nt][1].dh += clip_gradient(sum.y, params.clip);
     }
   };
 
-  // Part `acc` of the inputs of m tile `m_tile`, for step s.
+  // Sends `acc`, a part of the inputs of m tile `m_tile`, for step s.
   const int parts_to =
       Shared::parts_offset(g) + (rank * k_parts + k_part) * pairs * n_tiles * fragment_bytes + lane * 16;
   const auto send = [&](int s, int m_tile, int nt, const float (&acc)[4]) {
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
 #pragma unroll 1
   for (int s = 0; s < longest; ++s) {
     const int t = longest - 1 - s;
-    __syncwarp();  // the stage that is filled now was read by other lanes
+    __syncwarp();  // other lanes have read the stage that is refilled
     prefetch(s + stages - 1);
     ptx::cp_async_wait<stages - 1>();
     __syncwarp();
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
           for (int x = 0; x < slstm_kept; ++x) kept[x] = reinterpret_cast<const float*>(here + x * plane_bytes)[at];
           const float c = kept[kept_c], n = kept[kept_n];
           kept[kept_c] = c_now[nt][j], kept[kept_n] = n_now[nt][j];
-          // A row that has not begun yet, seen from the end, is as if all of it were padding.
+          // Past the end of a row the unit is treated as padding.
           if (t >= row_length(nt, 2 * quad + j))
             kept[kept_forget] = -1.0f;
           else
@@ -349,7 +350,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
     }
     __syncthreads();
 
-    // Products of two k tiles, a group's dx, for 8 rows of the batch.
+    // The products of two k tiles, which are one group's dx, for 8 rows of the batch.
     const auto multiply = [&](float (&even)[4], float (&odd)[4], const uint32_t (&a0)[4], const uint32_t (&a1)[4],
                               const uint32_t (&b)[4], float2 undo) {
       if constexpr (scaled) {
@@ -460,7 +461,7 @@ __global__ void __launch_bounds__(max_warps * 32, 1)
   if (!alone) ptx::cluster_barrier();  // no block leaves while others may store to it
 }
 
-// A launch that can serve a problem.
+// A launch that serves a problem; kernel == nullptr: none.
 struct Choice {
   void (*kernel)(SlstmBackward, Geometry) = nullptr;
   Geometry g{};
@@ -470,13 +471,15 @@ struct Choice {
 
 template <typename T, int m_tiles, int k_tiles, int k_parts, int n_tiles, int cell_tiles, int m_extra>
 void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
-  static std::atomic<int> known[16][17];
+  static KnownClusters known;
   auto* kernel = backward_kernel<T, m_tiles, k_tiles, k_parts, n_tiles, cell_tiles, m_extra>;
   const int bytes = Layout<m_tiles, k_tiles, k_parts, n_tiles, m_extra>::total(g);
   const int active = active_clusters(kernel, g.cluster, 32 * g.warps, bytes, known);
   if (active == 0) return;
   const int64_t cost = launch_cost(p, n_tiles, active);
-  if (best.kernel == nullptr || cost < best.cost) best = {kernel, g, n_tiles, bytes, cost};
+  if (best.kernel == nullptr || cost < best.cost) {
+    best = {.kernel = kernel, .g = g, .n_tiles = n_tiles, .shared_bytes = bytes, .cost = cost};
+  }
 }
 
 template <typename T>
@@ -486,7 +489,7 @@ Choice choose(const SlstmProblem& p) {
   g.groups = static_cast<int>(p.dim / units_a_group);
   const auto spread = [&](int block_groups, int warps) {
     g.block_groups = block_groups, g.warps = warps;
-    g.cluster = (g.groups + block_groups - 1) / block_groups;
+    g.cluster = ceil_div(g.groups, block_groups);
   };
   if (p.dim <= 64) {
     spread(8, 8);

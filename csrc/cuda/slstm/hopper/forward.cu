@@ -1,28 +1,27 @@
-// The sLSTM's forward on Hopper: all tokens in one launch (tile.cuh: who owns what).
+// The sLSTM's forward on Hopper: all tokens in one launch. tile.cuh says which warp owns what.
 //
-// R is the stationary operand of mma.sync m16n8k16: a warp holds the 32 rows of its group's gates as fragments, up to
-// 16 k tiles in registers (128 registers), the rest in shared memory in fragment order. h_{t-1}, rounded, is the other
-// operand and lies whole in every block's shared memory, double-buffered, a row of the batch contiguous.
+// R is the stationary operand of mma.sync m16n8k16. A warp holds the 32 rows of its group's gates as fragments: up to
+// 16 k tiles in registers (128 registers), the rest in shared memory in fragment order. The other operand is the
+// rounded h_{t-1}. Every block has all of it in shared memory, double-buffered, a row of the batch contiguous.
 //
-// From dim 264 on two warps share a group, each with a half of k: the registers of 8 warps hold all of a block's R up
-// to dim 512, those of 12 half of it at 768. Each adds up its part of all n tiles, gives the other the sums of the
-// tiles whose cells are the other's, through shared memory, and goes on with its own.
+// From dim 264 on two warps share a group, each with half of k. The registers of 8 warps hold all of a block's R up to
+// dim 512, those of 12 warps half of it at 768. Each warp sums its half of k for all n tiles. Through shared memory it
+// gives the other warp the sums of that warp's cells, and goes on with its own.
 //
 // A step of a warp:
-//   x_t + b                    from the warp's own ring, filled by cp.async some steps ahead (ldmatrix.trans)
-//   wait for h_{t-1}           a barrier that counts the bytes of all groups (a cluster), or the block's barrier
+//   x_t + b                    from the warp's own ring, which cp.async fills some steps ahead (ldmatrix.trans)
+//   wait for h_{t-1}           cluster: an mbarrier that counts the bytes of all groups; one block: a named barrier
 //   R h_{t-1}                  k in independent chains of accumulators
-//   sums of the other half     where two warps share a group: their barrier
+//   sums of the other half     where two warps share a group: a named barrier of the two
 //   the cell                   in registers; c, n, m and the unrounded h stay there
-//   h_t to every block         rounded, transposed by movmatrix, 16 bytes (a row's 8 units) a store; a cluster's stores
-//                              are asynchronous and count on the receiver's barrier
-//   h_t, what backward needs   to memory, off the path
+//   h_t to every block         rounded, transposed by movmatrix, 16 bytes (a row's 8 units) a store; in a cluster by
+//                              st.async, which completes on the receiver's mbarrier
+//   h_t and what is kept       to memory, off the critical path
 //
-// Why two buffers are enough: a block writes h_{t+1} over h_{t-1} once it has all of h_t, and each group of h_t was
-// sent by a warp that had done with h_{t-1}, and had the sums of the other one that shares the group. Likewise a warp
-// writes sums over those of the step before once the other has sent the h that it made of them. The thread that waits
-// first in each block rearms the barrier before its warp sends, hence before anyone can send what the rearmed barrier
-// counts.
+// Two buffers of h are enough. A block writes h_{t+1} over h_{t-1} after it has received all of h_t. Each group of h_t
+// was sent by a warp that had read h_{t-1} and had the sums of the other warp of its group. The buffer of sums is
+// guarded by the barrier of the two warps. In each block thread 0 rearms the mbarrier before its own warp sends. Nobody
+// can send what the rearmed barrier counts before this block has sent.
 #include "cuda/slstm/hopper/hopper.h"
 #include "cuda/slstm/hopper/tile.cuh"
 
@@ -36,7 +35,7 @@ struct Layout {
   static constexpr int stages = k_extra ? 2 : 4;  // of x
   static constexpr int rows = n_tiles * rows_a_tile;
   static constexpr int extra_tiles = k_extra ? k_registers : 0, half_tiles = k_registers + extra_tiles;  // of k, a warp
-  // Elements of a row of h; the 16 bytes beyond the operand spread rows over the banks.
+  // Elements of a row of h. The 16 bytes of padding spread rows over the banks.
   static constexpr int pitch = halves * half_tiles * 16 + 8, h_bytes = rows * pitch * 2;
   static constexpr int x_offset = header_bytes + 2 * h_bytes;
   static constexpr int cell_tiles = n_tiles > halves ? n_tiles / halves : 1;
@@ -50,7 +49,7 @@ struct Layout {
   }
 };
 
-// The fragment of gates 2 pair and 2 pair + 1 of a group's 8 units and of k tile `k_tile`.
+// The fragment of gates 2 pair and 2 pair + 1 of a group's 8 units, of k tile `k_tile`.
 template <typename T, typename W>
 __device__ __forceinline__ void load_weights(uint32_t (&a)[4], const SlstmProblem& p, int64_t head, int group, int pair,
                                              int k_tile) {
@@ -70,8 +69,8 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
     forward_kernel(const __grid_constant__ SlstmForward params, const __grid_constant__ Geometry g) {
   using Shared = Layout<k_registers, n_tiles, halves, k_extra>;
   constexpr int stages = Shared::stages, rows = Shared::rows, cell_tiles = Shared::cell_tiles;
-  // Independent chains of products, for each pair of gates: 8 of them hide the tensor cores' latency. Of 12 warps,
-  // three to a scheduler, 2 each nearly do, and there are no registers for more.
+  // Independent chains of products for each n tile and pair of gates. 8 in all hide the tensor cores' latency. With 12
+  // warps, three a scheduler, 2 nearly do, and more would spill.
   constexpr int chains = k_extra ? 1 : std::max(1, 4 / n_tiles);
   extern __shared__ uint4 shared[];
   char* base = reinterpret_cast<char*>(shared);
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
   for (int r = 0; r < rows; ++r) longest = max(longest, static_cast<int>(row_table[r].length));
 
   if (active) {
-    // --- this thread's part: the cell's rows 2 quad and the next; x's row lane % 8 of gate lane / 8; h's row lane / 4
+    // --- this thread's part: rows 2 quad and the next of the cell; row lane % 8, gate lane / 8 of x; row lane / 4 of h
     SlstmUnit state[cell_tiles][2];
     int length[cell_tiles][2];
     const T* x_from[cell_tiles];
@@ -156,8 +155,10 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
         const int local = first + 2 * quad + j;
         const int64_t row = first_row + local;
         length[nt][j] = static_cast<int>(row_table[local].length);
-        state[nt][j] = {initial(p.h0, p, row, head, unit), initial(p.c0, p, row, head, unit),
-                        initial(p.n0, p, row, head, unit), initial(p.m0, p, row, head, unit)};
+        state[nt][j] = {.h = initial(p.h0, p, row, head, unit),
+                        .c = initial(p.c0, p, row, head, unit),
+                        .n = initial(p.n0, p, row, head, unit),
+                        .m = initial(p.m0, p, row, head, unit)};
       }
       const SlstmRow of_x = row_table[first + lane % 8], of_h = row_table[first + lane / 4];
       x_from[nt] = static_cast<const T*>(params.x) + of_x.batch * params.x_batch + of_x.start * params.x_seq +
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
       ptx::cp_async_commit();
     };
     char* sums = base + Shared::sums_offset(g) + lane * 16;
-    // Peers quad, quad + 4, ... get what this thread's quad has of h.
+    // This thread sends its row of h to peers quad, quad + 4, ...
     uint32_t peer[4];
 #pragma unroll
     for (int x = 0; x < 4; ++x) peer[x] = alone ? 0 : ptx::peer_address(base, min(quad + 4 * x, g.cluster - 1));
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
     for (int t = 0; t < stages - 1; ++t) prefetch(t);
 #pragma unroll 1
     for (int t = 0; t < longest; ++t) {
-      __syncwarp();  // the stage that is filled now was read by other lanes
+      __syncwarp();  // other lanes have read the stage that is refilled
       prefetch(t + stages - 1);
       ptx::cp_async_wait<stages - 1>();
       __syncwarp();
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
 #pragma unroll
       for (int k = 0; k < k_registers; k += 2) {
         multiply(k, weights + k);
-        // In turns, so that loads overlap with products.
+        // Alternates with the registers' tiles, so that loads overlap products.
         if constexpr (k_extra) {
           uint32_t extra[2][2][4];
 #pragma unroll
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
             to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
           }
         }
-        ptx::named_barrier(2 + local_group, 64);  // they have been read
+        ptx::named_barrier(2 + local_group, 64);  // both have read the sums
         if (!has_cells) continue;
       }
 
@@ -286,7 +287,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
         const uint32_t mine = ptx::transpose_8x8(pack<T>(state[nt][0].h, state[nt][1].h));
         uint32_t word[4];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) word[x] = __shfl_sync(0xffffffffu, mine, lane - quad + x);
+        for (int x = 0; x < 4; ++x) word[x] = __shfl_sync(all_lanes, mine, lane - quad + x);
         T* to = h_next + nt * rows_a_tile * pitch;
         if (alone) {
           if (quad == 0) *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
@@ -341,7 +342,7 @@ __global__ void __launch_bounds__(Layout<k_registers, n_tiles, halves, k_extra>:
   if (!alone) ptx::cluster_barrier();  // no block leaves while others may store to it
 }
 
-// A launch that can serve a problem.
+// A launch that serves a problem; kernel == nullptr: none.
 struct Choice {
   void (*kernel)(SlstmForward, Geometry) = nullptr;
   Geometry g{};
@@ -351,13 +352,15 @@ struct Choice {
 
 template <typename T, int k_registers, int n_tiles, int halves, bool k_extra>
 void consider(Choice& best, const SlstmProblem& p, const Geometry& g) {
-  static std::atomic<int> known[16][17];
+  static KnownClusters known;
   auto* kernel = forward_kernel<T, k_registers, n_tiles, halves, k_extra>;
   const int bytes = Layout<k_registers, n_tiles, halves, k_extra>::total(g);
   const int active = active_clusters(kernel, g.cluster, 32 * g.warps, bytes, known);
   if (active == 0) return;
   const int64_t cost = launch_cost(p, n_tiles, active);
-  if (best.kernel == nullptr || cost < best.cost) best = {kernel, g, n_tiles, bytes, cost};
+  if (best.kernel == nullptr || cost < best.cost) {
+    best = {.kernel = kernel, .g = g, .n_tiles = n_tiles, .shared_bytes = bytes, .cost = cost};
+  }
 }
 
 template <typename T>
@@ -367,7 +370,7 @@ Choice choose(const SlstmProblem& p) {
   g.groups = static_cast<int>(p.dim / units_a_group);
   const auto spread = [&](int block_groups, int halves) {
     g.block_groups = block_groups, g.warps = halves * block_groups;
-    g.cluster = (g.groups + block_groups - 1) / block_groups;
+    g.cluster = ceil_div(g.groups, block_groups);
   };
   if (p.dim <= 64) {
     spread(std::min(8, g.groups), 1);

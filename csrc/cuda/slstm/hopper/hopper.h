@@ -1,4 +1,5 @@
-// The sLSTM's loop over the tokens on Hopper: one launch, R in registers (and shared memory), a cluster a head.
+// The sLSTM's loop over the tokens on Hopper: one launch. A thread block cluster has one head of some rows, with R in
+// registers, and in shared memory beyond dim 512.
 #pragma once
 
 #include <string>
@@ -14,14 +15,16 @@ inline std::string words() {
          std::to_string(units_a_group) + ", up to " + std::to_string(max_dim);
 }
 
-// Whether this problem can run on the current device: compute capability 9.0, a 16-bit dtype, dim a multiple of
-// units_a_group and at most max_dim, heads * dim less than 2^28, strides of x (backward: of dh) that are multiples of 16
-// bytes, tensors that begin at such, seq less than 2^31 (backward: 2^30), and a cluster of the size that it takes fits.
+// Whether this problem can run on the current device. Needed:
+//   - compute capability 9.0, and the problem's cluster size fits the device;
+//   - bfloat16 or float16, dim a multiple of units_a_group and at most max_dim, heads * dim less than 2^28;
+//   - strides of x (backward: of dh) multiples of 16 bytes, and tensors aligned to 16 bytes;
+//   - seq less than 2^31 (backward: 2^30).
 bool serves(const SlstmForward& params);
 bool serves(const SlstmBackward& params);
 
 cudaError_t forward(const SlstmForward& params, cudaStream_t stream);
-// dx and the initial state's gradients.
+// Makes dx and the initial state's gradients.
 cudaError_t backward(const SlstmBackward& params, cudaStream_t stream);
 
 }  // namespace flash_xlstm::cuda::slstm_hopper
