@@ -115,7 +115,7 @@ def recall(vocab_size: int) -> Task:
 TASKS: dict[str, Task] = {
     "parity": Task("parity", 2, 1 / 2, parity),
     "cycle-navigation": Task("cycle navigation", _CYCLE, 1 / _CYCLE, cycle_navigation),
-    # A factor of 0 makes 0 likelier than the others: see tests/cli/test_task_data.py.
+    # A factor of 0 makes 0 likelier than the others: see tests/training/tasks/test_data.py.
     "modular-arithmetic": Task("modular arithmetic without brackets", 8, 1 / _MODULUS, modular_arithmetic),
     "even-pairs": Task("even pairs", 2, 1 / 2, even_pairs),
     "mqar": recall(8192),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flash_xlstm.cli.task_data import TASKS, Task, recall
 from flash_xlstm.nn import block_stack
+from flash_xlstm.training.tasks.data import TASKS, Task, recall
 
 MODELS = {"1:0": [0, 0], "0:1": [1, 1], "1:1": [0, 1]}  # of the two blocks, which are sLSTM blocks
 

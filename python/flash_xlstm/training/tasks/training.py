@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from flash_xlstm.cli.errors import CommandError
-from flash_xlstm.cli.task_data import IGNORED
-from flash_xlstm.cli.task_recipes import Recipe
 from flash_xlstm.nn import block_stack
+from flash_xlstm.training.errors import TrainingError
 from flash_xlstm.training.metrics import autocast
+from flash_xlstm.training.tasks.data import IGNORED
+from flash_xlstm.training.tasks.recipes import Recipe
 
 _CLIP = 1.0
 _WARMUP = 0.05  # of the steps
@@ -61,6 +61,7 @@ def train(
     *,
     seconds: float = math.inf,
     cuda_graphs: bool = True,
+    stepped: Callable[[float | None], None] = lambda loss: None,
 ) -> Trained:
     """Trains a model: linear warm-up, a constant rate, and a linear cool-down.
 
@@ -72,12 +73,13 @@ def train(
         steps: most optimizer steps.
         generator: of the data.
         dtype: to compute in.
-        title: for the progress bar and errors.
+        title: of the training, for errors.
         seconds: time for it; where steps are too slow for it the schedule goes on by time.
         cuda_graphs: whether CUDA graphs may be used.
+        stepped: is called after each step, with the loss in nats where it was read, else None.
 
     Raises:
-        CommandError: the loss is not finite.
+        TrainingError: the loss is not finite.
     """
     device, seed = generator.device, generator.initial_seed()
     lengths, held_out = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed + 1)
@@ -86,8 +88,7 @@ def train(
     evaluate_every, rows = max(1, steps // _EVALUATIONS), min(_EVALUATION_ROWS, recipe.test_rows)
     position = taken = solved = summed = 0  # the schedule's position may run ahead of the steps taken
     total, stopped, began = torch.zeros((), device=device), "steps", time.monotonic()
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=steps, unit="step", desc=title, dynamic_ncols=True, mininterval=interval) as bar, step.stream():
+    with step.stream():
         while position < steps:
             choices = recipe.open_lengths(position / steps)
             length = choices[int(torch.randint(len(choices), (), generator=lengths))]
@@ -96,11 +97,11 @@ def train(
             if position >= steps - tail:
                 total, summed = total + loss, summed + 1
             position, taken = position + 1, taken + 1
+            value = None
             if taken % _CHECK_EVERY == 1 or position >= steps:
                 value = float(loss)
                 if not math.isfinite(value):
-                    raise CommandError(f"training of {title} diverged at step {taken - 1}: the loss is {value:.3g}")
-                bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+                    raise TrainingError(f"training of {title} diverged at step {taken - 1}: the loss is {value:.3g}")
                 by_time = int((time.monotonic() - began) / seconds * steps)
                 if by_time > position:
                     position, stopped = by_time, "seconds"
@@ -109,7 +110,7 @@ def train(
                 solved = solved + 1 if right >= _SOLVED else 0
                 if solved == _SOLVED_TIMES:
                     position, stopped = steps - cooldown, "solved"
-            bar.update()
+            stepped(value)
     mean = float(total) / summed if summed else float(loss)
     return Trained(taken, mean, stopped, step.uses_graphs)
 
@@ -204,7 +205,7 @@ class _Step:
             with torch.cuda.graph(graph):
                 loss = self._run(*inputs)
         except RuntimeError as error:
-            tqdm.write(f"no CUDA graph of a step, so steps are slower: {error}", file=sys.stderr)
+            warnings.warn(f"no CUDA graph of a step, so steps are slower: {error}", stacklevel=2)
             self.uses_graphs = False
             self.optimizer.zero_grad()
         else:
