@@ -1,5 +1,4 @@
-"""``flash-xlstm tasks``: what xLSTM[1:0], [0:1] and [1:1] can learn of state tracking and recall (arXiv 2405.04517,
-section 4.1)."""
+"""``flash-xlstm tasks``: xLSTM[1:0], [0:1] and [1:1] on state tracking and recall (arXiv 2405.04517, section 4.1)."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from flash_xlstm.training.device import choose_device
 from flash_xlstm.training.tasks.recipes import FULL, MODELS, SMALL, Recipe
 from flash_xlstm.training.tasks.results import measure, plot, table, title_of
 
-_TEST_SHARE = 0.2  # of a model's share of --seconds, kept for testing it
+_TEST_SHARE = 0.2  # the part of a model's share of --seconds that is reserved for its test
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains and tests what the command line asks for."""
     device = choose_device(args.device)
-    threads = args.threads or (1 if args.small else None)  # models this small gain nothing from more
+    threads = args.threads or (1 if args.small else None)  # more threads do not speed up models this small
     if threads is not None:
         torch.set_num_threads(threads)
     recipes = SMALL if args.small else FULL
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = [(name, model) for name in names for model in args.models or MODELS]
     for index, (name, model) in enumerate(pairs):
         left = (args.seconds or math.inf) - (time.monotonic() - began)
-        share = (1 - _TEST_SHARE) * max(left, 1e-3) / (len(pairs) - index)  # what others did not need is left to it
+        share = (1 - _TEST_SHARE) * max(left, 1e-3) / (len(pairs) - index)  # unused time of earlier models is shared
         document["results"].append(_measure(name, recipes[name], model, device, args, share))
         document["seconds"] = time.monotonic() - began
         _write(out, document)

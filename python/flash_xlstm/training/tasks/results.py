@@ -96,7 +96,7 @@ def title_of(name: str, kind: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Accuracy in percent, and the steps taken: a line a model, a column a length, the tasks one below the other."""
+    """A text table for each task: a line a model, a column a length, accuracy in percent, and the steps taken."""
     parts = []
     for name in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == name]
@@ -118,7 +118,7 @@ def _percent(values: Iterable[float]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> bytes:
-    """The same as a PNG picture, a panel a task; the lengths that were trained on are shaded."""
+    """The same as a PNG picture with a panel for each task. The training lengths are shaded."""
     names = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(1 + 4.2 * len(names), 4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
