@@ -12,7 +12,7 @@ import torch
 
 from flash_xlstm.training.errors import short
 
-KEPT = ("threads", "save_every", "eval_every", "log_every")  # by a checkpoint, though free to change
+KEPT = ("threads", "save_every", "eval_every", "log_every")  # a checkpoint holds these options
 MODEL_SIZES = {"hidden_size": "hidden_size", "layers": "num_hidden_layers", "heads": "num_heads"}  # in config.json
 PATHS = ("data", "tokenizer", "config")  # paths, which may change: the contents are compared
 DTYPES = ("float32", "bfloat16")

@@ -130,7 +130,7 @@ def check_optimizer(saved: Any, optimizer: torch.optim.AdamW, step: int) -> dict
     if type(groups) is not list or len(groups) != len(own) or not all(type(group) is dict for group in groups):
         raise ValueError(f"the optimizer's param_groups are {short(groups)}; they must be {len(own)} dicts")
     for number, (group, mine) in enumerate(zip(groups, own, strict=True)):
-        for name, value in mine.items():  # releases of torch differ in the names: the optimizer's own groups are kept
+        for name, value in mine.items():  # names differ between torch's releases: the new groups are kept
             found = group.get(name, value)
             if name != "lr" and repr(found) != repr(value):  # each step sets lr
                 raise ValueError(f"{name} of the optimizer's group {number} is {short(found)}; it must be {value}")
