@@ -19,7 +19,7 @@ from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM as StockXL
 
 from flash_xlstm.cli import main
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
-from flash_xlstm.training import checkpoint
+from flash_xlstm.training import checkpoint, files
 from flash_xlstm.training.trainer import Trainer
 
 
@@ -579,7 +579,7 @@ def test_killed_between_writing_and_renaming(train, resume, monkeypatch, leftove
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_remove", lambda path: None)
+        patch.setattr(files, "remove", lambda path: None)
         patch.setattr(os, "replace", killed)
         with pytest.raises(Killed):
             resume()

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +25,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.models.checkpoints import weight_modes
+from flash_xlstm.training import files
 from flash_xlstm.training.data import BYTES, load_tokenizer, vocabulary_size
 from flash_xlstm.training.errors import TrainingError, reason
 
 STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
-_PARTIAL = ".partial"
 _NAME = re.compile(r"checkpoint-[0-9]{1,19}")
 
 
@@ -108,15 +107,11 @@ def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | N
             torch.save(state, file)
 
     with _whole(folder):
-        partial = _partial(folder)
-        _remove(partial)  # the remains of a killed run
+        partial = files.partial(folder)
+        files.remove(partial)  # the remains of a killed run
         partial.mkdir()
         write(partial)
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-        os.replace(partial, folder)
-        _flush(run)
+        files.publish(folder)
     _remove_others(run, folder)
     return folder
 
@@ -128,9 +123,9 @@ def write_file(path: Path, content: bytes) -> None:
         TrainingError: it could not be written.
     """
     with _whole(path):
-        partial = _partial(path)
+        partial = files.partial(path)
         partial.write_bytes(content)
-        _flush(partial)
+        files.flush(partial)
         os.replace(partial, path)
 
 
@@ -271,7 +266,7 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _remove(_partial(path))
+        files.remove(files.partial(path))
         # torch.save and safetensors raise errors of their own for a failed write.
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             kept = newest(path.parent)
@@ -302,33 +297,10 @@ def readable(path: Path) -> Iterator[None]:
         raise TrainingError(f"corrupt checkpoint {path}: {reason(error)}") from error
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_PARTIAL}")
-
-
 def _remove_others(run: Path, keep: Path | None) -> None:
     for path in run.glob("checkpoint-*"):
         if path != keep and _NAME.fullmatch(path.name):
             # Renamed first: half a checkpoint must never have a checkpoint's name.
-            os.replace(path, _partial(path))
-    for path in run.glob(f".checkpoint-*{_PARTIAL}"):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    if path.is_dir() and os.name == "nt":  # this file system cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            os.replace(path, files.partial(path))
+    for path in run.glob(f".checkpoint-*{files.PARTIAL}"):
+        files.remove(path)
