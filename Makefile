@@ -1,15 +1,15 @@
-# `make test` and `make demo` start from Python and a C++ compiler: they make .venv and install what they need there.
+# `make test` and `make demo` need Python and a C++ compiler. They make .venv and install the other requirements there.
 # TORCH= chooses another torch, e.g. TORCH=torch==2.11.0; PYTHON= another interpreter.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 SANITIZE_ARGS ?= -k "not compile"
-# Processes of pytest; one thread each, for most of a test's time is spent in one.
+# Number of pytest processes. Each has one thread, because most of a test's time is serial.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 
 venv := .venv
 bin := $(venv)/bin
-# Most of what is installed is never imported: bytecode is made of what is, when it is.
+# --no-compile: most installed modules are never imported. Python compiles the others at their first import.
 pip := $(bin)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
@@ -33,12 +33,12 @@ $(venv)/build-tools: Makefile
 	$(pip) $(TORCH) 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24' numpy
 	touch $@
 
-# Not isolated: the build uses the torch that it runs on, and only what changed is compiled again.
+# Without isolation the build uses the venv's torch, and only changed files are compiled again.
 $(venv)/installed: $(venv)/build-tools $(sources)
 	$(pip) --no-build-isolation '.[test]'
 	touch $@
 
-# The ops' tests on the CPU under the address and undefined-behaviour sanitizers: an install of its own, beside the venv's.
+# The ops' tests on the CPU under the address and undefined-behaviour sanitizers, with an install of its own.
 sanitize: $(venv)/installed
 	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
 	  -C build-dir=build/sanitize .

@@ -3,7 +3,7 @@
     python benchmarks/before_after.py OLD NEW --out FILE
 
 OLD and NEW are folders that hold an importable ``flash_xlstm``. Each is measured twice, in turn, in a process of its
-own; what two runs of one build differ by is noise. A row has the times of both.
+own. The difference between two runs of one build is noise. A row has the times of both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-TOKENS, HEADS, DQK, DV = 65_536, 8, 256, 512  # of the mLSTM
+TOKENS, HEADS, DQK, DV = 65_536, 8, 256, 512  # the mLSTM's
 SLSTM = ((4, 256), (12, 64))  # heads x dim, 16 rows of 1,024 tokens
 STEP_BATCHES, DECODE_BATCHES, NEW_TOKENS = (1, 8, 64, 256), (1, 16, 64), 128
 
@@ -55,7 +55,7 @@ def _step(ops, batch: int) -> dict[str, float]:
 
     new = lambda *shape: torch.randn(batch, HEADS, *shape, device="cuda")  # noqa: E731
     inputs = [*(new(d).bfloat16() for d in (DQK, DQK, DV)), new(), new()]
-    states = [(new(DQK, DV), new(DQK), new()) for _ in range(max(2, min(16, 64 // batch)))]  # beyond the L2 cache
+    states = [(new(DQK, DV), new(DQK), new()) for _ in range(max(2, min(16, 64 // batch)))]  # larger than the L2 cache
     calls = 64
 
     def chain() -> None:
@@ -77,7 +77,7 @@ def _slstm(ops, heads: int, dim: int) -> dict[str, float]:
 
 
 def _decode(weight_mode: str, batches: tuple[int, ...]) -> dict[str, float]:
-    """A token of the 7B model in `generate`: the difference of two lengths."""
+    """The time of a token of the 7B model in `generate`: the difference of two lengths."""
     from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)

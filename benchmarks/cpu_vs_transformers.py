@@ -1,7 +1,7 @@
 """Subject cpu_vs_transformers: our ops beside the native kernels of transformers' xLSTM, on the CPU, in one run.
 
-Each side gets its own layout: (batch, seq, heads, dim) ours, (batch, heads, seq, dim) theirs. Calls alternate, so that
-what else the machine does falls on both; `ratio` is their median time over ours.
+Our layout is (batch, seq, heads, dim), theirs (batch, heads, seq, dim). Calls alternate, so that other load on the
+machine affects both. `ratio` is their median time over ours.
 """
 
 from __future__ import annotations

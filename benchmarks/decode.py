@@ -1,8 +1,8 @@
 """Subject decode: one token of a whole model, eagerly and in a CUDA graph, and `generate` from end to end.
 
 `floor_ms` is the time to read the weights once and to read and write the states at the copy bandwidth of the same run.
-`generate` is the whole call, prompt included, over its new tokens. On a CPU the models take turns, so that what else
-the machine does falls on all of them.
+`generate` is the time of the whole call, prompt included, divided by the new tokens. On a CPU the models take turns, so
+that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _state_tensors(state: object) -> list[torch.Tensor]:
 
 
 def _prepare(name: str, model, batch: int, rates: dict, args: argparse.Namespace):
-    """A step of a model, and what its rows have in common."""
+    """A step of a model, and the common entries of its rows."""
     ids = torch.randint(3, 200, (batch, args.prompt), device=args.device)
     state = model.prefill(ids)
     token = ids[:, :1].clone()
@@ -74,7 +74,7 @@ def _generate(models: dict, batch: int, args: argparse.Namespace) -> Iterator[di
             begin = time.perf_counter()
             made = models[name].module.generate(ids, attention_mask=torch.ones_like(ids), **options)
             made.cpu()
-            if repeat:  # the first captures
+            if repeat:  # the first call captures
                 taken.append((time.perf_counter() - begin) * 1e3)
     for name, taken in times.items():
         total = statistics.median(taken)
@@ -84,8 +84,8 @@ def _generate(models: dict, batch: int, args: argparse.Namespace) -> Iterator[di
 
 
 def _groups(args: argparse.Namespace) -> Iterator[dict | list[dict]]:
-    """Models to measure together, by name: on a GPU one at a time; else all, which then take turns. Lists are rows, of
-    those that are absent."""
+    """Models to measure together, by name: one at a time on a GPU, all in turn on a CPU. A list has the rows of absent
+    models."""
     together: dict = {}
     for name in args.models:
         try:
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """A line a mode and batch: every model's time of a token, and ours into each."""
+    """A line for each mode and batch: every model's time a token, and each divided by ours."""
     found: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if row["what"] == "decode" and "time_ms" in row:

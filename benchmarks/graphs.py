@@ -1,4 +1,4 @@
-"""Times of calls inside a CUDA graph: what a kernel takes where nothing waits for the host."""
+"""Times of calls inside a CUDA graph, in which no kernel waits for the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from run import median_time_ms
 
 
 def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of one call, after two calls to warm up."""
+    """A graph of one call, captured after two calls to warm up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -26,11 +26,11 @@ def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def time_in_graph_ms(calls: Sequence[Callable[[], object]], device: torch.device, budget_s: float = 0.3) -> float:
-    """Median time of one of `calls`, which run one after the other in one graph; on a CPU, of one call by itself.
+    """Median time of one of `calls`, which run in sequence in one graph. On a CPU, the median time of a single call.
 
-    Calls that work on as much memory together as the L2 cache cannot hold are measured as a model makes
-    them: each finds its operands in memory. A graph has at least 16 calls and runs for 5 ms or more, so that what
-    precedes its first call (its own launch, tens of MB in the cache to be written back) does not count.
+    If the calls' operands together exceed the L2 cache, each call reads its operands from memory, as in a model. A
+    graph has at least 16 calls and runs for 5 ms or more, so that its launch and the write-back of tens of MB in the
+    cache do not count.
     """
     if device.type != "cuda":
         return statistics.median(median_time_ms(call, device, budget_s=budget_s / len(calls)) for call in calls)
@@ -45,6 +45,6 @@ def time_in_graph_ms(calls: Sequence[Callable[[], object]], device: torch.device
 
 
 def copies_beyond_cache(bytes_each: float, device: torch.device) -> int:
-    """How many sets of operands of `bytes_each` exceed the caches several times over; at most 64."""
+    """The number of sets of operands of `bytes_each` that exceed the caches several times over; at most 64."""
     beyond = 2**28 if device.type == "cuda" else 2**20
     return max(1, min(64, round(beyond / bytes_each)))

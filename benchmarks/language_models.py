@@ -1,4 +1,4 @@
-"""Whole models of one configuration, ours and the peers', with random weights: what a forward pass of each takes.
+"""Whole models of one configuration with random weights, ours and the peers', to measure forward passes.
 
 transformers' own xLSTM runs its native kernels; NX-AI's xlstm_large runs mlstm_kernels' Triton kernels.
 """
@@ -19,7 +19,7 @@ MODELS = ("flash_xlstm", "transformers", "xlstm_large")
 # vocabulary, width, blocks, heads
 SIZES = {
     "7b": (50304, 4096, 32, 8),
-    "134m": (32000, 768, 12, 4),  # 110 million without the embedding table, of which a step reads a row
+    "134m": (32000, 768, 12, 4),  # 110 million without the embedding table, of which a step reads one row
     "101m": (32000, 640, 12, 5),
     "110m_deep": (32000, 512, 24, 4),
     "tiny": (256, 128, 2, 2),
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class LanguageModel:
-    """`prefill(ids)` reads a prompt and gives a state; `step(token, state)` reads a token (batch, 1), advances the
-    state in place and gives the logits. Both without gradients."""
+    """`prefill(ids)` reads a prompt and returns a state. `step(token, state)` reads a token (batch, 1), advances the
+    state in place and returns the logits. Both run without gradients."""
 
     module: torch.nn.Module
     prefill: Callable[[Tensor], Any]
@@ -117,7 +117,7 @@ def load(name: str, args: argparse.Namespace) -> LanguageModel:
 
 
 def weight_bytes(model: LanguageModel) -> int:
-    """Of what a step reads: every parameter but the embedding table."""
+    """Bytes that a step reads: every parameter except the embedding table."""
     return sum(
         p.numel() * p.element_size()
         for name, p in model.module.named_parameters()

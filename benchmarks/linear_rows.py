@@ -1,7 +1,7 @@
 """Subject linear_rows: products of few rows with the weights of the 7B model, beside cuBLAS (torch's linear).
 
-`gb_per_s` counts the weight read once; `share_of_copy` is that over the copy bandwidth of the same run (read plus
-written). Every call of a graph reads a weight of its own, so that none is found in a cache.
+`gb_per_s` counts the weight read once. `share_of_copy` divides it by the copy bandwidth of the same run (read plus
+written). Every call of a graph reads a weight of its own, so that no cache holds it.
 """
 
 from __future__ import annotations

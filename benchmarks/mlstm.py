@@ -1,12 +1,14 @@
 """Subject mlstm: forward, and forward + backward, beside the peers of peers.py in the same run.
 
-A row holds the median time of a call, TFLOP/s by the products that the mLSTM needs (`Point.flops`: chunks of 128
-tokens, nothing computed twice, whatever a peer really computes), GB/s by each input and output read or written once
-(`Point.bytes_moved`), `share_of_floor`, the larger of both at the rates that the same run measured (row `rates`) over
-the time, and the memory that the call needed at its peak. Attention and Mamba-2 compute something else of the
-same width (heads of 128, as many as make heads x dv; heads of 64 with a state of 64, twice as wide, as its layers are)
-and have times only; `simple_gla` has neither normalizer nor input gate. Rows `host`: what one of our forward calls
-takes the host; to be taken in a process without peers, whose packages slow Python down.
+A row holds the median time of a call and its peak memory. TFLOP/s count the products that the mLSTM needs
+(`Point.flops`: chunks of 128 tokens, nothing computed twice), whatever a peer computes. GB/s count each input and
+output once (`Point.bytes_moved`). The floor is the larger of both at the rates that the same run measured (row
+`rates`); `share_of_floor` is the floor over the time.
+
+Attention and Mamba-2 compute other functions of the same width, and have times only. Attention has heads of 128, as
+many as make heads x dv. Mamba-2 has heads of 64 with a state of 64, twice as wide, as in its layers. `simple_gla` has
+neither normalizer nor input gate. Rows `host` have the host's time of one of our forward calls. Take them in a process
+without peers, whose packages slow Python down.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def points(args: argparse.Namespace) -> list[Point]:
-    """The grid comes in a fixed random order, so that a run cut by its time has a sample of the whole."""
+    """The grid in a fixed random order, so that a run that is cut by its time limit has a sample of the whole."""
     if args.settings == "small":
         return list(SMALL)
     shapes, heads, dims = args.shapes or SHAPES, args.heads or HEADS, args.dims or DIMS
@@ -120,7 +122,7 @@ def _load(names: list[str], device: torch.device) -> tuple[dict[str, Call], list
 
 
 def _host_rows(call: Call, device: torch.device) -> Iterator[dict]:
-    """Microseconds that one forward call takes the host, of a problem so small that the device keeps up."""
+    """The host's microseconds of one forward call, for a problem so small that the device keeps up."""
     leaves = tensors("flash_xlstm", Point(1, 256, 4, 64, 64), torch.bfloat16, device)
     for gradients in (False, True):
         leaves = [t.detach().requires_grad_(gradients) for t in leaves]
@@ -151,7 +153,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
             tasks += triton_warmup.tasks(name, possible, backward, args.dtype)
         yield triton_warmup.warm(tasks, args.workers, min(args.warmup_seconds, args.seconds / 2))
     calls, absent = _load(names, device)
-    gc.freeze()  # what the peers have imported would cost each row's collection a third of a second
+    gc.freeze()  # the peers' imports would add a third of a second to each row's collection
     yield from absent
     rates = device_rates(device)
     yield {"what": "rates", **rates}
@@ -169,8 +171,8 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our share of the floor; then
-    whether we are ahead of TFLA and of simple_gla everywhere, and twice as quick as TFLA in the median."""
+    """Every peer's time and our speedup over it (:func:`run.summarize_speedups`), with our share of the floor. Then
+    whether we are faster than TFLA and simple_gla everywhere, and twice as fast as TFLA in the median."""
     lines = summarize_speedups(rows, "mlstm", KEY, "share_of_floor")
     for line in [x for x in lines if x.get("speedup_over") in ("tfla", "simple_gla")]:
         claims = {"ahead everywhere": line["least"] > 1.0}

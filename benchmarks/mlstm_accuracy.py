@@ -1,6 +1,7 @@
-"""Subject mlstm_accuracy: relative errors (Frobenius norms) of h and of the gradients against float64, no norm behind.
+"""Subject mlstm_accuracy: relative errors (Frobenius norms) of h and of the gradients against float64, without a norm
+after h.
 
-All see the same inputs, rounded to the dtype; the reference is the chunkwise form in float64 on the same device.
+All get the same inputs, rounded to the dtype. The reference is the chunkwise form in float64 on the same device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from run import describe, free_memory, measured
 ERRORS = ("error_h", "error_dq", "error_dk", "error_dv", "error_di", "error_df")
 POINTS = {"4096": Point(1, 4096, 2, 256, 512), "131072": Point(1, 131072, 1, 256, 512)}
 SMALL = Point(1, 256, 2, 32, 64)
-# i, f from standard normal ones
+# i and f, made from standard normal ones
 GATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "i normal(-3), f normal(3)": lambda i, f: (i - 3.0, f + 3.0),
     "i normal(0), f normal(3)": lambda i, f: (i, f + 3.0),

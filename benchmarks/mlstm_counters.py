@@ -1,8 +1,8 @@
 """Subject mlstm_counters: hardware counters of the mLSTM's kernels, by Nsight Compute (`ncu`).
 
-A row is a kernel of one forward and backward, in the order of the launches: its time, the bytes that it moves from and
-to DRAM, and its share of the limits of DRAM, L2 cache, tensor pipes and instruction issue, in percent. Clocks are under
-ncu's control, so that the times are not those of subject mlstm. ncu needs the right to read the counters
+A row is a kernel of one forward and backward, in the order of the launches. It has the kernel's time, its bytes from
+and to DRAM, and its share of the limits of DRAM, L2 cache, tensor pipes and instruction issue, in percent. ncu controls
+the clocks, so that the times differ from those of subject mlstm. ncu needs permission to read the counters
 (NVreg_RestrictProfilingToAdminUsers=0, or root).
 """
 
@@ -21,7 +21,7 @@ import torch
 from peers import DTYPES, Point, tensors
 from run import timed_call
 
-# ncu's name: ours, what divides ncu's base unit, and that unit (its name changes with ncu's version)
+# ncu's name: our name, the divisor of ncu's base unit, and that unit (its name depends on ncu's version)
 METRICS = {
     "gpu__time_duration.sum": ("time_us", 1e3, ("nsecond", "ns")),
     "dram__bytes.sum": ("dram_mb", 1e6, ("byte",)),
@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """ncu over :func:`main`, which says where profiling starts and stops."""
+    """Runs ncu on :func:`main`, which starts and stops the profiling."""
     words = ["ncu", "--profile-from-start", "off", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS)]
     words += [sys.executable, str(Path(__file__).resolve())]
     return words + [str(getattr(args, name)) for name in ("batch", "seq", "heads", "dqk", "dv", "dtype")]
 
 
 def parse(text: str) -> list[dict]:
-    """Rows of ncu's CSV, which has a line a kernel and metric behind lines of its own that begin with ``==``."""
+    """Rows of ncu's CSV, which has a line for each kernel and metric. Lines that begin with ``==`` precede it."""
     lines = text.splitlines()
     header = next((x for x, line in enumerate(lines) if line.startswith('"ID"')), None)
     if header is None:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def main() -> None:
-    """One forward and backward behind one to warm up: batch, seq, heads, dqk, dv, dtype."""
+    """One forward and backward after one to warm up: batch, seq, heads, dqk, dv, dtype."""
     from flash_xlstm import ops
 
     *sizes, dtype = sys.argv[1:]

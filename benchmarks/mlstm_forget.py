@@ -1,8 +1,8 @@
 """Subject mlstm_forget: forward, and forward + backward, with forget gates of several sizes.
 
-With few heads the Hopper kernels skip what the forget gates have erased, so that their time depends on the gates.
-Gates f are standard normal around `forget_gate`: around 3 a state is gone after about 12 chunks, around 20 all of it is
-kept.
+With few heads the Hopper kernels skip states that the forget gates have erased, so that their time depends on the
+gates. Gates f are standard normal around `forget_gate`. Around 3 a state is erased after about 12 chunks; around 20 all
+of it is kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Subject mlstm_repeated: subject mlstm in several processes, one after the other.
 
-The autotuner of `chunk_simple_gla` decides anew in each process, so that one run says little about small heads. A row
+The autotuner of `chunk_simple_gla` chooses again in each process, so that one run says little about small heads. A row
 is a peer's setting with its times in every process. Defaults: forward at 64 x 64, ours and simple_gla.
 """
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace, out: Path) -> list[str]:
-    """Of one process."""
+    """The rows of one process."""
     words = [sys.executable, str(Path(__file__).with_name("run.py")), "mlstm", "--out", str(out)]
     words += ["--settings", args.settings, "--peers", *args.peers, "--passes", *args.passes, "--dtype", args.dtype]
     words += ["--heads", *map(str, args.heads), "--dims", *(f"{dqk}x{dv}" for dqk, dv in args.dims)]
@@ -44,7 +44,7 @@ def command(args: argparse.Namespace, out: Path) -> list[str]:
 
 
 def merge(runs: list[list[dict]]) -> list[dict]:
-    """A row a peer and setting, with `times_ms` over the runs; a run that has no time of it has None."""
+    """A row for each peer and setting, with `times_ms` of all runs; None for a run without a time."""
     times: dict[tuple, list[float | None]] = {}
     for place, rows in enumerate(runs):
         for row in rows:

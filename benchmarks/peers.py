@@ -1,4 +1,4 @@
-"""The mLSTM beside its peers: each peer's call, its layout, its dtypes."""
+"""The mLSTM's peers: each peer's call, layout and dtypes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Point:
         return self.batch * self.seq * self.heads
 
     def flops(self, backward: bool, chunk: int = 128) -> float:
-        """Two operations a multiply-add, of the products at chunks of 128 tokens, nothing computed twice.
+        """Operations of the products at chunks of 128 tokens, nothing computed twice; a multiply-add is two.
 
         Forward, multiply-adds a token and head: ``chunk (dqk + dv)`` for q k^T and w v, ``2 dqk dv`` for q c and k^T v.
         Backward: ``chunk (3 dqk + 2 dv)`` for q k^T again, dh v^T, dw k, dw^T q, w^T dh; ``4 dqk dv`` for the parts of
@@ -63,7 +63,7 @@ Call = Callable[..., Tensor]
 class Peer:
     load: Callable[[], Call]  # imports the package
     layout: str  # seq_first: (batch, seq, heads, dim); heads_first: (batch, heads, seq, dim); gla; attention; mamba2
-    chunk: int  # of the states that it keeps in memory, for the estimate; 0: none
+    chunk: int  # chunk of the states that it keeps in memory, for the estimate; 0: none
     state_item: int = 4
     triton: bool = False  # compiles per setting
 
@@ -83,7 +83,7 @@ def _plain() -> Call:
 def _mlstm_kernels(name: str, chunk_size: int) -> Callable[[], Call]:
     def load() -> Call:
         kernel = importlib.import_module("mlstm_kernels.torch").get_mlstm_kernel(f"chunkwise--{name}")
-        # its gate sums go through torch.compile, which gives up after 8 shapes
+        # torch.compile, which compiles its gate sums, gives up after 8 shapes
         torch._dynamo.config.recompile_limit = 1024
         return lambda q, k, v, i, f: kernel(q, k, v, i, f, chunk_size=chunk_size)
 
@@ -110,7 +110,7 @@ def _cudnn_attention() -> Call:
 
 
 def _mamba2() -> Call:
-    # The SSD op is Triton and Python, but the package's own __init__ imports compiled modules: it is not run.
+    # The SSD op is Triton and Python. The package's __init__ imports compiled modules, and is not run.
     if "mamba_ssm" not in sys.modules:
         spec = importlib.util.find_spec("mamba_ssm")
         if spec is None:
@@ -132,18 +132,18 @@ PEERS = {
     "plain_pytorch": Peer(_plain, "seq_first", chunk=64, state_item=16),
 }
 
-OTHER_WORK = ("attention", "mamba2")  # layouts of peers that compute something else of the same width
+OTHER_WORK = ("attention", "mamba2")  # layouts of peers that compute another function of the same width
 
 
 def other_heads(name: str, point: Point) -> int:
-    """Heads of such a peer: attention's of 128; Mamba-2's of 64, at twice the width, on which its layers work."""
+    """Heads of such a peer: attention's heads of 128, or Mamba-2's of 64 at twice the width, as in its layers."""
     return point.heads * point.dv // 128 if PEERS[name].layout == "attention" else 2 * point.heads * point.dv // 64
 
 
 def refusal(name: str, point: Point) -> str | None:
-    """Why a peer is not asked to run a setting, if it is not."""
+    """The reason for which a peer does not run a setting, or None."""
     if name.startswith("tfla"):
-        # their kernels compute the offset of a head's states in 32 bits; beyond, they would write elsewhere
+        # their kernels compute a state's offset in 32 bits, and would write elsewhere beyond
         state = (point.seq // PEERS[name].chunk + 1) * point.dqk * point.dv
         if (point.batch * point.heads - 1) * state >= 2**31:
             return "its offsets of the states overflow 32 bits"
@@ -157,7 +157,7 @@ def refusal(name: str, point: Point) -> str | None:
 
 
 def memory_estimate(name: str, point: Point, backward: bool, item: int) -> float:
-    """Bytes at the peak, roughly: inputs and outputs, one more copy where layouts meet, the states that are kept."""
+    """A rough estimate of the peak bytes: inputs and outputs, one more copy where layouts differ, the kept states."""
     states = point.state_bytes(PEERS[name].chunk, PEERS[name].state_item) if PEERS[name].chunk else 0.0
     return point.bytes_moved(backward, item) * 1.3 + states * (2 if backward else 1)
 
@@ -165,7 +165,7 @@ def memory_estimate(name: str, point: Point, backward: bool, item: int) -> float
 def tensors(
     name: str, point: Point, dtype: torch.dtype, device: torch.device | str, forget_gate: float = 3.0
 ) -> list[Tensor]:
-    """What the peer's call takes, contiguous in its layout: standard normal, f around `forget_gate`; i, f float32."""
+    """The peer's inputs, contiguous in its layout: standard normal, f around `forget_gate`; i and f in float32."""
     torch.manual_seed(0)
     new = lambda *shape, dtype=dtype: torch.randn(*shape, dtype=dtype, device=device)  # noqa: E731
     b, s, h = point.batch, point.seq, point.heads

@@ -1,10 +1,10 @@
 """Plots of results: `python benchmarks/plot.py RESULTS.json [--out FOLDER]`.
 
-Pictures are named after the results file. Of subject mlstm: RESULTS.png, the time over seq at a constant number of
-tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several were measured at two or more seq), and
-RESULTS_speedup.png, our speedup over TFLA and simple_gla, where two or more sizes were measured.
-Of decode, RESULTS.png: time a token over batch. Of prefill, RESULTS.png: time over length, and RESULTS_memory.png: what
-is kept of a prompt, and the memory that reading it takes, over length.
+Pictures are named after the results file. For subject mlstm, RESULTS.png has the time over seq at a constant number of
+tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several sizes were measured at two or more seq).
+RESULTS_speedup.png has our speedup over TFLA and simple_gla where two or more sizes were measured. For decode,
+RESULTS.png has the time a token over batch. For prefill, RESULTS.png has the time over length; RESULTS_memory.png has
+the memory of the state and the peak memory of reading the prompt, over length.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def plot_time(rows: list[dict], dims: tuple, gpu: str, path: Path) -> None:
 
 
 def plot_speedup(rows: list[dict], gpu: str, path: Path) -> bool:
-    """A panel a pass; in a column for dqk and dv, the settings by heads, then by seq."""
+    """A panel for each pass. A column for dqk and dv has the settings by heads, then by seq."""
     times = {(r["peer"], r["pass"], r["batch"], r["seq"], *(r[d] for d in DIMS)): r["time_ms"] for r in rows}
     ratios: dict[tuple, dict[tuple, float]] = {}
     for (peer, pass_name, *key), ours in times.items():
@@ -170,7 +170,7 @@ def plot_prefill(rows: list[dict], gpu: str, folder: Path, stem: str) -> list[Pa
 
 
 def plot(document: dict, folder: Path, stem: str) -> list[Path]:
-    """Writes what the results allow, under names that begin with `stem`; returns the files."""
+    """Writes the plots that the results allow, under names that begin with `stem`. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     gpu = document["environment"].get("gpu", "CPU")
     timed = [r for r in document["results"] if "time_ms" in r]

@@ -1,12 +1,12 @@
 """Subject pointwise: the pointwise ops and the causal convolution, forward and backward, beside PyTorch's functions.
 
-`time_us` is of a call by itself, the cache overwritten before: a launch and tens of MB in the cache to be written back
-belong to it. `gb_per_s` counts every input read and every output written once (a backward reads the inputs again),
-`share_of_copy` is that over the copy bandwidth of the same run, of 2 GiB. A launch is a large part of a small tensor's
-copy: op `copy` is PyTorch's `copy_` of one (rows, columns) tensor, and `share_of_same_size_copy` compares with a
-`copy_` that moves as many bytes as the op. `chain_time_us` is of one of many calls in a CUDA graph, one after the other
-as in a model, each with inputs and outputs of its own; `share_of_same_size_copy_in_chain` compares it with a chain of
-such copies, or with a copy by itself where that is faster.
+`time_us` is the time of a single call after the cache is overwritten. It includes a launch and the write-back of tens
+of MB in the cache. `gb_per_s` counts every input read and every output written once; a backward reads the inputs again.
+`share_of_copy` divides it by the bandwidth of a copy of 2 GiB in the same run. A launch is a large part of a small
+tensor's copy. Therefore op `copy` is PyTorch's `copy_` of one (rows, columns) tensor, and `share_of_same_size_copy`
+compares with a `copy_` that moves as many bytes as the op. `chain_time_us` is the time of one of many calls in sequence
+in a CUDA graph, as in a model, each with inputs and outputs of its own. `share_of_same_size_copy_in_chain` compares it
+with a chain of such copies, or with a single copy where that is faster.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _torch_conv(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(F.conv1d(behind, weight[:, None], groups=x.shape[2])).transpose(1, 2)
 
 
-# ours, PyTorch's, big inputs, big outputs; the inputs are (rows, columns), then a weight where there is one. The
-# convolution's rows are the tokens of one sequence.
+# Ours, PyTorch's, big inputs, big outputs. Inputs are (rows, columns), then a weight if there is one. The convolution's
+# rows are the tokens of one sequence.
 OPS: dict[str, tuple[Callable, Callable, int, int]] = {
     "rms_norm": (ops.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), 1, 1),
     "add_rms_norm": (
@@ -53,7 +53,7 @@ OPS: dict[str, tuple[Callable, Callable, int, int]] = {
     "causal_conv1d": (lambda x, w: ops.causal_conv1d(x, w, activation="silu"), _torch_conv, 1, 1),
 }
 _operators = torch.ops.flash_xlstm
-# Of the outputs' gradients, then the inputs, for a chain: autograd stays out of a graph.
+# A function of the outputs' gradients, then the inputs, for a chain: a graph cannot contain autograd.
 GRADIENTS: dict[str, Callable] = {
     "rms_norm": lambda dy, x, w: _operators.rms_norm_backward(dy, None, x, w, 1e-6, True, False),
     "add_rms_norm": lambda dy, dsum, x, w: _operators.rms_norm_backward(dy, dsum, x, w, 1e-6, True, False),
@@ -103,7 +103,7 @@ def _copy_chain_gb_per_s(rows: int, columns: int, args: argparse.Namespace) -> f
 
     moved = 2 * rows * columns * DTYPES[args.dtype].itemsize
     in_chain = moved / _chain_ms(torch.clone, make, moved, args) / 1e6
-    # Of 500 MB a copy in a graph is slower than one by itself.
+    # A copy of 500 MB is slower in a graph than by itself.
     return max(in_chain, _copy_gb_per_s(rows, columns, args))
 
 
@@ -129,7 +129,7 @@ def _measure(row: dict, form: Callable, rates: dict, args: argparse.Namespace, c
         time_ms = median_time_ms(
             lambda: torch.autograd.grad(outputs, leaves, given, retain_graph=True), device, budget_s=args.seconds_each
         )
-        # The sum of add_rms_norm stands for both its inputs, and so does its gradient.
+        # add_rms_norm's sum counts for both inputs, and so does its gradient.
         tensors = 4 if row["op"] == "add_rms_norm" else written + 2 * read
     moved = tensors * row["rows"] * row["columns"] * dtype.itemsize
     row["time_us"] = time_ms * 1e3

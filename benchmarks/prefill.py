@@ -1,8 +1,8 @@
-"""Subject prefill: reading a prompt (logits of its last token only, ours), and the memory that takes at its peak.
+"""Subject prefill: time and peak memory of reading a prompt. Ours computes the last token's logits only.
 
-`floor_ms` is two operations a parameter and token, without the embedding table, at the rate of a large product that the
-same run measured. `state_mib` is what is kept of the prompt; `transformer_mib` what a Transformer of the same width and
-depth would keep (keys and values of all heads, bfloat16), computed.
+`floor_ms` is the time of two operations a parameter and token, without the embedding table, at the rate of a large
+product in the same run. `state_mib` is the size of the state after the prompt. `transformer_mib` is computed: keys and
+values of all heads in bfloat16, for a Transformer of the same width and depth.
 """
 
 from __future__ import annotations

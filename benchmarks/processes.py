@@ -1,4 +1,4 @@
-"""Processes beside each other that prepare a measurement."""
+"""Concurrent processes that prepare a measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 
 def outputs(commands: Sequence[list[str]], seconds: float, env: dict | None = None) -> Iterator[tuple[str, bool]]:
-    """Starts all; gives what each printed, errors too, and whether it ended within `seconds` of the start."""
+    """Starts all. Returns each process's output with its errors, and whether it ended within `seconds` of the start."""
     begin = time.perf_counter()
     pipe = subprocess.PIPE
     running = [subprocess.Popen(c, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True) for c in commands]

@@ -1,8 +1,8 @@
 """Benchmark runner: `python benchmarks/run.py SUBJECT [--out FILE] [options of the subject]`.
 
-A subject is a module of this folder with `add_arguments(parser)` and `run(args)`, which gives rows, a dict a
-measurement, as a list or one by one. It may have `summarize(rows) -> list[dict]`. The runner adds where they were taken
-(GPU, CPU, versions, commit), writes JSON after every row and prints a table, of the summary where there is one.
+A subject is a module of this folder with `add_arguments(parser)` and `run(args)`. `run` returns or yields rows, a dict
+for each measurement. The module may have `summarize(rows) -> list[dict]`. The runner adds the environment (GPU, CPU,
+versions, commit), writes JSON after every row, and prints a table of the summary, or of the rows without one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _gpu_driver() -> str | None:
 
 
 def environment() -> dict[str, object]:
-    """Where and with what a measurement was taken."""
+    """The machine and the versions of a measurement."""
     facts = info.environment()
     for name in PACKAGES:
         try:
@@ -89,7 +89,7 @@ def _l2_flush(device: torch.device) -> torch.Tensor:
 
 
 def _cuda_times_ms(function: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    """The L2 cache is overwritten before each call, for so long that the host runs ahead."""
+    """The L2 cache is overwritten before each call. That takes long enough for the host to run ahead."""
     flush = _l2_flush(device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     for start, stop in events:
@@ -111,8 +111,9 @@ def _cpu_times_ms(function: Callable[[], object], calls: int) -> list[float]:
 
 
 def median_time_ms(function: Callable[[], object], device: torch.device, *, budget_s: float = 1.0) -> float:
-    """Median time of a call in ms, device events on CUDA, the wall clock on a CPU: 5 to 200 calls in about `budget_s`
-    after two of warm-up; a call too long for five is measured three times, one longer than `budget_s` once."""
+    """Median time of a call in ms, by device events on CUDA and the wall clock on a CPU. Two calls warm up; 5 to 200
+    calls are measured in about `budget_s`. A call too long for five is measured three times, one longer than `budget_s`
+    once."""
     measure = functools.partial(_cuda_times_ms, function, device) if device.type == "cuda" else None
     measure = measure or functools.partial(_cpu_times_ms, function)
     function()
@@ -124,8 +125,8 @@ def median_time_ms(function: Callable[[], object], device: torch.device, *, budg
 
 
 def alternating_times_ms(functions: list[Callable[[], object]], *, budget_s: float) -> list[float]:
-    """Median times of calls on a CPU that take turns, four calls each, so that what else the machine does falls on all
-    of them; at least eight calls and about `budget_s` each, after two of warm-up."""
+    """Median times of calls on a CPU. They take turns of four calls, so that other load on the machine affects all of
+    them. Each makes two calls to warm up, then at least eight in about `budget_s`."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         _cpu_times_ms(function, 2)
@@ -137,7 +138,7 @@ def alternating_times_ms(functions: list[Callable[[], object]], *, budget_s: flo
 
 
 def peak_memory_bytes(function: Callable[[], object]) -> int:
-    """CUDA memory that a call allocates at its peak, beyond what was allocated before it."""
+    """The peak CUDA memory of a call, minus the memory allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -148,7 +149,7 @@ def peak_memory_bytes(function: Callable[[], object]) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Returns what the allocator keeps; raises where an earlier error has left the GPU unusable."""
+    """Frees the allocator's cache. Raises where an earlier error has left the GPU unusable."""
     gc.collect()
     if device.type == "cuda":
         try:
@@ -159,13 +160,13 @@ def free_memory(device: torch.device) -> None:
 
 
 def pair(text: str) -> tuple[int, int]:
-    """Of an argument as 4x256."""
+    """Parses an argument such as 4x256."""
     first, second = text.split("x")
     return int(first), int(second)
 
 
 def timed_call(call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], backward: bool) -> Callable[[], object]:
-    """A call without gradients, or with all of them."""
+    """A call without gradients, or with all gradients."""
     if not backward:
         return torch.no_grad()(functools.partial(call, *leaves))
     leaves = [t.requires_grad_() for t in leaves]
@@ -175,7 +176,7 @@ def timed_call(call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], ba
 
 
 def measured(row: dict, measure: Callable[[], None], device: torch.device) -> Iterator[dict]:
-    """`row` with what `measure` enters, or its error; raises once it is out where the GPU is unusable."""
+    """Yields `row` with the entries of `measure`, or its error. Then raises if the GPU is unusable."""
     try:
         measure()
     except Exception as error:
@@ -198,10 +199,10 @@ def describe(error: BaseException) -> str:
 
 
 def device_rates(device: torch.device) -> dict[str, float]:
-    """What floors are measured against: bytes a second (read plus written) of a large copy, operations a second of a
-    large product (bfloat16, 8192^3, on CUDA; float32, 1024^3, on a CPU)."""
+    """The rates of floors: bytes a second (read plus written) of a large copy, operations a second of a large product
+    (bfloat16, 8192^3, on CUDA; float32, 1024^3, on a CPU)."""
     cuda = device.type == "cuda"
-    # larger than caches, and touched before it is read
+    # larger than the caches, and written before it is read
     source, target = (torch.ones(2**31 if cuda else 2**28, dtype=torch.uint8, device=device) for _ in range(2))
     copy_ms = median_time_ms(lambda: target.copy_(source), device, budget_s=0.1)
     size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
@@ -221,7 +222,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Writes whole or not at all."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(document, file, indent=1)
@@ -234,9 +235,9 @@ def _short(row: dict) -> str:
 
 
 def summarize_speedups(rows: list[dict], what: str, key: tuple[str, ...], ours_too: str) -> list[dict]:
-    """Adds `speedup_vs_PEER` to our rows of the subject `what`, whose settings are told apart by `key` (peer, pass and
-    others). Gives a line a setting and pass, with every peer's time, our speedup over it and our `ours_too`; then a
-    line a pass and peer: the least, the median and the largest speedup over the settings."""
+    """Adds `speedup_vs_PEER` to our rows of the subject `what`. `key` (peer, pass and others) distinguishes settings.
+    Returns a line for each setting and pass, with every peer's time, our speedup over it and our `ours_too`. Then a
+    line for each pass and peer: the least, the median and the largest speedup over the settings."""
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         if row["what"] == what and "time_ms" in row:

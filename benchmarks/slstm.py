@@ -1,9 +1,9 @@
 """Subject slstm: forward, and forward + backward, beside flashrnn's kernels and plain PyTorch in the same run.
 
-A row holds the median time of a call, the microseconds of a step (the time over seq), and GB/s by each input and output
-read or written once (`Point.bytes_moved`; not what a kernel keeps for its backward). The loop over the tokens is bound
-by what passes between two steps, not by a rate of the device: there is no share of a floor. flashrnn keeps n at 1 or
-above, ours has no such bound; both do the same work.
+A row holds the median time of a call, the microseconds of a step (the time over seq), and GB/s. GB/s count each input
+and output once (`Point.bytes_moved`), without the values that a kernel keeps for its backward. The latency between two
+steps bounds the loop over the tokens, not a rate of the device: there is no share of a floor. flashrnn keeps n at 1 or
+above, ours has no such bound. Both do the same work.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _plain() -> Call:
 def _flashrnn(backend: str) -> Callable[[], Call]:
     def load() -> Call:
         kernel = importlib.import_module("flashrnn").flashrnn
-        # it waits up to 10 s at random before it loads a module, once for each batch size
+        # it waits a random time of up to 10 s before it loads a module, once for each batch size
         importlib.import_module("flashrnn.flashrnn.cuda_init").time = types.SimpleNamespace(sleep=lambda seconds: None)
         names = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -104,7 +104,7 @@ def points(args: argparse.Namespace) -> list[Point]:
 
 
 def _tensors(point: Point, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """x, R, b: standard normal pre-activations, f around 3; R as large as keeps R h of the size of h."""
+    """x, R, b: standard normal pre-activations, f around 3; R is scaled so that R h is of the size of h."""
     torch.manual_seed(0)
     new = lambda *shape: torch.randn(*shape, dtype=torch.float32, device=device)  # noqa: E731
     x = new(point.batch, point.seq, 4, point.heads, point.dim)
@@ -114,8 +114,8 @@ def _tensors(point: Point, dtype: torch.dtype, device: torch.device) -> list[Ten
 
 
 def _build_ahead(wanted: list[Point], dtype: str, workers: int, seconds: float) -> dict:
-    """flashrnn's `cuda` compiles for each batch, heads and dim, one after the other for half a minute each: here in
-    `workers` processes, whose modules the measurement finds built."""
+    """Builds flashrnn's `cuda` modules in `workers` processes before the measurement. It compiles half a minute for
+    each batch, heads and dim."""
     begin = time.perf_counter()
     shares = [wanted[x::workers] for x in range(workers) if wanted[x::workers]]
     script = [sys.executable, str(Path(__file__).resolve()), dtype]

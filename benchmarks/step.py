@@ -1,7 +1,7 @@
 """Subject step: one token of the mLSTM for a batch, in a CUDA graph, beside mlstm_kernels' Triton step.
 
-`gb_per_s` counts the state read and written once, and q, k, v, h; `share_of_copy` is that over the copy bandwidth that
-the same run measured (row `rates`). The calls of a graph work on enough states that none is found in a cache.
+`gb_per_s` counts the state read and written once, and q, k, v, h. `share_of_copy` divides it by the copy bandwidth of
+the same run (row `rates`). The calls of a graph use so many states that no cache holds them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _ours() -> Callable:
 
 
 def _triton() -> Callable:
-    # Its own state layout: m (batch, heads, 1); in place where the new state is the old one's memory.
+    # Its state layout has m (batch, heads, 1). It works in place where the new state is the old one's memory.
     step = importlib.import_module("mlstm_kernels.torch").get_mlstm_step_kernel("triton")
 
     def call(q, k, v, i, f, state):

@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels of peers into Triton's cache, in processes beside each other, launching none.
+"""Compiles the Triton kernels of peers into Triton's cache, in concurrent processes, without launching any.
 
-mlstm_kernels compiles every kernel anew for each batch, seq, heads, dqk and dv; simple_gla tries 48 configurations of
-one kernel for each dqk and dv; Mamba-2 about ten of each of its kernels, once for all settings. One after the other,
-that takes minutes.
+mlstm_kernels compiles every kernel again for each batch, seq, heads, dqk and dv. simple_gla tries 48 configurations of
+one kernel for each dqk and dv. Mamba-2 tries about ten of each of its kernels, once for all settings. In sequence that
+takes minutes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 
 from processes import outputs
 
-# where Triton keeps it by default; Inductor would move it once it compiles something, and nothing would be found again
+# Triton's default; Inductor would move the cache at its first compilation, and hide what was compiled before
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 
 def _compile_only(part: int, parts: int, most: int) -> None:
-    """Every launch becomes a compilation; every autotuner of at most `most` configurations compiles its share."""
+    """Turns every launch into a compilation. Every autotuner of at most `most` configurations compiles its share."""
     from triton.runtime import jit
     from triton.runtime.autotuner import Autotuner
 
@@ -58,18 +58,18 @@ def compile_task(task: dict) -> None:
         leaves = [t.requires_grad_(task["backward"]) for t in leaves]
         h = call(*leaves)
         if task["backward"]:
-            with contextlib.suppress(RuntimeError):  # a refused backward is the measurement's to report
+            with contextlib.suppress(RuntimeError):  # the measurement reports a refused backward
                 torch.autograd.grad(h, leaves, torch.empty_like(h), allow_unused=True)
 
 
 def tasks(peer: str, points: list[tuple], backward: bool, dtype: str) -> list[dict]:
-    """What to compile for points (batch, seq, heads, dqk, dv), in the order in which they will be measured."""
+    """The compilations for points (batch, seq, heads, dqk, dv), in the order of the measurement."""
     common = {"peer": peer, "dtype": dtype, "part": 0, "parts": 1, "most": 1000, "backward": backward}
     if peer == "mamba2":
         return [{**common, "points": points[:1], "part": x, "parts": 4} for x in range(4)]
     if peer != "simple_gla":
         return [{**common, "points": [point]} for point in points]
-    # every kernel is compiled for heads, dqk and dv; the one with 48 configurations is tuned at the first heads only
+    # kernels are compiled for heads, dqk and dv; that with 48 configurations is tuned at the first heads only
     found: list[dict] = []
     tuned, compiled = set(), set()
     for point in points:
@@ -85,7 +85,7 @@ def tasks(peer: str, points: list[tuple], backward: bool, dtype: str) -> list[di
 
 
 def warm(wanted: list[dict], workers: int, seconds: float) -> dict:
-    """Runs the tasks in up to `workers` processes, for at most `seconds`; reports how many ended well."""
+    """Runs the tasks in up to `workers` processes, for at most `seconds`. Reports how many succeeded."""
     begin = time.perf_counter()
     shares = [wanted[x::workers] for x in range(workers) if wanted[x::workers]]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -29,7 +29,7 @@ CROP = 10 * 12  # months of a training sequence
 
 
 def load_series() -> tuple[list[datetime.date], Tensor]:
-    """Months, and the mean of the weekly measurements of each, in parts per million; gaps are interpolated."""
+    """Months, and the mean of each month's weekly measurements in parts per million; gaps are interpolated."""
     from statsmodels.datasets import co2
 
     monthly = co2.load_pandas().data["co2"].resample("MS").mean().interpolate()
@@ -53,13 +53,13 @@ class Forecaster(nn.Module):
         self.predict = nn.Linear(width, HORIZON)
 
     def forward(self, changes: Tensor) -> Tensor:
-        # The last change stays what it is unless the model knows better.
+        # The model predicts the difference to the last change.
         return changes[..., None] + self.predict(self.stack(self.read(changes[..., None])))
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Of the changes over a year, from the training data alone."""
+    """Mean and deviation of the changes over a year, from the training data alone."""
 
     mean: float
     deviation: float
@@ -97,12 +97,12 @@ def train(values: Tensor, steps: int, seed: int) -> tuple[Forecaster, Scaling]:
 
 @torch.no_grad()
 def evaluate(model: Forecaster, scaling: Scaling, values: Tensor, held_out: int) -> dict[str, Tensor]:
-    """Forecasts (origins, 12) from every held-out month that has twelve after it, or is the one before them, with what
-    came, and with three that need no training: the value a year before, that plus the mean change of a year, and that
-    plus the change of the last year, from which the model starts."""
+    """Forecasts (origins, 12) from the month before the held-out years and from every held-out month with twelve months
+    after it, beside the true values. Three baselines need no training: the value a year before, that plus the mean
+    change of a year, and that plus the last year's change, from which the model starts."""
     origins = torch.arange(len(values) - held_out - 1, len(values) - HORIZON)
     months = origins[:, None] + 1 + torch.arange(HORIZON)
-    changes = model(scaling(values)[None])[0, origins - SEASON]  # causal: a prediction sees the months before it only
+    changes = model(scaling(values)[None])[0, origins - SEASON]  # causal: a prediction depends on earlier months only
     naive = values[months - SEASON]
     return {
         "truth": values[months],
@@ -114,7 +114,7 @@ def evaluate(model: Forecaster, scaling: Scaling, values: Tensor, held_out: int)
 
 
 def mean_absolute_errors(forecasts: dict[str, Tensor]) -> dict[str, float]:
-    """Of each forecast, over all origins and months."""
+    """The error of each forecast, over all origins and months."""
     truth = forecasts["truth"]
     return {name: float((f - truth).abs().mean()) for name, f in forecasts.items() if name != "truth"}
 
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # a model this small gains nothing from more
+    torch.set_num_threads(1)  # more threads do not speed up a model this small
     args.out.mkdir(parents=True, exist_ok=True)
     months, values = load_series()
     began = time.monotonic()

@@ -33,7 +33,7 @@ PROBLEMS = [
     (1, 100, 1, 33, 16, torch.float16, None),
     (1, 100, 1, 20, 100, BF16, None),
 ]
-# Those that run with a sigmoid input gate and soft-capped gates too.
+# These also run with a sigmoid input gate and with soft-capped gates.
 VARIED = [
     (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
     (1, 300, 1, 256, 128, BF16, None),
@@ -42,7 +42,7 @@ VARIED = [
 ]
 
 # batch, seq, heads, dim, dtype, offsets of the sLSTM: one block and clusters, one and two warps a group of units, 8 to
-# 32 rows a cluster, R in registers and in shared memory too, packing; portable.
+# 32 rows a cluster, R in registers only and in registers and shared memory, packing; portable.
 SLSTM_PROBLEMS = [
     (9, 6, 2, 64, BF16, None),
     (3, 6, 1, 32, torch.float16, None),
@@ -76,7 +76,7 @@ CONV_PROBLEMS = [
 
 
 def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_cap=None):
-    """With `normalize`, mlstm_sig."""
+    """`normalize` True or False: mlstm_sig."""
     new = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
     q, k, v = (new(batch, seq, heads, d).to(dtype).requires_grad_() for d in (dqk, dqk, dv))
     i, f = new(batch, seq, heads).requires_grad_(), (new(batch, seq, heads) + 3).requires_grad_()
@@ -179,7 +179,7 @@ def every_linear() -> None:
         ops.linear_rows(x, weight, weight[:, 0])
         ops.fused_linear_rows(x, [weight, weight], swiglu=True, constant_weights=True)
         ops.fused_linear_rows(x, [weight, weight[:7]], constant_weights=True)
-    # Blocks of one tile, which ask for all the weights that they have room for at once; then for more.
+    # Blocks of one tile, which request all the weights that fit at once; then larger weights.
     for rows, size_in in ((3, 960), (16, 960), (16, 2200)):
         x, weight = (torch.randn(n, size_in, device="cuda", dtype=BF16) for n in (rows, 4200))
         ops.fused_linear_rows(x, [weight], residual=weight[:rows, :1].expand(-1, 4200), constant_weights=True)

@@ -14,7 +14,7 @@ TABLE = ROOT / "docs" / "benchmarks.md"
 
 
 def anchors(page):
-    """GitHub's, of a page's headings."""
+    """GitHub's anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -50,7 +50,7 @@ def test_every_results_file_has_a_command():
 
 
 def commands():
-    """Of the table of results files, without those that say "the same"."""
+    """The commands in the table of results files, without "the same"."""
     rows = TABLE.read_text().split("## Results files")[1].split("\n## ")[0].splitlines()
     found = [
         command for row in rows if row.startswith("| [") for command in re.findall(r"`([^`]+)`", row.split("|")[2])

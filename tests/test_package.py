@@ -15,7 +15,7 @@ import flash_xlstm.training
 
 
 def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints; its messages on failure."""
+    """The output of a fresh interpreter, or its messages on failure."""
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
@@ -38,7 +38,7 @@ def test_build_info():
 
 
 def test_every_operator_has_cpu_and_cuda_kernels_and_a_fake():
-    # The CUDA entry is there in a CPU-only build too, where it says that there are no kernels.
+    # A CPU-only build has the CUDA entry too, which raises that there are no kernels.
     families = ("mlstm", "mlstm_sig", "soft_cap")
     for name in (*families, *(f"{family}_backward" for family in families), "mlstm_step"):
         for key in ("CPU", "CUDA", "Meta"):
@@ -70,7 +70,7 @@ assert not {"transformers", "tqdm", "matplotlib"} & set(sys.modules)
 
 
 def test_works_where_no_gpu_can_be_seen():
-    """A package with CUDA kernels neither needs a driver nor wakes one."""
+    """A package with CUDA kernels neither needs a driver nor initializes one."""
     assert run(
         """
 import torch
@@ -82,7 +82,7 @@ print(ops.soft_cap(torch.ones(3), 1.0).sum().item() > 2.2, torch.cuda.is_initial
 
 
 def test_import_is_light():
-    """Nothing comes with it, not even torch; with the ops comes neither the model nor the compiler."""
+    """It imports nothing else, not even torch. The ops import neither the model nor the compiler."""
     assert run("import sys, flash_xlstm; print('torch' in sys.modules or 'numpy' in sys.modules)") == "False"
     loaded = "[name for name in ('transformers', 'torch._inductor', 'flash_xlstm.models') if name in sys.modules]"
     assert run(f"import sys, flash_xlstm.nn; print({loaded})") == "[]"

@@ -2,8 +2,8 @@
 
     python tests/transformers_suites.py FOLDER [--slow] [arguments of pytest ...]
 
-FOLDER is the folder ``tests`` of a checkout of transformers, of the version that is installed. Nothing is fetched. With
-``--slow`` those tests run too that transformers runs at night. Needs pytest and parameterized.
+FOLDER is the folder ``tests`` of a checkout of the installed version of transformers. Nothing is fetched. ``--slow``
+adds the tests that transformers runs nightly. Needs pytest and parameterized.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if __name__ == "__main__":
         os.environ["RUN_SLOW"] = "1"
     import pytest
 
-    # transformers' tests have settings of their own; those of this repository make their warnings errors.
+    # transformers' tests have their own settings. This repository's would turn their warnings into errors.
     sys.exit(pytest.main(["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-q", __file__, *arguments]))
 
 FOLDER = Path(os.environ[_FOLDER])
@@ -86,7 +86,7 @@ class xLSTMTest(
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    # The suites know the layout of transformers' own caches only.
+    # The suites support the layout of transformers' own caches only.
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config) -> None:
         self.assertIsInstance(past_key_values, xLSTMCache)

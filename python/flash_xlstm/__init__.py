@@ -1,6 +1,6 @@
 """Fast and exact xLSTM: CUDA and CPU kernels, torch ops over them, and a Hugging Face compatible model.
 
-Importing this package alone imports nothing else. Its names are imported at their first use, and with them torch;
+``import flash_xlstm`` imports nothing else. A name of the package, and torch with it, is imported at its first use.
 ``import flash_xlstm.ops`` registers the operators ``torch.ops.flash_xlstm``.
 """
 

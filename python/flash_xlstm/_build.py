@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch  # before _C: it loads the libraries that _C resolves against
+import torch  # before _C, which links against torch's libraries
 
 from flash_xlstm import _C
 
-# The operators' limits, as C++ has them (csrc/params); those with cuda in their name hold on CUDA only.
+# The operators' limits, read from C++ (csrc/params). A limit with cuda in its name holds on CUDA only.
 LIMITS: dict[str, int] = _C.limits()
 
 

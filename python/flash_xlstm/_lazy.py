@@ -13,7 +13,7 @@ def attach(package: str, names: Mapping[str, str | None]) -> tuple[Callable[[str
 
     Args:
         package: its name.
-        names: its names; of each the module that has it, or None for a submodule of the package.
+        names: maps each name to the module that defines it, or to None where the name is a submodule of the package.
     """
 
     def getattr_(name: str) -> Any:
@@ -23,7 +23,7 @@ def attach(package: str, names: Mapping[str, str | None]) -> tuple[Callable[[str
         if home is None:
             return importlib.import_module(f"{package}.{name}")
         value = getattr(importlib.import_module(home), name)
-        setattr(sys.modules[package], name, value)  # the next look finds it without this function
+        setattr(sys.modules[package], name, value)  # later lookups bypass this function
         return value
 
     def dir_() -> list[str]:

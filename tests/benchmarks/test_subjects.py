@@ -1,4 +1,4 @@
-"""The benchmarks' subjects on the CPU: small runs, and what can be shown of those that need a GPU."""
+"""The benchmarks' subjects on the CPU: small runs, and parts of those that need a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def subject(monkeypatch):
-    """Imports a module of the folder; none of them stays."""
+    """Imports modules of the folder, and removes them from sys.modules afterwards."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
     yield lambda name: __import__(name)
@@ -24,7 +24,7 @@ def subject(monkeypatch):
 
 
 def run(tmp_path, *options):
-    """The document that a run leaves."""
+    """The document that a run writes."""
     out = tmp_path / "results.json"
     command = [sys.executable, str(FOLDER / "run.py"), *options, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -21,7 +21,7 @@ TINY = [*MODEL, "--batch-size", "2", "--warmup", "2", "--log-every", "5", "--thr
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small gain nothing from more, and threads that wait for a busy core lose a lot."""
+    """More threads do not speed up models this small, and threads that wait for a busy core are slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def train(text, tmp_path):
 
 @pytest.fixture
 def resume(tmp_path):
-    """``resume(*options, out="run")``: as `train`, with nothing given but --resume and the options."""
+    """``resume(*options, out="run")``: as `train`, with --resume and the options only."""
 
     def run(*options, out="run"):
         folder = tmp_path / out
@@ -111,7 +111,7 @@ def error_line(capsys):
 
 @pytest.fixture
 def leftovers():
-    """``leftovers(run)``: what is in a run's folder that has no business there."""
+    """``leftovers(run)``: unexpected files in a run's folder."""
 
     def find(run):
         known = ("metrics.csv", "loss.png")

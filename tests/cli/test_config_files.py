@@ -1,4 +1,4 @@
-"""config.json, and the file of --config, with odd values: a line, or a run as if they were not odd."""
+"""config.json, and the file of --config, with odd values: each is refused in one line, or has no effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def generate_with(model, capsys, error_line):
-    """``generate_with(values)``: the error line of generate with that config.json, None where it went well."""
+    """``generate_with(values)``: the error line of generate with that config.json, None if it succeeded."""
 
     def call(values):
         (model[0] / "config.json").write_text(json.dumps(values))
@@ -51,7 +51,7 @@ def generate_with(model, capsys, error_line):
 
 @pytest.fixture
 def train_with(text, tmp_path, capsys, error_line):
-    """``train_with(values)``: the error line of train with that --config, None where it went well."""
+    """``train_with(values)``: the error line of train with that --config, None if it succeeded."""
     path, runs = tmp_path / "config.json", iter(range(10**9))
 
     def call(values):

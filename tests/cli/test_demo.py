@@ -13,7 +13,7 @@ SMALL = {"hidden_size": 128, "layers": 1, "heads": 2, "sequence_length": 32, "ba
 
 @pytest.fixture
 def run_demo(monkeypatch, text, tmp_path):
-    """``run_demo()``: the exit code of a demo of a moment, and its folder."""
+    """``run_demo()``: the exit code of a very short demo, and its folder."""
     monkeypatch.setattr(demo, "_CPU", SMALL)
 
     def run():
@@ -35,7 +35,7 @@ def test_trains_samples_and_agrees_with_transformers(run_demo, capsys):
     before = checkpoint.newest(folder)
     assert before is not None
 
-    assert run_demo()[0] == 0  # again, over the old one
+    assert run_demo()[0] == 0  # again, replacing the old one
     assert len(list(folder.glob("checkpoint-*"))) == 1
 
 

@@ -21,7 +21,7 @@ def folder(tmp_path):
     config = xLSTMConfig(vocab_size=256, hidden_size=128, num_hidden_layers=2, num_heads=2, **special)
     model = xLSTMForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # far from uniform, so that greedy and sampled text differ little from run to run
+        model.lm_head.weight.mul_(20)  # far from uniform, so that texts differ little between runs
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -73,7 +73,7 @@ def test_the_newest_checkpoint_of_a_run(folder, text_of, capsysbinary):
 
 
 class _Pieces:
-    """Stands in for stdout and keeps what is written piece by piece."""
+    """Replaces stdout and keeps each piece that is written."""
 
     encoding = "utf-8"
 

@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-import torch
 
-from flash_xlstm.cli import main, task_training, tasks
+from flash_xlstm.cli import main, tasks
+from flash_xlstm.training.tasks import results
+from flash_xlstm.training.tasks.data import TASKS
 
 
 @pytest.fixture
@@ -62,31 +63,16 @@ def test_a_time_limit_is_kept(run):
 
 
 def test_results_are_written_after_each_model(run, tmp_path, monkeypatch):
-    build = tasks.build
+    build = results.build
 
     def interrupted_at_the_second(recipe, kind):
         if kind == "0:1":
             raise KeyboardInterrupt
         return build(recipe, kind)
 
-    monkeypatch.setattr(tasks, "build", interrupted_at_the_second)
+    monkeypatch.setattr(results, "build", interrupted_at_the_second)
     assert run("--models", "1:0", "0:1", "--steps", "1")[0] == 130
     assert [row["model"] for row in json.loads((tmp_path / "out" / "tasks.json").read_text())["results"]] == ["1:0"]
-
-
-@pytest.mark.parametrize("recipes", [tasks.FULL, tasks.SMALL], ids=["full", "small"])
-def test_recipes_are_whole(recipes):
-    parity = recipes["parity"]
-    assert set(parity.test_lengths) >= {n * parity.longest for n in range(2, 7)}
-    assert 64 in tasks.FULL["mqar"].test_lengths
-    for recipe in recipes.values():
-        assert list(recipe.train_lengths) == sorted(recipe.train_lengths)
-        assert recipe.open_lengths(0.0) == recipe.train_lengths[:1]
-        assert recipe.open_lengths(0.5) == recipe.open_lengths(0.999) == recipe.train_lengths
-        for kind, layout in tasks.MODELS.items():
-            model = tasks.build(recipe, kind)
-            assert model.config.block_map == layout
-            assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, recipe.task.vocab_size)
 
 
 def test_divergence_is_told(run, error_line, monkeypatch):
@@ -97,21 +83,6 @@ def test_divergence_is_told(run, error_line, monkeypatch):
 
 
 def test_the_command_line_knows_every_task(run):
-    assert set(tasks.FULL) == set(tasks.SMALL) == set(tasks.TASKS)
+    assert set(tasks.FULL) == set(tasks.SMALL) == set(TASKS)
     with pytest.raises(SystemExit):
         run("--tasks", "nonsense")
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", tasks.SMALL)
-def test_cuda_graphs_train_as_eager_steps_do(name):
-    losses = {}
-    for graphs in (False, True):
-        recipe = dataclasses.replace(tasks.SMALL[name], batch_size=8)
-        torch.manual_seed(0)
-        model = tasks.build(recipe, "1:1").to("cuda")
-        generator = torch.Generator("cuda").manual_seed(0)
-        trained = task_training.train(model, recipe, 30, generator, torch.float32, name, cuda_graphs=graphs)
-        assert trained.cuda_graphs == graphs and trained.steps == 30
-        losses[graphs] = trained.loss
-    assert losses[True] == pytest.approx(losses[False], rel=1e-2)

@@ -19,7 +19,7 @@ from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM as StockXL
 
 from flash_xlstm.cli import main
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
-from flash_xlstm.training import checkpoint
+from flash_xlstm.training import checkpoint, files
 from flash_xlstm.training.trainer import Trainer
 
 
@@ -173,8 +173,8 @@ def test_a_finished_run_resumes_to_itself(train, resume, weights):
 
 
 def test_memory_does_not_grow(train, monkeypatch):
-    """What Python holds after 60 steps and 6 checkpoints is what it holds after 20 and 2, but for the rows of the
-    history: the figures of the checkpoints are gone, too."""
+    """Python's objects after 60 steps and 6 checkpoints are as many as after 20 and 2, except for the rows of the
+    history. The checkpoints' figures are freed."""
     held, after = {}, Trainer._after_step
 
     def measured(self, progress):
@@ -218,7 +218,7 @@ def test_a_tokenizer_file(train, resume, tokenizer_file, weights, text, error_li
         Tokenizer.from_file(str(tokenizer_file)).encode(sample).ids
     )
     first = float(_rows(run)[0]["held_out_bits_per_byte"])
-    assert 1 < first < 8  # bits of a token, shared by its bytes
+    assert 1 < first < 8  # a token's bits, divided by its bytes
 
     assert resume()[0] == 0
     capsys.readouterr()
@@ -353,7 +353,7 @@ def test_numbers_without_end_are_taken(train, resume, capsys):
 
 
 def test_a_signal_within_a_step(train, monkeypatch, error_line):
-    """A step of many batches is not waited for."""
+    """A signal does not wait for a step of many batches."""
     from flash_xlstm.training.data import Batches
 
     item, seen = Batches.__getitem__, []
@@ -426,7 +426,7 @@ def test_paths_that_the_terminal_cannot_show(train, monkeypatch):
 
 
 def test_no_terminal_at_all(train, monkeypatch):
-    """As a shell's >&- 2>&- leaves it."""
+    """Outputs closed by a shell's >&- 2>&-."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     code, run = train("--steps", 1)
@@ -498,7 +498,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, resume, monkeypatch, error
 
 @pytest.mark.parametrize("size", [200_000, 1_500_000], ids=["weights", "state"])
 def test_a_disk_that_fills_up_while_writing(start, tmp_path, leftovers, size):
-    """A limit on the size of files, so that what is written is cut off in the middle for real."""
+    """A limit on the size of files really cuts off a file in the middle of a write."""
     limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
     process = start("--steps", 2, prelude=limit)
     err = process.communicate()[1]
@@ -569,7 +569,7 @@ def test_a_corrupt_checkpoint(train, resume, error_line, name, damage):
 
 
 def test_killed_between_writing_and_renaming(train, resume, monkeypatch, leftovers):
-    """At every instant there is a whole checkpoint: also where nothing is cleaned up any more."""
+    """At every instant there is a whole checkpoint, even if the process never cleans up."""
     _, run = train("--steps", 4, "--time-limit", 1e-9)
 
     class Killed(BaseException):
@@ -579,7 +579,7 @@ def test_killed_between_writing_and_renaming(train, resume, monkeypatch, leftove
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_remove", lambda path: None)
+        patch.setattr(files, "remove", lambda path: None)
         patch.setattr(os, "replace", killed)
         with pytest.raises(Killed):
             resume()

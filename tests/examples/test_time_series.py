@@ -16,7 +16,7 @@ def example():
     path = Path(__file__).parents[2] / "examples" / "time_series.py"
     spec = importlib.util.spec_from_file_location("time_series_example", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses need their module in sys.modules
     spec.loader.exec_module(module)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the example does
@@ -35,7 +35,8 @@ def test_beats_the_seasonal_naive_forecast(example):
 
 
 def test_forecasts_line_up_and_do_not_look_ahead(example):
-    """A line goes up by the same every year: every forecast but the plain one is exact, whatever came later."""
+    """A series rises by the same amount every year. Every forecast but the seasonal one is exact, and does not depend
+    on later months."""
     torch.manual_seed(0)
     values = torch.arange(300.0) / 12
     model, scaling = example.Forecaster().eval(), example.Scaling(1.0, 0.5)

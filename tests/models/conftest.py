@@ -15,12 +15,13 @@ from transformers.models.xlstm import modeling_xlstm as stock  # noqa: E402
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM  # noqa: E402
 
-# qk_dim is a multiple of 64 throughout: transformers' cache has no room for other sizes.
+# qk_dim is always a multiple of 64: transformers' cache does not fit other sizes.
 TINY = {"vocab_size": 61, "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16}
 
 
 def _randomize(model, seed: int) -> None:
-    """Weights for which every parameter matters: gates that look at the input, norms and biases off their start."""
+    """Weights for which every parameter matters: gates depend on the input, norms and biases differ from their initial
+    values."""
     generator = torch.Generator().manual_seed(seed)
     noise = lambda p: torch.randn(p.shape, generator=generator, dtype=torch.float32)  # noqa: E731
     with torch.no_grad():

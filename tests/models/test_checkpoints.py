@@ -165,7 +165,7 @@ def _adapter(mode):
 @pytest.mark.parametrize("mode", ["single", "fused"])
 def test_saving_a_model_with_an_adapter(make_ours, tokens, rel, tmp_path, monkeypatch, mode):
     _, config = _adapter(mode)
-    # transformers 5.24 asks for a peft that is not out yet; this much of the one that is serves.
+    # transformers 5.24 asks for an unreleased peft; this part of the released one suffices.
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda *a, **k: None)
     model = make_ours(weight_mode=mode)
     model.add_adapter(config)
@@ -188,7 +188,7 @@ def test_saving_a_model_that_peft_has_wrapped(make_ours, tmp_path, mode):
 
 def test_a_part_of_the_weights_is_saved(make_ours, tmp_path):
     model = make_ours(weight_mode="fused", tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "rest", state_dict={})  # as ranks without weights do
+    model.save_pretrained(tmp_path / "rest", state_dict={})  # as ranks that hold no weights do
     part = {name: value for name, value in model.state_dict().items() if ".blocks.1." in name}
     model.save_pretrained(tmp_path / "part", state_dict=part)
     with safe_open(tmp_path / "part" / "model.safetensors", "pt") as file:
@@ -226,7 +226,7 @@ def test_set_weight_mode_changes_all_layers_or_none(make_ours, tokens):
 
 
 class _Int8(torch.nn.Module):
-    """Weights as of a quantizing library: no Linear, and nothing that could be stacked."""
+    """Weights like a quantizing library's: not a Linear, and not stackable."""
 
     def __init__(self, linear):
         super().__init__()

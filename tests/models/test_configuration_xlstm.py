@@ -186,7 +186,7 @@ def test_derived_sizes():
 
 GOOD = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "ffn_round_up_to_multiple_of": 8}
 
-# Names, and values of a wrong type, that transformers would take and fail with later.
+# Names, and values of a wrong type, that transformers accepts and fails with later.
 ODD = {
     "text_config": 5,
     "decoder": {"a": 1},

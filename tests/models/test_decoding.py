@@ -1,4 +1,4 @@
-"""The decoding loop against transformers' own, which every model here can be made to take."""
+"""The decoding loop against transformers' own loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GREEDY = {"do_sample": False, "pad_token_id": 1}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These models are too small for more."""
+    """Models this small need one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def one_thread():
 
 @pytest.fixture
 def stock_loop(monkeypatch):
-    """``stock_loop(model, ids, **options)``: what ``generate`` gives by transformers' loop."""
+    """``stock_loop(model, ids, **options)``: the result of ``generate`` by transformers' loop."""
 
     def run(model, ids, **options):
         with monkeypatch.context() as patch:
@@ -43,7 +43,7 @@ def stock_loop(monkeypatch):
 
 @pytest.fixture
 def late_messages(monkeypatch):
-    """Messages that reach the host as late as it lets them, as from a slow device."""
+    """Messages that reach the host as late as possible, as from a slow device."""
 
     class Late(decoding.Message):
         def ready(self):
@@ -66,7 +66,7 @@ def likely_tokens(model, ids, count):
 
 
 def same_cache(ours, theirs, **tolerance):
-    """Whether the rows that ended last have the state that transformers' loop gives; it lets others read padding."""
+    """Whether the rows that ended last have the state of transformers' loop. In that loop other rows read padding."""
     assert ours.get_seq_length() == theirs.get_seq_length() and ours.slots is None
     last = slice(None) if ours.unread is None else ours.unread == 0
     for mine, other in zip(ours.rnn_state.values(), theirs.rnn_state.values(), strict=True):
@@ -217,7 +217,7 @@ def test_rows_stay_where_they_ended(make_ours, tokens, stock_loop, tmp_path, on_
     ours = model.generate(new, attention_mask=seen, cache_params=advanced, **plain)
     assert torch.equal(ours[:, -6:], expected) and advanced.unread is None
 
-    # What each row has not read is kept with it.
+    # Each row keeps its number of unread tokens.
     cache.save(tmp_path / "turn")
     for other in (type(cache).load(tmp_path / "turn"), cache.expand(2)):
         assert torch.equal(other.unread[:: len(other.unread) // 3], cache.unread)
@@ -244,7 +244,7 @@ def test_a_stream_left_early_leaves_its_cache_usable(make_ours, tokens):
 
 
 class _At(StoppingCriteria):
-    """Ends at a length, and says so in a form of its own."""
+    """Ends at a length, and returns that in an unusual form."""
 
     def __init__(self, length, form):
         self.length, self.form, self.seen = length, form, []
@@ -351,7 +351,7 @@ def test_sampling_from_no_distribution_raises(make_ours, tokens, stock_loop, on_
     with pytest.raises(RuntimeError, match="cannot sample"):
         made.extend(model.stream(ids, logits_processor=ruin, **options))
     torch.manual_seed(0)
-    model.generate(ids, logits_processor=[_Ruin(value, 99)], **options)  # the decoder has forgotten it
+    model.generate(ids, logits_processor=[_Ruin(value, 99)], **options)  # the decoder no longer reports it
     options["do_sample"] = False
     assert torch.equal(
         model.generate(ids, logits_processor=ruin, **options), stock_loop(model, ids, logits_processor=ruin, **options)
@@ -406,7 +406,7 @@ def test_stream_iterates(make_ours, tokens, on_time):
     first = model.stream(ids, **options)
     assert torch.equal(next(first), expected[:, 6])
     first.close()
-    # Two at once keep to themselves.
+    # Two concurrent calls do not affect each other.
     others = [model.stream(tokens(2, 6, seed=s), **options) for s in (0, 1)]
     pairs = list(zip(*others, strict=True))
     assert torch.equal(torch.stack([a for a, _ in pairs], 1), expected[:, 6:])
@@ -445,7 +445,7 @@ def test_models_that_have_generated_can_be_copied(make_ours, tokens):
 
 
 class _Recorded:
-    """In place of a captured graph: runs the step, and counts."""
+    """Replaces a captured graph: runs the step, and counts."""
 
     def __init__(self, decoder, model, choice, logits):
         self.arguments, self.logits, self.replays = (decoder, model, choice), logits, 0
@@ -460,14 +460,14 @@ class _Recorded:
 
 @pytest.fixture
 def recorded_graphs(monkeypatch):
-    """Makes sessions on the CPU use graphs that are none; gives those made."""
+    """Makes sessions on the CPU use fake graphs. Returns the graphs made."""
     made = {}
 
     def graph(self, model, choice):
         key = (id(self), choice.key)
         if key not in made:
             self.reset(going=False)
-            logits = self.forward(model)  # leaves rubbish in the tensors of the decoder, as capture does
+            logits = self.forward(model)  # overwrites the tensors of the decoder, as capture does
             made[key] = _Recorded(self, model, choice, logits)
         return made[key], made[key].logits
 
@@ -529,7 +529,7 @@ def test_falls_back_where_capture_fails_and_tries_again(make_ours, tokens, stock
         tried.append(self)
         self.reset(going=False)
         self.forward(model)
-        # The numbers of an out-of-memory error differ from one to the next.
+        # The numbers in out-of-memory errors differ.
         raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {len(tried)}.00 MiB")
 
     monkeypatch.setattr(decoding.Decoder, "graph", fail)
@@ -589,7 +589,7 @@ def test_the_state_is_held_once_while_tokens_are_made(make_ours, tokens, recorde
     options = {"max_new_tokens": 9, "eos_token_id": None, **GREEDY}
     stream = model.stream(ids, **options)
     next(stream)
-    # The prompt's cache has become the decoder's.
+    # The decoder has taken over the prompt's cache.
     (made,) = recorded_graphs.values()
     cache = live[0]()
     assert cache is made.arguments[0].cache and cache.rnn_state[0][0].data_ptr() == own[0]
@@ -654,7 +654,7 @@ def test_keys_of_choices():
     assert decoding.Choice(criteria=[_FourOf([1])]).key is None
     assert decoding.Choice(eos=(1,)).key != decoding.Choice(eos=(2,)).key
 
-    # A class of the same name, a subclass, an instance with more to it: none is known to look at the scores only.
+    # A class of the same name, a subclass, an instance with another attribute: none is known to read the scores only.
     mine = type("TopKLogitsWarper", (LogitsProcessor,), {"__call__": lambda self, ids, scores: scores + ids.shape[1]})
     patched = TopKLogitsWarper(5)
     patched.extra = lambda scores: scores

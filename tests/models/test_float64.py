@@ -1,4 +1,4 @@
-"""Models in float64, which the compiled ops do not know: their layers take the plain PyTorch forms."""
+"""Models in float64. The compiled ops do not support it, so that layers take the plain PyTorch forms."""
 
 from __future__ import annotations
 

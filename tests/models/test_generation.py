@@ -256,7 +256,7 @@ def test_cuda_prefill_takes_constant_memory(make_ours, tokens):
         with torch.no_grad():
             model(ids, logits_to_keep=1)
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[1] < peaks[0] + 2**17  # far below the 1.5 MiB of hidden states that 3,072 more tokens have
+    assert peaks[1] < peaks[0] + 2**17  # far below the 1.5 MiB of hidden states of 3,072 more tokens
 
 
 @pytest.mark.cuda

@@ -60,8 +60,8 @@ def test_logits_loss_and_gradients_match_transformers(make_ours, make_stock, in_
     assert a_gradients.keys() == b_gradients.keys()
     scale = max(float(g.norm()) for g in exact_gradients.values())
     for name, exact_gradient in exact_gradients.items():
-        # The gates' gradients are sums over all tokens that cancel (the norm behind the heads undoes a common factor
-        # of the input gates altogether): there transformers' own distance from float64 sets the bound.
+        # The gates' gradients are sums over all tokens that cancel: the norm after the heads removes a common factor of
+        # the input gates. The bound is therefore transformers' own error against float64.
         noise = float((b_gradients[name] - exact_gradient).norm())
         bound = max(1e-4 * float(exact_gradient.norm()), (3 if "gate_preact" in name else 0) * noise) + 1e-6 * scale
         assert (a_gradients[name] - exact_gradient).norm() < bound, name
@@ -251,7 +251,7 @@ def test_the_labels_that_count_are_those_that_transformers_counts(make_ours, tok
 
 
 def test_padding_in_front_sees_itself_only(make_ours, tokens):
-    # The first token's label is compared with what it predicts: that must not hang on how much padding there is.
+    # The first token's label has no prediction. The loss must not depend on the amount of padding.
     model = make_ours()
     ids = tokens(2, 9)
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_cache_from_a_differentiated_pass_can_be_decoded_from(make_ours, tokens,
     with torch.no_grad():
         second = model(ids[:, 7:], cache_params=first.cache_params)
         assert rel(second.logits, model(ids).logits[:, 7:]) < 1e-5
-    first.logits.sum().backward()  # nothing it saved was overwritten
+    first.logits.sum().backward()  # no saved tensor was overwritten
 
 
 def test_cache_made_in_inference_mode_can_be_used_outside(make_ours, tokens, rel):
@@ -476,7 +476,7 @@ def test_gradient_checkpointing(make_ours, tokens, reentrant):
     for name, gradient in gradients.items():
         assert torch.allclose(again[name], gradient, rtol=1e-5, atol=1e-7), name
     if not reentrant:
-        model(ids, labels=ids, use_cache=True).loss.backward()  # a cache does not get in the way
+        model(ids, labels=ids, use_cache=True).loss.backward()  # a cache does not prevent it
 
 
 def test_resize_token_embeddings(make_ours, tokens):
@@ -637,7 +637,7 @@ def test_unknown_arguments_are_refused(make_ours, tokens, name):
     for part in (model, model.backbone):
         with pytest.raises(TypeError, match=f"{name} is no argument"):
             part(ids, **{name: torch.ones(1, 3)})
-        part(ids, **{name: None})  # as generic code passes what it has not
+        part(ids, **{name: None})  # as generic code passes absent arguments
 
 
 def test_arguments_that_change_nothing_are_taken(make_ours, tokens):
@@ -768,7 +768,7 @@ def test_transformers_generic_heads(make_ours, tokens, tmp_path, monkeypatch, ki
 
 
 class _Quantized(torch.nn.Module):
-    """A linear layer whose weight is int8, or packed to bytes, as of quantizing libraries."""
+    """A linear layer with an int8 weight, or one packed to bytes, as quantizing libraries make."""
 
     def __init__(self, linear, dtype):
         super().__init__()
@@ -847,7 +847,7 @@ def test_cuda_bfloat16_training_is_no_less_exact_than_transformers(make_ours, ma
     a, a_gradients = _gradients(model.cuda().bfloat16(), ids.cuda())
     b, b_gradients = _gradients(theirs, ids.cuda())
     assert rel(a.logits.cpu(), expected.logits) < 1.2 * rel(b.logits.cpu(), expected.logits)
-    # Earlier layers' gradients are at the mercy of the rounding of later ones, in both.
+    # In both, rounding in later layers affects the gradients of earlier ones.
     for name in ("lm_head.weight", "backbone.blocks.1.ffn.proj_down.weight", "backbone.blocks.1.mlstm_layer.v.weight"):
         exact = gradients[name]
         assert rel(a_gradients[name].cpu(), exact) < 1.3 * rel(b_gradients[name].cpu(), exact), name

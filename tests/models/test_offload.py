@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps elsewhere between their uses, and models on the meta device."""
+"""Models with weights that accelerate keeps on another device between uses, and models on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Each of these runs in a process of its own: registration and imports hold for a whole process."""
+"""Registration in transformers. Each test runs in a process of its own, because registration and imports affect the
+whole process."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class _HalfParameter(torch.nn.Module):
 
 
 class _HalfTensor(torch.Tensor):
-    """Products with it are half of what they were."""
+    """Halves the products of a layer."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -108,7 +108,7 @@ def _half_weight(layer, x):
     layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(_HalfTensor), requires_grad=False)
 
 
-# What makes a layer without bias give half of what it gave: called with (layer, x); gives a context or nothing.
+# Ways to halve the output of a layer without bias. Each is called with (layer, x) and returns a context or None.
 _CHANGES = {
     "forward of the instance": lambda layer, x: setattr(layer, "forward", _half(layer.forward)),
     "call of the instance": lambda layer, x: setattr(layer, "_call_impl", _half(layer._call_impl)),
@@ -162,7 +162,7 @@ def test_a_bias_of_another_kind_is_seen(device, calls, layer):
     expected = layer(x).detach()
     bias = layer.bias.detach()
     del layer.bias
-    layer.bias = bias  # an attribute, as where torch prunes a parameter
+    layer.bias = bias  # an attribute in place of a parameter, as torch's pruning makes
     with torch.no_grad():
         assert torch.equal(linear(layer, x), expected)
     assert not calls

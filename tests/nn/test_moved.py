@@ -1,4 +1,4 @@
-"""Modules under the names that they had in release 0.1."""
+"""Modules under their names of release 0.1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OLD = {
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """As if no old name had been imported yet."""
+    """Restores the state before the first import of an old name."""
     for name in OLD:
         monkeypatch.delitem(sys.modules, f"flash_xlstm.nn.{name}", raising=False)
         if "." not in name:

@@ -1,4 +1,4 @@
-"""Random mLSTM problems, their outputs and gradients, and how far these may be from float64."""
+"""Random mLSTM problems, their outputs and gradients, and bounds of the error against float64."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _GATES = ("di", "df", "dm")
 
 @dataclasses.dataclass
 class Problem:
-    """Inputs by name (q, k, v, i, f and, with an initial state, c, n, m), options of the op, and gradients of its
-    results: h and the final "last c", "last n", "last m". `parts`: of the op's state; one without a cotangent is None
-    there. `plain`: the chunkwise form to compare with."""
+    """A random problem. It has inputs by name (q, k, v, i, f and, with an initial state, c, n, m), options of the op,
+    and gradients of the results: h, "last c", "last n" and "last m". `parts` are the names of the state's parts; a
+    gradient may be None. `plain` is the chunkwise form to compare with."""
 
     inputs: dict[str, Tensor]
     cotangents: dict[str, Tensor]
@@ -29,11 +29,11 @@ class Problem:
     plain: Callable = reference.mlstm_chunkwise
 
     def __call__(self, form, through=("h", "last c", "last n", "last m"), dtype=None, **options) -> dict[str, Tensor]:
-        """Results of `form` and the gradients of the inputs ("dq", ...) through the results `through`; with `dtype`,
-        computed from the inputs converted to it."""
+        """Results of `form` and the gradients of the inputs ("dq", ...) through the results `through`. With `dtype` the
+        inputs are converted first."""
         inputs = {}
         for name, t in self.inputs.items():
-            # What matters of the layout is kept: detach() shares the memory.
+            # The layout is kept: detach() shares the memory.
             inputs[name] = (t.detach() if dtype is None else t.to(dtype)).requires_grad_()
         state = tuple(inputs.get(name) for name in self.parts) if "c" in inputs else None
         h, last = form(
@@ -57,16 +57,16 @@ class Problem:
         return values
 
     def pad(self, padding: Tensor) -> None:
-        """Makes the tokens `padding` (batch, seq) ones that change nothing, and nobody looks at."""
+        """Makes the tokens `padding` (batch, seq) neutral, with a gradient of 0 for their h."""
         i, f = (self.inputs[x].clone() for x in "if")
         i[padding], f[padding] = -torch.inf, torch.inf
         self.inputs.update(i=i, f=f)
         self.cotangents["h"][padding] = 0.0
 
     def avoid_kinks(self) -> None:
-        """Gives the final m the gradient with which nothing depends on how c and n are scaled. Else the loss has a kink
-        where the stabilizer changes its branch, and where the two branches meet to within a rounding, that rounding
-        moves a whole gradient from one gate to another."""
+        """Sets the gradient of the final m such that the loss does not depend on the scaling of c and n. Otherwise the
+        loss has a kink where the stabilizer changes its branch. A rounding near the kink then moves a whole gradient
+        from one gate to another."""
         if "last m" not in self.cotangents:
             return
         state = self.reference(through=("h",))
@@ -85,8 +85,8 @@ class Problem:
         return self(self.plain, dtype=torch.float64, **call)
 
     def conditioning(self, expected, through) -> dict[str, float]:
-        """How far the float64 results move when the inputs do by a rounding of float32: what no float32 kernel can be
-        held to."""
+        """The change of the float64 results for a change of the inputs by a float32 rounding. No float32 kernel can be
+        more exact."""
         moved = dict.fromkeys(expected, 0.0)
         for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
@@ -97,7 +97,7 @@ class Problem:
         return moved
 
     def shared(self, expected, through) -> float:
-        """The size of the sums dh . h, <c, dc> + <n, dn> and dm, which the gates' gradients share out among them."""
+        """The size of the sums dh . h, <c, dc> + <n, dn> and dm. The gates' gradients add up to these."""
         per_state = lambda t: t.flatten(2).sum(-1) if t.dim() > 2 else t  # noqa: E731
         parts = []
         if "h" in through:
@@ -185,10 +185,10 @@ def _float32_excess(problem, actual, expected, through, strict, small) -> list[s
     for name, want in expected.items():
         assert actual[name].shape == want.shape, name
         size, error = want.norm().item(), relative_error(actual[name], want)
-        # The whole of a gradient may be what rounding leaves of 0, or lie below float32.
+        # A gradient may be 0 up to rounding, or below float32's range.
         if error <= 1e-5 or error * size <= 1e-15 * shared + 1e-37:
             continue
-        # A gate's gradient may be the small remainder of the sums that all gates share out among them.
+        # A gate's gradient may be a small difference of the sums that all gates' gradients add up to.
         if not strict and name in _GATES and error * size <= 1e-6 * shared:
             continue
         if not strict and error <= 4 * conditioning()[name]:
@@ -203,12 +203,12 @@ def _float32_excess(problem, actual, expected, through, strict, small) -> list[s
 def assert_float32_exact():
     """``assert_float32_exact(problem, form, through, strict=True)``: within 1e-5 of float64, tensor by tensor.
 
-    Not strict is for gates over the whole range of a cap, where random inputs come close to singular ones (s_t = 0
-    divides everything) and where some gates' gradients all but cancel: up to 4 times what a rounding of the inputs
-    does to the float64 result, and for gates' gradients up to 1e-6 of the sums that they are the remainder of.
+    strict=False is for gates over the whole range of a cap. Random inputs then come close to singular ones (s_t = 0 is
+    a divisor), and some gates' gradients nearly cancel. It allows 4 times the effect of a rounding of the inputs on the
+    float64 result, and for gates' gradients 1e-6 of the sums that they add up to.
 
-    `small` is for problems of a token or two, of which whole gradients are what rounding leaves of 0 (h of a lone token
-    does not depend on the size of q): up to 4 times the error of the plain form in float32, or 2e-7 of those sums.
+    `small` is for problems of a token or two, in which whole gradients may be 0 up to rounding (h of a single token
+    does not depend on the size of q). It allows 4 times the error of the plain form in float32, or 2e-7 of those sums.
     """
 
     def check(problem, form, through=("h", "last c", "last n", "last m"), strict=True, small=False):
@@ -222,11 +222,11 @@ def assert_float32_exact():
 @pytest.fixture
 def assert_16_bit_exact():
     """``assert_16_bit_exact(problem, form, through)``: at most 1.5 times the error of the plain chunkwise form in the
-    same dtype, and at most 1e-2. Where the plain form happens to be better than a rounding of the inputs (few tokens; a
-    gradient that it keeps in float32), 1.5 times that rounding. A step of the result's subnormal numbers is nothing.
+    same dtype, and at most 1e-2. Where the plain form's error is below a rounding of the inputs (few tokens; a gradient
+    that it keeps in float32), at most 1.5 times that rounding. A step of the result's subnormal numbers is allowed.
 
-    With `small`, problems of a token or two, whose terms may cancel: the plain form's error may be any, and a gate's
-    gradient may be off by a rounding of the sums that it is the remainder of."""
+    `small` is for problems of a token or two, whose terms may cancel. The plain form's error may then be of any size,
+    and a gate's gradient may be off by a rounding of the sums that the gates' gradients add up to."""
 
     def check(problem, form, through=("h", "last c", "last n", "last m"), small=False):
         expected = problem.reference(through=through)
@@ -259,8 +259,8 @@ def assert_16_bit_exact():
 
 @pytest.fixture
 def assert_padding_changes_nothing():
-    """``assert_padding_changes_nothing(problem, form, padding)``: as without the tokens `padding` (2, seq), whose own
-    gradients are 0."""
+    """``assert_padding_changes_nothing(problem, form, padding)``: results are those without the tokens `padding` (2,
+    seq), and the gradients of these tokens are 0."""
 
     def check(problem, form, padding):
         problem.pad(padding)
@@ -282,7 +282,7 @@ def assert_padding_changes_nothing():
 
 @pytest.fixture
 def nan_memory():
-    """``with nan_memory():`` memory that is allocated and not written holds NaN; what an op fails to write, shows."""
+    """``with nan_memory():`` allocated memory holds NaN until it is written, so that unwritten results show."""
 
     class Filled:
         def __enter__(self):
@@ -290,7 +290,7 @@ def nan_memory():
             torch.use_deterministic_algorithms(True)
             assert torch.utils.deterministic.fill_uninitialized_memory
             assert torch.empty(3).isnan().all()
-            if torch.cuda.is_available():  # scratch may be no tensor: it is then of the allocator's free blocks
+            if torch.cuda.is_available():  # scratch that is not a tensor comes from the allocator's free blocks
                 torch.cuda.empty_cache()
                 blocks = [torch.full((size,), torch.nan, device="cuda") for size in [1 << 18] * 16 + [1 << 26]]
                 del blocks

@@ -1,4 +1,4 @@
-"""Calls that cannot be meant: each ends in an error that names the argument, or in a result."""
+"""Wrong calls: each ends in an error that names the argument, or in a right result."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ ODD = {
     "transposed": lambda t: t.mT if t.dim() > 1 else t[None],
 }
 
-# A RuntimeError of torch's own wording, for a flag that promises something of the argument's tensor.
+# A RuntimeError in torch's wording, for a flag that is a promise about the argument's tensor.
 CASES = [(op, name) for op, make in GOOD.items() for name in inspect.signature(getattr(ops, op)).parameters]
 
 
@@ -120,7 +120,7 @@ def check(op, name, odd):
     except (TypeError, ValueError) as error:
         said = str(error).split("\n")[0]
         named = re.match(rf"{re.escape(name)}\b", said)
-        # Another argument may be the one that does not fit the odd one: k, which is to have the dtype of q.
+        # The text may name another argument that does not fit the odd one: k must have the dtype of q.
         other = any(re.match(rf"{re.escape(each)}\b", said) for each in inspect.signature(getattr(ops, op)).parameters)
         fits = isinstance(changed, (torch.Tensor, tuple)) and other
         assert named or fits, f"{op}({name}: {odd}) ended in {type(error).__name__}: {said}"

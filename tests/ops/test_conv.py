@@ -83,8 +83,8 @@ def make_problem(device):
 
 
 def assert_exact(problem, through=("y", "last")):
-    """Of float64: float32 within 1e-5; 16 bits within 1.5 times the error of the plain form in the same dtype or, where
-    that is better, of one rounding."""
+    """Compares with float64. float32 is within 1e-5. 16 bits are within 1.5 times the error of the plain form in the
+    same dtype, or of one rounding if that is larger."""
     expected, actual = problem(reference.causal_conv1d, through, torch.float64), problem(ops.causal_conv1d, through)
     plain, dtype = problem(reference.causal_conv1d, through), problem.inputs["x"].dtype
     wrong = {}

@@ -1,4 +1,4 @@
-"""Every instruction set of the CPU kernels that this machine has, not only the best one."""
+"""The CPU kernels in every instruction set that this machine has, not only in the best one."""
 
 from __future__ import annotations
 

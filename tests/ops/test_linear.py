@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from flash_xlstm import ops
 from flash_xlstm._build import LIMITS
 
-# By device, the dtypes there are.
+# The supported dtypes of each device.
 BF16 = torch.bfloat16
 MOST = LIMITS["linear_max_rows"]
 ROUNDING = {torch.float32: 2e-6, BF16: 2**-8, torch.float16: 2**-11}
@@ -41,8 +41,8 @@ def test_matches_float64(place, dtype, rows, size_in, size_out):
     assert_exact(*arguments(place, dtype, rows, size_in, size_out, bias=rows % 2 == 0))
 
 
-# Columns for every tile height of the Hopper kernel, and for several tiles a block; the last for blocks of one tile,
-# full and not, which ask for all the weights that they have room for at once.
+# Columns for every tile height of the Hopper kernel, and for several tiles a block. The last are for blocks of one
+# tile, full and partial, which request all the weights that fit at once.
 WIDE = [(200, 3000), (264, 6001), (72, 20003), (1096, 6200), (4096, 4096), (192, 2112), (960, 6336), (4160, 4200)]
 
 
@@ -211,7 +211,7 @@ def test_fused_matches_float64(place, dtype, rows, size_in, sizes_out, more):
     assert len(got) == len(expected)
     for y, exact in zip(got, expected, strict=True):
         assert y.dtype == dtype and y.shape == exact.shape
-        # On the CPU each step rounds; a single column may be the small sum of large parts.
+        # On the CPU each step rounds. A single column may be a small sum of large terms.
         assert (y.double() - exact).norm() <= 2.5 * ROUNDING[dtype] * (exact.norm() + (size_in == 72) * 8)
 
 

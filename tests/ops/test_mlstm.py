@@ -58,7 +58,7 @@ def test_float32(make_problem, assert_float32_exact, case, through):
 @pytest.mark.parametrize("case", CASES[::2])
 def test_16_bit(make_problem, assert_16_bit_exact, case, dtype, gate_dtype):
     gate_dtype = dtype if gate_dtype == "same" else torch.float32
-    batch = max(2, 64 // case["seq"])  # errors are compared: a handful of numbers would compare two roundings
+    batch = max(2, 64 // case["seq"])  # relative errors of very few numbers would compare two roundings
     problem = make_problem(**case, batch=batch, dtype=dtype, gate_dtype=gate_dtype, seed=case["seq"])
     for through in ("h", "state"):
         assert_16_bit_exact(problem, ops.mlstm, THROUGH[through])
@@ -67,7 +67,7 @@ def test_16_bit(make_problem, assert_16_bit_exact, case, dtype, gate_dtype):
 @pytest.mark.parametrize("seq", [1, 65])
 @pytest.mark.parametrize("gates", ["small", "normal"])
 def test_dimensions_of_one(make_problem, assert_float32_exact, seq, gates):
-    # Not with gates over the whole range: at dqk 1, q cancels from h wherever |s| is the larger, and so does dq.
+    # Gates over the whole range are left out: at dqk 1, q cancels from h wherever |s| is the larger, and dq is 0.
     assert_float32_exact(make_problem(seq, 1, 1, gates=gates), ops.mlstm)
 
 
@@ -90,7 +90,8 @@ def test_chunk_size(make_problem, assert_float32_exact, chunk_size):
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize(
     ("seq", "gates", "cap"),
-    # Not a lone token with gates at a cap of 15: it drowns the state in h, and the gradients of its q and k cancel.
+    # A single token with gates at a cap of 15 is left out: it dominates the state in h, and the gradients of its q and
+    # k cancel.
     [
         *((seq, *gates) for seq in (1, 65, 200) for gates in (("normal", 0.7), ("spread", 3.0))),
         *((seq, "beyond", 15.0) for seq in (65, 200)),
@@ -103,7 +104,7 @@ def test_gate_soft_cap(make_problem, assert_float32_exact, seq, gates, cap, thro
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gate_soft_cap_in_16_bits(make_problem, assert_16_bit_exact, dtype):
-    """The gates' dtype rounds neither what is capped nor its slope."""
+    """The gates' dtype rounds neither the capped gates nor the cap's slope."""
     options = {"dtype": dtype, "gate_dtype": dtype, "cu_seqlens": (0, 70, 71, 200), "gate_soft_cap": 2.0}
     assert_16_bit_exact(make_problem(200, 16, 24, batch=1, gates="spread", **options), ops.mlstm)
 
@@ -230,7 +231,7 @@ def test_padding_has_no_gradient_though_its_output_has(make_problem, device, gat
     assert all(t.isfinite().all() for t in got.values())
     for name in ("dk", "dv", "di", "df"):
         assert not got[name][padding].any(), name
-    assert got["dq"][padding].any()  # it reads the state, as every query does
+    assert got["dq"][padding].any()  # h of padding reads the state, as every query does
 
 
 @pytest.mark.parametrize("state", [True, False])
@@ -548,7 +549,7 @@ def test_compiles_once_for_every_length(make_problem, backend):
 
 
 def test_compiles_at_most_twice_by_default(make_problem):
-    """Without dynamic=True torch guesses from the second length on that the dimension varies."""
+    """Without dynamic=True torch assumes a varying dimension from the second length on."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(form, fullgraph=True, backend="aot_eager")
@@ -645,8 +646,8 @@ def state(c=(2, 2, 4, 6), n=(2, 2, 4), m=(2, 2), dtypes=(torch.float32,) * 3):
 ONE_ROW = {name: zeros(*shape) for name, shape in shapes_of(batch=1).items()}
 SHAPE, DTYPE = (ValueError, "has shape"), (TypeError, "has dtype")
 F64, F16, BF16 = torch.float64, torch.float16, torch.bfloat16
-# What is wrong: the arguments that differ from good ones, the error and the argument it must name, and what else it
-# must say.
+# Cases: the arguments that differ from good ones, the error, the argument that it must name, and more text that it must
+# contain.
 ERRORS = {
     "q of 3 dimensions": ({"q": zeros(8, 2, 4)}, *SHAPE, "q"),
     "k of another seq": ({"k": zeros(2, 5, 2, 4)}, *SHAPE, "k"),
@@ -702,7 +703,7 @@ ERRORS = {
         *SHAPE, "initial_state c",
     ),
 }  # fmt: skip
-# Seen only where the offsets can be read without waiting for a GPU.
+# Checked only where the offsets can be read without waiting for a GPU.
 CPU_ERRORS = {
     "cu_seqlens not from 0": ({**ONE_ROW, "cu_seqlens": offsets(1, 8)}, ValueError, "must be 0", "cu_seqlens"),
     "cu_seqlens negative": ({**ONE_ROW, "cu_seqlens": offsets(0, -1, 8)}, ValueError, "decrease", "cu_seqlens"),
@@ -733,7 +734,7 @@ def test_errors_of_offsets_on_the_cpu(wrong):
     check_error(ops.mlstm, "cpu", *CPU_ERRORS[wrong])
 
 
-# With gradients the backward is traced too, before the forward can complain: its fakes must bear wrong arguments.
+# With gradients the backward is traced too, before the forward raises: its fakes must accept wrong arguments.
 WITH_GRADIENTS = [
     "q of 3 dimensions",
     "k of another seq",
@@ -763,7 +764,7 @@ def test_errors_under_compile(device, grad):
             raise AssertionError(f"{name}: {e}") from e
 
 
-# These are found before there is an operator call to fail at run time: under compile torch wraps them.
+# These are found before an operator call that could fail at run time. Under compile torch wraps them.
 WRAPPED_ERRORS = {
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "it must be", "chunk_size"),
     "chunk_size a list": ({"chunk_size": []}, TypeError, "whole number", "chunk_size"),
@@ -846,14 +847,14 @@ def problems(draw):
     packed = draw(offsets_of(seq))
     return {
         "seq": seq,
-        "dqk": draw(st.integers(2, 40)),  # of one, a lone token's dq is what rounding leaves of 0
+        "dqk": draw(st.integers(2, 40)),  # with dqk 1, a single token's dq is 0 up to rounding
         "dv": draw(st.integers(1, 40)),
         "batch": 1 if packed else draw(st.integers(1, 3)),
         "heads": draw(st.integers(1, 3)),
         "layout": draw(st.sampled_from(["contiguous", "heads first", "slice"])),
         "gates": draw(st.sampled_from(["small", "normal"])),  # over the range of a cap: test_gate_soft_cap
         "gate_soft_cap": draw(st.sampled_from([None, None, 15.0])),
-        "state": seq < 5 or draw(st.booleans()),  # of lone tokens without one, dq and dk are 0 but for rounding
+        "state": seq < 5 or draw(st.booleans()),  # without one, dq and dk of single tokens are 0 up to rounding
         "cu_seqlens": packed,
         "chunk_size": draw(st.sampled_from([None, None, 1, 16, 50])),
         "scale": draw(st.sampled_from([None, None, 0.5])),

@@ -1,6 +1,6 @@
 """The mLSTM's Hopper kernels: bfloat16 and float16, dqk and dv multiples of 8.
 
-Other GPUs take the portable kernels here, which have to pass too, but for the number of launches."""
+Other GPUs take the portable kernels here. These must pass too, except for the number of launches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gates(kind, *shape):
     normal = lambda: torch.randn(shape, device=CUDA)  # noqa: E731
     if kind == "caps":  # over the whole range of a cap of 15
         return 15 * torch.tanh(1.5 * normal()), 15 * torch.tanh(1.5 * normal())
-    if kind == "initial":  # as the 7B model starts
+    if kind == "initial":  # the 7B model's initial gates
         return 0.1 * normal() - 10, torch.linspace(3, 6, shape[-1], device=CUDA).expand(shape).contiguous()
     return normal() - 3, normal() + 3
 
@@ -97,8 +97,8 @@ def test_error_with_gates_over_the_whole_range(seed):
 )
 @pytest.mark.parametrize("seq", [1, 127, 128, 129, 700])
 def test_sizes(dqk, dv, seq):
-    # One token's weight and its output are rounded once each, by up to 2^-8. With few tokens some gates' gradients all
-    # but cancel, so that they are looser than over a long sequence.
+    # A token's weight and its output are rounded once each, by up to 2^-8. With few tokens some gates' gradients nearly
+    # cancel. Their bound is looser than over a long sequence.
     assert_errors(*draw(2, seq, 2, dqk, dv), [2**-7] * 6 if seq == 1 else (3e-3, 6e-3, 6e-3, 6e-3, 1e-2, 2e-2))
 
 
@@ -113,7 +113,7 @@ def test_few_heads_in_segments(dqk, dv):
     assert_errors(*draw(1, 20000, 1, dqk, dv), ROUNDING)
 
 
-# What a segment's start still knows of the tokens before: a chunk, all, all since token 9,000 or so.
+# The earlier tokens that a segment's start depends on: a chunk, all, all since about token 9,000.
 @pytest.mark.parametrize("forgets", [slice(None), slice(0), slice(9000, 9400)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("dqk", "dv"), [(64, 64), (128, 256)])
@@ -130,7 +130,7 @@ def test_segments_begin_with_what_is_not_forgotten(dqk, dv, dtype, forgets):
     assert all(errors[name] <= bound for name, bound in zip(NAMES, bounds, strict=True)), errors
 
 
-@pytest.mark.parametrize("kind", ["normal", "initial"])  # "initial": what is carried passes through many tiles
+@pytest.mark.parametrize("kind", ["normal", "initial"])  # "initial": the state passes through many tiles
 @pytest.mark.parametrize(("batch", "seq", "heads"), [(2, 5000, 8), (1, 3000, 17), (3, 900, 5)])
 def test_gates_in_tiles(batch, seq, heads, kind):
     assert_errors(*draw(batch, seq, heads, 64, 64, kind), (3e-3, 6e-3, 6e-3, 6e-3, 1e-2, 2e-2))
@@ -153,7 +153,7 @@ def test_not_finite_reaches_only_what_depends_on_it(which, bad):
     token, head = 200, 1  # in the second sequence, and in the tile of the first one's end
     inputs[which][0, token, head, 5] = bad
     dirty = run(ops.mlstm, inputs, dh, cu_seqlens=offsets)
-    # Elements that a product spoiled are made once more with weights that were not rounded.
+    # Elements that overflow in a product are computed again with weights that are not rounded.
     equal = lambda a, b: torch.allclose(a, b, rtol=2**-6, atol=2**-6)  # noqa: E731
     for name, a, b in zip(NAMES, dirty, clean, strict=True):
         assert equal(a[0, :130], b[0, :130]) and equal(a[0, 480:], b[0, 480:]), name
@@ -174,8 +174,8 @@ def test_poisoned_memory_and_repeats():
 
 
 def test_outputs_beside_the_states():
-    # h of heads up to 64 x 64 starts beside the walk over the states, by flags in memory that the calls share one after
-    # the other: with those of the call before taken for its own, it would read that call's states, or none.
+    # h of heads up to 64 x 64 starts beside the walk over the states and waits for flags in memory that consecutive
+    # calls reuse. A call that took the previous call's flags for its own would read that call's states, or none.
     shapes = [(32, 700, 4, 64, 64), (1, 9000, 4, 64, 64), (128, 300, 2, 48, 56), (3, 200, 40, 64, 32)]
     packed = {"cu_seqlens": torch.tensor([0, 1, 1000, 1000, 8990, 9000], dtype=torch.int32, device=CUDA)}
     calls = [(draw(*shape, seed=seed)[0], {}) for shape in shapes for seed in (1, 2)]
@@ -265,7 +265,7 @@ def test_inputs_that_the_tma_cannot_map_are_copied(which, layout):
 
 
 def test_gradient_of_a_mean_takes_the_hopper_path():
-    """dh is then expanded over the tokens."""
+    """Its dh is expanded over the tokens."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("counts the Hopper kernels' launches")
     inputs, _ = draw(2, 300, 2, 64, 128)

@@ -58,8 +58,8 @@ def test_float32(make_problem, assert_float32_exact, device, case, normalize):
 @pytest.mark.parametrize("case", CASES[::5])
 def test_16_bit(make_problem, assert_16_bit_exact, case, dtype, gate_dtype, normalize):
     gate_dtype = dtype if gate_dtype == "same" else torch.float32
-    # Errors are compared: a handful of numbers would compare two roundings. Where forget gates are all but shut, the
-    # state is that of its last token or two, whatever the length, and its gradient in the input gates as many numbers.
+    # Relative errors of very few numbers would compare two roundings. With nearly closed forget gates the state depends
+    # on the last token or two only, and its gradient in the input gates has as few numbers.
     batch = max(16 if case["gates"] == "beyond" else 2, 64 // case["seq"])
     problem = make_problem(
         **case, batch=batch, dtype=dtype, gate_dtype=gate_dtype, normalize=normalize, seed=case["seq"]
@@ -110,14 +110,14 @@ def test_is_the_mlstm_without_a_stabilizer(make_problem):
 
 @NORMALIZE
 def test_saturated_gates_have_exact_gradients(make_problem, normalize):
-    """Each of them, down to slopes of 1e-6: from the difference 1 - tanh^2 nothing would be left."""
+    """Each gradient is exact down to slopes of 1e-6, where the difference 1 - tanh^2 would have lost all digits."""
     problem = make_problem(1, 16, 24, batch=40, normalize=normalize, gate_soft_cap=2.0)
     for tensors in (problem.inputs, problem.cotangents):
         tensors.update({name: t.abs() for name, t in tensors.items()})
     for name in "if":
         problem.inputs[name] = torch.linspace(-16, 16, 80, device=problem.inputs["q"].device).view(40, 1, 2)
     through = ("h",)
-    if normalize:  # at a fixed normalizer, which would take most of the gradient back
+    if normalize:  # at a fixed normalizer, which would cancel most of the gradient
         problem.options["scale"] = 1e-3
     got, expected = problem(ops.mlstm_sig, through), problem.reference(through=through)
     for name in ("di", "df"):
@@ -205,7 +205,7 @@ def test_nothing_but_padding(make_problem, device, state, gate_soft_cap, normali
     problem = make_problem(70, 16, 24, state=state, gate_soft_cap=gate_soft_cap, normalize=normalize)
     dh = problem.cotangents["h"].clone()
     problem.pad(torch.ones(2, 70, dtype=torch.bool, device=device))
-    problem.cotangents["h"] = dh  # whose own k, v, i and f get nothing of it
+    problem.cotangents["h"] = dh  # the gradients of whose k, v, i and f are 0
     got = problem(ops.mlstm_sig)
     assert all(t.isfinite().all() for t in got.values())
     for name in ("di", "df"):
@@ -436,8 +436,8 @@ def state(c=(2, 2, 4, 6), n=(2, 2, 4), **options):
 
 
 SHAPE, DTYPE = (ValueError, "has shape"), (TypeError, "has dtype")
-# As in test_mlstm: what differs from good arguments, the error, what it says, the argument it names. What both ops
-# check by the same code, by a few of its kinds.
+# Cases as in test_mlstm: the arguments that differ from good ones, the error, its text, the argument that it names.
+# Checks that both ops share have a few cases each.
 ERRORS = {
     "q of 3 dimensions": ({"q": zeros(8, 2, 4)}, *SHAPE, "q"),
     "v of another batch": ({"v": zeros(1, 8, 2, 6)}, *SHAPE, "v"),
@@ -464,7 +464,7 @@ ERRORS = {
         {"initial_state": state(c=None), "normalize": False}, ValueError, "must be None", "initial_state n",
     ),
 }  # fmt: skip
-# Found before there is an operator call to fail at run time: under compile torch wraps them.
+# These are found before an operator call that could fail at run time. Under compile torch wraps them.
 WRAPPED_ERRORS = {
     "chunk_size 0": ({"chunk_size": 0}, ValueError, "it must be", "chunk_size"),
     "state of three": ({"initial_state": lambda d: (*state()(d), None)}, TypeError, "it must be", "initial_state"),
@@ -541,7 +541,7 @@ def problems(draw):
         "layout": draw(st.sampled_from(["contiguous", "heads first", "slice"])),
         "gates": draw(st.sampled_from(["small", "normal"])),
         "gate_soft_cap": draw(st.sampled_from([None, 15.0])),
-        "state": seq < 5 or draw(st.booleans()),  # of lone tokens without one, dq and dk are 0 but for rounding
+        "state": seq < 5 or draw(st.booleans()),  # without one, dq and dk of single tokens are 0 up to rounding
         "cu_seqlens": packed,
         "chunk_size": draw(st.sampled_from([None, None, 1, 16, 50])),
         "normalize": draw(st.booleans()),

@@ -41,7 +41,7 @@ def close(actual, expected, tolerance):
 
 
 def tolerance(dtype):
-    # Of the output's own rounding, 2^-9 and 2^-12 at most.
+    # Bounds of the output's own rounding: 2^-9 and 2^-12 at most.
     return {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
 
 
@@ -108,8 +108,8 @@ def test_gate_soft_cap_leaves_padding_alone(device):
     assert all(torch.equal(t[1], was[1]) for t, was in zip(state, before, strict=True))
 
 
-# The CUDA kernel's tiles: one or many of columns, few or many rows and heads, about an SM's block for each,
-# single elements, several tiles a block, more keys than a batch of rows.
+# The CUDA kernel's tiles: one or many tiles of columns, few or many rows and heads, about a block for each SM, single
+# elements, several tiles a block, more keys than a batch of rows.
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("batch", "heads", "dqk", "dv"),
@@ -197,7 +197,8 @@ def test_settled_state_changes_nothing(device):
 )
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_settled_states_in_turn(batch, heads, dqk, dv, state_dtype):
-    # Three states in turn, as few as the promise allows, with nothing between the steps: one read too early shows.
+    # Three states in turn are as few as the promise allows. With nothing between the steps, a state that is read too
+    # early shows.
     given = arguments("cuda", batch, heads, dqk, dv)
     start = [pool("cuda", batch, heads, dqk, dv, seed=20 * x) for x in range(3)]
     apart, in_turn = ([(c.to(state_dtype, copy=True), n.clone(), m.clone()) for c, n, m in start] for _ in range(2))
@@ -216,7 +217,8 @@ def test_settled_states_in_turn(batch, heads, dqk, dv, state_dtype):
 
 @pytest.mark.cuda
 def test_settled_states_of_different_shapes_in_turn():
-    # A step of many rows, too, must keep the next from starting while the one before it runs: that has the same state.
+    # A step of many rows must also keep the next one from starting while the previous one runs, which has the same
+    # state.
     shapes = [(1, 8, 256, 512), (3, 8, 256, 64)]
     given = [arguments("cuda", *shape) for shape in shapes]
     start = [pool("cuda", *shape) for shape in shapes]
@@ -375,7 +377,7 @@ def zeros(*shape, **options):
 
 
 def changed(place, make):
-    """The state with its part `place` made anew."""
+    """The state with a new tensor at `place`."""
 
     def state(device):
         parts = list(pool(device, 3))
@@ -389,7 +391,7 @@ def slots(*values, **options):
     return lambda device: torch.tensor(values, **{"dtype": torch.int32, "device": device, **options})
 
 
-# As in test_mlstm: what differs from good arguments, the error, what it says, the argument it names.
+# Cases as in test_mlstm: the arguments that differ from good ones, the error, its text, the argument that it names.
 ERRORS = {
     "q of 4 dimensions": ({"q": zeros(3, 1, 2, 4)}, *SHAPE, "q"),
     "k of another dqk": ({"k": zeros(3, 2, 5)}, *SHAPE, "k"),
@@ -464,7 +466,7 @@ def test_errors_under_compile(device):
             raise AssertionError(f"{name}: {e}") from e
 
 
-# Found before there is an operator call to fail at run time: under compile torch wraps them.
+# These are found before an operator call that could fail at run time. Under compile torch wraps them.
 WRAPPED_ERRORS = {
     "no state": ({"state": None}, TypeError, "it must be", "state"),
     "state of two": ({"state": lambda d: pool(d, 3)[:2]}, TypeError, "it must be", "state"),
@@ -505,7 +507,7 @@ def test_errors_of_devices(name):
 
 @pytest.mark.cuda
 def test_sizes_in_turn():
-    """How large clusters may be depends on dqk: what was found for one size must not be taken for another."""
+    """The largest cluster depends on dqk. The value of one size must not be used for another."""
     most = LIMITS["mlstm_step_cuda_max_dqk"]
     for dqk in (8, most, 256, most // 2, most, 8):
         state = pool("cuda", 1, 2, dqk, 512)

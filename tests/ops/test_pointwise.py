@@ -41,7 +41,7 @@ def test_value_and_gradient(device, dtype, cap, size):
 
 
 def test_gradient_is_the_slope(device):
-    """Against differences of the op's own values."""
+    """Compares with differences of the op's own values."""
     x, step = torch.linspace(-40, 40, 401, device=device), 1e-2
     slope = (ops.soft_cap(x + step, 15.0).double() - ops.soft_cap(x - step, 15.0).double()) / (2 * step)
     x.requires_grad_()
@@ -244,13 +244,13 @@ def as_tuple(outputs):
 
 
 def cotangents(outputs, device, dtype=None):
-    """Random ones, the same for every dtype but for being rounded to it."""
+    """Random inputs. They are the same for every dtype up to rounding."""
     drawn = [normal(device, *y.shape, seed=20 + x) for x, y in enumerate(outputs)]
     return [t.to(dtype or y.dtype).to(y.dtype) for t, y in zip(drawn, outputs, strict=True)]
 
 
 def run(form, inputs, dtype=None):
-    """Outputs, and gradients of all inputs; gradients that come in are rounded to `dtype`."""
+    """Outputs, and gradients of all inputs. The outputs' gradients are rounded to `dtype`."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     outputs = as_tuple(form(*leaves))
     gradients = torch.autograd.grad(outputs, leaves, cotangents(outputs, inputs[0].device, dtype))
@@ -258,11 +258,12 @@ def run(form, inputs, dtype=None):
 
 
 def assert_matches(op, inputs):
-    """Outputs and gradients against float64, relative in the 2-norm, within one rounding and float32's own error."""
+    """Compares outputs and gradients with float64, relative in the 2-norm, within one rounding and float32's own
+    error."""
     form, plain, _ = ROW_OPS[op]
     actual = run(form, inputs)
     wide = [t.double() for t in inputs]
-    if op == "add_rms_norm":  # the sum, as rounded, is what is normalized
+    if op == "add_rms_norm":  # the rounded sum is normalized
         wide = [actual[1].double(), wide[1], torch.zeros_like(wide[2])]
     expected = run(plain, wide, inputs[0].dtype)
     dtypes = [inputs[0].dtype] * (2 if op == "add_rms_norm" else 1) + [t.dtype for t in inputs]
@@ -299,7 +300,7 @@ def test_row_ops_of_many_rows(device, op, rows):
     ("rows", "dim"), [(12_000, 256), (9000, 512), (1500, 4096), (800, 8192), (400, LIMITS["norm_cuda_max_dim"])]
 )
 def test_norms_of_more_rows_than_are_read_ahead(op, dtype, rows, dim):
-    """A block of the gradients has some rows on their way, in slots that it uses again."""
+    """A block of the gradients loads several rows ahead, into slots that it reuses."""
     inputs = ROW_OPS[op][2]("cuda", dtype, rows=rows, dim=dim)
     assert_matches(op, inputs)
     for a, b in zip(run(ROW_OPS[op][0], inputs), run(ROW_OPS[op][0], inputs), strict=True):
@@ -310,7 +311,7 @@ def test_norms_of_more_rows_than_are_read_ahead(op, dtype, rows, dim):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("rows", "heads", "dim"), [(40_001, 2, 256), (5003, 3, 4096), (3000, 150, 64), (9999, 1, 70)])
 def test_gated_head_norm_in_rounds(dtype, rows, heads, dim):
-    """Tokens enough for several blocks behind one another; more heads than SMs."""
+    """Enough tokens for several blocks in sequence; more heads than SMs."""
     inputs = gated_head_norm_inputs("cuda", dtype, rows=rows, dim=dim, heads=heads)
     assert_matches("gated_head_norm", inputs)
     for a, b in zip(run(ops.gated_head_norm, inputs), run(ops.gated_head_norm, inputs), strict=True):
@@ -358,7 +359,7 @@ def test_a_large_mean_costs_no_precision(device, dim):
 @pytest.mark.parametrize("dim", [2, 3, 8])
 @pytest.mark.parametrize("apart", [1.0, 0.1, 1e-2, 1e-3])
 def test_values_that_nearly_agree(device, dim, apart):
-    """What is left of dh is small beside its terms: no further off than the plain form in float32 is."""
+    """dh is small beside its terms. Its error is no larger than that of the plain form in float32."""
     h = normal(device, 256, 1, 1) + apart * normal(device, 256, 1, dim, seed=1)
     inputs = [h, *(normal(device, *shape, seed=2 + x) for x, shape in enumerate([(256, dim), (dim,)]))]
     dy = normal(device, 256, dim, seed=4)
@@ -391,7 +392,7 @@ def test_swiglu_extremes(device):
 @ROW_OP
 @DTYPES
 def test_row_ops_take_parts_of_wider_tensors(device, dtype, op):
-    """As the fused projections give them; and with rows of any stride."""
+    """Strided inputs, as from fused projections, and with rows of any stride."""
     form, _, make = ROW_OPS[op]
     inputs = make(device, dtype, rows=6, dim=64)
     expected = run(form, inputs)
@@ -560,7 +561,7 @@ def test_row_ops_errors_of_devices_and_sizes():
 
 @pytest.mark.parametrize("dims", [8, 9, 10, 20, 64])
 def test_many_dimensions(device, dims):
-    """As many as torch has: each gives what it gives with two."""
+    """Inputs of any number of dimensions give the results of two."""
     shape = lambda *last: [2] + [1] * (dims - 1 - len(last)) + list(last)  # noqa: E731
     x = normal(device, 2, 6)
     for form, others in (
@@ -590,7 +591,7 @@ def test_random_problems(fuzz, device):
         st.booleans(),
     )  # fmt: skip
     def run(op, dtype, rows, dim, float_weight):
-        if op == "gated_head_norm":  # with a few values dh may be what rounding leaves: test_values_that_nearly_agree
+        if op == "gated_head_norm":  # with few values dh may be 0 up to rounding: test_values_that_nearly_agree
             dim += 30
         inputs = ROW_OPS[op][2](
             device, dtype, rows=rows, dim=dim, weight_dtype=torch.float32 if float_weight else dtype

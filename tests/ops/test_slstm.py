@@ -32,16 +32,16 @@ LAYOUTS = ("contiguous", "heads first", "slice")
 
 @dataclasses.dataclass
 class Problem:
-    """Inputs by name (x, R, b and, with an initial state, h0, c0, n0, m0), options of the op, and gradients of its
-    results."""
+    """A random problem: inputs by name (x, R, b and, with an initial state, h0, c0, n0, m0), options of the op, and
+    gradients of the results."""
 
     inputs: dict[str, Tensor]
     cotangents: dict[str, Tensor]
     options: dict
 
     def __call__(self, form, through=RESULTS, dtype=None) -> dict[str, Tensor]:
-        """Results of `form` and the gradients of the inputs ("dx", ...) through the results `through`; with `dtype`,
-        computed from the inputs converted to it."""
+        """Results of `form` and the gradients of the inputs ("dx", ...) through the results `through`. With `dtype` the
+        inputs are converted first."""
         inputs = {
             name: (t.detach() if dtype is None else t.to(dtype)).requires_grad_() for name, t in self.inputs.items()
         }
@@ -101,7 +101,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_float32_exact(problem, through=RESULTS, times_plain=0):
-    """Within 1e-5 of float64; where terms cancel, within `times_plain` times the error of the plain form in float32."""
+    """Within 1e-5 of float64, or within `times_plain` times the error of the plain form in float32, for terms that
+    cancel."""
     expected, actual = problem(reference.slstm, through, torch.float64), problem(ops.slstm, through)
     errors = {name: relative_error(actual[name], want) for name, want in expected.items()}
     if times_plain and max(errors.values()) > 1e-5:
@@ -109,7 +110,7 @@ def assert_float32_exact(problem, through=RESULTS, times_plain=0):
         for name, want in expected.items():
             errors[name] = 0.0 if errors[name] <= times_plain * relative_error(plain[name], want) else errors[name]
     assert all(actual[name].shape == want.shape for name, want in expected.items())
-    # A gradient may be 0 but for rounding: that of m where h alone is looked at.
+    # A gradient may be 0 up to rounding: that of m if the loss depends on h only.
     wrong = {
         name: error
         for name, error in errors.items()
@@ -119,8 +120,8 @@ def assert_float32_exact(problem, through=RESULTS, times_plain=0):
 
 
 def assert_16_bit_exact(problem, through=RESULTS, times=1.5):
-    """At most 1.5 times the error of the plain form in the same dtype, or of a rounding of the inputs. Of a handful of
-    elements either error may happen to be small: `times` is then more."""
+    """At most 1.5 times the error of the plain form in the same dtype, or of a rounding of the inputs. With few
+    elements either error may be small by chance; `times` is then larger."""
     expected, actual = problem(reference.slstm, through, torch.float64), problem(ops.slstm, through)
     plain, rounding = problem(reference.slstm, through), torch.finfo(problem.inputs["x"].dtype).eps / 2
     wrong = {}
@@ -132,9 +133,9 @@ def assert_16_bit_exact(problem, through=RESULTS, times=1.5):
 
 
 def avoid_kinks(problem):
-    """Gives m the gradient with which nothing depends on how c and n are scaled. Else the loss has a kink where the
-    stabilizer changes its branch, and of 100,000 gates some lie so close to theirs that a rounding of h moves a whole
-    gradient from one gate to another: ten such elements would be most of the error."""
+    """Sets the gradient of m such that the loss does not depend on the scaling of c and n. Otherwise the loss has a
+    kink where the stabilizer changes its branch. Some of 100,000 gates are so close to the kink that a rounding of h
+    moves a whole gradient from one gate to another. Ten such elements would be most of the error."""
     state = problem(reference.slstm, ("h",), torch.float64)
     shares = (problem.cotangents[f"last {name}"] * state[f"last {name}"] for name in "cn")
     problem.cotangents["last m"] = sum(shares).float()
@@ -163,9 +164,8 @@ def test_16_bit(make_problem, sizes, dtype, weights):
         assert_16_bit_exact(problem, THROUGH[through])
 
 
-# What the Hopper kernels take: dims of one block and of a cluster, rows that leave tiles part empty, 8, 16 and 32 rows
-# a cluster, two warps a group of units (dims above 256), weights from shared memory beside those in registers (above
-# 512).
+# Cases of the Hopper kernels: dims of one block and of a cluster, rows that leave tiles partly empty, 8, 16 and 32 rows
+# a cluster, two warps a group of units (dims above 256), weights in shared memory and registers (above 512).
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_dimensions_of_models_clipped_and_again_the_same(make_problem, dim):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dim", [64, 128, 256, 512, 640])
 def test_float16_carries_gradients_of_any_size(make_problem, dim):
-    """Those of gates may be far below what float16 holds; those of the state are float32 and lose nothing by it."""
+    """Gradients of gates may be far below float16's range. Those of the state are float32 and lose nothing."""
     problem = make_problem(9, 12, 2, dim, dtype=torch.float16)
     expected, cotangents = problem(ops.slstm, THROUGH["state"]), problem.cotangents
     for scale in (2.0**-30, 2.0**10):
@@ -264,7 +264,7 @@ def test_gradient_of_expanded_and_strided_outputs(make_problem, device):
 @pytest.mark.parametrize("layout", ["heads first", "slice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_change_nothing(make_problem, layout, dtype):
-    """Not one bit where the same kernel runs; a layout may lead to another kernel."""
+    """Results are bit for bit equal where the same kernel runs. A layout may select another kernel."""
     dense, strided = (make_problem(2, 20, 2, 24, layout=x, dtype=dtype)(ops.slstm) for x in ("contiguous", layout))
     for name, t in dense.items():
         assert relative_error(strided[name], t) <= (1e-6 if dtype == torch.float32 else 2e-2), name
@@ -304,7 +304,7 @@ def test_large_gates(make_problem, shift):
 
 
 def pad(problem, padding):
-    """Makes the tokens `padding` (batch, seq) ones that change nothing."""
+    """Makes the tokens `padding` (batch, seq) neutral."""
     padding = padding.to(problem.inputs["x"].device)
     x = problem.inputs["x"].clone()
     x[padding] = torch.nan
@@ -331,7 +331,7 @@ def test_padding(make_problem, dtype, where, state):
     assert all(t.isfinite().all() for t in got.values())
     assert not got["dx"][padding].any()
     (assert_float32_exact if dtype == torch.float32 else assert_16_bit_exact)(problem)
-    # As if the tokens were not there, where nobody looks at them.
+    # The results are those without the tokens, if the loss does not depend on their h.
     problem.cotangents["h"][padding] = 0.0
     got = problem(ops.slstm)
     for row in range(2):
@@ -405,7 +405,7 @@ def test_packed_equals_separate_calls(make_problem):
 @pytest.mark.parametrize("offsets", [(0, 500), (-7, 20, 30), (0, 30, 20, 30), (40, 50)], ids=str)
 @pytest.mark.parametrize("dim", [16, 24, 64, 256])
 def test_wrong_offsets_stay_within_the_tensors(make_problem, offsets, dim):
-    """The values are not read on the host: what comes out is wrong, and nothing else is touched."""
+    """The host does not read the values. Results are wrong, and no other memory is written."""
     problem = make_problem(1, 30, 2, dim, cu_seqlens=offsets, dtype=torch.bfloat16)
     before = {name: t.clone() for name, t in problem.inputs.items()}
     problem(ops.slstm)
@@ -683,7 +683,7 @@ def state(*shapes, dtypes=(torch.float32,) * 4):
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 ONE_ROW = {"x": zeros(1, 8, 4, 2, 3)}
 SHAPE, DTYPE = (ValueError, "has shape"), (TypeError, "has dtype")
-# What is wrong: the arguments that differ from good ones, the error, what it must say, and the argument it must name.
+# Cases: the arguments that differ from good ones, the error, its text, and the argument that it must name.
 ERRORS = {
     "x of 4 dimensions": ({"x": zeros(2, 8, 4, 6)}, *SHAPE, "x"),
     "x of 3 gates": ({"x": zeros(2, 8, 3, 2, 3)}, *SHAPE, "x"),
@@ -715,7 +715,7 @@ ERRORS = {
         {**ONE_ROW, "cu_seqlens": offsets(0, 3, 5, 8), "initial_state": state()}, *SHAPE, "initial_state h",
     ),
 }  # fmt: skip
-# Seen only where the offsets can be read without waiting for a GPU.
+# Checked only where the offsets can be read without waiting for a GPU.
 CPU_ERRORS = {
     "cu_seqlens not from 0": ({**ONE_ROW, "cu_seqlens": offsets(1, 8)}, ValueError, "must be 0", "cu_seqlens"),
     "cu_seqlens unsorted": ({**ONE_ROW, "cu_seqlens": offsets(0, 5, 3, 8)}, ValueError, "decrease", "cu_seqlens"),
@@ -805,8 +805,8 @@ def test_errors_of_devices(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gates_of_ten_thousand(make_problem, dtype):
-    """m is then so large that float32 holds it to 1e-3 only, and with it every weight: as far off as the plain form is
-    in float32, no further."""
+    """m is so large that float32 holds it, and every weight, to 1e-3 only. The error is no larger than that of the
+    plain form in float32."""
     for seed in range(20):
         problem = make_problem(2, 10, 1, 5, gates=1e4, dtype=dtype, seed=seed, state=bool(seed % 2))
         through = ("last c", "last n")

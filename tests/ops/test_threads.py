@@ -1,4 +1,4 @@
-"""The CPU kernels with four threads, and with one: the same results, and the same from run to run."""
+"""The CPU kernels give the same results with four threads and with one, in every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ops do under torch.func's transforms and forward-mode differentiation, and what autograd knows of steps."""
+"""The ops under torch.func's transforms and forward-mode differentiation, and autograd's version counters of steps."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_steps_are_refused_under_vmap(op):
 
 
 def test_a_step_after_a_sequence_from_the_same_state(device):
-    """Without the count, dq would come out of the state that the step left behind."""
+    """Without the version counter, dq would silently use the state after the step."""
     q, k, v, i, f = (t.to(device).requires_grad_() for t in tensors(*MLSTM))
     state = tuple(t.to(device) for t in tensors(*STATE))
     h = ops.mlstm(q, k, v, i, f, initial_state=state)

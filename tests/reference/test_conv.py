@@ -1,4 +1,4 @@
-"""The reference convolution against sums written out."""
+"""The reference convolution against explicit sums."""
 
 from __future__ import annotations
 

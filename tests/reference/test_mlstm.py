@@ -1,4 +1,4 @@
-"""The reference forms against each other, and against the gradient written out."""
+"""The reference forms against each other, and against an explicit gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tiny training run takes."""
+"""Fixtures of tiny training runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ for _package in ("transformers", "tokenizers", "matplotlib"):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small gain nothing from more, and threads that wait for a busy core lose a lot."""
+    """More threads do not speed up models this small, and threads that wait for a busy core are slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

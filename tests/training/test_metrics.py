@@ -12,7 +12,7 @@ from flash_xlstm.training.metrics import held_out_bits_per_byte
 
 @pytest.mark.parametrize("length", [2, 32, 33, 34, 65, 100])
 def test_every_token_counts_once(length):
-    """Against the log-probabilities of one sequence after another."""
+    """Compares with the log-probabilities of single sequences."""
     config = xLSTMConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, num_heads=1)
     torch.manual_seed(0)
     model = xLSTMForCausalLM(config).train()

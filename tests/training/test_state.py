@@ -1,4 +1,4 @@
-"""trainer_state.pt with odd contents: the run is refused in one line, or goes on exactly as if they were not odd."""
+"""trainer_state.pt with odd contents: the run is refused in one line, or goes on unaffected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TENSORS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 8 steps that was stopped at step 4, and the weights that it ends with."""
+    """A run of 8 steps that was stopped at step 4, and its final weights."""
     folder = tmp_path_factory.mktemp("state")
     text = "".join(f"{n}: the quick brown fox jumps over {n % 7} lazy dogs\n" for n in range(300))
     (folder / "text.txt").write_text(text)
@@ -64,8 +64,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def resumed(run, tmp_path):
-    """``resumed(state)``: the error of a resumed run whose trainer_state.pt is that, None where it went on to the
-    same weights."""
+    """``resumed(state)``: the error of a run that is resumed from that trainer_state.pt, None if it reached the same
+    weights."""
     kept, weights = run
 
     def call(saved):
@@ -91,7 +91,7 @@ def saved(run):
 
 
 def _places(values, above=()):
-    """The keys to everything that is in nested dicts, lists and tuples."""
+    """The paths of all values in nested dicts, lists and tuples."""
     yield above
     if isinstance(values, (list, tuple)):
         values = dict(enumerate(values))
@@ -106,7 +106,7 @@ def _at(values, place):
 
 
 def _changed(values, place, change):
-    """A copy whose part at a place is what `change` makes of it; without a change it is taken out."""
+    """A copy with `change` applied to the part at a place. Without a change the part is removed."""
     if not place:
         return change(values)
     values = list(values) if isinstance(values, tuple) else copy.copy(values)
@@ -216,7 +216,7 @@ def test_fuzz(saved, resumed, fuzz):
     any_tensor = [change for name, change in TENSORS.items() if name != "negative"]  # a mean may be negative
     changes = st.one_of(
         st.tuples(st.sampled_from(places), st.sampled_from(ODD).map(lambda value: lambda old: value)),
-        st.tuples(st.sampled_from(places[1:]), st.none()),  # taken out
+        st.tuples(st.sampled_from(places[1:]), st.none()),  # removed
         st.tuples(st.sampled_from(tensors), st.sampled_from(any_tensor)),
         st.tuples(
             st.sampled_from([place for place in places if isinstance(_at(saved, place), dict)]),

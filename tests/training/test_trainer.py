@@ -197,7 +197,7 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 
 def test_it_needs_no_command_line():
-    """The command line is not imported, and how transformers logs is left alone."""
+    """The command line is not imported, and transformers' logging is unchanged."""
     code = """
 import sys
 import transformers.utils.logging as logging

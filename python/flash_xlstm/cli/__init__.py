@@ -1,7 +1,7 @@
 """The command line: ``flash-xlstm info | train | generate | demo | tasks``.
 
-Importing this package takes no more than the standard library: torch, which takes seconds, is imported where Ctrl-C
-ends the process in one line.
+This package imports only the standard library. :func:`main` imports torch, which takes seconds, and handles Ctrl-C
+meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: the process's.
 
     Returns:
-        The exit code: 0; 2 for an error, told in one line; 130 if interrupted.
+        The exit code: 0 for success, 2 for an error (printed as one line), 130 if interrupted.
     """
     with interrupt_ends_imports():
         from flash_xlstm.cli.command import run
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def interrupt_ends_imports() -> Iterator[None]:
-    """While it is entered, Ctrl-C ends the process at once. Some imports lose an exception: that of numpy by torch."""
+    """Within this context Ctrl-C ends the process at once. A KeyboardInterrupt would get lost in torch's import of
+    numpy."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -1,4 +1,4 @@
-"""The arguments of each command, and what becomes of its errors."""
+"""The arguments of each command, and how its errors are printed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("\nflash-xlstm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, head say, has gone
+    except BrokenPipeError:  # the reader of our output (head, for example) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, MemoryError, RuntimeError) as error:
@@ -101,17 +101,17 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _flag(name: str) -> str:
-    """A setting's name as it is on the command line."""
+    """A setting's name on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def _with_flags(text: str) -> str:
-    """An error's text with flags for the settings' names, which stand in backquotes."""
+    """An error's text, with names of settings (in backquotes) replaced by their flags."""
     return re.sub(r"`(\w+)`", lambda match: _flag(match[1]) if match[1] in _FLAGS else match[0], text)
 
 
 def _open_streams() -> None:
-    """Sees to it that there is an output, which a shell's >&- closes, and that no character of a path breaks it."""
+    """Opens outputs that the shell has closed (>&-), and escapes characters that an output cannot encode."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -120,11 +120,11 @@ def _open_streams() -> None:
 
 
 def _import(command: str) -> ModuleType:
-    """A command's module; only `info` can do with torch alone."""
+    """Imports a command's module. Every command but `info` needs optional packages."""
     try:
         with interrupt_ends_imports():
             module = importlib.import_module(f"flash_xlstm.cli.{command}")
-            if sys.modules.get("transformers"):  # a command's output is its own: no advice and no bars of the library's
+            if sys.modules.get("transformers"):  # transformers prints no advice and no bars
                 logging = importlib.import_module("transformers.utils.logging")
                 logging.set_verbosity_error()
                 logging.disable_progress_bar()
@@ -254,7 +254,7 @@ def _add_tasks(commands: Any) -> None:
 
 
 def _reader(number: Number) -> Callable[[str], Any]:
-    """The type of an argparse option that takes such numbers."""
+    """An argparse type that accepts these numbers."""
 
     def read(text: str) -> Any:
         try:
@@ -269,8 +269,8 @@ def _reader(number: Number) -> Callable[[str], Any]:
 
 
 class _Options:
-    """Adds options that are fields of a dataclass. Those not given stay out of the namespace, so that it can be
-    told what the user asked for."""
+    """Adds fields of a dataclass as options. An option that is not given is absent from the namespace: a resumed run
+    takes it from its checkpoint."""
 
     def __init__(self, group: Any, settings: type) -> None:
         self.group = group

@@ -2,8 +2,8 @@
 
 
 class CommandError(Exception):
-    """Something the user can put right; its text is the one line they get to see."""
+    """An error that the user can correct. The command prints its text as one line."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(Exception):  # noqa: N818 - a stop on request is not an error
     """The user asked to stop; the text says what was kept."""

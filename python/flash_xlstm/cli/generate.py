@@ -41,7 +41,7 @@ def load(folder: Path, device: torch.device) -> tuple[xLSTMForCausalLM, Tokenize
     """A checkpoint's model, set up for fast decoding, and its tokenizer.
 
     Raises:
-        CommandError: the checkpoint is not whole, or the two do not fit.
+        CommandError: the checkpoint is incomplete, or the tokenizer does not fit the model.
     """
     model = checkpoint.load_model(folder, mode="inference", weight_mode="fused")
     return model.to(device).eval(), checkpoint.load_tokenizer_of(folder, model.config.vocab_size)
@@ -62,9 +62,9 @@ def stream(
     Args:
         model: a model.
         tokenizer: None for bytes.
-        prompt: must have at least one token.
-        max_new_tokens: the limit; a model with an end-of-text token may stop earlier.
-        temperature: 0 always takes the likeliest token.
+        prompt: at least one token.
+        max_new_tokens: the most tokens to add. Generation stops earlier at an end-of-text token.
+        temperature: of sampling; 0 selects the likeliest token.
         top_k, top_p: restrict sampling to the likeliest tokens.
 
     Raises:
@@ -83,21 +83,21 @@ def stream(
     input_ids = torch.tensor([ids], device=model.device)
     model.generate(
         input_ids,
-        attention_mask=torch.ones_like(input_ids),  # what looks like padding in a prompt is not
+        attention_mask=torch.ones_like(input_ids),  # a pad token within a prompt is text
         generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **special, **sampling),
         streamer=_Terminal(prompt, _byte_decoder() if tokenizer is None else _token_decoder(tokenizer, ids)),
     )
 
 
 class _Terminal(BaseStreamer):
-    """Prints text as far as the tokens so far determine it."""
+    """Prints the characters that the tokens so far determine."""
 
     def __init__(self, prompt: str, decode: Callable[[int, bool], str]) -> None:
         self.decode = decode
         self.prompt: str | None = prompt
 
     def put(self, value: Tensor) -> None:
-        if self.prompt is not None:  # the first call brings the prompt
+        if self.prompt is not None:  # the first call passes the prompt
             _print(self.prompt)
             self.prompt = None
             return
@@ -117,7 +117,7 @@ def _token_decoder(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[int, bo
     decoder = DecodeStream(ids=prompt, skip_special_tokens=True)
 
     def decode(token: int, final: bool) -> str:
-        if final or tokenizer.id_to_token(token) is None:  # models may have embeddings to spare
+        if final or tokenizer.id_to_token(token) is None:  # a model may have spare embeddings
             return ""
         with library_errors("the tokenizer cannot decode what was generated"):
             return decoder.step(tokenizer, token) or ""
@@ -126,7 +126,7 @@ def _token_decoder(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[int, bo
 
 
 def _bytes(prompt: str) -> bytes:
-    return prompt.encode("utf-8", "surrogateescape")  # arguments that are not UTF-8 keep their bytes
+    return prompt.encode("utf-8", "surrogateescape")  # arguments that are not UTF-8 are passed on byte for byte
 
 
 def _print(text: str) -> None:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what results were taken, for a file of them."""
+    """The machine and the versions of a run, for its results file."""
     return {
         "date": datetime.date.today().isoformat(),
         "flash_xlstm": build_info(),
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """As the kernel calls it, where it says; else what Python knows."""
+    """The CPU's name from /proc/cpuinfo, or from Python's platform module."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

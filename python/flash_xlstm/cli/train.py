@@ -19,5 +19,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _given(kind: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a dataclass that the command line has."""
+    """The fields of a dataclass that were given on the command line."""
     return {field.name: getattr(args, field.name) for field in fields(kind) if field.name in args}

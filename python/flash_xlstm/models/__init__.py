@@ -1,6 +1,6 @@
 """The xLSTM as a Hugging Face model. Needs transformers: ``pip install "flash-xlstm[hf]"``.
 
-The stack and language model of :mod:`flash_xlstm.nn.block_stack`, which need torch only, are here too.
+It also exports the stack and the language model of :mod:`flash_xlstm.nn.block_stack`, which need torch only.
 """
 
 try:

@@ -23,11 +23,10 @@ _FORMAT = "flash_xlstm cache 1"
 
 
 class xLSTMCache:
-    """What an xLSTM remembers of the tokens it has seen; its size does not depend on their number.
+    """The recurrent states of all layers. Their size does not depend on the number of tokens seen.
 
-    A forward pass that is given a cache continues from it and advances it. Without gradients the tensors are
-    written in place, so their addresses stay; with gradients they are replaced, and what autograd saved stays
-    intact.
+    A forward pass with a cache continues from it and advances it. Without gradients the tensors are written in place,
+    and their addresses stay. With gradients they are replaced, and autograd's saved tensors stay intact.
 
     Args:
         config: the model's configuration.
@@ -38,12 +37,13 @@ class xLSTMCache:
     Attributes:
         rnn_state: for each layer ``(c, n, m)``: matrix memory c (batch, heads, qk_head_dim, v_head_dim),
             normalizer n (batch, heads, qk_head_dim), stabilizer m (batch, heads).
-        slots: None, or (batch,) int32: the row of the states that each row of a single token uses; -1 leaves a row out.
-        unread: None, or (batch,) int64: how many of the tokens seen each row has not read, from the last one backwards.
-            ``generate`` sets it where rows of a batch ended before the last one did; the next forward pass forgets it.
+        slots: None, or (batch,) int32: for a forward pass of one token, the row of the states that each row uses; -1
+            leaves a row out.
+        unread: None, or (batch,) int64: how many of the last tokens seen each row has not read. ``generate`` sets it
+            where rows of a batch ended early; the next forward pass clears it.
 
-    To torch.export and other users of PyTrees a cache is the states of layer after layer, then its length, an int. A
-    step that is to go on from any length is exported with that dynamic:
+    As a PyTree (torch.export uses it) a cache is the states of all layers in order, then its length, an int. Export a
+    step for any length with a dynamic length:
     ``dynamic_shapes={..., "cache_params": [*[None] * (3 * layers), torch.export.Dim.DYNAMIC]}``.
 
     Example::
@@ -79,7 +79,7 @@ class xLSTMCache:
 
     @classmethod
     def from_states(cls, states: Iterable[State], dtype: torch.dtype, seq_length: int) -> xLSTMCache:
-        """A cache that takes over the states of all layers, after `seq_length` tokens."""
+        """A cache that holds these states of all layers, after `seq_length` tokens."""
         cache = cls.__new__(cls)
         cache.dtype = dtype
         cache.rnn_state = {layer: (c.to(dtype), n, m) for layer, (c, n, m) in enumerate(states)}
@@ -103,11 +103,11 @@ class xLSTMCache:
 
     @property
     def is_linear(self) -> list[bool]:
-        """For each layer, that its state does not grow with the sequence; read by GenerationMixin."""
+        """False for each layer: no state grows with the sequence. Read by GenerationMixin."""
         return [True] * len(self.rnn_state)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of tokens seen, padding included; the same for every layer."""
+        """The number of tokens seen, padding included. It is the same for every layer."""
         return self._seq_length
 
     def set_seq_length(self, length: int) -> None:
@@ -129,7 +129,7 @@ class xLSTMCache:
             )
         for layer, state in self.rnn_state.items():
             for name, t, shape in zip("cnm", state, (c_shape, c_shape[:3], c_shape[:2]), strict=True):
-                # float64 is for the reference kernels.
+                # The reference kernels take float64.
                 dtypes = (self.dtype,) if name == "c" else (torch.float32, torch.float64)
                 if tuple(t.shape) != shape or t.dtype not in dtypes:
                     raise ValueError(
@@ -138,14 +138,14 @@ class xLSTMCache:
                     )
 
     def layer_states(self) -> list[State]:
-        """The states of all layers; safe to write in place where gradients are off."""
+        """The states of all layers. They may be written in place where gradients are off."""
         for layer, state in self.rnn_state.items():
             if any(map(_frozen, state)):
                 self.rnn_state[layer] = _map(lambda t: t.detach().clone(), state)
         return [self.rnn_state[layer] for layer in range(len(self.rnn_state))]
 
     def update(self, states: Iterable[State], num_tokens: int) -> None:
-        """Takes the states of all layers after `num_tokens` more tokens."""
+        """Sets the states of all layers after `num_tokens` more tokens."""
         for layer, new in enumerate(states):
             old = self.rnn_state[layer]
             if torch.is_grad_enabled() or old[0].device != new[0].device:
@@ -158,7 +158,7 @@ class xLSTMCache:
         self.unread = None
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Returns to the state before the first token."""
         self._apply(torch.zeros_like)
         self._seq_length = 0
         self.unread = None
@@ -168,7 +168,7 @@ class xLSTMCache:
         return self._mapped(torch.clone)
 
     def copy_(self, other: xLSTMCache) -> xLSTMCache:
-        """Takes the states of `other`, of the same shapes, into this cache's own tensors."""
+        """Copies the states of `other`, of the same shapes, into this cache's own tensors."""
         for mine, theirs in zip(self.rnn_state.values(), other.rnn_state.values(), strict=True):
             for target, source in zip(mine, theirs, strict=True):
                 target.copy_(source)
@@ -176,15 +176,15 @@ class xLSTMCache:
         return self
 
     def expand(self, copies: int) -> xLSTMCache:
-        """A new cache with `copies` copies of every row, next to each other: one prompt as the common beginning of many
-        sequences. This cache stays as it is."""
+        """A new cache with `copies` adjacent copies of every row, for sequences that share a prompt. This cache is
+        unchanged."""
         return self._mapped(lambda t: t.repeat_interleave(copies, dim=0))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the cache to a safetensors file, whole or not at all.
+        """Writes the cache to a safetensors file atomically.
 
         Raises:
-            OSError: the file cannot be written; what was there before is still there.
+            OSError: the file cannot be written. An older file is kept.
         """
         tensors = {
             f"{layer}.{name}": t.detach().cpu().contiguous()
@@ -211,20 +211,20 @@ class xLSTMCache:
         config: xLSTMConfig | None = None,
         device: torch.device | str = "cpu",
     ) -> xLSTMCache:
-        """Reads what :meth:`save` wrote.
+        """Reads a file that :meth:`save` wrote.
 
         Args:
             path: the file.
-            config: if given, the cache must fit this model.
-            device: where the states go.
+            config: of a model that the cache must fit, or None.
+            device: of the states.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it holds no cache, or that of another model; or there is no such device.
+            ValueError: the file holds no cache, or one of another model; or the device does not exist.
         """
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
             raise ValueError(f"device is {str(device)!r}, which torch cannot use: {error}") from error
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
@@ -256,7 +256,7 @@ class xLSTMCache:
         self._apply(lambda t: t.index_select(0, indices.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Makes `repeats` copies of every row, next to each other."""
+        """Replaces every row by `repeats` adjacent copies."""
         self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def to(self, device: torch.device | str) -> xLSTMCache:
@@ -284,11 +284,12 @@ class xLSTMCache:
 
 
 def one_cache(**named: Any) -> xLSTMCache | None:
-    """The cache that a caller gave under one of several names, each None where it was not used.
+    """The cache that a caller passed under one of several names; an unused name is None.
 
     Raises:
-        TypeError: something else than an `xLSTMCache` of this package: a key-value cache, transformers' own xLSTM's.
-        ValueError: two different ones.
+        TypeError: it is not an `xLSTMCache` of this package, but a key-value cache or transformers' own xLSTMCache, for
+            example.
+        ValueError: two different caches.
     """
     given = {name: cache for name, cache in named.items() if cache is not None}
     for name, cache in given.items():
@@ -313,7 +314,7 @@ def _frozen(t: Tensor) -> bool:
 
 
 def _flatten(cache: xLSTMCache) -> tuple[list[Any], list[Any]]:
-    """The states, then what else there is: the length as a leaf too, which exported programs may have dynamic."""
+    """The states, then the rest. The length is a leaf, so that an exported program can have it dynamic."""
     extra = [name for name in ("slots", "unread") if getattr(cache, name) is not None]
     leaves = [t for state in cache.rnn_state.values() for t in state]
     leaves += [cache._seq_length, *(getattr(cache, name) for name in extra)]
@@ -329,7 +330,7 @@ def _flatten_with_keys(cache: xLSTMCache) -> tuple[list[tuple[Any, Any]], list[A
 
 def _unflatten(leaves: Iterable[Any], context: list[Any]) -> xLSTMCache:
     layers, dtype, extra = context
-    leaves = list(leaves)  # of any type: torch maps specifications over trees, too
+    leaves = list(leaves)  # of any type: torch also maps specifications over trees
     cache = xLSTMCache.__new__(xLSTMCache)
     cache.dtype = getattr(torch, dtype)
     cache.rnn_state = {layer: tuple(leaves[3 * layer : 3 * layer + 3]) for layer in range(layers)}
@@ -339,7 +340,7 @@ def _unflatten(leaves: Iterable[Any], context: list[Any]) -> xLSTMCache:
     return cache
 
 
-# torch.export takes caches as inputs and gives them as outputs.
+# Exported programs have caches among their inputs and outputs.
 pytree.register_pytree_node(
     xLSTMCache,
     _flatten,

@@ -1,4 +1,4 @@
-"""Which weight mode a checkpoint is in, and the form in which checkpoints are saved."""
+"""The weight mode of a checkpoint, and the form in which checkpoints are saved."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ HUB_ARGUMENTS = (
 
 
 def weight_modes(config_class: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
-    """The weight mode a checkpoint is in, and the one its model shall have.
+    """The weight mode of a checkpoint, and the weight mode that its model gets.
 
     Args:
-        config_class: reads the configuration where `config` is none.
-        path: a folder or a name on the hub; None where ``kwargs["state_dict"]`` holds the weights.
-        config: a configuration, a path to one, or None for the one at `path`.
-        kwargs: what ``from_pretrained`` was given besides.
+        config_class: the class that reads the configuration where `config` is not one.
+        path: a folder, or a name on the hub; None where ``kwargs["state_dict"]`` holds the weights.
+        config: a configuration or its path; None for the one at `path`.
+        kwargs: the other arguments of ``from_pretrained``.
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     wanted = getattr(config, "weight_mode", None)
     if wanted is None:
         try:
             read = config_class.from_pretrained(path if config is None else config, **hub)
-        except OSError:  # an adapter's folder, say, or nothing at all: from_pretrained knows more
+        except OSError:  # an adapter's folder, or none: from_pretrained handles these
             return "single", "single"
         wanted = kwargs.get("weight_mode", read.weight_mode)
     if kwargs.get("state_dict") is not None:
@@ -53,7 +53,7 @@ def _mode_of(names: Iterable[str]) -> str | None:
 
 
 def _weight_names(path: Any, variant: str | None, hub: dict[str, Any]) -> list[str]:
-    """Names of the tensors in a safetensors checkpoint; nothing where there is none to be found."""
+    """Names of the tensors in a safetensors checkpoint; empty where none is found."""
     found = _weight_file(path, variant, hub)
     if found is None:
         return []
@@ -64,7 +64,7 @@ def _weight_names(path: Any, variant: str | None, hub: dict[str, Any]) -> list[s
 
 
 def _weight_file(path: Any, variant: str | None, hub: dict[str, Any]) -> str | None:
-    """The file of a safetensors checkpoint, or the index of its files."""
+    """The file of a safetensors checkpoint, or the index of several files."""
     for file_name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         if variant is not None:
             stem, extension = file_name.split(".", 1)
@@ -89,7 +89,7 @@ def _index_name(variant: str) -> str:
 
 
 def stored_quantization(config_class: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> Any:
-    """What the checkpoint's configuration says about quantization, or None."""
+    """The quantization settings in the checkpoint's configuration, or None."""
     if config is None or isinstance(config, (str, os.PathLike)):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         return config_class.get_config_dict(path if config is None else config, **hub)[0].get("quantization_config")
@@ -100,14 +100,14 @@ def converted_state_dict(model: nn.Module, path: Any, kwargs: dict[str, Any], mo
     """The weights of a checkpoint in the weight mode `mode`, on the CPU.
 
     Args:
-        model: one of the checkpoint's sizes, with or without the head that the checkpoint has.
+        model: a model of the checkpoint's sizes, with or without the LM head.
         path, kwargs: as for :func:`weight_modes`.
     """
     state_dict = kwargs.get("state_dict")
     if state_dict is None:
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         file = _weight_file(path, kwargs.get("variant"), hub)
-        assert file is not None  # whence the mode is known
+        assert file is not None  # which gives the mode
         files = {file}
         if file.endswith(".json"):
             files = {os.fspath(cached_file(path, name, **hub)) for name in _weight_map(file).values()}
@@ -125,10 +125,10 @@ def converted_state_dict(model: nn.Module, path: Any, kwargs: dict[str, Any], mo
 
 
 def portable_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor] | None:
-    """A state dict that every library reads: projections apart, and a tied LM head with a tensor of its own.
+    """A state dict that every library reads: separate projections, and a tensor of its own for a tied LM head.
 
-    None where the model's own state dict is that already, and where transformers saves another: an adapter's, or a
-    quantizer's. Of a state dict that holds a part of the weights, that part is converted.
+    None where the model's state dict already has this form, or where transformers saves another (an adapter's or a
+    quantizer's). A state dict of a part of the weights is converted in part.
     """
     if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "hf_quantizer", None) is not None:
         return state_dict
@@ -144,7 +144,7 @@ def portable_state_dict(model: nn.Module, state_dict: dict[str, Tensor] | None =
     for prefix, module in layers.items():
         for name in [f"{prefix}{fused}.weight" for fused in module.projection_groups]:
             if name in portable:
-                portable[name] = portable[name].cpu()  # there is room for a second copy there
+                portable[name] = portable[name].cpu()  # a second copy fits there
         convert_weight_mode(portable, prefix, module.projection_groups, "single")
     if tied and "lm_head.weight" in portable:
         portable["lm_head.weight"] = portable["lm_head.weight"].clone()

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-# What each accepted kernel name runs. "flash" is the compiled op of this package; the rest are its plain
-# PyTorch references (flash_xlstm.reference).
+# The implementation behind each kernel name. "flash" is the compiled op; the others are forms of flash_xlstm.reference.
 CHUNKWISE_KERNELS = {
-    "chunkwise--native_autograd": "flash",  # the default, and what existing checkpoints say
+    "chunkwise--native_autograd": "flash",  # the default, and the name in existing checkpoints
     "chunkwise--triton_limit_chunk": "flash",
     "chunkwise--triton_xl_chunk": "flash",
     "parallel--triton_limit_headdim": "flash",
@@ -27,7 +26,7 @@ CHUNKWISE_KERNELS = {
     "parallel--reference": "parallel",
     "recurrent--reference": "recurrent",
 }
-# Elsewhere this kernel takes the tokens that do not fill a chunk; here every kernel takes any length.
+# In transformers this kernel runs the tokens that do not fill a chunk. Here every kernel takes any length.
 SEQUENCE_KERNELS = (
     "native_sequence__native",
     "native_sequence__triton",
@@ -39,8 +38,7 @@ MODES = ("train", "train_with_padding", "inference")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_MODES = ("single", "fused")
 
-# Values that transformers' own xLSTMConfig accepts, and the fallback a saved config.json shows in place of
-# others.
+# Values that transformers' xLSTMConfig accepts, and the fallback that a saved config.json has in place of others.
 _PORTABLE = {
     "chunkwise_kernel": ("chunkwise--native_autograd", "parallel--native_autograd"),
     "sequence_kernel": ("native_sequence__native",),
@@ -49,10 +47,10 @@ _PORTABLE = {
 }
 _OWN_VALUES = "flash_xlstm"
 
-# Upper bounds of whole numbers: past them a value cannot be meant, and fails only where memory or time runs out.
+# Upper bounds of whole numbers. A larger value is a mistake that would otherwise show only as exhausted memory or time.
 _MOST = {
     "num_hidden_layers": 10_000,
-    "chunk_size": 4096,  # as the kernels
+    "chunk_size": 4096,  # the kernels' bound
     "max_inference_chunksize": 2**63 - 1,
 }
 _MOST_OF_A_SIZE = 2**31 - 1
@@ -63,13 +61,13 @@ _BOOLS = (
     "use_cache",
 )  # fmt: skip
 
-# Parameters of every model of transformers that are no plain attribute of the class or are named differently there.
+# Parameters of every transformers model that are not plain attributes of the class, or have another name there.
 _SETTABLE = (
     "name_or_path", "num_labels", "output_attentions", "torch_dtype", "attn_implementation", "_attn_implementation",
     "experts_implementation", "_experts_implementation", "model_type", "rope_scaling", "per_layer_config",
 )  # fmt: skip
 
-# What transformers reads in other models' configurations: parts that an xLSTM has not.
+# Attributes that transformers reads in configurations of other models. An xLSTM has no such parts.
 _ABSENT = (
     "text_config", "text_encoder", "decoder", "encoder", "generator", "rope_scaling", "rope_parameters",
     "per_layer_config",
@@ -81,11 +79,11 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 
 
 class _Default(int):
-    """A default value that can be told from the same number passed by the caller."""
+    """A default value. Its type distinguishes it from the same number passed by the caller."""
 
 
 class _DefaultFloat(float):
-    """As :class:`_Default`, for a number with a fraction."""
+    """As :class:`_Default`, for a float."""
 
 
 def _is_name(value: Any) -> bool:
@@ -125,7 +123,7 @@ def _is_quantization(value: Any) -> bool:
     return hasattr(value, "to_dict") or (isinstance(value, dict) and all(map(_is_name, value)))
 
 
-# Parameters of every model of transformers: what a value that is not None must be.
+# Parameters of every transformers model: the type of a value that is not None.
 _COMMON: dict[str, tuple[Any, str]] = {
     "transformers_version": (_is_name, "a string"),
     "architectures": (_is_names, "a list of strings"),
@@ -158,14 +156,14 @@ _COMMON: dict[str, tuple[Any, str]] = {
 
 
 def _same(first_name: str, first: Any, second_name: str, second: Any) -> Any:
-    """The value of two names for one size."""
+    """The value of a size that has two names."""
     value = first if second is None else second
     if value != first and not isinstance(first, _Default):
         raise ValueError(
             f"{first_name} is {_shown(first)} and {second_name} is {_shown(second)}; they are two names of one size "
             "and must be equal (give one of them)"
         )
-    return int(value) if _is_whole(value) else value  # no _Default; what is no number check() refuses
+    return int(value) if _is_whole(value) else value  # drops _Default; check() refuses other types
 
 
 def _is_whole(value: object) -> bool:
@@ -173,8 +171,8 @@ def _is_whole(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value in a message: a line of it at most."""
-    if isinstance(value, int) and abs(value) >= 2**256:  # Python writes no number of any length
+    """A value for a message, cut to one line."""
+    if isinstance(value, int) and abs(value) >= 2**256:  # Python refuses to print very long integers
         return f"a whole number of {value.bit_length()} bits"
     try:
         text = repr(value)
@@ -184,7 +182,7 @@ def _shown(value: object) -> str:
 
 
 def _check_names(config: type[PreTrainedConfig], names: Iterable[str]) -> None:
-    """Checks that no name is that of an attribute or method of the class."""
+    """Checks that no name is an attribute or a method of the class."""
     fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
     settable = {*(field.name for field in fields), *_SETTABLE, *config.attribute_map}
     for name in names:
@@ -196,25 +194,25 @@ class xLSTMConfig(PreTrainedConfig):
     """Configuration of :class:`xLSTMModel` and :class:`xLSTMForCausalLM`; defaults as in the xLSTM 7B.
 
     Args:
-        vocab_size: number of tokens.
-        hidden_size, embedding_dim: width of the residual stream; two names of one size.
-        num_hidden_layers, num_blocks: number of blocks; two names of one number.
+        vocab_size: size of the vocabulary.
+        hidden_size, embedding_dim: width of the residual stream, under two names.
+        num_hidden_layers, num_blocks: number of blocks, under two names.
         num_heads: heads of each mLSTM layer; must divide the sizes of queries, keys and values.
-        use_bias: biases in linear layers and norms (the input and forget gates always have one, the output
-            norm and the LM head never).
+        use_bias: whether linear layers and norms have biases. The input and forget gates always have one, the output
+            norm and the LM head never.
         norm_reduction_force_float32: accepted for compatibility; norms always reduce in float32.
         tie_word_embeddings: the LM head uses the embedding's weight.
         add_out_norm: a norm behind the last block.
         norm_eps: epsilon of the norms.
         qk_dim_factor, v_dim_factor: sizes of queries and keys, and of values, as factors of hidden_size
             (rounded down).
-        chunkwise_kernel: what runs over sequences; see the table.
+        chunkwise_kernel: runs sequences; see the table.
         sequence_kernel: accepted for compatibility; the chunkwise kernel takes sequences of every length.
-        step_kernel: what decodes one token; see the table.
-        mode: "inference" always makes the last states available (the cache); "train" and "train_with_padding"
-            do so if return_last_states. Every mode takes sequences of any length, without padding them.
-        chunk_size: tokens a kernel processes together; speed only. The default leaves the choice to the
-            compiled kernels.
+        step_kernel: decodes one token; see the table.
+        mode: "inference" can always return the last states (the cache); "train" and "train_with_padding" only with
+            `return_last_states`. Every mode takes sequences of any length, without padding.
+        chunk_size: tokens that a kernel processes together. It changes the speed only. The default lets the compiled
+            kernels choose.
         return_last_states: whether the training modes can return a cache.
         autocast_kernel_dtype: dtype in which q, k and v enter the kernel where torch.autocast is on.
         eps: epsilon of the mLSTM cell.
@@ -222,17 +220,16 @@ class xLSTMConfig(PreTrainedConfig):
             float32.
         ffn_proj_factor, ffn_round_up_to_multiple_of: size of the feed-forward layer, as a factor of
             hidden_size, rounded up to a multiple.
-        gate_soft_cap, output_logit_soft_cap: soft caps of the gates and the logits; None for no cap. The latter also
-            goes by the name `final_logit_softcapping`, which code that computes logits itself reads.
-        weight_mode: "single" keeps parallel linear layers apart, "fused" stacks them (faster on small
-            batches). Checkpoints of either load in both. They are always saved in single form, which other
-            libraries read.
+        gate_soft_cap, output_logit_soft_cap: soft caps of the gates and the logits; None for no cap.
+            `final_logit_softcapping` is another name of `output_logit_soft_cap`, for code that computes logits itself.
+        weight_mode: "single" keeps parallel linear layers apart. "fused" stacks them, which is faster on small batches.
+            Either mode loads checkpoints of both. Checkpoints are saved in single form, which other libraries read.
         use_cache: whether a forward pass returns a cache by default; see :meth:`xLSTMModel.forward`.
         pad_token_id, bos_token_id, eos_token_id: special tokens, for generation.
-        max_inference_chunksize: without gradients, longer prompts are processed in pieces of this many
-            tokens, which bounds memory and changes no result.
-        kwargs: passed to ``PreTrainedConfig``. Names it does not know become attributes; those of the class's own
-            attributes and methods (`save_pretrained`, `qk_dim`) are refused.
+        max_inference_chunksize: tokens of a piece. Without gradients, longer prompts are processed in pieces, which
+            bounds memory and changes no result.
+        kwargs: passed to ``PreTrainedConfig``. Unknown names become attributes. Names of the class's attributes and
+            methods (`save_pretrained`, `qk_dim`) are refused.
 
     Kernel names. "Compiled" is this package's C++ and CUDA op, "reference" its plain PyTorch form:
 
@@ -258,9 +255,8 @@ class xLSTMConfig(PreTrainedConfig):
     ``reference``                                             reference
     ========================================================  ==========
 
-    The default names are ``native`` ones; they run compiled here so that existing checkpoints, which carry
-    them, are fast. A saved ``config.json`` holds only names that transformers' xLSTMConfig reads; others are
-    kept beside them.
+    Existing checkpoints have the default ``native`` names, which therefore run compiled. A saved ``config.json`` has a
+    name that transformers' xLSTMConfig reads under the usual key, and any other name under ``"flash_xlstm"``.
 
     Raises:
         ValueError: an unknown name, a size that does not divide, two names of one size that disagree, a value
@@ -330,7 +326,7 @@ class xLSTMConfig(PreTrainedConfig):
                 f"{_shown(other_cap)}; they are two names of one number and must be equal (give one of them)"
             )
         own_values = kwargs.pop(_OWN_VALUES, None) or {}
-        # None is no value for all of these.
+        # None is not allowed for any of these.
         kwargs = {n: v for n, v in kwargs.items() if v is not None or n not in (*_ABSENT, "num_labels")}
         super().__init__(**kwargs)
         hidden_size = _Default(4096) if hidden_size is None else hidden_size
@@ -372,35 +368,36 @@ class xLSTMConfig(PreTrainedConfig):
 
     @property
     def qk_dim(self) -> int:
-        """Size of queries and of keys, all heads together."""
+        """Size of the queries (and of the keys) of all heads together."""
         return int(self.hidden_size * self.qk_dim_factor)
 
     @property
     def v_dim(self) -> int:
-        """Size of values, all heads together."""
+        """Size of the values of all heads together."""
         return int(self.hidden_size * self.v_dim_factor)
 
     @property
     def qk_head_dim(self) -> int:
-        """Size of queries and of keys in one head."""
+        """Size of a head's queries and keys."""
         return self.qk_dim // self.num_heads
 
     @property
     def v_head_dim(self) -> int:
-        """Size of values in one head."""
+        """Size of a head's values."""
         return self.v_dim // self.num_heads
 
     @property
     def ffn_dim(self) -> int:
-        """Size inside the feed-forward layer."""
+        """Inner size of the feed-forward layer."""
         step = self.ffn_round_up_to_multiple_of
         return int((self.hidden_size * self.ffn_proj_factor + step - 1) // step * step)
 
     def check(self) -> None:
-        """Checks every value of the xLSTM's own; models call it again, since attributes can be set after construction.
+        """Checks every value that belongs to the xLSTM. Models call it again, because attributes may be set after
+        construction.
 
         Raises:
-            ValueError: naming the parameter, its value and what it must be.
+            ValueError: a value is wrong. The text has the parameter, its value and what it must be.
         """
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "chunk_size",
@@ -454,7 +451,7 @@ class xLSTMConfig(PreTrainedConfig):
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not _FLOAT32.tiny <= value <= _FLOAT32.max:  # the kernels take it as float32
+        if not number or not _FLOAT32.tiny <= value <= _FLOAT32.max:  # the kernels take float32
             raise ValueError(f"{name} is {_shown(value)}; it must be a number greater than 0, finite as float32")
 
     @classmethod
@@ -462,7 +459,7 @@ class xLSTMConfig(PreTrainedConfig):
         """As ``PreTrainedConfig.from_dict``.
 
         Raises:
-            ValueError, TypeError: a value, or a name, that an xLSTM's configuration cannot have.
+            ValueError, TypeError: a name or a value that an xLSTM's configuration cannot have.
         """
         _check_names(cls, kwargs)
         result = super().from_dict(config_dict, **kwargs)
@@ -471,15 +468,15 @@ class xLSTMConfig(PreTrainedConfig):
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """All parameters, with both names of sizes that have two."""
+        """All parameters, under both names where there are two."""
         values = super().to_dict()
         for alias in ("embedding_dim", "num_blocks"):
             values[alias] = values[self.attribute_map[alias]]
         return values
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Writes ``config.json``. Values that only this package knows are kept under ``"flash_xlstm"``, and
-        the names themselves get the nearest value that transformers reads."""
+        """Writes ``config.json``. The key ``"flash_xlstm"`` holds values that only this package reads. Their usual keys
+        hold the nearest value that transformers reads."""
         portable = copy.deepcopy(self)
         own = {}
         for name, values in _PORTABLE.items():

@@ -1,9 +1,9 @@
-"""The decoding loop: token after token from a cache whose tensors stay where they are.
+"""The decoding loop: token after token, from a cache whose tensors keep their addresses.
 
-On CUDA a step (the model's forward pass, the choice of the token, the check for the end) is captured once for each
-batch size in a CUDA graph and replayed for every token; elsewhere the same step runs as it is. The host runs ahead of
-the device: it learns of an end token some steps later, and the tokens behind it are cut off. A row's state stays as it
-is from the step after its end on: it has read all of the row's tokens but the last, and no padding.
+A step is the model's forward pass, the choice of the token and the check for the end. On CUDA it is captured once for
+each batch size in a CUDA graph and replayed for every token. Elsewhere it runs eagerly. The host runs ahead of the
+device. It learns of an end token some steps later, and cuts off the tokens after it. A row's state does not change
+after its end: it has read all of the row's tokens but the last, and no padding.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from flash_xlstm.models.cache import xLSTMCache
 from flash_xlstm.nn.linear import MOST_FEW_ROWS, side_by_side, weights_at_rest
 
 CHUNK = 16  # tokens that a step collects on the device before the host fetches them
-CHECK_EVERY = 4  # steps from one look for the end to the next; divides CHUNK
-CHECKS_AHEAD = 2  # looks that may be under way
-STEPS_TO_CAPTURE = 4  # fewer do not pay for capturing
-KEPT = 4  # decoders, and graphs of each, that a model keeps
-# Of states and graphs together that a model keeps for the next call; more is freed at the end. At least so many bytes,
-# and of a GPU's memory a 48th: a row of the 7B model takes 128 MiB, and what is not kept is captured anew.
+CHECK_EVERY = 4  # steps from one check for the end to the next; divides CHUNK
+CHECKS_AHEAD = 2  # checks that may be pending
+STEPS_TO_CAPTURE = 4  # with fewer tokens capture costs more than it saves
+KEPT = 4  # decoders that a model keeps, and graphs of each
+# Bytes of states and graphs that a model keeps for the next call: this many, or a 48th of the GPU's memory if that is
+# more. The rest is freed at the end of a call and captured again in the next. A row of the 7B model takes 128 MiB.
 KEPT_BYTES, KEPT_SHARE = 256 * 2**20, 48
-FIRST_ROOM = 256  # new tokens that there is room for at first; doubled as needed
+FIRST_ROOM = 256  # room for new tokens at first; doubled as needed
 
-# These look at the scores only, and are captured with the step; others (subclasses, too) run between the steps.
+# These read the scores only, and are captured with the step. Others, subclasses included, run between the steps.
 _STATIC_PROCESSORS = (
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
@@ -52,14 +52,14 @@ _STATIC_PROCESSORS = (
 
 @dataclass
 class Choice:
-    """How a step chooses its token.
+    """The rule by which a step chooses its token.
 
     Attributes:
-        processors: called with the tokens so far and the scores, one after the other.
-        do_sample: draw from the distribution, or take the likeliest.
-        eos: tokens that end a row; empty for none.
-        pad: what ended rows go on with; None where they go on with tokens of their own until all have ended.
-        criteria: called with the tokens so far and None; tell which rows end: (batch,) booleans, or one for all.
+        processors: called in order, with the tokens so far and the scores.
+        do_sample: whether to sample from the distribution; otherwise the likeliest token is chosen.
+        eos: tokens that end a row; may be empty.
+        pad: the token that follows in ended rows. None: they continue with chosen tokens until all rows have ended.
+        criteria: called with the tokens so far and None. They return which rows end: (batch,) booleans, or one for all.
     """
 
     processors: list[Any] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Choice:
 
     @property
     def key(self) -> tuple | None:
-        """Equal for choices that a captured step makes alike; None where a step needs the tokens so far."""
+        """A key that is equal for choices that share a captured step. None where a step needs the tokens so far."""
         if self.criteria:
             return None
         parts: list[Any] = [self.do_sample, self.eos, self.pad]
@@ -87,7 +87,7 @@ class Choice:
 
 
 class Message:
-    """A small tensor on its way to the host."""
+    """An asynchronous copy of a small tensor to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None
@@ -100,7 +100,7 @@ class Message:
             self._value = tensor.clone()
 
     def ready(self) -> bool:
-        """Whether `read` would not wait."""
+        """Whether the copy has finished, so that `read` does not wait."""
         return self._event is None or self._event.query()
 
     def read(self) -> list[int]:
@@ -111,17 +111,17 @@ class Message:
 
 
 class Decoder:
-    """The tensors of a step, for one model and batch size, and the graphs captured over them.
+    """The tensors of a step for one model and batch size, and the graphs captured over them.
 
     Attributes:
         cache: the states that a step advances.
-        token: (batch, 1), the token read last.
-        unfinished: (batch,) bool, the rows that have not ended.
-        invalid: (batch,) bool, the rows for which some distribution to draw from was none.
-        counts: (batch,), how many tokens were chosen before each row's end.
-        slots: (batch,) int32, the rows' states; -1 where a row has ended.
-        chunk: (batch, CHUNK), the tokens of the last steps; `cursor` (1,) is where the next one goes.
-        inputs_on: the device on which the model takes its inputs.
+        token: (batch, 1), the last token read.
+        unfinished: (batch,) bool, rows that have not ended.
+        invalid: (batch,) bool, rows that had an invalid distribution to sample from.
+        counts: (batch,), tokens chosen before each row's end.
+        slots: (batch,) int32, the index of each row's state; -1 for an ended row.
+        chunk: (batch, CHUNK), the tokens of the last steps; `cursor` (1,) is the next column.
+        inputs_on: the device of the model's inputs.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
@@ -140,32 +140,32 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """What keeping the decoder takes."""
+        """The bytes of memory that the decoder holds."""
         return self._graph_bytes + (0 if self._own_cache is None else self._own_cache.nbytes)
 
     def reset(self, *, going: bool = True) -> None:
-        """Before the first token; `going` False for steps that must leave the states alone."""
+        """Resets the tensors for a first token. With `going` False, steps leave the states unchanged."""
         for t in (self.cursor, self.counts, self.invalid):
             t.zero_()
         self.unfinished.fill_(going)
         self._freeze()
 
     def forward(self, model: Any) -> Tensor:
-        """Reads the token; float32 logits (batch, vocab) of the next, on the token's device."""
+        """Reads the token. Returns the next token's float32 logits, (batch, vocab), on the token's device."""
         token = self.token.to(self.inputs_on)
         output = model(input_ids=token, cache_params=self.cache, use_cache=True, return_dict=True)
         return output.logits[:, -1].to(self.token.device, torch.float32)
 
     def choose(self, logits: Tensor, choice: Choice, tokens: Tensor | None = None) -> None:
-        """Chooses the next token; `tokens` are those so far, for processors and criteria that look at them."""
+        """Chooses the next token. `tokens` are the tokens so far, for processors and criteria that read them."""
         scores = logits
         for processor in choice.processors:
             scores = processor(tokens, scores)
         if choice.do_sample:
-            # torch.multinomial's own way to draw one, without its check of the probabilities, which waits for the GPU.
+            # The method of torch.multinomial, without its check of the probabilities, which waits for the GPU.
             probabilities = torch.softmax(scores, dim=-1)
             new = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
-            nan = probabilities[:, 0].isnan()  # all of a row are, or none
+            nan = probabilities[:, 0].isnan()  # a row's probabilities are all NaN, or none is
             self.invalid |= nan if choice.pad is None else nan & self.unfinished
         else:
             new = scores.argmax(-1)
@@ -174,7 +174,7 @@ class Decoder:
         if choice.pad is not None:
             new = new.masked_fill(~self.unfinished, choice.pad)
         if choice.eos:
-            if choice.eos not in self._eos:  # before capture, which would refuse the copy
+            if choice.eos not in self._eos:  # before capture, which refuses the copy
                 self._eos[choice.eos] = torch.tensor(choice.eos, device=new.device)
             self.unfinished &= (new[:, None] != self._eos[choice.eos]).all(-1)
         self.token.copy_(new[:, None])
@@ -184,7 +184,7 @@ class Decoder:
             self._freeze()
 
     def end_rows(self, criterion: Any, tokens: Tensor, choice: Choice) -> None:
-        """Ends the rows that a stopping criterion says end, having seen `tokens` (batch, length)."""
+        """Ends the rows for which a stopping criterion is true on `tokens` (batch, length)."""
         given, batch = criterion(tokens, None), len(self.rows)
         try:
             ended = torch.as_tensor(given, device=self.unfinished.device) != 0
@@ -196,14 +196,14 @@ class Decoder:
                 "each row, or one for all"
             ) from error
         self.unfinished &= ~ended
-        if choice.pad is not None:  # else all rows go on
+        if choice.pad is not None:  # otherwise all rows continue
             self._freeze()
 
     def _freeze(self) -> None:
         self.slots.copy_(self.rows.masked_fill(~self.unfinished, -1))
 
     def check(self) -> None:
-        """Raises RuntimeError where there was nothing to draw from; waits for the device."""
+        """Raises RuntimeError where a distribution to sample from was invalid. Waits for the device."""
         if self.invalid.any():
             raise RuntimeError(
                 f"cannot sample: for row(s) {self.invalid.nonzero()[:, 0].tolist()} the logits hold NaN or inf, or all "
@@ -211,18 +211,18 @@ class Decoder:
             )
 
     def message(self) -> Message:
-        """The token of every row, then whether some row has not ended, then whether there is reason to `check`."""
+        """The token of every row, then whether any row continues, then whether to call `check`."""
         flags = torch.stack([self.unfinished.any(), self.invalid.any()])
         return Message(torch.cat([self.token[:, 0], flags.long()]))
 
     def adopt(self, cache: xLSTMCache) -> None:
-        """Steps advance `cache` itself. Graphs captured over it serve as long as it does."""
+        """Steps advance `cache` itself. Graphs captured over it are valid as long as it lives."""
         self.cache = cache
         cache.slots = self.slots
 
     def own(self, cache: xLSTMCache, *, give: bool) -> None:
-        """Steps advance a cache of the decoder's own, of which graphs can rely on the addresses, from where `cache` is;
-        with `give` the first of them becomes that."""
+        """Steps advance the decoder's own cache, whose addresses graphs rely on. It starts as a copy of `cache`. With
+        `give` a decoder without a cache takes over `cache` itself."""
         if self._own_cache is not None:
             self._own_cache.copy_(cache)
         else:
@@ -230,13 +230,13 @@ class Decoder:
         self.adopt(self._own_cache)
 
     def free(self) -> None:
-        """Lets go of the graphs and the cache."""
+        """Drops the graphs and the cache."""
         self.cache, self._own_cache, self._graph_bytes = None, None, 0
         self._graphs.clear()
 
     def graph(self, model: Any, choice: Choice) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A captured step and its logits; without the choice of the token where that needs the tokens so far. Leaves
-        rubbish in every tensor of the decoder, but the states as they are."""
+        """A captured step and its logits. The choice of the token is left out where it needs the tokens so far. Capture
+        overwrites every tensor of the decoder except the states."""
         key = (choice.key, _weights_key(model))
         if key in self._graphs:
             self._graphs.move_to_end(key)
@@ -257,7 +257,7 @@ class Decoder:
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
                     self.reset(going=False)
-                    for _ in range(2):  # what libraries set up at their first call cannot be captured
+                    for _ in range(2):  # the first call initializes libraries, which capture refuses
                         step()
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
@@ -279,19 +279,19 @@ _capturing = threading.Lock()
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
+    """One stream for all captures: cuBLAS keeps a workspace of 32 MiB for every stream."""
     return torch.cuda.Stream(device)
 
 
 @functools.cache
 def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    """For the products of one input with four weights: q, k, v, output gate."""
+    """Streams for the products of one input (q, k, v, output gate); the current stream takes one of the four."""
     return torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _weights_key(model: Any) -> tuple:
-    """Changes when a graph over the model would be out of date: other weights, modules or classes' forwards, or other
-    settings of a module (training mode, an adapter's scale, whether it is switched off)."""
+    """A key that changes when a graph over the model is out of date: with the weights, the modules, their classes'
+    forwards, or a module's settings (training mode, an adapter's scale, whether an adapter is disabled)."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     weights = ((t.data_ptr(), t.dtype) for t in model.parameters())
     modules = ((type(m), type(m).forward, *map(_setting, vars(m).values())) for m in model.modules())
@@ -299,8 +299,8 @@ def _weights_key(model: Any) -> tuple:
 
 
 def _setting(value: Any) -> Any:
-    """A value that can be compared, or None: numbers, strings, and lists and dicts of them, such as active adapters and
-    their scales."""
+    """A comparable copy of a value, or None. Numbers, strings, and lists and dicts of them are comparable, such as
+    active adapters and their scales."""
     plain = bool, int, float, str
     if isinstance(value, plain):
         return value
@@ -309,8 +309,8 @@ def _setting(value: Any) -> Any:
 
 
 def looked_at(model: Any) -> str | None:
-    """The name of a module whose call runs Python of its own (a hook, a forward in the instance), which a replayed
-    graph would leave out; None where there is none."""
+    """The name of a module whose call runs more Python than its class's forward: a hook, or a forward in the instance.
+    A replayed graph would leave that out. None where there is no such module."""
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "a hook of all modules"
     for name, module in model.named_modules():
@@ -321,14 +321,14 @@ def looked_at(model: Any) -> str | None:
 
 
 def kept_bytes(device: torch.device) -> int:
-    """How much a model may keep on the device for the next call."""
+    """The most bytes that a model keeps on the device for the next call."""
     if device.type != "cuda":
         return KEPT_BYTES
     return max(KEPT_BYTES, torch.cuda.get_device_properties(device).total_memory // KEPT_SHARE)
 
 
 class _Decoders:
-    """The decoders of a model that are not in use, by batch size and what else their tensors depend on."""
+    """The idle decoders of a model, by batch size and the other properties that their tensors depend on."""
 
     def __init__(self) -> None:
         self._idle: OrderedDict[tuple, Decoder] = OrderedDict()
@@ -338,7 +338,7 @@ class _Decoders:
         return self._idle.pop(key, None) or Decoder(batch, device)
 
     def keep(self, key: tuple, decoder: Decoder) -> None:
-        """Keeps a decoder for the next call, at the cost of others used longer ago."""
+        """Keeps a decoder for the next call. Others that were used longer ago may be dropped."""
         room = kept_bytes(decoder.token.device)
         if decoder.nbytes > room:
             return
@@ -348,7 +348,7 @@ class _Decoders:
             self._idle.popitem(last=False)
 
     def warn(self, why: str, *kind: object) -> None:
-        """Warns that steps are not captured, once for each `kind` (numbers in it aside)."""
+        """Warns that steps are not captured, once for each `kind` up to the numbers in it."""
         key = tuple(re.sub(r"[\d.]+", "", str(part)) for part in kind)
         if key not in self._warned:
             self._warned.add(key)
@@ -359,12 +359,12 @@ class _Decoders:
             )
 
 
-# Not attributes of the models: those can be copied and pickled.
+# Not attributes of the models, which may be copied and pickled.
 _decoders: weakref.WeakKeyDictionary[Any, _Decoders] = weakref.WeakKeyDictionary()
 
 
 def release(model: Any) -> None:
-    """Frees the states and graphs kept for `model`; those in use stay until their generation ends."""
+    """Frees the states and graphs kept for `model`. Those in use are freed when their generation ends."""
     _decoders.pop(model, None)
 
 
@@ -375,10 +375,10 @@ class Session:
         model: the model.
         cache: the states after the prompt; advanced in place.
         logits: (batch, vocab), float32, of the first new token.
-        tokens: (batch, length) prompt, which the result begins with.
+        tokens: (batch, length), the prompt, with which the result begins.
         max_new_tokens: at least 1.
         choice: how tokens are chosen.
-        keep_cache: whether `cache` is looked at afterwards. If not, the session need not keep it in memory.
+        keep_cache: whether the caller reads `cache` afterwards. Otherwise the session may free it.
         use_graph: whether steps may be captured.
 
     Attributes:
@@ -401,23 +401,24 @@ class Session:
         self.keep_cache, self.use_graph = keep_cache, use_graph
         self.prompt_length, self.max_new_tokens = tokens.shape[1], max_new_tokens
         self.sequences = tokens
-        self.made = 0  # new tokens in `sequences`, or on their way there
+        self.made = 0  # new tokens in `sequences`, or being copied there
         self._first_logits: Tensor | None = logits
         self._length_before = cache.get_seq_length()
 
     def run(self, *, each: bool = False) -> Iterator[Tensor]:
-        """Makes the tokens. With `each`, gives every token (batch,) on the CPU as it arrives; else nothing.
+        """Generates the tokens. With `each` it yields every token, (batch,) on the CPU, as it arrives; otherwise
+        nothing.
 
-        Afterwards, and where the iterator is left early, `sequences` ends where the last row did and the cache has read
+        Afterwards, also if the iterator is closed early, `sequences` ends at the last row's end, and the cache has read
         all but its last token.
 
         Raises:
-            RuntimeError: there is no distribution to draw from, for NaN in the logits.
+            RuntimeError: the logits hold NaN, so that there is no distribution to sample from.
         """
         batch, device = self.sequences.shape[0], self.sequences.device
         decoders = _decoders.setdefault(self.model, _Decoders())
         key = (batch, device, self.cache.dtype, torch.is_inference_mode_enabled())
-        kept = self.cache.nbytes <= kept_bytes(device)  # else the states would not be kept: no use in a copy of them
+        kept = self.cache.nbytes <= kept_bytes(device)  # otherwise the states are not kept, and a copy is useless
         decoder = decoders.take(key, batch, device) if kept else Decoder(batch, device)
         decoder.inputs_on = self.model._inputs_device(self.sequences)
         try:
@@ -439,7 +440,8 @@ class Session:
                 decoders.keep(key, decoder)
 
     def _step(self, decoders: _Decoders, decoder: Decoder, kept: bool) -> Callable[[], Tensor]:
-        """What reads a token and gives the logits; with a static choice also chooses the next."""
+        """The function that reads a token and returns the logits. With a static choice it also chooses the next
+        token."""
         model, choice = self.model, self.choice
         captured = None
         capture = self.use_graph and self.max_new_tokens > STEPS_TO_CAPTURE
@@ -454,11 +456,11 @@ class Session:
                     decoder.adopt(self.cache)
                 if not self.keep_cache:
                     assert decoder.cache is not None
-                    self.cache = decoder.cache  # frees the prompt's, if that is another
+                    self.cache = decoder.cache  # frees the prompt's cache if it is another one
                 captured = decoder.graph(model, choice)
             except Exception as error:
                 decoders.warn(f"capturing it failed ({error}); the next call tries again", type(error), error)
-            if captured is None:  # here the error does not hold what was half made
+            if captured is None:  # outside `except`, where the error keeps no half-made graph alive
                 decoder.free()
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -522,7 +524,7 @@ class Session:
             decoder.end_rows(criterion, self.sequences[:, : length + 1], self.choice)
 
     def _make_room(self, length: int) -> None:
-        """Room for `length` tokens in `sequences`, which grows as it fills: most generations end early."""
+        """Makes room for `length` tokens in `sequences`. It grows as it fills, because most generations end early."""
         batch, room = self.sequences.shape
         if length > room:
             new = max(FIRST_ROOM, room - self.prompt_length)
@@ -532,7 +534,7 @@ class Session:
             self.sequences = sequences
 
     def _fetch(self, decoder: Decoder, count: int) -> None:
-        """Copies the last `count` tokens, the beginning of the decoder's chunk."""
+        """Copies the last `count` tokens from the beginning of the decoder's chunk."""
         end = self.prompt_length + self.made
         self._make_room(end)
         self.sequences[:, end - count : end] = decoder.chunk[:, :count]
@@ -544,12 +546,12 @@ class Session:
         if self.choice.can_end:
             counts = decoder.counts.clamp(max=self.made)
             self.made = int(counts.max())
-        # Its own memory: the room beyond is not kept.
+        # A copy, which does not keep the spare room.
         self.sequences = self.sequences[:, : self.prompt_length + self.made].clone()
         assert decoder.cache is not None
         if self.keep_cache and decoder.cache is not self.cache:
             self.cache.copy_(decoder.cache)
-        # All but the last token have been read, whatever the host's count of the steps says.
+        # All but the last token have been read; the host's count of the steps may be larger.
         self.cache.set_seq_length(self._length_before + self.made - 1)
         if counts is not None and self.keep_cache and bool((counts < self.made).any()):
             self.cache.unread = self.made - counts

@@ -1,4 +1,4 @@
-"""What ``generate`` needs to know about a recurrent state."""
+"""``generate`` for models with a recurrent state."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 from flash_xlstm.models import decoding
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 
-# What generate() passes along for models with a key-value cache.
+# Arguments that generate() passes to models with a key-value cache.
 _UNUSED = ("next_sequence_length", "cache_position", "position_ids", "token_type_ids")
 
-# What generate() calls the cache: since transformers 5.24 "cache", for every model.
+# Names of the cache in generate(). transformers 5.24 and later say "cache" for every model.
 _NEW_NAME = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if _NEW_NAME else "cache_params"
 _CACHE_NAMES = ("cache_params", "past_key_values", "cache")
@@ -26,30 +26,29 @@ _OUTPUT_CACHE = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutpu
 
 
 class _Later(BaseStreamer):
-    """Asks ``_sample`` to leave the loop to the caller."""
+    """Tells ``_sample`` to return before the loop, which the caller runs."""
 
     def __init__(self) -> None:
         self.tokens: Iterator[Tensor] | None = None
 
     def put(self, value: Tensor) -> None:
-        """The prompt; nothing to do."""
+        """Ignores the prompt."""
 
     def end(self) -> None:
         """Never called by the loop."""
 
 
 class xLSTMGenerationMixin(GenerationMixin):
-    """``generate`` with a fixed-size state: greedy search, sampling, beam search, from ids or embeddings.
+    """``generate`` with a state of fixed size: greedy search, sampling and beam search, from ids or embeddings.
 
-    Greedy search and sampling with a cache go through a loop of this package (:mod:`flash_xlstm.models.decoding`),
-    which gives what transformers' own would. On CUDA it captures the decoding step once for each batch size in a CUDA
-    graph and replays it. Everything else (beam search, scores or hidden states to return, several devices) takes
-    transformers' loop.
+    Greedy search and sampling with a cache take the loop of :mod:`flash_xlstm.models.decoding`, whose results equal
+    those of transformers' loop. On CUDA it captures the decoding step once for each batch size in a CUDA graph and
+    replays it. Beam search, scores or hidden states to return, and several devices take transformers' loop.
 
     Attributes:
-        use_cuda_graphs: whether steps may be captured. Graphs follow weights that change in place, and are captured
-            again for other weights, modules and settings of modules (an adapter that is switched off). With hooks, or a
-            forward in an instance, steps run one by one: a graph would leave out what they do.
+        use_cuda_graphs: whether steps may be captured. Graphs follow weights that change in place. They are captured
+            again for other weights, modules and settings of modules, such as a disabled adapter. Steps run eagerly with
+            hooks or with a forward in an instance, which a graph would leave out.
     """
 
     use_cuda_graphs = True
@@ -57,25 +56,25 @@ class xLSTMGenerationMixin(GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GenerationMixin.generate``, which documents every argument.
 
-        To continue from a cache, pass it as `cache_params` (what ``return_dict_in_generate=True`` returns as
-        ``past_key_values``). It is advanced in place; give ``cache.clone()`` to keep it. The inputs are then
-        the whole sequence, whose beginning the cache has seen; or only the new tokens, with an
-        `attention_mask` that covers the whole sequence.
+        To continue from a cache, pass it as `cache_params`; ``return_dict_in_generate=True`` returns it as
+        ``past_key_values``. It is advanced in place; pass ``cache.clone()`` to keep it. The inputs are the whole
+        sequence, whose beginning the cache has seen, or only the new tokens, with an `attention_mask` that covers the
+        whole sequence.
 
-        A returned cache has read all of a row's tokens but the last, which for a row that ended is its end token:
-        rows that end before others read none of the padding behind it. To go on with such a batch, give the whole
-        sequence (``sequences`` and the new tokens) with an `attention_mask` that is 0 at the padding: each row then
-        reads what it has not read yet. Or give the new tokens only, each row's with its own last token before them,
-        padded on the left. (Where transformers' own loop runs, see above, ended rows do read the padding.)
+        A returned cache has read all of a row's tokens but the last. The last token of an ended row is its end token:
+        the padding after it is not read. There are two ways to continue such a batch. Pass the whole sequence
+        (``sequences`` and the new tokens) with an `attention_mask` that is 0 at the padding; each row then reads its
+        unread tokens. Or pass each row's last token and its new tokens, padded on the left. In transformers' own loop
+        ended rows do read the padding.
 
-        Sampling from logits that hold NaN or inf raises; greedy search takes what ``argmax`` does, as transformers'.
+        Sampling from logits that hold NaN or inf raises. Greedy search takes the ``argmax``, as in transformers.
 
         Raises:
-            RuntimeError: sampling from NaN logits, or from logits that are all -inf after the processors. On CUDA this
-                may be noticed only at the end.
-            TypeError: the cache is none of this package's.
-            ValueError: the inputs are not (batch, tokens), or embeddings not (batch, tokens, hidden_size); the cache
-                and the inputs do not fit.
+            RuntimeError: sampling from NaN logits, or from logits that are all -inf after the processors. On CUDA the
+                error may come only at the end.
+            TypeError: the cache is not an `xLSTMCache` of this package.
+            ValueError: the inputs are not (batch, tokens), embeddings are not (batch, tokens, hidden_size), or the
+                cache does not fit the inputs.
         """
         named = {"inputs_embeds": kwargs.get("inputs_embeds"), "input_ids": kwargs.get("input_ids"), "inputs": inputs}
         given: dict[str, Tensor] = {name: t for name, t in named.items() if t is not None}
@@ -111,11 +110,11 @@ class xLSTMGenerationMixin(GenerationMixin):
             inputs, kwargs: as for :meth:`generate`; greedy search or sampling, with a cache.
 
         Returns:
-            An iterator over the new tokens, (batch,) each, on the CPU; it ends where ``generate`` would. The prompt is
-            read before this returns; an iterator that is left early stops the generation.
+            An iterator over the new tokens, each (batch,) on the CPU. It ends where ``generate`` ends. The prompt is
+            read before this returns. Closing the iterator early stops the generation.
 
         Raises:
-            ValueError: for these arguments ``generate`` takes transformers' loop, which cannot be iterated over.
+            ValueError: ``generate`` takes transformers' loop for these arguments, which cannot be iterated over.
 
         Example::
 
@@ -129,11 +128,10 @@ class xLSTMGenerationMixin(GenerationMixin):
         return later.tokens
 
     def release_graphs(self) -> None:
-        """Frees what decoding keeps for the next call: CUDA graphs with their memory, and the states they work on.
+        """Frees the CUDA graphs, with their memory and states, that decoding keeps for the next call.
 
-        That is at most 256 MiB for a model, or a 48th of the GPU's memory; what is larger is freed when ``generate``
-        ends.
-        Caches that ``generate`` has returned are the caller's.
+        They take at most 256 MiB a model, or a 48th of the GPU's memory if that is more. Larger ones are freed when
+        ``generate`` ends. Caches that ``generate`` returned are not freed.
         """
         decoding.release(self)
 
@@ -192,7 +190,7 @@ class xLSTMGenerationMixin(GenerationMixin):
             and not getattr(config, "is_assistant", False)
             and not self.config.output_hidden_states
             and not model_kwargs.get("output_hidden_states")
-            and len(placed - {"cpu", "disk"}) < 2  # offloaded parts run on the one other device, if there is one
+            and len(placed - {"cpu", "disk"}) < 2  # offloaded parts run on the only other device
         )
 
     def _may_capture(self, input_ids: Tensor) -> bool:
@@ -200,11 +198,11 @@ class xLSTMGenerationMixin(GenerationMixin):
             self.use_cuda_graphs
             and input_ids.is_cuda
             and not torch.cuda.is_current_stream_capturing()
-            and not any(p.is_meta for p in self.parameters())  # offloaded: hooks bring them in, step by step
+            and not any(p.is_meta for p in self.parameters())  # offloaded weights, which hooks load at each step
         )
 
     def _inputs_device(self, inputs: Tensor) -> torch.device:
-        """Where the model takes `inputs`: where its first weight is, or wherever if that is offloaded."""
+        """The device for `inputs`: that of the model's first weight, or any if that is offloaded."""
         device = self.device
         return inputs.device if device.type == "meta" else device
 
@@ -224,20 +222,20 @@ class xLSTMGenerationMixin(GenerationMixin):
         """The arguments of the next forward pass.
 
         Args:
-            cached_tokens: how many tokens at the beginning of the inputs the user's cache had seen.
+            cached_tokens: tokens at the beginning of the inputs that the user's cache has seen.
         """
         cache_params = one_cache(cache_params=cache_params, cache=cache, past_key_values=past_key_values)
         kwargs = {name: value for name, value in kwargs.items() if name not in _UNUSED}
         kwargs.update(cache_params=cache_params, use_cache=use_cache)
         if cache_params is not None and use_cache and not is_first_iteration:
             last = input_ids[:, -1:]
-            return {"input_ids": last.to(self._inputs_device(last)), **kwargs}  # a new token is never padding
+            return {"input_ids": last.to(self._inputs_device(last)), **kwargs}  # new tokens are never padding
 
-        # From embeddings, generate() always uses a cache: later passes see token ids only.
+        # From embeddings generate() always uses a cache: later passes get token ids only.
         embeds = inputs_embeds if is_first_iteration else None
         name, inputs = ("input_ids", input_ids) if embeds is None else ("inputs_embeds", embeds)
         if cache_params is not None and inputs.shape[0] > cache_params.batch_size:
-            # Beams, or several samples of one prompt.
+            # For beams, or several samples of a prompt.
             copies, rest = divmod(inputs.shape[0], cache_params.batch_size)
             if rest:
                 raise ValueError(
@@ -247,11 +245,11 @@ class xLSTMGenerationMixin(GenerationMixin):
             cache_params.batch_repeat_interleave(copies)
         seen = None
         if cache_params is not None and cached_tokens and cache_params.unread is not None:
-            # From the first token on that some row has not read; what others have read there is padding to them.
+            # Starts at the first token that some row has not read. Rows that have read it see it as padding.
             behind = int(cache_params.unread.max())
             cached_tokens -= behind
             cache_params.set_seq_length(cached_tokens)
-            cache_params.unread = cache_params.unread - behind  # the rows are where they were
+            cache_params.unread = cache_params.unread - behind  # each row's position is the same
             seen = -cache_params.unread
         inputs = inputs[:, cached_tokens:]
         inputs = inputs.to(self._inputs_device(inputs))
@@ -266,7 +264,7 @@ class xLSTMGenerationMixin(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        # Beam search reorders a cache of these names only.
+        # Beam search reorders the cache under these names only.
         if outputs.cache_params is not None:
             model_kwargs["cache" if _NEW_NAME else "past_key_values"] = outputs.cache_params
         return model_kwargs
@@ -277,17 +275,17 @@ class xLSTMGenerationMixin(GenerationMixin):
 
 
 def _max_length(criteria: Any) -> Any:
-    """The most tokens there may be; None if no criterion says that and nothing else."""
+    """The most tokens of a sequence; None unless the criteria bound the length and nothing else."""
     return min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
 
 
 def _choice(processors: Any, criteria: Any, config: Any) -> decoding.Choice:
-    # Of the exact types: a subclass may end rows where it likes.
+    # Exact types only: a subclass may end rows by another rule.
     ends = [criterion for criterion in criteria if type(criterion) is EosTokenCriteria]
     other = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     eos = sorted({int(token) for criterion in ends for token in criterion.eos_token_id.flatten().tolist()})
     pad = None
-    if any(hasattr(criterion, "eos_token_id") for criterion in criteria):  # transformers' condition
+    if any(hasattr(criterion, "eos_token_id") for criterion in criteria):  # the condition in transformers
         pad = getattr(config, "_pad_token_tensor", None)
         if pad is None:
             raise ValueError("pad_token_id is None; rows that a stopping criterion ends at an end token need one")

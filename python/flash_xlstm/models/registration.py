@@ -1,4 +1,4 @@
-"""Making transformers build our classes where it would build its own xLSTM."""
+"""Registration of this package's classes in transformers, in place of its own xLSTM."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CLASSES = (xLSTMConfig, xLSTMPreTrainedModel, xLSTMModel, xLSTMForCausalLM)
 _AUTO_CLASSES = ((AutoModel, xLSTMModel), (AutoModelForCausalLM, xLSTMForCausalLM))
 
 
-_NAMESPACES = ("transformers", "transformers.models.xlstm")  # not what is below: there they refer to each other
+_NAMESPACES = ("transformers", "transformers.models.xlstm")  # not its submodule, whose classes refer to each other
 
 
 def _namespaces() -> list[ModuleType]:
-    # While it is imported, transformers makes a second module of itself; who imported it early holds the first one,
-    # which nothing else leads to.
+    # During its import transformers replaces its own module by a second one. Code that imported it early holds the
+    # first one, which is reachable in no other way.
     kind = type(transformers)
     return [module for module in gc.get_objects() if type(module) is kind and module.__name__ in _NAMESPACES]
 
@@ -30,10 +30,11 @@ def _namespaces() -> list[ModuleType]:
 def register() -> None:
     """Makes transformers use this package's classes for model type ``xlstm``.
 
-    ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` build them, and ``transformers.xLSTMForCausalLM`` and its
-    like are them, for loaders that look a checkpoint's class up by name. It holds for the running process, until
-    :func:`unregister`, and may be called any number of times. What was imported or built before stays what it is;
-    transformers' own classes remain in ``transformers.models.xlstm.modeling_xlstm``, and are no base classes of ours.
+    ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` build them. ``transformers.xLSTMForCausalLM`` and the
+    related names refer to them, for loaders that look up a checkpoint's class by name. The registration lasts until
+    :func:`unregister` or the end of the process; repeated calls are harmless. Names imported and models built before do
+    not change. transformers' own classes remain in ``transformers.models.xlstm.modeling_xlstm``; ours do not derive
+    from them.
 
     Example::
 
@@ -52,7 +53,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undoes :func:`register`: transformers uses its own classes again. Does nothing where nothing was registered."""
+    """Undoes :func:`register`: transformers uses its own classes again. Without a registration it does nothing."""
     if CONFIG_MAPPING._extra_content.get(xLSTMConfig.model_type) is xLSTMConfig:
         del CONFIG_MAPPING._extra_content[xLSTMConfig.model_type]
     for auto, _ in _AUTO_CLASSES:
@@ -60,4 +61,4 @@ def unregister() -> None:
     for namespace in _namespaces():
         for ours in _CLASSES:
             if vars(namespace).get(ours.__name__) is ours:
-                delattr(namespace, ours.__name__)  # transformers' modules then look theirs up again
+                delattr(namespace, ours.__name__)  # transformers' lazy modules then look up their own

@@ -1,8 +1,8 @@
-"""Layers of the xLSTM, made of the ops. They need torch only.
+"""Layers of the xLSTM, built from the ops. They need torch only.
 
-:mod:`flash_xlstm.nn.xlstm_7b` has those of the xLSTM 7B, which :mod:`flash_xlstm.models` stacks into a model;
+:mod:`flash_xlstm.nn.xlstm_7b` has the layers of the xLSTM 7B, which :mod:`flash_xlstm.models` stacks into a model.
 :mod:`flash_xlstm.nn.block_stack` has the blocks of the first paper, a stack that mixes mLSTM and sLSTM blocks, and its
-language model. Some class names are the same in both: mLSTMBlock and mLSTMLayer here are those of the 7B.
+language model. Some class names occur in both: mLSTMBlock and mLSTMLayer of this package are the 7B's.
 """
 
 from typing import Any

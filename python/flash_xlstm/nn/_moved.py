@@ -1,5 +1,5 @@
-"""Names that modules of flash_xlstm.nn had in release 0.1: they import the module of the new name, with a
-DeprecationWarning, so that code and pickled models go on working. To be removed in release 0.3."""
+"""Names of modules of flash_xlstm.nn in release 0.1. They import the module of the new name with a DeprecationWarning,
+so that code and pickled models keep working. To be removed in release 0.3."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _MOVED = {
 
 
 def install() -> None:
-    """Lets the import system find modules under their old names: before all other finders, which would load a
+    """Lets the import system find modules under their old names. It precedes all other finders, which would load a
     second copy of a submodule from its package's folder."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def attribute(package: str, name: str) -> ModuleType:
-    """An old name as an attribute of the package that it was in; AttributeError for any other name."""
+    """An old name as an attribute of its package; AttributeError for any other name."""
     if name in _MOVED:
         return importlib.import_module(f"{package}.{name}")
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 def _new_name(name: str) -> str | None:
-    """The module that `name` stands for; None if it is not an old name."""
+    """The new name of the module `name`; None if `name` is not an old name."""
     if not name.startswith(_ROOT):
         return None
     first, dot, rest = name.removeprefix(_ROOT).partition(".")
@@ -53,7 +53,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Puts the module of the new name in the place of `module`: classes are the same under both names."""
+        """Replaces `module` by the module of the new name, so that classes are the same under both names."""
         old = module.__name__
         new = _new_name(old)
         assert new is not None

@@ -1,4 +1,4 @@
-"""States of any layer, brought into the form that its op takes."""
+"""Conversion of a layer's states to the form that its op takes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ State = tuple[Tensor, Tensor, Tensor]
 
 
 def fitting_state(state: State, q: Tensor, *, written: bool = False) -> State:
-    """`state` as the kernels take it beside q: on its device, in float32, or in float64 beside float64. A c in bfloat16
-    stays so. Tensors that fit already are those given; `written` as in :func:`fitting`."""
+    """`state` in the form that kernels take with q: on the device of q, in float32, or in float64 if q is float64. A
+    bfloat16 c is kept. Tensors that fit are not copied; `written` is as in :func:`fitting`."""
     parts = unpack_state("state", state)
     wide = torch.promote_types(q.dtype, torch.float32)
     c_dtype = torch.bfloat16 if parts[0] is not None and parts[0].dtype == torch.bfloat16 else wide
@@ -24,10 +24,10 @@ def fitting_state(state: State, q: Tensor, *, written: bool = False) -> State:
 
 
 def fitting(state: Iterable[Any], x: Tensor, dtypes: Iterable[torch.dtype], *, written: bool) -> list[Any]:
-    """The tensors of `state`, or None, in `dtypes` and where x is; with `written` such that an op may write them.
-    Those that are so already are those given."""
+    """The tensors of `state`, or None, in `dtypes` and on the device of x. With `written` an op may write them. Tensors
+    that fit are not copied."""
     device = x.device
-    # Nothing but inference mode may write what was made in it.
+    # Only inference mode may write a tensor that was created in it.
     look = written and not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
     return [
         t

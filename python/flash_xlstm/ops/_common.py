@@ -1,4 +1,4 @@
-"""What the op families share."""
+"""Helpers that the op families share."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _library = torch.library.Library("flash_xlstm", "IMPL")
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts floating-point tensors to the autocast dtype of their device, where autocast is on."""
-    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):  # the short way for most calls
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):  # the fast path
         return tensors
     device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch knows no autocast for meta
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch has no autocast for meta
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
 def unpack_state(name: str, state, parts: str = "c, n, m") -> tuple[Tensor | None, ...]:
-    """The parts of the argument `name`."""
+    """The tensors of a state, the argument `name`."""
     count = parts.count(",") + 1
     if not isinstance(state, (tuple, list)) or len(state) != count:
         was = f"{len(state)} values" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
@@ -38,7 +38,7 @@ def unpack_state(name: str, state, parts: str = "c, n, m") -> tuple[Tensor | Non
 
 
 def float32_c(c: Tensor | None) -> tuple[Tensor | None, torch.dtype]:
-    """An initial c as the operators take it, and the dtype of the one that is returned."""
+    """An initial c in float32, which the operators take, and the dtype of the returned c."""
     if c is None or c.dtype == torch.float32:
         return c, torch.float32
     if c.dtype != torch.bfloat16:
@@ -47,7 +47,7 @@ def float32_c(c: Tensor | None) -> tuple[Tensor | None, torch.dtype]:
 
 
 def chunk_size_or_0(chunk_size: int | None) -> int:
-    """The chunk_size of the operators, to which 0 is None."""
+    """The operators' chunk_size, where 0 stands for None."""
     if chunk_size is None:
         return 0
     if not isinstance(chunk_size, (int, torch.SymInt)):
@@ -61,28 +61,27 @@ def chunk_size_or_0(chunk_size: int | None) -> int:
 
 
 def check_flag(name: str, value: bool) -> None:
-    """torch would take any number for a flag, and None."""
+    """Refuses anything but a bool: torch would take any number for a flag, and None."""
     if value is not True and value is not False:
         raise TypeError(f"{name} is {value!r:.80}; it must be True or False")
 
 
 def number(name: str, value: float) -> float:
-    """The number that an operator takes; float() alone would take strings."""
+    """A number as float. Strings, which float() accepts, are refused."""
     if isinstance(value, (str, bytes)):
         raise TypeError(f"{name} is {value!r:.80}; it must be a number")
     return float(value)
 
 
 def no_mixed_meta(first: Tensor, *, of: str = "q", **others: Tensor | None) -> None:
-    """For the fakes: a meta tensor among others brings a real call here too, past the operator's own checks. `of` is
-    the name of `first`."""
+    """Refuses a mix of meta tensors and others. Such a call dispatches to the fake kernel, past the operator's own
+    checks. `of` is the name of `first`."""
     for name, t in others.items():
         if t is not None and (t.device.type == "meta") != (first.device.type == "meta"):
             raise ValueError(f"{name} is on {t.device}; it must be on the device of {of}, {first.device}")
 
 
-# The fakes accept malformed shapes: the operators themselves raise for those, with the argument's name, and a
-# compiled call should end there too.
+# The fakes accept malformed shapes. The operators raise for them, with the argument's name, in compiled calls too.
 def size(t: Tensor, dim: int):
     return t.shape[dim] if t.dim() > dim else 1
 
@@ -92,12 +91,12 @@ def num_seqs(first: Tensor, cu_seqlens: Tensor | None):
 
 
 def kept_h(q: Tensor, h: Tensor) -> Tensor | None:
-    """h, where an mLSTM's backward reads it; elsewhere it would only take memory."""
+    """h if the mLSTM's backward reads it, else None, which saves its memory."""
     return h if q.is_cuda and q.dtype == torch.float32 else None
 
 
 def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state: Tensor | None) -> tuple[Tensor, ...]:
-    """Of what an mLSTM's backward returns; `state` is c, n, m or the first of them."""
+    """Fake results of an mLSTM's backward. `state` is c, n, m or the first of them."""
     heads, dqk, dv = size(q, 2), size(q, 3), size(v, 3)
     empty = (0, heads, dqk, dv), (0, heads, dqk), (0, heads)
     shapes = (none if t is None else t.shape for t, none in zip(state, empty, strict=False))
@@ -109,20 +108,21 @@ def fake_gradients(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *state
 
 
 def is_eager() -> bool:
-    """Whether neither a compiler nor functorch looks on. Those see one operator, which has a derivative."""
+    """Whether neither a compiler nor functorch traces the call. Both see one operator with a derivative."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def needs_gradients(args: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled():
-        for x in args:  # any() would take a generator's microsecond
+        for x in args:  # any() with a generator takes a microsecond more
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
 
 
 def _has_tangent(t: Tensor) -> bool:
-    """Whether `t` has one in any of functorch's levels. A level's tangents show where it is the innermost one."""
+    """Whether `t` has a tangent at any of functorch's levels. A tangent is visible only while its level is the
+    innermost."""
     levels = pyfunctorch.retrieve_all_functorch_interpreters()
     jvp = {each.level() for each in levels if each.key() == torch._C._functorch.TransformType.Jvp}
     while True:
@@ -141,8 +141,8 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def refuse_forward_mode(name: str, args: Any) -> None:
-    """For calls within forward-mode differentiation (``forward_ad._current_level >= 0``), which would go on without the
-    tangents that the operators do not see.
+    """Refuses tangents. To be called within forward-mode differentiation (``forward_ad._current_level >= 0``), since
+    the operators would drop tangents.
 
     Raises:
         RuntimeError: a tensor among `args` has a tangent.
@@ -158,7 +158,7 @@ def refuse_forward_mode(name: str, args: Any) -> None:
 
 
 def _function(name: str, **members: Any) -> Any:
-    """An autograd.Function of these static methods, to be called by its ``apply``."""
+    """The ``apply`` of an autograd.Function with these static methods."""
     methods = {key: staticmethod(f) for key, f in members.items()}
     function: Any = type(
         name, (torch.autograd.Function,), {"generate_vmap_rule": "setup_context" in members, **methods}
@@ -169,9 +169,9 @@ def _function(name: str, **members: Any) -> Any:
 def _eager(
     name: str, op: Callable[..., Any], differentiated: Callable[..., Any], transformed: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Calls `op` past the Python layer that torch.library puts around an operator with a derivative: that layer runs
-    without gradients too, and takes as long as all the rest of the call. Compilers get the operator itself, functorch
-    (torch.func) what it can look into, `transformed`."""
+    """Calls `op` without the Python layer that torch.library puts around an operator with a derivative. That layer runs
+    without gradients too, and takes as long as the rest of the call. Compilers get the operator itself. functorch
+    (torch.func) gets `transformed`, which it can trace."""
 
     def call(*args):
         if forward_ad._current_level >= 0:
@@ -187,8 +187,8 @@ def _eager(
 
 
 def writing(name: str, *places: int) -> Callable[..., Any]:
-    """Makes calls of the operator `name`, which writes its arguments at `places`, count as in-place changes of them, so
-    that a backward that needs what they held says so. It has no derivative. Returns what calls it."""
+    """Returns a function that calls the operator `name`, which writes its arguments at `places` and has no derivative.
+    A call increments their version counters, so that a backward that needs the old values raises."""
     op = getattr(torch.ops.flash_xlstm, name).default
 
     def count(keyset, *args, **kwargs):
@@ -198,7 +198,7 @@ def writing(name: str, *places: int) -> Callable[..., Any]:
 
     _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 
-    # The same past that layer, which takes microseconds.
+    # The same without the dispatcher's layer, which takes microseconds.
     def call(*args):
         if forward_ad._current_level >= 0:
             refuse_forward_mode(name, args)
@@ -217,18 +217,18 @@ def writing(name: str, *places: int) -> Callable[..., Any]:
 
 
 def without_gradients(name: str) -> Callable[..., Any]:
-    """The operator `name`, which has no derivative, to be called where :func:`is_eager` and nothing needs one."""
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # else torch looks for gradients that none wants
+    """The operator `name`, which has no derivative. To be called where :func:`is_eager` and no gradient is needed."""
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # otherwise torch looks for gradients
     return getattr(torch.ops.flash_xlstm, name).default
 
 
 def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers the derivative of the operator `name`, and returns what calls it."""
+    """Registers the derivative of the operator `name`. Returns a function that calls the operator."""
     op = getattr(torch.ops.flash_xlstm, name).default
     torch.library.register_autograd(f"flash_xlstm::{name}", backward, setup_context=setup_context)
 
-    # One function, not forward and setup_context: for the two, apply() binds the arguments to forward's signature,
-    # which takes half of a call's time. functorch needs the two.
+    # Forward includes setup_context. With a separate setup_context, which functorch needs, apply() binds the arguments
+    # to forward's signature, which takes half of a call's time.
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
@@ -242,9 +242,9 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
 
 
 def no_double_backward(name: str) -> Callable[..., Any]:
-    """Makes differentiating the backward operator `name` raise: these ops have first derivatives only.
+    """Makes a derivative of the backward operator `name` raise: these ops have first derivatives only.
 
-    Returns what calls it."""
+    Returns a function that calls the operator."""
 
     def backward(ctx, *grads):
         raise RuntimeError(f"flash_xlstm::{name} has no derivative: double backward is not supported")

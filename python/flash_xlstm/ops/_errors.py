@@ -1,8 +1,8 @@
-"""What is wrong with a call that ended in an error, with the argument's name.
+"""Errors that name the wrong argument of a failed call.
 
-The operators name the arguments that they refuse. Some never get there: a list where a tensor belongs ends in the
-dispatcher, an int in a state in an AttributeError. A function's annotations say what its arguments must be; they are
-looked at where a call has failed, and cost a good call nothing.
+The operators name the arguments that they refuse. Some wrong arguments fail earlier: a list in place of a tensor in the
+dispatcher, an int in a state by an AttributeError. This module checks a failed call's arguments against the function's
+annotations. A good call pays nothing.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch import Tensor
 
 from flash_xlstm import _C
 
-_PARTS = {2: "cn", 3: "cnm", 4: "hcnm"}  # of a state, by how many it has
+_PARTS = {2: "cn", 3: "cnm", 4: "hcnm"}  # names of a state's parts, by their number
 _KINDS = {"ValueError": ValueError, "TypeError": TypeError}
 
 
 def explain(error: Exception, function: Callable[..., Any], given: dict[str, Any]) -> Exception:
-    """The error that a call of `function` shall end in, which ended in `error`.
+    """The error to raise for a call of `function` that raised `error`.
 
     Args:
-        given: the arguments by name, as ``locals()`` has them.
+        given: the arguments by name, from ``locals()``.
 
     Returns:
-        A TypeError or ValueError that names the argument, where its type or value cannot be meant; else `error`.
+        A TypeError or ValueError that names the argument if its type or value is wrong; otherwise `error`.
     """
     for name, hint in typing.get_type_hints(function).items():
         if name in given:
             for wrong in _wrong(name, given[name], hint):
                 return wrong
-    if type(error) is RuntimeError:  # a torch that hands on no exception's type
+    if type(error) is RuntimeError:  # some releases of torch do not pass on an exception's type
         kind, message = _C.argument_error()
         if message and message in str(error):
             return _KINDS[kind](message)
@@ -45,7 +45,7 @@ def explain(error: Exception, function: Callable[..., Any], given: dict[str, Any
 
 
 def _wrong(name: str, value: Any, hint: Any) -> Iterator[Exception]:
-    """What is wrong with the argument `name`, if anything."""
+    """The error of the argument `name`, or None."""
     or_none = ""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
@@ -69,7 +69,7 @@ def _wrong(name: str, value: Any, hint: Any) -> Iterator[Exception]:
             yield TypeError(f"{name} is {_said(value)}; it must be {want}{or_none}")
         else:
             for part, each in zip(parts, value, strict=True):
-                if each is not None:  # what that means, the operators say
+                if each is not None:  # the operators define the message
                     yield from _wrong_tensor(f"{name} {part}", each, "")
     elif origin is collections.abc.Sequence:
         if not isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution in front of the xLSTM's cells (arXiv 2405.04517, figures 9 and 10)."""
+"""The causal depthwise convolution before the xLSTM's cells (arXiv 2405.04517, figures 9 and 10)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def causal_conv1d(
 
         y_t = activation(bias + sum over k of weight[:, k] x_{t - kernel + 1 + k})
 
-    so that the last column of `weight` meets the token itself. Inputs before the first token are `initial_state`, or
+    The last column of `weight` is that of the token itself. Inputs before the first token are `initial_state`, or
     zeros.
 
     Args:
@@ -41,11 +41,11 @@ def causal_conv1d(
 
     Returns:
         y (batch, seq, channels) in the dtype of x, computed in float32 and rounded once; with `return_final_state`,
-        ``(y, state)``. Differentiable, once, in x, weight, bias and the state. Under autocast nothing is cast.
+        ``(y, state)``. It has first derivatives in x, weight, bias and the state. Autocast casts nothing.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
-            runs and naming the argument.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device, layout or value. The text names it. Nothing
+            has run.
     """
     try:
         _common.check_flag("return_final_state", return_final_state)
@@ -66,15 +66,15 @@ def causal_conv1d_step(
     Args:
         x: (batch, channels), the last dimension contiguous.
         weight, bias, activation: as :func:`causal_conv1d`.
-        state: (batch, kernel - 1, channels) in the dtype of x, contiguous: the inputs before, the oldest first.
+        state: (batch, kernel - 1, channels) in the dtype of x, contiguous: the earlier inputs, the oldest first.
             **Written in place.**
 
     Returns:
         y (batch, channels) in the dtype of x.
 
     Raises:
-        ValueError, TypeError: as :func:`causal_conv1d`; the state is untouched then.
-        RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`causal_conv1d`
+        ValueError, TypeError: as :func:`causal_conv1d`. The state is unchanged.
+        RuntimeError: a gradient is needed, and the step has none. Use ``torch.no_grad()``, or :func:`causal_conv1d`
             with seq 1.
     """
     try:

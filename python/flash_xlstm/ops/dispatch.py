@@ -1,4 +1,4 @@
-"""Which kernel an op takes on a device."""
+"""The kernel that an op takes on a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flash_xlstm import _C
 
 
 def kernel_for(op: str, device: torch.device | str) -> str:
-    """The kernel that `op` takes on `device`, in words; for people, not for programs.
+    """The kernel that `op` takes on `device`, in words. The text is for people and may change.
 
     Args:
         op: the name of a function of :mod:`flash_xlstm.ops`.

@@ -1,4 +1,4 @@
-"""Products of few rows with a weight matrix, as fast as the weights can be read."""
+"""Products of few rows with a weight matrix, bound by the time to read the weights."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from flash_xlstm.ops import _common, _errors
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant_weights: bool = False) -> Tensor:
-    """``x @ weight.T + bias`` for at most 16 rows: sums in float32, rounded once, the same from run to run.
+    """``x @ weight.T + bias`` for at most 16 rows. Sums are float32 and rounded once. Runs repeat bit for bit.
 
     Args:
         x: (..., in), at most 16 rows in all. On the CPU float32, bfloat16 or float16; on CUDA bfloat16.
         weight: (out, in), dtype of x, as ``torch.nn.Linear`` keeps it. On CUDA `in` must be a multiple of 8.
         bias: (out,), dtype of x, or None.
-        constant_weights: a promise that no kernel that may still run on the GPU writes `weight`. A Hopper GPU then
-            begins to read it while the kernel before still runs. Kernels that let the next start before they end
-            (programmatic dependent launch, of this package and of others) are those to think of.
+        constant_weights: a promise that no kernel which may still be running on the GPU writes `weight`. A Hopper GPU
+            then begins to read it while the previous kernel runs. The promise concerns kernels with programmatic
+            dependent launch, of this package and of others: they let the next kernel start before they end.
 
     Returns:
         (..., out) in the dtype of x.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype, device or layout, by its name.
-        RuntimeError: a gradient would be needed: this product has none. Use ``torch.nn.functional.linear``.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or layout. The text names it.
+        RuntimeError: a gradient is needed, and this product has none. Use ``torch.nn.functional.linear``.
     """
     try:
         _common.check_flag("constant_weights", constant_weights)
@@ -48,17 +48,17 @@ def fused_linear_rows(
     swiglu: bool = False,
     constant_weights: bool = False,
 ) -> list[Tensor]:
-    """:func:`linear_rows` with several weights, and with what stands before and behind it; one launch on CUDA.
+    """:func:`linear_rows` with several weights, a residual or SwiGLU; one launch on CUDA.
 
-    With ``y_p = x @ weights[p].T + biases[p]``: ``[y_0, y_1, ...]``; with `residual` ``[residual + y_0]``; with
-    `swiglu` ``[silu(y_0) * y_1]``. On CUDA rounded once.
+    With ``y_p = x @ weights[p].T + biases[p]`` the results are ``[y_0, y_1, ...]``, ``[residual + y_0]`` with
+    `residual`, and ``[silu(y_0) * y_1]`` with `swiglu`. On CUDA they are rounded once.
 
     Args:
         x: as for :func:`linear_rows`.
         weights: up to 8, (out_p, in), dtype and layout as for :func:`linear_rows`.
-        biases: as many as weights, (out_p,) or None; or None for none at all.
-        residual: (..., out_0), dtype of x; with one weight only.
-        swiglu: needs two weights of one shape, and no residual.
+        biases: a (out_p,) or None for each weight, or None for no biases.
+        residual: (..., out_0), dtype of x; allowed with one weight only.
+        swiglu: whether to return the SwiGLU of two products. It needs two weights of the same shape, and no residual.
         constant_weights: as for :func:`linear_rows`.
 
     Returns:

@@ -46,26 +46,26 @@ def mlstm(
             heads, dqk) float32, m (batch, heads) float32. Default: zeros.
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
-        gate_soft_cap: ``gate_soft_cap * tanh(x / gate_soft_cap)`` takes the place of both gates' pre-activations,
-            computed in float32 within the kernels; finite and greater than 0, or None for no cap. Infinite
-            pre-activations stay as they are, so that padding stays padding.
-        chunk_size: tokens processed together, 1 to 4096; None lets the kernel choose. It changes speed, not results
-            beyond rounding; the CUDA kernels have a fixed tile and use it as they see fit.
+        gate_soft_cap: both gates' pre-activations x are replaced by ``gate_soft_cap * tanh(x / gate_soft_cap)``,
+            computed in float32 within the kernels. Finite and greater than 0, or None for no cap. Infinite
+            pre-activations are unchanged, so that padding remains padding.
+        chunk_size: tokens processed together, 1 to 4096; None lets the kernel choose. It changes the speed, and results
+            by rounding only. The CUDA kernels have fixed tiles and take it as a hint.
         cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, on the device of q: sequence s is tokens
             ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of batch row 0 (batch must be 1); states then have num_seqs in
-            place of batch. On CUDA the values are not read on the host: wrong ones give wrong results, never an
-            access outside the tensors.
+            place of batch. On CUDA the host does not read the values. Wrong ones give wrong results, but no access
+            outside the tensors.
         return_final_state: also return the state after the last token.
 
     Returns:
-        h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n, m))``, where c has the
+        h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n, m))``. The final c has the
         dtype of the initial c (float32 without one).
 
     Under autocast q, k, v are cast to the autocast dtype; gates and states keep theirs.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
-            runs and naming the argument.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device, layout or value. The text names it. Nothing
+            has run.
     """
     try:
         is_eager = _common.is_eager()
@@ -114,16 +114,16 @@ def mlstm_step(
         i, f: (batch, heads) gate pre-activations; float32 or the dtype of q.
         state: ``(c, n, m)``, contiguous: c (batch, heads, dqk, dv) float32 or bfloat16, n (batch, heads, dqk)
             float32, m (batch, heads) float32. **Written in place.**
-        state_indices: (batch,) int32: `state` is a pool with any number of slots in place of batch, and row b uses
-            slot ``state_indices[b]``; -1 leaves a row out (its h is 0). Slots must be distinct. On CUDA an index
-            outside the pool touches no memory and gives NaN.
+        state_indices: (batch,) int32, or None. `state` is then a pool with any number of slots in place of batch. Row b
+            uses slot ``state_indices[b]``; -1 leaves a row out (its h is 0). Slots must be distinct. On CUDA an index
+            outside the pool accesses no memory and gives NaN.
         scale: factor of q; default ``dqk ** -0.5``.
         eps: added to the normalizer after the maximum.
         gate_soft_cap: as in :func:`mlstm`.
-        settled_state: a promise that no kernel which may still be running writes `state`: of any library, if it lets
-            the next start before it ends (programmatic dependent launch), and of this package any of the last few
-            called on the stream; behind a step with this promise, only that step. For few rows, a GPU from Hopper on
-            then begins to read c while the kernel before still runs.
+        settled_state: a promise that no kernel which may still be running writes `state`. GPUs from Hopper on then
+            begin to read c of few rows while the previous kernel runs. The promise concerns other libraries' kernels
+            with programmatic dependent launch, which let the next kernel start before they end, and the last few calls
+            of this package on the stream. After a step with this promise it concerns that step only.
 
     On CUDA, dqk is at most 8,192.
 
@@ -131,9 +131,9 @@ def mlstm_step(
         h (batch, heads, dv) in the dtype of q.
 
     Raises:
-        ValueError, TypeError: as :func:`mlstm`; the state is untouched then.
-        RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`mlstm` with
-            seq 1 and ``return_final_state=True``.
+        ValueError, TypeError: as :func:`mlstm`. The state is unchanged.
+        RuntimeError: a gradient is needed, and the step has none. Use ``torch.no_grad()``, or :func:`mlstm` with seq 1
+            and ``return_final_state=True``.
     """
     try:
         _common.check_flag("settled_state", settled_state)
@@ -218,8 +218,8 @@ def _gradients(ctx, dh, dc_last=None, dn_last=None, dm_last=None):
 
 
 class _Mlstm(torch.autograd.Function):
-    """h alone, for eager calls: every argument and every output of a Function takes the host a good part of a
-    microsecond, so that the options are one argument and `kept` is no output."""
+    """h alone, for eager calls. Every argument and every output of a Function costs the host a good part of a
+    microsecond. The options are therefore one argument, and `kept` is not an output."""
 
     @staticmethod
     def forward(ctx, *args):

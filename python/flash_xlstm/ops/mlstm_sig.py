@@ -28,13 +28,13 @@ def mlstm_sig(
 ) -> Tensor | tuple[Tensor, MlstmSigState]:
     """The mLSTM with a sigmoid input gate over a sequence, with exact gradients.
 
-    Both gates are at most 1, so that no stabilizer is needed. Per head (the mLSTMsig of arXiv 2503.14376)::
+    Both gates are at most 1: no stabilizer is needed. Per head (the mLSTMsig of arXiv 2503.14376)::
 
         c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) k_t v_t^T
         n_t = sigmoid(f_t) n_{t-1} + sigmoid(i_t) k_t
         h_t = scale q_t^T c_t / (max(|scale q_t . n_t|, 1) + eps)
 
-    and with ``normalize=False``, where there is no n::
+    With ``normalize=False`` there is no n, and::
 
         h_t = scale q_t^T c_t
 
@@ -45,22 +45,22 @@ def mlstm_sig(
         i, f: (batch, seq, heads) pre-activations of the input and forget gates; float32 or the dtype of q (both the
             same); any strides. A token with ``i = -inf`` and ``f = +inf`` is padding: the state passes through it
             unchanged and its own k, v, i, f get zero gradients. ``f = -inf`` is not a defined input.
-        normalize: whether h is divided by the normalizer.
+        normalize: whether to divide h by the normalizer.
         initial_state: ``(c, n)`` before the first token: c (batch, heads, dqk, dv) float32 or bfloat16, n (batch,
-            heads, dqk) float32, or None in n's place with ``normalize=False``. Default: zeros.
-        scale, eps, gate_soft_cap, chunk_size, cu_seqlens: as in :func:`flash_xlstm.ops.mlstm`; eps is not used with
-            ``normalize=False``.
+            heads, dqk) float32 (None with ``normalize=False``). Default: zeros.
+        scale, eps, gate_soft_cap, chunk_size, cu_seqlens: as in :func:`flash_xlstm.ops.mlstm`. ``normalize=False`` does
+            not use eps.
         return_final_state: also return the state after the last token.
 
     Returns:
-        h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n))``, where c has the dtype
-        of the initial c (float32 without one) and n is None with ``normalize=False``.
+        h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n))``. The final c has the
+        dtype of the initial c (float32 without one), and n is None with ``normalize=False``.
 
     Under autocast q, k, v are cast to the autocast dtype; gates and states keep theirs.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
-            runs and naming the argument.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device, layout or value. The text names it. Nothing
+            has run.
     """
     try:
         _common.check_flag("normalize", normalize)

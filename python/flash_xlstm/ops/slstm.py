@@ -12,7 +12,7 @@ from flash_xlstm.ops import _common, _errors
 
 SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
 _PARTS = "h, c, n, m"
-_KEPT = LIMITS["slstm_kept"]  # values of a token and unit that the forward keeps for the backward
+_KEPT = LIMITS["slstm_kept"]  # values a token and unit that the forward keeps for the backward
 
 
 def slstm(
@@ -43,28 +43,28 @@ def slstm(
         initial_state: ``(h, c, n, m)`` before the first token, each (batch, heads, dim) float32. Default: zeros.
         cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, on the device of x: sequence s is tokens
             ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` of batch row 0 (batch must be 1); states then have num_seqs in
-            place of batch. On CUDA the values are not read on the host: wrong ones give wrong results, never an
-            access outside the tensors.
+            place of batch. On CUDA the host does not read the values. Wrong ones give wrong results, but no access
+            outside the tensors.
         return_final_state: also return the state after the last token.
-        recurrent_grad_clip: None, or a bound greater than 0: each element of the gradient that reaches h_{t-1} through
-            R is clipped to ``[-recurrent_grad_clip, recurrent_grad_clip]`` at every token.
+        recurrent_grad_clip: None, or a bound greater than 0. At every token each element of the gradient that reaches
+            h_{t-1} through R is clipped to ``[-recurrent_grad_clip, recurrent_grad_clip]``.
 
     Returns:
         h (batch, seq, heads, dim) in the dtype of x; with `return_final_state`, ``(h, (h, c, n, m))``, the state in
         float32.
 
-    **Padding.** Where x has ``i = -inf`` and ``f = +inf``, the unit is padding at that token: its h, c, n, m pass
-    through unchanged, whatever z and o hold; its output is the h that it carries, and its x gets zero gradients.
-    ``f = -inf``, or ``i = -inf`` with another f, is not a defined input.
+    **Padding.** A unit is padding at a token with ``i = -inf`` and ``f = +inf``. Its h, c, n, m pass through unchanged,
+    and z and o are ignored. Its output is the previous h, and its x gets zero gradients. ``f = -inf``, or ``i = -inf``
+    with another f, is not a defined input.
 
-    Sums and states are float32. With 16-bit x, R, h_{t-1} and, in the backward, the gradient of x may be rounded to
-    the dtype of x where they enter a product.
+    Sums and states are float32. With 16-bit x, the operands R and h_{t-1} of a product may be rounded to the dtype of
+    x, and in the backward the gradient of x.
 
     Under autocast x and R are cast to the autocast dtype and b to float32.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype, device, layout or value; raised before anything
-            runs and naming the argument.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device, layout or value. The text names it. Nothing
+            has run.
     """
     try:
         _common.check_flag("return_final_state", return_final_state)
@@ -96,9 +96,9 @@ def slstm_step(x: Tensor, R: Tensor, b: Tensor, state: SlstmState) -> Tensor:
         h (batch, heads, dim) in the dtype of x.
 
     Raises:
-        ValueError, TypeError: as :func:`slstm`; the state is untouched then.
-        RuntimeError: a gradient would be needed: the step has none. Use ``torch.no_grad()``, or :func:`slstm` with
-            seq 1 and ``return_final_state=True``.
+        ValueError, TypeError: as :func:`slstm`. The state is unchanged.
+        RuntimeError: a gradient is needed, and the step has none. Use ``torch.no_grad()``, or :func:`slstm` with seq 1
+            and ``return_final_state=True``.
     """
     try:
         x, R, b = _autocast(x, R, b)

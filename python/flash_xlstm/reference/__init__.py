@@ -1,6 +1,6 @@
-"""Plain PyTorch forms of the ops, in any floating dtype up to float64: what the ops compute, readable and slow.
+"""Plain PyTorch forms of the ops, in any floating dtype up to float64. They are readable and slow.
 
-Gradients come from autograd through these formulas; the tests compare the kernels with them in float64.
+Gradients come from autograd through these formulas. The tests compare the kernels with them in float64.
 """
 
 from flash_xlstm.reference import pointwise

@@ -1,4 +1,4 @@
-"""What the references share."""
+"""Helpers that the references share."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which states, gates and sums of inputs of `dtype` are kept."""
+    """The dtype of states, gates and sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

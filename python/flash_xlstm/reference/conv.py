@@ -12,10 +12,10 @@ from flash_xlstm.reference import _common
 
 
 def _sequence(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x (rows, seq, channels) behind the inputs before it, state (rows, kernel - 1, channels)."""
+    """Convolves x (rows, seq, channels) after the earlier inputs, state (rows, kernel - 1, channels)."""
     kernel = weight.shape[1]
     whole = torch.cat([state, x], 1)
-    # Not F.conv1d: with as many groups as channels, its gradients take seconds.
+    # F.conv1d with as many groups as channels takes seconds for its gradients.
     y = sum(whole[:, k : k + x.shape[1]] * weight[:, k] for k in range(kernel))
     y = y if bias is None else y + bias
     return y, whole[:, whole.shape[1] - (kernel - 1) :]
@@ -24,8 +24,8 @@ def _sequence(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> 
 def causal_conv1d(
     x, weight, bias=None, *, activation=None, initial_state=None, cu_seqlens=None, return_final_state=False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Arguments and results as :func:`flash_xlstm.ops.causal_conv1d`, any float dtype; computed in float32 (float64 for
-    float64) and rounded once."""
+    """Arguments and results are as in :func:`flash_xlstm.ops.causal_conv1d`, with any float dtype. It computes in
+    float32 (float64 for float64) and rounds once."""
     wide = _common.wide(x.dtype)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     kernel = weight.shape[1]
@@ -48,7 +48,7 @@ def causal_conv1d(
 
 
 def causal_conv1d_step(x, weight, bias, state, *, activation=None) -> Tensor:
-    """One token, x (batch, channels). Updates `state` in place, as :func:`flash_xlstm.ops.causal_conv1d_step`."""
+    """Reads one token, x (batch, channels). Updates `state` in place, as :func:`flash_xlstm.ops.causal_conv1d_step`."""
     options = {"activation": activation, "initial_state": state, "return_final_state": True}
     y, last = causal_conv1d(x[:, None], weight, bias, **options)
     state.copy_(last)

@@ -1,10 +1,10 @@
 """Plain PyTorch forms of the mLSTM: recurrent, parallel and chunkwise.
 
-All take (batch, seq, heads, dim) tensors like :func:`flash_xlstm.ops.mlstm`. Products run in the dtype of q; gates,
-states and everything between the products run in float32, or in float64 when q is float64.
+All take (batch, seq, heads, dim) tensors like :func:`flash_xlstm.ops.mlstm`. Products run in the dtype of q. Gates,
+states and everything else run in float32, or in float64 if q is float64.
 
-The forms of the mLSTM with a sigmoid input gate (``mlstm_sig``) are these without the stabilizer: m stays 0, and so the
-floor of the normalizer 1.
+The mLSTM with a sigmoid input gate (``mlstm_sig``) uses these forms without the stabilizer: m is 0, and the floor of
+the normalizer is 1.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ State = tuple[Tensor, Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the forms share besides tensors. scale=None: dqk ** -0.5."""
+    """Options of all forms. scale=None: dqk ** -0.5."""
 
     scale: float | None
     eps: float
     soft_cap: float | None
-    sigmoid: bool = False  # the input gate; m stays 0
-    normalize: bool = True  # False, with sigmoid only: h is the numerator
+    sigmoid: bool = False  # whether the input gate is a sigmoid; m is then 0
+    normalize: bool = True  # False is for sigmoid only: h is the numerator
 
     def log_gates(self, i: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         i, f = (cap_gate(gate.to(dtype), self.soft_cap) for gate in (i, f))
@@ -50,7 +50,7 @@ def _initial(q, v, initial_state) -> State:
 
 
 def _prepare(q, k, v, i, f, initial_state, options: Options):
-    """Heads before seq, log gates in the wide dtype, the initial state, the options with a scale."""
+    """The inputs with heads before seq, log gates in the wide dtype, the initial state, the options with a scale."""
     state = _initial(q, v, initial_state)
     if options.scale is None:
         options = dataclasses.replace(options, scale=q.shape[-1] ** -0.5)
@@ -60,7 +60,7 @@ def _prepare(q, k, v, i, f, initial_state, options: Options):
 
 
 def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, *options):
-    """Applies `form` to each packed sequence on its own."""
+    """Applies `form` to each packed sequence."""
     offsets = cu_seqlens.tolist()
     hidden, states = [], []
     for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
@@ -76,7 +76,7 @@ def _packed(form, q, k, v, i, f, cu_seqlens, initial_state, *options):
 
 
 def run(form, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, *options):
-    """`form` of the whole batch or of each packed sequence."""
+    """Applies `form` to the batch, or to each packed sequence."""
     if cu_seqlens is None:
         h, state = form(q, k, v, i, f, initial_state, *options)
     else:
@@ -157,8 +157,8 @@ def mlstm_recurrent(
     cu_seqlens=None,
     return_final_state=False,
 ):
-    """The mLSTM token by token: the definition. Arguments and results as :func:`flash_xlstm.ops.mlstm`, any float
-    dtype; states come back in float32 (float64 for float64)."""
+    """The mLSTM token by token, its definition. Arguments and results are as in :func:`flash_xlstm.ops.mlstm`, with any
+    float dtype. Final states are float32 (float64 for float64)."""
     options = Options(scale, eps, gate_soft_cap)
     return run(recurrent, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options)
 
@@ -203,7 +203,7 @@ def mlstm_chunkwise(
 
 
 def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6, gate_soft_cap=None):
-    """One token, q (batch, heads, dqk). Updates `state` in place and returns h, as
+    """Reads one token, q (batch, heads, dqk). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.mlstm_step`."""
     c, n, m = state
     wide = _common.wide(q.dtype)

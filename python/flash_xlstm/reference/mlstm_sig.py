@@ -1,7 +1,7 @@
-"""Plain PyTorch forms of the mLSTM with a sigmoid input gate: those of the mLSTM without its stabilizer.
+"""Plain PyTorch forms of the mLSTM with a sigmoid input gate: the mLSTM's forms without the stabilizer.
 
-Arguments and results as :func:`flash_xlstm.ops.mlstm_sig`, any float dtype; states come back in float32 (float64 for
-float64).
+Arguments and results are as in :func:`flash_xlstm.ops.mlstm_sig`, with any float dtype. Final states are float32
+(float64 for float64).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def mlstm_sig_recurrent(
     cu_seqlens=None,
     return_final_state=False,
 ):
-    """Token by token: the definition."""
+    """The mLSTM with a sigmoid input gate token by token, its definition."""
     options = _mlstm.Options(scale, eps, gate_soft_cap, sigmoid=True, normalize=normalize)
     form = _mlstm.recurrent
     return _run(form, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, normalize, options)

@@ -17,12 +17,12 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def cap_gate(gate: Tensor, cap: float | None) -> Tensor:
-    """:func:`soft_cap` for gates, whose infinities mark padding: they stay as they are, with a gradient of 0."""
+    """:func:`soft_cap` for gates. Infinities, which mark padding, are unchanged and have a gradient of 0."""
     return gate if cap is None else torch.where(gate.isinf(), gate.detach(), soft_cap(gate, cap))
 
 
 def rms_norm(x, weight, eps=1e-6, residual=None):
-    """``x / sqrt(mean(x^2) + eps) * weight``, or the pair of it and ``x + residual``, as
+    """``x / sqrt(mean(x^2) + eps) * weight``, or a pair of it and ``x + residual``, as
     :func:`flash_xlstm.ops.rms_norm`."""
     if residual is not None:
         x = x + residual

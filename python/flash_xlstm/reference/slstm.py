@@ -1,7 +1,6 @@
-"""Plain PyTorch forms of the sLSTM: token by token, as it is defined.
+"""Plain PyTorch forms of the sLSTM: token by token, its definition.
 
-Products with R run in the dtype of x; gates, states and everything else run in float32, or in float64 when x is
-float64.
+Products with R run in the dtype of x. Gates, states and everything else run in float32, or in float64 if x is float64.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from torch import Tensor
 from flash_xlstm.reference import _common
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
-MAX_LOG_KEEP = 80.0  # keeps 0 * inf out of a fresh unit, where c = n = 0
+MAX_LOG_KEEP = 80.0  # a fresh unit, c = n = 0, would give 0 * inf
 
 
 class _ClipGradient(torch.autograd.Function):
-    """The identity, whose gradient is clipped element by element."""
+    """The identity, with a gradient that is clipped element by element."""
 
     @staticmethod
     def forward(ctx, x, clip):
@@ -37,14 +36,15 @@ def _zero_state(x: Tensor, rows: int) -> State:
 
 
 def _token(x: Tensor, R: Tensor, b: Tensor, state: State, clip: float | None) -> State:
-    """x (rows, 4, heads, dim), R in the dtype of x, b and the state wide. The new state, whose h is the output."""
+    """The state after a token, whose h is the output. x is (rows, 4, heads, dim), R has the dtype of x, b and the state
+    are wide."""
     h, c, n, m = state
     seen = h if clip is None else _ClipGradient.apply(h, clip)
     recurrent = torch.einsum("ghoi,rhi->rgho", R, seen.to(R.dtype)).to(c.dtype)
     i, f, z, o = (x.to(c.dtype) + recurrent + b).unbind(1)
 
     padding = (i == -torch.inf) & (f == torch.inf)
-    # Padding takes finite gates, so that what is left out has finite gradients too.
+    # Padding gets finite gates, so that the unused branch has finite gradients.
     i, f, z, o = (torch.where(padding, torch.zeros_like(gate), gate) for gate in (i, f, z, o))
     carried = F.logsigmoid(f) + m
     m_next = torch.where((n == 0) | (i >= carried), i, carried)
@@ -68,8 +68,8 @@ def _sequence(x: Tensor, R: Tensor, b: Tensor, state: State, clip: float | None)
 def slstm(
     x, R, b, *, initial_state=None, cu_seqlens=None, return_final_state=False, recurrent_grad_clip=None
 ) -> Tensor | tuple[Tensor, State]:
-    """The sLSTM token by token: the definition. Arguments and results as :func:`flash_xlstm.ops.slstm`, any float
-    dtype; states come back in float32 (float64 for float64)."""
+    """The sLSTM token by token, its definition. Arguments and results are as in :func:`flash_xlstm.ops.slstm`, with any
+    float dtype. Final states are float32 (float64 for float64)."""
     wide = _common.wide(x.dtype)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     state = _zero_state(x, rows) if initial_state is None else tuple(t.to(wide) for t in initial_state)
@@ -88,7 +88,7 @@ def slstm(
 
 
 def slstm_step(x, R, b, state) -> Tensor:
-    """One token, x (batch, 4, heads, dim). Updates `state` in place and returns h, as
+    """Reads one token, x (batch, 4, heads, dim). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.slstm_step`."""
     wide = _common.wide(x.dtype)
     after = _token(x, R.to(x.dtype), b.to(wide), tuple(t.to(wide) for t in state), None)

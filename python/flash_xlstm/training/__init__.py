@@ -1,4 +1,4 @@
-"""Training of language models, with checkpoints from which a run goes on bit for bit on the CPU.
+"""Training of language models. On the CPU a run that is resumed from a checkpoint goes on bit for bit.
 
 Needs transformers, tokenizers and matplotlib: ``pip install "flash-xlstm[training]"``. Nothing here prints or reads
 arguments; ``flash-xlstm train`` does that.
@@ -18,9 +18,9 @@ Example:
     True
     >>> model = training.load_model(result.folder)
 
-A run that was stopped, by ``time_limit`` or a signal, goes on with ``training.resume({}, {"out": "run"})``. A
-:class:`Progress` given to :meth:`Trainer.run` is told each step. Data of another kind: make a :class:`Corpus` of its
-tokens, and a :class:`Trainer` of that and a model.
+``training.resume({}, {"out": "run"})`` goes on with a run that ``time_limit`` or a signal stopped. :meth:`Trainer.run`
+reports each step to a :class:`Progress`. For data of another kind make a :class:`Corpus` of its tokens, then a
+:class:`Trainer` with that and a model.
 """
 
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from flash_xlstm.training.trainer import Trainer as Trainer
     from flash_xlstm.training.trainer import learning_rate as learning_rate
 
-_HOMES = {  # settings and errors need torch only, which the command line makes use of
+_HOMES = {  # settings and errors need torch only, so that the command line can check arguments early
     "checkpoint": ("load_model", "load_state", "load_tokenizer_of", "locate", "newest"),
     "data": ("Batches", "Corpus", "load_corpus", "load_tokenizer"),
     "errors": ("TrainingError",),

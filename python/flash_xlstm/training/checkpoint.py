@@ -1,8 +1,8 @@
-"""Checkpoint folders that are there whole or not at all.
+"""Checkpoint folders, which are whole or absent.
 
-A run's folder holds one ``checkpoint-STEP``. A new one is written under a hidden name, flushed to the disk and
-renamed; only then does the old one go. A process killed at any instant leaves a whole checkpoint, and at most a
-hidden folder that the next save removes.
+A run's folder holds one ``checkpoint-STEP``. A new one is written under a hidden name, flushed to the disk and renamed.
+Then the old one is removed. A process killed at any instant leaves a whole checkpoint, and at most a hidden folder that
+the next save removes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,17 +25,17 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.models.checkpoints import weight_modes
+from flash_xlstm.training import files
 from flash_xlstm.training.data import BYTES, load_tokenizer, vocabulary_size
 from flash_xlstm.training.errors import TrainingError, reason
 
 STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
-_PARTIAL = ".partial"
 _NAME = re.compile(r"checkpoint-[0-9]{1,19}")
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint of the highest step in a run's folder."""
+    """The checkpoint of the highest step in a run's folder, or None."""
     found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return max(found, key=step_of, default=None)
 
@@ -62,7 +61,7 @@ def locate(path: str) -> Path:
 
 
 def check_new(run: Path) -> None:
-    """Sees to it that a run's folder has no checkpoint.
+    """Checks that a run's folder has no checkpoint.
 
     Raises:
         TrainingError: it has one, which a new run would replace.
@@ -73,7 +72,7 @@ def check_new(run: Path) -> None:
 
 
 def open_run(run: Path) -> None:
-    """Makes a run's folder, and sees to it that it can be written.
+    """Makes a run's folder, and checks that it can be written.
 
     Raises:
         TrainingError: it cannot.
@@ -94,7 +93,7 @@ def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | N
     """Writes ``checkpoint-STEP`` into a run's folder, then removes older ones.
 
     Raises:
-        TrainingError: it could not be written; what was there before still is.
+        TrainingError: it could not be written. The older checkpoint is kept.
     """
     folder = run / f"checkpoint-{step}"
     if folder.exists():
@@ -104,33 +103,29 @@ def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | N
         model.save_pretrained(partial)
         if tokenizer is not None:
             PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
-        with open(partial / STATE, "wb") as file:  # given a path, torch.save hides why it cannot write
+        with open(partial / STATE, "wb") as file:  # given a path, torch.save hides the system's error
             torch.save(state, file)
 
     with _whole(folder):
-        partial = _partial(folder)
-        _remove(partial)  # of a run that was killed
+        partial = files.partial(folder)
+        files.remove(partial)  # the remains of a killed run
         partial.mkdir()
         write(partial)
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-        os.replace(partial, folder)
-        _flush(run)
+        files.publish(folder)
     _remove_others(run, folder)
     return folder
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replaces a file at one go.
+    """Replaces a file atomically.
 
     Raises:
         TrainingError: it could not be written.
     """
     with _whole(path):
-        partial = _partial(path)
+        partial = files.partial(path)
         partial.write_bytes(content)
-        _flush(partial)
+        files.flush(partial)
         os.replace(partial, path)
 
 
@@ -152,7 +147,7 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
     """
     with readable(folder):
         _check_sizes(folder)
-        if (folder / GENERATION_CONFIG_NAME).is_file():  # from_pretrained goes without one that it cannot read
+        if (folder / GENERATION_CONFIG_NAME).is_file():  # from_pretrained ignores an unreadable one
             GenerationConfig.from_pretrained(folder, local_files_only=True)
         model, report = xLSTMForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **options
@@ -168,13 +163,13 @@ def load_model(folder: Path, **options: Any) -> xLSTMForCausalLM:
 
 
 def special_tokens(model: xLSTMForCausalLM) -> dict[str, Any]:
-    """The ids of padding, begin and end that generation goes by."""
+    """The ids of the padding, begin and end tokens of generation."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     return {name: getattr(model.generation_config, name, None) for name in names}
 
 
 def _check_sizes(folder: Path) -> None:
-    """Compares the weights with config.json before a model of the size that it asks for takes memory and time."""
+    """Compares the weights' shapes with config.json, before a model of that size is allocated."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not isinstance(values, dict) or values.get("model_type") != xLSTMConfig.model_type:
         raise ValueError(f"config.json does not have the model_type {xLSTMConfig.model_type!r}")
@@ -182,11 +177,11 @@ def _check_sizes(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
-    if not shapes:  # from_pretrained knows other files, or what is missing
+    if not shapes:  # from_pretrained reads other files, or names what is missing
         return
     with readable(folder / "config.json"):
         config = xLSTMConfig.from_dict(values)
-    if config.num_hidden_layers > len(shapes):  # so many blocks would take time even without memory
+    if config.num_hidden_layers > len(shapes):  # building so many blocks takes time even on the meta device
         raise ValueError(f"weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}")
     config.weight_mode, _ = weight_modes(xLSTMConfig, folder, config, {})
     with torch.device("meta"):
@@ -202,19 +197,19 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Reads the trainer's state.
 
     Raises:
-        TrainingError: it is not there, or not whole.
+        TrainingError: it is missing or damaged.
     """
     if not (folder / STATE).is_file():
         raise TrainingError(f"cannot resume: {folder} has no {STATE}")
     with readable(folder / STATE):
         try:
             return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:  # whose text advises to run what is in there
+        except pickle.UnpicklingError as error:  # its text advises to execute the file's contents
             raise ValueError("it is cut off, or holds other things than numbers, strings and tensors") from error
 
 
 def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """A checkpoint's tokenizer; None if its tokens are bytes.
+    """A checkpoint's tokenizer, or None if its tokens are bytes.
 
     Raises:
         TrainingError: it cannot be read, or does not fit the model.
@@ -233,7 +228,7 @@ def load_tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer | None:
 
 
 def check_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, where: str) -> None:
-    """Checks that a model has an embedding for every token, and for bytes no others.
+    """Checks that a model has an embedding for every token. A model of bytes must have exactly 256.
 
     Raises:
         TrainingError: it does not.
@@ -261,18 +256,18 @@ def read_config(path: Path) -> xLSTMConfig:
         if not isinstance(values, dict):
             raise ValueError("it must hold a JSON object")
         return xLSTMConfig.from_dict(values)
-    except Exception as error:  # transformers has errors of its own, and nesting may be too deep
+    except Exception as error:  # transformers raises errors of its own, deep nesting a RecursionError
         raise TrainingError(f"cannot use the configuration {path}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """Removes what was written of `path` unless all of it was."""
+    """Removes a partly written `path`, and turns errors of writing into a TrainingError."""
     try:
         yield
     except BaseException as error:
-        _remove(_partial(path))
-        # torch.save and safetensors tell of a failed write in their own ways.
+        files.remove(files.partial(path))
+        # torch.save and safetensors raise errors of their own for a failed write.
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             kept = newest(path.parent)
             rest = f"; {kept} is whole" if kept else ""
@@ -281,7 +276,7 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def _first_os_error(error: BaseException) -> BaseException:
-    """The system's error behind a library's, if there is one."""
+    """The OSError that caused an error, or the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -292,7 +287,8 @@ def _first_os_error(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in reading a checkpoint folder, or a file of one, its contents are to blame."""
+    """Turns any error of reading a checkpoint folder, or a file of one, into a TrainingError that names it as
+    corrupt."""
     try:
         yield
     except (TrainingError, MemoryError):
@@ -301,33 +297,10 @@ def readable(path: Path) -> Iterator[None]:
         raise TrainingError(f"corrupt checkpoint {path}: {reason(error)}") from error
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_PARTIAL}")
-
-
 def _remove_others(run: Path, keep: Path | None) -> None:
     for path in run.glob("checkpoint-*"):
         if path != keep and _NAME.fullmatch(path.name):
-            # Renamed first: half a checkpoint must never bear a checkpoint's name.
-            os.replace(path, _partial(path))
-    for path in run.glob(f".checkpoint-*{_PARTIAL}"):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    if path.is_dir() and os.name == "nt":  # cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            # Renamed first: half a checkpoint must never have a checkpoint's name.
+            os.replace(path, files.partial(path))
+    for path in run.glob(f".checkpoint-*{files.PARTIAL}"):
+        files.remove(path)

@@ -1,4 +1,4 @@
-"""The text a model is trained on, as tokens, and the order in which training sees it."""
+"""The tokens that a model is trained on, and their order in training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on and, from the end of the text, tokens held out.
+    """Tokens to train on, and held-out tokens from the end of the text.
 
     Attributes:
         train, held_out: 1-D integer tensors.
         held_out_bytes: the text that `held_out` encodes.
-        bytes_per_token: of the training text.
-        fingerprint: a hash of all tokens: equal data and tokenizers have equal ones.
+        bytes_per_token: the training text's bytes divided by its tokens.
+        fingerprint: a hash of all tokens. It is equal for equal data and tokenizers.
     """
 
     train: Tensor
@@ -51,28 +51,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Sees to it that a tokenizer can be saved and read again, which takes time for each id up to the largest.
+    """Checks that a tokenizer can be saved and read again. The check's time grows with the largest token id.
 
     Raises:
-        TrainingError: it cannot, since two tokens have one id, say.
+        TrainingError: it cannot; for example, two tokens have the same id.
     """
     ids = list(tokenizer.get_vocab().values())
-    if len(set(ids)) < len(ids):  # which of the tokens it reads back hangs on a hash
+    if len(set(ids)) < len(ids):  # which of the tokens it reads back depends on a hash
         raise TrainingError(f"the tokenizer gives {len(ids) - len(set(ids))} of {len(ids)} tokens the id of another")
     with library_errors("the tokenizer cannot be saved and read again"):
         Tokenizer.from_str(tokenizer.to_str())
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The largest token id, and one: a model needs so many embeddings. Ids may have gaps."""
+    """The largest token id plus one: the number of embeddings that a model needs. Ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
-    """The tokens of texts, one after the other.
+    """The tokens of all texts, concatenated.
 
     Raises:
-        TrainingError: the tokenizer fails, or gives ids that are none of its tokens'.
+        TrainingError: the tokenizer fails, or gives an id that it has no token for.
     """
     with library_errors("the tokenizer cannot encode the text"):
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch(texts)]
@@ -85,7 +85,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """The tokenizers library raises Exception itself, and for its bugs what is no Exception."""
+    """Turns the tokenizers library's errors into a TrainingError. The library raises Exception itself, and a
+    BaseException for a bug."""
     try:
         yield
     except (KeyboardInterrupt, MemoryError):
@@ -97,17 +98,17 @@ def library_errors(what: str) -> Iterator[None]:
 def load_corpus(
     path: str | Path | None, exclude: str | Path, tokenizer: Tokenizer | None, held_out: int, sequence_length: int
 ) -> Corpus:
-    """Reads the text, splits off the held-out part and encodes both.
+    """Reads the text, splits off the held-out part, and encodes both.
 
     Args:
         path: a file or a folder; None for the Python standard library.
-        exclude: a folder that is no part of the data even if it lies inside: where a run writes.
+        exclude: a folder within `path` to leave out, such as the one that a run writes.
         tokenizer: None for bytes.
         held_out: bytes to hold out, at most a tenth of the text.
-        sequence_length: of training, for which there must be enough.
+        sequence_length: of training. The text must have enough tokens for it.
 
     Raises:
-        TrainingError: there is no data, too little, or text that the tokenizer cannot take.
+        TrainingError: there is no data, too little, or text that the tokenizer cannot encode.
     """
     where = str(path or "the Python standard library")
     documents = _read(path, exclude)
@@ -131,19 +132,19 @@ def load_corpus(
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """What ``xz -9e`` makes of a text on its own, in bits per byte."""
+    """The size of a text compressed by ``xz -9e``, in bits per byte."""
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
 class Batches:
-    """Sequences of a text in random order: every epoch cuts it at other places and shuffles the pieces.
+    """Sequences of a text in random order. Every epoch cuts the text at other places and shuffles the pieces.
 
-    Batch number n is a pure function of the tokens, the sizes, the seed and n, so the number of batches seen is all
-    there is to the position in the data.
+    Batch number n is a pure function of the tokens, the sizes, the seed and n. The number of batches seen is therefore
+    the whole position in the data.
 
     Args:
         tokens: (length,) integers, length at least twice `sequence_length`.
-        sequence_length: tokens a model reads of each sequence.
+        sequence_length: tokens of a sequence that the model reads.
         batch_size: sequences of a batch.
         seed: of the order.
 
@@ -213,13 +214,13 @@ def _library_files() -> list[Path]:
 
 
 def _mixed(files: dict[Path, Path]) -> list[Path]:
-    """Files in an order that is the same everywhere but has nothing to do with their names, so that the held-out end
-    is like the rest."""
+    """Files in the order of a hash of their names. The order is the same on every machine, and makes the held-out end a
+    random sample."""
     return [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
 
 
 def _split(documents: list[bytes], size: int) -> tuple[list[bytes], list[bytes]]:
-    """The first `size` bytes (more, if that would cut a UTF-8 character) and the rest."""
+    """The first `size` bytes and the rest. The first part is longer where `size` would cut a UTF-8 character."""
     head: list[bytes] = []
     for index, document in enumerate(documents):
         if size < len(document):

@@ -1,4 +1,4 @@
-"""Which device a run is on."""
+"""The choice of a run's device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from flash_xlstm.training.errors import TrainingError, reason
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; for "auto" a GPU if there is one with kernels, else the CPU.
+    """The device of a name. "auto" means a GPU if this build has kernels for it, else the CPU.
 
     Raises:
-        TrainingError: there is no such device, or there are no kernels for it.
+        TrainingError: the device does not exist, or this build has no kernels for it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and _has_kernels("cuda") else "cpu")

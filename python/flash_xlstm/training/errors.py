@@ -1,4 +1,4 @@
-"""What stops a run or keeps it from starting, in one line."""
+"""Errors of a run, each told in one line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from torch import Tensor
 
 
 class TrainingError(ValueError):
-    """A setting, the data, a file or a loss that does not do. Its text is one line; the names of settings and options
-    in it stand in backquotes."""
+    """A wrong setting, data, file or loss. The text is one line. Names of settings and options are in backquotes."""
 
 
 def reason(error: BaseException) -> str:
     """An error in a few words, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    if f"os error {errno.ENOSPC}" in str(error):  # how safetensors, written in Rust, says it
+    if f"os error {errno.ENOSPC}" in str(error):  # safetensors' text (Rust) for an OSError
         return "No space left on device"
     text = " ".join(str(error).split())
     return text[:300] if text else type(error).__name__

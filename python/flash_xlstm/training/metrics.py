@@ -1,4 +1,4 @@
-"""What a run measures: held-out bits per byte, the table of its history, the loss curve."""
+"""A run's measures: loss, held-out bits per byte, the table of its history, the loss curve."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Row = dict[str, float]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """The context in which a model computes in `dtype`, with its weights in float32."""
+    """The context in which a model with float32 weights computes in `dtype`."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def cross_entropy(model: Any, sequences: Tensor, reduction: str = "mean") -> Tensor:
-    """The loss of predicting each token of (batch, seq + 1) sequences from those before it, in nats."""
+    """The mean loss in nats over (batch, seq + 1) sequences: each token is predicted from the tokens before it."""
     logits = model(sequences[:, :-1], use_cache=False, return_dict=True).logits
     return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), reduction=reduction)
 
@@ -38,9 +38,9 @@ def cross_entropy(model: Any, sequences: Tensor, reduction: str = "mean") -> Ten
 def held_out_bits_per_byte(
     model: xLSTMForCausalLM, corpus: Corpus, sequence_length: int, batch_size: int, dtype: torch.dtype
 ) -> float:
-    """Bits per byte of the held-out text, every token predicted once from those before it in its sequence.
+    """Bits per byte of the held-out text. Every token is predicted once, from the tokens before it in its sequence.
 
-    The very first token, which nothing predicts, is charged at what an even guess costs.
+    The first token of the text has no prediction; it counts as a uniform guess.
     """
     tokens, device, was_training = corpus.held_out, model.device, model.training
     model.eval()
@@ -68,7 +68,7 @@ def table(history: list[Row]) -> bytes:
 
 
 def loss_curve(history: list[Row], xz: float) -> bytes:
-    """The history of a run as a PNG picture: bits per byte over steps, beside those of xz."""
+    """The history of a run as a PNG picture: bits per byte over steps, beside xz's."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

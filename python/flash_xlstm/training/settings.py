@@ -1,4 +1,4 @@
-"""What decides the course of a training run, and what may differ when it is resumed."""
+"""The settings that decide a run's weights, and the options that may differ when it is resumed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from flash_xlstm.training.errors import short
 
-KEPT = ("threads", "save_every", "eval_every", "log_every")  # by a checkpoint, though free to change
+KEPT = ("threads", "save_every", "eval_every", "log_every")  # a checkpoint holds these options
 MODEL_SIZES = {"hidden_size": "hidden_size", "layers": "num_hidden_layers", "heads": "num_heads"}  # in config.json
-PATHS = ("data", "tokenizer", "config")  # may have moved: what is compared is what they hold
+PATHS = ("data", "tokenizer", "config")  # paths, which may change: the contents are compared
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Number:
-    """The numbers that a setting takes.
+    """A range of numbers that a setting accepts.
 
     Attributes:
         kind: int or float.
-        text: in words.
-        low, high: the smallest and the largest of them.
-        above: whether `low` is none of them.
+        text: the range in words.
+        low, high: the bounds.
+        above: whether the range excludes `low`.
     """
 
     kind: type
@@ -36,14 +36,14 @@ class Number:
     above: bool = False
 
     def takes(self, value: object) -> bool:
-        """Whether a value is of this kind and in range."""
+        """Whether a value is of this kind and in the range."""
         if type(value) is not self.kind:
             return False
         number: Any = value
         return (number > self.low if self.above else number >= self.low) and number <= self.high and number < math.inf
 
 
-_MOST = 2**63 - 1  # what a 64-bit counter holds
+_MOST = 2**63 - 1  # fits a 64-bit counter
 POSITIVE_INT = Number(int, "a whole number from 1 to 2^63 - 1", low=1, high=_MOST)
 WHOLE_NUMBER = Number(int, "a whole number from 0 to 2^63 - 1", high=_MOST)
 THREADS = Number(int, "a whole number from 1 to 1024", low=1, high=1024)
@@ -51,7 +51,7 @@ POSITIVE_FLOAT = Number(float, "a number greater than 0", above=True)
 NOT_NEGATIVE_FLOAT = Number(float, "a number of at least 0")
 FRACTION = Number(float, "a number from 0 to 1", high=1)
 
-NUMBERS = {  # of TrainSettings and RunOptions
+NUMBERS = {  # fields of TrainSettings and RunOptions
     "held_out": POSITIVE_INT,
     "hidden_size": POSITIVE_INT,
     "layers": POSITIVE_INT,
@@ -76,27 +76,28 @@ NUMBERS = {  # of TrainSettings and RunOptions
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides what weights a run ends with. A checkpoint holds it, and resuming keeps to it.
+    """The settings that decide a run's final weights. A checkpoint holds them, and a resumed run keeps them.
 
     Attributes:
-        data: a file, or a folder of files, of text; None: the source of Python's standard library, without its tests.
+        data: a text file, or a folder of them; None: the source of Python's standard library, without its tests.
         tokenizer: a tokenizer.json of the tokenizers library; None: tokens are bytes.
         held_out: bytes at the end of the data to hold out, at most a tenth of it.
-        config: a file with an xLSTMConfig as JSON, instead of the three sizes that follow.
+        config: a file with an xLSTMConfig as JSON, in place of the next three sizes.
         hidden_size: width of the residual stream.
         layers: number of blocks.
         heads: heads of each block.
         sequence_length: tokens of a training sequence.
         batch_size: sequences of a batch.
-        accumulate: batches whose gradients make one step.
+        accumulate: batches a step; their gradients are averaged.
         steps: optimizer steps.
         learning_rate: peak learning rate of AdamW.
-        final_learning_rate: what the cosine ends at, as a fraction of the peak.
+        final_learning_rate: the last learning rate, as a fraction of the peak.
         warmup: steps of linear warm-up.
-        weight_decay: of matrices; biases and norms have none.
-        clip: largest norm of the gradient.
+        weight_decay: of matrices. Biases and norms have none.
+        clip: largest norm of the gradient; a longer one is scaled down.
         seed: of initialization and data order.
-        dtype: "float32" or "bfloat16", to compute in; weights are float32. "auto": bfloat16 on a GPU, else float32.
+        dtype: of the computation, "float32" or "bfloat16". Weights are float32. "auto": bfloat16 on a GPU, else
+            float32.
         compile: whether to torch.compile the model.
 
     Raises:
@@ -129,15 +130,15 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and for how long to run; it changes the weights at a given step by no more than rounding.
+    """Where and for how long to run. Options change the weights at a given step by rounding at most.
 
     Attributes:
         out: folder for checkpoints, metrics and the loss curve.
-        device: "cpu", "cuda" or "cuda:N"; "auto": a GPU if there are kernels for it.
+        device: "cpu", "cuda" or "cuda:N"; "auto": a GPU if this build has kernels for it.
         threads: CPU threads; None: as many as torch has.
         time_limit: seconds after which to save and stop; None: no limit.
         save_every: steps between checkpoints.
-        eval_every: steps between evaluations on held-out data; 0: first and last only.
+        eval_every: steps between evaluations on held-out data; 0: before the first and after the last step only.
         log_every: steps between points of the loss curve.
 
     Raises:
@@ -161,12 +162,12 @@ def check(name: str, value: Any, *, optional: bool, dtypes: tuple[str, ...] = DT
 
     Args:
         name: of the field.
-        value: to be checked.
-        optional: whether None will do.
-        dtypes: that will do.
+        value: the value to check.
+        optional: whether None is accepted.
+        dtypes: the accepted dtypes.
 
     Raises:
-        ValueError: naming the field, what it is and what it must be.
+        ValueError: the value is wrong. The text has the field, its value and what it must be.
     """
     if value is None and optional:
         return
@@ -185,8 +186,8 @@ def check(name: str, value: Any, *, optional: bool, dtypes: tuple[str, ...] = DT
 
 
 def _take(settings: Any) -> None:
-    """Checks the fields. Paths become strings, and whole numbers that stand for others floats: a checkpoint holds them
-    in one form."""
+    """Checks the fields. Paths become strings and numbers their field's type, so that a checkpoint holds them in one
+    form."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         if isinstance(value, os.PathLike):
@@ -199,7 +200,7 @@ def _take(settings: Any) -> None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """A setting's dtype, with "auto" replaced by what it means on a device."""
+    """A setting's dtype, with "auto" resolved for a device."""
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" else "float32"

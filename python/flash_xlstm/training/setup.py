@@ -1,4 +1,4 @@
-"""From settings to a run at its first step, or at that of its newest checkpoint."""
+"""Makes a trainer from settings: of a new run, or of one that is resumed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from flash_xlstm.training.errors import TrainingError, reason
 from flash_xlstm.training.settings import MODEL_SIZES, PATHS, RunOptions, TrainSettings, resolve_dtype
 from flash_xlstm.training.trainer import Trainer
 
-_NO_PARAMETERS = ("transformers_version", "architectures", "dtype", "_name_or_path")  # of a configuration
+_NO_PARAMETERS = ("transformers_version", "architectures", "dtype", "_name_or_path")  # of config.json
 
 
 def start(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Trainer:
-    """A new run, at its first step, with nothing written yet.
+    """A new run before its first step. Nothing is written yet.
 
     Args:
-        settings: those of :class:`.TrainSettings` that are asked for; the others have their defaults.
-        options: likewise, of :class:`.RunOptions`.
+        settings: fields of :class:`.TrainSettings`; the others have their defaults.
+        options: fields of :class:`.RunOptions`; the others have their defaults.
 
     Raises:
-        TrainingError: the settings, the data or the device do not do, or ``out`` has a checkpoint.
+        TrainingError: the settings, the data or the device are wrong, or ``out`` has a checkpoint.
         ValueError: a value is of another kind, or out of range.
         TypeError: a name is unknown.
     """
@@ -44,13 +44,13 @@ def resume(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Trainer:
     """A run at the step of the newest checkpoint in the folder ``out``.
 
     Args:
-        settings: those asked for, which must be the checkpoint's; ``data``, ``tokenizer`` and ``config`` may lie
-            elsewhere. The others are the checkpoint's.
-        options: those of :class:`.RunOptions` that are asked for. Of the others, ``threads`` and the ``..._every``
-            ones are the checkpoint's.
+        settings: fields of :class:`.TrainSettings`, which must equal the checkpoint's. ``data``, ``tokenizer`` and
+            ``config`` may be other paths to the same contents. Absent fields are the checkpoint's.
+        options: fields of :class:`.RunOptions`. Absent ``threads`` and ``..._every`` are the checkpoint's; other absent
+            fields have their defaults.
 
     Raises:
-        TrainingError: there is no checkpoint, it is not whole, or settings or data are not those of the run.
+        TrainingError: the checkpoint is missing or damaged, or settings or data differ from the run's.
         ValueError: a value is of another kind, or out of range.
         TypeError: a name is unknown.
     """
@@ -83,7 +83,7 @@ def resume(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Trainer:
 
 
 def prepare(given: Mapping[str, Any], options: RunOptions) -> Trainer:
-    """As :func:`start`, whatever there is in the folder."""
+    """As :func:`start`, but the folder may have a checkpoint."""
     given = _checked(given)
     _use_threads(options.threads)
     device = choose_device(options.device)
@@ -101,15 +101,15 @@ def prepare(given: Mapping[str, Any], options: RunOptions) -> Trainer:
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings asked for, once each is checked, with paths that are found again from another working directory."""
+    """The given settings, checked, with absolute paths."""
     settings = TrainSettings(**given)
     values = {name: getattr(settings, name) for name in given}
     return {name: os.path.abspath(v) if name in PATHS and v is not None else v for name, v in values.items()}
 
 
 def _as_built(loaded: xLSTMForCausalLM) -> xLSTMForCausalLM:
-    """The model with its parameters in a new one's order, which the optimizer's state and the sum in the gradient's
-    norm follow; weights that are stacked after loading come last in their layer."""
+    """The model with its parameters in the order of a new model's. The optimizer's state and the sum of the gradient's
+    norm follow that order. Weights that are stacked after loading would come last in their layer."""
     with torch.device("meta"):
         model = xLSTMForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict(), assign=True)
@@ -118,7 +118,7 @@ def _as_built(loaded: xLSTMForCausalLM) -> xLSTMForCausalLM:
 
 
 def _merge(old: TrainSettings, given: dict[str, Any], folder: Path, device: torch.device) -> TrainSettings:
-    """A checkpoint's settings, which those given must not contradict."""
+    """A checkpoint's settings. Given settings must equal them."""
     for name, value in given.items():
         if name == "dtype":
             value = resolve_dtype(value, device)
@@ -158,7 +158,7 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
             raise TrainingError(f"`config` and `{clash[0]}` exclude each other")
         config = checkpoint.read_config(Path(settings.config))
         checkpoint.check_vocabulary(config.vocab_size, tokenizer, settings.config)
-        if tokenizer is None:  # every byte is text
+        if tokenizer is None:  # every byte is text: no special tokens
             config.pad_token_id = config.bos_token_id = config.eos_token_id = None
         return config
     try:
@@ -176,7 +176,7 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
 
 
 def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.device) -> None:
-    """Refuses what cannot fit, counted low, before it takes memory or time.
+    """Refuses sizes that cannot fit in memory, by a low estimate, before anything is allocated.
 
     Raises:
         TrainingError: the weights or a batch's logits are larger than all memory.
@@ -185,7 +185,7 @@ def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.de
         memory: float = torch.cuda.mem_get_info(device)[1]
     else:
         memory = _machine_memory()
-    inner = 2 * config.qk_dim + 3 * config.v_dim + 3 * config.ffn_dim  # of a block's matrices; vectors are left out
+    inner = 2 * config.qk_dim + 3 * config.v_dim + 3 * config.ffn_dim  # a block's matrices, without vectors
     embeddings = config.vocab_size * (1 if config.tie_word_embeddings else 2)
     parameters = config.hidden_size * (embeddings + config.num_hidden_layers * inner)
     logits = settings.batch_size * settings.sequence_length * config.vocab_size
@@ -204,7 +204,7 @@ def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.de
 
 
 def _machine_memory() -> float:
-    """Bytes of memory and swap, or infinity where the system does not say."""
+    """Bytes of memory and swap, or infinity where they are unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

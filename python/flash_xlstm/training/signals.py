@@ -1,4 +1,4 @@
-"""Stopping a run at a good moment."""
+"""Signals that stop a run between two steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopSignals:
-    """While it is entered, SIGINT and SIGTERM only ask to stop; a second SIGINT stops at once."""
+    """Within this context SIGINT and SIGTERM request a stop. A second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.received = False

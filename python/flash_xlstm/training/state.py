@@ -1,4 +1,4 @@
-"""What ``trainer_state.pt`` holds, and whether a run can go on from it."""
+"""The contents of ``trainer_state.pt``, and their checks before a run is resumed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ _KEYS = {
     2: {*_PLAIN, "optimizer", "random", "cuda_random", "digest"},
 }
 FORMAT = max(_KEYS)
-_FLOAT32_STEPS = 2**24  # where the optimizer's count, in float32, stands still
+_FLOAT32_STEPS = 2**24  # the optimizer counts steps in float32, which stops here
 
 
 def digest(state: dict[str, Any]) -> str:
-    """A hash of all but the tensors. Some values that decide the course of a run, --steps or --batch-size say, can be
-    anything at all in themselves: that they are what was saved is all there is to check."""
+    """A hash of all but the tensors. It detects changed values that no range check can, such as another --steps."""
     return hashlib.sha256(json.dumps([state[name] for name in _PLAIN], sort_keys=True).encode()).hexdigest()
 
 
 def check_state(state: Any, step: int) -> tuple[TrainSettings, dict[str, Any]]:
-    """The settings, and those of the run's options that are kept, once all of a state but the optimizer's is checked.
+    """Checks a state, without the optimizer's, and returns its settings and the options that it keeps.
 
     Args:
-        state: what the file holds.
-        step: of the checkpoint, as its folder has it.
+        state: the file's contents.
+        step: of the checkpoint, from its folder's name.
 
     Raises:
         ValueError: naming the entry, what it is and what it must be.
@@ -64,8 +63,8 @@ def check_state(state: Any, step: int) -> tuple[TrainSettings, dict[str, Any]]:
 
 
 def is_plain_tensor(value: object, dtype: torch.dtype, shape: torch.Size | None) -> bool:
-    """Whether a value is a tensor on the CPU of that dtype and shape (None: any of one dimension), in memory of its
-    own: an overlap, of rows of stride 0 say, would spread what is written to one element."""
+    """Whether a value is a tensor on the CPU of that dtype and shape (None: any of one dimension) whose elements do not
+    overlap. A write to an overlapping element, of stride 0 for example, changes several."""
     return (
         isinstance(value, Tensor)
         and type(value) is Tensor
@@ -114,11 +113,11 @@ def _check_history(history: Any, step: int) -> None:
 
 
 def check_optimizer(saved: Any, optimizer: torch.optim.AdamW, step: int) -> dict[str, Any]:
-    """The state dict that the optimizer of a run takes up at a step.
+    """The state dict to load into the optimizer of a resumed run.
 
     Args:
-        saved: its state dict, as the file has it.
-        optimizer: new.
+        saved: the state dict in the file.
+        optimizer: a new one.
         step: optimizer steps done.
 
     Raises:
@@ -131,9 +130,9 @@ def check_optimizer(saved: Any, optimizer: torch.optim.AdamW, step: int) -> dict
     if type(groups) is not list or len(groups) != len(own) or not all(type(group) is dict for group in groups):
         raise ValueError(f"the optimizer's param_groups are {short(groups)}; they must be {len(own)} dicts")
     for number, (group, mine) in enumerate(zip(groups, own, strict=True)):
-        for name, value in mine.items():  # releases of torch differ in the names: the optimizer's own groups are kept
+        for name, value in mine.items():  # names differ between torch's releases: the new groups are kept
             found = group.get(name, value)
-            if name != "lr" and repr(found) != repr(value):  # lr is set anew before each step
+            if name != "lr" and repr(found) != repr(value):  # each step sets lr
                 raise ValueError(f"{name} of the optimizer's group {number} is {short(found)}; it must be {value}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if type(entries) is not dict or entries.keys() != set(range(len(parameters) if step else 0)):

@@ -1,4 +1,4 @@
-"""One training run: what it consists of, its loop, and its saved form."""
+"""A training run: its parts, its loop, and its saved form."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ from flash_xlstm.training.signals import StopSignals
 
 
 class Progress:
-    """What a run tells of itself while it goes. It is entered while steps are taken. Here nothing is done about it."""
+    """Receives the progress of a run. Subclasses override methods, which do nothing here. The context is entered while
+    steps are taken."""
 
     def started(self, trainer: Trainer) -> None:
-        """The run's folder can be written; no step has been taken."""
+        """The run begins: its folder is writable, no step was taken."""
 
     def evaluated(self, row: metrics.Row) -> None:
-        """A new run's first row, which has the held-out bits per byte before training."""
+        """A new run was evaluated before its first step; `row` is the history's first row."""
 
     def __enter__(self) -> None:
-        """Steps begin."""
+        """The steps begin."""
 
     def stepped(self, row: metrics.Row | None) -> None:
-        """A step was taken; `row` is the history's new row, if there is one."""
+        """A step was taken; `row` is its row of the history, or None."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The last step was taken, or an error came up."""
+        """The steps ended, or an error was raised."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a call of :meth:`Trainer.run` ended.
+    """The result of :meth:`Trainer.run`.
 
     Attributes:
-        folder: the checkpoint that it wrote.
+        folder: the last checkpoint.
         ended: "steps": all steps are taken; "time limit" or "signal": the run can be resumed.
     """
 
@@ -57,19 +58,19 @@ class RunResult:
 
 
 class Trainer:
-    """A run: the model, what it is trained with, and how far it is. :func:`.start` and :func:`.resume` make one.
+    """A run: model, data, optimizer and position. :func:`.start` and :func:`.resume` make one.
 
     Args:
-        settings: what decides the weights that the run ends with. The paths and the model's sizes in it are only saved
-            with each checkpoint: the corpus and the model are those given.
-        options: where and for how long to run; the device is the model's.
-        corpus: tokens to train on, and held-out ones.
-        tokenizer: is saved with each checkpoint; None for bytes.
+        settings: the settings that decide the final weights. Its paths and model sizes are saved with each checkpoint
+            and not used: `corpus` and `model` are.
+        options: where and for how long to run. The device is the model's.
+        corpus: tokens to train on, and held-out tokens.
+        tokenizer: saved with each checkpoint; None for bytes.
         model: float32 weights on the device to train on.
 
     Attributes:
-        step: optimizer steps done. The position in the data and in the schedule are functions of it.
-        history: one row a logged step; see :data:`flash_xlstm.training.metrics.COLUMNS`.
+        step: optimizer steps taken. It determines the position in the data and in the schedule.
+        history: a row for each logged step, with columns of :data:`flash_xlstm.training.metrics.COLUMNS`.
         xz: bits per byte of xz on the held-out text.
     """
 
@@ -98,7 +99,7 @@ class Trainer:
         self._signals = StopSignals()
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes up a state that :func:`.state.check_state` has checked; the model has its weights already.
+        """Loads a state that :func:`.state.check_state` has checked. The model must have its weights already.
 
         Raises:
             ValueError: the rest of the state does not fit.
@@ -113,17 +114,16 @@ class Trainer:
             raise ValueError(f"random or cuda_random is no state of a generator: {error}") from error
 
     def run(self, progress: Progress | None = None) -> RunResult:
-        """Trains until the last step, the time limit or a signal, and saves.
+        """Trains until the last step, the time limit or a signal, then saves.
 
-        In the main thread SIGINT and SIGTERM end the run after the step that is being taken; a second SIGINT raises
+        In the main thread SIGINT and SIGTERM end the run after the current step. A second SIGINT raises
         KeyboardInterrupt at once.
 
         Args:
-            progress: is told how far the run is.
+            progress: receives the run's progress.
 
         Raises:
-            TrainingError: the loss is not finite, or files cannot be written. Of a new run also: ``out`` has a
-                checkpoint.
+            TrainingError: the loss is not finite, files cannot be written, or ``out`` of a new run has a checkpoint.
         """
         progress = progress or Progress()
         if not self.history:
@@ -153,7 +153,7 @@ class Trainer:
                     self._after_step(progress)
 
     def seconds_per_step(self) -> float:
-        """Measures the speed of training, by training; the run is spoilt by it."""
+        """Measures the seconds of a step by taking steps. Do not run this trainer afterwards."""
         for _ in range(2):
             self._train_step()
         began, steps = time.monotonic(), 0
@@ -164,10 +164,10 @@ class Trainer:
         return (time.monotonic() - began) / steps
 
     def save(self) -> Path:
-        """Writes a checkpoint, and beside it the metrics and the loss curve; returns the checkpoint's folder.
+        """Writes a checkpoint, the metrics and the loss curve. Returns the checkpoint's folder.
 
         Raises:
-            TrainingError: they could not be written; an older checkpoint is still there.
+            TrainingError: they could not be written. An older checkpoint is kept.
         """
         if self._interval.steps:
             self._log()
@@ -187,8 +187,8 @@ class Trainer:
         folder = checkpoint.save(self.out, self.step, self.model, self.tokenizer, values)
         checkpoint.write_file(self.out / "metrics.csv", metrics.table(self.history))
         checkpoint.write_file(self.out / "loss.png", metrics.loss_curve(self.history, self.xz))
-        # A figure, with its picture of 2 MB, is held by cycles, which Python looks for only once a quarter as many
-        # objects are new as are old: after some 70 figures.
+        # Reference cycles hold a figure and its picture of 2 MB. Python by itself collects them only after some 70
+        # figures.
         gc.collect()
         return folder
 
@@ -200,7 +200,7 @@ class Trainer:
         )
 
     def _train_step(self) -> None:
-        """Takes a step, unless a signal comes in between two batches of it: --accumulate may be large."""
+        """Takes a step. A signal between two of its batches abandons it, since there may be many (--accumulate)."""
         settings, device = self.settings, self.model.device
         rate = learning_rate(self.step, settings)
         for group in self.optimizer.param_groups:
@@ -223,7 +223,7 @@ class Trainer:
         self._interval.end_step(norm, rate)
 
     def _after_step(self, progress: Progress) -> None:
-        """What comes due at this step: a point of the curve, an evaluation, a checkpoint."""
+        """Logs, evaluates and saves where this step is due."""
         options, last = self.options, self.step == self.settings.steps
         evaluate = options.eval_every > 0 and self.step % options.eval_every == 0
         row = None
@@ -262,7 +262,7 @@ class Trainer:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate at a step, from 0: linear warm-up, then a cosine to the final rate."""
+    """The learning rate of a step, counted from 0: linear warm-up, then a cosine to the final rate."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -280,7 +280,7 @@ def _optimizer(model: xLSTMForCausalLM, settings: TrainSettings) -> torch.optim.
 
 
 class _Interval:
-    """Sums since the last row of the history. They stay on the device, so that a step need not wait for it."""
+    """Sums since the last row of the history. They stay on the device, so that a step does not wait for it."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -305,6 +305,6 @@ class _Interval:
         float(self._norm)
 
     def finish(self) -> tuple[float, float, float, float]:
-        """The mean loss, the last gradient norm and learning rate, and the seconds passed."""
+        """The mean loss, the last gradient norm, the last learning rate, and the seconds since the last row."""
         loss, norm = float(self._loss) / self.steps, float(self._norm)
         return loss, norm, self._rate, time.monotonic() - self._began

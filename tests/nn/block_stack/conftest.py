@@ -26,7 +26,7 @@ def _config(package=block_stack, *, slstm=None, mlstm=None, feedforward=None, **
 
 
 def _randomize(model, seed=0):
-    """Normal values where initializations are zero or constant, so that every parameter matters."""
+    """Random normal values in place of zero or constant ones, so that every parameter matters."""
     torch.manual_seed(seed)
     model.reset_parameters()
     for module in model.modules():

@@ -56,7 +56,7 @@ def test_dicts_there_and_back(make_config, slstm_at):
 
 
 class _Mapping(Mapping):
-    """A mapping that is no dict, as omegaconf's."""
+    """A mapping that is not a dict, like omegaconf's."""
 
     def __init__(self, values):
         self._values = values

@@ -1,4 +1,5 @@
-"""Beside NX-AI's package ``xlstm``, its plain PyTorch backends: outputs, gradients, steps, state dicts."""
+"""The block stack against NX-AI's package ``xlstm`` with plain PyTorch backends: outputs, gradients, steps, state
+dicts."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def test_steps(pair, options, ids):
 
 
 def test_the_first_token(pair):
-    """A fresh sLSTM has m = i there and here: with the forget gate far above the input gate, another rule shows."""
+    """A fresh sLSTM has m = i in both. Another rule would show with the forget gate far above the input gate."""
     options = {"slstm_at": "all", "num_blocks": 1}
     ours, theirs = pair(**options)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_state_dicts_both_ways(make_config, randomize, slstm_at, ids):
 
 
 def _cell(backend, seed):
-    """NX-AI's sLSTM cell, random, in the layout of a backend; its CUDA kernels are not compiled for that."""
+    """NX-AI's sLSTM cell with random weights in the layout of a backend. This does not compile its CUDA kernels."""
     from xlstm.blocks.slstm.cell import sLSTMCell_cuda, sLSTMCell_vanilla, sLSTMCellConfig
 
     kind = sLSTMCell_cuda if backend == "cuda" else sLSTMCell_vanilla
@@ -114,7 +115,7 @@ def test_layouts_of_the_recurrent_weights(own, saved):
     theirs = _cell(saved, seed=5)
     ours = block_stack.sLSTMCell(block_stack.sLSTMLayerConfig(embedding_dim=12, num_heads=3, backend=own))
     ours.load_state_dict(theirs.state_dict())
-    expected = _cell(own, seed=5).state_dict()  # the same weights, as NX-AI's other backend keeps them
+    expected = _cell(own, seed=5).state_dict()  # the same weights in the layout of NX-AI's other backend
     for name, t in ours.state_dict().items():
         assert torch.equal(t, expected[name]), name
     R, b = ours.weights()

@@ -1,4 +1,4 @@
-"""The blocks by themselves: states, steps, lengths, dtypes, errors."""
+"""The blocks and their stack: states, steps, lengths, dtypes, errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model(make_config, randomize):
 
 @pytest.mark.parametrize("backend", ["cuda", "vanilla"], ids="layout {}".format)
 def test_float32_beside_float64(make_config, randomize, ids, backend, device):
-    """float64 runs the plain PyTorch forms: the compiled ops agree with them in a whole model, gradients too."""
+    """float64 runs the plain PyTorch forms. The compiled ops agree with them in a whole model, gradients included."""
     model = randomize(block_stack.xLSTMLMModel(make_config(slstm={"backend": backend})))
     wide = copy.deepcopy(model).double()
     model.to(device)
@@ -79,7 +79,7 @@ def test_a_step_without_gradients_is_in_place(model, ids):
 
 
 def _parts(model):
-    """Every step that takes a sequence of tokens, with what is in front of their number in a good shape."""
+    """Every step function, with the name of its input and the width that it must have."""
     stack = model.xlstm_block_stack
     mlstm, slstm = stack.blocks[0], stack.blocks[1]
     cell, width = mlstm.xlstm.mlstm_cell, mlstm.xlstm.mlstm_cell.outnorm.weight.shape[0]
@@ -166,7 +166,7 @@ def test_states_of_any_dtype(model, ids, dtype, gradients):
 
 
 def test_states_between_autocast_dtypes_and_modes(model, ids):
-    """What is read in one way goes on in another: no state is in the way."""
+    """A sequence read in one way can be continued in another: states are interchangeable."""
     with torch.no_grad():
         expected = model(ids[:, :8])[:, 7:]
 
@@ -186,7 +186,7 @@ def test_states_between_autocast_dtypes_and_modes(model, ids):
             logits, state = other.step(ids[:, 7:8], state)
             close(logits)
             m = state["block_0"]["mlstm_state"][2]
-            assert other.step(ids[:, 8:9], state)[1]["block_0"]["mlstm_state"][2] is m  # fits now: in place
+            assert other.step(ids[:, 8:9], state)[1]["block_0"]["mlstm_state"][2] is m  # it fits: in place
     with torch.inference_mode():
         _, state = model(ids[:, :7], return_last_state=True)
     with torch.no_grad():

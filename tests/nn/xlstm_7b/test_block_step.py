@@ -1,4 +1,4 @@
-"""A block's step in one call against the same step part by part."""
+"""A block's step in one call against the step by separate ops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokens(rows, dtype):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the one call gave, None where it did not serve."""
+    """The result of the one call, None where it is not supported."""
     made, original = [], block_module.block_step
     monkeypatch.setattr(block_module, "block_step", lambda *args: made.append(original(*args)) or made[-1])
     return made
@@ -98,7 +98,7 @@ def test_on_cuda_is_as_exact_as_the_parts(calls, weight_mode, rows, state_dtype)
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [1, 16])
 def test_on_cuda_steps_may_follow_at_once(rows):
-    # The step reads the state while the product before it runs; the last step, eight launches ago, has written it.
+    # The step reads the state while the previous product runs. The last step, eight launches earlier, has written it.
     block = make_block(torch.bfloat16).cuda()
     x = tokens(rows, torch.bfloat16).cuda()
     apart, together = (tuple(t.cuda() for t in make_state(rows)) for _ in range(2))

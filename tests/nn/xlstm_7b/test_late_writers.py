@@ -1,4 +1,4 @@
-"""Products behind a kernel that lets the next one start, sleeps, and only then writes what they read."""
+"""Products after a kernel that lets the next kernel start, sleeps, and then writes the products' inputs."""
 
 from __future__ import annotations
 

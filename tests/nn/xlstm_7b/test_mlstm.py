@@ -100,7 +100,7 @@ def test_float16_state_is_kept():
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_float64_takes_the_plain_forms(use_bias):
-    """The names of the kernels stay: float64 and float32 layers differ in rounding only."""
+    """Kernel names do not change with the dtype. float64 and float32 layers differ by rounding only."""
     wide = mLSTMBlock(24, _layer(use_bias=use_bias), FeedForward(24, 48, use_bias=use_bias), use_bias=use_bias)
     narrow = copy.deepcopy(wide)
     wide.double()

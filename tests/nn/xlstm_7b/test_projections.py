@@ -42,7 +42,7 @@ def test_offloaded_weights_are_refused():
 
 
 def _model(weight_mode="single", use_bias=True):
-    """Two blocks: what the second one has is found before the first one is converted."""
+    """Two blocks: the second one's obstacle is found before the first one is converted."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         *(
@@ -152,7 +152,7 @@ def test_what_would_be_lost_is_refused_before_anything_changes(change, message):
     change(model)
     with pytest.raises(ValueError, match=message):
         check_weight_mode(model, "fused")
-    if change is _share_across:  # which a layer by itself cannot know
+    if change is _share_across:  # which a single layer cannot detect
         return
     layer = model[1].mlstm_layer if "mlstm_layer" in message else model[1].ffn
     before = list(layer.named_modules())

@@ -1,7 +1,7 @@
 """The xLSTM of arXiv 2405.04517: mLSTM and sLSTM blocks, stacks that mix them, a language model.
 
-Names, configurations and parameters are those of NX-AI's package ``xlstm``; torch is all it needs. Not to be confused
-with the blocks of the xLSTM 7B, which are in :mod:`flash_xlstm.nn.xlstm_7b`.
+Names, configurations and parameters are those of NX-AI's package ``xlstm``. It needs torch only.
+:mod:`flash_xlstm.nn.xlstm_7b` has the different blocks of the xLSTM 7B.
 """
 
 from flash_xlstm.nn.block_stack.configuration import (

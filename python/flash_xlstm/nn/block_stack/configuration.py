@@ -19,13 +19,13 @@ _Config = TypeVar("_Config", bound="Loadable")
 
 
 class Loadable:
-    """A dataclass that plain values and YAML text can be turned into, and back. Nothing is guessed: an unknown key or a
-    value of another type is an error that names it."""
+    """A dataclass that converts to and from plain values and YAML text. An unknown key or a value of a wrong type is an
+    error that names it."""
 
     @classmethod
     def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """The configuration with these values; nested configurations are mappings again. Any kind of mapping, and of
-        sequence where there are several values, serves: omegaconf's, say.
+        """The configuration with these values. A nested configuration is a nested mapping. Mappings and sequences may
+        be of any type, omegaconf's for example.
 
         Raises:
             ValueError, TypeError: a key is unknown, or a value is of the wrong type or out of range.
@@ -34,10 +34,10 @@ class Loadable:
 
     @classmethod
     def from_yaml(cls: type[_Config], source: str | Path) -> _Config:
-        """The configuration in YAML text, or in the file at a :class:`~pathlib.Path`. Needs PyYAML.
+        """The configuration in a YAML text, or in the file at a :class:`~pathlib.Path`. Needs PyYAML.
 
         Raises:
-            ValueError, TypeError: as :meth:`from_dict`; or the text is not YAML.
+            ValueError, TypeError: as :meth:`from_dict`, or the text is not YAML.
         """
         try:
             import yaml
@@ -51,7 +51,7 @@ class Loadable:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, from which :meth:`from_dict` makes an equal configuration; computed fields are left out."""
+        """Plain values from which :meth:`from_dict` makes an equal configuration. Computed fields are left out."""
         return {
             f.name: value.to_dict() if isinstance(value, Loadable) else copy.deepcopy(value)
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -70,13 +70,13 @@ def _build(cls: Any, values: Any, where: str) -> Any:
         known = ", ".join(sorted(name for name in names if not name.startswith("_")))
         raise ValueError(f"{of} has no field {', '.join(unknown)}; its fields are {known}")
     hints = typing.get_type_hints(cls)
-    # Computed fields, which dumps by dataclasses.asdict hold, are computed again.
+    # A dump by dataclasses.asdict holds computed fields, which are computed again.
     given = {name: value for name, value in values.items() if not name.startswith("_")}
     return cls(**{name: _convert(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in given.items()})
 
 
 def _plain(value: Any) -> Any:
-    """`value` with dicts and lists for mappings and sequences of any kind."""
+    """`value` with mappings and sequences of any type converted to dicts and lists."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -104,7 +104,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if hint in (int, float):  # a bool is an int to Python, not to a reader of YAML
+    if hint in (int, float):  # Python's bool is an int; in YAML it is not
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
@@ -146,7 +146,7 @@ class UpProjection(Loadable):
     def _set_proj_up_dim(self, embedding_dim: int) -> None:
         _positive(self, "round_proj_up_to_multiple_of")
         if embedding_dim <= 0:
-            return  # a stack's configuration fills it in
+            return  # set by a stack's configuration
         multiples = self.proj_factor * embedding_dim / self.round_proj_up_to_multiple_of
         rounded = math.ceil(multiples) if self.round_proj_up_dim_up else math.floor(multiples)
         self._proj_up_dim = rounded * self.round_proj_up_to_multiple_of
@@ -162,7 +162,7 @@ class UpProjection(Loadable):
 class FeedForwardConfig(UpProjection):
     """The gated feed-forward layer of an sLSTM block (arXiv 2405.04517, figure 9).
 
-    `act_fn` is one of gelu, relu, relu^2, sigmoid, swish, selu. A stack sets `embedding_dim`.
+    `act_fn` is gelu, relu, relu^2, sigmoid, swish or selu. A stack sets `embedding_dim`.
     """
 
     proj_factor: float = 1.3
@@ -219,7 +219,7 @@ def _kernel_size(config: Any) -> None:
 
 
 _Dtype = Literal["bfloat16", "float16", "float32"]
-# Fields that NX-AI's kernels are compiled for, and the only value that the ones here know.
+# Fields that NX-AI's kernels are compiled for, and the only value that the kernels here implement.
 _FIXED = {
     "function": "slstm",
     "num_states": 4,
@@ -235,21 +235,21 @@ class sLSTMLayerConfig(Loadable):
     """The sLSTM layer: convolution, gates, recurrence, group norm (arXiv 2405.04517, figure 9).
 
     Args:
-        embedding_dim: size of input and output; a stack sets it, and `dropout`.
+        embedding_dim: size of input and output. A stack sets it and `dropout`.
         num_heads: heads, each with a recurrent matrix of its own.
-        conv1d_kernel_size: 0 leaves the convolution, and the SiLU behind it, out.
+        conv1d_kernel_size: size of the convolution; 0 for neither the convolution nor its SiLU.
         group_norm_weight: whether the head-wise norm has a weight.
         bias_init: "powerlaw_blockdependent", "small_init", "standard" or "zeros".
         recurrent_weight_init: "zeros" or "standard".
-        gradient_recurrent_cut: no gradient flows to h_{t-1} through the recurrent weights.
-        gradient_recurrent_clipval: bound of each element of that gradient, or None.
-        backend: "cuda" or "vanilla": in which of NX-AI's two layouts the recurrent weights are kept, and so saved
-            (:class:`~flash_xlstm.nn.block_stack.sLSTMCell`). It does not choose the kernel.
+        gradient_recurrent_cut: whether the gradient to h_{t-1} through the recurrent weights is cut.
+        gradient_recurrent_clipval: bound of each element of that gradient; None for no bound.
+        backend: "cuda" or "vanilla", NX-AI's two layouts of the recurrent weights
+            (:class:`~flash_xlstm.nn.block_stack.sLSTMCell`). Checkpoints have the same layout. It does not choose the
+            kernel.
 
-    The other fields are there so that configurations of NX-AI's package load. Those that would change the results
-    (`function`, `forward_clipval`, ...) accept only the value that is implemented. The dtypes, `batch_size`,
-    `constants` and `internal_input_shape` have no effect: kernels take the dtype of their inputs, and states are
-    float32.
+    The other fields let configurations of NX-AI's package load. Fields that would change the results (`function`,
+    `forward_clipval`, ...) accept only the implemented value. The dtypes, `batch_size`, `constants` and
+    `internal_input_shape` have no effect: kernels compute in the dtype of their inputs, and states are float32.
     """
 
     embedding_dim: int = -1
@@ -322,7 +322,7 @@ class mLSTMBlockConfig(Loadable):
 
 @dataclass
 class sLSTMBlockConfig(Loadable):
-    """A residual block around an sLSTM layer, and one around a feed-forward layer unless `feedforward` is None."""
+    """A residual block around an sLSTM layer, and another around a feed-forward layer unless `feedforward` is None."""
 
     slstm: sLSTMLayerConfig = field(default_factory=sLSTMLayerConfig)
     feedforward: FeedForwardConfig | None = field(default_factory=FeedForwardConfig)
@@ -345,16 +345,17 @@ class xLSTMBlockStackConfig(Loadable):
     """A stack of mLSTM and sLSTM blocks: xLSTM[a:b].
 
     Args:
-        mlstm_block, slstm_block: of the blocks; they are copied, and `embedding_dim`, `bias`, `dropout` and
-            `context_length` are written into the copies. Without `mlstm_block` every block is an sLSTM block.
-        context_length: kept for the configuration's sake; it bounds nothing.
+        mlstm_block, slstm_block: configurations of the blocks. They are copied; the copies get the stack's
+            `embedding_dim`, `bias`, `dropout` and `context_length`. Without `mlstm_block` every block is an sLSTM
+            block.
+        context_length: for compatibility; it bounds nothing.
         num_blocks, embedding_dim: depth and width.
         add_post_blocks_norm: a layer norm behind the last block.
         bias: of the mLSTM layers' projections.
-        slstm_at: indices of the sLSTM blocks, or "all".
+        slstm_at: the sLSTM blocks' indices, or "all".
 
     Raises:
-        ValueError: an index is not that of a block, a block has no configuration, or a size does not fit.
+        ValueError: an index is out of range, a block has no configuration, or a size does not fit.
     """
 
     mlstm_block: mLSTMBlockConfig | None = None
@@ -399,7 +400,7 @@ class xLSTMBlockStackConfig(Loadable):
 
     @property
     def block_map(self) -> list[int]:
-        """For each block 0, an mLSTM block, or 1, an sLSTM block."""
+        """The kind of each block: 0 for an mLSTM block, 1 for an sLSTM block."""
         return [int(kind) for kind in self._block_map.split(",")]
 
 
@@ -409,9 +410,9 @@ class xLSTMLMModelConfig(xLSTMBlockStackConfig):
 
     Args:
         vocab_size: number of tokens.
-        tie_weights: whether the output layer is the embedding.
-        weight_decay_on_embedding: in which group the embedding is for an optimizer.
-        add_embedding_dropout: `dropout` behind the embedding too.
+        tie_weights: whether the output layer shares the embedding's weight.
+        weight_decay_on_embedding: whether the embedding is in the optimizer's group with weight decay.
+        add_embedding_dropout: whether `dropout` also follows the embedding.
     """
 
     vocab_size: int = -1

@@ -13,8 +13,8 @@ from flash_xlstm.nn.block_stack.stack import StackState, xLSTMBlockStack
 class xLSTMLMModel(nn.Module):
     """Embedding, :class:`xLSTMBlockStack`, output layer.
 
-    Parameters have the names, shapes and layout of NX-AI's ``xlstm.xLSTMLMModel``. As there, the embedding and the
-    output layer have torch's initialization until :meth:`reset_parameters` is called.
+    Parameters have the names, shapes and layout of NX-AI's ``xlstm.xLSTMLMModel``. The embedding and the output layer
+    have torch's initialization until :meth:`reset_parameters` is called, as in NX-AI's.
 
     Args:
         config: with `vocab_size` set.
@@ -49,10 +49,10 @@ class xLSTMLMModel(nn.Module):
         return self.lm_head(x), after
 
     def step(self, idx: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """Logits after one token of each row, idx (batch, 1), and the state; see :meth:`xLSTMBlockStack.step`.
+        """Reads one token of each row, idx (batch, 1). Returns logits and the state; see :meth:`xLSTMBlockStack.step`.
 
         Raises:
-            ValueError: idx is not (batch, 1); nothing has been updated.
+            ValueError: idx is not (batch, 1). The state is unchanged.
         """
         if idx.dim() != 2 or idx.shape[1] != 1:
             raise ValueError(
@@ -68,8 +68,8 @@ class xLSTMLMModel(nn.Module):
             small_init(self.lm_head.weight, self.config.embedding_dim)
 
     def get_weight_decay_optim_groups(self) -> tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]]:
-        """The trainable parameters with weight decay, and those without: biases, norms, recurrent weights, skips, and
-        the embedding unless `weight_decay_on_embedding`."""
+        """The trainable parameters with weight decay, then those without it. Biases, norms, recurrent weights and skips
+        have none, nor has the embedding unless `weight_decay_on_embedding`."""
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -80,7 +80,7 @@ class xLSTMLMModel(nn.Module):
         return tuple(groups[True]), tuple(groups[False])
 
     def get_weight_decay_optim_group_param_names(self) -> tuple[list[str], list[str]]:
-        """The names of :meth:`get_weight_decay_optim_groups`."""
+        """The names of the parameters in :meth:`get_weight_decay_optim_groups`."""
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         decay, rest = ([names[id(p)] for p in group] for group in self.get_weight_decay_optim_groups())
         return decay, rest

@@ -1,4 +1,4 @@
-"""The small layers that mLSTM and sLSTM blocks are made of."""
+"""Small layers of the mLSTM and sLSTM blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _relu_squared(x: Tensor) -> Tensor:
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
-    "relu^2": _relu_squared,  # not a lambda, which cannot be pickled
+    "relu^2": _relu_squared,  # a lambda cannot be pickled
     "sigmoid": torch.sigmoid,
     "swish": F.silu,
     "selu": F.selu,
@@ -33,7 +33,7 @@ _CONV_FORWARD = torch_own(nn.Conv1d.forward, nn.modules.conv)
 
 
 def check_sequence(name: str, x: Tensor, width: int, *, step: bool) -> None:
-    """Raises ValueError if x is not (batch, seq, width) with seq at least 1, for a `step` 1."""
+    """Raises ValueError unless x is (batch, seq, width) with seq at least 1; seq must be 1 for a `step`."""
     if x.dim() == 3 and x.shape[2] == width and (x.shape[1] == 1 if step else x.shape[1] > 0):
         return
     wanted = f"it must be (batch, seq, {width}), seq at least 1"
@@ -46,12 +46,12 @@ def check_sequence(name: str, x: Tensor, width: int, *, step: bool) -> None:
 
 
 def small_init(weight: Tensor, dim: int) -> None:
-    """Normal, with the deviation sqrt(2 / (5 dim)) of "Transformers without Tears" (arXiv 1910.05895)."""
+    """Normal initialization with the deviation sqrt(2 / (5 dim)) of "Transformers without Tears" (arXiv 1910.05895)."""
     nn.init.normal_(weight, std=math.sqrt(2 / (5 * dim)))
 
 
 def wang_init(weight: Tensor, dim: int, num_blocks: int | None) -> None:
-    """Normal, with the deviation 2 / (num_blocks sqrt(dim)) of GPT-J's output projections."""
+    """Normal initialization with the deviation 2 / (num_blocks sqrt(dim)) of GPT-J's output projections."""
     nn.init.normal_(weight, std=2 / (num_blocks or 1) / math.sqrt(dim))
 
 
@@ -61,7 +61,7 @@ def zero_bias(layer: nn.Linear) -> None:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm whose factor is ``1 + weight``, so that weight decay pulls it to 1.
+    """Layer norm with the factor ``1 + weight``, which weight decay pulls to 1.
 
     Shape: (..., num_features) in and out.
     """
@@ -83,7 +83,7 @@ class LayerNorm(nn.Module):
 
 
 class MultiHeadLayerNorm(nn.Module):
-    """Layer norm of each head by itself; the factor of every feature is ``1 + weight``, or 1 without weight.
+    """Layer norm of each head. The factor of a feature is ``1 + weight``, or 1 without weight.
 
     Shape: (batch, seq, num_heads, head_dim) in, (batch, seq, num_heads * head_dim) out.
     """
@@ -99,7 +99,7 @@ class MultiHeadLayerNorm(nn.Module):
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2)
         dtype = torch.promote_types(x.dtype, weight.dtype)
         x, weight = x.to(dtype), 1.0 + weight.to(dtype)
-        if x.is_cuda:  # two passes, yet faster there than a group norm
+        if x.is_cuda:  # two passes; still faster on a CPU than a group norm
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(2) * weight
         y = F.group_norm(x.flatten(2).flatten(0, 1), x.shape[2], weight, None, self.eps)
         return y.view(*x.shape[:2], weight.shape[0])
@@ -110,7 +110,7 @@ class MultiHeadLayerNorm(nn.Module):
 
 
 class LinearHeadwiseExpand(nn.Module):
-    """A linear layer whose matrix is block diagonal: each of `num_heads` slices of the features is projected by itself.
+    """A linear layer with a block-diagonal matrix: each of `num_heads` slices of the features has its own projection.
 
     Shape: (..., features) in and out; ``weight`` is (num_heads, out, in) with in = out = features / num_heads.
     """
@@ -131,7 +131,7 @@ class LinearHeadwiseExpand(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def reset_parameters(self, dim: int | None = None) -> None:
-        """`dim` sets the deviation of :func:`small_init`; default: a block's size."""
+        """`dim` is that of :func:`small_init`; default: a block's size."""
         small_init(self.weight, dim or self.weight.shape[-1])
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -141,7 +141,7 @@ class LinearHeadwiseExpand(nn.Module):
 
 
 def _only_holds_parameters(conv: nn.Module) -> bool:
-    """Whether an op may read the parameters of `conv` in place of calling it."""
+    """Whether an op with the parameters of `conv` may replace a call of it."""
     return (
         unchanged(conv, nn.Conv1d)
         and not (conv._backward_hooks or conv._backward_pre_hooks or _has_any_global_hook())
@@ -151,7 +151,7 @@ def _only_holds_parameters(conv: nn.Module) -> bool:
 
 
 class CausalConv1d(nn.Module):
-    """SiLU of a causal depthwise convolution; of the input itself with `kernel_size` 0.
+    """SiLU of a causal depthwise convolution, or of the input itself with `kernel_size` 0.
 
     Shape: (batch, seq, channels) in and out. The state is the last kernel_size - 1 inputs, (batch, kernel_size - 1,
     channels), or None with `kernel_size` 0.
@@ -160,15 +160,15 @@ class CausalConv1d(nn.Module):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        # It holds the parameters, under their usual names and with their usual initialization.
+        # `conv` holds the parameters, with the usual names and initialization.
         self.conv = nn.Conv1d(channels, channels, kernel_size, groups=channels) if kernel_size else None
         self.channels = channels
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False, inplace: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """`inplace` is for one token where no gradient is needed, and updates `state`, or a copy of it if its dtype is
-        not that of x."""
+        """`inplace` is for one token without gradients. It updates `state`, or a copy of it if its dtype is not that of
+        x."""
         check_sequence("x", x, self.channels, step=inplace)
         conv = self.conv
         if conv is None:
@@ -189,7 +189,7 @@ class CausalConv1d(nn.Module):
     def _by_the_module(
         self, conv: nn.Module, x: Tensor, state: Tensor | None, return_state: bool, inplace: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The same, where calling `conv` is more than a convolution with its parameters."""
+        """The same by a call of `conv`, which may do more than a convolution with its parameters."""
         before = x.new_zeros(x.shape[0], self.kernel_size - 1, self.channels) if state is None else state
         inputs = torch.cat([before, x], 1)
         y = F.silu(conv(inputs.transpose(1, 2)).transpose(1, 2))
@@ -204,7 +204,7 @@ class CausalConv1d(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """``proj_down(act_fn(gate) * up)``, where ``proj_up(x)`` is gate and up side by side.
+    """``proj_down(act_fn(gate) * up)``, where ``proj_up(x)`` is the concatenation of gate and up.
 
     Shape: (..., embedding_dim) in and out.
     """

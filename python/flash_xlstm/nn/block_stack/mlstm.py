@@ -24,7 +24,7 @@ LayerState = dict[str, "Tensor | tuple[Tensor, ...] | None"]
 
 
 class mLSTMCell(nn.Module):
-    """Gates from q, k and v; the mLSTM; the head-wise norm behind it.
+    """The gates' projections of q, k and v, then the mLSTM, then the head-wise norm.
 
     Shape: q, k, v (batch, seq, features) in, (batch, seq, features) out.
     """
@@ -48,8 +48,8 @@ class mLSTMCell(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
     ) -> tuple[Tensor, MlstmState | None]:
-        """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
-        `state`, but for tensors that are not float32 (float64 beside float64, c also bfloat16): copies of those."""
+        """`state` may be of any float dtype. `inplace` is for one token without gradients. It updates float32 tensors
+        of `state` (c also in bfloat16, all in float64 if x is float64), and copies of others."""
         check_sequence("q", q, self.features, step=inplace)
         check_sequence("k", k, self.features, step=inplace)
         check_sequence("v", v, self.features, step=inplace)
@@ -88,8 +88,8 @@ class mLSTMCell(nn.Module):
 
 
 class mLSTMLayer(nn.Module):
-    """Up-projection; convolution, block-diagonal q, k, v, mLSTM and a learnable skip on one half, the output gate on
-    the other; down-projection.
+    """Up-projection to two halves, then a down-projection of their product. One half passes the convolution, the
+    block-diagonal q, k and v, and the mLSTM with a learnable skip. The other half is the output gate.
 
     Args:
         config: with `embedding_dim` set.
@@ -133,10 +133,11 @@ class mLSTMLayer(nn.Module):
             conv_state: (batch, conv1d_kernel_size - 1, inner width) inputs of the convolution before it, in any float
                 dtype.
             return_last_state: also return both after it.
-            inplace: for one token where no gradient is needed: update the states given (:meth:`step`).
+            inplace: update the given states; for one token without gradients (:meth:`step`).
 
         Returns:
-            (batch, seq, embedding_dim); with `return_last_state`, that and ``{"mlstm_state": ..., "conv_state": ...}``.
+            (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"mlstm_state": ..., "conv_state":
+            ...}``.
         """
         check_sequence("x", x, self.config.embedding_dim, step=inplace)
         inner, z = self.proj_up(x).chunk(2, dim=-1)
@@ -150,19 +151,19 @@ class mLSTMLayer(nn.Module):
     def step(
         self, x: Tensor, mlstm_state: MlstmState | None = None, conv_state: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        """One token, (batch, 1, embedding_dim), and the states after it. Without gradients the states given are updated
-        in place, unless they have to be cast (:class:`xLSTMBlockStack`); with gradients enabled they are left alone,
-        and new ones are returned.
+        """Reads one token, (batch, 1, embedding_dim). Returns the output and the states after it. Without gradients the
+        given states are updated in place, unless they have to be cast (:class:`xLSTMBlockStack`). With gradients
+        enabled they are unchanged, and new ones are returned.
 
         Raises:
-            ValueError: x holds several tokens, or is of another width.
+            ValueError: x holds several tokens, or has another width.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
-        # By the call, so that what changes it (hooks, another forward, offloaded parameters) is seen.
+        # A call, which honours hooks, another forward and offloaded parameters.
         return self(x, mlstm_state, conv_state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
-        """As NX-AI's package does it, which leaves the convolution as it is."""
+        """Initializes as NX-AI's package does, which does not reset the convolution."""
         width = self.config.embedding_dim
         small_init(self.proj_up.weight, width)
         wang_init(self.proj_down.weight, width, self.config._num_blocks)

@@ -17,7 +17,7 @@ from flash_xlstm.ops import SlstmState
 from flash_xlstm.ops._common import unpack_state
 
 _GATES = 4  # i, f, z, o
-_NOTHING = torch.finfo(torch.float32).tiny  # the op's bound must be greater than 0
+_NOTHING = torch.finfo(torch.float32).tiny  # the op refuses a bound of 0
 
 
 def _recurrent_shape(layout: str, heads: int, dim: int) -> tuple[int, int, int]:
@@ -25,7 +25,8 @@ def _recurrent_shape(layout: str, heads: int, dim: int) -> tuple[int, int, int]:
 
 
 def _weights_of_op(layout: str, kernel: Tensor, bias: Tensor, heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Views of a layout as :func:`flash_xlstm.ops.slstm` takes it: R (gates, heads, out, in), b (gates, heads, dim)."""
+    """Views of a layout in the form of :func:`flash_xlstm.ops.slstm`: R (gates, heads, out, in), b (gates, heads,
+    dim)."""
     if layout == "vanilla":  # kernel (heads, gates * out, in), bias (gates * heads * dim,)
         return kernel.view(heads, _GATES, dim, dim).transpose(0, 1), bias.view(_GATES, heads, dim)
     return kernel.view(heads, dim, _GATES, dim).permute(2, 0, 3, 1), bias.view(heads, _GATES, dim).transpose(0, 1)
@@ -43,8 +44,8 @@ def _to_layout(layout: str, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class sLSTMCell(nn.Module):
     """The recurrence and its weights.
 
-    NX-AI's package keeps the recurrent weights in one of two layouts, by the backend that it was configured with, and
-    so do its checkpoints; the parameters here have the same names, shapes and layout:
+    NX-AI's package, and its checkpoints, keep the recurrent weights in the layout of the configured backend. The
+    parameters here have the same names, shapes and layout:
 
     =========  ============================  =================================
     backend    ``_recurrent_kernel_``        ``_bias_``
@@ -53,10 +54,10 @@ class sLSTMCell(nn.Module):
     cuda       (heads, in, gates x out)      (heads x gates x out,)
     =========  ============================  =================================
 
-    ``load_state_dict`` takes either: it tells them apart by the shape of the recurrent weights.
+    ``load_state_dict`` accepts both layouts, which differ in the shape of the recurrent weights.
 
-    Shape: x (batch, seq, 4 * embedding_dim), gates i, f, z, o one after the other, in; (batch, seq, heads, head_dim)
-    out.
+    Shape: x (batch, seq, 4 * embedding_dim) in, the gates concatenated in the order i, f, z, o; (batch, seq, heads,
+    head_dim) out.
     """
 
     def __init__(self, config: sLSTMLayerConfig) -> None:
@@ -70,15 +71,15 @@ class sLSTMCell(nn.Module):
         self.reset_parameters()
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """R (4, heads, out, in) and b (4, heads, dim), gates in the order i, f, z, o: views of the parameters."""
+        """R (4, heads, out, in) and b (4, heads, dim), views of the parameters. The gates' order is i, f, z, o."""
         config = self.config
         return _weights_of_op(config.backend, self._recurrent_kernel_, self._bias_, config.num_heads, config.head_dim)
 
     def forward(
         self, x: Tensor, state: SlstmState | None = None, *, return_state: bool = False, inplace: bool = False
     ) -> tuple[Tensor, SlstmState | None]:
-        """`state` may be of any float dtype. `inplace` is for one token where no gradient is needed, and updates
-        `state`, but for tensors that are not float32 (float64 beside float64): copies of those."""
+        """`state` may be of any float dtype. `inplace` is for one token without gradients. It updates float32 tensors
+        of `state` (float64 if x is float64), and copies of others."""
         check_sequence("x", x, _GATES * self.config.embedding_dim, step=inplace)
         x = x.unflatten(-1, (_GATES, self.config.num_heads, self.config.head_dim))
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -111,7 +112,7 @@ class sLSTMCell(nn.Module):
         elif config.bias_init == "small_init":
             b[1] = torch.linspace(3.0, 6.0, config.head_dim)
         elif config.bias_init == "powerlaw_blockdependent":
-            # From 5 down to -7 over a head's units; deeper blocks get more that remember long.
+            # From 5 down to -7 over a head's units. Deeper blocks get more units with long memory.
             last_block, last_unit = max((config._num_blocks or 1) - 1, 1), max(config.head_dim - 1, 1)
             depth = (config._block_idx or 0) / last_block
             b[1] = 5.0 - 12.0 * (torch.arange(config.head_dim) / last_unit) ** (0.3 + 1.3 * depth)
@@ -135,7 +136,7 @@ def _convert_on_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
 
 
 class sLSTMLayer(nn.Module):
-    """Convolution in front of two of the gates, block-diagonal gate projections, sLSTM, head-wise norm.
+    """Convolution before two of the gates, block-diagonal gate projections, sLSTM, head-wise norm.
 
     Args:
         config: with `embedding_dim` set.
@@ -177,17 +178,18 @@ class sLSTMLayer(nn.Module):
             slstm_state: ``(h, c, n, m)`` before it, as :func:`flash_xlstm.ops.slstm` takes it, in any float dtype;
                 default: fresh.
             return_last_state: also return both after it.
-            inplace: for one token where no gradient is needed: update the states given (:meth:`step`).
+            inplace: update the given states; for one token without gradients (:meth:`step`).
 
         Returns:
-            (batch, seq, embedding_dim); with `return_last_state`, that and ``{"conv_state": ..., "slstm_state": ...}``.
+            (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"conv_state": ..., "slstm_state":
+            ...}``.
         """
         check_sequence("x", x, self.config.embedding_dim, step=inplace)
         conv, options = x, {"return_state": return_last_state, "inplace": inplace}
         if self.config.conv1d_kernel_size:
             conv, conv_state = self.conv1d(x, conv_state, **options)
-        # In NX-AI's package, and so in its checkpoints, `fgate` projects to the recurrence's input gate, `igate` to its
-        # forget gate.
+        # In NX-AI's package and checkpoints `fgate` projects to the recurrence's input gate, and `igate` to its forget
+        # gate.
         gates = torch.cat([self.fgate(conv), self.igate(conv), self.zgate(x), self.ogate(x)], dim=-1)
         h, slstm_state = self.slstm_cell(gates, slstm_state, **options)
         y = self.group_norm(self.dropout(h))
@@ -196,18 +198,18 @@ class sLSTMLayer(nn.Module):
     def step(
         self, x: Tensor, conv_state: Tensor | None = None, slstm_state: SlstmState | None = None
     ) -> tuple[Tensor, LayerState]:
-        """One token, (batch, 1, embedding_dim), and the states after it. Without gradients the states given are updated
-        in place, unless they have to be cast (:class:`xLSTMBlockStack`); with gradients enabled they are left alone,
-        and new ones are returned.
+        """Reads one token, (batch, 1, embedding_dim). Returns the output and the states after it. Without gradients the
+        given states are updated in place, unless they have to be cast (:class:`xLSTMBlockStack`). With gradients
+        enabled they are unchanged, and new ones are returned.
 
         Raises:
-            ValueError: x holds several tokens, or is of another width.
+            ValueError: x holds several tokens, or has another width.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
         return self(x, conv_state, slstm_state, return_last_state=True, inplace=not torch.is_grad_enabled())
 
     def reset_parameters(self) -> None:
-        """As NX-AI's package does it, which leaves the convolution as it is."""
+        """Initializes as NX-AI's package does, which does not reset the convolution."""
         self.slstm_cell.reset_parameters()
         self.group_norm.reset_parameters()
         for gate in (self.igate, self.fgate, self.zgate, self.ogate):

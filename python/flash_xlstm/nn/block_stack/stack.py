@@ -17,7 +17,7 @@ StackState = dict[str, LayerState]
 
 
 class xLSTMBlock(nn.Module):
-    """``x += xlstm(norm(x))``, then, where there is a feed-forward layer, ``x += ffn(norm(x))``.
+    """``x += xlstm(norm(x))``, then ``x += ffn(norm(x))`` if there is a feed-forward layer.
 
     Shape: (batch, seq, embedding_dim) in and out.
     """
@@ -32,15 +32,15 @@ class xLSTMBlock(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
-        """A sequence; `state`, `inplace` with it, and results as the layer's ``forward``."""
-        check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm looks at the width
+        """Reads a sequence. `state`, `inplace` and results are as in the layer's ``forward``."""
+        check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm checks the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
         y, after = self.xlstm(self.xlstm_norm(x), return_last_state=True, **state)
         return self._feed_forward(x + y), after
 
     def step(self, x: Tensor, **state: Any) -> tuple[Tensor, LayerState]:
-        """One token; `state`, results and errors as the layer's ``step``."""
+        """Reads one token. `state`, results and errors are as in the layer's ``step``."""
         check_sequence("x", x, self.embedding_dim, step=True)
         options = {} if torch.is_grad_enabled() else {"inplace": True}
         return self(x, return_last_state=True, **options, **state)
@@ -55,7 +55,7 @@ class xLSTMBlock(nn.Module):
 
 
 class mLSTMBlock(xLSTMBlock):
-    """The residual block of an :class:`mLSTMLayer`: pre up-projection."""
+    """The residual block of an :class:`mLSTMLayer`, which projects up before the cell."""
 
     def __init__(self, config: mLSTMBlockConfig) -> None:
         super().__init__(mLSTMLayer(config.mlstm))
@@ -63,7 +63,7 @@ class mLSTMBlock(xLSTMBlock):
 
 
 class sLSTMBlock(xLSTMBlock):
-    """The residual block of an :class:`sLSTMLayer`: post up-projection in its feed-forward layer."""
+    """The residual block of an :class:`sLSTMLayer`, with the up-projection after it in the feed-forward layer."""
 
     def __init__(self, config: sLSTMBlockConfig) -> None:
         ffn = None if config.feedforward is None else GatedFeedForward(config.feedforward)
@@ -72,14 +72,15 @@ class sLSTMBlock(xLSTMBlock):
 
 
 class xLSTMBlockStack(nn.Module):
-    """Blocks in a row, in place of a stack of Transformer blocks.
+    """A stack of blocks, in place of a stack of Transformer blocks.
 
-    Parameters have the names, shapes and layout of NX-AI's ``xlstm.xLSTMBlockStack``: state dicts fit both ways.
+    Parameters have the names, shapes and layout of NX-AI's ``xlstm.xLSTMBlockStack``, so that either loads the other's
+    state dict.
 
     Args:
-        config: which blocks, and of what.
+        config: of the blocks.
 
-    Shape: (batch, seq, embedding_dim) in and out; seq is bounded by nothing.
+    Shape: (batch, seq, embedding_dim) in and out; seq may be any length.
     """
 
     def __init__(self, config: xLSTMBlockStackConfig) -> None:
@@ -102,16 +103,16 @@ class xLSTMBlockStack(nn.Module):
 
         Args:
             x: (batch, seq, embedding_dim).
-            state: what an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
+            state: a state that an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
             return_last_state: also return the state after it.
-            inplace: for one token where no gradient is needed: update the state given (:meth:`step`).
+            inplace: update the given state; for one token without gradients (:meth:`step`).
 
         Returns:
-            (batch, seq, embedding_dim); with `return_last_state`, that and ``{"block_0": ..., ...}``. The state given
-            is left alone unless `inplace`.
+            (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"block_0": ..., ...}``. The given
+            state is unchanged unless `inplace`.
         """
         before, after = state or {}, {}
-        options = {"inplace": True} if inplace else {}  # any module that takes x alone can stand in a block's place
+        options = {"inplace": True} if inplace else {}  # any module that takes x alone may replace a block
         for index, block in enumerate(self.blocks):
             name = f"block_{index}"
             if return_last_state:
@@ -122,16 +123,16 @@ class xLSTMBlockStack(nn.Module):
         return (x, after) if return_last_state else x
 
     def step(self, x: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """One token, (batch, 1, embedding_dim), and the state after it.
+        """Reads one token, (batch, 1, embedding_dim). Returns the output and the state after it.
 
-        Without gradients the tensors of `state` are updated in place: copy them to go on from the same state twice.
-        Those that do not fit this call are cast first, and copies are updated: mLSTM and sLSTM states are float32
-        (float64 in a float64 model; c may be bfloat16), those of convolutions have the dtype of the layer's
-        activations, all are contiguous and on the device of x. So go on with the state that is returned. With
-        gradients enabled the tensors of `state` are left alone.
+        Without gradients the tensors of `state` are updated in place. Copy them to continue from the same state twice.
+        A tensor that does not fit this call is cast, and the copy is updated; continue with the returned state. Fitting
+        tensors are contiguous and on the device of x. mLSTM and sLSTM states are float32 (float64 in a float64 model; c
+        may be bfloat16). Convolutions' states have the dtype of the layer's activations. With gradients enabled the
+        tensors of `state` are unchanged.
 
         Raises:
-            ValueError: x holds several tokens, or is of another width; nothing has been updated.
+            ValueError: x holds several tokens, or has another width. The state is unchanged.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
         return self(x, state, return_last_state=True, inplace=not torch.is_grad_enabled())

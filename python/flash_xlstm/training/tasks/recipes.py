@@ -1,14 +1,14 @@
-"""How the models of ``flash-xlstm tasks`` are built and trained on each task."""
+"""How models are built for each task and trained on it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from flash_xlstm.cli.task_data import TASKS, Task, recall
 from flash_xlstm.nn import block_stack
+from flash_xlstm.training.tasks.data import TASKS, Task, recall
 
-MODELS = {"1:0": [0, 0], "0:1": [1, 1], "1:1": [0, 1]}  # of the two blocks, which are sLSTM blocks
+MODELS = {"1:0": [0, 0], "0:1": [1, 1], "1:1": [0, 1]}  # a 1 for an sLSTM block, a 0 for an mLSTM block
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Recipe:
 
     Attributes:
         task: the task.
-        train_lengths: ascending; each batch has one of them, see :meth:`open_lengths`.
+        train_lengths: lengths to train on, ascending. A batch has one of them (:meth:`open_lengths`).
         test_lengths: lengths of the sequences to test on.
         embedding_dim, mlstm_heads, slstm_heads: sizes of the models.
         steps, batch_size, learning_rate, weight_decay: of AdamW.
         test_rows: sequences of each length to test on.
-        even_tokens: shorter sequences come in batches of more than `batch_size`, to have as many tokens as the longest.
-        tie_weights: whether the output layer is the embedding.
+        even_tokens: whether a batch of shorter sequences has more rows, so that all batches have as many tokens.
+        tie_weights: whether the output layer shares the embedding's weight.
     """
 
     task: Task
@@ -42,7 +42,7 @@ class Recipe:
 
     @property
     def longest(self) -> int:
-        """The longest length that is trained on."""
+        """The longest training length."""
         return self.train_lengths[-1]
 
     def rows(self, length: int) -> int:
@@ -50,11 +50,10 @@ class Recipe:
         return self.batch_size * (self.longest // length if self.even_tokens else 1)
 
     def open_lengths(self, progress: float) -> tuple[int, ...]:
-        """The lengths that batches are drawn from: a curriculum that opens one after the other, evenly spread over the
-        first half of training.
+        """The lengths that batches are drawn from. This curriculum adds one length after another over the first half of
+        training, at even intervals.
 
-        Without it a model with an mLSTM block finds a solution for short prefixes that does not carry on, and stays
-        there.
+        Without it a model with an mLSTM block gets stuck in a solution that holds for short prefixes only.
 
         Args:
             progress: the fraction of training that is done.
@@ -66,7 +65,7 @@ _RAMP = 0.5
 
 
 def _tracking(name: str, **sizes: Any) -> Recipe:
-    # Every prefix has a target, so these cover all lengths up to 40; tested on one to six times that.
+    # Every prefix has a target, so training covers all lengths up to 40. Tests use one to six times that.
     return Recipe(TASKS[name], (5, 10, 20, 40), (40, 80, 120, 160, 200, 240), **sizes)
 
 
@@ -91,7 +90,7 @@ SMALL = {
 
 
 def build(recipe: Recipe, kind: str) -> block_stack.xLSTMLMModel:
-    """Two blocks and a token embedding, newly initialized from torch's random state."""
+    """A model of two blocks, initialized from torch's random state."""
     slstm = block_stack.sLSTMLayerConfig(
         num_heads=recipe.slstm_heads, bias_init="standard", recurrent_weight_init="standard"
     )

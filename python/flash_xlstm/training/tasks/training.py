@@ -1,26 +1,26 @@
-"""Training and testing of ``flash-xlstm tasks``. On a GPU, where models this small are bound by launches, an optimizer
-step is replayed from a CUDA graph."""
+"""Training and testing of a model on a task. On a GPU an optimizer step is replayed from a CUDA graph: launches bound
+the speed of models this small."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from flash_xlstm.cli.errors import CommandError
-from flash_xlstm.cli.task_data import IGNORED
-from flash_xlstm.cli.task_recipes import Recipe
 from flash_xlstm.nn import block_stack
+from flash_xlstm.training.errors import TrainingError
 from flash_xlstm.training.metrics import autocast
+from flash_xlstm.training.tasks.data import IGNORED
+from flash_xlstm.training.tasks.recipes import Recipe
 
 _CLIP = 1.0
 _WARMUP = 0.05  # of the steps
@@ -29,19 +29,19 @@ _SOLVED = 0.999  # accuracy at the longest length
 _SOLVED_TIMES = 3  # evaluations in a row
 _EVALUATIONS = 40  # in a full training
 _EVALUATION_ROWS = 256
-_CHECK_EVERY = 10  # steps between looks at the loss and the clock: reading a loss waits for the device
-_CHUNK = 16  # batches that are drawn at once
-_EAGER_STEPS = 3  # of each shape, before it is captured
+_CHECK_EVERY = 10  # steps from one reading of the loss to the next; a reading waits for the device
+_CHUNK = 16  # batches drawn at once
+_EAGER_STEPS = 3  # eager steps of a shape before its capture
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went.
+    """The result of a training.
 
     Attributes:
         steps: optimizer steps taken.
         loss: mean of the last tenth of a full training's steps, in nats.
-        stopped: "steps": all were taken; "solved": accuracy stayed high; "seconds": the time was up.
+        stopped: "steps": all steps were taken; "solved": accuracy stayed high; "seconds": the time ran out.
         cuda_graphs: whether steps were replayed from CUDA graphs.
     """
 
@@ -61,33 +61,34 @@ def train(
     *,
     seconds: float = math.inf,
     cuda_graphs: bool = True,
+    stepped: Callable[[float | None], None] = lambda loss: None,
 ) -> Trained:
     """Trains a model: linear warm-up, a constant rate, and a linear cool-down.
 
-    The cool-down begins early where accuracy on new sequences of the longest length stays at 99.9 percent or more.
+    The cool-down begins early once accuracy on new sequences of the longest length stays at 99.9 percent or more.
 
     Args:
         model: on the generator's device.
-        recipe: its own number of steps is not looked at.
+        recipe: how to train; its number of steps is ignored.
         steps: most optimizer steps.
         generator: of the data.
         dtype: to compute in.
-        title: for the progress bar and errors.
-        seconds: time for it; where steps are too slow for it the schedule goes on by time.
+        title: of the training, for errors.
+        seconds: time limit. Where steps are too slow for it, the schedule follows the clock.
         cuda_graphs: whether CUDA graphs may be used.
+        stepped: is called after each step, with the loss in nats where it was read, else None.
 
     Raises:
-        CommandError: the loss is not finite.
+        TrainingError: the loss is not finite.
     """
     device, seed = generator.device, generator.initial_seed()
     lengths, held_out = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed + 1)
     batches, step = _Batches(recipe, generator), _Step(model, recipe, device, dtype, cuda_graphs)
     warmup, cooldown, tail = max(1, round(_WARMUP * steps)), round(_COOLDOWN * steps), max(1, steps // 10)
     evaluate_every, rows = max(1, steps // _EVALUATIONS), min(_EVALUATION_ROWS, recipe.test_rows)
-    position = taken = solved = summed = 0  # the schedule's position may run ahead of the steps taken
+    position = taken = solved = summed = 0  # `position` is the schedule's; it may run ahead of `taken`
     total, stopped, began = torch.zeros((), device=device), "steps", time.monotonic()
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=steps, unit="step", desc=title, dynamic_ncols=True, mininterval=interval) as bar, step.stream():
+    with step.stream():
         while position < steps:
             choices = recipe.open_lengths(position / steps)
             length = choices[int(torch.randint(len(choices), (), generator=lengths))]
@@ -96,11 +97,11 @@ def train(
             if position >= steps - tail:
                 total, summed = total + loss, summed + 1
             position, taken = position + 1, taken + 1
+            value = None
             if taken % _CHECK_EVERY == 1 or position >= steps:
                 value = float(loss)
                 if not math.isfinite(value):
-                    raise CommandError(f"training of {title} diverged at step {taken - 1}: the loss is {value:.3g}")
-                bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+                    raise TrainingError(f"training of {title} diverged at step {taken - 1}: the loss is {value:.3g}")
                 by_time = int((time.monotonic() - began) / seconds * steps)
                 if by_time > position:
                     position, stopped = by_time, "seconds"
@@ -109,13 +110,13 @@ def train(
                 solved = solved + 1 if right >= _SOLVED else 0
                 if solved == _SOLVED_TIMES:
                     position, stopped = steps - cooldown, "solved"
-            bar.update()
+            stepped(value)
     mean = float(total) / summed if summed else float(loss)
     return Trained(taken, mean, stopped, step.uses_graphs)
 
 
 class _Batches:
-    """Batches of a task, drawn several at once: a draw is many small launches."""
+    """Batches of a task. Several are drawn at once, because a draw is many small launches."""
 
     def __init__(self, recipe: Recipe, generator: torch.Generator) -> None:
         self.recipe, self.generator = recipe, generator
@@ -131,10 +132,10 @@ class _Batches:
 
 
 class _Step:
-    """An optimizer step. On CUDA the first few of each shape are eager, and warm up what a capture must not do; later
-    ones are replayed from a CUDA graph. If a capture fails, all are eager.
+    """An optimizer step. On CUDA the first few steps of each shape are eager, so that initialization precedes capture.
+    Later steps are replayed from a CUDA graph. All steps are eager after a failed capture.
 
-    Calls belong inside :meth:`stream`.
+    Call it within :meth:`stream`.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class _Step:
         decay, rest = model.get_weight_decay_optim_groups()
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=torch.tensor(recipe.learning_rate, device=device),  # a tensor: a graph reads it anew in each replay
+            lr=torch.tensor(recipe.learning_rate, device=device),  # a tensor, which each replay of a graph reads again
             betas=(0.9, 0.95),
             fused=True,
             capturable=self.uses_graphs,
@@ -160,7 +161,7 @@ class _Step:
 
     @contextlib.contextmanager
     def stream(self) -> Any:
-        """A side stream, as capture asks for it; on return the current stream has waited for it."""
+        """A side stream, which capture needs. The current stream waits for it at the end."""
         if not self.uses_graphs:
             yield
             return
@@ -171,7 +172,7 @@ class _Step:
         outer.wait_stream(side)
 
     def __call__(self, tokens: Tensor, targets: Tensor, rate: float) -> Tensor:
-        """The loss before the step, in nats, a tensor that a later call may overwrite."""
+        """Takes a step. Returns the loss before it, in nats, as a tensor that a later call may overwrite."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate)
         shape = tokens.shape
@@ -204,7 +205,7 @@ class _Step:
             with torch.cuda.graph(graph):
                 loss = self._run(*inputs)
         except RuntimeError as error:
-            tqdm.write(f"no CUDA graph of a step, so steps are slower: {error}", file=sys.stderr)
+            warnings.warn(f"no CUDA graph of a step, so steps are slower: {error}", stacklevel=2)
             self.uses_graphs = False
             self.optimizer.zero_grad()
         else:
@@ -220,7 +221,7 @@ def accuracy(
     dtype: torch.dtype,
     rows: int | None = None,
 ) -> float:
-    """The fraction of answers that are right, on `rows` (default: the recipe's) new sequences of a length."""
+    """The fraction of right answers on `rows` new sequences of a length; default: the recipe's number of rows."""
     model.eval()
     rows, right, asked = rows or recipe.test_rows, 0, 0
     for start in range(0, rows, recipe.batch_size):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_xlstm.cli.task_data import IGNORED, TASKS, recall
+from flash_xlstm.training.tasks.data import IGNORED, TASKS, recall
 
 
 def _sample(name, length, rows=200, seed=0):

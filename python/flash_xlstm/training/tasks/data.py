@@ -1,4 +1,4 @@
-"""Sequences of the tasks of ``flash-xlstm tasks``, drawn at random."""
+"""Random sequences of the tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a target that is not asked for
+IGNORED = -100  # a position without a target
 _CYCLE = 5
 _MODULUS = 5
 _PLUS, _MINUS, _TIMES = range(_MODULUS, _MODULUS + 3)
@@ -18,16 +18,16 @@ Sample = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is to learn.
+    """A task: what sequences look like, and what their answers are.
 
     Attributes:
-        title: for tables and plots.
+        title: its name in tables and plots.
         vocab_size: number of tokens, answers among them.
-        chance: accuracy of the best guess that ignores the sequence.
-        sample: ``sample(length, rows, generator)`` gives tokens and targets, both (rows, seq) int64 on the generator's
-            device; a target is the answer after that token, or IGNORED.
-        last_only: accuracy is counted at the last token, which asks about the whole sequence; else at every target.
-        unit: what `length` counts.
+        chance: accuracy of the best constant answer.
+        sample: ``sample(length, rows, generator)`` returns tokens and targets, both (rows, seq) int64 on the
+            generator's device. A target is the answer after that token, or IGNORED.
+        last_only: whether accuracy counts the last token's answer only, which depends on the whole sequence.
+        unit: the unit of `length`.
     """
 
     title: str
@@ -53,14 +53,14 @@ def even_pairs(length: int, rows: int, generator: torch.Generator) -> tuple[Tens
 
 
 def cycle_navigation(length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Moves on a cycle of 5 places: 0 stays, 1 goes on, 2 goes back; the answer is the place."""
+    """Moves on a cycle of 5 places: 0 stays, 1 steps forward, 2 steps back. The answer is the current place."""
     moves = torch.randint(3, (rows, length), generator=generator, device=generator.device)
     steps = torch.tensor([0, 1, -1], device=moves.device)[moves]
     return moves, steps.cumsum(1) % _CYCLE
 
 
 def modular_arithmetic(length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Digits 0 to 4 with +, - and * between them, * first; after each digit the answer is the value so far, modulo 5.
+    """Digits 0 to 4 with +, - and * between them, * first. The answer after a digit is the value so far, modulo 5.
 
     The sequence has the largest odd number of tokens that `length` allows.
     """
@@ -70,8 +70,8 @@ def modular_arithmetic(length: int, rows: int, generator: torch.Generator) -> tu
     tokens[:, ::2] = torch.randint(_MODULUS, (rows, terms), generator=generator, device=device)
     tokens[:, 1::2] = torch.randint(_PLUS, _TIMES + 1, (rows, terms - 1), generator=generator, device=device)
     targets = torch.full_like(tokens, IGNORED)
-    whole = torch.zeros_like(tokens[:, 0])  # of the products that are complete
-    product = tokens[:, 0].clone()  # with its sign
+    whole = torch.zeros_like(tokens[:, 0])  # sum of the complete products
+    product = tokens[:, 0].clone()  # the open product, with its sign
     for position in range(0, 2 * terms - 1, 2):
         if position:
             operator, digit = tokens[:, position - 1], tokens[:, position]
@@ -84,8 +84,9 @@ def modular_arithmetic(length: int, rows: int, generator: torch.Generator) -> tu
 
 @dataclass(frozen=True)
 class Recall:
-    """Multi-query associative recall (arXiv 2312.04927): pairs of a key and a value, then each key again, in another
-    order and among blanks; the answer at a key is its value. `length` is the number of pairs, a quarter of the tokens.
+    """Multi-query associative recall (arXiv 2312.04927). A sequence lists pairs of a key and a value, then repeats the
+    keys in another order among blanks. The answer at a repeated key is its value. `length` is the number of pairs, a
+    quarter of the tokens.
 
     Token 0 is the blank, the lower half of the others are keys, the upper half values.
     """
@@ -107,7 +108,7 @@ class Recall:
 
 
 def recall(vocab_size: int) -> Task:
-    """The recall task with that many tokens."""
+    """The recall task with a vocabulary of this size."""
     title = "multi-query associative recall"
     return Task(title, vocab_size, 2 / vocab_size, Recall(vocab_size), last_only=False, unit="pairs")
 
@@ -115,7 +116,7 @@ def recall(vocab_size: int) -> Task:
 TASKS: dict[str, Task] = {
     "parity": Task("parity", 2, 1 / 2, parity),
     "cycle-navigation": Task("cycle navigation", _CYCLE, 1 / _CYCLE, cycle_navigation),
-    # A factor of 0 makes 0 likelier than the others: see tests/cli/test_task_data.py.
+    # Accuracy of the constant answer 0 is near chance, though a factor of 0 makes 0 likelier than the others.
     "modular-arithmetic": Task("modular arithmetic without brackets", 8, 1 / _MODULUS, modular_arithmetic),
     "even-pairs": Task("even pairs", 2, 1 / 2, even_pairs),
     "mqar": recall(8192),
