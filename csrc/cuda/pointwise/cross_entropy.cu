@@ -72,6 +72,7 @@ __device__ __forceinline__ Sums add_over_row(Sums sums, float unit, int slices) 
       own[0] = make_double2(sums.top, sums.exps);
       own[1] = make_double2(sums.total, 0.0);
     }
+    __syncwarp();
   }
 #if __CUDA_ARCH__ >= 900
   if (slices > 1) {
@@ -216,6 +217,10 @@ __global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy 
       if constexpr (capped) {
 #pragma unroll
         for (int x = 0; x < width; ++x) d[x] *= sizeof(T) == 4 ? (1.0f - v[x]) * (1.0f + v[x]) : 1.0f - v[x] * v[x];
+      }
+      if (ragged > 0 && begin + at == all_packs - 1) {
+#pragma unroll
+        for (int x = 1; x < width; ++x) d[x] = x < ragged ? d[x] : 0.0f;
       }
       store_pack(out, static_cast<int64_t>(at) * width, round_pack<T>(d));
     }

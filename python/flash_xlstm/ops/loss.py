@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ def linear_cross_entropy(
             hidden,
             weight,
             labels,
+            reduction,
             None if soft_cap is None else _common.number("soft_cap", soft_cap),
             ignore_index if isinstance(ignore_index, torch.SymInt) else operator.index(ignore_index),
-            reduction,
             _common.number("label_smoothing", label_smoothing),
             _common.number("z_loss", z_loss),
             makes and hidden.requires_grad,
@@ -83,21 +84,22 @@ def linear_cross_entropy(
 
 
 _library = torch.library.Library("flash_xlstm", "FRAGMENT")
-_OPTIONS = "float? soft_cap, int ignore_index, str reduction, float label_smoothing, float z_loss"
+_OPTIONS = "float? soft_cap, int ignore_index, float label_smoothing, float z_loss"
+_FLAGS = "bool hidden_gradient, bool weight_gradient"
 # The gradients are of the sum of the losses: what the mean and the backward multiply them by can be too small for
-# float16. Those not wanted are empty.
+# float16. Those not wanted are empty, as are those of reduction "none".
 _library.define(
-    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, {_OPTIONS}, bool hidden_gradient, "
-    "bool weight_gradient) -> (Tensor loss, Tensor count, Tensor dhidden, Tensor dweight)"
+    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, str reduction, {_OPTIONS}, {_FLAGS}) -> "
+    "(Tensor loss, Tensor count, Tensor dhidden, Tensor dweight)"
 )
-# Of those, whose loss is that sum over `count`.
+# Of those, where the loss is the sum over `count`.
 _library.define(
     "linear_cross_entropy_backward(Tensor dloss, Tensor count, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)"
 )
-# Without them. dloss: of each token.
+# Of each token's loss.
 _library.define(
-    f"linear_cross_entropy_backward_again(Tensor dloss, Tensor hidden, Tensor weight, Tensor labels, {_OPTIONS}, "
-    "bool hidden_gradient, bool weight_gradient) -> (Tensor, Tensor)"
+    f"linear_cross_entropies_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor labels, {_OPTIONS}, {_FLAGS})"
+    " -> (Tensor, Tensor)"
 )
 
 
@@ -162,18 +164,13 @@ def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty(rows, _multiple(columns, 16), dtype=dtype)[:, :columns]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, in place."""
+    dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **dtype)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, out=out, **dtype)
 
 
 def _run(
@@ -229,24 +226,23 @@ def _run(
             else:
                 dhidden[start:end] = made @ weight
         if weight_gradient:
-            of = _product if start == 0 else lambda a, b, out: _add_product(out, a, b)
-            of(made.t(), hidden[start:end], dweight)
+            _product(made.t(), hidden[start:end], dweight, add=start > 0)
     return torch.cat(losses), dhidden, dweight
 
 
-def _impl(
-    hidden, weight, labels, soft_cap, ignore_index, reduction, label_smoothing, z_loss, hidden_gradient,
-    weight_gradient,
-):  # fmt: skip
+def _rows_of(hidden: Tensor, tokens: int) -> Tensor:
+    return hidden.reshape(tokens, hidden.shape[-1])
+
+
+def _forward(hidden, weight, labels, reduction, soft_cap, ignore_index, label_smoothing, z_loss, *flags):
     _check(hidden, weight, labels, ignore_index, reduction)
-    flat, options = labels.reshape(-1), (soft_cap, ignore_index, label_smoothing, z_loss)
+    flat = labels.reshape(-1)
     losses, dhidden, dweight = _run(
-        hidden.reshape(-1, hidden.shape[-1]) if hidden.shape[-1] else hidden.reshape(flat.shape[0], 0),
-        weight, flat, None, options, hidden_gradient, weight_gradient,
-    )  # fmt: skip
+        _rows_of(hidden, len(flat)), weight, flat, None, (soft_cap, ignore_index, label_smoothing, z_loss), *flags
+    )
     count = (flat != ignore_index).sum().float() if reduction == "mean" else losses.new_ones(())
     loss = losses.view(labels.shape) if reduction == "none" else losses.sum() / count
-    return loss, count, dhidden.view(hidden.shape) if hidden_gradient else dhidden, dweight
+    return loss, count, dhidden.view(hidden.shape) if flags[0] else dhidden, dweight
 
 
 def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -254,48 +250,53 @@ def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(t, factor.reshape(1), out=t.new_empty(t.shape, dtype=dtype))
 
 
-def _backward_impl(dloss, count, dhidden, dweight):
+def _backward_of_sum(dloss, count, dhidden, dweight):
     factor = dloss.float() / count
     return _scaled(dhidden, factor, dhidden.dtype), _scaled(dweight, factor, dhidden.dtype)
 
 
-def _backward_again_impl(
-    dloss, hidden, weight, labels, soft_cap, ignore_index, reduction, label_smoothing, z_loss, hidden_gradient,
-    weight_gradient,
-):  # fmt: skip
-    flat, options = labels.reshape(-1), (soft_cap, ignore_index, label_smoothing, z_loss)
+def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, label_smoothing, z_loss, *flags):
     scale, factor = dloss.reshape(-1).float(), None
-    if hidden.dtype == torch.float16 and scale.numel() > 0:  # p times what a mean brings would be 0
+    if hidden.dtype == torch.float16 and len(scale) > 0:  # probabilities times what a mean brings would be 0
         factor = scale.abs().amax()
         factor = torch.where((factor > 0) & factor.isfinite(), factor, 1.0)
         scale = scale / factor
-    rows = hidden.reshape(flat.shape[0], hidden.shape[-1])
-    _, dhidden, dweight = _run(rows, weight, flat, scale, options, hidden_gradient, weight_gradient)
+    _, dhidden, dweight = _run(
+        _rows_of(hidden, len(scale)), weight, labels.reshape(-1), scale,
+        (soft_cap, ignore_index, label_smoothing, z_loss), *flags,
+    )  # fmt: skip
     if factor is not None:
         dhidden, dweight = _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, hidden.dtype)
-    return dhidden.view(hidden.shape) if hidden_gradient else dhidden, dweight.to(hidden.dtype)
+    return dhidden.view(hidden.shape) if flags[0] else dhidden, dweight.to(hidden.dtype)
+
+
+def _without_autocast(form: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast, which may be on around the operator, is for what the caller passes: it would round float32 here."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return form(*args)
+
+    return run
 
 
 for _name, _form in (
-    ("linear_cross_entropy", _impl),
-    ("linear_cross_entropy_backward", _backward_impl),
-    ("linear_cross_entropy_backward_again", _backward_again_impl),
+    ("linear_cross_entropy", _forward),
+    ("linear_cross_entropy_backward", _backward_of_sum),
+    ("linear_cross_entropies_backward", _backward_of_each),
 ):
     for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _form, _device)
+        _library.impl(_name, _without_autocast(_form), _device)
 
 
 @torch.library.register_fake("flash_xlstm::linear_cross_entropy")
-def _(
-    hidden, weight, labels, soft_cap, ignore_index, reduction, label_smoothing, z_loss, hidden_gradient,
-    weight_gradient,
-):  # fmt: skip
+def _(hidden, weight, labels, reduction, soft_cap, ignore_index, label_smoothing, z_loss, of_hidden, of_weight):
     _common.no_mixed_meta(hidden, of="hidden", weight=weight, labels=labels)
     return (
         hidden.new_empty(labels.shape if reduction == "none" else (), dtype=torch.float32),
         hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(hidden.shape if hidden_gradient else 0),
-        weight.new_empty(weight.shape if weight_gradient else 0, dtype=torch.float32),
+        hidden.new_empty(hidden.shape if of_hidden else 0),
+        weight.new_empty(weight.shape if of_weight else 0, dtype=torch.float32),
     )
 
 
@@ -304,41 +305,38 @@ def _(dloss, count, dhidden, dweight):
     return dhidden.new_empty(dhidden.shape), dweight.new_empty(dweight.shape, dtype=dhidden.dtype)
 
 
-@torch.library.register_fake("flash_xlstm::linear_cross_entropy_backward_again")
-def _(
-    dloss, hidden, weight, labels, soft_cap, ignore_index, reduction, label_smoothing, z_loss, hidden_gradient,
-    weight_gradient,
-):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape if hidden_gradient else 0),
-        weight.new_empty(weight.shape if weight_gradient else 0),
-    )
+@torch.library.register_fake("flash_xlstm::linear_cross_entropies_backward")
+def _(dloss, hidden, weight, labels, soft_cap, ignore_index, label_smoothing, z_loss, of_hidden, of_weight):
+    return hidden.new_empty(hidden.shape if of_hidden else 0), weight.new_empty(weight.shape if of_weight else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, labels, *ctx.options, ctx.made_hidden, ctx.made_weight = inputs
+    hidden, weight, labels, ctx.reduction, *ctx.options, of_hidden, of_weight = inputs
     _, count, dhidden, dweight = output
-    ctx.mark_non_differentiable(count, dhidden, dweight)
-    if ctx.made_hidden or ctx.made_weight:
-        ctx.save_for_backward(count, dhidden, dweight)
-    else:
-        ctx.save_for_backward(count, hidden, weight, labels)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(count)
+    ctx.made = of_hidden, of_weight
+    # The gradients stay differentiable, so that a double backward comes to its refusal.
+    ctx.save_for_backward(*((count, dhidden, dweight) if any(ctx.made) else (hidden, weight, labels)))
 
 
 def _backward(ctx, dloss, *_):
-    of_hidden, of_weight = ctx.needs_input_grad[:2]
-    if ctx.made_hidden or ctx.made_weight:
-        dhidden, dweight = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors)
+    wanted = tuple(ctx.needs_input_grad[:2])
+    nothing = (None,) * 8
+    if dloss is None:
+        return None, None, *nothing
+    if any(ctx.made):
+        made = ctx.saved_tensors
     else:
-        count, hidden, weight, labels = ctx.saved_tensors
-        if ctx.options[2] != "none":
-            dloss = (dloss / count).expand(labels.shape)
-        dhidden, dweight = _linear_cross_entropy_backward_again(
-            dloss, hidden, weight, labels, *ctx.options, of_hidden, of_weight
-        )
-    return dhidden if of_hidden else None, dweight if of_weight else None, *[None] * 8
+        hidden, weight, labels = ctx.saved_tensors
+        if ctx.reduction == "none":
+            gradients = _linear_cross_entropies_backward(dloss, hidden, weight, labels, *ctx.options, *wanted)
+            return *(t if want else None for t, want in zip(gradients, wanted, strict=True)), *nothing
+        made = _linear_cross_entropy(hidden, weight, labels, ctx.reduction, *ctx.options, *wanted)[1:]
+    gradients = _linear_cross_entropy_backward(dloss, *made)
+    return *(t if want else None for t, want in zip(gradients, wanted, strict=True)), *nothing
 
 
 _linear_cross_entropy = _common.differentiable("linear_cross_entropy", _setup_context, _backward)
 _linear_cross_entropy_backward = _common.no_double_backward("linear_cross_entropy_backward")
-_linear_cross_entropy_backward_again = _common.no_double_backward("linear_cross_entropy_backward_again")
+_linear_cross_entropies_backward = _common.no_double_backward("linear_cross_entropies_backward")
