@@ -1,13 +1,13 @@
 """Subject loss: a language model's loss from hidden states and the head's weight, forward and backward, beside peers.
 
 `time_ms` is of one loss and both its gradients; `peak_gib` is what that allocates at its peak beyond the inputs,
-gradients included. `floor_ms` is the operations of the three products (the logits, and both gradients) at the rate of a
-large product that the same run measured; peer `products` is these products alone, each of all tokens at once. The errors
-are how far the loss and the gradients are, by their norms, from those of float32 products and logits.
+gradients included. `floor_ms` is the operations of the three products (the logits, and both gradients) at the rate of
+a large product that the same run measured; peer `products` is these products alone, each of all tokens at once. The
+errors are how far the loss and the gradients are, by their norms, from those of float32 products and logits.
 
 Peers: `logits`, a linear layer, `ops.soft_cap` and torch's cross entropy in float32; `torch`, the same of torch's
-functions; `liger`, LigerFusedLinearCrossEntropyLoss; `cce_exact`, cut-cross-entropy without its filter; `torch_chunked`,
-torch.nn.functional.linear_cross_entropy, which has no soft cap.
+functions; `liger`, LigerFusedLinearCrossEntropyLoss; `cce_exact`, cut-cross-entropy without its filter;
+`torch_chunked`, torch.nn.functional.linear_cross_entropy, which has no soft cap.
 """
 
 from __future__ import annotations

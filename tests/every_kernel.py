@@ -1,7 +1,7 @@
-"""A small run of every CUDA kernel, or of the families named, for compute-sanitizer:
+"""A small run of every CUDA kernel, or of the families named (FAMILIES below), for compute-sanitizer:
 
 for tool in memcheck racecheck synccheck initcheck; do
-    compute-sanitizer --tool $tool python tests/every_kernel.py [slstm] [conv] [mlstm] [step] [pointwise] [linear] [loss]
+    compute-sanitizer --tool $tool python tests/every_kernel.py [FAMILY...]
 done
 """
 
@@ -189,9 +189,7 @@ def every_loss() -> None:
     # A row in one block and in clusters of two, four and eight; read twice.
     for vocabulary in (37, 1000, 50304, 50257, 70001, 131072, 262147):
         for dtype in (torch.float32, BF16, torch.float16):
-            hidden, weight = (
-                torch.randn(n, 16, device="cuda").to(dtype).requires_grad_() for n in (9, vocabulary)
-            )
+            hidden, weight = (torch.randn(n, 16, device="cuda").to(dtype).requires_grad_() for n in (9, vocabulary))
             labels = torch.randint(vocabulary, (9,), device="cuda")
             labels[2] = -100
             for options in ({}, {"soft_cap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}):

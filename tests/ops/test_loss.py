@@ -128,7 +128,7 @@ def test_no_tokens_and_none_that_count(device):
     hidden, weight, labels = problem(torch.float32, device, 4)
     ignored = torch.full_like(labels, -100)
     for given, where in (((hidden, weight, ignored), 4), ((hidden[:0], weight, labels[:0]), 0)):
-        mean, dhidden, dweight = results(ops.linear_cross_entropy, *given)
+        mean, dhidden, _ = results(ops.linear_cross_entropy, *given)
         assert mean.isnan() and F.cross_entropy(given[0] @ weight.T, given[2]).isnan()
         total, *gradients = results(ops.linear_cross_entropy, *given, reduction="sum")
         assert total == 0 and not any(t.any() for t in gradients) and dhidden.shape == (where, 24)
@@ -172,9 +172,7 @@ def test_small_probabilities_survive_float16(device):
         ]
         if options:
             losses = [loss.sum() / (labels != -100).sum() for loss in losses]
-        got, right = (
-            torch.autograd.grad(loss * scale, of) for loss, of in zip(losses, (leaves, exact), strict=True)
-        )
+        got, right = (torch.autograd.grad(loss * scale, of) for loss, of in zip(losses, (leaves, exact), strict=True))
         for mine, expected in zip(got, right, strict=True):
             assert off(mine, expected) < 1e-3
 
@@ -245,7 +243,9 @@ def test_compiles_to_one_operator(device, reduction):
         assert all(torch.equal(a, b) for a, b in zip(run(compiled), expected, strict=True))
     assert len(nodes) == 1
     with torch.no_grad():
-        assert torch.equal(torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight, labels), expected[0])
+        assert torch.equal(
+            torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight, labels), expected[0]
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -269,7 +269,11 @@ def test_operators_are_sound(reduction):
 
 
 WRONG = [
-    ({"labels": torch.full((3,), 37)}, ValueError, r"^labels holds 37; they must be from 0 to 36 \(the vocabulary has 37"),
+    (
+        {"labels": torch.full((3,), 37)},
+        ValueError,
+        r"^labels holds 37; they must be from 0 to 36 \(the vocabulary has 37",
+    ),
     ({"labels": torch.full((3,), -1)}, ValueError, "^labels holds -1; "),
     ({"labels": torch.full((3,), -100), "ignore_index": 0}, ValueError, "^labels holds -100; .* or ignore_index, 0"),
     ({"labels": torch.zeros(4, dtype=torch.long)}, ValueError, r"^labels has shape \(4,\); it must be .* \(3,\)"),
@@ -298,7 +302,7 @@ def test_wrong_arguments(wrong, kind, message):
 
 
 def test_numbers_are_checked_of_no_tokens_too():
-    with pytest.raises(ValueError, match="^soft_cap is 0; "):
+    with pytest.raises(ValueError, match=r"^soft_cap is 0; "):
         ops.linear_cross_entropy(torch.zeros(0, 3), torch.zeros(4, 3), torch.zeros(0, dtype=torch.long), soft_cap=0.0)
 
 

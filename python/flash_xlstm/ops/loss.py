@@ -37,17 +37,18 @@ def linear_cross_entropy(
     """The cross entropy of a linear layer's outputs, the logits ``hidden @ weight.T``, which are made in pieces: there
     is never a tensor of tokens x vocabulary.
 
-    The gradients are made along with the loss where hidden or weight needs them, so that each product is made once; they
-    take the memory of hidden, and of weight in float32, until the backward. With `reduction` "none" the backward makes
-    the logits again: the gradient of each token's loss is known only then. Logits, loss and the sum of weight's gradient
-    are float32; the gradients of logits have the dtype of hidden on CUDA, float32 on the CPU. Results and gradients are
-    the same from run to run. Nothing waits for the GPU.
+    The gradients are made along with the loss where hidden or weight needs them, so that each product is made once;
+    they take the memory of hidden, and of weight in float32, until the backward. With `reduction` "none" the backward
+    makes the logits again: the gradient of each token's loss is known only then. Logits, loss and the sum of weight's
+    gradient are float32; the gradients of logits have the dtype of hidden on CUDA, float32 on the CPU. Results and
+    gradients are the same from run to run. Nothing waits for the GPU.
 
     Args:
         hidden: (..., dim); float32, bfloat16 or float16; CPU or CUDA.
         weight: (vocabulary, dim), dtype of hidden.
         labels: (...), from 0 to vocabulary - 1, or ignore_index; int64 or int32.
-        soft_cap: the logits are ``soft_cap * tanh(logits / soft_cap)``; finite and greater than 0, or None: as they are.
+        soft_cap: the logits are ``soft_cap * tanh(logits / soft_cap)``; finite and greater than 0, or None: as they
+            are.
         ignore_index: tokens of this label have no loss and no gradient, and do not count.
         reduction: "mean" of the tokens that count (NaN where none does, as in torch), their "sum", or "none".
         label_smoothing: share of the target that is spread over the vocabulary, from 0 to 1, as in
@@ -111,9 +112,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, re
     """The numbers are the row operator's to check."""
     if hidden.dtype not in _DTYPES:
         plain = " (for float64 use flash_xlstm.reference)" if hidden.dtype == torch.float64 else ""
-        raise TypeError(
-            f"hidden has dtype {str(hidden.dtype)[6:]}; it must be float32, bfloat16 or float16{plain}"
-        )
+        raise TypeError(f"hidden has dtype {str(hidden.dtype)[6:]}; it must be float32, bfloat16 or float16{plain}")
     if hidden.dim() < 1:
         raise ValueError(f"hidden has shape {_shape(hidden)}; it must be (..., dim)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:

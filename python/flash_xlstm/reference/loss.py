@@ -25,9 +25,7 @@ def linear_cross_entropy(
     (float64 for float64), with all logits at once."""
     hidden, weight = (t if t.dtype.itemsize == 8 else t.float() for t in (hidden, weight))
     logits, flat = capped(hidden @ weight.T, soft_cap).flatten(0, -2), labels.flatten().long()
-    losses = F.cross_entropy(
-        logits, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
+    losses = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     counts = flat != ignore_index
     if z_loss:
         losses = losses + counts * z_loss * logits.logsumexp(-1).square()
