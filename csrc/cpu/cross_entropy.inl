@@ -1,4 +1,4 @@
-// The rows of a cross entropy, side by side; part of vector_kernels.inl.
+// The rows of a cross entropy, side by side, and the scaling of its gradients; part of vector_kernels.inl.
 
 namespace {
 
@@ -75,5 +75,23 @@ CPU_KERNEL(cross_entropy, CrossEntropy) {
   parallel(p.rows, grain_of_rows(p.columns), [&](int64_t begin, int64_t end) {
     const Floats scratch(p.columns);
     for (int64_t row = begin; row < end; ++row) cross_entropy_row(p, row, scratch.data());
+  });
+}
+
+CPU_KERNEL(scaling, Scaling) {
+  constexpr int64_t grain = 1 << 14;
+  parallel(p.count, grain, [&](int64_t begin, int64_t end) {
+    constexpr int64_t piece = 512;  // of float32 on the stack, as swiglu's
+    float wide[piece];
+    for (int64_t start = begin; start < end; start += piece) {
+      const int64_t count = end - start < piece ? end - start : piece;
+      load_weight(wide, p.x, p.x_dtype, start, count);
+      for (int64_t e = 0; e < count; ++e) wide[e] *= *p.factor;
+      with_dtype(p.out_dtype, [&](auto type) {
+        using Type = decltype(type);
+        auto* out = static_cast<typename Type::Bits*>(p.out) + start;
+        for (int64_t e = 0; e < count; ++e) out[e] = Type::store(wide[e]);
+      });
+    }
   });
 }

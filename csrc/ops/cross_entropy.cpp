@@ -89,15 +89,38 @@ Tensor cross_entropy_rows(Tensor logits, Tensor labels, OptTensor scale, OptTens
   return loss;
 }
 
+// x times `factor`, one float32, in the dtype of `like`; rounded once.
+Tensor scaled(Tensor x, Tensor factor, Tensor like) {
+  check_op_dtype("like", like.scalar_type());
+  if (x.scalar_type() != ScalarType::Float) check_dtype("x", x, like.scalar_type(), ", as like, or float32");
+  check_dtype("factor", factor, ScalarType::Float);
+  if (factor.numel() != 1) value_error("factor has ", factor.numel(), " elements; it must have 1");
+  check_device("factor", factor, x, "x");
+  x = torch::stable::contiguous(x);
+  Tensor out = new_empty(x, sizes_of(x), like.scalar_type());
+  const Scaling params{.x_dtype = to_dtype(x.scalar_type()),
+                       .out_dtype = to_dtype(like.scalar_type()),
+                       .count = x.numel(),
+                       .factor = static_cast<const float*>(factor.data_ptr()),
+                       .x = x.data_ptr(),
+                       .out = out.data_ptr()};
+  if (params.count > 0) run<cpu::scaling, cuda::scaling>("linear_cross_entropy", x, params);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+  lib.def("scaled(Tensor x, Tensor factor, Tensor like) -> Tensor");
   lib.def(
       "cross_entropy_rows(Tensor logits, Tensor labels, Tensor? scale, Tensor(a!)? dlogits, float? soft_cap, "
       "int ignore_index, float label_smoothing, float z_loss) -> Tensor loss");
 }
 
-IMPLEMENT_OPS(lib) { lib.impl("cross_entropy_rows", TORCH_BOX(&cross_entropy_rows)); }
+IMPLEMENT_OPS(lib) {
+  lib.impl("cross_entropy_rows", TORCH_BOX(&cross_entropy_rows));
+  lib.impl("scaled", TORCH_BOX(&scaled));
+}
 
 static const DescribedOp described_linear_cross_entropy("linear_cross_entropy");
 

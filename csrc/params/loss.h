@@ -1,4 +1,4 @@
-// The rows of a cross entropy.
+// The rows of a cross entropy, and what its gradients are multiplied by.
 #pragma once
 
 #include "params/types.h"
@@ -27,11 +27,23 @@ struct CrossEntropy {
   void* dlogits = nullptr;       // nullptr: not wanted
   int64_t dlogits_stride = 0;
 };
+
+// out = x factor[0], rounded once; x has the dtype of out or float32.
+struct Scaling {
+  DType x_dtype = DType::float32, out_dtype = DType::float32;
+  int64_t count = 0;
+  const float* factor = nullptr;
+  const void* x = nullptr;
+  void* out = nullptr;
+};
+
 namespace cpu {
 void cross_entropy(const CrossEntropy& params);
-}
+void scaling(const Scaling& params);
+}  // namespace cpu
 namespace cuda {
 cudaError_t cross_entropy(const CrossEntropy& params, cudaStream_t stream);
-}
+cudaError_t scaling(const Scaling& params, cudaStream_t stream);
+}  // namespace cuda
 
 }  // namespace flash_xlstm

@@ -244,14 +244,9 @@ def _forward(hidden, weight, labels, reduction, soft_cap, ignore_index, label_sm
     return loss, count, dhidden.view(hidden.shape) if flags[0] else dhidden, dweight
 
 
-def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """t times the one float32 `factor`, rounded once. Of no dimensions the factor would be rounded to t's dtype."""
-    return torch.mul(t, factor.reshape(1), out=t.new_empty(t.shape, dtype=dtype))
-
-
 def _backward_of_sum(dloss, count, dhidden, dweight):
     factor = dloss.float() / count
-    return _scaled(dhidden, factor, dhidden.dtype), _scaled(dweight, factor, dhidden.dtype)
+    return tuple(torch.ops.flash_xlstm.scaled(t, factor, dhidden) for t in (dhidden, dweight))
 
 
 def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, label_smoothing, z_loss, *flags):
@@ -265,7 +260,7 @@ def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, lab
         (soft_cap, ignore_index, label_smoothing, z_loss), *flags,
     )  # fmt: skip
     if factor is not None:
-        dhidden, dweight = _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, hidden.dtype)
+        dhidden, dweight = (torch.ops.flash_xlstm.scaled(t, factor, hidden) for t in (dhidden, dweight))
     return dhidden.view(hidden.shape) if flags[0] else dhidden, dweight.to(hidden.dtype)
 
 
