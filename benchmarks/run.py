@@ -38,6 +38,7 @@ SUBJECTS = (
     "step",
     "pointwise",
     "linear_rows",
+    "loss",
     "decode",
     "prefill",
 )
@@ -51,6 +52,8 @@ PACKAGES = (
     "fla-core",
     "flash-linear-attention",
     "mamba_ssm",
+    "liger_kernel",
+    "cut_cross_entropy",
 )
 
 

@@ -1,7 +1,7 @@
-"""A small run of every CUDA kernel, or of the families named, for compute-sanitizer:
+"""A small run of every CUDA kernel, or of the families named (FAMILIES below), for compute-sanitizer:
 
 for tool in memcheck racecheck synccheck initcheck; do
-    compute-sanitizer --tool $tool python tests/every_kernel.py [slstm] [conv] [mlstm] [step] [pointwise] [linear]
+    compute-sanitizer --tool $tool python tests/every_kernel.py [FAMILY...]
 done
 """
 
@@ -185,6 +185,18 @@ def every_linear() -> None:
         ops.fused_linear_rows(x, [weight], residual=weight[:rows, :1].expand(-1, 4200), constant_weights=True)
 
 
+def every_loss() -> None:
+    # A row in one block and in clusters of two, four and eight; read twice.
+    for vocabulary in (37, 1000, 50304, 50257, 70001, 131072, 262147):
+        for dtype in (torch.float32, BF16, torch.float16):
+            hidden, weight = (torch.randn(n, 16, device="cuda").to(dtype).requires_grad_() for n in (9, vocabulary))
+            labels = torch.randint(vocabulary, (9,), device="cuda")
+            labels[2] = -100
+            for options in ({}, {"soft_cap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}):
+                ops.linear_cross_entropy(hidden, weight, labels, **options).backward()
+                ops.linear_cross_entropy(hidden, weight, labels.int(), reduction="none", **options).sum().backward()
+
+
 FAMILIES = {
     "slstm": every_slstm,
     "conv": every_conv,
@@ -192,6 +204,7 @@ FAMILIES = {
     "step": every_step,
     "pointwise": every_pointwise,
     "linear": every_linear,
+    "loss": every_loss,
 }
 
 

@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/vector_kernels.h"
+#include "params/loss.h"
 #include "params/pointwise.h"
 
 namespace flash_xlstm::cpu::FLASH_XLSTM_ISA {
@@ -590,5 +591,6 @@ const VectorKernels vector_kernels = {
 };
 
 #include "cpu/pointwise.inl"
+#include "cpu/cross_entropy.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

@@ -47,6 +47,10 @@ GOOD = {
     "fused_linear_rows": lambda: {
         "x": randn(2, 8), "weights": [randn(3, 8), randn(3, 8)], "biases": [randn(3), None], "swiglu": True,
     },
+    "linear_cross_entropy": lambda: {
+        "hidden": randn(2, 8), "weight": randn(3, 8), "labels": torch.tensor([2, 1]), "soft_cap": 30.0,
+        "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.1, "z_loss": 1e-4,
+    },
     "causal_conv1d": lambda: {
         "x": randn(BATCH, SEQ, CHANNELS), "weight": randn(CHANNELS, 4), "bias": randn(CHANNELS), "activation": "silu",
         "initial_state": randn(BATCH, 3, CHANNELS), "return_final_state": True,

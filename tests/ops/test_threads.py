@@ -55,8 +55,16 @@ def linear_rows() -> list[Tensor]:
         return [ops.linear_rows(randn(2, 1000), randn(333, 1000), randn(333))]
 
 
+def linear_cross_entropy() -> list[Tensor]:
+    hidden, weight, labels = randn(90, 32), randn(1000, 32), torch.randint(1000, (90,))
+    loss = ops.linear_cross_entropy(hidden, weight, labels, soft_cap=5.0, label_smoothing=0.1)
+    return [loss, *torch.autograd.grad(loss, [hidden, weight])]
+
+
 @pytest.mark.parametrize(
-    "run", [mlstm, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows], ids=lambda run: run.__name__
+    "run",
+    [mlstm, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows, linear_cross_entropy],
+    ids=lambda run: run.__name__,
 )
 def test_threads_change_nothing(run):
     before, found = torch.get_num_threads(), []

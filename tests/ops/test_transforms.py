@@ -33,6 +33,7 @@ STATE = [(BATCH, HEADS, DQK, DV), (BATCH, HEADS, DQK), (BATCH, HEADS)]
 SLSTM = [(4, HEADS, DIM, DIM), (4, HEADS, DIM)]
 SLSTM_STATE = [(BATCH, HEADS, DIM)] * 4
 CONV = [(CHANNELS, 4), (CHANNELS,)]
+LABELS = torch.tensor([0, 4, -100, 2])
 # A function of tensors, and their shapes.
 DIFFERENTIABLE = {
     "soft_cap": (lambda x: ops.soft_cap(x, 2.0), [(3, 4)]),
@@ -40,6 +41,10 @@ DIFFERENTIABLE = {
     "add_rms_norm": (lambda x, w, r: ops.rms_norm(x, w, 1e-6, r), [(3, 4), (4,), (3, 4)]),
     "gated_head_norm": (ops.gated_head_norm, [(3, 2, 4), (3, 8), (8,)]),
     "swiglu": (ops.swiglu, [(3, 4), (3, 4)]),
+    "linear_cross_entropy": (lambda h, w: ops.linear_cross_entropy(h, w, LABELS, soft_cap=2.0), [(4, 3), (5, 3)]),
+    "linear_cross_entropy of each": (
+        lambda h, w: ops.linear_cross_entropy(h, w, LABELS, reduction="none"), [(4, 3), (5, 3)],
+    ),
     "causal_conv1d": (ops.causal_conv1d, [(BATCH, SEQ, CHANNELS), *CONV]),
     "mlstm": (ops.mlstm, MLSTM),
     "mlstm with a state": (

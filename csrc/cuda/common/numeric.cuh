@@ -130,6 +130,18 @@ __device__ __forceinline__ float cap_gate_slope(float x, float cap) {
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
+// tanh, relative to float64 within 1e-6, in fewer instructions than the library's: with e = exp(-2 |x|) it is
+// (1 - e) / (1 + e), or where the difference would cost digits its series.
+__device__ __forceinline__ float fast_tanh(float x) {
+  constexpr float two_log2_e = 2.88539008f, small = 0.25f;
+  float e, reciprocal;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-two_log2_e * fabsf(x)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + e));
+  const float square = x * x;
+  const float series = x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
+  return fabsf(x) < small ? series : copysignf((1.0f - e) * reciprocal, x);
+}
+
 // Calls f with a value of the element type that `dtype` names.
 template <typename F>
 auto dispatch_dtype(DType dtype, F&& f) {

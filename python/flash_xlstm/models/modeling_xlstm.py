@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from flash_xlstm import ops
 from flash_xlstm import reference as plain
@@ -23,6 +25,9 @@ from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
 from flash_xlstm.nn import FeedForward, RMSNorm, check_weight_mode, linear, mLSTMBlock, mLSTMLayer
+from flash_xlstm.nn.linear import only_weight
+
+_logger = logging.get_logger(__name__)
 
 # Arguments that pack several sequences into one row.
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k")
@@ -108,7 +113,8 @@ class xLSTMCausalLMOutput(_StateOutput):
 
     Attributes:
         loss: with `labels`, the mean cross entropy of the next token, a float32 scalar.
-        logits: (batch, seq or logits_to_keep, vocab_size), float32.
+        logits: (batch, seq or logits_to_keep, vocab_size), float32; None in training mode with `labels`
+            (`skip_logits`).
         cache_params, hidden_states: as in :class:`xLSTMOutput`.
     """
 
@@ -554,9 +560,15 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         cache: xLSTMCache | None = None,
         past_key_values: xLSTMCache | None = None,
         position_ids: Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> xLSTMCausalLMOutput | tuple:
         """Logits, and with `labels` the loss.
+
+        In training mode the loss is made without the logits, piece by piece
+        (:func:`flash_xlstm.ops.linear_cross_entropy`), and `logits` is None. Where the head is not a plain linear layer
+        (an adapter, a quantized or sharded weight, hooks), which warns once, and with a `loss_function` of another kind
+        than transformers' own for causal models, the loss is made from the logits, which are then returned.
 
         Args:
             input_ids, inputs_embeds, cache_params, cache, past_key_values, attention_mask, output_hidden_states,
@@ -568,6 +580,8 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             use_cache: as in :meth:`xLSTMModel.forward`; with labels and gradients the default is no.
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions a 1-D
                 tensor holds.
+            skip_logits: whether `logits` may be None beside a loss. Default: in training mode, as with Liger's kernels;
+                False: they are returned always, True: never.
             kwargs: ``num_items_in_batch`` divides the summed loss by this instead of the number of labels that count;
                 ``ignore_index`` counts as -100 does; ``shift_labels`` (batch, seq), used as they are in place of
                 `labels`, say for each position which token follows; ``num_logits_to_keep`` is `logits_to_keep`; the
@@ -603,16 +617,20 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = self._logits(hidden)
-
-        loss = None
+        loss = logits = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
+            if labels.shape != hidden.shape[:2]:
                 raise ValueError(
-                    f"labels has shape {tuple(labels.shape)}; it must be that of the logits, {tuple(logits.shape[:2])}"
+                    f"labels has shape {tuple(labels.shape)}; it must be that of the logits, {tuple(hidden.shape[:2])}"
                 )
             labels = _mask_labels(labels, attention_mask, for_loss.get("ignore_index", -100))
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss)
+            if self.training if skip_logits is None else skip_logits:
+                loss = self._loss_without_logits(hidden, labels, **for_loss)
+        if loss is None:
+            logits = self._logits(hidden)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss)
+                logits = None if skip_logits else logits
 
         output = xLSTMCausalLMOutput(
             loss=loss,
@@ -622,10 +640,48 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _head_input(self, hidden: Tensor) -> Tensor:
         # A head that was put in place of ours has perhaps no weight, or a quantized one.
         dtype = getattr(getattr(self.lm_head, "weight", None), "dtype", None)
-        logits = linear(self.lm_head, hidden.to(dtype) if dtype in _HEAD_DTYPES else hidden)
+        return hidden.to(dtype) if dtype in _HEAD_DTYPES else hidden
+
+    def _loss_without_logits(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor | None:
+        """What transformers' ForCausalLMLoss makes of the logits; None where only they can give the loss."""
+        if self.loss_function is not ForCausalLMLoss:
+            return None
+        hidden = self._head_input(hidden)
+        weight = only_weight(self.lm_head, hidden)
+        if weight is None or hidden.dtype == torch.float64:
+            if not torch.compiler.is_compiling():
+                what = type(self.lm_head).__name__ if weight is None else "in float64"
+                _logger.warning_once(
+                    f"lm_head is {what}; it must be a plain nn.Linear without bias, hooks or changes, of float32, "
+                    "bfloat16 or float16, for a loss without logits: all logits are made"
+                )
+            return None
+        if shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        loss = ops.linear_cross_entropy(
+            hidden,
+            weight,
+            shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
+            soft_cap=self.config.output_logit_soft_cap,
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = linear(self.lm_head, self._head_input(hidden))
         if logits.dtype == torch.float64:
             return plain.soft_cap(logits, self.config.output_logit_soft_cap)
         return ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)

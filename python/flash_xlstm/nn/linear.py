@@ -178,3 +178,15 @@ def own_parameters(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -
     if weight is None or module.__dict__.get("bias") is not None:  # not parameters, as where torch prunes them
         return None
     return weight, bias
+
+
+def only_weight(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The weight of a linear layer of which ``module(x)`` uses nothing else, for an op that takes its place:
+    :func:`own_parameters` without a bias, and no hook looks on, in a backward either. Otherwise None."""
+    own = own_parameters(module, nn.Linear, x)
+    if own is None or own[1] is not None or nn.Linear.forward is not _FORWARD or F.linear is not _LINEAR:
+        return None
+    looked_at = module.__dict__["_backward_hooks"] or module.__dict__["_backward_pre_hooks"]
+    if looked_at or hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
+        return None
+    return own[0]

@@ -4,6 +4,7 @@ from flash_xlstm.ops import pointwise
 from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.linear import fused_linear_rows, linear_rows
+from flash_xlstm.ops.loss import linear_cross_entropy
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
 from flash_xlstm.ops.pointwise import *  # noqa: F403
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d_step",
     "fused_linear_rows",
     "kernel_for",
+    "linear_cross_entropy",
     "linear_rows",
     "mlstm",
     "mlstm_sig",
