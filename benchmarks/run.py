@@ -40,6 +40,7 @@ SUBJECTS = (
     "linear_rows",
     "decode",
     "prefill",
+    "train",
 )
 PACKAGES = (
     "triton",
@@ -51,6 +52,9 @@ PACKAGES = (
     "fla-core",
     "flash-linear-attention",
     "mamba_ssm",
+    "torchao",
+    "liger_kernel",
+    "cut_cross_entropy",
 )
 
 
