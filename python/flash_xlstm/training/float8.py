@@ -10,7 +10,7 @@ from torch import nn
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 # What stays as it is: the gates, whose exponentials a rounding to float8 would move, and the head.
-_KEPT = ("igate_preact", "fgate_preact", "ifgate_preact", "lm_head")
+_KEPT = ("igate_preact", "fgate_preact", "ifgate_preact", "igate", "fgate", "lm_head")
 _MULTIPLE = 16  # of both sizes, for the GPU's float8 products
 _CAPABILITY = (8, 9)
 
@@ -21,8 +21,7 @@ def convert_to_float8(model: nn.Module, recipe: str = "rowwise", *, emulate: boo
     Parameters stay the same objects, so that an optimizer may be made before or after; so do the names in a state dict.
     The head, the input and forget gates, subclasses of :class:`torch.nn.Linear`, and layers of which a size is no
     multiple of 16 stay as they are. The number of tokens in a step (batch times seq) must be a multiple of 16 too.
-    Weights are bfloat16, or float32 under ``torch.autocast``. Compile the model afterwards: without torch.compile,
-    rounding to float8 takes longer than the products save.
+    Compile the model afterwards: without torch.compile, rounding to float8 takes longer than the products save.
 
     Args:
         model: any module; :class:`flash_xlstm.models.xLSTMForCausalLM`, say, in either weight mode.
@@ -34,7 +33,7 @@ def convert_to_float8(model: nn.Module, recipe: str = "rowwise", *, emulate: boo
         The names of the exchanged layers.
 
     Raises:
-        ImportError: torchao is not installed.
+        ImportError: torchao is not installed (``pip install "flash-xlstm[float8]"``).
         ValueError: the recipe is unknown, no layer fits, or the model is on a GPU without float8 products (compute
             capability below 8.9) and `emulate` is false.
     """
@@ -56,7 +55,7 @@ def convert_to_float8(model: nn.Module, recipe: str = "rowwise", *, emulate: boo
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise ImportError(f"float8 needs torchao: pip install torchao ({error})") from error
+        raise ImportError(f'float8 needs torchao: pip install "flash-xlstm[float8]" ({error})') from error
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     convert_to_float8_training(model, module_filter_fn=lambda _, name: name in layers, config=config)
     return list(layers)
