@@ -45,7 +45,7 @@ class LanguageModel:
 
 
 @contextlib.contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -110,7 +110,7 @@ def load(name: str, args: argparse.Namespace) -> LanguageModel:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    with _made_on(torch.device(args.device), getattr(torch, args.dtype)):
+    with made_on(torch.device(args.device), getattr(torch, args.dtype)):
         model = _LOAD[name](args.size)
     model.module.to(getattr(torch, args.dtype)).eval()
     return model

@@ -4,7 +4,8 @@ Pictures are named after the results file. For subject mlstm, RESULTS.png has th
 tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several sizes were measured at two or more seq).
 RESULTS_speedup.png has our speedup over TFLA and simple_gla where two or more sizes were measured. For decode,
 RESULTS.png has the time a token over batch. For prefill, RESULTS.png has the time over length; RESULTS_memory.png has
-the memory of the state and the peak memory of reading the prompt, over length.
+the memory of the state and the peak memory of reading the prompt, over length. For precision,
+RESULTS.png has the training loss over steps, a line a precision.
 """
 
 from __future__ import annotations
@@ -169,6 +170,39 @@ def plot_prefill(rows: list[dict], gpu: str, folder: Path, stem: str) -> list[Pa
     return [*written, _save(figure, axis, folder / f"{stem}_memory.png")]
 
 
+PRECISIONS = {
+    "float32": "float32",
+    "bfloat16_autocast": "bfloat16, float32 weights",
+    "bfloat16": "bfloat16 throughout",
+    "float16_scaled": "float16, loss scaling",
+    "float8": "float8",
+}
+
+
+def plot_precision(rows: list[dict], gpu: str, path: Path) -> Path:
+    """The whole run, and its last quarter enlarged."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), constrained_layout=True)
+    for row in rows:
+        window, losses = row["window"], row["train_losses"]
+        steps = [min((x + 1) * window, row["steps"]) for x in range(len(losses))]
+        label = f"{PRECISIONS[row['precision']]}: {row['held_out_loss']:.4f}"
+        if row["precision"] != "float32" and "over_float32" in row:
+            label += f" ({100 * row['over_float32']:+.2f}%)"
+        last = len(steps) * 3 // 4
+        axes[0].plot(steps, losses, linewidth=1.2, label=label)
+        axes[1].plot(steps[last:], losses[last:], linewidth=1.2)
+    axes[0].set(xlabel="step", ylabel="loss, nats a byte", title="training")
+    axes[1].set(xlabel="step", title="its last quarter")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, title="held-out loss at the end (over float32's)")
+    millions = rows[0]["parameters"] / 1e6
+    figure.suptitle(f"{millions:.1f} M parameters, {rows[0]['batch']} x {rows[0]['seq']} bytes a step; {gpu}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
 def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     """Writes the plots that the results allow, under names that begin with `stem`. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +213,9 @@ def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     if decode:
         written.append(plot_decode(decode, gpu, folder / f"{stem}.png"))
     written += plot_prefill(prefill, gpu, folder, stem)
+    trained = [r for r in document["results"] if r.get("what") == "precision" and "held_out_loss" in r]
+    if trained:
+        written.append(plot_precision(trained, gpu, folder / f"{stem}.png"))
     all_dims = sorted({tuple(r[d] for d in DIMS) for r in rows})
     for dims in all_dims:
         same = [r for r in rows if tuple(r[d] for d in DIMS) == dims]

@@ -41,6 +41,8 @@ SUBJECTS = (
     "loss",
     "decode",
     "prefill",
+    "train",
+    "precision",
 )
 PACKAGES = (
     "triton",
@@ -52,6 +54,7 @@ PACKAGES = (
     "fla-core",
     "flash-linear-attention",
     "mamba_ssm",
+    "torchao",
     "liger_kernel",
     "cut_cross_entropy",
 )
@@ -234,7 +237,8 @@ def write_json(path: Path, document: dict) -> None:
 
 
 def _short(row: dict) -> str:
-    return "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+    values = (f"{len(v)} values" if isinstance(v, list) and len(v) > 20 else v for v in row.values())
+    return "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def summarize_speedups(rows: list[dict], what: str, key: tuple[str, ...], ours_too: str) -> list[dict]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flash_xlstm.training.data import load_corpus as load_corpus
     from flash_xlstm.training.data import load_tokenizer as load_tokenizer
     from flash_xlstm.training.errors import TrainingError as TrainingError
+    from flash_xlstm.training.float8 import convert_to_float8 as convert_to_float8
     from flash_xlstm.training.metrics import held_out_bits_per_byte as held_out_bits_per_byte
     from flash_xlstm.training.settings import RunOptions as RunOptions
     from flash_xlstm.training.settings import TrainSettings as TrainSettings
@@ -52,6 +53,7 @@ _HOMES = {  # settings and errors need torch only, so that the command line can 
     "checkpoint": ("load_model", "load_state", "load_tokenizer_of", "locate", "newest"),
     "data": ("Batches", "Corpus", "load_corpus", "load_tokenizer"),
     "errors": ("TrainingError",),
+    "float8": ("convert_to_float8",),
     "metrics": ("held_out_bits_per_byte",),
     "settings": ("RunOptions", "TrainSettings"),
     "setup": ("resume", "start"),
