@@ -43,9 +43,10 @@ class mLSTMBlock(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
         state_indices: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Arguments and results as :meth:`mLSTMLayer.forward`."""
-        if inplace and padding is None and state is not None:
+        if inplace and padding is None and state is not None and cu_seqlens is None:
             out = block_step(self, x, state, state_indices)
             if out is not None:
                 return out, state if return_state else None
@@ -56,6 +57,7 @@ class mLSTMBlock(nn.Module):
             return_state=return_state,
             inplace=inplace,
             state_indices=state_indices,
+            cu_seqlens=cu_seqlens,
         )
         normed, x = self.norm_ffn(y, x)
         return x + self.ffn(normed), state

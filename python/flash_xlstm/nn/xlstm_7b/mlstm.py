@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.linear import linear
+from flash_xlstm.nn.packing import refuse_step
 from flash_xlstm.nn.state import State, fitting_state
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm
 from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
@@ -111,6 +112,7 @@ class mLSTMLayer(FusableProjections):
         return_state: bool = False,
         inplace: bool = False,
         state_indices: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """One pass over a sequence.
 
@@ -125,9 +127,11 @@ class mLSTMLayer(FusableProjections):
                 tensors, in their dtypes.
             state_indices: with all that, the slot of `state` that each row uses, as in
                 :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
+            cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`, where
+                batch must be 1; states have num_seqs in place of batch.
 
         Raises:
-            ValueError: `state_indices` for anything but one token in place.
+            ValueError: `state_indices` for anything but one token in place; `cu_seqlens` for it.
 
         Returns:
             ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`. It is float32
@@ -140,7 +144,10 @@ class mLSTMLayer(FusableProjections):
         q, k, v = (t.unflatten(-1, (self.num_heads, t.shape[-1] // self.num_heads)) for t in (q, k, v))
         run: Callable[..., Any] = self._sequence
         if step:
+            refuse_step(step, cu_seqlens)
             run = functools.partial(self._step, state_indices=state_indices)
+        elif cu_seqlens is not None:
+            run = functools.partial(self._sequence, cu_seqlens=cu_seqlens)
         # No autocast on the meta device: asking whether it is enabled there raises.
         if self.autocast_kernel_dtype is None or x.is_meta or not torch.is_autocast_enabled(x.device.type):
             h, state = run(q, k, v, *self._gates(x, padding, q.dtype), state, return_state)
@@ -163,14 +170,22 @@ class mLSTMLayer(FusableProjections):
         return i, f
 
     def _sequence(
-        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        f: Tensor,
+        state: State | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         run = self._mlstm
         if q.dtype == torch.float64 and self.kernel == "flash":
             run = _sequence_kernel("chunkwise", self.chunk_size)
         out = run(
             q, k, v, i, f, initial_state=None if state is None else fitting_state(state, q),
-            eps=self.eps, gate_soft_cap=self.gate_soft_cap, return_final_state=return_state,
+            eps=self.eps, gate_soft_cap=self.gate_soft_cap, cu_seqlens=cu_seqlens, return_final_state=return_state,
         )  # fmt: skip
         return out if return_state else (out, None)
 
