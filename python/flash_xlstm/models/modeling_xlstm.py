@@ -20,17 +20,15 @@ from transformers.utils import ModelOutput, logging
 
 from flash_xlstm import ops
 from flash_xlstm import reference as plain
-from flash_xlstm.models import checkpoints
+from flash_xlstm.models import checkpoints, packing
 from flash_xlstm.models.cache import one_cache, xLSTMCache
 from flash_xlstm.models.configuration_xlstm import CHUNKWISE_KERNELS, STEP_KERNELS, xLSTMConfig
 from flash_xlstm.models.generation import xLSTMGenerationMixin
 from flash_xlstm.nn import FeedForward, RMSNorm, check_weight_mode, linear, mLSTMBlock, mLSTMLayer
 from flash_xlstm.nn.linear import only_weight
+from flash_xlstm.nn.packing import require
 
 _logger = logging.get_logger(__name__)
-
-# Arguments that pack several sequences into one row.
-_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k")
 
 # Arguments of transformers' machinery without a meaning here, and the value that agrees with what the model does;
 # Ellipsis for any.
@@ -99,11 +97,14 @@ class xLSTMOutput(_StateOutput):
         cache_params: the states after the last token.
         hidden_states: with `output_hidden_states`, num_hidden_layers + 1 tensors (batch, seq, hidden_size):
             the embeddings, then what each block puts out; the last one is behind the output norm.
+        cu_seqlens: where rows hold several documents, their (num_documents + 1,) int32 offsets into the tokens of all
+            rows, one row after the other.
     """
 
     last_hidden_state: Tensor | None = None
     cache_params: xLSTMCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    cu_seqlens: Tensor | None = None
 
 
 @_keep_names
@@ -380,25 +381,38 @@ class xLSTMModel(xLSTMPreTrainedModel):
             cache_params: continue from this cache, and advance it.
             use_cache: return a cache. Default: yes if `cache_params` is given; else what the configuration
                 says, but not in training (training mode with gradients on).
-            attention_mask: (batch, seq or longer), 1 where there is a token and 0 elsewhere; of a longer mask the
-                last seq columns count. Padding, on whichever side, leaves the states alone; what comes out there
-                is what a token that is read and not remembered sees.
+            attention_mask: (batch, seq or longer), 1 where there is a token (or the number of its document, see below)
+                and 0 elsewhere; of a longer mask the last seq columns count. Padding, on whichever side, leaves the
+                states alone; what comes out there is what a token that is read and not remembered sees.
             output_hidden_states: return those of every layer.
             return_dict: False for a tuple without the entries that are None.
             cache, past_key_values: other names of `cache_params`.
-            position_ids: (batch, seq) or (1, seq), which change nothing: a row is one sequence, so that they must count
-                up by one from token to token. On CUDA the check waits for the GPU.
+            position_ids: (batch, seq) or (1, seq): they count up by one from token to token, and where they begin anew
+                at 0 (or at a row's first position), so does a document. Without ``cu_seq_lens_q`` this waits for the
+                GPU, once; torch.compile takes those of one document a row only, and with a cache they must go on
+                counting.
             hidden_to_keep: of an input in several pieces, hidden states of at least the last so many positions are
                 enough; 0 for all. Memory then does not grow with the sequence.
-            kwargs: what transformers passes to every model and does not matter to this one: None under any name,
+            kwargs: documents that are packed into rows, as transformers' DataCollatorWithFlattening tells them (below);
+                and what transformers passes to every model and does not matter to this one: None under any name,
                 `token_type_ids`, `output_attentions` (no layer has any: `attentions` is None), `is_causal` if True,
-                `output_router_logits` if False, and `cache_position`, checked as `position_ids` are.
+                `output_router_logits` if False, and `cache_position`, which must count up by one.
+
+        Documents in one row do not see each other: each comes out as in a row of its own. There is no cache of them.
+        They are told by any of these, which must agree:
+
+        - ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``cu_seqlens``: (num_documents + 1,) int32 offsets into the tokens of
+          all rows, one row after the other. Nothing waits for a GPU. With it, ``max_length_q`` and ``max_length_k``, no
+          less than the longest document;
+        - ``seq_idx``: (batch, seq), a number for each document, from any on. Alone it waits for the GPU, once;
+        - `position_ids`;
+        - `attention_mask` with numbers of documents in place of 1. Alone on CUDA, and under torch.compile, a mask can
+          only tell padding: give it as ``seq_idx`` too.
 
         Raises:
             TypeError: an argument that the model does not know, or a cache of another model.
-            ValueError: arguments that contradict each other or do not fit; sequences packed into one row (by
-                `position_ids`, `seq_idx`, `cu_seq_lens_q` and their like, or an `attention_mask` of documents), which
-                would leak into each other.
+            ValueError: arguments that contradict each other or do not fit; packed documents beside a cache, or where
+                one is asked for. With ``cu_seq_lens_q`` on CUDA, the device raises for wrong values.
         """
         cache_params = one_cache(cache_params=cache_params, cache=cache, past_key_values=past_key_values)
         if kwargs:
@@ -412,16 +426,20 @@ class xLSTMModel(xLSTMPreTrainedModel):
         )
         if inputs.dim() != sizes.count(",") + 1:
             raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it must be ({sizes})")
-        use_cache = self._resolve_use_cache(use_cache, cache_params)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
         batch, seq = inputs.shape[:2]
-        padding = _padding(attention_mask, inputs)
+        mask = _mask(attention_mask, inputs)
+        padding = None if mask is None else mask.to(inputs.device) == 0
         seen = 0 if cache_params is None else cache_params.get_seq_length()
-        if position_ids is not None:
-            _check_positions("position_ids", position_ids, inputs, padding, seen)
+        cu_seqlens = None
+        if cache_params is None:
+            cu_seqlens = packing.offsets(kwargs, position_ids, mask, padding, inputs)
+        else:
+            _check_one_sequence(kwargs, position_ids, mask, padding, inputs, seen)
+        use_cache = self._resolve_use_cache(use_cache, cache_params, packed=cu_seqlens is not None)
         if kwargs.get("cache_position") is not None:
             _check_positions("cache_position", kwargs["cache_position"][None], inputs, None, seen)
 
@@ -432,8 +450,9 @@ class xLSTMModel(xLSTMPreTrainedModel):
             states = cache_params.layer_states()
             slots = cache_params.slots if seq == 1 else None
         x, new_states, hidden_states = self._run(
-            inputs, states, padding, use_cache, output_hidden_states, slots=slots, keep=hidden_to_keep
-        )
+            inputs, states, padding, use_cache, output_hidden_states, slots=slots, keep=hidden_to_keep,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         if use_cache:
             if cache_params is None:
                 dtype = getattr(torch, self.config.inference_state_dtype)
@@ -445,14 +464,17 @@ class xLSTMModel(xLSTMPreTrainedModel):
             last_hidden_state=x,
             cache_params=cache_params if use_cache else None,
             hidden_states=hidden_states,
+            cu_seqlens=cu_seqlens,
         )
         return output if return_dict else output.to_tuple()
 
-    def _resolve_use_cache(self, use_cache: bool | None, cache: xLSTMCache | None) -> bool:
+    def _resolve_use_cache(self, use_cache: bool | None, cache: xLSTMCache | None, packed: bool) -> bool:
         available = self.config.mode == "inference" or self.config.return_last_states
         if use_cache is None:
             training = self.training and torch.is_grad_enabled()
-            use_cache = cache is not None or (available and self.config.use_cache and not training)
+            use_cache = cache is not None or (available and self.config.use_cache and not training and not packed)
+        if use_cache and packed:
+            raise ValueError("use_cache is True; it must be False where rows hold several documents")
         if use_cache and not available:
             raise ValueError(
                 f"use_cache is True, but config.mode is {self.config.mode!r} and config.return_last_states "
@@ -470,6 +492,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         *,
         slots: Tensor | None,
         keep: int,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
         """All blocks and the output norm; long inputs in pieces where no gradient is needed.
 
@@ -477,6 +500,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
             inputs: token ids or embeddings. Ids are embedded piece by piece, so that what is in memory at once does not
                 grow with the sequence.
             keep: outputs of the last so many positions only; 0 for all.
+            cu_seqlens: offsets of documents packed into the rows, which are read in one piece.
         """
         seq, piece = inputs.shape[1], self.config.max_inference_chunksize
         inplace = use_cache and not torch.is_grad_enabled()  # else the caller's cache stays as it is
@@ -485,9 +509,9 @@ class xLSTMModel(xLSTMPreTrainedModel):
             x = inputs[:, part]
             x = x if x.is_floating_point() else self.embeddings(x)
             part_padding = None if padding is None else padding[:, part].to(x.device)
-            return self._run_piece(x, states, part_padding, return_states, inplace, keep_hidden, slots)
+            return self._run_piece(x, states, part_padding, return_states, inplace, keep_hidden, slots, cu_seqlens)
 
-        if torch.is_grad_enabled() or seq <= piece:
+        if torch.is_grad_enabled() or seq <= piece or cu_seqlens is not None:
             return run_piece(slice(None), states, use_cache)
         outputs, hidden = [], []
         for start in range(0, seq, piece):
@@ -509,17 +533,24 @@ class xLSTMModel(xLSTMPreTrainedModel):
         inplace: bool,
         keep_hidden: bool,
         slots: Tensor | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
         hidden = []
         new_states = []
         slots = None if slots is None else slots.to(x.device)
+        rows = x.shape[:2]
+        if cu_seqlens is not None:  # one row after the other
+            x = x.reshape(1, -1, x.shape[-1])
+            padding = None if padding is None else padding.reshape(1, -1)
         for block, state in zip(self.blocks, states, strict=True):
             if keep_hidden:
                 hidden.append(x)
-            x, state = block(x, _where_it_runs(block, x, state), padding, return_states, inplace, slots)
+            x, state = block(x, _where_it_runs(block, x, state), padding, return_states, inplace, slots, cu_seqlens)
             new_states.append(state)
-        x = self.out_norm(x)
-        return x, new_states, (*hidden, x) if keep_hidden else None
+        hidden.append(self.out_norm(x))
+        if cu_seqlens is not None:
+            hidden = [x.view(*rows, x.shape[-1]) for x in hidden]
+        return hidden[-1], new_states, tuple(hidden) if keep_hidden else None
 
 
 class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
@@ -577,6 +608,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
                 of position t - 1. Those of -100 and those at padding do not count, nor do those of position 0. The
                 first token behind padding on the left counts, as it does where transformers counts the labels of a
                 batch: the padding before it stands for the beginning of the sequence, a token that sees itself only.
+                The first token of a document that is packed behind another does not count, whatever its label is.
             use_cache: as in :meth:`xLSTMModel.forward`; with labels and gradients the default is no.
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions a 1-D
                 tensor holds.
@@ -613,6 +645,10 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        if labels is not None and outputs.cu_seqlens is not None and for_loss.get("shift_labels") is None:
+            first = packing.first_tokens(outputs.cu_seqlens, *hidden.shape[:2]).to(labels.device)
+            if labels.shape == first.shape:
+                labels = labels.masked_fill(first, for_loss.get("ignore_index", -100))
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
@@ -698,13 +734,8 @@ def _where_it_runs(block: nn.Module, x: Tensor, state: Any) -> Any:
 
 def _check_unused(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
-        if value is None:
+        if value is None or name in packing.ARGUMENTS:
             continue
-        if name in _PACKING:
-            raise ValueError(
-                f"{name} is given, but a row holds one sequence: the state of one packed sequence would run on into "
-                "the next; give each a row of its own, with an attention_mask"
-            )
         if name not in _WITHOUT_EFFECT:
             raise TypeError(f"{name} is no argument of the model")
         meant = _WITHOUT_EFFECT[name]
@@ -712,8 +743,26 @@ def _check_unused(arguments: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r}; it must be {meant}")
 
 
-def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Where a token must leave the states alone: (batch, seq) bool."""
+def _check_one_sequence(
+    arguments: dict[str, Any],
+    position_ids: Tensor | None,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    x: Tensor,
+    seen: int,
+) -> None:
+    """Checks that nothing packs documents into the rows of x, which go on with a cache."""
+    for name in packing.ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} is given beside a cache; rows of several documents go without one")
+    if mask is not None:
+        packing.check_mask(mask)
+    if position_ids is not None:
+        _check_positions("position_ids", position_ids, x, padding, seen)
+
+
+def _mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """That of the tokens of x, (batch, seq)."""
     if attention_mask is None:
         return None
     batch, seq = x.shape[:2]
@@ -722,17 +771,9 @@ def _padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seq:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch}, {seq}), or longer "
-            "where it covers tokens the cache has seen; it tells tokens from padding, not one document from the next"
+            "where it covers tokens the cache has seen: 0 at padding, else 1 or the number of a document"
         )
-    mask = attention_mask[:, -seq:]
-    if mask.dtype != torch.bool:
-        # Numbers of documents, or a mask to be added to scores.
-        _require(
-            ((mask == 0) | (mask == 1)).all(),
-            "attention_mask holds other values than 1, where there is a token, and 0",
-            wait=False,
-        )
-    return mask.to(x.device) == 0
+    return attention_mask[:, -seq:]
 
 
 def _check_positions(name: str, positions: Tensor, x: Tensor, padding: Tensor | None, seen: int) -> None:
@@ -745,20 +786,11 @@ def _check_positions(name: str, positions: Tensor, x: Tensor, padding: Tensor | 
     start = positions - real.cumsum(1)  # the same for every token of a sequence
     first = start.gather(1, real.byte().argmax(1, keepdim=True))
     fits = (start == first) & (first >= 0) if seen else start == first
-    _require(
+    require(
         (fits | ~real).all(),
-        f"{name} must count up by one from token to token, and not from 0 behind a cache of {seen} tokens: a row holds "
-        "one sequence; give packed sequences rows of their own",
+        f"{name} must count up by one from token to token, and not from 0 behind a cache of {seen} tokens: a row goes "
+        "on with one sequence there",
     )
-
-
-def _require(holds: Tensor, message: str, wait: bool = True) -> None:
-    """Raises a ValueError unless `holds`, one bool, is true. Where Python cannot look at it, and with `wait` false
-    where looking would wait for a GPU, the device raises instead."""
-    if torch.compiler.is_compiling() or (holds.is_cuda and not wait):
-        torch._assert_async(holds, message)
-    elif not holds.is_meta and not holds:
-        raise ValueError(message)
 
 
 def _mask_labels(labels: Tensor, attention_mask: Tensor | None, ignore_index: int) -> Tensor:

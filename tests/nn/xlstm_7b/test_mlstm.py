@@ -168,6 +168,22 @@ def test_block_is_residual():
     assert torch.allclose(y, middle + block.ffn(block.norm_ffn(middle)), atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["flash", "chunkwise", "parallel", "recurrent"])
+def test_packed_sequences(kernel):
+    layer, x, cu_seqlens = _layer(kernel=kernel), _x(1, 9), torch.tensor([0, 2, 3, 9], dtype=torch.int32)
+    whole, state = layer(x, return_state=True, cu_seqlens=cu_seqlens)
+    parts, states = zip(*(layer(part, return_state=True) for part in x.split([2, 1, 6], 1)), strict=True)
+    assert torch.allclose(whole, torch.cat(parts, 1), rtol=1e-5, atol=1e-6)
+    for together, alone in zip(state, zip(*states, strict=True), strict=True):
+        assert torch.allclose(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    ffn = FeedForward(24, 32)
+    block = mLSTMBlock(24, layer, ffn)
+    y, _ = block(x, cu_seqlens=cu_seqlens)
+    assert torch.allclose(y, torch.cat([block(part)[0] for part in x.split([2, 1, 6], 1)], 1), rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), pytest.raises(ValueError, match="cu_seqlens is given, but a step takes one token"):
+        block(x[:, :1], state=tuple(t[:1] for t in state), inplace=True, cu_seqlens=cu_seqlens)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"qk_dim is 10.*multiple of num_heads, which is 4"):
         mLSTMLayer(20, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,16 +35,26 @@ class xLSTMLMModel(nn.Module):
             self.lm_head.weight = self.token_embedding.weight
 
     def forward(
-        self, idx: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
+        self,
+        idx: Tensor,
+        state: StackState | None = None,
+        return_last_state: bool = False,
+        *,
+        inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StackState]:
-        """Logits of a sequence; `state`, `return_last_state` and `inplace` as in :meth:`xLSTMBlockStack.forward`.
+        """Logits of a sequence; `state`, `return_last_state`, `inplace` and `cu_seqlens` as in
+        :meth:`xLSTMBlockStack.forward`.
 
         Raises:
-            ValueError: idx is not (batch, seq).
+            ValueError: idx is not (batch, seq), or as :meth:`xLSTMBlockStack.forward`.
         """
         if idx.dim() != 2:
             raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, seq)")
-        x, options = self.emb_dropout(self.token_embedding(idx)), {"inplace": True} if inplace else {}
+        x = self.emb_dropout(self.token_embedding(idx))
+        options: dict[str, Any] = {"inplace": True} if inplace else {}
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
         if not return_last_state:
             return self.lm_head(self.xlstm_block_stack(x, state, **options))
         x, after = self.xlstm_block_stack(x, state, return_last_state=True, **options)

@@ -14,6 +14,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
 from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
+from flash_xlstm.nn.packing import refuse_step
 from flash_xlstm.nn.state import fitting
 
 
@@ -165,25 +166,35 @@ class CausalConv1d(nn.Module):
         self.channels = channels
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, *, return_state: bool = False, inplace: bool = False
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        return_state: bool = False,
+        inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`inplace` is for one token without gradients. It updates `state`, or a copy of it if its dtype is not that of
         x."""
+        refuse_step(inplace, cu_seqlens)
         check_sequence("x", x, self.channels, step=inplace)
         conv = self.conv
         if conv is None:
             return F.silu(x), None
         (state,) = fitting((state,), x, (x.dtype,), written=inplace)
+        compiled = self.kernel_size <= LIMITS["conv_max_kernel"] and x.dtype != torch.float64
+        if cu_seqlens is not None and not (compiled and _only_holds_parameters(conv)):
+            return self._packed_by_the_module(conv, x, state, return_state, cu_seqlens)
         if not _only_holds_parameters(conv):
             return self._by_the_module(conv, x, state, return_state, inplace)
         weight, bias = conv.weight[:, 0], conv.bias
-        compiled = self.kernel_size <= LIMITS["conv_max_kernel"] and x.dtype != torch.float64
         namespace = ops if compiled else reference
         if inplace and state is not None:
             return namespace.causal_conv1d_step(x[:, 0], weight, bias, state, activation="silu")[:, None], state
         y = namespace.causal_conv1d(
-            x, weight, bias, activation="silu", initial_state=state, return_final_state=return_state
-        )
+            x, weight, bias, activation="silu", initial_state=state, cu_seqlens=cu_seqlens,
+            return_final_state=return_state,
+        )  # fmt: skip
         return y if return_state else (y, None)
 
     def _by_the_module(
@@ -197,6 +208,21 @@ class CausalConv1d(nn.Module):
             return y, None
         last = inputs[:, x.shape[1] :]
         return y, state.copy_(last) if inplace and state is not None else last.clone()
+
+    def _packed_by_the_module(
+        self, conv: nn.Module, x: Tensor, state: Tensor | None, return_state: bool, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Packed sequences as `conv` takes them: kernel_size - 1 inputs, of `state` or zeros, before each."""
+        before, places = self.kernel_size - 1, torch.arange(x.shape[1], device=x.device)
+        rows, starts = cu_seqlens.shape[0] - 1, cu_seqlens.long()
+        row = torch.searchsorted(starts[1:], places, right=True).clamp(max=rows - 1)  # which sequence a token is of
+        tokens = places + before * (row + 1)
+        inputs = x.new_zeros(x.shape[1] + rows * before, self.channels).index_copy(0, tokens, x[0])
+        around = torch.arange(before, device=x.device) + before * torch.arange(rows, device=x.device)[:, None]
+        if state is not None:
+            inputs = inputs.index_copy(0, (starts[:-1, None] + around).flatten(), state.flatten(0, 1))
+        y = F.silu(conv(inputs.t()[None])[0].t()[tokens - before])[None]
+        return y, inputs[starts[1:, None] + around] if return_state else None
 
     def reset_parameters(self) -> None:
         if self.conv is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from flash_xlstm.nn.block_stack.layers import (
     wang_init,
     zero_bias,
 )
+from flash_xlstm.nn.packing import refuse_step
 from flash_xlstm.nn.state import fitting_state
 from flash_xlstm.ops import MlstmState
 
@@ -47,9 +50,11 @@ class mLSTMCell(nn.Module):
         *,
         return_state: bool = False,
         inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, MlstmState | None]:
         """`state` may be of any float dtype. `inplace` is for one token without gradients. It updates float32 tensors
         of `state` (c also in bfloat16, all in float64 if x is float64), and copies of others."""
+        refuse_step(inplace, cu_seqlens)
         check_sequence("q", q, self.features, step=inplace)
         check_sequence("k", k, self.features, step=inplace)
         check_sequence("v", v, self.features, step=inplace)
@@ -66,9 +71,10 @@ class mLSTMCell(nn.Module):
             h = step(q[:, 0], k[:, 0], v[:, 0], i[:, 0], f[:, 0], state)[:, None]
         elif return_state:
             sequence = reference.mlstm_chunkwise if wide else ops.mlstm
-            h, state = sequence(q, k, v, i, f, initial_state=state, return_final_state=True)
+            h, state = sequence(q, k, v, i, f, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True)
         else:
-            h = (reference.mlstm_chunkwise if wide else ops.mlstm)(q, k, v, i, f, initial_state=state)
+            sequence = reference.mlstm_chunkwise if wide else ops.mlstm
+            h = sequence(q, k, v, i, f, initial_state=state, cu_seqlens=cu_seqlens)
         return self.outnorm(h), state
 
     @staticmethod
@@ -123,6 +129,7 @@ class mLSTMLayer(nn.Module):
         return_last_state: bool = False,
         *,
         inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
@@ -134,6 +141,7 @@ class mLSTMLayer(nn.Module):
                 dtype.
             return_last_state: also return both after it.
             inplace: update the given states; for one token without gradients (:meth:`step`).
+            cu_seqlens: offsets of packed sequences, as in :meth:`xLSTMBlockStack.forward`.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"mlstm_state": ..., "conv_state":
@@ -141,7 +149,7 @@ class mLSTMLayer(nn.Module):
         """
         check_sequence("x", x, self.config.embedding_dim, step=inplace)
         inner, z = self.proj_up(x).chunk(2, dim=-1)
-        options = {"return_state": return_last_state, "inplace": inplace}
+        options: dict[str, Any] = {"return_state": return_last_state, "inplace": inplace, "cu_seqlens": cu_seqlens}
         conv, conv_state = self.conv1d(inner, conv_state, **options)
         q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(inner)
         h, mlstm_state = self.mlstm_cell(q, k, v, mlstm_state, **options)

@@ -12,6 +12,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm.nn.block_stack.configuration import sLSTMLayerConfig
 from flash_xlstm.nn.block_stack.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, check_sequence
 from flash_xlstm.nn.block_stack.mlstm import LayerState
+from flash_xlstm.nn.packing import refuse_step
 from flash_xlstm.nn.state import fitting
 from flash_xlstm.ops import SlstmState
 from flash_xlstm.ops._common import unpack_state
@@ -76,10 +77,17 @@ class sLSTMCell(nn.Module):
         return _weights_of_op(config.backend, self._recurrent_kernel_, self._bias_, config.num_heads, config.head_dim)
 
     def forward(
-        self, x: Tensor, state: SlstmState | None = None, *, return_state: bool = False, inplace: bool = False
+        self,
+        x: Tensor,
+        state: SlstmState | None = None,
+        *,
+        return_state: bool = False,
+        inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, SlstmState | None]:
         """`state` may be of any float dtype. `inplace` is for one token without gradients. It updates float32 tensors
         of `state` (float64 if x is float64), and copies of others."""
+        refuse_step(inplace, cu_seqlens)
         check_sequence("x", x, _GATES * self.config.embedding_dim, step=inplace)
         x = x.unflatten(-1, (_GATES, self.config.num_heads, self.config.head_dim))
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -94,8 +102,9 @@ class sLSTMCell(nn.Module):
                 state = h, c, n, m
             return namespace.slstm_step(x[:, 0], R, b, state)[:, None], state
         result = namespace.slstm(
-            x, R, b, initial_state=state, return_final_state=return_state, recurrent_grad_clip=self._clip
-        )
+            x, R, b, initial_state=state, cu_seqlens=cu_seqlens, return_final_state=return_state,
+            recurrent_grad_clip=self._clip,
+        )  # fmt: skip
         return result if return_state else (result, None)
 
     @torch.no_grad()
@@ -168,6 +177,7 @@ class sLSTMLayer(nn.Module):
         return_last_state: bool = False,
         *,
         inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
@@ -179,13 +189,15 @@ class sLSTMLayer(nn.Module):
                 default: fresh.
             return_last_state: also return both after it.
             inplace: update the given states; for one token without gradients (:meth:`step`).
+            cu_seqlens: offsets of packed sequences, as in :meth:`xLSTMBlockStack.forward`.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"conv_state": ..., "slstm_state":
             ...}``.
         """
         check_sequence("x", x, self.config.embedding_dim, step=inplace)
-        conv, options = x, {"return_state": return_last_state, "inplace": inplace}
+        options: dict[str, Any] = {"return_state": return_last_state, "inplace": inplace, "cu_seqlens": cu_seqlens}
+        conv = x
         if self.config.conv1d_kernel_size:
             conv, conv_state = self.conv1d(x, conv_state, **options)
         # In NX-AI's package and checkpoints `fgate` projects to the recurrence's input gate, and `igate` to its forget

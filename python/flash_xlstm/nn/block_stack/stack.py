@@ -12,6 +12,7 @@ from flash_xlstm.nn.block_stack.configuration import mLSTMBlockConfig, sLSTMBloc
 from flash_xlstm.nn.block_stack.layers import GatedFeedForward, LayerNorm, check_sequence
 from flash_xlstm.nn.block_stack.mlstm import LayerState, mLSTMLayer
 from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
+from flash_xlstm.nn.packing import check_offsets
 
 StackState = dict[str, LayerState]
 
@@ -32,7 +33,7 @@ class xLSTMBlock(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
-        """Reads a sequence. `state`, `inplace` and results are as in the layer's ``forward``."""
+        """Reads a sequence. `state`, `inplace`, `cu_seqlens` and results are as in the layer's ``forward``."""
         check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm checks the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
@@ -97,7 +98,13 @@ class xLSTMBlockStack(nn.Module):
         return sLSTMBlock(config) if isinstance(config, sLSTMBlockConfig) else mLSTMBlock(config)
 
     def forward(
-        self, x: Tensor, state: StackState | None = None, return_last_state: bool = False, *, inplace: bool = False
+        self,
+        x: Tensor,
+        state: StackState | None = None,
+        return_last_state: bool = False,
+        *,
+        inplace: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StackState]:
         """A sequence.
 
@@ -106,13 +113,27 @@ class xLSTMBlockStack(nn.Module):
             state: a state that an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
             return_last_state: also return the state after it.
             inplace: update the given state; for one token without gradients (:meth:`step`).
+            cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`. Batch
+                must be 1. Sequences do not see each other, as if each were a row of its own. States have num_seqs in
+                place of batch. A module that replaces a block must take it.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"block_0": ..., ...}``. The given
             state is unchanged unless `inplace`.
+
+        Raises:
+            TypeError, ValueError: x or `cu_seqlens` is not as above. On CUDA nothing waits for the values of
+                `cu_seqlens`: the device raises for wrong ones.
         """
         before, after = state or {}, {}
-        options = {"inplace": True} if inplace else {}  # any module that takes x alone may replace a block
+        # Any module that takes x alone may replace a block.
+        options: dict[str, Any] = {"inplace": True} if inplace else {}
+        if cu_seqlens is not None:
+            check_sequence("x", x, self.config.embedding_dim, step=inplace)
+            if x.shape[0] != 1:
+                raise ValueError(f"x has batch {x.shape[0]}; with cu_seqlens it must be 1")
+            check_offsets("cu_seqlens", cu_seqlens, x.shape[1])
+            options["cu_seqlens"] = cu_seqlens
         for index, block in enumerate(self.blocks):
             name = f"block_{index}"
             if return_last_state:

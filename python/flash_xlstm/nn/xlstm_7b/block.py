@@ -46,14 +46,15 @@ class mLSTMBlock(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
         state_indices: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Arguments and results as :meth:`mLSTMLayer.forward`."""
-        if inplace and padding is None and state is not None:
+        if inplace and padding is None and state is not None and cu_seqlens is None:
             out = block_step(self, x, state, state_indices)
             if out is not None:
                 return out, state if return_state else None
-        if state is None and not return_state and residual.serves(x):
-            return self._train(x, padding, None), None
+        if state is None and not return_state and state_indices is None and residual.serves(x):
+            return self._train(x, padding, cu_seqlens), None
         y, state = self.mlstm_layer(
             self.norm_mlstm(x),
             state,
@@ -61,6 +62,7 @@ class mLSTMBlock(nn.Module):
             return_state=return_state,
             inplace=inplace,
             state_indices=state_indices,
+            cu_seqlens=cu_seqlens,
         )
         normed, x = self.norm_ffn(y, x)
         return x + self.ffn(normed), state
@@ -72,7 +74,7 @@ class mLSTMBlock(nn.Module):
             x = residual.run_mlstm(x, mlstm, padding, cu_seqlens, self._again)
             normed = None
         else:
-            y, _ = self.mlstm_layer(self.norm_mlstm(x), None, padding)
+            y, _ = self.mlstm_layer(self.norm_mlstm(x), None, padding, cu_seqlens=cu_seqlens)
             normed, x = self.norm_ffn(y, x) if ffn is None else (None, x + y)
         if ffn is not None:
             return residual.run_feed_forward(x, ffn, self._again)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.linear import linear, unchanged
+from flash_xlstm.nn.packing import refuse_step
 from flash_xlstm.nn.state import State, fitting_state
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, op_weight
 from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
@@ -114,6 +115,7 @@ class mLSTMLayer(FusableProjections):
         return_state: bool = False,
         inplace: bool = False,
         state_indices: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """One pass over a sequence.
 
@@ -128,9 +130,11 @@ class mLSTMLayer(FusableProjections):
                 tensors, in their dtypes.
             state_indices: with all that, the slot of `state` that each row uses, as in
                 :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
+            cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`, where
+                batch must be 1; states have num_seqs in place of batch.
 
         Raises:
-            ValueError: `state_indices` for anything but one token in place.
+            ValueError: `state_indices` for anything but one token in place; `cu_seqlens` for it.
 
         Returns:
             ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`. It is float32
@@ -138,8 +142,9 @@ class mLSTMLayer(FusableProjections):
         """
         if self.weight_mode == "fused":
             z = linear(self.get_submodule("qkv_opreact"), x)
-            if state is None and not return_state and (weight := self._joined_norm_weight(z)) is not None:
-                return linear(self.out_proj, self._joined(x, z, weight, padding)), None
+            plain = state is None and not return_state and state_indices is None
+            if plain and (weight := self._joined_norm_weight(z)) is not None:
+                return linear(self.out_proj, self._joined(x, z, weight, padding, cu_seqlens)), None
             q, k, v, o = z.split(list(self.projection_groups["qkv_opreact"].values()), -1)
         else:
             q, k, v, o = self._project(x, "qkv_opreact")
@@ -149,7 +154,10 @@ class mLSTMLayer(FusableProjections):
         q, k, v = (t.unflatten(-1, (self.num_heads, t.shape[-1] // self.num_heads)) for t in (q, k, v))
         run: Callable[..., Any] = self._sequence
         if step:
+            refuse_step(step, cu_seqlens)
             run = functools.partial(self._step, state_indices=state_indices)
+        elif cu_seqlens is not None:
+            run = functools.partial(self._sequence, cu_seqlens=cu_seqlens)
         # No autocast on the meta device: asking whether it is enabled there raises.
         if self.autocast_kernel_dtype is None or x.is_meta or not torch.is_autocast_enabled(x.device.type):
             h, state = run(q, k, v, *self._gates(x, padding, q.dtype), state, return_state)
@@ -178,10 +186,12 @@ class mLSTMLayer(FusableProjections):
             return None
         return op_weight(z, norm.weight, norm.bias)
 
-    def _joined(self, x: Tensor, z: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
+    def _joined(
+        self, x: Tensor, z: Tensor, weight: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         """From the joined projection to the output product's input."""
         return mlstm_gated(
-            z, *self._gates(x, padding, z.dtype), weight, None, self.num_heads, self.qk_dim, None, self.eps,
+            z, *self._gates(x, padding, z.dtype), weight, cu_seqlens, self.num_heads, self.qk_dim, None, self.eps,
             self.gate_soft_cap, _common.chunk_size_or_0(self.chunk_size), self.multihead_norm.eps,
         )[0]  # fmt: skip
 
@@ -196,14 +206,22 @@ class mLSTMLayer(FusableProjections):
         return i, f
 
     def _sequence(
-        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: State | None, return_state: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        f: Tensor,
+        state: State | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         run = self._mlstm
         if q.dtype == torch.float64 and self.kernel == "flash":
             run = _sequence_kernel("chunkwise", self.chunk_size)
         out = run(
             q, k, v, i, f, initial_state=None if state is None else fitting_state(state, q),
-            eps=self.eps, gate_soft_cap=self.gate_soft_cap, return_final_state=return_state,
+            eps=self.eps, gate_soft_cap=self.gate_soft_cap, cu_seqlens=cu_seqlens, return_final_state=return_state,
         )  # fmt: skip
         return out if return_state else (out, None)
 

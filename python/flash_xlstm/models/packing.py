@@ -1,0 +1,196 @@
+"""Documents packed into rows, told in any of the ways that collators tell them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_xlstm.nn.packing import check_offsets, require
+
+_OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+_LENGTHS = ("max_length_q", "max_length_k")
+ARGUMENTS = ("seq_idx", *_OFFSETS, *_LENGTHS)
+
+_Check = tuple[Tensor, str]  # one bool that must be true, and what is raised where it is not
+
+
+def offsets(
+    arguments: dict[str, Any], position_ids: Tensor | None, mask: Tensor | None, padding: Tensor | None, x: Tensor
+) -> Tensor | None:
+    """Where documents begin among the tokens of all rows of x (batch, seq, ...), taken one row after the other.
+
+    Args:
+        arguments: the model's, some of `ARGUMENTS` perhaps among them.
+        position_ids: positions, which begin anew with each document, or None.
+        mask: (batch, seq), 0 at padding and else 1, True or the number of a document, or None.
+        padding: where it is 0, on the device of x.
+
+    Returns:
+        (num_documents + 1,) int32 on the device of x, or None: each row is one document.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or they contradict each other. Where offsets are given
+            CUDA is not waited for: the device raises for wrong values.
+    """
+    given = {name: arguments[name] for name in ARGUMENTS if arguments.get(name) is not None}
+    if mask is not None and not _may_number_documents(mask, alone=not given and position_ids is None):
+        check_mask(mask)
+        mask = None
+    if not given and position_ids is None and mask is None:
+        return None
+
+    batch, seq = x.shape[:2]
+    last = None if padding is None else _last_tokens(padding)
+    starts: dict[str, Tensor] = {}  # (batch, seq) bool, by the argument that tells it
+    checks: list[_Check] = []
+    bounds = _given_offsets(given, batch * seq, x.device)
+    if bounds is not None:
+        name, first = next(name for name in _OFFSETS if name in given), first_tokens(bounds, batch, seq)
+        starts[name] = first if last is None else _changes(first.flatten().cumsum(0).view(batch, seq), last)
+        checks.append((first[:, 0].all(), f"{name} must hold where each row begins, of several"))
+    if position_ids is not None:
+        positions = _whole_numbers("position_ids", position_ids, x)
+        counted = torch.arange(seq, device=x.device) if padding is None else (~padding).cumsum(1) - 1
+        begin = positions - counted  # the same for every token of a document
+        starts["position_ids"] = _changes(begin, last)
+        restarts = (positions == 0) | (positions == _filled(begin, last)[:, :1])
+        checks.append((
+            (restarts | ~starts["position_ids"])[:, 1:].all(),
+            "position_ids must count up by one from token to token, or begin anew at 0 where a document begins",
+        ))  # fmt: skip
+    if "seq_idx" in given:
+        numbers = _whole_numbers("seq_idx", given["seq_idx"], x)
+        starts["seq_idx"] = _changes(numbers, last)
+        checks.append(_once("seq_idx", numbers, starts["seq_idx"], last))
+    if mask is not None:
+        numbers = mask.to(x.device)
+        documents = _changes(numbers, last)
+        checks.append(((numbers >= 0).all(), "attention_mask must not be less than 0"))
+        checks.append(_once("attention_mask", numbers, documents, last))
+        for found in starts.values():  # a mask of 0 and 1 tells nothing beside others
+            documents = torch.where((numbers > 1).any(), documents, found)
+            break
+        starts["attention_mask"] = documents
+
+    (name, found), *others = starts.items()
+    for other, also in others:
+        checks.append(((also == found).all(), f"{other} must tell the same documents as {name}"))
+    if bounds is None and (not torch.compiler.is_compiling() or "seq_idx" in given):
+        return _found_offsets(found, checks)
+    for holds, message in checks:
+        require(holds, message, wait=False)
+    if bounds is None:
+        require(
+            ~found[:, 1:].any(),
+            "position_ids must count up by one from token to token under torch.compile; documents packed into rows are "
+            "told there by cu_seq_lens_q",
+        )
+    return bounds
+
+
+def first_tokens(offsets: Tensor, batch: int, seq: int) -> Tensor:
+    """(batch, seq) bool: whether a document begins with the token."""
+    first = torch.zeros(batch * seq + 1, dtype=torch.bool, device=offsets.device)
+    return first.index_fill_(0, offsets.long().clamp(0, batch * seq), True)[:-1].view(batch, seq)
+
+
+def check_mask(mask: Tensor) -> None:
+    """Checks that a mask tells tokens from padding and nothing else, without waiting for a GPU."""
+    if mask.dtype != torch.bool:
+        require(
+            ((mask == 0) | (mask == 1)).all(),
+            "attention_mask holds other values than 1, where there is a token, and 0; numbers of documents are taken "
+            "without a cache, beside seq_idx on CUDA, beside cu_seq_lens_q under torch.compile",
+            wait=False,
+        )
+
+
+def _may_number_documents(mask: Tensor, alone: bool) -> bool:
+    if mask.dtype == torch.bool or mask.dtype.is_floating_point:
+        return False
+    if not alone:
+        return True
+    # To look at it where it can be looked at for nothing.
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((mask > 1).any())
+
+
+def _given_offsets(given: dict[str, Any], tokens: int, device: torch.device) -> Tensor | None:
+    names = [name for name in _OFFSETS if name in given]
+    lengths = [name for name in _LENGTHS if name in given]
+    if not names:
+        if lengths:
+            raise ValueError(f"{lengths[0]} is given without cu_seq_lens_q, which tells where documents begin")
+        return None
+    bounds = given[names[0]]
+    check_offsets(names[0], bounds, tokens)
+    for name in names[1:]:
+        if given[name] is bounds:
+            continue
+        check_offsets(name, given[name], tokens)
+        message = f"{name} must be equal to {names[0]}"
+        if given[name].shape != bounds.shape:
+            raise ValueError(f"{message}; their shapes are {tuple(given[name].shape)} and {tuple(bounds.shape)}")
+        require((given[name].to(bounds.device) == bounds).all(), message, wait=False)
+    for name in lengths:
+        length = given[name]
+        if isinstance(length, Tensor):
+            length = length.to(bounds.device)
+        elif isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            raise TypeError(f"{name} is a {type(length).__name__}; it must be a whole number")
+        message = f"{name} must be at least the length of the longest document that {names[0]} tells"
+        require((bounds.diff() <= length).all(), message, wait=False)
+    return bounds.to(device, torch.int32, non_blocking=True).contiguous()
+
+
+@torch.compiler.disable(reason="give cu_seq_lens_q beside seq_idx: the number of documents is not known otherwise")
+def _found_offsets(starts: Tensor, checks: list[_Check]) -> Tensor | None:
+    """Waits for a GPU, once."""
+    if starts.is_meta:
+        return None
+    count, *held = torch.stack([starts.sum(), *(holds.long() for holds, _ in checks)]).tolist()
+    for holds, (_, message) in zip(held, checks, strict=True):
+        if not holds:
+            raise ValueError(message)
+    if count == starts.shape[0]:
+        return None
+    tokens, options = starts.numel(), {"dtype": torch.int32, "device": starts.device}
+    bounds, document = torch.full((count + 1,), tokens, **options), starts.flatten().cumsum(0) - 1
+    return bounds.scatter_reduce_(0, document, torch.arange(tokens, **options), "amin")
+
+
+def _whole_numbers(name: str, numbers: Tensor, x: Tensor) -> Tensor:
+    """`numbers` as (batch, seq), on the device of x."""
+    batch, seq = x.shape[:2]
+    if not isinstance(numbers, Tensor):
+        raise TypeError(f"{name} is a {type(numbers).__name__}; it must be a tensor")
+    if numbers.dtype == torch.bool or numbers.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {str(numbers.dtype)[6:]}; it must be int64 or int32")
+    if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != seq:
+        raise ValueError(f"{name} has shape {tuple(numbers.shape)}; it must be ({batch}, {seq})")
+    return numbers.to(x.device).expand(batch, seq)
+
+
+def _last_tokens(padding: Tensor) -> Tensor:
+    """(batch, seq): for each place the last one at or before it that holds a token; before the first, the first."""
+    places = torch.arange(padding.shape[1], device=padding.device).masked_fill(padding, -1)
+    return torch.maximum(places.cummax(1).values, (~padding).byte().argmax(1, keepdim=True))
+
+
+def _filled(numbers: Tensor, last: Tensor | None) -> Tensor:
+    """`numbers` with those of tokens at padding."""
+    return numbers if last is None else numbers.gather(1, last)
+
+
+def _changes(numbers: Tensor, last: Tensor | None) -> Tensor:
+    """Whether a token's number differs from that of the token before; true for a row's first place."""
+    numbers = _filled(numbers, last)
+    return F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+
+
+def _once(name: str, numbers: Tensor, starts: Tensor, last: Tensor | None) -> _Check:
+    """That no number comes back after another."""
+    distinct = _changes(_filled(numbers, last).sort(1).values, None)
+    return (distinct.sum(1) == starts.sum(1)).all(), f"{name} must not come back to a number after another one in a row"
