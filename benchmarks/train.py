@@ -117,7 +117,7 @@ class Prepared:
 
 
 def _hugging_face_loss(forward: Callable[..., Any], ids: Tensor) -> Tensor:
-    return forward(input_ids=ids, labels=ids).loss
+    return forward(input_ids=ids, labels=ids, use_cache=False).loss  # transformers' own fails with one
 
 
 def _logits_loss(forward: Callable[..., Any], ids: Tensor) -> Tensor:
