@@ -106,6 +106,7 @@ def test_before_after_says_what_it_takes():
     assert "OLD NEW --out FILE" in done.stdout
 
 
+@pytest.mark.slow
 def test_training_steps(subject, tmp_path):
     pytest.importorskip("transformers")
     cases = ["eager", "checkpointed", "eager_fused", "tokens_2048", "transformers"]
@@ -138,6 +139,12 @@ def test_training_steps(subject, tmp_path):
     assert all(row["mlstm_ms"] > 0 for row in profiles if row["case"] != "transformers")
     kernels = [row for row in document["results"] if row["what"] == "kernel" and row["case"] == "eager"]
     assert len(kernels) == 2 and kernels[0]["ms"] >= kernels[1]["ms"]
+    steps, profile, constant = subject("report").report(document)
+    assert all(f"| {name} |" in profile for name in cases) and "| 1 x 128 |" in constant
+    assert all(f"| {name} |" in steps for name in cases if name != "tokens_2048")
+    pytest.importorskip("matplotlib")
+    (path,) = subject("plot").plot(document, tmp_path, "train")
+    assert path.stat().st_size > 10_000
 
 
 def test_a_peer_that_is_not_installed_is_a_row(subject, tmp_path):
@@ -178,6 +185,7 @@ def test_how_flat_a_token_is_at_constant_tokens(subject):
     assert subject("train").summarize(rows)[-1] == {"case": "tokens_8192", "time_over_shortest": pytest.approx(1.1)}
 
 
+@pytest.mark.slow
 def test_precisions(subject, tmp_path):
     pytest.importorskip("transformers")
     text = tmp_path / "text"
@@ -199,6 +207,8 @@ def test_precisions(subject, tmp_path):
         assert row["over_float32"] == pytest.approx(row["held_out_loss"] / reference - 1)
         assert row["train_losses"] != rows[0]["train_losses"]  # it is another precision
     assert abs(rows[1]["over_float32"]) < 0.01
+    (precisions,) = subject("report").report(document)
+    assert precisions.count("%") == len(kinds)
     pytest.importorskip("matplotlib")
     (path,) = subject("plot").plot(document, tmp_path, "precision")
     assert path.stat().st_size > 10_000
