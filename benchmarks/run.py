@@ -46,6 +46,7 @@ SUBJECTS = (
 PACKAGES = (
     "triton",
     "transformers",
+    "torchao",
     "numpy",
     "mlstm_kernels",
     "xlstm",
@@ -53,9 +54,6 @@ PACKAGES = (
     "fla-core",
     "flash-linear-attention",
     "mamba_ssm",
-    "torchao",
-    "liger_kernel",
-    "cut_cross_entropy",
 )
 
 
