@@ -4,8 +4,9 @@ Pictures are named after the results file. For subject mlstm, RESULTS.png has th
 tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several sizes were measured at two or more seq).
 RESULTS_speedup.png has our speedup over TFLA and simple_gla where two or more sizes were measured. For decode,
 RESULTS.png has the time a token over batch. For prefill, RESULTS.png has the time over length; RESULTS_memory.png has
-the memory of the state and the peak memory of reading the prompt, over length. For precision,
-RESULTS.png has the training loss over steps, a line a precision.
+the memory of the state and the peak memory of reading the prompt, over length. For precision, RESULTS.png has
+the training loss over steps, a line a precision. For train, RESULTS.png has time and peak memory of a step, a bar a case,
+with the step's products beside the time; RESULTS_tokens.png has the time a token over seq at constant tokens.
 """
 
 from __future__ import annotations
@@ -203,6 +204,43 @@ def plot_precision(rows: list[dict], gpu: str, path: Path) -> Path:
     return path
 
 
+def plot_train(rows: list[dict], gpu: str, folder: Path, stem: str) -> list[Path]:
+    constant = sorted((row for row in rows if row["case"].startswith("tokens_")), key=lambda row: row["seq"])
+    steps = [row for row in rows if row not in constant]
+    written = []
+    if steps:
+        figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.4 * len(steps)), sharey=True, constrained_layout=True)
+        names = [f"{row['case']}, {row['batch']} x {row['seq']}" for row in steps]
+        for axis, name, unit in zip(axes, ("time_ms", "peak_gib"), ("ms a step", "GiB at the peak"), strict=True):
+            bars = axis.barh(names, [row.get(name, 0.0) for row in steps], height=0.6)
+            axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+            axis.set(xlabel=unit)
+            axis.grid(axis="x", alpha=0.3)
+        products = [row["products_ms"] for row in steps]
+        axes[0].plot(products, names, "k|", markersize=18, label="the step's products by themselves")
+        axes[0].invert_yaxis()
+        axes[0].legend(fontsize=8)
+        figure.suptitle(f"A training step; {gpu}")
+        written.append(folder / f"{stem}.png")
+        figure.savefig(written[-1], dpi=150)
+        plt.close(figure)
+    if len(constant) > 1:
+        tokens = constant[0]["batch"] * constant[0]["seq"]
+        title = f"Training, {tokens:,} tokens a step; {gpu}"
+        figure, axis = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+        per_token = [row["time_ms"] / row["batch"] / row["seq"] * 1e6 for row in constant]
+        seqs = [row["seq"] for row in constant]
+        axis.plot(seqs, per_token, marker="o")
+        axis.set(xscale="log", title=title, xlabel="seq", ylabel="ns a token", ylim=(0, 1.2 * max(per_token)))
+        axis.set_xticks(seqs, [f"{seq:,}" for seq in seqs])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        written.append(folder / f"{stem}_tokens.png")
+        figure.savefig(written[-1], dpi=150)
+        plt.close(figure)
+    return written
+
+
 def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     """Writes the plots that the results allow, under names that begin with `stem`. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,6 +251,7 @@ def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     if decode:
         written.append(plot_decode(decode, gpu, folder / f"{stem}.png"))
     written += plot_prefill(prefill, gpu, folder, stem)
+    written += plot_train([r for r in timed if r.get("what") == "train"], gpu, folder, stem)
     trained = [r for r in document["results"] if r.get("what") == "precision" and "held_out_loss" in r]
     if trained:
         written.append(plot_precision(trained, gpu, folder / f"{stem}.png"))

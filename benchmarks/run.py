@@ -47,6 +47,7 @@ SUBJECTS = (
 PACKAGES = (
     "triton",
     "transformers",
+    "torchao",
     "numpy",
     "mlstm_kernels",
     "xlstm",
@@ -54,9 +55,6 @@ PACKAGES = (
     "fla-core",
     "flash-linear-attention",
     "mamba_ssm",
-    "torchao",
-    "liger_kernel",
-    "cut_cross_entropy",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -103,3 +104,128 @@ def test_before_after_says_what_it_takes():
         [sys.executable, str(FOLDER / "before_after.py"), "--help"], capture_output=True, text=True, check=True
     )
     assert "OLD NEW --out FILE" in done.stdout
+
+
+@pytest.mark.slow
+def test_training_steps(subject, tmp_path):
+    pytest.importorskip("transformers")
+    cases = ["eager", "checkpointed", "eager_fused", "tokens_2048", "transformers"]
+    options = ["--steps", "2", "--warmup", "1", "--profile", "--profile-kernels", "2", "--device", "cpu"]
+    document = run(tmp_path, "train", "--cases", *cases, "--size", "tiny", *options)
+    rows = {row["case"]: row for row in document["results"] if row["what"] == "train"}
+    assert list(rows) == cases
+    assert all("error" not in row for row in rows.values()), rows
+    (_, width, blocks, heads), (batch, seq) = subject("train").SIZES["tiny"]
+    assert rows["eager"]["loss"] == pytest.approx(rows["transformers"]["loss"], rel=0.02)
+    assert rows["tokens_2048"]["batch"] * rows["tokens_2048"]["seq"] == batch * seq
+    for row in rows.values():
+        without_embedding = row["parameters"] - 256 * width
+        tflops = 6 * without_embedding * batch * seq / row["time_ms"] / 1e9
+        assert row["tflops"] == pytest.approx(tflops)
+        assert row["step_over_products"] == pytest.approx(row["time_ms"] / row["products_ms"])
+    assert len({row["parameters"] for row in rows.values()}) == 1
+    # three products a weight, four where a checkpoint makes the forward again
+    multiplied = {name: row["products_tflops"] * row["products_ms"] * 1e9 for name, row in rows.items()}
+    norms_and_biases = blocks * (3 * width + 2 * heads) + width
+    head, in_blocks = 256 * width, rows["eager"]["parameters"] - norms_and_biases - 2 * 256 * width
+    assert multiplied["eager"] == pytest.approx(6 * batch * seq * (in_blocks + head))
+    assert multiplied["checkpointed"] == pytest.approx(batch * seq * (8 * in_blocks + 6 * head))
+    profiles = [row for row in document["results"] if row["what"] == "profile"]
+    assert [row["case"] for row in profiles] == cases
+    classes = [f"{name}_ms" for name in (*subject("train").CLASSES, "rest")]
+    for row in profiles:
+        assert sum(row[name] for name in classes) == pytest.approx(row["all_ms"])
+        assert min(row["products_ms"], row["optimizer_ms"], row["loss_ms"]) > 0, row
+    assert all(row["mlstm_ms"] > 0 for row in profiles if row["case"] != "transformers")
+    kernels = [row for row in document["results"] if row["what"] == "kernel" and row["case"] == "eager"]
+    assert len(kernels) == 2 and kernels[0]["ms"] >= kernels[1]["ms"]
+    steps, profile, constant = subject("report").report(document)
+    assert all(f"| {name} |" in profile for name in cases) and "| 1 x 128 |" in constant
+    assert all(f"| {name} |" in steps for name in cases if name != "tokens_2048")
+    pytest.importorskip("matplotlib")
+    (path,) = subject("plot").plot(document, tmp_path, "train")
+    assert path.stat().st_size > 10_000
+
+
+def test_a_peer_that_is_not_installed_is_a_row(subject, tmp_path):
+    if importlib.util.find_spec("xlstm") is not None:
+        pytest.skip("the xlstm package is installed")
+    options = ["--steps", "1", "--warmup", "1", "--size", "tiny", "--device", "cpu"]
+    (row,) = run(tmp_path, "train", "--cases", "xlstm_large", *options)["results"]
+    assert row["case"] == "xlstm_large" and "No module named 'xlstm'" in row["error"]
+
+
+KERNELS = {
+    "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NTT": "products",
+    "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>": "products",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<..., FusedAdamMathFunctor<...>>": "optimizer",
+    "void flash_xlstm::hopper::outputs_kernel<Makes<...>>": "mlstm",
+    "void flash_xlstm::rms_norm_backward_kernel<...>": "pointwise",
+    "flash_xlstm::sum_rows_kernel(float const*)": "pointwise",
+    "triton_poi_fused__to_copy_add_mul_silu_3": "pointwise",
+    "triton_red_fused__log_softmax__to_copy_7": "loss",
+    "void flash_xlstm::soft_cap_kernel<...>": "loss",
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>": "copies",
+    "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>, ...>": "copies",
+    "Memcpy DtoD (Device -> Device)": "copies",
+    "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<...>": "rest",
+}
+
+
+@pytest.mark.parametrize(("kernel", "group"), KERNELS.items())
+def test_kernels_have_a_class(subject, kernel, group):
+    assert subject("train").class_of(kernel) == group
+
+
+def test_how_flat_a_token_is_at_constant_tokens(subject):
+    rows = [
+        {"what": "train", "case": f"tokens_{seq}", "batch": 8192 // seq, "seq": seq, "time_ms": ms}
+        for seq, ms in ((8192, 11.0), (2048, 10.0))
+    ]
+    assert subject("train").summarize(rows)[-1] == {"case": "tokens_8192", "time_over_shortest": pytest.approx(1.1)}
+
+
+@pytest.mark.slow
+def test_precisions(subject, tmp_path):
+    pytest.importorskip("transformers")
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in range(40):
+        (text / f"{name:02}.txt").write_text(f"file {name}: the quick brown fox jumps over the lazy dog. " * 10)
+    kinds = ["float32", "bfloat16_autocast", "bfloat16", "float16_scaled"]
+    kinds += ["float8"] if importlib.util.find_spec("torchao") else []
+    sizes = "--steps 40 --shape 4x32 --width 32 --blocks 1 --heads 2 --held-out-batches 2 --window 10 --device cpu"
+    files = [str(path) for path in sorted(text.iterdir())]
+    document = run(tmp_path, "precision", "--precisions", *kinds, "--text", *files, *sizes.split())
+    rows = document["results"]
+    assert [row["precision"] for row in rows] == kinds
+    assert all("error" not in row and len(row["train_losses"]) == 4 for row in rows), rows
+    reference = rows[0]["held_out_loss"]
+    assert reference < rows[0]["train_losses"][0] - 0.5  # it learns
+    assert rows[0]["over_float32"] == 0.0 and {line["precision"] for line in document["summary"]} == set(kinds)
+    for row in rows[1:]:
+        assert row["over_float32"] == pytest.approx(row["held_out_loss"] / reference - 1)
+        assert row["train_losses"] != rows[0]["train_losses"]  # it is another precision
+    assert abs(rows[1]["over_float32"]) < 0.01
+    (precisions,) = subject("report").report(document)
+    assert precisions.count("%") == len(kinds)
+    pytest.importorskip("matplotlib")
+    (path,) = subject("plot").plot(document, tmp_path, "precision")
+    assert path.stat().st_size > 10_000
+
+
+def test_text_is_held_out_by_files(subject, tmp_path):
+    files = []
+    for name in range(41):
+        files.append(tmp_path / f"{name:02}.py")
+        files[-1].write_bytes(b"\xff" if name == 7 else f"<{name}>".encode())
+    train, held_out = subject("precision").read_text(files)
+    assert held_out == b"<0><21>" and train.count(b"<") == 38  # of 40, without the one that is no text
+    train, held_out = subject("precision").read_text(None)
+    assert len(train) > 10 * len(held_out) > 10**6
+
+
+def test_learning_rates_rise_and_fall(subject):
+    rates = [subject("precision").learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[4] == 2.0 == max(rates) and rates[:5] == sorted(rates[:5])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(0.2, rel=0.01)

@@ -140,3 +140,28 @@ def test_a_gpu_without_float8_is_named(monkeypatch):
     model[0]._parameters["weight"] = types.SimpleNamespace(device=torch.device("cuda", 0))
     with pytest.raises(ValueError, match=r"A100 of compute capability 8.0; float8 products need 8.9 or more"):
         training.convert_to_float8(model)
+
+
+def test_trainer_with_an_adapter(torchao, tmp_path):
+    pytest.importorskip("accelerate")
+    peft = pytest.importorskip("peft")
+    from transformers import Trainer, TrainingArguments
+
+    model = small()
+    training.convert_to_float8(model, emulate=True)
+    config = peft.LoraConfig(r=4, target_modules=["q", "k", "v", "proj_down"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    adapted = model.base_model.model.backbone.blocks[0].ffn.proj_down
+    assert type(adapted.base_layer).__name__ == "Float8Linear" and type(adapted.lora_A["default"]) is nn.Linear
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_checkpointing=True, learning_rate=1e-2,
+        use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in tokens().repeat(3, 1)]
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
