@@ -50,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(index: Index) -> str:
-    count = sum(name.endswith(".tokens") for name in index.files)
-    tokens = "bytes" if index.tokenizer is None else f"a vocabulary of {index.vocab_size:,}"
-    end = "none" if index.end_of_text is None else index.end_of_text
-    train, held = index.train, index.held_out
+    count = index.train.documents + index.held_out.documents
+    kind = "bytes" if index.tokenizer is None else f"a vocabulary of {index.vocab_size:,}, as {index.dtype}"
+    end = "no end-of-text token" if index.end_of_text is None else f"end-of-text token {index.end_of_text}"
     return (
-        f"{train.tokens:,} tokens in {train.documents:,} documents to train on, {held.bytes:,} bytes held out; "
-        f"{tokens}, end-of-text token {end}; {count} files of {index.dtype}"
+        f"{count:,} documents: {index.train.tokens:,} tokens to train on, {index.held_out.bytes:,} bytes held out; "
+        f"{kind}; {end}"
     )

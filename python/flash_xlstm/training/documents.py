@@ -11,7 +11,7 @@ from flash_xlstm.training.errors import TrainingError, reason, short
 
 FORMATS = ("auto", "text", "jsonl", "parquet")
 LONGEST = 2**26  # bytes of a document that must be read whole: a JSON line, or a tokenizer's text
-_BLOCK = 2**23  # bytes of a read
+_BLOCK = 2**22  # bytes of a read
 _ROWS = 64  # rows of a parquet file that are decoded at once
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z"}

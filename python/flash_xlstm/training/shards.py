@@ -174,7 +174,7 @@ def _index_of(values: Any) -> Index:
         type(value) is dict and value.keys() == {"size", "sha256"} and whole(value["size"]) and text(value["sha256"])
     )
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "dtype": (lambda value: value in _DTYPES, f"one of: {', '.join(_DTYPES)}"),
+        "dtype": (lambda value: text(value) and value in _DTYPES, f"one of: {', '.join(_DTYPES)}"),
         "vocab_size": (lambda value: whole(value) and 1 <= value <= _DTYPES[values["dtype"]], "one that dtype holds"),
         "tokenizer": (lambda value: value is None or text(value), "a checksum or null"),
         "end_of_text": (
@@ -452,7 +452,7 @@ def write_shards(
     if format not in FORMATS:
         raise ValueError(f"format is {short(format)}; it must be one of: {', '.join(FORMATS)}")
     if separator == "":
-        raise ValueError("separator is ''; it must have at least one character, or be None")
+        raise TrainingError("`separator` is ''; it must have at least one character, or be None")
     out = Path(os.path.abspath(out))
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise TrainingError(f"{out} exists already; choose another `out`")
@@ -614,7 +614,7 @@ class _File:
         self._digest = hashlib.sha256()
         self._size = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._size += len(data)
@@ -692,11 +692,11 @@ class _Writer:
                 self._files = tuple(_File(self._folder, stem + kind, self._made) for kind in (".tokens", ".ends"))  # type: ignore[assignment]
                 room = self._shard_tokens
             assert self._files is not None
-            self._files[0].write(ids[:room].astype(self._dtype).tobytes())
+            self._files[0].write(np.ascontiguousarray(ids[:room], self._dtype).view(np.uint8).data)
             self._tokens += len(ids[:room])
             ids = ids[room:]
         if ends and self._files is not None and self._tokens > self._ended:
-            self._files[1].write(np.array(self._tokens, "<i8").tobytes())
+            self._files[1].write(np.array([self._tokens], "<i8").view(np.uint8).data)
             self._documents += 1
             self._ended = self._tokens
 
