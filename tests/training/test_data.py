@@ -53,7 +53,7 @@ def test_a_folder_is_read_in_one_order_everywhere(tmp_path):
 
 
 def test_the_default_is_the_standard_library():
-    files = data._library_files()
+    files = data.library_files()
     root = Path(sysconfig.get_path("stdlib"))
     assert root / "argparse.py" in files
     assert all(path.suffix == ".py" for path in files)

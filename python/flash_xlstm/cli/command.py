@@ -37,16 +37,27 @@ Trains a language model and writes a Hugging Face checkpoint folder, OUT/checkpo
 model.safetensors, which transformers' own xLSTMForCausalLM loads too, and trainer_state.pt, from which --resume
 goes on. Beside it are loss.png and metrics.csv. Checkpoints appear whole or not at all; only the newest is kept.
 
+--data is text, which is tokenized in memory, or a folder that `flash-xlstm prepare` made, which may be larger than
+memory.
+
 Without --tokenizer the tokens are bytes: a vocabulary of 256, each byte its own id, no special tokens. Files
 follow one another without an end-of-text token, and generation goes on to its token limit. With --tokenizer,
 files get the special tokens that the tokenizer's own post-processor adds, if any.
 
 --resume takes all settings from the newest checkpoint in OUT. Settings given again must be the same; only --out,
---device, --threads, --time-limit and the --...-every options may differ. On the CPU, a run that was killed and
-resumed has bit for bit the weights of one that was not (with as many threads, on the same kind of machine).
+--device, --threads, --time-limit, --tensorboard and the --...-every options may differ. On the CPU, a run that was
+killed and resumed has bit for bit the weights of one that was not (with as many threads, on the same kind of machine).
 
 On the CPU, threads wait for one another by spinning: where other programs keep a core busy, fewer --threads can be
 many times as fast.
+"""
+_PREPARE_HELP = """
+Tokenizes text files, JSON lines and parquet files into a folder that `train --data OUT` reads by memory map. Neither
+preparing nor training needs memory for the data. OUT appears once it is whole; the remains of a killed run are
+removed by the next one.
+
+A text file is one document, unless --separator divides it. A JSON line and a row of a parquet file are a document
+each. The ends of documents are kept in OUT. The last --held-out bytes are kept for evaluation.
 """
 _TASKS_HELP = """
 Trains small models of the first xLSTM, two blocks each: xLSTM[1:0] (mLSTM), xLSTM[0:1] (sLSTM) and xLSTM[1:1] (an
@@ -62,11 +73,15 @@ for more, and smaller models.
 """
 _TASKS = ("parity", "cycle-navigation", "modular-arithmetic", "even-pairs", "mqar")
 _DATA_HELP = (
-    "file, or folder of files; default: the source of Python's standard library on this machine, without its tests"
+    "file, folder of files, or folder that `prepare` made; default: the source of Python's standard library on this "
+    "machine, without its tests"
 )
 
 
-_FLAGS = {*(field.name for kind in (TrainSettings, RunOptions) for field in fields(kind)), "resume"}
+_FLAGS = {
+    *(field.name for kind in (TrainSettings, RunOptions) for field in fields(kind)),
+    *("resume", "field", "separator", "end_of_text"),
+}
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -143,11 +158,46 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flash-xlstm", description="Fast and exact xLSTM.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="the build, the GPUs seen, and the kernel each op takes there")
+    _add_prepare(commands)
     _add_train(commands)
     _add_generate(commands)
     _add_demo(commands)
     _add_tasks(commands)
     return parser
+
+
+def _add_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="tokenize data for training",
+        description=_PREPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="file, or folder of files; their documents keep this order")
+    add("--out", required=True, metavar="FOLDER", help="folder to make")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json, or a Hugging Face tokenizer's folder; default: bytes")
+    add(
+        "--format",
+        choices=("auto", "text", "jsonl", "parquet"),
+        default="auto",
+        help="auto: by the suffix; .jsonl, .ndjson and .json are JSON lines, .parquet is parquet, all others text",
+    )
+    add("--field", default="text", metavar="NAME", help="JSON field or parquet column with the text (default: text)")
+    add("--separator", metavar="TEXT", help="text between the documents of a text file; default: a file is a document")
+    add(
+        "--end-of-text", default="auto", metavar="TOKEN",
+        help="token to put after each document, or none; auto: the eos_token of the tokenizer's folder, if it has one",
+    )  # fmt: skip
+    add(
+        "--held-out", type=_reader(POSITIVE_INT), default=262144, metavar="N",
+        help="bytes at the end of the data to hold out, at most a tenth of it (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--shard-tokens", type=_reader(POSITIVE_INT), default=2**28, metavar="N",
+        help="tokens of a file (default: %(default)s)",
+    )  # fmt: skip
+    add("--verify", action="store_true", help="compare the files in OUT with their checksums instead")
 
 
 def _add_train(commands: Any) -> None:
@@ -159,7 +209,7 @@ def _add_train(commands: Any) -> None:
     )
     data = _Options(parser.add_argument_group("data"), TrainSettings)
     data.add("data", _DATA_HELP, metavar="PATH")
-    data.add("tokenizer", "tokenizer.json of the tokenizers library; default: bytes", metavar="FILE")
+    data.add("tokenizer", "tokenizer.json, or a Hugging Face tokenizer's folder; default: bytes", metavar="PATH")
     data.add("held_out", "bytes at the end of the data to hold out, at most a tenth of it")
 
     model = _Options(parser.add_argument_group("model"), TrainSettings)
@@ -191,6 +241,7 @@ def _add_train(commands: Any) -> None:
     run.add("save_every", "steps between checkpoints")
     run.add("eval_every", "steps between evaluations on held-out data; 0: first and last only")
     run.add("log_every", "steps between points of the loss curve")
+    run.switch("tensorboard", "write the history for TensorBoard too, to OUT/tensorboard")
 
 
 def _add_generate(commands: Any) -> None:

@@ -60,9 +60,9 @@ class _Terminal(Progress):
 
     def stepped(self, row: Row | None) -> None:
         if row is not None:
+            speed = f"{row['tokens_per_s']:,.0f} tokens/s" + (f", {row['mfu']:.1%} MFU" if "mfu" in row else "")
             self.bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {row['bits_per_byte']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s",
-                refresh=False,
+                f"loss {row['loss']:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed}", refresh=False
             )
         self.bar.update()
 

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from flash_xlstm.training.settings import TrainSettings as TrainSettings
     from flash_xlstm.training.setup import resume as resume
     from flash_xlstm.training.setup import start as start
+    from flash_xlstm.training.shards import ShardBatches as ShardBatches
+    from flash_xlstm.training.shards import Shards as Shards
+    from flash_xlstm.training.shards import verify as verify
+    from flash_xlstm.training.shards import write_shards as write_shards
     from flash_xlstm.training.trainer import Progress as Progress
     from flash_xlstm.training.trainer import RunResult as RunResult
     from flash_xlstm.training.trainer import Trainer as Trainer
@@ -57,6 +61,7 @@ _HOMES = {  # settings and errors need torch only, so that the command line can 
     "metrics": ("held_out_bits_per_byte",),
     "settings": ("RunOptions", "TrainSettings"),
     "setup": ("resume", "start"),
+    "shards": ("ShardBatches", "Shards", "verify", "write_shards"),
     "trainer": ("Progress", "RunResult", "Trainer", "learning_rate"),
 }
 _NAMES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import lzma
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from flash_xlstm.training.errors import TrainingError, reason
+
+if TYPE_CHECKING:
+    from flash_xlstm.training.shards import Shards
 
 BYTES = 256  # vocabulary size without a tokenizer
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
@@ -27,27 +32,33 @@ class Corpus:
     """Tokens to train on, and held-out tokens from the end of the text.
 
     Attributes:
-        train, held_out: 1-D integer tensors.
+        train: a 1-D integer tensor, or the :class:`.Shards` of prepared data.
+        held_out: a 1-D integer tensor.
         held_out_bytes: the text that `held_out` encodes.
         bytes_per_token: the training text's bytes divided by its tokens.
         fingerprint: a hash of all tokens. It is equal for equal data and tokenizers.
     """
 
-    train: Tensor
+    train: Tensor | Shards
     held_out: Tensor
     held_out_bytes: bytes
     bytes_per_token: float
     fingerprint: str
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.json that a path means: the file itself, or the one in a Hugging Face tokenizer's folder."""
+    return Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json.
+    """Reads a tokenizer.json, or the one in a folder.
 
     Raises:
         TrainingError: it cannot be read.
     """
     with library_errors(f"cannot read tokenizer {path}"):
-        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        return Tokenizer.from_str(tokenizer_file(path).read_text(encoding="utf-8"))
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -68,19 +79,25 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
-    """The tokens of all texts, concatenated.
+def encode_each(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int32]]:
+    """The tokens of each text.
 
     Raises:
         TrainingError: the tokenizer fails, or gives an id that it has no token for.
     """
     with library_errors("the tokenizer cannot encode the text"):
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch(texts)]
-    ids = np.concatenate(parts) if parts else np.empty(0, np.uint32)
     size = vocabulary_size(tokenizer)
-    if len(ids) and ids.max() >= size:
-        raise TrainingError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
-    return ids.view(np.int32)
+    for ids in parts:
+        if len(ids) and ids.max() >= size:
+            raise TrainingError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
+    return [ids.view(np.int32) for ids in parts]
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int32]:
+    """The tokens of all texts, concatenated; errors as :func:`encode_each`."""
+    parts = encode_each(tokenizer, texts)
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
 @contextlib.contextmanager
@@ -115,13 +132,9 @@ def load_corpus(
     total = sum(map(len, documents))
     if total == 0:
         raise TrainingError(f"no data: {where} is empty")
-    train_documents, held_documents = _split(documents, total - min(held_out, total // 10))
+    train_documents, held_documents = split_at(documents, total - min(held_out, total // 10))
     train, held = _encode(train_documents, tokenizer, where), _encode(held_documents, tokenizer, where)
-    if len(train) < 2 * sequence_length or len(held) < 2:
-        raise TrainingError(
-            f"too little data: {where} has {len(train):,} tokens to train on and {len(held):,} to hold out; "
-            f"`sequence_length` {sequence_length} needs at least {2 * sequence_length:,} and 2"
-        )
+    check_enough(where, len(train), len(held), sequence_length)
     digest = hashlib.sha256()
     for tokens in (train, held):
         digest.update(f"{tokens.dtype} {len(tokens)} ".encode())
@@ -129,6 +142,19 @@ def load_corpus(
     return Corpus(
         train, held, b"".join(held_documents), sum(map(len, train_documents)) / len(train), digest.hexdigest()
     )
+
+
+def check_enough(where: str, train: int, held_out: int, sequence_length: int) -> None:
+    """Checks that there are enough tokens to train on and to hold out.
+
+    Raises:
+        TrainingError: there are not.
+    """
+    if train < 2 * sequence_length or held_out < 2:
+        raise TrainingError(
+            f"too little data: {where} has {train:,} tokens to train on and {held_out:,} to hold out; "
+            f"`sequence_length` {sequence_length} needs at least {2 * sequence_length:,} and 2"
+        )
 
 
 def xz_bits_per_byte(text: bytes) -> float:
@@ -170,8 +196,10 @@ class Batches:
         if number < 0:
             raise IndexError(f"number is {number}; it must be at least 0")
         first = number * self.batch_size
-        starts = torch.tensor([self._start(first + row) for row in range(self.batch_size)])
-        return self.tokens[starts[:, None] + torch.arange(self.sequence_length + 1)].long()
+        return self._windows([self._start(first + row) for row in range(self.batch_size)])
+
+    def _windows(self, starts: list[int]) -> Tensor:
+        return self.tokens[torch.tensor(starts)[:, None] + torch.arange(self.sequence_length + 1)].long()
 
     def _start(self, sequence: int) -> int:
         epoch, index = divmod(sequence, self.per_epoch)
@@ -184,14 +212,19 @@ class Batches:
 
 
 def _read(path: str | Path | None, exclude: str | Path) -> list[bytes]:
-    files = _library_files() if path is None else _files(Path(path), Path(exclude).resolve())
+    files = library_files() if path is None else list_files(Path(path), Path(exclude).resolve())
     try:
         return [file.read_bytes() for file in files]
     except OSError as error:
         raise TrainingError(f"cannot read data: {reason(error)}") from error
 
 
-def _files(path: Path, exclude: Path) -> list[Path]:
+def list_files(path: Path, exclude: Path) -> list[Path]:
+    """A file, or the files in a folder without hidden ones and without the folder `exclude` (a resolved path).
+
+    Raises:
+        TrainingError: there are none.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -207,7 +240,8 @@ def _files(path: Path, exclude: Path) -> list[Path]:
     return _mixed(files)
 
 
-def _library_files() -> list[Path]:
+def library_files() -> list[Path]:
+    """The source of Python's standard library, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files = {file.relative_to(root): file for file in root.rglob("*.py")}
     return _mixed({name: file for name, file in files.items() if _NOT_LIBRARY.isdisjoint(name.parts)})
@@ -219,7 +253,7 @@ def _mixed(files: dict[Path, Path]) -> list[Path]:
     return [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())]
 
 
-def _split(documents: list[bytes], size: int) -> tuple[list[bytes], list[bytes]]:
+def split_at(documents: list[bytes], size: int) -> tuple[list[bytes], list[bytes]]:
     """The first `size` bytes and the rest. The first part is longer where `size` would cut a UTF-8 character."""
     head: list[bytes] = []
     for index, document in enumerate(documents):

@@ -17,7 +17,16 @@ from torch.nn import functional as F
 from flash_xlstm.models import xLSTMForCausalLM
 from flash_xlstm.training.data import Corpus
 
-COLUMNS = ("step", "loss", "bits_per_byte", "held_out_bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_s")
+COLUMNS = (
+    "step",
+    "loss",
+    "bits_per_byte",
+    "held_out_bits_per_byte",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_s",
+    "mfu",
+)
 Row = dict[str, float]
 
 

@@ -140,6 +140,7 @@ class RunOptions:
         save_every: steps between checkpoints.
         eval_every: steps between evaluations on held-out data; 0: before the first and after the last step only.
         log_every: steps between points of the loss curve.
+        tensorboard: whether to write the history for TensorBoard too, to the folder tensorboard in `out`.
 
     Raises:
         ValueError: a value is of another kind, or out of range.
@@ -152,6 +153,7 @@ class RunOptions:
     save_every: int = 200
     eval_every: int = 0
     log_every: int = 10
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         _take(self)

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
-from flash_xlstm.training import checkpoint, state
-from flash_xlstm.training.data import BYTES, check_tokenizer, load_corpus, load_tokenizer, vocabulary_size
+from flash_xlstm.training import checkpoint, shards, state
+from flash_xlstm.training.data import BYTES, Corpus, check_tokenizer, load_corpus, load_tokenizer, vocabulary_size
 from flash_xlstm.training.device import choose_device
 from flash_xlstm.training.errors import TrainingError, reason
 from flash_xlstm.training.settings import MODEL_SIZES, PATHS, RunOptions, TrainSettings, resolve_dtype
@@ -68,12 +68,13 @@ def resume(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Trainer:
     old = _merge(old, given, folder, device)
     model = _as_built(checkpoint.load_model(folder, dtype=torch.float32))
     tokenizer = checkpoint.load_tokenizer_of(folder, model.config.vocab_size)
-    _check_model(old, given, folder, model.config, tokenizer)
+    prepared = _prepared(old, given)
+    _check_model(old, given, folder, model.config, tokenizer, prepared)
     _check_memory(old, model.config, device)
-    if "tokenizer" in given:
+    if prepared is None and "tokenizer" in given:
         tokenizer = load_tokenizer(given["tokenizer"])
         checkpoint.check_vocabulary(model.config.vocab_size, tokenizer, str(folder))
-    corpus = load_corpus(old.data, run.out, tokenizer, old.held_out, old.sequence_length)
+    corpus = _corpus(old, run, tokenizer, prepared)
     if corpus.fingerprint != saved["fingerprint"]:
         raise TrainingError(f"cannot resume {folder}: the data, or the tokenizer, is not what it was trained on")
     trainer = Trainer(old, run, corpus, tokenizer, model.to(device))
@@ -89,12 +90,16 @@ def prepare(given: Mapping[str, Any], options: RunOptions) -> Trainer:
     device = choose_device(options.device)
     settings = TrainSettings(**given)
     settings = dataclasses.replace(settings, dtype=resolve_dtype(settings.dtype, device))
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    config = _configuration(settings, given, tokenizer)
+    prepared = _prepared(settings, given)
+    if prepared is not None:
+        tokenizer = shards.tokenizer_of(str(settings.data), prepared)
+    else:
+        tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    config = _configuration(settings, given, tokenizer, prepared)
     _check_memory(settings, config, device)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
-    corpus = load_corpus(settings.data, options.out, tokenizer, settings.held_out, settings.sequence_length)
+    corpus = _corpus(settings, options, tokenizer, prepared)
     torch.manual_seed(settings.seed)
     model = xLSTMForCausalLM(config).to(device)
     return Trainer(settings, options, corpus, tokenizer, model)
@@ -105,6 +110,28 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
     settings = TrainSettings(**given)
     values = {name: getattr(settings, name) for name in given}
     return {name: os.path.abspath(v) if name in PATHS and v is not None else v for name, v in values.items()}
+
+
+def _prepared(settings: TrainSettings, given: Mapping[str, Any]) -> shards.Index | None:
+    """The index of prepared data, or None for text. Settings that prepared data has already are refused."""
+    if not shards.is_prepared(settings.data):
+        return None
+    index = shards.read_index(str(settings.data))
+    if "held_out" in given:
+        raise TrainingError(
+            f"`held_out` does not apply to prepared data: {settings.data} holds out {index.held_out.bytes:,} bytes"
+        )
+    if given.get("tokenizer") is not None:
+        shards.check_same_tokenizer(str(settings.data), index, given["tokenizer"])
+    return index
+
+
+def _corpus(
+    settings: TrainSettings, options: RunOptions, tokenizer: Tokenizer | None, prepared: shards.Index | None
+) -> Corpus:
+    if prepared is not None:
+        return shards.load_prepared(str(settings.data), settings.sequence_length)
+    return load_corpus(settings.data, options.out, tokenizer, settings.held_out, settings.sequence_length)
 
 
 def _as_built(loaded: xLSTMForCausalLM) -> xLSTMForCausalLM:
@@ -130,7 +157,12 @@ def _merge(old: TrainSettings, given: dict[str, Any], folder: Path, device: torc
 
 
 def _check_model(
-    settings: TrainSettings, given: dict[str, Any], folder: Path, config: xLSTMConfig, tokenizer: Tokenizer | None
+    settings: TrainSettings,
+    given: dict[str, Any],
+    folder: Path,
+    config: xLSTMConfig,
+    tokenizer: Tokenizer | None,
+    prepared: shards.Index | None,
 ) -> None:
     if settings.config is None:
         for name, key in MODEL_SIZES.items():
@@ -143,15 +175,17 @@ def _check_model(
         return
     wanted, found = (
         {name: value for name, value in c.to_dict().items() if name not in _NO_PARAMETERS}
-        for c in (_configuration(settings, given, tokenizer), config)
+        for c in (_configuration(settings, given, tokenizer, prepared), config)
     )
     for name, value in wanted.items():
         if found.get(name) != value:
             raise TrainingError(f"cannot resume {folder} with {name} {value}: its model has {found.get(name)}")
 
 
-def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: Tokenizer | None) -> xLSTMConfig:
-    """The model's configuration, from a file or from the sizes."""
+def _configuration(
+    settings: TrainSettings, given: dict[str, Any], tokenizer: Tokenizer | None, prepared: shards.Index | None
+) -> xLSTMConfig:
+    """The model's configuration, from a file or from the sizes. Prepared data's end-of-text token ends generation."""
     if settings.config is not None:
         clash = [name for name in MODEL_SIZES if name in given]
         if clash:
@@ -169,7 +203,7 @@ def _configuration(settings: TrainSettings, given: dict[str, Any], tokenizer: To
             num_heads=settings.heads,
             pad_token_id=None,
             bos_token_id=None,
-            eos_token_id=None,
+            eos_token_id=None if prepared is None else prepared.end_of_text,
         )
     except (ValueError, TypeError) as error:
         raise TrainingError(reason(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -16,9 +17,12 @@ from torch import nn
 
 from flash_xlstm.models import xLSTMForCausalLM
 from flash_xlstm.training import checkpoint, metrics, state
+from flash_xlstm.training.board import Board, check_tensorboard
 from flash_xlstm.training.data import Batches, Corpus, xz_bits_per_byte
 from flash_xlstm.training.errors import TrainingError
+from flash_xlstm.training.mfu import flops_per_token, peak_flops
 from flash_xlstm.training.settings import KEPT, RunOptions, TrainSettings, resolve_dtype
+from flash_xlstm.training.shards import ShardBatches, Shards
 from flash_xlstm.training.signals import StopSignals
 
 
@@ -89,7 +93,9 @@ class Trainer:
         self.model = model.train()
         self.out = Path(options.out)
         self.dtype = getattr(torch, settings.dtype)
-        self.batches = Batches(corpus.train, settings.sequence_length, settings.batch_size, settings.seed)
+        order = (settings.sequence_length, settings.batch_size, settings.seed)
+        train = corpus.train
+        self.batches = ShardBatches(train, *order) if isinstance(train, Shards) else Batches(train, *order)
         self.optimizer = _optimizer(model, settings)
         self.forward: Any = torch.compile(model) if settings.compile else model
         self.step = 0
@@ -97,6 +103,11 @@ class Trainer:
         self.xz = xz_bits_per_byte(corpus.held_out_bytes)
         self._interval = _Interval()
         self._signals = StopSignals()
+        self._peak = peak_flops(model.device, self.dtype)
+        self._flops_per_token = flops_per_token(model)
+        self._board: Board | None = None
+        if options.tensorboard:
+            check_tensorboard()
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Loads a state that :func:`.state.check_state` has checked. The model must have its weights already.
@@ -130,7 +141,8 @@ class Trainer:
             checkpoint.check_new(self.out)
         checkpoint.open_run(self.out)
         progress.started(self)
-        with StopSignals() as signals:
+        board = Board(self.out / "tensorboard", self.step) if self.options.tensorboard else contextlib.nullcontext()
+        with board as self._board, StopSignals() as signals:
             if not self.history:
                 progress.evaluated(self._log(held_out=True))
             self._loop(signals, progress)
@@ -249,6 +261,8 @@ class Trainer:
             row["loss"] = loss
             row["bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
             row["learning_rate"], row["gradient_norm"], row["tokens_per_s"] = rate, norm, tokens / seconds
+            if self._peak is not None:
+                row["mfu"] = self._flops_per_token * tokens / seconds / self._peak
         if held_out:
             row["held_out_bits_per_byte"] = bits = self.held_out()
             if not math.isfinite(bits):
@@ -257,6 +271,8 @@ class Trainer:
                     "`learning_rate`"
                 )
         self.history.append(row)
+        if self._board is not None:
+            self._board.add(row)
         self._interval = _Interval()
         return row
 
