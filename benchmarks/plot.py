@@ -5,8 +5,8 @@ tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several sizes were m
 RESULTS_speedup.png has our speedup over TFLA and simple_gla where two or more sizes were measured. For decode,
 RESULTS.png has the time a token over batch. For prefill, RESULTS.png has the time over length; RESULTS_memory.png has
 the memory of the state and the peak memory of reading the prompt, over length. For precision, RESULTS.png has
-the training loss over steps, a line a precision. For train, RESULTS.png has time and peak memory of a step, a bar a case,
-with the step's products beside the time; RESULTS_tokens.png has the time a token over seq at constant tokens.
+the training loss over steps, a line a precision. For train, RESULTS.png has time and peak memory of a step, a bar a
+case, with the step's products beside the time; RESULTS_tokens.png has the time a token over seq at constant tokens.
 """
 
 from __future__ import annotations
