@@ -187,8 +187,24 @@ def test_autocast(device):
     expected = ops.linear_cross_entropy(*rounded, labels, soft_cap=3.0)
     expected.backward()
     assert torch.equal(loss, expected)
-    for leaf, other in zip(leaves, rounded, strict=True):
-        assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, other.grad.float())
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    assert torch.equal(hidden.grad, rounded[0].grad.float())
+    assert torch.equal(weight.grad.bfloat16(), rounded[1].grad) and not torch.equal(
+        weight.grad, rounded[1].grad.float()
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_float32_weights_of_16_bit_products(device, dtype, reduction):
+    """The gradient is not rounded to the products' dtype; on CUDA those of the logits are."""
+    hidden, weight, labels = problem(dtype, device, 40)
+    actual = results(ops.linear_cross_entropy, hidden, weight.float() * 1.0001, labels, reduction=reduction)
+    rounded = (weight.float() * 1.0001).to(dtype)
+    expected = results(reference.linear_cross_entropy, hidden, rounded, labels, torch.float64, reduction=reduction)
+    assert actual[1].dtype == dtype and actual[2].dtype == torch.float32
+    assert off(actual[1], expected[1]) < BOUNDS[dtype]
+    assert off(actual[2], expected[2]) < (3e-6 if device == "cpu" else BOUNDS[dtype])
 
 
 class _Largest(TorchDispatchMode):
@@ -264,7 +280,7 @@ def test_operators_are_sound(reduction):
     )
     torch.library.opcheck(
         torch.ops.flash_xlstm.linear_cross_entropy_backward.default,
-        (torch.tensor(2.0), torch.tensor(3.0), h, torch.randn(7, 5)),
+        (torch.tensor(2.0), torch.tensor(3.0), h, torch.randn(7, 5), torch.bfloat16),
     )
 
 
@@ -279,7 +295,12 @@ WRONG = [
     ({"labels": torch.zeros(4, dtype=torch.long)}, ValueError, r"^labels has shape \(4,\); it must be .* \(3,\)"),
     ({"labels": torch.zeros(3)}, TypeError, "^labels has dtype float32; it must be int64 or int32"),
     ({"hidden": torch.zeros(3, 24).double()}, TypeError, r"^hidden has dtype float64; .*flash_xlstm\.reference"),
-    ({"weight": torch.zeros(37, 24).half()}, TypeError, "^weight has dtype float16; it must be float32, as hidden"),
+    ({"weight": torch.zeros(37, 24).half()}, TypeError, "^weight has dtype float16; it must be float32$"),
+    (
+        {"hidden": torch.zeros(3, 24).bfloat16(), "weight": torch.zeros(37, 24).half()},
+        TypeError,
+        "^weight has dtype float16; it must be bfloat16, as hidden, or float32$",
+    ),
     ({"weight": torch.zeros(37, 23)}, ValueError, r"^weight has shape \(37, 23\); it must be \(vocabulary, dim\)"),
     ({"weight": torch.zeros(0, 24)}, ValueError, r"^weight has shape \(0, 24\)"),
     ({"soft_cap": 0.0}, ValueError, "^soft_cap is 0; it must be None, or finite and greater than 0"),
