@@ -21,7 +21,7 @@ namespace {
 
 constexpr int threads = 512, warps = threads / 32;
 constexpr int width = cross_entropy_pack;  // logits
-constexpr int batch = 4;  // packs that a thread asks for at a time
+constexpr int batch = 4;                   // packs that a thread asks for at a time
 constexpr int max_slices = 8;
 constexpr int64_t slice_bytes = 112 * 1024, pack_bytes = width * sizeof(float);
 constexpr float log2_e = 1.44269504f;
@@ -121,8 +121,8 @@ __device__ __forceinline__ float element(const float4& v, int which) {
 
 // kept: pass 2 finds v in shared memory, else it makes it again. slice_packs: of a block, as many as fit.
 template <typename T, bool capped, bool kept>
-__global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy p, int slices, int slice_packs,
-                                                                   float inverse_cap) {
+__global__ void __launch_bounds__(threads, 2)
+    cross_entropy_kernel(CrossEntropy p, int slices, int slice_packs, float inverse_cap) {
   extern __shared__ float4 slice[];
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -259,8 +259,8 @@ cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream) {
   const int slices = slices_of(packs);
   return dispatch_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (slices == 0) return p.cap == 0.0f ? launch<T, false, false>(p, 1, packs, stream)
-                                          : launch<T, true, false>(p, 1, packs, stream);
+    if (slices == 0)
+      return p.cap == 0.0f ? launch<T, false, false>(p, 1, packs, stream) : launch<T, true, false>(p, 1, packs, stream);
     return p.cap == 0.0f ? launch<T, false, true>(p, slices, packs, stream)
                          : launch<T, true, true>(p, slices, packs, stream);
   });
