@@ -258,6 +258,8 @@ def test_compiles_to_one_operator(device, reduction):
         compiled = torch.compile(loss, backend=kind, fullgraph=True)
         assert all(torch.equal(a, b) for a, b in zip(run(compiled), expected, strict=True))
     assert len(nodes) == 1
+    makes = reduction == "mean"
+    assert nodes[0].args[-2:] == (makes, makes)  # the gradients, along with the loss
     with torch.no_grad():
         assert torch.equal(
             torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight, labels), expected[0]
