@@ -176,7 +176,10 @@ __global__ void __launch_bounds__(threads, 2)
         sums.exps *= exp2_of((sums.top - top) * unit);
         sums.top = top;
       }
-      const auto exp_of = [&](float x) { return exp2_of((x - sums.top) * unit); };
+      const float shift = sums.top * unit;  // of 16 bits its rounding does not matter
+      const auto exp_of = [&](float x) {
+        return exp2_of(sizeof(T) == 4 ? (x - sums.top) * unit : fmaf(x, unit, -shift));
+      };
       sums.exps += (exp_of(v.x) + exp_of(v.y)) + (exp_of(v.z) + exp_of(v.w));
     }
   }
