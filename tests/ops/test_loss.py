@@ -97,6 +97,15 @@ def test_pieces_hold_what_they_may(tokens, vocabulary):
     assert part <= max(256, piece // 4 + 128)
 
 
+def test_a_saturated_cap(device):
+    """The slope is right where tanh is all but 1, as far as the logits' own rounding lets it be."""
+    hidden, weight, labels = problem(torch.float32, device, 40)
+    check(8 * hidden / hidden.norm(dim=-1, keepdim=True), weight, labels, soft_cap=0.25)
+    row = torch.full((1, 24), 0.1, device=device)
+    wide = torch.rand(37, 24, generator=torch.Generator().manual_seed(0)).to(device) + 9.5
+    check(row, wide, labels[:1], soft_cap=3.0, bound=5e-5)  # logits of 24 are 8 caps: slopes of 4e-7
+
+
 def test_layouts(device):
     hidden, weight, labels = problem(torch.float32, device, 6, 5)
     wide = torch.randn(6, 5, 48, device=device)

@@ -4,7 +4,8 @@
 // logits and leaves v = tanh(logit / cap), or the logit itself without a cap, in shared memory; each thread keeps its
 // largest v, the sum of exp(c - its largest c), c = cap v, and the sum of v. These meet across the warp, the block and,
 // through the blocks' shared memory, the cluster, always in the same order. Pass 2 makes the gradients of what the same
-// thread left in shared memory.
+// thread left in shared memory. Float32 gradients want the cap's slope to their own rounding where tanh nears 1, too;
+// for them the logits stay in shared memory, and pass 2 makes v and the slope of them.
 //
 // A slice has at most 112 KB, so that an SM holds two blocks, of which one reads while the other writes: a row of 50,304
 // logits has two. Longer rows than eight slices hold, and long rows on GPUs without clusters, are read twice, by one
@@ -119,10 +120,11 @@ __device__ __forceinline__ float element(const float4& v, int which) {
   return which == 0 ? v.x : which == 1 ? v.y : which == 2 ? v.z : v.w;
 }
 
-// kept: pass 2 finds v in shared memory, else it makes it again. slice_packs: of a block, as many as fit.
+// kept: pass 2 finds what it reads in shared memory, else in memory. slice_packs: of a block, as many as fit.
 template <typename T, bool capped, bool kept>
 __global__ void __launch_bounds__(threads, 2)
     cross_entropy_kernel(CrossEntropy p, int slices, int slice_packs, float inverse_cap) {
+  constexpr bool raw = capped && sizeof(T) == 4;
   extern __shared__ float4 slice[];
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -161,6 +163,7 @@ __global__ void __launch_bounds__(threads, 2)
       const int at = first + x * threads;
       if (at >= count) break;
       float4 v = values_of<T, capped>(z[x], p.cap, inverse_cap);
+      if constexpr (kept) slice[at] = raw ? z[x] : v;
       if (at == label_pack) labelled = element(v, label_place);
       if (ragged > 0 && begin + at == all_packs - 1) {  // beyond the row's end: nothing
         sums.total += v.x + (ragged > 1 ? v.y : 0.0f) + (ragged > 2 ? v.z : 0.0f);
@@ -170,7 +173,6 @@ __global__ void __launch_bounds__(threads, 2)
       } else {
         sums.total += (v.x + v.y) + (v.z + v.w);
       }
-      if constexpr (kept) slice[at] = v;
       const float top = fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w));
       if (top > sums.top) {
         sums.exps *= exp2_of((sums.top - top) * unit);
@@ -208,7 +210,8 @@ __global__ void __launch_bounds__(threads, 2)
     T* const out = gradient + static_cast<int64_t>(begin) * width;
 #pragma unroll 2
     for (int at = threadIdx.x; at < count; at += threads) {
-      const float4 four = kept ? slice[at] : values_of<T, capped>(load_logits(logits, at), p.cap, inverse_cap);
+      const float4 z = kept ? slice[at] : load_logits(logits, at);
+      const float4 four = kept && !raw ? z : values_of<T, capped>(z, p.cap, inverse_cap);
       const float v[width] = {four.x, four.y, four.z, four.w};
       float d[width];
 #pragma unroll
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(threads, 2)
       }
       if constexpr (capped) {
 #pragma unroll
-        for (int x = 0; x < width; ++x) d[x] *= sizeof(T) == 4 ? (1.0f - v[x]) * (1.0f + v[x]) : 1.0f - v[x] * v[x];
+        for (int x = 0; x < width; ++x) d[x] *= raw ? cap_gate_slope(element(z, x), p.cap) : 1.0f - v[x] * v[x];
       }
       if (ragged > 0 && begin + at == all_packs - 1) {
 #pragma unroll
