@@ -89,12 +89,16 @@ def test_pieces(device, monkeypatch, dtype, reduction):
     check(hidden, weight, labels, reduction=reduction, soft_cap=5.0)
 
 
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (16384, 50304), (2049, 50304), (100, 262144), (10**6, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary"), [(1, 1), (1, 50304), (16384, 50304), (2049, 50304), (100, 262144), (10**6, 7)]
+)
 def test_pieces_hold_what_they_may(tokens, vocabulary):
     piece, part = module._pieces(tokens, vocabulary)
     assert 1 <= part <= piece <= tokens
     assert piece * vocabulary <= max(module._ELEMENTS, module._FEWEST_TOKENS * vocabulary)
-    assert part <= max(256, piece // 4 + 128)
+    assert part * vocabulary <= max(module._ELEMENTS // 4, 256 * vocabulary)
+    if vocabulary == 50304:
+        assert (piece, part) == {1: (1, 1), 2049: (1152, 512), 16384: (2048, 512)}[tokens]
 
 
 def test_a_saturated_cap(device):
@@ -104,6 +108,21 @@ def test_a_saturated_cap(device):
     row = torch.full((1, 24), 0.1, device=device)
     wide = torch.rand(37, 24, generator=torch.Generator().manual_seed(0)).to(device) + 9.5
     check(row, wide, labels[:1], soft_cap=3.0, bound=5e-5)  # logits of 24 are 8 caps: slopes of 4e-7
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_with_its_token(device, dtype, soft_cap):
+    hidden, weight, labels = problem(dtype, device, 9)
+    good = results(ops.linear_cross_entropy, hidden, weight, labels, reduction="none", soft_cap=soft_cap)
+    hidden[2, 3] = torch.nan
+    loss, dhidden, dweight = results(
+        ops.linear_cross_entropy, hidden, weight, labels, reduction="none", soft_cap=soft_cap
+    )
+    others = torch.arange(9, device=device) != 2
+    assert loss[2].isnan() and dhidden[2].isnan().all() and dweight.isnan().all()
+    assert torch.equal(loss[others], good[0][others]) and torch.equal(dhidden[others], good[1][others])
+    assert results(ops.linear_cross_entropy, hidden, weight, labels, soft_cap=soft_cap)[0].isnan()
 
 
 def test_layouts(device):

@@ -160,7 +160,7 @@ def _pieces(tokens: int, vocabulary: int) -> tuple[int, int]:
     most = max(_FEWEST_TOKENS, min(_MOST_TOKENS, _ELEMENTS // vocabulary // _TILE * _TILE))
     pieces = max(1, -(-tokens // most))
     piece = min(tokens, _multiple(-(-tokens // pieces), _TILE))
-    return piece, min(tokens, max(_FEWEST_TOKENS // 2, _multiple(piece // _PARTS, _TILE)))
+    return piece, min(piece, max(_FEWEST_TOKENS // 2, _multiple(most // _PARTS, _TILE)))
 
 
 def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
