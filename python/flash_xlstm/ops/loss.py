@@ -191,7 +191,7 @@ def _run(
     """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rows_of = torch.ops.flash_xlstm.cross_entropy_rows.default
-    dtype, weight = hidden.dtype, weight.to(hidden.dtype)
+    dtype, weight = hidden.dtype, weight.to(hidden.dtype).contiguous()
     if not hidden.is_cuda:  # torch's product of 16 bits has no float32 result there
         hidden, weight = hidden.float(), weight.float()
     gradients = hidden_gradient or weight_gradient
@@ -199,8 +199,7 @@ def _run(
     dhidden = hidden.new_empty(hidden.shape if hidden_gradient else 0, dtype=dtype)
     dweight = weight.new_empty(weight.shape if weight_gradient else 0, dtype=torch.float32)
     if tokens == 0:
-        # Of no tokens the row operator only looks at its numbers.
-        empty = hidden.new_empty(0, vocabulary, dtype=torch.float32)
+        empty = _rows(hidden, 0, vocabulary, torch.float32)  # of which the row operator only looks at the options
         return rows_of(empty, labels, None, None, *options), dhidden, dweight.zero_()
     transposed = weight.t()
     logits = _rows(hidden, part, vocabulary, torch.float32)
