@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_xlstm import ops, reference
 from flash_xlstm.ops import loss as module
@@ -292,6 +293,14 @@ def test_compiles_to_one_operator(device, reduction):
         assert torch.equal(
             torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight, labels), expected[0]
         )
+
+
+@pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("none", 4)])
+def test_flops_are_counted(device, reduction, products):
+    hidden, weight, labels = problem(torch.float32, device, 20)
+    with FlopCounterMode(display=False) as counter:
+        results(ops.linear_cross_entropy, hidden, weight, labels, reduction=reduction)
+    assert counter.get_total_flops() == products * 2 * 20 * 24 * 37
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
