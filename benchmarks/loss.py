@@ -6,8 +6,9 @@ a large product that the same run measured; peer `products` is these products al
 errors are how far the loss and the gradients are, by their norms, from those of float32 products and logits.
 
 Peers: `logits`, a linear layer, `ops.soft_cap` and torch's cross entropy in float32; `torch`, the same of torch's
-functions; `liger`, LigerFusedLinearCrossEntropyLoss; `cce_exact`, cut-cross-entropy without its filter;
-`torch_chunked`, torch.nn.functional.linear_cross_entropy, which has no soft cap.
+functions; `liger`, LigerFusedLinearCrossEntropyLoss, and `liger_float32`, which sums the weight's gradient in float32;
+`cce_exact`, cut-cross-entropy without its filter; `torch_chunked`, torch.nn.functional.linear_cross_entropy, which has
+no soft cap.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ def _torch(cap: float | None) -> Loss:
     return loss
 
 
-def _liger(cap: float | None) -> Loss:
-    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(softcap=cap)
+def _liger(cap: float | None, accum_dtype: torch.dtype | None = None) -> Loss:
+    make = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
+    loss = make(softcap=cap, accum_dtype=accum_dtype)
     return lambda h, w, y: loss(w, h, y)
 
 
 def _cce_exact(cap: float | None) -> Loss:
     loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return functools.partial(loss, softcap=cap, impl="cce_exact")
+    return functools.partial(loss, softcap=cap, filter_eps=None)
 
 
 def _torch_chunked(cap: float | None) -> Loss:
@@ -67,6 +69,7 @@ PEERS: dict[str, Callable[[float | None], Loss]] = {
     "logits": _logits,
     "torch": _torch,
     "liger": _liger,
+    "liger_float32": functools.partial(_liger, accum_dtype=torch.float32),
     "cce_exact": _cce_exact,
     "torch_chunked": _torch_chunked,
 }

@@ -52,19 +52,14 @@ void cross_entropy_row(const CrossEntropy& p, int64_t row, float* c) {
     const float of_p = factor * (1.0f + 2.0f * p.z_loss * lse);
     const float everywhere = factor * p.label_smoothing / static_cast<float>(count);
     const float at_label = factor * (1.0f - p.label_smoothing);
-    const float inverse_cap = p.cap < 3e-39f ? 0.0f : 1.0f / p.cap;  // never infinite
-    const auto slope = [&](float value) {
-      const float t = value * inverse_cap;
-      return (1.0f - t) * (1.0f + t);
-    };
-    const bool has_label = label >= 0 && label < count;
-    const float labelled = has_label ? c[label] : 0.0f;
-    if (p.cap == 0.0f) {
-      for (int64_t x = 0; x < count; ++x) c[x] = exponential(c[x] - lse) * of_p - everywhere;
-    } else {
-      for (int64_t x = 0; x < count; ++x) c[x] = (exponential(c[x] - lse) * of_p - everywhere) * slope(c[x]);
+    for (int64_t x = 0; x < count; ++x) c[x] = exponential(c[x] - lse) * of_p - everywhere;
+    if (label >= 0 && label < count) c[label] -= at_label;
+    if (p.cap != 0.0f) {
+      for (int64_t x = 0; x < count; ++x) {  // 1 - tanh^2 without the difference
+        const float e = exponential(-2.0f * absolute(logits[x] / p.cap)), sum = 1.0f + e;
+        c[x] *= 4.0f * e / (sum * sum);
+      }
     }
-    if (has_label) c[label] -= at_label * (p.cap == 0.0f ? 1.0f : slope(labelled));
     for (int64_t x = 0; x < count; ++x) out[x] = Type::store(c[x]);
   });
 }

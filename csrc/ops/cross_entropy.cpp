@@ -36,7 +36,8 @@ float check_z_loss(double z_loss) {
 int64_t check_rows(const char* name, const Tensor& t) {
   check_last_dim_contiguous(name, t);
   const int64_t stride = t.stride(0), pack = cross_entropy_pack;
-  if (t.is_cuda() && (stride % pack != 0 || stride < t.size(1) || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0)) {
+  if (t.is_cuda() &&
+      (stride % pack != 0 || stride < t.size(1) || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0)) {
     value_error(name, " has rows ", stride, " apart; on CUDA it must be a multiple of ", pack,
                 ", at least their length, and the first must begin at a multiple of 16 bytes");
   }

@@ -99,6 +99,16 @@ def test_every_pointwise_op_is_measured_both_ways(subject, tmp_path):
     assert all("chain_time_us" in row for row in rows), rows
 
 
+def test_losses_beside_peers(tmp_path):
+    options = "--tokens 40 --dim 16 --vocabulary 100 --dtype float32 --seconds-each 0.001 --device cpu".split()
+    rows = [row for row in run(tmp_path, "loss", *options)["results"] if row["what"] == "loss"]
+    assert {(row["peer"], row["soft_cap"]) for row in rows} >= {
+        (peer, cap) for peer in ("flash_xlstm", "logits", "torch", "products") for cap in (30.0, None)
+    }
+    assert all(row["time_ms"] > 0 for row in rows), rows
+    assert all(row["loss_error"] < 1e-5 for row in rows if row["peer"] in ("flash_xlstm", "logits", "torch"))
+
+
 def test_before_after_says_what_it_takes():
     done = subprocess.run(
         [sys.executable, str(FOLDER / "before_after.py"), "--help"], capture_output=True, text=True, check=True

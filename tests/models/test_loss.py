@@ -137,6 +137,31 @@ def test_the_warning_comes_once(make_ours, tokens, monkeypatch):
     assert len(said) == 1 and "lm_head is Linear" in said[0]
 
 
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_sharded_weights(make_ours, tokens, monkeypatch, tmp_path):
+    """With the head's weight whole within the model's forward, and with a head that gathers its own."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    said = []
+    monkeypatch.setattr(modeling._logger, "warning_once", said.append)
+    try:
+        model, ids = make_ours().train(), tokens(2, 9)
+        expected, gradients = run(model, ids, labels=ids)
+        for alone in (False, True):
+            model = make_ours().train()
+            for part in [*model.backbone.blocks, *[model.lm_head] * alone, model]:
+                fully_shard(part)
+            output = model(ids, labels=ids)
+            output.loss.backward()
+            assert (output.logits is not None) == alone and torch.allclose(output.loss, expected.loss, rtol=1e-6)
+            for name, p in model.named_parameters():
+                assert torch.allclose(p.grad.full_tensor(), gradients[name], rtol=1e-4, atol=1e-6), name
+        assert len(said) == 1 and "lm_head is FSDPLinear" in said[0]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_loss_function_of_ones_own(make_ours, tokens):
     model, ids = make_ours().train(), tokens(2, 9)
     seen = []

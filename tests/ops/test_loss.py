@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_xlstm import ops, reference
 from flash_xlstm.ops import loss as module
@@ -89,12 +90,40 @@ def test_pieces(device, monkeypatch, dtype, reduction):
     check(hidden, weight, labels, reduction=reduction, soft_cap=5.0)
 
 
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (16384, 50304), (2049, 50304), (100, 262144), (10**6, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary"), [(1, 1), (1, 50304), (16384, 50304), (2049, 50304), (100, 262144), (10**6, 7)]
+)
 def test_pieces_hold_what_they_may(tokens, vocabulary):
     piece, part = module._pieces(tokens, vocabulary)
     assert 1 <= part <= piece <= tokens
     assert piece * vocabulary <= max(module._ELEMENTS, module._FEWEST_TOKENS * vocabulary)
-    assert part <= max(256, piece // 4 + 128)
+    assert part * vocabulary <= max(module._ELEMENTS // 4, 256 * vocabulary)
+    if vocabulary == 50304:
+        assert (piece, part) == {1: (1, 1), 2049: (1152, 512), 16384: (2048, 512)}[tokens]
+
+
+def test_a_saturated_cap(device):
+    """The slope is right where tanh is all but 1, as far as the logits' own rounding lets it be."""
+    hidden, weight, labels = problem(torch.float32, device, 40)
+    check(8 * hidden / hidden.norm(dim=-1, keepdim=True), weight, labels, soft_cap=0.25)
+    row = torch.full((1, 24), 0.1, device=device)
+    wide = torch.rand(37, 24, generator=torch.Generator().manual_seed(0)).to(device) + 9.5
+    check(row, wide, labels[:1], soft_cap=3.0, bound=5e-5)  # logits of 24 are 8 caps: slopes of 4e-7
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_with_its_token(device, dtype, soft_cap):
+    hidden, weight, labels = problem(dtype, device, 9)
+    good = results(ops.linear_cross_entropy, hidden, weight, labels, reduction="none", soft_cap=soft_cap)
+    hidden[2, 3] = torch.nan
+    loss, dhidden, dweight = results(
+        ops.linear_cross_entropy, hidden, weight, labels, reduction="none", soft_cap=soft_cap
+    )
+    others = torch.arange(9, device=device) != 2
+    assert loss[2].isnan() and dhidden[2].isnan().all() and dweight.isnan().all()
+    assert torch.equal(loss[others], good[0][others]) and torch.equal(dhidden[others], good[1][others])
+    assert results(ops.linear_cross_entropy, hidden, weight, labels, soft_cap=soft_cap)[0].isnan()
 
 
 def test_layouts(device):
@@ -187,8 +216,24 @@ def test_autocast(device):
     expected = ops.linear_cross_entropy(*rounded, labels, soft_cap=3.0)
     expected.backward()
     assert torch.equal(loss, expected)
-    for leaf, other in zip(leaves, rounded, strict=True):
-        assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, other.grad.float())
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    assert torch.equal(hidden.grad, rounded[0].grad.float())
+    assert torch.equal(weight.grad.bfloat16(), rounded[1].grad) and not torch.equal(
+        weight.grad, rounded[1].grad.float()
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_float32_weights_of_16_bit_products(device, dtype, reduction):
+    """The gradient is not rounded to the products' dtype; on CUDA those of the logits are."""
+    hidden, weight, labels = problem(dtype, device, 40)
+    actual = results(ops.linear_cross_entropy, hidden, weight.float() * 1.0001, labels, reduction=reduction)
+    rounded = (weight.float() * 1.0001).to(dtype)
+    expected = results(reference.linear_cross_entropy, hidden, rounded, labels, torch.float64, reduction=reduction)
+    assert actual[1].dtype == dtype and actual[2].dtype == torch.float32
+    assert off(actual[1], expected[1]) < BOUNDS[dtype]
+    assert off(actual[2], expected[2]) < (3e-6 if device == "cpu" else BOUNDS[dtype])
 
 
 class _Largest(TorchDispatchMode):
@@ -242,10 +287,20 @@ def test_compiles_to_one_operator(device, reduction):
         compiled = torch.compile(loss, backend=kind, fullgraph=True)
         assert all(torch.equal(a, b) for a, b in zip(run(compiled), expected, strict=True))
     assert len(nodes) == 1
+    makes = reduction == "mean"
+    assert nodes[0].args[-2:] == (makes, makes)  # the gradients, along with the loss
     with torch.no_grad():
         assert torch.equal(
             torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight, labels), expected[0]
         )
+
+
+@pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("none", 4)])
+def test_flops_are_counted(device, reduction, products):
+    hidden, weight, labels = problem(torch.float32, device, 20)
+    with FlopCounterMode(display=False) as counter:
+        results(ops.linear_cross_entropy, hidden, weight, labels, reduction=reduction)
+    assert counter.get_total_flops() == products * 2 * 20 * 24 * 37
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -264,7 +319,7 @@ def test_operators_are_sound(reduction):
     )
     torch.library.opcheck(
         torch.ops.flash_xlstm.linear_cross_entropy_backward.default,
-        (torch.tensor(2.0), torch.tensor(3.0), h, torch.randn(7, 5)),
+        (torch.tensor(2.0), torch.tensor(3.0), h, torch.randn(7, 5), torch.bfloat16),
     )
 
 
@@ -279,7 +334,12 @@ WRONG = [
     ({"labels": torch.zeros(4, dtype=torch.long)}, ValueError, r"^labels has shape \(4,\); it must be .* \(3,\)"),
     ({"labels": torch.zeros(3)}, TypeError, "^labels has dtype float32; it must be int64 or int32"),
     ({"hidden": torch.zeros(3, 24).double()}, TypeError, r"^hidden has dtype float64; .*flash_xlstm\.reference"),
-    ({"weight": torch.zeros(37, 24).half()}, TypeError, "^weight has dtype float16; it must be float32, as hidden"),
+    ({"weight": torch.zeros(37, 24).half()}, TypeError, "^weight has dtype float16; it must be float32$"),
+    (
+        {"hidden": torch.zeros(3, 24).bfloat16(), "weight": torch.zeros(37, 24).half()},
+        TypeError,
+        "^weight has dtype float16; it must be bfloat16, as hidden, or float32$",
+    ),
     ({"weight": torch.zeros(37, 23)}, ValueError, r"^weight has shape \(37, 23\); it must be \(vocabulary, dim\)"),
     ({"weight": torch.zeros(0, 24)}, ValueError, r"^weight has shape \(0, 24\)"),
     ({"soft_cap": 0.0}, ValueError, "^soft_cap is 0; it must be None, or finite and greater than 0"),

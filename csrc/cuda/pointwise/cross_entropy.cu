@@ -4,7 +4,8 @@
 // logits and leaves v = tanh(logit / cap), or the logit itself without a cap, in shared memory; each thread keeps its
 // largest v, the sum of exp(c - its largest c), c = cap v, and the sum of v. These meet across the warp, the block and,
 // through the blocks' shared memory, the cluster, always in the same order. Pass 2 makes the gradients of what the same
-// thread left in shared memory.
+// thread left in shared memory. Float32 gradients want the cap's slope to their own rounding where tanh nears 1, too;
+// for them the logits stay in shared memory, and pass 2 makes v and the slope of them.
 //
 // A slice has at most 112 KB, so that an SM holds two blocks, of which one reads while the other writes: a row of 50,304
 // logits has two. Longer rows than eight slices hold, and long rows on GPUs without clusters, are read twice, by one
@@ -21,7 +22,7 @@ namespace {
 
 constexpr int threads = 512, warps = threads / 32;
 constexpr int width = cross_entropy_pack;  // logits
-constexpr int batch = 4;  // packs that a thread asks for at a time
+constexpr int batch = 4;                   // packs that a thread asks for at a time
 constexpr int max_slices = 8;
 constexpr int64_t slice_bytes = 112 * 1024, pack_bytes = width * sizeof(float);
 constexpr float log2_e = 1.44269504f;
@@ -119,10 +120,11 @@ __device__ __forceinline__ float element(const float4& v, int which) {
   return which == 0 ? v.x : which == 1 ? v.y : which == 2 ? v.z : v.w;
 }
 
-// kept: pass 2 finds v in shared memory, else it makes it again. slice_packs: of a block, as many as fit.
+// kept: pass 2 finds what it reads in shared memory, else in memory. slice_packs: of a block, as many as fit.
 template <typename T, bool capped, bool kept>
-__global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy p, int slices, int slice_packs,
-                                                                   float inverse_cap) {
+__global__ void __launch_bounds__(threads, 2)
+    cross_entropy_kernel(CrossEntropy p, int slices, int slice_packs, float inverse_cap) {
+  constexpr bool raw = capped && sizeof(T) == 4;
   extern __shared__ float4 slice[];
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -161,6 +163,7 @@ __global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy 
       const int at = first + x * threads;
       if (at >= count) break;
       float4 v = values_of<T, capped>(z[x], p.cap, inverse_cap);
+      if constexpr (kept) slice[at] = raw ? z[x] : v;
       if (at == label_pack) labelled = element(v, label_place);
       if (ragged > 0 && begin + at == all_packs - 1) {  // beyond the row's end: nothing
         sums.total += v.x + (ragged > 1 ? v.y : 0.0f) + (ragged > 2 ? v.z : 0.0f);
@@ -170,13 +173,15 @@ __global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy 
       } else {
         sums.total += (v.x + v.y) + (v.z + v.w);
       }
-      if constexpr (kept) slice[at] = v;
       const float top = fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w));
       if (top > sums.top) {
         sums.exps *= exp2_of((sums.top - top) * unit);
         sums.top = top;
       }
-      const auto exp_of = [&](float x) { return exp2_of((x - sums.top) * unit); };
+      const float shift = sums.top * unit;  // of 16 bits its rounding does not matter
+      const auto exp_of = [&](float x) {
+        return exp2_of(sizeof(T) == 4 ? (x - sums.top) * unit : fmaf(x, unit, -shift));
+      };
       sums.exps += (exp_of(v.x) + exp_of(v.y)) + (exp_of(v.z) + exp_of(v.w));
     }
   }
@@ -205,7 +210,8 @@ __global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy 
     T* const out = gradient + static_cast<int64_t>(begin) * width;
 #pragma unroll 2
     for (int at = threadIdx.x; at < count; at += threads) {
-      const float4 four = kept ? slice[at] : values_of<T, capped>(load_logits(logits, at), p.cap, inverse_cap);
+      const float4 z = kept ? slice[at] : load_logits(logits, at);
+      const float4 four = kept && !raw ? z : values_of<T, capped>(z, p.cap, inverse_cap);
       const float v[width] = {four.x, four.y, four.z, four.w};
       float d[width];
 #pragma unroll
@@ -216,7 +222,7 @@ __global__ void __launch_bounds__(threads, 2) cross_entropy_kernel(CrossEntropy 
       }
       if constexpr (capped) {
 #pragma unroll
-        for (int x = 0; x < width; ++x) d[x] *= sizeof(T) == 4 ? (1.0f - v[x]) * (1.0f + v[x]) : 1.0f - v[x] * v[x];
+        for (int x = 0; x < width; ++x) d[x] *= raw ? cap_gate_slope(element(z, x), p.cap) : 1.0f - v[x] * v[x];
       }
       if (ragged > 0 && begin + at == all_packs - 1) {
 #pragma unroll
@@ -259,8 +265,8 @@ cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream) {
   const int slices = slices_of(packs);
   return dispatch_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (slices == 0) return p.cap == 0.0f ? launch<T, false, false>(p, 1, packs, stream)
-                                          : launch<T, true, false>(p, 1, packs, stream);
+    if (slices == 0)
+      return p.cap == 0.0f ? launch<T, false, false>(p, 1, packs, stream) : launch<T, true, false>(p, 1, packs, stream);
     return p.cap == 0.0f ? launch<T, false, true>(p, slices, packs, stream)
                          : launch<T, true, true>(p, slices, packs, stream);
   });

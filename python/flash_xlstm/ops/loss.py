@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flash_xlstm.ops import _common, _errors
 
@@ -45,7 +47,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., dim); float32, bfloat16 or float16; CPU or CUDA.
-        weight: (vocabulary, dim), dtype of hidden.
+        weight: (vocabulary, dim), dtype of hidden; or float32, which the products take rounded to that dtype. Its
+            gradient is then float32 and not rounded.
         labels: (...), from 0 to vocabulary - 1, or ignore_index; int64 or int32.
         soft_cap: the logits are ``soft_cap * tanh(logits / soft_cap)``; finite and greater than 0, or None: as they
             are.
@@ -63,7 +66,9 @@ def linear_cross_entropy(
         RuntimeError: on CUDA, labels out of range: a device-side assertion, as of torch's own loss.
     """
     try:
-        hidden, weight = _common.autocast(hidden, weight)
+        (hidden,) = _common.autocast(hidden)
+        if weight.dtype != torch.float32:
+            (weight,) = _common.autocast(weight)
         # Transforms hide what needs gradients: there the backward makes the logits again.
         makes = reduction != "none" and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         return _linear_cross_entropy(
@@ -95,7 +100,8 @@ _library.define(
 )
 # Of those, where the loss is the sum over `count`.
 _library.define(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor count, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)"
+    "linear_cross_entropy_backward(Tensor dloss, Tensor count, Tensor dhidden, Tensor dweight, ScalarType weight_dtype)"
+    " -> (Tensor, Tensor)"
 )
 # Of each token's loss.
 _library.define(
@@ -119,8 +125,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, re
         raise ValueError(
             f"weight has shape {_shape(weight)}; it must be (vocabulary, dim) = (at least 1, {hidden.shape[-1]})"
         )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight has dtype {str(weight.dtype)[6:]}; it must be {str(hidden.dtype)[6:]}, as hidden")
+    if weight.dtype not in (hidden.dtype, torch.float32):
+        wanted = f"{str(hidden.dtype)[6:]}, as hidden, or float32" if hidden.dtype != torch.float32 else "float32"
+        raise TypeError(f"weight has dtype {str(weight.dtype)[6:]}; it must be {wanted}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels has dtype {str(labels.dtype)[6:]}; it must be int64 or int32")
     if labels.shape != hidden.shape[:-1]:
@@ -155,7 +162,7 @@ def _pieces(tokens: int, vocabulary: int) -> tuple[int, int]:
     most = max(_FEWEST_TOKENS, min(_MOST_TOKENS, _ELEMENTS // vocabulary // _TILE * _TILE))
     pieces = max(1, -(-tokens // most))
     piece = min(tokens, _multiple(-(-tokens // pieces), _TILE))
-    return piece, min(tokens, max(_FEWEST_TOKENS // 2, _multiple(piece // _PARTS, _TILE)))
+    return piece, min(piece, max(_FEWEST_TOKENS // 2, _multiple(most // _PARTS, _TILE)))
 
 
 def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -186,7 +193,7 @@ def _run(
     """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rows_of = torch.ops.flash_xlstm.cross_entropy_rows.default
-    dtype = hidden.dtype
+    dtype, weight = hidden.dtype, weight.to(hidden.dtype).contiguous()
     if not hidden.is_cuda:  # torch's product of 16 bits has no float32 result there
         hidden, weight = hidden.float(), weight.float()
     gradients = hidden_gradient or weight_gradient
@@ -194,8 +201,7 @@ def _run(
     dhidden = hidden.new_empty(hidden.shape if hidden_gradient else 0, dtype=dtype)
     dweight = weight.new_empty(weight.shape if weight_gradient else 0, dtype=torch.float32)
     if tokens == 0:
-        # Of no tokens the row operator only looks at its numbers.
-        empty = hidden.new_empty(0, vocabulary, dtype=torch.float32)
+        empty = _rows(hidden, 0, vocabulary, torch.float32)  # of which the row operator only looks at the options
         return rows_of(empty, labels, None, None, *options), dhidden, dweight.zero_()
     transposed = weight.t()
     logits = _rows(hidden, part, vocabulary, torch.float32)
@@ -244,9 +250,13 @@ def _forward(hidden, weight, labels, reduction, soft_cap, ignore_index, label_sm
     return loss, count, dhidden.view(hidden.shape) if flags[0] else dhidden, dweight
 
 
-def _backward_of_sum(dloss, count, dhidden, dweight):
+def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.flash_xlstm.scaled.default(t, factor, t.new_empty(0, dtype=dtype))
+
+
+def _backward_of_sum(dloss, count, dhidden, dweight, weight_dtype):
     factor = dloss.float() / count
-    return tuple(torch.ops.flash_xlstm.scaled(t, factor, dhidden) for t in (dhidden, dweight))
+    return _scaled(dhidden, factor, dhidden.dtype), _scaled(dweight, factor, weight_dtype)
 
 
 def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, label_smoothing, z_loss, *flags):
@@ -260,8 +270,8 @@ def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, lab
         (soft_cap, ignore_index, label_smoothing, z_loss), *flags,
     )  # fmt: skip
     if factor is not None:
-        dhidden, dweight = (torch.ops.flash_xlstm.scaled(t, factor, hidden) for t in (dhidden, dweight))
-    return dhidden.view(hidden.shape) if flags[0] else dhidden, dweight.to(hidden.dtype)
+        dhidden, dweight = _scaled(dhidden, factor, hidden.dtype), _scaled(dweight, factor, weight.dtype)
+    return dhidden.view(hidden.shape) if flags[0] else dhidden, dweight.to(weight.dtype)
 
 
 def _without_autocast(form: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,8 +305,8 @@ def _(hidden, weight, labels, reduction, soft_cap, ignore_index, label_smoothing
 
 
 @torch.library.register_fake("flash_xlstm::linear_cross_entropy_backward")
-def _(dloss, count, dhidden, dweight):
-    return dhidden.new_empty(dhidden.shape), dweight.new_empty(dweight.shape, dtype=dhidden.dtype)
+def _(dloss, count, dhidden, dweight, weight_dtype):
+    return dhidden.new_empty(dhidden.shape), dweight.new_empty(dweight.shape, dtype=weight_dtype)
 
 
 @torch.library.register_fake("flash_xlstm::linear_cross_entropies_backward")
@@ -309,7 +319,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _, count, dhidden, dweight = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(count)
-    ctx.made = of_hidden, of_weight
+    ctx.made, ctx.weight_dtype = (of_hidden, of_weight), weight.dtype
     # The gradients stay differentiable, so that a double backward comes to its refusal.
     ctx.save_for_backward(*((count, dhidden, dweight) if any(ctx.made) else (hidden, weight, labels)))
 
@@ -327,10 +337,20 @@ def _backward(ctx, dloss, *_):
             gradients = _linear_cross_entropies_backward(dloss, hidden, weight, labels, *ctx.options, *wanted)
             return *(t if want else None for t, want in zip(gradients, wanted, strict=True)), *nothing
         made = _linear_cross_entropy(hidden, weight, labels, ctx.reduction, *ctx.options, *wanted)[1:]
-    gradients = _linear_cross_entropy_backward(dloss, *made)
+    gradients = _linear_cross_entropy_backward(dloss, *made, ctx.weight_dtype)
     return *(t if want else None for t, want in zip(gradients, wanted, strict=True)), *nothing
 
 
 _linear_cross_entropy = _common.differentiable("linear_cross_entropy", _setup_context, _backward)
 _linear_cross_entropy_backward = _common.no_double_backward("linear_cross_entropy_backward")
 _linear_cross_entropies_backward = _common.no_double_backward("linear_cross_entropies_backward")
+
+
+@register_flop_formula(torch.ops.flash_xlstm.linear_cross_entropy)
+def _(hidden, weight, labels, *options_and_flags, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(hidden) * weight[0] * (1 + sum(options_and_flags[-2:]))
+
+
+@register_flop_formula(torch.ops.flash_xlstm.linear_cross_entropies_backward)
+def _(dloss, hidden, weight, labels, *options_and_flags, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(hidden) * weight[0] * (1 + sum(options_and_flags[-2:]))
