@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.testing
 from transformers import DataCollatorWithFlattening
 
-from flash_xlstm.models import xLSTMCache
+from flash_xlstm.models import packing, xLSTMCache
 
 WAYS = ("position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask", "all")
 LENGTHS = (5, 1, 70, 1, 1, 23)
@@ -247,6 +247,66 @@ def test_inputs_longer_than_a_piece(make_ours, tokens, rel):
     expected = make_ours()(ids, **given).logits
     with torch.no_grad():
         assert rel(make_ours(max_inference_chunksize=16)(ids, **given).logits, expected) < 1e-6
+
+
+def test_random_layouts_are_told_alike(fuzz):
+    """Documents with padding anywhere, told in any ways at once; and one of these ways with another document in it."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @fuzz(150)
+    @hypothesis.given(st.data())
+    def run(data):
+        batch, seq = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
+        changes = [[data.draw(st.booleans()) for _ in range(seq)] for _ in range(batch)]
+        mask = torch.tensor([[data.draw(st.integers(0, 4)) > 0 for _ in range(seq)] for _ in range(batch)])
+        if data.draw(st.booleans()):
+            mask[:] = True
+        given, bounds, numbers, positions = {}, [0], torch.zeros(batch, seq).long(), torch.zeros(batch, seq).long()
+        for b in range(batch):
+            number, position, seen = 1, 0, False
+            for t in range(seq):
+                if t and changes[b][t]:
+                    number, position = number + seen, 0
+                if (t and changes[b][t]) or (t == 0 and b):
+                    bounds.append(b * seq + t)
+                if mask[b, t]:
+                    seen = True
+                    numbers[b, t], positions[b, t] = number, position
+                    position += 1
+                else:
+                    numbers[b, t] = positions[b, t] = data.draw(st.integers(0, 9))
+                if t + 1 < seq and changes[b][t + 1] and not mask[b, : t + 1].any():
+                    seen = False
+        tokens_of = [numbers[b, t].item() + 100 * b for b in range(batch) for t in range(seq) if mask[b, t]]
+        ways = {"cu_seq_lens_q": offsets(*bounds, batch * seq), "position_ids": positions, "seq_idx": numbers,
+                "attention_mask": numbers * mask}  # fmt: skip
+        chosen = data.draw(st.lists(st.sampled_from(sorted(ways)), min_size=1, unique=True))
+        given = {name: ways[name] for name in chosen}
+        documents = given.pop("attention_mask", mask if data.draw(st.booleans()) else mask.long())
+        x = torch.zeros(batch, seq)
+
+        def found(**given):
+            cu = packing.offsets(given, given.pop("position_ids", None), documents, documents == 0, x)
+            cu = torch.arange(0, batch * seq + 1, seq) if cu is None else cu
+            assert cu[0] == 0 and cu[-1] == batch * seq and (cu.diff() >= 0).all()
+            document = torch.searchsorted(cu.long(), torch.arange(batch * seq), right=True).view(batch, seq)
+            return document[mask].tolist()
+
+        told = found(**given)
+        same = lambda groups: [a == b for a, b in itertools.pairwise(groups)]  # noqa: E731
+        assert same(told) == same(tokens_of)
+        real = mask.nonzero().tolist()
+        if real and "seq_idx" in given and (len(given) > 1 or documents.max() > 1):  # and something it may differ from
+            b, t = data.draw(st.sampled_from(real))
+            other = numbers.clone()
+            other[b, t] = 77  # a document of its own
+            changed = [n + 100 * b for n, (b, t) in zip(other[mask].tolist(), real, strict=True)]
+            if same(changed) != same(tokens_of):
+                with pytest.raises(ValueError, match="seq_idx"):
+                    found(**{**given, "seq_idx": other})
+
+    run()
 
 
 # --- labels ---

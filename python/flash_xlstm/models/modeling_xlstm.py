@@ -437,7 +437,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         cu_seqlens = None
         if cache_params is None:
             cu_seqlens = packing.offsets(kwargs, position_ids, mask, padding, inputs)
-        else:
+        elif kwargs or mask is not None or position_ids is not None:
             _check_one_sequence(kwargs, position_ids, mask, padding, inputs, seen)
         use_cache = self._resolve_use_cache(use_cache, cache_params, packed=cu_seqlens is not None)
         if kwargs.get("cache_position") is not None:

@@ -47,6 +47,9 @@ def offsets(
     starts: dict[str, Tensor] = {}  # (batch, seq) bool, by the argument that tells it
     checks: list[_Check] = []
     bounds = _given_offsets(given, batch * seq, x.device)
+    with_others = position_ids is not None or "seq_idx" in given or mask is not None
+    if bounds is not None and batch == 1 and not with_others:
+        return bounds
     if bounds is not None:
         name, first = next(name for name in _OFFSETS if name in given), first_tokens(bounds, batch, seq)
         starts[name] = first if last is None else _changes(first.flatten().cumsum(0).view(batch, seq), last)
