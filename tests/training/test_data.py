@@ -72,6 +72,16 @@ def test_a_tokenizer_sees_every_file_apart(tmp_path):
         _load(tmp_path / "file", tokenizer)
 
 
+def test_no_tokenizer_truncates_or_pads(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = data.encode(data.load_tokenizer(tmp_path), ["one two " * 10, "one"])
+    assert found.tolist() == [1, 2] * 10 + [1]
+
+
 def test_batches_cover_an_epoch_once_and_depend_on_the_seed():
     tokens = torch.arange(1000, dtype=torch.int32)
     batches = data.Batches(tokens, sequence_length=10, batch_size=3, seed=5)

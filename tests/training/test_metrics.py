@@ -4,10 +4,28 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.training.data import Corpus
-from flash_xlstm.training.metrics import held_out_bits_per_byte
+from flash_xlstm.training.metrics import cross_entropy, held_out_bits_per_byte
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_that_of_the_logits_without_them(monkeypatch, reduction, training):
+    torch.manual_seed(0)
+    config = xLSTMConfig(vocab_size=300, hidden_size=64, num_hidden_layers=1, num_heads=1)
+    model = xLSTMForCausalLM(config).train(training)
+    sequences = torch.randint(300, (3, 20))
+    logits = model(sequences[:, :-1], use_cache=False).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), reduction=reduction)
+    wanted = torch.autograd.grad(expected, model.parameters())
+    monkeypatch.setattr(xLSTMForCausalLM, "_logits", lambda *args: pytest.fail("logits were made"))
+    loss = cross_entropy(model, sequences, reduction)
+    torch.testing.assert_close(loss, expected)
+    for found, gradient in zip(torch.autograd.grad(loss, model.parameters()), wanted, strict=True):
+        assert (found - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7
 
 
 @pytest.mark.parametrize("length", [2, 32, 33, 34, 65, 100])

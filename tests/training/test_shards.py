@@ -325,6 +325,9 @@ def test_wrong_arguments(folder, tmp_path, make_tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             shards.write_shards([folder], out, **given)
+    shards.write_shards([folder], tmp_path / "first")
+    with pytest.raises(TrainingError, match="first is prepared already; train on it, or give its text"):
+        shards.write_shards([tmp_path / "first"], out)
     with pytest.raises(ValueError, match="inputs is empty"):
         shards.write_shards([], out)
     with pytest.raises(TrainingError, match=r"no data: .*nothing does not exist"):

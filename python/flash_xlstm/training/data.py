@@ -52,13 +52,16 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer.json, or the one in a folder.
+    """Reads a tokenizer.json, or the one in a folder. Truncation and padding are switched off: all text is encoded.
 
     Raises:
         TrainingError: it cannot be read.
     """
     with library_errors(f"cannot read tokenizer {path}"):
-        return Tokenizer.from_str(tokenizer_file(path).read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(tokenizer_file(path).read_text(encoding="utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:

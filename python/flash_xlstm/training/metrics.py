@@ -12,7 +12,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 from flash_xlstm.models import xLSTMForCausalLM
 from flash_xlstm.training.data import Corpus
@@ -38,9 +37,19 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def cross_entropy(model: Any, sequences: Tensor, reduction: str = "mean") -> Tensor:
-    """The mean loss in nats over (batch, seq + 1) sequences: each token is predicted from the tokens before it."""
-    logits = model(sequences[:, :-1], use_cache=False, return_dict=True).logits
-    return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten(), reduction=reduction)
+    """The loss in nats over (batch, seq + 1) sequences: each token is predicted from the tokens before it.
+
+    The logits are never whole in memory. `reduction` is "mean" or "sum".
+    """
+    output = model(
+        sequences[:, :-1],
+        shift_labels=sequences[:, 1:],
+        num_items_in_batch=1 if reduction == "sum" else None,
+        skip_logits=True,
+        use_cache=False,
+        return_dict=True,
+    )
+    return output.loss
 
 
 @torch.no_grad()

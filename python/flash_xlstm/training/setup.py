@@ -213,7 +213,7 @@ def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.de
     """Refuses sizes that cannot fit in memory, by a low estimate, before anything is allocated.
 
     Raises:
-        TrainingError: the weights or a batch's logits are larger than all memory.
+        TrainingError: the weights or a batch's hidden states are larger than all memory.
     """
     if device.type == "cuda":
         memory: float = torch.cuda.mem_get_info(device)[1]
@@ -222,13 +222,13 @@ def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.de
     inner = 2 * config.qk_dim + 3 * config.v_dim + 3 * config.ffn_dim  # a block's matrices, without vectors
     embeddings = config.vocab_size * (1 if config.tie_word_embeddings else 2)
     parameters = config.hidden_size * (embeddings + config.num_hidden_layers * inner)
-    logits = settings.batch_size * settings.sequence_length * config.vocab_size
+    hidden = settings.batch_size * settings.sequence_length * config.hidden_size * config.num_hidden_layers
     for what, size in (
         (f"a model of {parameters:,} parameters, with gradients and the optimizer's moments", 16 * parameters),
         (
-            f"the logits of a batch (`batch_size` {settings.batch_size}, `sequence_length` {settings.sequence_length}, "
-            f"{config.vocab_size} tokens) and their gradient",
-            2 * getattr(torch, settings.dtype).itemsize * logits,
+            f"the hidden states of a batch (`batch_size` {settings.batch_size}, `sequence_length` "
+            f"{settings.sequence_length})",
+            getattr(torch, settings.dtype).itemsize * hidden,
         ),
     ):
         if size > memory:

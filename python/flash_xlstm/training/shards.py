@@ -456,6 +456,9 @@ def write_shards(
     out = Path(os.path.abspath(out))
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise TrainingError(f"{out} exists already; choose another `out`")
+    for path in inputs:
+        if is_prepared(str(path)):
+            raise TrainingError(f"{path} is prepared already; train on it, or give its text")
     listed = [file for path in inputs for file in list_files(Path(path), out.resolve())]
     if not listed:
         raise ValueError("inputs is empty; it must have a file or a folder")
