@@ -78,6 +78,19 @@ def test_packed_training_is_that_of_separate_rows(make_ours, make_trainer, flatt
     assert losses(trainer)[0] > losses(trainer)[-1]
 
 
+def test_compiled_packed_training(make_ours, make_trainer):
+    models = [make_ours(), make_ours()]
+    make_trainer(models[0]).train()
+    torch._dynamo.reset()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = make_trainer(models[1], DataCollatorWithFlattening(**FLATTENING["offsets"]), **options)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    same_weights(models[1], models[0])
+    with pytest.raises(RuntimeError, match="told there by cu_seq_lens_q"):
+        make_trainer(make_ours(), DataCollatorWithFlattening(), **options).train()
+
+
 @pytest.mark.parametrize("flattening", [None, {}, FLATTENING["offsets"]], ids=["padded", *FLATTENING])
 def test_accumulated_batches_are_one_batch(make_ours, make_trainer, flattening):
     """Batches of 2 documents, of other numbers of tokens each, which `num_items_in_batch` weighs."""
