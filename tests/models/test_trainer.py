@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast, Tr
 
 from flash_xlstm.models import xLSTMForCausalLM
 
-pytest.importorskip("accelerate", reason="accelerate, which transformers' Trainer needs, is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate, which transformers' Trainer needs, is not installed")
 
 LENGTHS = (5, 9, 1, 12, 7, 20, 3, 8)
 FLATTENING = {"positions": {}, "offsets": {"return_flash_attn_kwargs": True, "return_seq_idx": True}}
@@ -17,6 +19,16 @@ TARGETS = {
     "single": ["q", "k", "v", "ogate_preact", "out_proj", "proj_up_gate", "proj_up", "proj_down"],
     "fused": ["qkv_opreact", "out_proj", "proj_up_gate_z", "proj_down"],
 }
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind():
+    """TrainingArguments set environment variables, and accelerate keeps one state for the process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
