@@ -311,7 +311,7 @@ def test_the_block_uses_the_halves_only_for_training():
 
 
 def test_inductor_knows_the_operators_before_it_meets_them(monkeypatch):
-    """Else its log line of an unknown operator holds the graph before it, whose length doubles with every half block."""
+    """Else its log line of an unknown operator holds the graph before it, which doubles with every half block."""
     from torch._inductor import exc
 
     def refuse(target, args, kwargs):
