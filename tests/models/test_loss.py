@@ -53,10 +53,7 @@ CONFIGS = {
 def test_as_from_the_logits(make_ours, tokens, rel, config, arguments):
     model, ids = make_ours(**CONFIGS[config]).train(), tokens(2, 9)
     given = ARGUMENTS[arguments](ids)
-    if arguments == "int32":  # torch's own loss takes int64 only
-        expected, gradients = run(model, ids, **{**given, "shift_labels": shifted(ids)}, skip_logits=False)
-    else:
-        expected, gradients = run(model, ids, **given, skip_logits=False)
+    expected, gradients = run(model, ids, **given, skip_logits=False)
     actual, mine = run(model, ids, **given)
     assert expected.logits is not None and actual.logits is None
     assert (actual.cache_params is None) == (expected.cache_params is None)
@@ -201,6 +198,30 @@ def test_16_bits(make_ours, tokens, rel, dtype, autocast):
         actual, mine = run(model, ids, labels=ids)
     assert rel(actual.loss, expected.loss) < 1e-3
     assert rel(joined(mine), joined(gradients)) < 2e-2
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_kinds_of_labels(make_ours, tokens, skip_logits):
+    model, ids = make_ours(), tokens(2, 9)
+    call = lambda **given: model(ids, skip_logits=skip_logits, **given).loss  # noqa: E731
+    assert torch.equal(call(labels=ids.int()), call(labels=ids))
+    assert torch.equal(call(shift_labels=shifted(ids).int()), call(labels=ids))
+    for name in ("labels", "shift_labels"):
+        for dtype in (torch.int16, torch.float32):
+            with pytest.raises(TypeError, match=rf"^{name} has dtype {str(dtype)[6:]}; it must be int64 or int32"):
+                call(**{name: ids.to(dtype)})
+    with pytest.raises(ValueError, match=r"shift_labels has shape \(2, 8\); it must be that of labels, \(2, 9\)"):
+        call(labels=ids, shift_labels=ids[:, 1:])
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_padding_where_positions_are_kept(make_ours, tokens, skip_logits):
+    model, ids = make_ours(), tokens(2, 9)
+    mask = (torch.arange(9) < 6).long().expand(2, 9)
+    kept = torch.arange(2, 7)
+    loss = model(ids, attention_mask=mask, logits_to_keep=kept, labels=ids[:, kept], skip_logits=skip_logits).loss
+    logits = model(ids, attention_mask=mask).logits[:, 2:5].flatten(0, 1)
+    assert torch.allclose(loss, nn.functional.cross_entropy(logits, ids[:, 3:6].flatten()))
 
 
 def test_labels_out_of_range(make_ours, tokens):

@@ -324,6 +324,9 @@ def test_first_tokens_do_not_count(make_ours, tokens, way):
     expected = loss(labels=masked)
     assert torch.equal(loss(labels=ids), expected)
     assert torch.allclose(loss(labels=ids, num_items_in_batch=1), expected * 11)
+    for kept in (5, torch.arange(3, 8)):
+        expected_of_kept = loss(labels=masked[:, 3:], logits_to_keep=kept)
+        assert torch.equal(loss(labels=ids[:, 3:], logits_to_keep=kept), expected_of_kept)
     others = torch.where(ids == 60, 59, ids)
     ignored = others.masked_fill(masked == -100, 60)
     assert torch.equal(loss(labels=others, ignore_index=60), loss(labels=ignored, ignore_index=60))

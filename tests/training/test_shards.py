@@ -340,6 +340,16 @@ def test_a_full_disk(folder, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
 
 
+def test_text_in_files_of_tokens(folder, tmp_path):
+    """As wiki.train.tokens of WikiText."""
+    named = tmp_path / "wiki"
+    named.mkdir()
+    for file in folder.iterdir():
+        file.rename(named / f"{file.name}.tokens")
+    assert not shards.is_prepared(str(named))
+    assert shards.write_shards([named], tmp_path / "out", format="text").train.tokens > 0
+
+
 def test_wrong_arguments(folder, tmp_path, make_tokenizer):
     out = tmp_path / "out"
     for given, message in (
@@ -352,8 +362,9 @@ def test_wrong_arguments(folder, tmp_path, make_tokenizer):
         with pytest.raises(ValueError, match=message):
             shards.write_shards([folder], out, **given)
     shards.write_shards([folder], tmp_path / "first")
-    with pytest.raises(TrainingError, match="first is prepared already; train on it, or give its text"):
-        shards.write_shards([tmp_path / "first"], out)
+    for given in (tmp_path / "first", tmp_path / "first" / "train-00000.tokens", tmp_path):
+        with pytest.raises(TrainingError, match="first is prepared already; train on it, or give its text"):
+            shards.write_shards([given], out)
     with pytest.raises(ValueError, match="inputs is empty"):
         shards.write_shards([], out)
     with pytest.raises(TrainingError, match=r"no data: .*nothing does not exist"):

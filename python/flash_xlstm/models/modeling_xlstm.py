@@ -167,13 +167,14 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
         self._torch_checkpoint = function
 
-    def _checkpoint(self, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    def _checkpoint(self, run: Callable[..., Any], *args: Any) -> Any:
         options = getattr(self._torch_checkpoint, "keywords", None)
+        x = args[0] if args else run.keywords["x"]  # type: ignore[attr-defined]  # transformers' partial
         if options is None or options.keys() - {"use_reentrant"} or not self.makes_again(x):
-            return self._torch_checkpoint(run, x, *args)
+            return self._torch_checkpoint(run, *args)
         self._again = True
         try:
-            return run(x, *args)
+            return run(*args)
         finally:
             self._again = False
 
@@ -607,11 +608,12 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         Args:
             input_ids, inputs_embeds, cache_params, cache, past_key_values, attention_mask, output_hidden_states,
                 return_dict, position_ids: as in :meth:`xLSTMModel.forward`.
-            labels: (batch, seq) token ids, normally `input_ids` again. The label of position t is compared with the
-                logits of position t - 1. Labels of -100, labels at padding and the label of position 0 do not count.
-                The first token behind padding on the left does count, as transformers counts the labels of a batch. The
-                padding before it stands for the beginning of the sequence: a token that sees only itself. The first
-                token of a document that is packed behind another does not count, whatever its label is.
+            labels: (batch, seq) token ids, int64 or int32, normally `input_ids` again. The label of position t is
+                compared with the logits of position t - 1. Labels of -100, labels at padding and the label of position
+                0 do not count. The first token behind padding on the left does count, as transformers counts the labels
+                of a batch. The padding before it stands for the beginning of the sequence: a token that sees only
+                itself. The first token of a document that is packed behind another does not count, whatever its label
+                is.
             use_cache: as in :meth:`xLSTMModel.forward`; with labels and gradients the default is no.
             logits_to_keep: a number n: only the logits of the last n positions, or all if n is 0. A 1-D tensor: the
                 logits of the positions that it holds.
@@ -632,6 +634,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             logits_to_keep = kwargs.pop("num_logits_to_keep")
         if labels is None:
             labels = for_loss.get("shift_labels")
+        _check_labels(labels, for_loss.get("shift_labels"))
         if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
             use_cache = False
         if return_dict is None:
@@ -649,27 +652,30 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        uncounted = []  # labels at padding, and those of documents' first tokens
+        if labels is not None and attention_mask is not None:
+            uncounted.append(attention_mask[:, -hidden.shape[1] :][:, kept] == 0)
         if labels is not None and outputs.cu_seqlens is not None and for_loss.get("shift_labels") is None:
-            first = packing.first_tokens(outputs.cu_seqlens, *hidden.shape[:2]).to(labels.device)
-            if labels.shape == first.shape:
-                labels = labels.masked_fill(first, for_loss.get("ignore_index", -100))
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
+            uncounted.append(packing.first_tokens(outputs.cu_seqlens, *hidden.shape[:2])[:, kept])
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            hidden = hidden[:, kept]
         loss = logits = None
         if labels is not None:
             if labels.shape != hidden.shape[:2]:
                 raise ValueError(
                     f"labels has shape {tuple(labels.shape)}; it must be that of the logits, {tuple(hidden.shape[:2])}"
                 )
-            labels = _mask_labels(labels, attention_mask, for_loss.get("ignore_index", -100))
+            for positions in uncounted:
+                labels = labels.masked_fill(positions.to(labels.device), for_loss.get("ignore_index", -100))
             if self.training if skip_logits is None else skip_logits:
                 loss = self._loss_without_logits(hidden, labels, **for_loss)
         if loss is None:
             logits = self._logits(hidden)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss)
+            if labels is not None:  # torch's own loss takes int64 only
+                if "shift_labels" in for_loss:
+                    for_loss["shift_labels"] = for_loss["shift_labels"].long()
+                loss = self.loss_function(logits=logits, labels=labels.long(), vocab_size=logits.shape[-1], **for_loss)
                 logits = None if skip_logits else logits
 
         output = xLSTMCausalLMOutput(
@@ -797,8 +803,11 @@ def _check_positions(name: str, positions: Tensor, x: Tensor, padding: Tensor | 
     )
 
 
-def _mask_labels(labels: Tensor, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
-    """`labels` with `ignore_index` at padding."""
-    if attention_mask is None:
-        return labels
-    return labels.masked_fill(attention_mask[:, -labels.shape[1] :].to(labels.device) == 0, ignore_index)
+def _check_labels(labels: Tensor | None, shift_labels: Tensor | None) -> None:
+    for name, given in (("shift_labels", shift_labels), ("labels", labels)):
+        if given is not None and given.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} has dtype {str(given.dtype)[6:]}; it must be int64 or int32")
+    if labels is not None and shift_labels is not None and shift_labels.numel() != labels.numel():
+        raise ValueError(
+            f"shift_labels has shape {tuple(shift_labels.shape)}; it must be that of labels, {tuple(labels.shape)}"
+        )

@@ -160,6 +160,15 @@ def unchanged(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     )
 
 
+def gradients_are_looked_at(*modules: nn.Module) -> bool:
+    """Whether a backward hook, of one of `modules` or of all, would miss a call of one of `modules`."""
+    return bool(
+        hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+        or any(m.__dict__["_backward_hooks"] or m.__dict__["_backward_pre_hooks"] for m in modules)
+    )
+
+
 def own_parameters(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias of a `module` that is :func:`unchanged`, if an op can read them beside x. They must be plain
     parameters, contiguous, with the dtype and device of x. Otherwise None."""
@@ -189,7 +198,6 @@ def only_weight(module: nn.Module, x: Tensor) -> Tensor | None:
     own = own_parameters(module, nn.Linear, x)
     if own is None or own[1] is not None or nn.Linear.forward is not _FORWARD or F.linear is not _LINEAR:
         return None
-    looked_at = module.__dict__["_backward_hooks"] or module.__dict__["_backward_pre_hooks"]
-    if looked_at or hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or gradients_are_looked_at(module):
         return None
     return own[0]

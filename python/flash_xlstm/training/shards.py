@@ -113,7 +113,7 @@ def is_prepared(path: str | None) -> bool:
         return False
     if Path(path, INDEX).is_file():
         return True
-    if next(Path(path).glob("*.tokens"), None) is not None:
+    if Path(path, "train-00000.tokens").is_file():  # text may be in files of that suffix, too
         raise TrainingError(f"corrupt data {path}: it has files of tokens, but no {INDEX}")
     return False
 
@@ -471,10 +471,10 @@ def write_shards(
     out = Path(os.path.abspath(out))
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise TrainingError(f"{out} exists already; choose another `out`")
-    for path in inputs:
-        if is_prepared(str(path)):
-            raise TrainingError(f"{path} is prepared already; train on it, or give its text")
     listed = [file for path in inputs for file in list_files(Path(path), out.resolve())]
+    for folder in {file.parent: None for file in listed}:
+        if is_prepared(str(folder)):
+            raise TrainingError(f"{folder} is prepared already; train on it, or give its text")
     if not listed:
         raise ValueError("inputs is empty; it must have a file or a folder")
     model = None if tokenizer is None else load_tokenizer(tokenizer)

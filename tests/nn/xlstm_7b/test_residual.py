@@ -199,6 +199,53 @@ def test_what_a_half_does_not_know_runs_as_modules(change, halves, monkeypatch):
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-4), name
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_see_every_module(weight_mode, kind):
+    built = make_block(weight_mode=weight_mode)
+    for name, part in built.named_modules():
+        seen = []
+        handle = getattr(part, kind)(lambda module, *a, seen=seen: seen.append(module))
+        gradients(built, torch.randn(1, 5, HIDDEN))
+        handle.remove()
+        assert seen == [part], name
+
+
+@pytest.mark.parametrize("kind", ["forward", "full_backward", "full_backward_pre"])
+def test_hooks_of_all_modules_see_every_module(weight_mode, kind):
+    built, seen = make_block(weight_mode=weight_mode), []
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda module, *a: seen.append(module))
+    try:
+        gradients(built, torch.randn(1, 5, HIDDEN))
+    finally:
+        handle.remove()
+    assert {id(module) for module in seen} == {id(module) for module in built.modules()}
+
+
+def test_the_output_may_be_changed_in_place(weight_mode):
+    built = make_block(weight_mode=weight_mode)
+    x = torch.randn(2, 7, HIDDEN, requires_grad=True)
+    (expected,) = torch.autograd.grad((2 * built(x)[0] + 1).square().mean(), x)
+    y, _ = built(x)
+    y.mul_(2).add_(1)
+    (got,) = torch.autograd.grad(y.square().mean(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_backward_within_autocast_is_in_the_dtype_of_the_forward(weight_mode, again):
+    built = make_block(weight_mode=weight_mode)
+    built._again = again
+    x = torch.randn(2, 7, HIDDEN, requires_grad=True)
+    wanted = [x, *built.parameters()]
+    expected = torch.autograd.grad(built(x)[0].square().mean(), wanted)
+    loss = built(x)[0].square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, wanted)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+
+
 def test_transforms_and_autocast_go_by_the_modules(monkeypatch):
     built = make_block()
     x = torch.randn(1, 5, HIDDEN)

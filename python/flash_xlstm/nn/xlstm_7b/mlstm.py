@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from flash_xlstm import ops, reference
-from flash_xlstm.nn.linear import linear, unchanged
+from flash_xlstm.nn.linear import gradients_are_looked_at, linear, nothing_looks_on, unchanged
 from flash_xlstm.nn.packing import refuse_step
 from flash_xlstm.nn.state import State, fitting_state
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, op_weight
@@ -177,6 +177,8 @@ class mLSTMLayer(FusableProjections):
             self.kernel != "flash"
             or not torch.is_grad_enabled()
             or not unchanged(norm, MultiHeadLayerNorm)
+            or gradients_are_looked_at(norm)
+            or not (torch.compiler.is_compiling() or nothing_looks_on())
             or forward_ad._current_level >= 0
             or (
                 self.autocast_kernel_dtype not in (None, z.dtype)

@@ -11,6 +11,8 @@ norms and the products, except the products that write to the residual stream. I
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from flash_xlstm.nn.linear import nothing_looks_on, own_parameters, torch_own, unchanged
+from flash_xlstm.nn.linear import gradients_are_looked_at, nothing_looks_on, own_parameters, torch_own, unchanged
 from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
 from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
@@ -76,13 +78,13 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
     of a part, biases other than the gates', or weights that an op cannot read beside x."""
     part = block._modules.get
     layer = part("mlstm_layer")
-    if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash"):
+    if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash") or gradients_are_looked_at(layer):
         return None
     head_norm, norm, out = layer._modules.get("multihead_norm"), part("norm_mlstm"), layer._modules.get("out_proj")
     projections, gates = layer.projections("qkv_opreact"), layer.projections("ifgate_preact")
     tensors = _weights(x, (norm, RMSNorm), (head_norm, MultiHeadLayerNorm), (out, nn.Linear))
     stacked = _weights(x, *((p, nn.Linear) for p in projections))
-    gate_weights = [own_parameters(gate, nn.Linear, x) for gate in gates]
+    gate_weights = [_parameters(x, gate, nn.Linear) for gate in gates]
     if tensors is None or stacked is None or any(own is None or own[1] is None for own in gate_weights):
         return None
     found: Any = gate_weights
@@ -98,7 +100,7 @@ def feed_forward_half(block: Any, x: Tensor) -> FeedForwardHalf | None:
     """As :func:`mlstm_half`. No bias is served."""
     part = block._modules.get
     ffn, norm = part("ffn"), part("norm_ffn")
-    if not unchanged(ffn, FeedForward):
+    if not unchanged(ffn, FeedForward) or gradients_are_looked_at(ffn):
         return None
     tensors = _weights(
         x,
@@ -113,11 +115,17 @@ def _weights(x: Tensor, *parts: tuple[Any, type[nn.Module]]) -> tuple[Tensor, ..
     """The weights of plain modules without biases. None if a module is of another kind."""
     found = []
     for part, kind in parts:
-        own = own_parameters(part, kind, x)
+        own = _parameters(x, part, kind)
         if own is None or own[1] is not None:
             return None
         found.append(own[0])
     return tuple(found)
+
+
+def _parameters(x: Tensor, part: Any, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """:func:`own_parameters`, if no hook looks at the gradients of `part`."""
+    own = own_parameters(part, kind, x)
+    return None if own is None or gradients_are_looked_at(part) else own
 
 
 def run_mlstm(x: Tensor, half: MlstmHalf, padding: Tensor | None, cu_seqlens: Tensor | None, again: bool) -> Tensor:
@@ -142,6 +150,25 @@ def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tenso
     return gradient.split([w.shape[0] for w in weights])
 
 
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """`rows` in the shape of x, which torch does not take for a view: a function's result that is one refuses to be
+    written in place."""
+    return torch.ops.aten._unsafe_view.default(rows, x.shape)
+
+
+def _as_the_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` without autocast, which was not on in the forward: its products would be of another dtype."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dout: Tensor) -> Any:
+        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+            return backward(ctx, dout)
+        with torch._C._DisableAutocast():
+            return backward(ctx, dout)
+
+    return run
+
+
 class _Mlstm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, *tensors):
@@ -158,9 +185,10 @@ class _Mlstm(torch.autograd.Function):
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
         )  # fmt: skip
         ctx.counts, ctx.sizes, ctx.numbers = counts, sizes, numbers
-        return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), out.t()).view(x.shape)
+        return _shaped(torch.addmm(x.flatten(0, 1), y.flatten(0, 1), out.t()), x)
 
     @staticmethod
+    @_as_the_forward
     def backward(ctx, dout):
         x, padding, cu_seqlens, h, kept, z, pre, y, norm, head, out, *rest = ctx.saved_tensors
         parts, gates, biases = _split(rest, ctx.counts)
@@ -228,9 +256,10 @@ class _FeedForward(torch.autograd.Function):
         out = torch.addmm(x.flatten(0, 1), _operators.swiglu_joined(z), down.t())
         ctx.eps = eps
         ctx.save_for_backward(x, None if again else z, norm, down, *parts)
-        return out.view(x.shape)
+        return _shaped(out, x)
 
     @staticmethod
+    @_as_the_forward
     def backward(ctx, dout):
         x, z, norm, down, *parts = ctx.saved_tensors
         want_norm, want_down, *want_parts = ctx.needs_input_grad[3:]
