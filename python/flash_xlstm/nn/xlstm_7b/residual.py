@@ -31,6 +31,7 @@ _LINEAR_FORWARD = torch_own(nn.Linear.forward, nn.modules.linear)
 _FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward)
 _LINEAR = torch._C._nn.linear
 _operators = torch.ops.flash_xlstm
+_unsafe_view = torch.ops.aten._unsafe_view  # no view for autograd: FSDP warns of a block that returns one
 
 
 class MlstmHalf(NamedTuple):
@@ -158,7 +159,7 @@ class _Mlstm(torch.autograd.Function):
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
         )  # fmt: skip
         ctx.counts, ctx.sizes, ctx.numbers = counts, sizes, numbers
-        return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), out.t()).view(x.shape)
+        return _unsafe_view(torch.addmm(x.flatten(0, 1), y.flatten(0, 1), out.t()), x.shape)
 
     @staticmethod
     def backward(ctx, dout):
@@ -228,7 +229,7 @@ class _FeedForward(torch.autograd.Function):
         out = torch.addmm(x.flatten(0, 1), _operators.swiglu_joined(z), down.t())
         ctx.eps = eps
         ctx.save_for_backward(x, None if again else z, norm, down, *parts)
-        return out.view(x.shape)
+        return _unsafe_view(out, x.shape)
 
     @staticmethod
     def backward(ctx, dout):
