@@ -1,0 +1,27 @@
+"""The dimensions of a mesh, by name."""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh
+
+DATA = ("dp_replicate", "dp_shard")  # over which batches differ
+KNOWN = (*DATA, "cp", "tp")
+
+
+def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The names of the dimensions.
+
+    Raises:
+        TypeError, ValueError: `mesh` is no mesh, or has dimensions without names or of unknown ones.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh is a {type(mesh).__name__}; it must be a torch.distributed.device_mesh.DeviceMesh")
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ValueError(f"mesh has no mesh_dim_names; they must be from {', '.join(KNOWN)}")
+    for name in names:
+        if name not in KNOWN:
+            raise ValueError(f"mesh has a dimension {name!r}; its mesh_dim_names must be from {', '.join(KNOWN)}")
+    if "cp" in names:
+        raise ValueError("mesh has a dimension 'cp'; context parallel is not supported: leave it out")
+    return names
