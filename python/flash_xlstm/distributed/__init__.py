@@ -18,6 +18,7 @@ from flash_xlstm._lazy import attach
 if TYPE_CHECKING:
     from flash_xlstm.distributed.checkpoint import load as load
     from flash_xlstm.distributed.checkpoint import load_pretrained as load_pretrained
+    from flash_xlstm.distributed.checkpoint import newest as newest
     from flash_xlstm.distributed.checkpoint import save as save
     from flash_xlstm.distributed.checkpoint import save_pretrained as save_pretrained
     from flash_xlstm.distributed.data import mean_labels as mean_labels
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from flash_xlstm.distributed.tensor import tensor_parallel_plan as tensor_parallel_plan
 
 _HOMES = {
-    "checkpoint": ("load", "load_pretrained", "save", "save_pretrained"),
+    "checkpoint": ("load", "load_pretrained", "newest", "save", "save_pretrained"),
     "data": ("mean_labels",),
     "loss": ("vocabulary_parallel_cross_entropy",),
     "parallelize": ("fsdp", "parallelize"),
