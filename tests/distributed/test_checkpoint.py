@@ -111,7 +111,10 @@ def test_from_a_folder(on_ranks, tmp_path, shape, names, tied):
 
 
 def _wrong_folder(folder):
-    for options, said in (({"num_hidden_layers": 3}, "which has no backbone.blocks.2"), ({"vocab_size": 50}, "has backbone.embeddings.weight of shape")):
+    for options, said in (
+        ({"num_hidden_layers": 3}, "which has no backbone.blocks.2"),
+        ({"vocab_size": 50}, "has backbone.embeddings.weight of shape"),
+    ):
         model = parallelize(make(**options), init_device_mesh("cpu", (2,), mesh_dim_names=SHARDED))
         before = [whole(p).clone() for p in model.parameters()]
         with pytest.raises(ValueError, match=said):
