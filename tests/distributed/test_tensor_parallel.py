@@ -3,6 +3,8 @@ one process."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from models_of_ranks import VOCABULARY, batch, check_gradients, expected, make, whole
@@ -10,6 +12,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from flash_xlstm.distributed import mean_labels, parallelize, vocabulary_parallel_cross_entropy
+from flash_xlstm.nn.xlstm_7b import residual
 from flash_xlstm.ops import linear_cross_entropy
 
 ALONE = ((2,), ("tp",))
@@ -82,6 +85,39 @@ def test_compiled(on_ranks):
     on_ranks(2, _same, ALONE, {"compile": "aot_eager"}, {})
 
 
+def _halves(sequence_parallel, checkpointing):
+    """Blocks run as two functions, and keep little with checkpointing; or module by module where one is looked at."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    ids, labels = batch(0)
+    one = make()
+    one(ids, labels=labels).loss.backward()
+    gradients = {name: p.grad for name, p in one.named_parameters()}
+    found = []
+    for looked_at in (False, True):
+        model = parallelize(make(), mesh, sequence_parallel=sequence_parallel, checkpointing=checkpointing)
+        if looked_at:
+            for block in model.backbone.blocks:
+                block.ffn.proj_up.register_forward_hook(lambda *args: found.append("hook"))
+        for block in model.backbone.blocks:
+            block._torch_checkpoint = functools.partial(lambda run, *args, **_: found.append("torch") or run(*args))
+        run = residual.run_mlstm
+        residual.run_mlstm = lambda *args, run=run: found.append(args[-1]) or run(*args)
+        try:
+            model(ids, labels=labels).loss.backward()
+        finally:
+            residual.run_mlstm = run
+        check_gradients(model, gradients)
+    return found
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_blocks_are_two_functions(on_ranks, sequence_parallel, checkpointing):
+    by_module = ["torch", "hook"] if checkpointing else ["hook"]
+    found = on_ranks(2, _halves, sequence_parallel, checkpointing)
+    assert found == [[checkpointing] * 2 + by_module * 2] * 2
+
+
 def _packed_and_padded():
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     ids, labels = batch(0)
@@ -99,6 +135,23 @@ def _packed_and_padded():
 
 def test_packed_and_padded(on_ranks):
     on_ranks(2, _packed_and_padded)
+
+
+def _frozen():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    ids, labels = batch(0)
+    one, model = make(), make()
+    for each in (one, model):
+        for name, p in each.named_parameters():
+            p.requires_grad_(not ("embeddings" in name or ".ffn." in name or ".q." in name or "norm_mlstm" in name))
+    parallelize(model, mesh)
+    for each in (one, model):
+        each(ids, labels=labels).loss.backward()
+    check_gradients(model, {name: p.grad for name, p in one.named_parameters()})
+
+
+def test_frozen_weights(on_ranks):
+    on_ranks(2, _frozen)
 
 
 def _logits():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from flash_xlstm.distributed.loss import vocabulary_parallel_cross_entropy
 from flash_xlstm.models import xLSTMForCausalLM
 from flash_xlstm.nn import MultiHeadLayerNorm, RMSNorm
+from flash_xlstm.nn.xlstm_7b import residual
+from flash_xlstm.ops import _common
 
+# The newer names, where torch has them: it warns of the older.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_LOOKED_AT = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _UP = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact")
 
 
@@ -23,8 +30,8 @@ def tensor_parallel(model: xLSTMForCausalLM, mesh: DeviceMesh, *, sequence_paral
     """Splits a model over the ranks of a mesh, in place, by :func:`tensor_parallel_plan`.
 
     All ranks must be given the same batch. Each then has the same loss, which is made without logits where the model
-    does so on one rank: no rank has more logits than those of its part of the vocabulary. Blocks run module by module.
-    For training, and for evaluation of whole sequences: caches and generation are not supported.
+    does so on one rank: no rank has more logits than those of its part of the vocabulary. For training, and for
+    evaluation of whole sequences: caches and generation are not supported.
 
     Args:
         mesh: of one dimension.
@@ -53,6 +60,7 @@ def tensor_parallel(model: xLSTMForCausalLM, mesh: DeviceMesh, *, sequence_paral
                 fused: {name: size // ranks for name, size in parts.items()}
                 for fused, parts in module.projection_groups.items()
             }
+        block._halves = functools.partial(_halves, block, _Ranks(mesh, sequence_parallel), _as_they_are(block))
     return model
 
 
@@ -107,6 +115,72 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
     for name, p in list(module.named_parameters(recurse=False)):
         split = distribute_tensor(p, mesh, [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(split, requires_grad=p.requires_grad))
+
+
+class _Ranks:
+    """What a block's halves exchange (:class:`flash_xlstm.nn.xlstm_7b.residual.Ranks`)."""
+
+    def __init__(self, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+        self.group, self.size, self.split = mesh.get_group(), mesh.size(), sequence_parallel
+
+    def gather(self, t: Tensor) -> Tensor:
+        if not self.split:
+            return t
+        parts = t.new_empty(self.size * t.shape[0], *t.shape[1:])
+        _all_gather(parts, t.contiguous(), self.group)
+        return parts.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1, 2)
+
+    def reduce(self, t: Tensor) -> Tensor:
+        if not self.split:
+            dist.all_reduce(t, group=self.group)  # of which nobody else has a view
+            return t
+        parts = t.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        sums = t.new_empty(parts.shape[1:])
+        _reduce_scatter(sums, parts.flatten(0, 1), group=self.group)
+        return sums
+
+
+def _halves(
+    block: Any, ranks: _Ranks, split: Any, x: Tensor
+) -> tuple[residual.MlstmHalf | None, residual.FeedForwardHalf | None]:
+    """Those of a rank's parts. None where a block has to run module by module: modules are not as tensor_parallel left
+    them, biases other than the gates', weights of another dtype, or torch.compile, which does not trace DTensors into
+    functions of autograd."""
+    layer, ffn, norm, ffn_norm = block.mlstm_layer, block.ffn, block.norm_mlstm, block.norm_ffn
+    if torch.compiler.is_compiling() or layer.kernel != "flash" or _as_they_are(block) != split:
+        return None, None
+    gates = layer.projections("ifgate_preact")
+    norms = [each._own() for each in (norm, layer.multihead_norm, ffn_norm)]
+    first = [layer.out_proj, *layer.projections("qkv_opreact")]
+    second = [ffn.proj_down, *ffn.projections("proj_up_gate_z")]
+    if any(bias is not None for _, bias in norms) or any(part.bias is not None for part in (*first, *second)):
+        return None, None
+    own, head, ffn_own = (weight for weight, _ in norms)
+    weights, gate_weights, gate_biases, ffn_weights = (
+        [p.to_local() for p in parts]
+        for parts in ([m.weight for m in first], [m.weight for m in gates], [m.bias for m in gates],
+                      [m.weight for m in second])
+    )  # fmt: skip
+    tensors = (own, head, *weights, *gate_weights, *gate_biases)
+    if any(t.dtype != x.dtype for t in (*tensors, ffn_own, *ffn_weights)):
+        return None, None
+    numbers = (
+        norm.eps, layer.eps, layer.multihead_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size)
+    )  # fmt: skip
+    sizes = layer.num_heads, layer.qk_dim
+    return (
+        residual.MlstmHalf(tensors, (len(first) - 1, len(gates)), sizes, numbers, ranks),
+        residual.FeedForwardHalf((ffn_own, *ffn_weights), ffn_norm.eps, ranks),
+    )
+
+
+def _as_they_are(block: nn.Module) -> list[Any]:
+    """Of each module within a block, what tells whether it was exchanged or is looked at."""
+    return [
+        (type(part), *(tuple(own[name]) for name in _LOOKED_AT), "forward" in own)
+        for _, part in block.named_modules()
+        if part is not block and (own := vars(part)) is not None
+    ]
 
 
 class _Embeddings(ParallelStyle):
