@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flash_xlstm.distributed.checkpoint import save_pretrained as save_pretrained
     from flash_xlstm.distributed.data import mean_labels as mean_labels
     from flash_xlstm.distributed.loss import vocabulary_parallel_cross_entropy as vocabulary_parallel_cross_entropy
+    from flash_xlstm.distributed.mesh import cpu_group as cpu_group
     from flash_xlstm.distributed.parallelize import fsdp as fsdp
     from flash_xlstm.distributed.parallelize import parallelize as parallelize
     from flash_xlstm.distributed.tensor import tensor_parallel as tensor_parallel
@@ -32,6 +33,7 @@ _HOMES = {
     "checkpoint": ("load", "load_pretrained", "newest", "save", "save_pretrained"),
     "data": ("mean_labels",),
     "loss": ("vocabulary_parallel_cross_entropy",),
+    "mesh": ("cpu_group",),
     "parallelize": ("fsdp", "parallelize"),
     "tensor": ("tensor_parallel", "tensor_parallel_plan"),
 }

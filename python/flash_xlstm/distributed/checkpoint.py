@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from flash_xlstm.distributed.mesh import cpu_group
 from flash_xlstm.models import xLSTMForCausalLM
 
 _COMPLETE = ".metadata"  # torch writes it when all else is written
-_GROUPS: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
 
 
 def save(
@@ -54,7 +54,7 @@ def save(
         raise TypeError(f"values are not as JSON has them: {error}") from None
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "values": text}
-    options: dict[str, Any] = {"checkpoint_id": os.fspath(folder), "process_group": _group()}
+    options: dict[str, Any] = {"checkpoint_id": os.fspath(folder), "process_group": cpu_group()}
     if asynchronous:
         return dcp.async_save(state, **options)  # type: ignore[return-value]
     dcp.save(state, **options)
@@ -77,7 +77,7 @@ def load(folder: str | os.PathLike, model: nn.Module, optimizer: Optimizer) -> d
         raise ValueError(f"folder is {os.fspath(folder)!r}; it must be a complete checkpoint that save wrote")
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, "values": ""}
-    dcp.load(state, checkpoint_id=os.fspath(folder), process_group=_group())
+    dcp.load(state, checkpoint_id=os.fspath(folder), process_group=cpu_group())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return json.loads(state["values"])
 
@@ -121,7 +121,7 @@ def load_pretrained(model: xLSTMForCausalLM, folder: str | os.PathLike) -> None:
             raise ValueError(
                 f"folder has {name} of shape {tuple(found[name].size)}; it must be {tuple(weight.shape)} for this model"
             )
-    dcp.load(state, storage_reader=reader, process_group=_group())
+    dcp.load(state, storage_reader=reader, process_group=cpu_group())
 
 
 def save_pretrained(
@@ -155,7 +155,7 @@ def save_pretrained(
     writer = HuggingFaceStorageWriter(
         os.fspath(folder), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
     )
-    dcp.save(state, storage_writer=writer, process_group=_group())
+    dcp.save(state, storage_writer=writer, process_group=cpu_group())
     if not dist.is_initialized() or dist.get_rank() == 0:
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures = [xLSTMForCausalLM.__name__]
@@ -165,7 +165,7 @@ def save_pretrained(
             model.generation_config.save_pretrained(folder)
         shutil.rmtree(folder / "sharded")
     if dist.is_initialized():
-        dist.barrier(group=_group())
+        dist.barrier(group=cpu_group())
 
 
 def _is_complete(folder: Path) -> bool:
@@ -180,15 +180,3 @@ def _check_single(model: Any) -> None:
             f"model is in weight_mode {model.config.weight_mode!r}; it must be 'single', as Hugging Face folders are: "
             "call model.set_weight_mode('single') before it is split"
         )
-
-
-def _group() -> dist.ProcessGroup | None:
-    """The ranks, joined by gloo, for checkpoints alone: one that is written beside the run must not meet its
-    collectives, and what is exchanged is in the CPU's memory."""
-    if not dist.is_initialized():
-        return None
-    world = dist.group.WORLD
-    if world not in _GROUPS:
-        _GROUPS.clear()
-        _GROUPS[world] = dist.new_group(backend="gloo")
-    return _GROUPS[world]

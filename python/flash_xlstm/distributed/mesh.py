@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 DATA = ("dp_replicate", "dp_shard")  # over which batches differ
 KNOWN = (*DATA, "cp", "tp")
+_GROUPS: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
 
 
 def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -25,3 +27,15 @@ def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
     if "cp" in names:
         raise ValueError("mesh has a dimension 'cp'; context parallel is not supported: leave it out")
     return names
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """All ranks, joined by gloo, for what is not the model's: a checkpoint that is written beside the run must not meet
+    its collectives, and what is exchanged is in the CPU's memory. None without ranks. The first call is collective."""
+    if not dist.is_initialized():
+        return None
+    world = dist.group.WORLD
+    if world not in _GROUPS:
+        _GROUPS.clear()
+        _GROUPS[world] = dist.new_group(backend="gloo")
+    return _GROUPS[world]

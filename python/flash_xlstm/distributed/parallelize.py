@@ -123,19 +123,20 @@ def fsdp(
     if not names:
         raise ValueError(f"mesh has the dimensions {mesh.mesh_dim_names}; it must have one of {', '.join(DATA)}")
     _check_reshard(reshard_after_forward, names)
-    policy = _policy(mixed_precision)
+    policy, name = _policy(mixed_precision), type(model).__name__
     parts = [*model.backbone.blocks, model]
     if names == ["dp_replicate"]:
         from torch.distributed._composable.replicate_with_fsdp import replicate
 
         for part in parts:
             replicate(part, mesh=mesh["dp_replicate"], mp_policy=policy)
-        return model
-    sharded = mesh["dp_replicate", "dp_shard"] if len(names) == 2 else mesh["dp_shard"]
-    for part in parts:
-        # None for the model itself: what a backward needs first is not freed.
-        reshard = None if part is model else reshard_after_forward
-        fully_shard(part, mesh=sharded, mp_policy=policy, reshard_after_forward=reshard)
+    else:
+        sharded = mesh["dp_replicate", "dp_shard"] if len(names) == 2 else mesh["dp_shard"]
+        for part in parts:
+            # None for the model itself: what a backward needs first is not freed.
+            reshard = None if part is model else reshard_after_forward
+            fully_shard(part, mesh=sharded, mp_policy=policy, reshard_after_forward=reshard)
+    type(model).__name__ = name  # torch gives it a prefix, and transformers writes it into config.json
     return model
 
 

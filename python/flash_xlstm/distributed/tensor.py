@@ -147,7 +147,8 @@ def _halves(
     them, biases other than the gates', weights of another dtype, or torch.compile, which does not trace DTensors into
     functions of autograd."""
     layer, ffn, norm, ffn_norm = block.mlstm_layer, block.ffn, block.norm_mlstm, block.norm_ffn
-    if torch.compiler.is_compiling() or layer.kernel != "flash" or _as_they_are(block) != split:
+    shared = getattr(layer, "context_group", None) is not None  # a sequence split over ranks
+    if torch.compiler.is_compiling() or layer.kernel != "flash" or shared or _as_they_are(block) != split:
         return None, None
     gates = layer.projections("ifgate_preact")
     norms = [each._own() for each in (norm, layer.multihead_norm, ffn_norm)]
