@@ -154,6 +154,18 @@ def test_frozen_weights(on_ranks):
     on_ranks(2, _frozen)
 
 
+def _adapted():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = make()
+    model.backbone.blocks[1].mlstm_layer.q = torch.nn.Sequential(model.backbone.blocks[1].mlstm_layer.q)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlstm_layer\.q is a Sequential; it must be a torch"):
+        parallelize(model, mesh)
+
+
+def test_other_layers(on_ranks):
+    on_ranks(2, _adapted)
+
+
 def _logits():
     """With gradients, and without: loss and logits of evaluation."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))

@@ -14,7 +14,7 @@ def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
     """The names of the dimensions.
 
     Raises:
-        TypeError, ValueError: `mesh` is no mesh, or has dimensions without names or of unknown ones.
+        TypeError, ValueError: `mesh` is no mesh, or has dimensions without names, of unknown ones, or in another order.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh is a {type(mesh).__name__}; it must be a torch.distributed.device_mesh.DeviceMesh")
@@ -24,6 +24,8 @@ def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
     for name in names:
         if name not in KNOWN:
             raise ValueError(f"mesh has a dimension {name!r}; its mesh_dim_names must be from {', '.join(KNOWN)}")
+    if list(names) != sorted(names, key=KNOWN.index):
+        raise ValueError(f"mesh has the mesh_dim_names {names}; they must be in the order of {', '.join(KNOWN)}")
     if "cp" in names:
         raise ValueError("mesh has a dimension 'cp'; context parallel is not supported: leave it out")
     return names

@@ -34,9 +34,9 @@ def parallelize(
 
     The names of the mesh's dimensions say what is done, in any combination:
 
-    - ``dp_shard``: weights, gradients and optimizer states are sharded, and gathered block by block (FSDP2).
     - ``dp_replicate``: each rank has all weights. With ``dp_shard``, shards are replicated (HSDP): the mesh
       (nodes, GPUs a node) of (``dp_replicate``, ``dp_shard``) gathers weights inside a node and sums gradients across.
+    - ``dp_shard``: weights, gradients and optimizer states are sharded, and gathered block by block (FSDP2).
     - ``tp``: heads, the feed-forward's features and the vocabulary are split (:func:`tensor_parallel`). The ranks of a
       ``tp`` group must be given the same batch.
 
@@ -60,8 +60,8 @@ def parallelize(
 
     Raises:
         TypeError: `model`, `mesh` or another argument is of the wrong type.
-        ValueError: a dimension of `mesh` is unknown; heads, the feed-forward's features or the vocabulary are no
-            multiple of ``tp``; weights are in the wrong weight mode for it; arguments do not go together.
+        ValueError: a dimension of `mesh` is unknown or not in the order above; ``tp`` does not divide heads,
+            feed-forward or vocabulary, or weights are in the wrong weight mode for it; arguments do not go together.
         ImportError: `float8` without torchao.
     """
     _check_model(model)
@@ -78,6 +78,9 @@ def parallelize(
                 "say, or convert the model"
             )
     _check_reshard(reshard_after_forward, names)
+    for argument, value in (("checkpointing", checkpointing), ("sequence_parallel", sequence_parallel)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument} is {value!r}; it must be True or False")
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile is {compile!r}; it must be True, False or the name of a backend")
     if "tp" in names:

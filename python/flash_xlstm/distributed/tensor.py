@@ -24,6 +24,13 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _LOOKED_AT = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _UP = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact")
+_LINEAR = (
+    *(f".mlstm_layer.{name}" for name in (*_UP, "out_proj")),
+    ".proj_up_gate",
+    ".proj_up",
+    ".proj_down",
+    "lm_head",
+)
 
 
 def tensor_parallel(model: xLSTMForCausalLM, mesh: DeviceMesh, *, sequence_parallel: bool = True) -> xLSTMForCausalLM:
@@ -95,7 +102,8 @@ def check_tensor_parallel(model: xLSTMForCausalLM, mesh: DeviceMesh) -> None:
     """Checks that a model can be split over the ranks of a mesh.
 
     Raises:
-        ValueError: it is in weight mode "fused", the mesh has several dimensions, or its ranks do not divide a size.
+        ValueError: it is in weight mode "fused", has other layers than :class:`torch.nn.Linear` (adapters, quantized),
+            the mesh has several dimensions, or its ranks do not divide a size.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh has {mesh.ndim} dimensions; for tensor parallel it must have one: mesh['tp']")
@@ -105,6 +113,11 @@ def check_tensor_parallel(model: xLSTMForCausalLM, mesh: DeviceMesh) -> None:
             f"model is in weight_mode {config.weight_mode!r}; it must be 'single' to be split over tp ranks: call "
             "model.set_weight_mode('single') first"
         )
+    for name, module in model.named_modules():
+        if name.endswith(_LINEAR) and type(module) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}; it must be a torch.nn.Linear to be split over tp ranks"
+            )
     for name in ("num_heads", "ffn_dim", "vocab_size"):
         size = getattr(config, name)
         if size % ranks:
