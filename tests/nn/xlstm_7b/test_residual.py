@@ -308,3 +308,18 @@ def test_the_block_uses_the_halves_only_for_training():
         assert torch.allclose(built(x)[0], y, rtol=1e-5, atol=1e-5)
     y_state, state = built(x, return_state=True)
     assert state is not None and torch.allclose(y_state, y, rtol=1e-5, atol=1e-5)
+
+
+def test_inductor_knows_the_operators_before_it_meets_them(monkeypatch):
+    """Else its log line of an unknown operator holds the graph before it, which doubles with every half block."""
+    from torch._inductor import exc
+
+    def refuse(target, args, kwargs):
+        raise AssertionError(f"{target} is unknown to Inductor")
+
+    monkeypatch.setattr(exc.MissingOperatorWithoutDecomp, "operator_str", staticmethod(refuse))
+    built = make_block()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        y, _ = torch.compile(built, fullgraph=True)(torch.randn(1, 8, HIDDEN))
+        y.sum().backward()
