@@ -34,6 +34,7 @@ def _write(folder, shape, names, asynchronous):
     model, optimizer = _model(shape, names)
     for number in range(2):
         _step(model, optimizer, number)
+    optimizer.param_groups[0]["lr"] = 3e-2  # belongs to the checkpoint
     future = save(f"{folder}/2", model, optimizer, {"step": 2}, asynchronous=asynchronous)
     losses = [_step(model, optimizer, number) for number in (2, 3)]
     assert (future is not None) == asynchronous

@@ -128,14 +128,22 @@ def test_unused_and_frozen_weights(on_ranks, kind):
 def _mixed(kind):
     """Weights in bfloat16 from float32 shards: exactly what one process makes of bfloat16 weights; and gradients that
     are summed in float32."""
-    mesh, (ids, labels) = _mesh(kind), batch(dist.get_rank())
-    model, one = parallelize(make(), mesh, mixed_precision=torch.bfloat16), make().to(torch.bfloat16)
-    dtypes = {p.dtype for p in model.parameters()}
+    mesh, world = _mesh(kind), dist.get_world_size()
+    model, gradients = parallelize(make(), mesh, mixed_precision=torch.bfloat16), {}
     count = torch.tensor(16001.5)  # bfloat16 does not hold it
-    found, wanted = (each(ids, labels=labels, num_items_in_batch=count).loss for each in (model, one))
-    found.backward()
-    assert dtypes == {torch.float32} and {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    for rank in range(world):
+        ids, labels = batch(rank)
+        one = make().to(torch.bfloat16)
+        wanted = one(ids, labels=labels, num_items_in_batch=count).loss
+        wanted.backward()
+        for name, p in one.named_parameters():
+            gradients[name] = gradients.get(name, 0) + p.grad.float() / world
+        if rank == dist.get_rank():
+            found = model(ids, labels=labels, num_items_in_batch=count).loss
+            assert found.dtype == torch.float32 and torch.equal(found, wanted)
+            found.backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    check_gradients(model, gradients)
 
 
 @meshes
