@@ -87,18 +87,19 @@ def test_torch_ddp(on_ranks):
     on_ranks(2, _ddp)
 
 
-def _blocks_keep_little():
+def _blocks_keep_little(checkpointing):
     """Checkpointing computes blocks again without another mLSTM, with sharded weights too."""
-    model = parallelize(make(), _mesh("sharded"), checkpointing=True)
+    model = parallelize(make(), _mesh("sharded"), checkpointing=checkpointing)
     calls = []
     for block in model.backbone.blocks:
         block._torch_checkpoint = functools.partial(lambda run, *args, **_: calls.append(run) or run(*args))
     model(*batch(0)[:1], labels=batch(0)[1]).loss.backward()
-    return len(calls)
+    return len(calls), [block.gradient_checkpointing for block in model.backbone.blocks]
 
 
-def test_checkpointing_is_the_blocks_own(on_ranks):
-    assert on_ranks(2, _blocks_keep_little) == [0, 0]
+@pytest.mark.parametrize(("checkpointing", "which"), [(True, [True, True]), (2, [True, False]), (0, [False, False])])
+def test_checkpointing_is_the_blocks_own(on_ranks, checkpointing, which):
+    assert on_ranks(2, _blocks_keep_little, checkpointing) == [(0, which)] * 2
 
 
 def _unused(kind):
@@ -181,6 +182,7 @@ TP = ((2,), ("tp",))
         ({}, ((2, 1), ("tp", "dp_shard")), {}, "they must be in the order of dp_replicate, dp_shard, cp, tp"),
         ({}, SHARD, {"compile": 3}, "compile is 3"),
         ({}, SHARD, {"checkpointing": "some"}, "checkpointing is 'some'"),
+        ({}, SHARD, {"checkpointing": -1}, "checkpointing is -1"),
         ({}, TP, {"sequence_parallel": None}, "sequence_parallel is None"),
         ({}, SHARD, {"reshard_after_forward": "no"}, "reshard_after_forward is 'no'"),
         ({}, ((2,), ("dp_replicate",)), {"reshard_after_forward": True}, "reshard_after_forward is True, but mesh"),

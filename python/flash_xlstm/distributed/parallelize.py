@@ -23,7 +23,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
     compile: bool | str = False,
     float8: str | None = None,
     reshard_after_forward: bool | int | None = None,
@@ -48,8 +48,7 @@ def parallelize(
         mixed_precision: what weights are gathered and computed in; gradients are then summed in float32, and sharded
             weights keep their dtype. Or a policy of FSDP's own. None: the weights' dtype. It needs a ``dp_``
             dimension; one of size 1 is enough.
-        checkpointing: blocks keep little for the backward and compute the rest again
-            (``gradient_checkpointing_enable``).
+        checkpointing: blocks keep little for the backward and compute the rest again; or only every so many-th block.
         compile: whether each block is compiled by torch.compile; or the name of a backend for it.
         float8: a recipe of :func:`flash_xlstm.training.convert_to_float8`. Not with ``tp``.
         reshard_after_forward: as for :func:`torch.distributed.fsdp.fully_shard`, of the blocks. It needs ``dp_shard``.
@@ -78,9 +77,10 @@ def parallelize(
                 "say, or convert the model"
             )
     _check_reshard(reshard_after_forward, names)
-    for argument, value in (("checkpointing", checkpointing), ("sequence_parallel", sequence_parallel)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{argument} is {value!r}; it must be True or False")
+    if not isinstance(checkpointing, int) or checkpointing < 0:
+        raise TypeError(f"checkpointing is {checkpointing!r}; it must be True, False or a number of blocks from 1 on")
+    if not isinstance(sequence_parallel, bool):
+        raise TypeError(f"sequence_parallel is {sequence_parallel!r}; it must be True or False")
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile is {compile!r}; it must be True, False or the name of a backend")
     if "tp" in names:
@@ -99,6 +99,8 @@ def parallelize(
         # The older name warns where there is the newer.
         enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()
+        for number, block in enumerate(model.backbone.blocks):
+            block.gradient_checkpointing = number % checkpointing == 0
     if data:
         fsdp(model, mesh, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
     if compile:
