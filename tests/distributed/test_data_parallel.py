@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from flash_xlstm.distributed import mean_labels, parallelize
+from flash_xlstm.training import convert_to_float8
 
 MESHES = {
     "replicated": (2, ("dp_replicate",)),
@@ -204,6 +205,30 @@ def test_float8_without_torchao(on_ranks):
         assert all("float8 needs torchao" in each for each in on_ranks(2, _refused, {}, SHARD, {"float8": "rowwise"}))
     else:
         pytest.skip("torchao is installed")
+
+
+def _float8(given):
+    """Layers in float8, emulated, beside one process; and the argument, which exchanges the same layers."""
+    mesh, world = _mesh("sharded"), dist.get_world_size()
+    one, model = make(), make()
+    for each in (one, model):
+        convert_to_float8(each, emulate=True)
+    for rank in range(world):
+        ids, labels = batch(rank)
+        (one(ids, labels=labels, num_items_in_batch=22).loss / world).backward()
+    gradients = {name: p.grad for name, p in one.named_parameters()}
+    parallelize(model, mesh)
+    ids, labels = batch(dist.get_rank())
+    model(ids, labels=labels, num_items_in_batch=22).loss.backward()
+    check_gradients(model, gradients, 0.02)  # a value may round to its neighbour in float8
+    converted = {name: type(m).__name__ for name, m in parallelize(make(), mesh, float8=given).named_modules()}
+    assert converted == {name: type(m).__name__ for name, m in model.named_modules()}
+    return sum(name == "Float8Linear" for name in converted.values())
+
+
+def test_float8(on_ranks):
+    pytest.importorskip("torchao")
+    assert on_ranks(2, _float8, "rowwise") == [16, 16]  # q, k, v, output gate, output; up twice, down; of two blocks
 
 
 def _twice():
