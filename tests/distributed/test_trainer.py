@@ -96,6 +96,21 @@ def _refused(settings, out, options):
     return str(raised.value)
 
 
+def _memory(settings, out):
+    """10 bytes a parameter: too little for all of weights, gradients and moments, and enough for half of them."""
+    from flash_xlstm.training import setup
+
+    size = sum(p.numel() for p in training.start(settings, {"out": out, "device": "cpu"}).model.parameters())
+    setup._machine_memory = lambda: 10 * size
+    training.start(settings, {"out": out, "device": "cpu", "shard": True})
+    with pytest.raises(training.TrainingError, match="not enough memory: a model of"):
+        training.start(settings, {"out": out, "device": "cpu"})
+
+
+def test_memory(on_ranks, tmp_path, data):
+    on_ranks(2, _memory, {**data, "hidden_size": 128}, str(tmp_path / "out"))
+
+
 def test_refused(on_ranks, tmp_path, data):
     said = on_ranks(2, _refused, {**data, "batch_size": 3}, str(tmp_path / "out"), {})
     assert all("`batch_size` is 3; it must be a multiple of the 2 processes" in text for text in said)
