@@ -1,4 +1,5 @@
 
+// The mLSTM over a sequence and its gradients, with exponential or sigmoid input gates.
 #include <cmath>
 #include <utility>
 
@@ -10,7 +11,7 @@
 namespace flash_xlstm {
 namespace {
 
-// What the ops of the family take besides q, k, v and the gates.
+// What the ops of this family take besides q, k, v and the gates.
 struct Options {
   OptTensor c, n, m, cu_seqlens;
   std::optional<double> scale;
@@ -20,12 +21,12 @@ struct Options {
   InputGate input_gate = InputGate::exponential;
   bool normalize = true;
 
-  // The parts of the state.
+  // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
   bool has_m() const { return input_gate == InputGate::exponential; }
 };
 
-// Keeps alive what the problem points to.
+// A problem, and the tensors that it points to.
 struct CheckedProblem {
   MlstmProblem p;
   std::vector<Tensor> held;
@@ -82,7 +83,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   CheckedProblem checked{};
   MlstmProblem& p = checked.p;
   check_shape("q", q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
-  const ScalarType dtype = q.scalar_type(), gate_dtype = i.scalar_type();  // read once: torch looks for them in a list
+  const ScalarType dtype = q.scalar_type(), gate_dtype = i.scalar_type();  // read once: each read searches a list
   check_op_dtype("q", dtype);
   p.batch = q.size(0), p.seq = q.size(1), p.heads = q.size(2), p.dqk = q.size(3);
   if (p.seq < 1) value_error("q has seq ", p.seq, "; it must be at least 1");
@@ -124,10 +125,10 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   return checked;
 }
 
-// Has the input at `to`, `t`, copied for kernels that cannot read it as it lies.
+// Copies the input `t`, for kernels that cannot read it as it lies, and makes `to` describe the copy.
 [[maybe_unused]] void copy_input(CheckedProblem& checked, Strided& to, const Tensor& t) {
   Tensor copy = torch::stable::contiguous(t);
-  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // contiguous, but not aligned
+  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // t is contiguous, but not aligned
   to = strided(copy);
   checked.held.push_back(std::move(copy));
 }
@@ -142,7 +143,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
-// Whether the kernels write gradients of q, k and v that are not contiguous.
+// Whether the kernels can write gradients of q, k and v that are not contiguous.
 bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params) {
 #ifdef FLASH_XLSTM_WITH_CUDA
   if (!q.is_cuda()) return false;
@@ -155,11 +156,11 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 
 struct ForwardOutputs {
   Tensor h;
-  OptTensor kept, c_last, n_last, m_last;  // what there is and was asked for
+  OptTensor kept, c_last, n_last, m_last;  // only those that exist and are wanted
 };
 
-// Nothing is allocated that is not wanted: every tensor costs the host a microsecond.
-// `keep`: what the backward needs. s and m are one tensor (2, batch, seq, heads), s alone is (batch, seq, heads).
+// Allocates only what is wanted: every tensor costs the host a microsecond. With `keep`, `kept` is what the backward
+// needs: s and m as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads).
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                        const Tensor& f, const Options& options, bool return_final_state, bool keep = true) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
@@ -168,11 +169,12 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
     return wanted ? OptTensor(new_empty(q, sizes, ScalarType::Float)) : std::nullopt;
   };
   const bool has_n = options.has_n(), has_m = options.has_m();
-  ForwardOutputs y{new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type()),
-                   has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
-                   make(return_final_state, {p.num_seqs, p.heads, p.dqk, p.dv}),
-                   make(return_final_state && has_n, {p.num_seqs, p.heads, p.dqk}),
-                   make(return_final_state && has_m, {p.num_seqs, p.heads})};
+  ForwardOutputs y{
+      .h = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type()),
+      .kept = has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
+      .c_last = make(return_final_state, {p.num_seqs, p.heads, p.dqk, p.dv}),
+      .n_last = make(return_final_state && has_n, {p.num_seqs, p.heads, p.dqk}),
+      .m_last = make(return_final_state && has_m, {p.num_seqs, p.heads})};
   MlstmForward params{};
   params.p = p;
   params.h = y.h.data_ptr();
@@ -188,8 +190,8 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   return y;
 }
 
-// Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
-// where there is none.
+// The gradients of q, k, v, i, f, c, n and m. Those of states that there are not are empty. `kept` is what the forward
+// returned. With `into`, dq, dk and dv go there: the kernels write them, or they are copied.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
@@ -198,7 +200,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
   params.p = p;
-  if (q.is_cuda() && p.dtype == DType::float32) {  // the only path that makes dh . h of it
+  if (q.is_cuda() && p.dtype == DType::float32) {  // only this path makes dh . h from h
     if (!h) value_error("h is None; for float32 on CUDA it must be what the forward returned");
     check_shape("h", *h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
     check_dtype("h", *h, q.scalar_type(), ", as q");
@@ -268,7 +270,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
 
-// States that were not asked for are empty.
+// `t`, or an empty tensor where the state is not wanted. The first of `sizes` becomes 0.
 Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes) {
   sizes[0] = 0;
   return t ? *t : new_empty(q, sizes, ScalarType::Float);
@@ -277,7 +279,14 @@ Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes)
 Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                  OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                  int64_t chunk_size, bool return_final_state) {
-  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
   const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, return_final_state);
   const int64_t heads = q.size(2), dqk = q.size(3), dv = v.size(3);
   return {y.h, *y.kept, or_empty(y.c_last, q, {0, heads, dqk, dv}), or_empty(y.n_last, q, {0, heads, dqk}),
@@ -289,7 +298,14 @@ Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, 
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
                          std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
   ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, false);
   return {std::move(y.h), std::move(*y.kept)};
 }
@@ -299,23 +315,45 @@ namespace {
 Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                int64_t chunk_size) {
-  return forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, false, false)
-      .h;
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
+  return forward("mlstm_h", q, k, v, i, f, options, false, false).h;
 }
 
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                           Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
                           OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                           std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
-                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
+  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f, options, h, "kept", kept);
 }
 
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
                      std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
                      bool return_final_state, bool normalize) {
-  const Options options{
-      c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = std::nullopt,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size,
+                        .input_gate = InputGate::sigmoid,
+                        .normalize = normalize};
   const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
   return {y.h, or_empty(y.kept, q, {0, seq, heads}), or_empty(y.c_last, q, {0, heads, dqk, dv}),
@@ -326,8 +364,16 @@ Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last
                               Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
                               std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                               int64_t chunk_size, bool normalize) {
-  const Options options{
-      c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = std::nullopt,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size,
+                        .input_gate = InputGate::sigmoid,
+                        .normalize = normalize};
   auto [dq, dk, dv, di, df, dc, dn, dm] =
       backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, "s", s);
   return {dq, dk, dv, di, df, dc, dn};
@@ -339,22 +385,30 @@ Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Te
                                const Tensor& v, const Tensor& i, const Tensor& f, const OptTensor& cu_seqlens,
                                const Tensor& h, const Tensor& kept, std::optional<double> scale, double eps,
                                std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  const Options options{std::nullopt, std::nullopt, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const Options options{.c = std::nullopt,
+                        .n = std::nullopt,
+                        .m = std::nullopt,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
   return backward("mlstm_gated_backward", dh, std::nullopt, std::nullopt, std::nullopt, q, k, v, i, f, options, h,
                   "kept", kept, &into);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
-  // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
-  // `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so
-  // are s and n without `normalize`, which then are no inputs either. A backward reads h of float32 on CUDA only.
+  // `c, n, m` are the initial state, all or none. `scale=None` means dqk ** -0.5, `gate_soft_cap=None` means no cap.
+  // With `chunk_size=0` the kernel chooses. Returned states are empty where they are not wanted. Without `normalize`
+  // there is no s and no n: as results they are empty, as inputs n must be None and s is not read. A backward reads h
+  // only for float32 on CUDA.
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
       "bool return_final_state=False) -> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
-  // Eager calls without a final state take these two, since every tensor that is returned takes the host a microsecond
-  // or two: h and what the backward needs, for autograd.Function, within which torch's look for a derivative would cost
-  // as much; and h alone.
+  // Eager calls without a final state take the next two operators: every returned tensor costs the host one or two
+  // microseconds. mlstm_forward returns h and what the backward needs, for an autograd.Function. It has no derivative
+  // of its own, since torch's search for one would cost as much. mlstm_h returns h alone.
   lib.def(
       "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
