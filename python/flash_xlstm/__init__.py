@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flash_xlstm._lazy import attach
 
 if TYPE_CHECKING:
+    from flash_xlstm import distributed as distributed
     from flash_xlstm import models as models
     from flash_xlstm import nn as nn
     from flash_xlstm import ops as ops
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from flash_xlstm._build import __version__ as __version__
     from flash_xlstm._build import build_info as build_info
 
-__all__ = ["__version__", "build_info", "models", "nn", "ops", "reference", "training"]
+__all__ = ["__version__", "build_info", "distributed", "models", "nn", "ops", "reference", "training"]
 
 __getattr__, __dir__ = attach(
     __name__,
     {
         "__version__": "flash_xlstm._build",
         "build_info": "flash_xlstm._build",
+        "distributed": None,
         "models": None,
         "nn": None,
         "ops": None,

@@ -45,8 +45,12 @@ follow one another without an end-of-text token, and generation goes on to its t
 files get the special tokens that the tokenizer's own post-processor adds, if any.
 
 --resume takes all settings from the newest checkpoint in OUT. Settings given again must be the same; only --out,
---device, --threads, --time-limit, --tensorboard and the --...-every options may differ. On the CPU, a run that was
-killed and resumed has bit for bit the weights of one that was not (with as many threads, on the same kind of machine).
+--device, --threads, --time-limit, --tensorboard, --shard and the --...-every options may differ. On the CPU, a run
+that was killed and resumed has bit for bit the weights of one that was not (with as many threads, on the same kind of
+machine).
+
+Under torchrun, each process has its rows of every batch: --batch-size is that of all together. A run may go on with
+another number of processes. Where torchrun starts them again, because one had died, they go on from OUT by themselves.
 
 On the CPU, threads wait for one another by spinning: where other programs keep a core busy, fewer --threads can be
 many times as fast.
@@ -242,6 +246,7 @@ def _add_train(commands: Any) -> None:
     run.add("eval_every", "steps between evaluations on held-out data; 0: first and last only")
     run.add("log_every", "steps between points of the loss curve")
     run.switch("tensorboard", "write the history for TensorBoard too, to OUT/tensorboard")
+    run.switch("shard", "under torchrun: keep a part of the weights in each process (FSDP2), not all in each")
 
 
 def _add_generate(commands: Any) -> None:

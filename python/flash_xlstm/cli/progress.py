@@ -22,6 +22,8 @@ def run(trainer: Trainer) -> None:
     step, steps = trainer.step, trainer.settings.steps
     if result.ended == "signal":
         raise Interrupted(f"step {step} of {steps} is saved in {result.folder}; --resume goes on")
+    if not trainer.ranks.first:
+        return
     if result.ended == "steps":
         bits = [row["held_out_bits_per_byte"] for row in trainer.history if "held_out_bits_per_byte" in row]
         print(f"held-out bits per byte: {bits[0]:.3f} at the start, {bits[-1]:.3f} now; xz -9e: {trainer.xz:.3f}")

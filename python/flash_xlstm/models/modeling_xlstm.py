@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -704,7 +705,10 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             return None
         hidden = self._head_input(hidden)
         weight = only_weight(self.lm_head, hidden)
-        if weight is None or hidden.dtype == torch.float64:
+        cross_entropy = getattr(self.lm_head, "cross_entropy", None)  # of one that is split by the vocabulary
+        if cross_entropy is None and weight is not None:
+            cross_entropy = functools.partial(ops.linear_cross_entropy, weight=weight)
+        if cross_entropy is None or hidden.dtype == torch.float64:
             if not torch.compiler.is_compiling():
                 what = type(self.lm_head).__name__ if weight is None else "in float64"
                 _logger.warning_once(
@@ -714,10 +718,9 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             return None
         if shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-        loss = ops.linear_cross_entropy(
+        loss = cross_entropy(
             hidden,
-            weight,
-            shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
+            labels=shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
             soft_cap=self.config.output_logit_soft_cap,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",

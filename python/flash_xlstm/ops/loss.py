@@ -115,8 +115,11 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
-    """Checks all arguments but the numbers, which the row operator checks."""
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str, vocabulary: int | None = None
+) -> None:
+    """Checks all arguments but the numbers, which the row operator checks. `vocabulary` is the whole one where `weight`
+    is a part."""
     if hidden.dtype not in _DTYPES:
         plain = " (for float64 use flash_xlstm.reference)" if hidden.dtype == torch.float64 else ""
         raise TypeError(f"hidden has dtype {str(hidden.dtype)[6:]}; it must be float32, bfloat16 or float16{plain}")
@@ -141,7 +144,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, re
             raise ValueError(f"{name} is on {t.device}; it must be on the device of hidden, {hidden.device}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r:.80}; it must be 'mean', 'sum' or 'none'")
-    _check_labels(labels, ignore_index, weight.shape[0])
+    _check_labels(labels, ignore_index, vocabulary or weight.shape[0])
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:

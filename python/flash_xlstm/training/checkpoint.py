@@ -89,8 +89,16 @@ def open_run(run: Path) -> None:
         raise TrainingError(f"cannot write to {run}: {reason(error)}") from error
 
 
-def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | None, state: dict[str, Any]) -> Path:
-    """Writes ``checkpoint-STEP`` into a run's folder, then removes older ones.
+def save(
+    run: Path,
+    step: int,
+    model: xLSTMForCausalLM,
+    tokenizer: Tokenizer | None,
+    state: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Writes ``checkpoint-STEP`` into a run's folder, then removes older ones. `weights` are those of a model that is
+    split over processes.
 
     Raises:
         TrainingError: it could not be written. The older checkpoint is kept.
@@ -100,7 +108,7 @@ def save(run: Path, step: int, model: xLSTMForCausalLM, tokenizer: Tokenizer | N
         return folder
 
     def write(partial: Path) -> None:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
         if tokenizer is not None:
             PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(partial)
         with open(partial / STATE, "wb") as file:  # given a path, torch.save hides the system's error

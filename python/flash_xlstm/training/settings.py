@@ -141,6 +141,7 @@ class RunOptions:
         eval_every: steps between evaluations on held-out data; 0: before the first and after the last step only.
         log_every: steps between points of the loss curve.
         tensorboard: whether to write the history for TensorBoard too, to the folder tensorboard in `out`.
+        shard: under torchrun, whether each process keeps a part of weights, gradients and moments (FSDP2), or all.
 
     Raises:
         ValueError: a value is of another kind, or out of range.
@@ -154,6 +155,7 @@ class RunOptions:
     eval_every: int = 0
     log_every: int = 10
     tensorboard: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         _take(self)

@@ -17,6 +17,7 @@ from flash_xlstm.training import checkpoint, shards, state
 from flash_xlstm.training.data import BYTES, Corpus, check_tokenizer, load_corpus, load_tokenizer, vocabulary_size
 from flash_xlstm.training.device import choose_device
 from flash_xlstm.training.errors import TrainingError, reason
+from flash_xlstm.training.ranks import Ranks
 from flash_xlstm.training.settings import MODEL_SIZES, PATHS, RunOptions, TrainSettings, resolve_dtype
 from flash_xlstm.training.trainer import Trainer
 
@@ -70,7 +71,7 @@ def resume(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Trainer:
     tokenizer = checkpoint.load_tokenizer_of(folder, model.config.vocab_size)
     prepared = _prepared(old, given)
     _check_model(old, given, folder, model.config, tokenizer, prepared)
-    _check_memory(old, model.config, device)
+    _check_memory(old, run, model.config, device)
     if prepared is None and "tokenizer" in given:
         tokenizer = load_tokenizer(given["tokenizer"])
         checkpoint.check_vocabulary(model.config.vocab_size, tokenizer, str(folder))
@@ -96,7 +97,7 @@ def prepare(given: Mapping[str, Any], options: RunOptions) -> Trainer:
     else:
         tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     config = _configuration(settings, given, tokenizer, prepared)
-    _check_memory(settings, config, device)
+    _check_memory(settings, options, config, device)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     corpus = _corpus(settings, options, tokenizer, prepared)
@@ -209,7 +210,7 @@ def _configuration(
         raise TrainingError(reason(error)) from error
 
 
-def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.device) -> None:
+def _check_memory(settings: TrainSettings, options: RunOptions, config: xLSTMConfig, device: torch.device) -> None:
     """Refuses sizes that cannot fit in memory, by a low estimate, before anything is allocated.
 
     Raises:
@@ -223,12 +224,16 @@ def _check_memory(settings: TrainSettings, config: xLSTMConfig, device: torch.de
     embeddings = config.vocab_size * (1 if config.tie_word_embeddings else 2)
     parameters = config.hidden_size * (embeddings + config.num_hidden_layers * inner)
     hidden = settings.batch_size * settings.sequence_length * config.hidden_size * config.num_hidden_layers
+    ranks = Ranks().size
+    states = max(
+        4.0, 16 / (ranks if options.shard else 1)
+    )  # bytes a parameter; weights are whole before they are split
     for what, size in (
-        (f"a model of {parameters:,} parameters, with gradients and the optimizer's moments", 16 * parameters),
+        (f"a model of {parameters:,} parameters, with gradients and the optimizer's moments", states * parameters),
         (
             f"the hidden states of a batch (`batch_size` {settings.batch_size}, `sequence_length` "
             f"{settings.sequence_length})",
-            getattr(torch, settings.dtype).itemsize * hidden,
+            getattr(torch, settings.dtype).itemsize * hidden / ranks,
         ),
     ):
         if size > memory:

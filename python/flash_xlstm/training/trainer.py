@@ -21,6 +21,7 @@ from flash_xlstm.training.board import Board, check_tensorboard
 from flash_xlstm.training.data import Batches, Corpus, xz_bits_per_byte
 from flash_xlstm.training.errors import TrainingError
 from flash_xlstm.training.mfu import flops_per_token, peak_flops
+from flash_xlstm.training.ranks import Ranks
 from flash_xlstm.training.settings import KEPT, RunOptions, TrainSettings, resolve_dtype
 from flash_xlstm.training.shards import ShardBatches, Shards
 from flash_xlstm.training.signals import StopSignals
@@ -64,6 +65,9 @@ class RunResult:
 class Trainer:
     """A run: model, data, optimizer and position. :func:`.start` and :func:`.resume` make one.
 
+    Where torch.distributed is initialized, every process makes one and calls :meth:`run`. Each has its rows of every
+    batch, so that a run is the same on any number of processes but for rounding. The first writes files and logs.
+
     Args:
         settings: the settings that decide the final weights. Its paths and model sizes are saved with each checkpoint
             and not used: `corpus` and `model` are.
@@ -76,6 +80,10 @@ class Trainer:
         step: optimizer steps taken. It determines the position in the data and in the schedule.
         history: a row for each logged step, with columns of :data:`flash_xlstm.training.metrics.COLUMNS`.
         xz: bits per byte of xz on the held-out text.
+        ranks: the processes.
+
+    Raises:
+        TrainingError: ``batch_size`` is no multiple of the processes, or ``shard`` is for one.
     """
 
     def __init__(
@@ -92,19 +100,31 @@ class Trainer:
         self.tokenizer = tokenizer
         self.model = model.train()
         self.out = Path(options.out)
-        self.dtype = getattr(torch, settings.dtype)
-        order = (settings.sequence_length, settings.batch_size, settings.seed)
+        self.dtype = self._autocast = getattr(torch, settings.dtype)
+        self.ranks = ranks = Ranks()
+        if settings.batch_size % ranks.size:
+            raise TrainingError(
+                f"`batch_size` is {settings.batch_size}; it must be a multiple of the {ranks.size} processes"
+            )
+        if options.shard and ranks.size == 1:
+            raise TrainingError("`shard` is for several processes: start them with torchrun")
+        order = (settings.sequence_length, settings.batch_size // ranks.size, settings.seed)
         train = corpus.train
         self.batches = ShardBatches(train, *order) if isinstance(train, Shards) else Batches(train, *order)
+        self._flops_per_token = flops_per_token(model)
+        self.forward: Any = model
+        if ranks.size > 1:
+            ranks.arrange(model, options.shard, self.dtype, settings.compile)
+            self._autocast = torch.float32  # weights are gathered in the dtype of the computation
+        elif settings.compile:
+            self.forward = torch.compile(model)
         self.optimizer = _optimizer(model, settings)
-        self.forward: Any = torch.compile(model) if settings.compile else model
         self.step = 0
         self.history: list[metrics.Row] = []
         self.xz = xz_bits_per_byte(corpus.held_out_bytes)
         self._interval = _Interval()
         self._signals = StopSignals()
         self._peak = peak_flops(model.device, self.dtype)
-        self._flops_per_token = flops_per_token(model)
         self._board: Board | None = None
         if options.tensorboard:
             check_tensorboard()
@@ -116,7 +136,9 @@ class Trainer:
             ValueError: the rest of the state does not fit.
         """
         self.step, self.history = saved["step"], saved["history"]
-        self.optimizer.load_state_dict(state.check_optimizer(saved["optimizer"], self.optimizer, self.step))
+        loaded = state.check_optimizer(saved["optimizer"], self.optimizer, self.step)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict({**loaded, "state": self.ranks.split(loaded["state"], parameters)})
         try:
             torch.set_rng_state(saved["random"])
             if self.model.device.type == "cuda" and saved["cuda_random"] is not None:
@@ -136,12 +158,13 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite, files cannot be written, or ``out`` of a new run has a checkpoint.
         """
-        progress = progress or Progress()
+        progress = progress if progress is not None and self.ranks.first else Progress()
         if not self.history:
             checkpoint.check_new(self.out)
         checkpoint.open_run(self.out)
         progress.started(self)
-        board = Board(self.out / "tensorboard", self.step) if self.options.tensorboard else contextlib.nullcontext()
+        tensorboard = self.options.tensorboard and self.ranks.first
+        board = Board(self.out / "tensorboard", self.step) if tensorboard else contextlib.nullcontext()
         with board as self._board, StopSignals() as signals:
             if not self.history:
                 progress.evaluated(self._log(held_out=True))
@@ -150,6 +173,7 @@ class Trainer:
             if done and "held_out_bits_per_byte" not in self.history[-1]:
                 self._log(held_out=True)
             folder = self.save()
+            signals.received = self.ranks.any(signals.received)
         return RunResult(folder, "steps" if done else "signal" if signals.received else "time limit")
 
     def _loop(self, signals: StopSignals, progress: Progress) -> None:
@@ -158,7 +182,9 @@ class Trainer:
         self._interval = _Interval()
         self._signals = signals
         with progress:
-            while self.step < self.settings.steps and not signals.received and time.monotonic() < end:
+            while self.step < self.settings.steps:
+                if self.ranks.any(signals.received or time.monotonic() >= end):
+                    break
                 before = self.step
                 self._train_step()
                 if self.step > before:
@@ -183,6 +209,17 @@ class Trainer:
         """
         if self._interval.steps:
             self._log()
+        folder = self.out / f"checkpoint-{self.step}"
+        several = self.ranks.size > 1
+        weights = self.ranks.whole(self.model.state_dict()) if several else None
+        optimizer = self.ranks.whole(self.optimizer.state_dict()) if several else self.optimizer.state_dict()
+        if self.ranks.first:
+            self._write(weights, optimizer)
+        self.ranks.wait()
+        return folder
+
+    def _write(self, weights: dict[str, torch.Tensor] | None, optimizer: dict[str, Any]) -> None:
+        """Writes a checkpoint, of the model's own weights or of `weights`, the metrics and the loss curve."""
         on_gpu = self.model.device.type == "cuda"
         values = {
             "format": state.FORMAT,
@@ -190,45 +227,48 @@ class Trainer:
             "settings": asdict(self.settings),
             "options": {name: getattr(self.options, name) for name in KEPT},
             "fingerprint": self.corpus.fingerprint,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.model.device) if on_gpu else None,
             "history": self.history,
         }
         values["digest"] = state.digest(values)
-        folder = checkpoint.save(self.out, self.step, self.model, self.tokenizer, values)
+        checkpoint.save(self.out, self.step, self.model, self.tokenizer, values, weights)
         checkpoint.write_file(self.out / "metrics.csv", metrics.table(self.history))
         checkpoint.write_file(self.out / "loss.png", metrics.loss_curve(self.history, self.xz))
         # Reference cycles hold a figure and its picture of 2 MB. Python by itself collects them only after some 70
         # figures.
         gc.collect()
-        return folder
 
     def held_out(self) -> float:
         """Bits per byte of the held-out text."""
         settings = self.settings
         return metrics.held_out_bits_per_byte(
-            self.model, self.corpus, settings.sequence_length, settings.batch_size, self.dtype
+            self.model, self.corpus, settings.sequence_length, settings.batch_size, self._autocast
         )
 
     def _train_step(self) -> None:
         """Takes a step. A signal between two of its batches abandons it, since there may be many (--accumulate)."""
-        settings, device = self.settings, self.model.device
+        settings, device, ranks = self.settings, self.model.device, self.ranks
         rate = learning_rate(self.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total: torch.Tensor | float = 0.0
         for part in range(settings.accumulate):
-            batch = self.batches[self.step * settings.accumulate + part].to(device, non_blocking=True)
-            with metrics.autocast(device, self.dtype):
+            number = (self.step * settings.accumulate + part) * ranks.size + ranks.rank
+            batch = self.batches[number].to(device, non_blocking=True)
+            if ranks.size > 1:
+                self.forward.set_requires_gradient_sync(part + 1 == settings.accumulate)
+            with metrics.autocast(device, self._autocast):
                 loss = metrics.cross_entropy(self.forward, batch) / settings.accumulate
             loss.backward()
             total = total + loss.detach()
-            if self._signals.received and part + 1 < settings.accumulate:
+            if self._signals.received and part + 1 < settings.accumulate and ranks.size == 1:
                 self.optimizer.zero_grad()
                 return
         self._interval.add_loss(total)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm = norm if ranks.size == 1 else norm.full_tensor()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -251,6 +291,7 @@ class Trainer:
         row: metrics.Row = {"step": self.step}
         if self._interval.steps:
             loss, norm, rate, seconds = self._interval.finish()
+            loss = self.ranks.mean(loss)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise TrainingError(
                     f"training diverged: at step {self.step} the loss is {loss:.3g} and the gradient's norm "
@@ -262,7 +303,7 @@ class Trainer:
             row["bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
             row["learning_rate"], row["gradient_norm"], row["tokens_per_s"] = rate, norm, tokens / seconds
             if self._peak is not None:
-                row["mfu"] = self._flops_per_token * tokens / seconds / self._peak
+                row["mfu"] = self._flops_per_token * tokens / seconds / self._peak / self.ranks.size
         if held_out:
             row["held_out_bits_per_byte"] = bits = self.held_out()
             if not math.isfinite(bits):

@@ -69,7 +69,7 @@ class mLSTMBlock(nn.Module):
 
     def _train(self, x: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """The forward for training, without states. Each half is one autograd function where possible."""
-        mlstm, ffn = residual.mlstm_half(self, x), residual.feed_forward_half(self, x)
+        mlstm, ffn = self._halves(x)
         if mlstm is not None:
             x = residual.run_mlstm(x, mlstm, padding, cu_seqlens, self._again)
             normed = None
@@ -82,4 +82,8 @@ class mLSTMBlock(nn.Module):
 
     def makes_again(self, x: Tensor) -> bool:
         """Whether both halves can keep little for the backward, and recompute the rest."""
-        return residual.serves(x) and None not in (residual.mlstm_half(self, x), residual.feed_forward_half(self, x))
+        return residual.serves(x) and None not in self._halves(x)
+
+    def _halves(self, x: Tensor) -> tuple[residual.MlstmHalf | None, residual.FeedForwardHalf | None]:
+        """What the two halves run on. Tensor parallel replaces this method."""
+        return residual.mlstm_half(self, x), residual.feed_forward_half(self, x)

@@ -6,6 +6,8 @@ torch's own functions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,27 @@ def op_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     return weight if weight.dtype in (torch.float32, x.dtype) else weight.float()
 
 
-class RMSNorm(nn.Module):
+class _Norm(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+    gradient_placements: Any = None  # of a weight that is a DTensor: how the ranks' gradients of it make one
+
+    def _own(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; this rank's parts of DTensors."""
+        if self.gradient_placements is None:
+            return self.weight, self.bias
+        parts: Any = (self.weight, self.bias)
+        # The redistribution changes nothing; its backward sums a gradient that each rank has a part of.
+        local = (
+            p
+            if p is None
+            else p.redistribute(placements=p.placements).to_local(grad_placements=self.gradient_placements)
+            for p in parts
+        )
+        return tuple(local)  # type: ignore[return-value]
+
+
+class RMSNorm(_Norm):
     """``x / sqrt(mean(x^2) + eps) * weight + bias`` over the last dimension.
 
     Args:
@@ -41,21 +63,22 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features)) if use_bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        weight = op_weight(x, self.weight, self.bias)
+        own, bias = self._own()
+        weight = op_weight(x, own, bias)
         if residual is not None and (weight is None or residual.dtype != x.dtype):
             x = x + residual
             return self(x), x
         if weight is not None:
             return ops.rms_norm(x, weight, self.eps, residual)
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        y = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, own.dtype)
+        y = F.rms_norm(x.to(dtype), own.shape, own.to(dtype), self.eps)
+        return (y if bias is None else y + bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
 
 
-class MultiHeadLayerNorm(nn.Module):
+class MultiHeadLayerNorm(_Norm):
     """Layer norm over each head's dimension. Every feature of every head has its own weight.
 
     Args:
@@ -80,15 +103,16 @@ class MultiHeadLayerNorm(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.num_heads} heads of {self.head_dim})"
             )
-        weight = op_weight(x, self.weight, self.bias)
+        own, bias = self._own()
+        weight = op_weight(x, own, bias)
         if gate is not None and weight is not None and gate.dtype == x.dtype:
             return ops.gated_head_norm(x, gate, weight, self.eps)
-        y = self._plain(x)
+        y = self._plain(x, own, bias)
         return y if gate is None else torch.sigmoid(gate) * y
 
-    def _plain(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if x.is_cuda:
             y = F.layer_norm(x.to(dtype), (self.head_dim,), eps=self.eps).flatten(2) * weight
             y = y if bias is None else y + bias

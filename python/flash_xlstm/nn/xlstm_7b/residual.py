@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,16 @@ _LINEAR = torch._C._nn.linear
 _operators = torch.ops.flash_xlstm
 
 
+class Ranks(Protocol):
+    """Ranks that each have some of a half's heads or features, and the same stream or each a part of it."""
+
+    def gather(self, t: Tensor) -> Tensor:
+        """The whole sequence of the ranks' t (batch, seq, dim)."""
+
+    def reduce(self, t: Tensor) -> Tensor:
+        """The sum of the ranks' t (batch, seq, dim), or this rank's part of its sequence."""
+
+
 class MlstmHalf(NamedTuple):
     """What the mLSTM half needs of a block."""
 
@@ -42,6 +52,7 @@ class MlstmHalf(NamedTuple):
     counts: tuple[int, int]  # how many projections and gates there are
     sizes: tuple[int, int]  # heads, qk_dim
     numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM, head norm; soft cap; chunk size
+    ranks: Ranks | None = None
 
 
 class FeedForwardHalf(NamedTuple):
@@ -49,6 +60,7 @@ class FeedForwardHalf(NamedTuple):
 
     tensors: tuple[Tensor, ...]  # weights of norm, proj_down and projections
     eps: float
+    ranks: Ranks | None = None
 
 
 def serves(x: Tensor) -> bool:
@@ -130,17 +142,35 @@ def _parameters(x: Tensor, part: Any, kind: type[nn.Module]) -> tuple[Tensor, Te
 
 def run_mlstm(x: Tensor, half: MlstmHalf, padding: Tensor | None, cu_seqlens: Tensor | None, again: bool) -> Tensor:
     """``x + mlstm_layer(norm(x))``: (batch, seq, hidden_size)."""
-    return _Mlstm.apply(x, padding, cu_seqlens, half.counts, half.sizes, half.numbers, again, *half.tensors)
+    return _Mlstm.apply(
+        x, padding, cu_seqlens, half.counts, half.sizes, half.numbers, again, half.ranks, *half.tensors
+    )  # fmt: skip
 
 
 def run_feed_forward(x: Tensor, half: FeedForwardHalf, again: bool) -> Tensor:
     """``x + ffn(norm(x))``: (batch, seq, hidden_size)."""
-    return _FeedForward.apply(x, half.eps, again, *half.tensors)
+    return _FeedForward.apply(x, half.eps, again, half.ranks, *half.tensors)
 
 
 def _joined(weights: tuple[Tensor, ...]) -> Tensor:
     """Several weights as one. The copy costs a hundredth of the products that it joins, and is not kept."""
     return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def _gathered(t: Tensor, ranks: Ranks | None) -> Tensor:
+    return t if ranks is None else ranks.gather(t)
+
+
+def _reduced(t: Tensor, ranks: Ranks | None) -> Tensor:
+    return t if ranks is None else ranks.reduce(t)
+
+
+def _added(x: Tensor, rows: Tensor, weight: Tensor, ranks: Ranks | None) -> Tensor:
+    """``x + rows @ weight.T``, of all ranks' rows and weights."""
+    if ranks is None:  # within the product's epilogue
+        return _shaped(torch.addmm(x.flatten(0, 1), rows, weight.t()), x)
+    product = torch.mm(rows, weight.t())
+    return x + ranks.reduce(product.view(x.shape[0], -1, x.shape[2]))
 
 
 def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -151,8 +181,8 @@ def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:
-    """`rows` in the shape of x, which torch does not take for a view: a function's result that is one refuses to be
-    written in place."""
+    """`rows` in the shape of x, which torch does not take for a view. A function's result that is a view refuses to be
+    written in place, and FSDP warns of it."""
     return torch.ops.aten._unsafe_view.default(rows, x.shape)
 
 
@@ -171,21 +201,21 @@ def _as_the_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Mlstm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, *tensors):
+    def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, ranks, *tensors):
         norm, head, out, *rest = tensors
         parts, gates, biases = _split(rest, counts)
         eps, mlstm_eps, head_eps, cap, chunk_size = numbers
-        normed = _operators.rms_norm(x, norm, eps).flatten(0, 1)
-        z, pre = _projected(normed, parts, gates, biases)
-        z, i, f = _read(z, pre, padding, x.shape, sizes)
+        normed = _gathered(_operators.rms_norm(x, norm, eps), ranks)
+        z, pre = _projected(normed.flatten(0, 1), parts, gates, biases)
+        z, i, f = _read(z, pre, padding, normed.shape, sizes)
         y, h, kept = _operators.mlstm_gated(
             z, i, f, head, cu_seqlens, *sizes, None, mlstm_eps, cap, chunk_size, head_eps
         )  # fmt: skip
         ctx.save_for_backward(
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
         )  # fmt: skip
-        ctx.counts, ctx.sizes, ctx.numbers = counts, sizes, numbers
-        return _shaped(torch.addmm(x.flatten(0, 1), y.flatten(0, 1), out.t()), x)
+        ctx.counts, ctx.sizes, ctx.numbers, ctx.ranks = counts, sizes, numbers, ranks
+        return _added(x, y.flatten(0, 1), out, ranks)
 
     @staticmethod
     @_as_the_forward
@@ -193,18 +223,20 @@ class _Mlstm(torch.autograd.Function):
         x, padding, cu_seqlens, h, kept, z, pre, y, norm, head, out, *rest = ctx.saved_tensors
         parts, gates, biases = _split(rest, ctx.counts)
         eps, mlstm_eps, head_eps, cap, chunk_size = ctx.numbers
-        wants = ctx.needs_input_grad[7:]
+        ranks = ctx.ranks
+        wants = ctx.needs_input_grad[8:]
         want_norm, want_head, want_out, *want_rest = wants
         want_parts, want_gates, want_biases = (any(each) for each in _split(want_rest, ctx.counts))
         normed = None
         if z is None:
-            normed = _operators.rms_norm(x, norm, eps).flatten(0, 1)
+            normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
             z, pre = _projected(normed, parts, gates, biases)
-        z, i, f = _read(z, pre, padding, x.shape, ctx.sizes)
+        dout = dout.contiguous()
+        whole = _gathered(dout, ranks)
+        z, i, f = _read(z, pre, padding, whole.shape, ctx.sizes)
         if y is None:
             y = _operators.gated_head_norm(h, z[..., -out.shape[1] :], head, head_eps)
-        dout = dout.contiguous()
-        rows = dout.flatten(0, 1)
+        rows = whole.flatten(0, 1)
         dy = torch.mm(rows, out).view(y.shape)
         d_out = torch.mm(rows.t(), y.flatten(0, 1)) if want_out else None
         dz, di, df, d_head = mlstm_gated_backward(
@@ -213,11 +245,12 @@ class _Mlstm(torch.autograd.Function):
         del dy
         dz, dpre = dz.flatten(0, 1), torch.cat((di, df), -1).flatten(0, 1)
         # The gates' product is small and comes first. The large one adds to it in its epilogue.
-        dnormed = torch.mm(dpre, _joined(gates)).addmm_(dz, _joined(parts)).view(x.shape)
+        dnormed = torch.mm(dpre, _joined(gates)).addmm_(dz, _joined(parts))
+        dnormed = _reduced(dnormed.view(whole.shape), ranks)
         remake = normed is None and (want_parts or want_gates)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
         del dnormed
-        normed = made.flatten(0, 1) if remake else normed
+        normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
         d_parts = torch.mm(dz.t(), normed) if want_parts else None
         d_gates = torch.mm(dpre.t(), normed) if want_gates else None
         d_biases = dpre.sum(0) if want_biases else None
@@ -226,7 +259,7 @@ class _Mlstm(torch.autograd.Function):
             *_parted(d_parts, parts), *_parted(d_gates, gates), *_parted(d_biases, biases),
         )  # fmt: skip
         gradients = tuple(g if want else None for g, want in zip(gradients, wants, strict=True))
-        return dx, None, None, None, None, None, None, *gradients
+        return dx, *(None,) * 7, *gradients
 
 
 def _split(rest: Any, counts: tuple[int, int]) -> tuple[Any, Any, Any]:
@@ -251,31 +284,34 @@ def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tup
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, eps, again, norm, down, *parts):
-        z = torch.mm(_operators.rms_norm(x, norm, eps).flatten(0, 1), _joined(parts).t())
-        out = torch.addmm(x.flatten(0, 1), _operators.swiglu_joined(z), down.t())
-        ctx.eps = eps
+    def forward(ctx, x, eps, again, ranks, norm, down, *parts):
+        normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
+        z = torch.mm(normed, _joined(parts).t())
+        out = _added(x, _operators.swiglu_joined(z), down, ranks)
+        ctx.eps, ctx.ranks = eps, ranks
         ctx.save_for_backward(x, None if again else z, norm, down, *parts)
-        return _shaped(out, x)
+        return out
 
     @staticmethod
     @_as_the_forward
     def backward(ctx, dout):
         x, z, norm, down, *parts = ctx.saved_tensors
-        want_norm, want_down, *want_parts = ctx.needs_input_grad[3:]
+        ranks = ctx.ranks
+        want_norm, want_down, *want_parts = ctx.needs_input_grad[4:]
         normed = None
         if z is None:
-            normed = _operators.rms_norm(x, norm, ctx.eps).flatten(0, 1)
+            normed = _gathered(_operators.rms_norm(x, norm, ctx.eps), ranks).flatten(0, 1)
             z = torch.mm(normed, _joined(parts).t())
         dout = dout.contiguous()
-        rows = dout.flatten(0, 1)
+        whole = _gathered(dout, ranks)
+        rows = whole.flatten(0, 1)
         dz, product = swiglu_joined_backward(torch.mm(rows, down), z, want_down)
         d_down = torch.mm(rows.t(), product) if want_down else None
         del product
-        dnormed = torch.mm(dz, _joined(parts)).view(x.shape)
+        dnormed = _reduced(torch.mm(dz, _joined(parts)).view(whole.shape), ranks)
         remake = normed is None and any(want_parts)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, ctx.eps, want_norm, remake)
-        normed = made.flatten(0, 1) if remake else normed
+        normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
         d_parts = _parted(torch.mm(dz.t(), normed) if any(want_parts) else None, parts)
         d_parts = tuple(g if want else None for g, want in zip(d_parts, want_parts, strict=True))
-        return dx, None, None, d_norm if want_norm else None, d_down, *d_parts
+        return dx, None, None, None, d_norm if want_norm else None, d_down, *d_parts
