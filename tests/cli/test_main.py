@@ -54,10 +54,12 @@ def test_info_needs_torch_only():
 def test_a_missing_extra_is_named(command, package):
     result = _without([package], command, *(["folder", "prompt"] if command == "generate" else []))
     assert result.returncode == 2
-    assert result.stderr == (
+    # torchao, which transformers imports where it is installed, may warn of libraries that it cannot load.
+    assert result.stderr.splitlines()[-1] == (
         f"flash-xlstm: error: {command} needs {package}, which cannot be imported; "
-        'install it with: pip install "flash-xlstm[cli]"\n'
+        'install it with: pip install "flash-xlstm[cli]"'
     )
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])
