@@ -12,8 +12,8 @@
 namespace flash_xlstm::cpu::FLASH_XLSTM_ISA {
 namespace {
 
-// For functions of one element. A call that is left in a loop keeps it from being vectorised: the link's optimizer left
-// exp in some loops, and they took 2 to 6 times as long.
+// For functions of one element. A call that is left in a loop keeps it from being vectorised. Without this attribute
+// the link's optimizer leaves calls of exp in loops, the sLSTM's without gradients among them.
 #define IN_LOOPS __attribute__((always_inline)) inline
 
 IN_LOOPS float bits_to_float(uint32_t bits) {

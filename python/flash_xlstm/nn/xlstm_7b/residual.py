@@ -153,7 +153,7 @@ def run_feed_forward(x: Tensor, half: FeedForwardHalf, again: bool) -> Tensor:
 
 
 def _joined(weights: tuple[Tensor, ...]) -> Tensor:
-    """Several weights as one. The copy costs a hundredth of the products that it joins, and is not kept."""
+    """Several weights as one: a copy, which is not kept."""
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
