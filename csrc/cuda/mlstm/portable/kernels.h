@@ -47,8 +47,9 @@ __device__ __forceinline__ void store_no_gradients(const Work& w, int64_t at) {
 
 // gates.cu
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
-// Fills row, column, m, reset, chunk_b, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
-cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
+// Fills row, column, m, reset, chunk_b, m_boundary; m_out (batch, seq, heads), m_last and log_decay where they are not
+// null.
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, float* log_decay, cudaStream_t stream);
 // Fills inv_d, delta, e from the forward's h, s, m and dh. With the normalizer for float32 only, where h is not
 // rounded. Without it for every dtype: inv_d is 1 and delta 0.
 cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream);
