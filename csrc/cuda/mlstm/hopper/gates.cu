@@ -539,6 +539,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   wait_for_earlier_kernels();
   __shared__ Walk unit_walk[most_warps];
   __shared__ Carried carried_in[most_heads];
+  __shared__ float into_decay[most_heads];  // into every lf: read late, in a register it would spill
   __shared__ int turn;
   int place = static_cast<int>(blockIdx.x);
   if (w.tiles.per_seq > 1) {
@@ -638,6 +639,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
     if (lane == 0) {
       carried_in[unit.head] = carried;
+      into_decay[unit.head] = dlog_decay == nullptr ? 0.0f : dlog_decay[tile.seq * l.heads + head];
       if (tile.tokens == 0 && dm0 != nullptr) dm0[tile.seq * l.heads + head] = static_cast<float>(carried.value);
     }
   }
@@ -679,7 +681,7 @@ __global__ void __launch_bounds__(most_warps * 32)
       const bool reset = resets >> (8 * x) & 1;
       const double taken = reset ? a + besides : 0.0;
       if (reset) a = 0.0, base = through, besides = 0.0;
-      into_f[x] = static_cast<float>(base + later + before + a);
+      into_f[x] = static_cast<float>(base + later + before + a) + into_decay[unit.head];
       into_i[x] = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);
     }
     float* to = rows + unit.head * pitch + unit.chunk * chunk_tokens + lane * tokens_per_lane;
@@ -694,10 +696,6 @@ __global__ void __launch_bounds__(most_warps * 32)
   float i[tokens_per_lane], f[tokens_per_lane];
   load_gates(f, w, w.p.f, tile, own, INFINITY);
   if (i_has_slope) load_gates(i, w, w.p.i, tile, own, -INFINITY);
-  float into_decay = 0.0f;
-  if (dlog_decay != nullptr && own.inside > 0) {
-    into_decay = dlog_decay[tile.seq * l.heads + blockIdx.y * heads + own.head];
-  }
   __syncthreads();
   const auto to_gate = [&](float gate, float gradient, bool through_log_sigmoid) {
     const float slope =
@@ -708,7 +706,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   for (int x = 0; x < tokens_per_lane; ++x) {
     const float into_i = rows[own.row + x * own.step], into_f = rows[heads * pitch + own.row + x * own.step];
     i[x] = i_has_slope ? to_gate(i[x], into_i, sigmoid) : into_i;
-    f[x] = to_gate(f[x], into_f + into_decay, true);
+    f[x] = to_gate(f[x], into_f, true);
   }
   int64_t to = own.output(w, tile);
   const auto store = [&](auto zero) {
