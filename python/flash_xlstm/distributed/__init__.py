@@ -1,0 +1,1 @@
+"""Training on many GPUs, by torch.distributed."""

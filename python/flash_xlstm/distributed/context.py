@@ -1,0 +1,284 @@
+"""Context parallel: one sequence over ranks, each with a piece of it (docs/context_parallel.md).
+
+An mLSTM's piece changes the state before it by a weight and a sum (:func:`flash_xlstm.ops.mlstm_state`). So the ranks
+make their pieces' states at once, gather them, and each makes its own initial state of those before it. The backward
+sums over ranks what they make of each piece's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from flash_xlstm import ops
+from flash_xlstm.ops import _common
+from flash_xlstm.ops.mlstm import MlstmState
+
+Group = dist.ProcessGroup | DeviceMesh
+_NO_STATE = (None, None, None)
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    group: Group,
+    initial_state: MlstmState | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    continues: bool = True,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, MlstmState]:
+    """:func:`flash_xlstm.ops.mlstm` over a sequence of which each rank of `group` has a piece, in the order of ranks.
+
+    Every rank must call it, and run its backward if one does: forward and backward exchange states. Pieces may differ
+    in length; batch, heads, dqk, dv, the options and what needs gradients may not.
+
+    Args:
+        q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size: this rank's piece and the options, as for
+            :func:`flash_xlstm.ops.mlstm`.
+        group: the ranks that share the sequence: a process group, or a device mesh of one dimension.
+        initial_state: ``(c, n, m)`` before the first rank's first token. Only the first rank reads it and has its
+            gradient; elsewhere it may be the same or None. With `cu_seqlens`: one row for each of this rank's
+            sequences, whichever rank it is; the row of a sequence that goes on from the rank before is not read.
+        cu_seqlens: (num_seqs + 1,) int32 offsets of the sequences in this rank's piece; batch must be 1. The last
+            sequence goes on on the next rank, unless that says otherwise.
+        continues: whether this rank's first sequence goes on from the last one of the rank before. On the first rank
+            it means nothing. An empty first sequence (offsets 0, 0, ...) says the same as False: the sequence that
+            goes on has no token here.
+        return_final_state: also return the final state. Without `cu_seqlens` it is that of the whole sequence, the same
+            on every rank; gradients into any rank's copy add up. With `cu_seqlens` it is the state after each
+            sequence's last token on this rank.
+
+    Returns:
+        h (batch, seq, heads, dv) of this rank's piece, in the dtype of q; with `return_final_state`,
+        ``(h, (c, n, m))``.
+
+    Raises:
+        ValueError, TypeError: as :func:`flash_xlstm.ops.mlstm`; `continues` is False without `cu_seqlens`, or `group`
+            is no group that this process is in. The other ranks learn of one rank's error by the group's timeout.
+    """
+    group = group_of(group)
+    _common.check_flag("continues", continues)
+    if cu_seqlens is None and not continues:
+        raise ValueError("continues is False; without cu_seqlens, which tells where sequences begin, it must be True")
+    options: dict[str, Any] = {
+        "scale": scale, "eps": eps, "gate_soft_cap": gate_soft_cap, "chunk_size": chunk_size,
+        "return_final_state": return_final_state,
+    }  # fmt: skip
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if size == 1:
+        return ops.mlstm(q, k, v, i, f, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)
+    if cu_seqlens is None:
+        return _whole(q, k, v, i, f, initial_state, group, rank, size, options)
+    return _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continues, options)
+
+
+def slstm(*args: Any, **kwargs: Any) -> Any:
+    """The sLSTM cannot be split over a sequence.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "the sLSTM is sequential: a step needs h of the step before through the recurrent weights, so that a sequence "
+        "cannot be split over ranks. Split its batch or its heads, or take mLSTM blocks alone"
+    )
+
+
+def group_of(group: Group) -> dist.ProcessGroup:
+    """The process group of a group or of a device mesh of one dimension.
+
+    Raises:
+        TypeError, ValueError: it is neither, or this process is not in it.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group is a mesh of {group.ndim} dimensions; it must have one: take mesh['cp']")
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}; it must be a ProcessGroup or a DeviceMesh")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group is one that this process is not in; it must be one of its own")
+    return group
+
+
+def _whole(q, k, v, i, f, initial_state, group, rank, size, options):
+    wants_last = options.pop("return_final_state")
+    state, dtype = _initial(k, v, initial_state, k.shape[0])
+    piece = _piece(k, v, i, f, options, is_read=wants_last or rank < size - 1)
+    if rank == 0:
+        piece = _after(state, piece)
+    found = _Carry.apply(group, wants_last, rank == 0, *(state if rank == 0 else _NO_STATE), *piece, q, k, v, i, f)
+    h = ops.mlstm(q, k, v, i, f, initial_state=found[:3], **options)
+    if not wants_last:
+        return h
+    c, n, m = found[3:]
+    return h, (c.to(dtype), n, m)
+
+
+def _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continues, options):
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        was = f"of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else f"{cu_seqlens!r:.80}"
+        raise ValueError(f"cu_seqlens is {was}; it must be a tensor of at least 2 offsets, (num_seqs + 1,)")
+    state, dtype = _initial(k, v, initial_state, cu_seqlens.shape[0] - 1)
+    is_cut = not continues and rank > 0
+    if is_cut:  # the sequence that goes on has no token here
+        cu_seqlens = F.pad(cu_seqlens, (1, 0))
+        state = tuple(F.pad(t, (0, 0) * (t.dim() - 1) + (1, 0)) for t in state)
+    several = cu_seqlens.shape[0] > 2
+    is_read = rank < size - 1
+    last_i, last_f = i, f
+    if several and is_read:  # the last sequence alone: the tokens before it are made padding
+        before = torch.arange(k.shape[1], device=k.device) < cu_seqlens[-2]
+        last_i, last_f = i.masked_fill(before[:, None], -torch.inf), f.masked_fill(before[:, None], torch.inf)
+    piece = _piece(k, v, last_i, last_f, options, is_read)
+    begins = several or rank == 0  # here: what came before this rank ends with its first sequence
+    if begins:
+        piece = _after(tuple(t[-1:] for t in state), piece)
+    start = tuple(t[:1] for t in state) if rank == 0 else _NO_STATE
+    first = _Carry.apply(group, False, begins, *start, *piece, q, k, v, i, f)
+    if several:
+        first = tuple(torch.cat((t, others[1:])) for t, others in zip(first, state, strict=True))
+    out = ops.mlstm(q, k, v, i, f, initial_state=first, cu_seqlens=cu_seqlens, **options)
+    if not options["return_final_state"]:
+        return out
+    h, (c, n, m) = out
+    c, n, m = (t[1:] if is_cut else t for t in (c, n, m))
+    return h, (c.to(dtype), n, m)
+
+
+def _initial(k: Tensor, v: Tensor, given: MlstmState | None, rows: int) -> tuple[MlstmState, torch.dtype]:
+    """The initial state in float32, zeros by default, and the dtype of the c to return."""
+    heads, dqk, dv = k.shape[2], k.shape[3], v.shape[-1]
+    sizes = {"c": (rows, heads, dqk, dv), "n": (rows, heads, dqk), "m": (rows, heads)}
+    if given is None:
+        c, n, m = (torch.zeros(size, dtype=torch.float32, device=k.device) for size in sizes.values())
+        return (c, n, m), torch.float32
+    state = dict(zip("cnm", _common.unpack_state("initial_state", given), strict=True))
+    for name, t in state.items():
+        if not isinstance(t, Tensor) or t.shape != sizes[name]:
+            was = f"of shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"{t!r:.80}"
+            raise ValueError(f"initial_state {name} is {was}; it must be a tensor of shape {sizes[name]}")
+        if t.dtype != torch.float32 and not (name == "c" and t.dtype == torch.bfloat16):
+            raise TypeError(f"initial_state {name} has dtype {str(t.dtype)[6:]}; it must be float32")
+    c, dtype = _common.float32_c(state["c"])
+    return (c, state["n"], state["m"]), dtype  # type: ignore[return-value]
+
+
+def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: dict[str, Any], is_read: bool) -> tuple[Tensor, ...]:
+    """c, n, m and log decay of this rank's tokens; zeros where no rank reads them."""
+    if is_read:
+        return ops.mlstm_state(k, v, i, f, gate_soft_cap=options["gate_soft_cap"], chunk_size=options["chunk_size"])
+    batch, _, heads, dqk = k.shape
+    shapes = (batch, heads, dqk, v.shape[-1]), (batch, heads, dqk), (batch, heads), (batch, heads)
+    return tuple(torch.zeros(shape, dtype=torch.float32, device=k.device) for shape in shapes)
+
+
+def _after(state: MlstmState, piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The state after a piece, in the place of the piece's own. The decay no longer matters."""
+    (c, n, m), (piece_c, piece_n, piece_m, decay) = state, piece
+    carried = decay + m
+    last = torch.where(piece_m >= carried, piece_m, carried)  # of equals the token, as within a piece
+    kept, added = torch.exp(carried - last), torch.exp(piece_m - last)
+    c = kept[..., None, None] * c + added[..., None, None] * piece_c
+    return c, kept[..., None] * n + added[..., None] * piece_n, last, torch.zeros_like(decay)
+
+
+class _Carry(torch.autograd.Function):
+    """The state before this rank's piece, and with `wants_last` that after the last rank's.
+
+    start: what is before the first rank's piece; elsewhere None. The piece is c, n, m and log decay; with `begins`
+    c, n, m are a state already, which no earlier one changes. `anchors` have no gradients here; they see to it that
+    every rank takes part in the backward if any does.
+    """
+
+    @staticmethod
+    def forward(ctx, group, wants_last, begins, start_c, start_n, start_m, c, n, m, decay, *anchors):
+        ctx.group, ctx.rank, ctx.shape, ctx.count = group, dist.get_rank(group), c.shape, len(anchors)
+        begin = torch.full_like(m, float(begins))
+        own = torch.cat((c.flatten(2), n, torch.stack((m, decay, begin), -1)), -1)
+        size = dist.get_world_size(group)
+        gathered = own.new_empty(size, *own.shape)
+        if own.numel() > 0:
+            _all_gather(gathered.flatten(), own.flatten(), group=group)
+        ctx.uptos = [ctx.rank, size][: 1 + wants_last]
+        saved, outputs = [], []
+        for upto in ctx.uptos:
+            if upto == 0:
+                outputs += [t.view_as(t) for t in (start_c, start_n, start_m)]
+                continue
+            weights, winner, last_m = _weights(gathered[:upto, ..., -3:])
+            last = _times(gathered[:upto, ..., :-3], weights).sum(0)
+            last_c, last_n = last.split([c.shape[2] * c.shape[3], c.shape[2]], -1)
+            outputs += [last_c.reshape(c.shape), last_n.contiguous(), last_m]
+            saved += [weights, winner]
+        ctx.save_for_backward(gathered[: max(ctx.uptos)], *saved)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        gathered, *saved = ctx.saved_tensors
+        size = dist.get_world_size(ctx.group)
+        into = gathered.new_zeros(size, *gathered.shape[1:])
+        start: Any = (None,) * 3
+        for upto in ctx.uptos:
+            (dc, dn, dm), grads = grads[:3], grads[3:]
+            if upto == 0:
+                start = dc, dn, dm
+                continue
+            (weights, winner), saved = saved[:2], saved[2:]
+            into[:upto] += _gradient(gathered[:upto], weights, winner, torch.cat((dc.flatten(2), dn), -1), dm)
+        own = torch.zeros_like(into[0])
+        if own.numel() > 0:
+            _reduce_scatter(own.flatten(), into.flatten(), group=ctx.group)
+        dc, dn = own[..., :-3].split([ctx.shape[2] * ctx.shape[3], ctx.shape[2]], -1)
+        dm, decay = own[..., -3], own[..., -2]
+        return None, None, None, *start, dc.reshape(ctx.shape), dn, dm, decay, *(None,) * ctx.count
+
+
+def _sum_before(t: Tensor) -> Tensor:
+    """For each piece, the sum over the pieces before it."""
+    return F.pad(t[:-1].cumsum(0), (0, 0) * (t.dim() - 1) + (1, 0))
+
+
+def _weights(scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of pieces' (m, log decay, begin), (pieces, batch, heads, 3): the weight of each piece's state in the state after
+    the last, the piece that made its m, and this m."""
+    m, decay, begin = scalars.double().unbind(-1)
+    behind, begins = (_sum_before(t.flip(0)).flip(0) for t in (decay, begin))  # in the pieces after each
+    logs = torch.where(begins > 0, -torch.inf, behind + m)
+    winner = logs.shape[0] - 1 - logs.flip(0).argmax(0, keepdim=True)  # of equals the last one
+    top = logs.gather(0, winner)
+    top = top.float()  # weights are relative to the float32 m, so that its rounding does not matter
+    return torch.exp(logs - top).float(), winner, top[0]
+
+
+def _times(states: Tensor, weights: Tensor) -> Tensor:
+    """A weight of 0 takes no part, whatever the state holds."""
+    return torch.where(weights[..., None] == 0, 0.0, states * weights[..., None])
+
+
+def _gradient(pieces: Tensor, weights: Tensor, winner: Tensor, into: Tensor, dm: Tensor) -> Tensor:
+    """The gradient of the pieces through the state that :func:`_weights` weights, of which `into` and `dm` are those of
+    (c, n) and m."""
+    logs = _times(pieces[..., :-3] * into, weights).double().sum(-1)
+    logs = logs.scatter_add(0, winner, (dm - logs.sum(0))[None])
+    scalars = torch.stack((logs, _sum_before(logs), torch.zeros_like(logs)), -1)
+    return torch.cat((into * weights[..., None], scalars.to(into.dtype)), -1)

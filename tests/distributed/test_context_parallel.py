@@ -1,0 +1,151 @@
+"""One sequence over ranks: h, states and every gradient beside one process and float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from flash_xlstm import ops, reference
+from flash_xlstm.distributed import context
+
+HEADS, DQK, DV = 2, 12, 20
+STATE = ("c", "n", "m")
+
+
+def draw(seq, *, batch=2, gates="normal", state=False, seed=0, rows=None):
+    """A problem in float32: its inputs by name, with an initial state's parts among them if there is one, and
+    gradients of h and of the final state."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+
+    def gate():
+        shape = (batch, seq, HEADS)
+        if gates == "spread":  # over the range of a cap of 15
+            return torch.rand(shape, generator=generator) * 30 - 15
+        return normal(*shape) * {"small": 0.1, "normal": 1.0}[gates]
+
+    inputs = {name: normal(batch, seq, HEADS, dim) for name, dim in (("q", DQK), ("k", DQK), ("v", DV))}
+    inputs |= {"i": gate(), "f": gate() + (2 if gates != "spread" else 0)}
+    rows = batch if rows is None else rows
+    shapes = {"c": (rows, HEADS, DQK, DV), "n": (rows, HEADS, DQK), "m": (rows, HEADS)}
+    if state:
+        inputs |= {name: normal(*shape) for name, shape in shapes.items()}
+    weights = {"h": normal(batch, seq, HEADS, DV), **{f"last {name}": normal(*s) for name, s in shapes.items()}}
+    return inputs, weights
+
+
+def one_process(form, inputs, weights, dtype, through_state=True, **options):
+    """h, the final state and all gradients."""
+    inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
+    state = tuple(inputs[name] for name in STATE) if "c" in inputs else None
+    h, last = form(*(inputs[x] for x in "qkvif"), initial_state=state, return_final_state=True, **options)
+    results = {"h": h, **{f"last {name}": t for name, t in zip(STATE, last, strict=True)}}
+    used = [name for name in results if name == "h" or through_state]
+    gradients = torch.autograd.grad(
+        [results[name] for name in used], list(inputs.values()), [weights[name].to(dtype) for name in used]
+    )
+    return {
+        **{name: t.detach() for name, t in results.items()},
+        **{f"d{name}": g for name, g in zip(inputs, gradients, strict=True)},
+    }
+
+
+def avoid_kinks(inputs, weights, **options):
+    """Makes the loss independent of how c and n are scaled. Else it has a kink where m changes its branch, near which a
+    rounding moves a whole gradient from one gate to another."""
+    state = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, **options)
+    shares = (weights[f"last {x}"].double() * state[f"last {x}"] for x in "cn")
+    weights["last m"] = sum(share.flatten(2).sum(-1) for share in shares).float()
+
+
+def bounds_of(pieces):
+    return list(itertools.pairwise([0, *itertools.accumulate(pieces)]))
+
+
+def this_ranks(t, pieces):
+    return t[:, slice(*bounds_of(pieces)[dist.get_rank()])].clone()
+
+
+def on_this_rank(inputs, weights, pieces, through_state, options):
+    """What this rank has of :func:`one_process`. Every rank puts a share of the final state's gradient into its own
+    copy."""
+    inputs = {name: t.clone() if name in STATE else this_ranks(t, pieces) for name, t in inputs.items()}
+    for t in inputs.values():
+        t.requires_grad_()
+    state = tuple(inputs[name] for name in STATE) if "c" in inputs else None
+    out = context.mlstm(
+        *(inputs[x] for x in "qkvif"), group=dist.group.WORLD, initial_state=state, return_final_state=through_state,
+        **options,
+    )  # fmt: skip
+    h, last = out if through_state else (out, ())
+    loss = (h * this_ranks(weights["h"], pieces)).sum()
+    share = (dist.get_rank() + 1) / sum(range(1, len(pieces) + 1))
+    for name, t in zip(STATE, last, strict=False):
+        loss = loss + share * (t * weights[f"last {name}"]).sum()
+    loss.backward()
+    found = {"h": h.detach(), **{f"last {name}": t.detach() for name, t in zip(STATE, last, strict=False)}}
+    return as_arrays(found | {f"d{name}": t.grad for name, t in inputs.items()})
+
+
+def as_arrays(tensors):  # a tensor's memory goes with the process that made it
+    return {name: None if t is None else t.numpy() for name, t in tensors.items()}
+
+
+def as_tensors(found):
+    return [{name: None if a is None else torch.from_numpy(a) for name, a in each.items()} for each in found]
+
+
+def joined(found):
+    """The ranks' results as one process's."""
+    found, whole = as_tensors(found), {}
+    for name, t in found[0].items():
+        if name.startswith("last"):
+            assert all(torch.equal(each[name], t) for each in found), f"{name} differs between ranks"
+            whole[name] = t
+        elif name[1:] in STATE:  # the first rank alone reads the initial state
+            assert all(each[name] is None for each in found[1:])
+            whole[name] = t
+        else:
+            whole[name] = torch.cat([each[name] for each in found], 1)
+    return whole
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_as_exact(found, alone, expected, tolerance=1e-5):
+    """Within `tolerance` of float64, or no further from it than one process."""
+    for name, t in found.items():
+        assert t.shape == expected[name].shape, name
+        ours, its = error(t, expected[name]), error(alone[name], expected[name])
+        assert ours <= max(tolerance, 2 * its), f"{name}: {ours:.1e}, one process {its:.1e}"
+
+
+PIECES = [(40, 40), (1, 129), (70, 1, 64), (64, 64, 128), (3, 100, 27, 1), (65, 64, 63, 66)]
+
+
+@pytest.mark.parametrize("gates", ["small", "normal", "spread"])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+def test_one_sequence_over_ranks(on_ranks, pieces, state, gates):
+    options = {"gate_soft_cap": 15.0} if gates == "spread" else {}
+    inputs, weights = draw(sum(pieces), gates=gates, state=state, seed=len(pieces))
+    avoid_kinks(inputs, weights, **options)
+    expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, **options)
+    alone = one_process(ops.mlstm, inputs, weights, torch.float32, **options)
+    found = on_ranks(len(pieces), on_this_rank, inputs, weights, pieces, True, options)
+    assert_as_exact(joined(found), alone, expected)
+
+
+@pytest.mark.parametrize("pieces", [(40, 40), (3, 100, 27, 1)], ids=str)
+def test_without_final_state(on_ranks, pieces):
+    inputs, weights = draw(sum(pieces), state=True)
+    options = {"scale": 0.7, "eps": 0.1, "chunk_size": 16}
+    expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, False, **options)
+    alone = one_process(ops.mlstm, inputs, weights, torch.float32, False, **options)
+    found = joined(on_ranks(len(pieces), on_this_rank, inputs, weights, pieces, False, options))
+    assert_as_exact(found, alone, expected)
