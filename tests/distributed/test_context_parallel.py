@@ -149,3 +149,108 @@ def test_without_final_state(on_ranks, pieces):
     alone = one_process(ops.mlstm, inputs, weights, torch.float32, False, **options)
     found = joined(on_ranks(len(pieces), on_this_rank, inputs, weights, pieces, False, options))
     assert_as_exact(found, alone, expected)
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def documents_of(offsets, first, stop):
+    """The documents with tokens in [first, stop), and their offsets there."""
+    here = [s for s, (a, b) in enumerate(itertools.pairwise(offsets)) if max(a, first) < min(b, stop)]
+    return here, [max(offsets[s], first) - first for s in here] + [stop - first]
+
+
+def packed_on_this_rank(inputs, weights, pieces, offsets, empty_first, options):
+    """What this rank has of :func:`one_process`; states of documents that end here. A document that goes on from the
+    rank before has NaN for an initial state here."""
+    first, stop = bounds_of(pieces)[dist.get_rank()]
+    here, local = documents_of(offsets, first, stop)
+    continues = first != offsets[here[0]] or first == 0
+    rows = torch.tensor(here)
+    tensors = {name: t[rows].clone() if name in STATE else this_ranks(t, pieces) for name, t in inputs.items()}
+    state = tuple(tensors[name] for name in STATE) if "c" in inputs else None
+    if state and continues and first > 0:
+        for t in state:
+            t[0] = torch.nan
+    if empty_first and not continues:
+        local, continues = [0, *local], True
+        if state:
+            tensors |= {name: torch.cat((torch.full_like(tensors[name][:1], torch.nan), tensors[name])) for name in STATE}
+    for t in tensors.values():
+        t.requires_grad_()
+    state = tuple(tensors[name] for name in STATE) if "c" in inputs else None
+    h, last = context.mlstm(
+        *(tensors[x] for x in "qkvif"), group=dist.group.WORLD, initial_state=state, return_final_state=True,
+        cu_seqlens=torch.tensor(local, dtype=torch.int32), continues=continues, **options,
+    )  # fmt: skip
+    last = tuple(t[-len(here) :] for t in last)
+    ends = [x for x, s in enumerate(here) if offsets[s + 1] <= stop]
+    loss = (h * this_ranks(weights["h"], pieces)).sum()
+    for name, t in zip(STATE, last, strict=True):
+        loss = loss + (t[ends] * weights[f"last {name}"][rows[ends]]).sum()
+    loss.backward()
+    found = {"h": h.detach(), **{f"last {name}": t.detach()[ends] for name, t in zip(STATE, last, strict=True)}}
+    begins = [x for x, s in enumerate(here) if offsets[s] >= first]
+    for name, t in tensors.items():
+        if name not in STATE:
+            found[f"d{name}"] = t.grad
+            continue
+        own = (torch.zeros_like(t) if t.grad is None else t.grad)[-len(here) :]
+        others = [x for x in range(len(here)) if x not in begins]
+        assert not own[others].any(), f"{name} of a document that goes on has a gradient"
+        found[f"d{name}"] = own[begins]
+    return as_arrays(found)
+
+
+PACKED = [
+    ((50, 50), (0, 100)),
+    ((50, 50), (0, 50, 100)),
+    ((50, 50), (0, 20, 70, 100)),
+    ((40, 30, 50), (0, 120)),
+    ((40, 30, 50), (0, 40, 70, 120)),
+    ((40, 30, 50), (0, 5, 6, 115, 120)),
+    ((7, 64, 1, 68), (0, 71, 72, 140)),
+    ((7, 64, 1, 68), (0, 3, 100, 101, 139, 140)),
+    ((30, 70, 30, 10), (0, 10, 30, 99, 130, 131, 140)),
+]
+
+
+def join_packed(found):
+    found = as_tensors(found)
+    return {
+        name: torch.cat([each[name] for each in found], 0 if name.startswith("last") or name[1:] in STATE else 1)
+        for name in found[0]
+    }
+
+
+@pytest.mark.parametrize("gates", ["small", "spread"])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("empty_first", [False, True])
+@pytest.mark.parametrize(("pieces", "offsets"), PACKED, ids=str)
+def test_documents_across_ranks(on_ranks, pieces, offsets, empty_first, state, gates):
+    options = {"gate_soft_cap": 15.0} if gates == "spread" else {}
+    packed = {**options, "cu_seqlens": torch.tensor(offsets, dtype=torch.int32)}
+    rows = len(offsets) - 1
+    inputs, weights = draw(sum(pieces), batch=1, gates=gates, state=state, seed=rows, rows=rows)
+    avoid_kinks(inputs, weights, **packed)
+    expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, **packed)
+    alone = one_process(ops.mlstm, inputs, weights, torch.float32, **packed)
+    arguments = (inputs, weights, pieces, offsets, empty_first, options)
+    assert_as_exact(join_packed(on_ranks(len(pieces), packed_on_this_rank, *arguments)), alone, expected)
+
+
+def test_random_pieces_and_documents(on_ranks):
+    generator = torch.Generator().manual_seed(1)
+    draws = lambda low, high, count: torch.randint(low, high, (count,), generator=generator).tolist()  # noqa: E731
+    for world in (2, 3, 4, 4):
+        pieces = draws(1, 80, world)
+        total = sum(pieces)
+        offsets = sorted({0, total, *draws(1, total, draws(0, 6, 1)[0])})
+        rows = len(offsets) - 1
+        packed = {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32)}
+        inputs, weights = draw(total, batch=1, state=True, seed=total, rows=rows)
+        avoid_kinks(inputs, weights, **packed)
+        expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, **packed)
+        alone = one_process(ops.mlstm, inputs, weights, torch.float32, **packed)
+        found = join_packed(on_ranks(world, packed_on_this_rank, inputs, weights, pieces, offsets, False, {}))
+        assert_as_exact(found, alone, expected)
