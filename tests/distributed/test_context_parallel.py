@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import models_of_ranks
 import pytest
 import torch
 from torch import distributed as dist
@@ -254,3 +255,94 @@ def test_random_pieces_and_documents(on_ranks):
         alone = one_process(ops.mlstm, inputs, weights, torch.float32, **packed)
         found = join_packed(on_ranks(world, packed_on_this_rank, inputs, weights, pieces, offsets, False, {}))
         assert_as_exact(found, alone, expected)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def model_on_this_rank(batch, pieces, options):
+    """The loss and gradients of all ranks together, and this rank's logits."""
+    model = context.set_group(models_of_ranks.make(**options), dist.group.WORLD)
+    cut = context.shard(batch, dist.group.WORLD, pieces)
+    out = model(**cut, skip_logits=False)
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for t in (*gradients.values(), loss := out.loss.detach().clone()):
+        dist.all_reduce(t)
+    return as_arrays({"loss": loss, "logits": out.logits.detach(), **gradients})
+
+
+def packed_batch():
+    ids, labels = models_of_ranks.batch(3, rows=2, seq=30)
+    offsets = torch.tensor([0, 10, 19, 30, 31, 45, 60], dtype=torch.int32)
+    return {"input_ids": ids, "labels": labels, "cu_seq_lens_q": offsets}
+
+
+def padded_batch():
+    ids, labels = models_of_ranks.batch(4, rows=2, seq=37, ignored=5)
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[1, 30:] = 0, 0
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+BATCHES = {
+    "rows": lambda: dict(zip(("input_ids", "labels"), models_of_ranks.batch(1, rows=3, seq=41), strict=True)),
+    "padding": padded_batch,
+    "documents": packed_batch,
+    "positions": lambda: {
+        **dict(zip(("input_ids", "labels"), models_of_ranks.batch(2, rows=1, seq=60), strict=True)),
+        "position_ids": torch.cat([torch.arange(n) for n in (15, 15, 29, 1)])[None],
+    },
+}
+
+
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("which", BATCHES)
+def test_model(on_ranks, which, world, weight_mode):
+    batch, options = BATCHES[which](), {"weight_mode": weight_mode}
+    model = models_of_ranks.make(**options)
+    out = model(**batch, skip_logits=False)
+    out.loss.backward()
+    found = as_tensors(on_ranks(world, model_on_this_rank, batch, None, options))
+    logits = torch.cat([each["logits"] for each in found], 1).view(out.logits.shape)
+    kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    assert torch.allclose(logits[kept], out.logits[kept], rtol=1e-4, atol=1e-5)
+    for each in found:
+        assert torch.allclose(each["loss"], out.loss, rtol=1e-5)
+        for name, p in model.named_parameters():
+            assert error(each[name], p.grad.double()) < 1e-5, name
+
+
+def checkpointed_on_this_rank(batch):
+    model = context.set_group(models_of_ranks.make(), dist.group.WORLD)
+    gradients = []
+    for again in (False, True):
+        (model.gradient_checkpointing_enable if again else model.gradient_checkpointing_disable)()
+        model.zero_grad()
+        model(**context.shard(batch, dist.group.WORLD)).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradient_checkpointing(on_ranks):
+    assert all(on_ranks(3, checkpointed_on_this_rank, BATCHES["documents"]()))
+
+
+def prefill_on_this_rank(ids):
+    model = context.set_group(models_of_ranks.make(max_inference_chunksize=4).eval(), dist.group.WORLD)
+    with torch.no_grad():
+        cut = context.shard({"input_ids": ids[:, :-1]}, dist.group.WORLD)
+        cache = model(**cut, use_cache=True).cache_params
+        with pytest.raises(ValueError, match="context_group is set"):
+            model(ids[:, -1:], cache_params=cache)
+        context.set_group(model, None)
+        return model(ids[:, -1:], cache_params=cache).logits.numpy()
+
+
+def test_a_cache_from_all_ranks(on_ranks):
+    ids, _ = models_of_ranks.batch(5, rows=2, seq=32)
+    with torch.no_grad():
+        expected = models_of_ranks.make().eval()(ids).logits[:, -1:]
+    for logits in on_ranks(3, prefill_on_this_rank, ids):
+        assert torch.allclose(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)

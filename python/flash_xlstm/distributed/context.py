@@ -7,16 +7,20 @@ sums over ranks what they make of each piece's state.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from flash_xlstm import ops
+from flash_xlstm.models import packing
+from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
 from flash_xlstm.ops.mlstm import MlstmState
 
@@ -99,6 +103,120 @@ def slstm(*args: Any, **kwargs: Any) -> Any:
         "the sLSTM is sequential: a step needs h of the step before through the recurrent weights, so that a sequence "
         "cannot be split over ranks. Split its batch or its heads, or take mLSTM blocks alone"
     )
+
+
+def set_group(model: nn.Module, group: Group | None) -> nn.Module:
+    """Has every mLSTM of the 7B's architecture in `model` share its sequences over `group`; None undoes it.
+
+    Each rank then calls the model with its piece of every sequence (:func:`shard` cuts a batch), in training with
+    ``shift_labels``. Nothing else of this architecture looks beyond a token. Gradients of parameters are each rank's
+    share: their sum over the group is the whole. A cache that the model returns is that after the whole sequence, on
+    every rank. Before single tokens are generated from it, the group must be None again.
+
+    Args:
+        model: :class:`~flash_xlstm.models.xLSTMForCausalLM`, or any module with
+            :class:`~flash_xlstm.nn.mLSTMLayer` in it. Changed in place.
+        group: as for :func:`mlstm`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: `model` has no such layer, or one that cannot be split over a sequence: an sLSTM, which is
+            sequential, an mLSTM of the block stack, whose convolution looks at tokens of the rank before, or one with
+            another kernel than "flash". Nothing is changed then.
+        TypeError, ValueError: as :func:`group_of`.
+    """
+    group = None if group is None else group_of(group)
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, (block_stack.sLSTMLayer, block_stack.mLSTMLayer)) and group is not None:
+            why = "sequential" if isinstance(module, block_stack.sLSTMLayer) else "behind a causal convolution"
+            raise ValueError(
+                f"{name} is a {type(module).__name__} of the block stack, which is {why}: it cannot be split over a "
+                "sequence; split its batch"
+            )
+        if isinstance(module, mLSTMLayer):
+            if module.kernel != "flash" and group is not None:
+                raise ValueError(f"{name} has kernel {module.kernel!r}; to share sequences over ranks it must be 'flash'")
+            layers.append(module)
+    if not layers:
+        raise ValueError(f"model is a {type(model).__name__} without an mLSTMLayer; there is nothing to split")
+    for layer in layers:
+        layer.context_group = group
+        run: Any = ops.mlstm if group is None else functools.partial(mlstm, group=group)
+        layer._mlstm = functools.partial(run, chunk_size=layer.chunk_size)
+    return model
+
+
+def shard(batch: dict[str, Any], group: Group, pieces: Sequence[int] | None = None) -> dict[str, Any]:
+    """This rank's piece of a batch that every rank of `group` has whole, for a model with :func:`set_group`.
+
+    Args:
+        batch: what one process would give the model: ``input_ids`` (batch, seq), with any of ``labels`` or
+            ``shift_labels``, ``attention_mask``, and what tells documents that are packed into the rows
+            (``cu_seq_lens_q``, ``seq_idx``, ``position_ids`` or numbers in the mask), as for
+            :meth:`~flash_xlstm.models.xLSTMModel.forward`. On the CPU: offsets on CUDA are waited for.
+        group: as for :func:`mlstm`.
+        pieces: how many tokens each rank takes of a row, at least 1 each; with documents of all rows one after the
+            other. Default: as even as can be.
+
+    Returns:
+        Arguments for the model: ``input_ids``; ``shift_labels`` where there are labels, each token's own successor, also
+        across the border to the next rank, -100 where none counts; ``num_items_in_batch``, the labels that count in all
+        pieces, so that the ranks' losses add up to the mean over all. Where the ranks' gradients are averaged (DDP,
+        FSDP) and not summed, divide it by the number of ranks. ``attention_mask``, if there is one. With
+        documents: rows one after the other as one, and ``cu_seq_lens_q``, whose first document is what goes on from the
+        rank before (empty where none does).
+
+    Raises:
+        TypeError, ValueError: `batch` has other keys or wrong ones, or `pieces` do not make the sequence.
+    """
+    group = group_of(group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    batch = {name: t for name, t in batch.items() if t is not None}
+    ids = batch.pop("input_ids", None)
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError("batch has no input_ids of (batch, seq); it must have them")
+    tokens = {"input_ids": ids}
+    labels, mask, position_ids = (batch.pop(name, None) for name in ("labels", "attention_mask", "position_ids"))
+    following = batch.pop("shift_labels", None)
+    for name, t in {"labels": labels, "shift_labels": following, "attention_mask": mask}.items():
+        if t is not None and t.shape != ids.shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be that of input_ids, {tuple(ids.shape)}")
+    unknown = [name for name in batch if name not in packing.ARGUMENTS]
+    if unknown:
+        raise TypeError(f"batch has {unknown[0]!r}, which is not known how to cut; leave it out")
+    padding = None if mask is None else mask == 0
+    offsets = packing.offsets(batch, position_ids, mask, padding, ids)
+    if following is None and labels is not None:
+        if padding is not None:
+            labels = labels.masked_fill(padding, -100)
+        if offsets is not None:
+            labels = labels.masked_fill(packing.first_tokens(offsets, *ids.shape), -100)
+        following = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if following is not None:
+        tokens["shift_labels"] = following
+    if padding is not None:
+        tokens["attention_mask"] = (~padding).long()
+    if offsets is not None:
+        tokens = {name: t.reshape(1, -1) for name, t in tokens.items()}
+    seq = tokens["input_ids"].shape[1]
+    if pieces is None:
+        pieces = [seq // size + (r < seq % size) for r in range(size)]
+    if len(pieces) != size or min(pieces) < 1 or sum(pieces) != seq:
+        raise ValueError(f"pieces are {list(pieces)}; they must be {size} of at least 1 token, {seq} in all")
+    first = sum(pieces[:rank])
+    stop = first + pieces[rank]
+    cut: dict[str, Any] = {name: t[:, first:stop].contiguous() for name, t in tokens.items()}
+    if following is not None:
+        cut["num_items_in_batch"] = (following != -100).sum()
+    if offsets is not None:
+        local = (offsets.clamp(first, stop) - first).unique()
+        if rank > 0 and bool((offsets == first).any()):
+            local = F.pad(local, (1, 0))
+        cut["cu_seq_lens_q"] = local.to(torch.int32)
+    return cut
 
 
 def group_of(group: Group) -> dist.ProcessGroup:

@@ -76,7 +76,7 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
     weights elsewhere."""
     part = block._modules.get
     layer = part("mlstm_layer")
-    if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash"):
+    if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash" and layer.context_group is None):
         return None
     head_norm, norm, out = layer._modules.get("multihead_norm"), part("norm_mlstm"), layer._modules.get("out_proj")
     projections, gates = layer.projections("qkv_opreact"), layer.projections("ifgate_preact")
