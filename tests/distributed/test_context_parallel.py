@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import models_of_ranks
 import pytest
 import torch
 from torch import distributed as dist
 
-from flash_xlstm import ops, reference
+from flash_xlstm import nn, ops, reference
 from flash_xlstm.distributed import context
 
 HEADS, DQK, DV = 2, 12, 20
@@ -346,3 +347,147 @@ def test_a_cache_from_all_ranks(on_ranks):
         expected = models_of_ranks.make().eval()(ids).logits[:, -1:]
     for logits in on_ranks(3, prefill_on_this_rank, ids):
         assert torch.allclose(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- what a sequence over ranks must not do ---------------------------------------------------------------------------
+
+
+def nan_on_this_rank(inputs, pieces, offsets):
+    """Whether h and the gradients of each document's tokens on this rank are finite, beside the documents' numbers."""
+    first, stop = bounds_of(pieces)[dist.get_rank()]
+    here, local = documents_of(offsets, first, stop)
+    tensors = {name: this_ranks(t, pieces).requires_grad_() for name, t in inputs.items()}
+    h = context.mlstm(
+        *(tensors[x] for x in "qkvif"), group=dist.group.WORLD, cu_seqlens=torch.tensor(local, dtype=torch.int32),
+        continues=first not in offsets,
+    )  # fmt: skip
+    h.square().sum().backward()
+    finite = torch.stack([t.isfinite().flatten(2).all(-1) for t in (h, *(t.grad for t in tensors.values()))]).all(0)
+    return [(s, bool(finite[0, a:b].all())) for s, (a, b) in zip(here, itertools.pairwise(local), strict=True)]
+
+
+def test_a_nan_stays_in_its_document(on_ranks):
+    pieces, offsets = (40, 30, 50), (0, 20, 75, 90, 120)
+    inputs, _ = draw(120, batch=1)
+    inputs["k"][0, 25, 0, 0] = torch.nan  # document 1, on the first two ranks and the third
+    found = on_ranks(3, nan_on_this_rank, inputs, pieces, offsets)
+    assert found == [[(0, True), (1, False)], [(1, False)], [(1, False), (2, True), (3, True)]]
+
+
+def frozen_on_this_rank(inputs, pieces, wanted):
+    """Gradients of some inputs, with a loss that does not look at every rank's h."""
+    tensors = {name: this_ranks(t, pieces).requires_grad_(name in wanted) for name, t in inputs.items()}
+    h = context.mlstm(*(tensors[x] for x in "qkvif"), group=dist.group.WORLD)
+    (h.square().sum() * (dist.get_rank() == len(pieces) - 1)).backward()
+    return as_arrays({name: tensors[name].grad for name in wanted})
+
+
+@pytest.mark.parametrize("wanted", ["q", "v", "f", "qi"])
+def test_only_some_gradients(on_ranks, wanted):
+    pieces = (20, 30, 10)
+    inputs, _ = draw(60)
+    found = as_tensors(on_ranks(3, frozen_on_this_rank, inputs, pieces, wanted))
+    leaves = {name: t.double().requires_grad_(name in wanted) for name, t in inputs.items()}
+    reference.mlstm_chunkwise(*(leaves[x] for x in "qkvif"))[:, 50:].square().sum().backward()
+    for name in wanted:
+        assert error(torch.cat([each[name] for each in found], 1), leaves[name].grad) < 1e-5, name
+
+
+def sixteen_bit_on_this_rank(inputs, weights, pieces):
+    tensors = {n: this_ranks(t, pieces).to(torch.bfloat16 if n in "qkv" else t.dtype) for n, t in inputs.items()}
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    h = context.mlstm(*(tensors[x] for x in "qkvif"), group=dist.group.WORLD)
+    h.backward(this_ranks(weights["h"], pieces).bfloat16())
+    assert h.dtype == torch.bfloat16
+    return as_arrays({"h": h.detach().float(), **{f"d{name}": t.grad.float() for name, t in tensors.items()}})
+
+
+def test_bfloat16(on_ranks):
+    pieces = (100, 60, 96)
+    inputs, weights = draw(256)
+    inputs = {name: t.bfloat16().float() if name in "qkv" else t for name, t in inputs.items()}
+    weights["h"] = weights["h"].bfloat16().float()
+    expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, False)
+    for name, t in joined(on_ranks(3, sixteen_bit_on_this_rank, inputs, weights, pieces)).items():
+        assert error(t, expected[name]) < 6e-3, name
+
+
+def compiled_on_this_rank(inputs, pieces):
+    tensors = [this_ranks(inputs[x], pieces).requires_grad_() for x in "qkvif"]
+    run = lambda *t: context.mlstm(*t, group=dist.group.WORLD).sin()  # noqa: E731
+    results = []
+    for form in (run, torch.compile(run, backend="aot_eager")):
+        h = form(*tensors)
+        results.append((h, *torch.autograd.grad(h.sum(), tensors)))
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+def test_compiled(on_ranks):
+    assert all(on_ranks(2, compiled_on_this_rank, draw(60)[0], (40, 20)))
+
+
+def errors_on_this_rank(case):
+    """The text of the error that `case` ends in on this rank. None of them waits for another rank."""
+    zeros = torch.zeros
+    good = {"q": zeros(1, 8, 2, 4), "k": zeros(1, 8, 2, 4), "v": zeros(1, 8, 2, 6), "i": zeros(1, 8, 2), "f": zeros(1, 8, 2)}
+    group = dist.group.WORLD
+    ids = zeros(2, 9, dtype=torch.long)
+    state = zeros(1, 2, 4, 6), zeros(1, 2, 4), zeros(1, 2)
+    stack = nn.block_stack.xLSTMBlockStack(
+        nn.block_stack.xLSTMBlockStackConfig(
+            num_blocks=1, embedding_dim=16, slstm_at=[0], slstm_block=nn.block_stack.sLSTMBlockConfig()
+        )
+    )
+    cases = {
+        "k": lambda: context.mlstm(**{**good, "k": zeros(1, 7, 2, 4)}, group=group),
+        "float64": lambda: context.mlstm(**{name: t.double() for name, t in good.items()}, group=group),
+        "group": lambda: context.mlstm(**good, group="cp"),
+        "continues": lambda: context.mlstm(**good, group=group, continues=False),
+        "cu_seqlens": lambda: context.mlstm(**good, group=group, cu_seqlens=[0, 8]),
+        "state": lambda: context.mlstm(**good, group=group, initial_state=(state[0], state[1][:, :1], state[2])),
+        "slstm": lambda: context.slstm(zeros(1)),
+        "sLSTM layer": lambda: context.set_group(stack, group),
+        "no layer": lambda: context.set_group(torch.nn.Linear(2, 2), group),
+        "kernel": lambda: context.set_group(models_of_ranks.make(chunkwise_kernel="parallel--native_autograd"), group),
+        "pieces": lambda: context.shard({"input_ids": ids}, group, [9, 0]),
+        "shard": lambda: context.shard({"input_ids": ids, "pixels": ids}, group),
+        "labels": lambda: context.shard({"input_ids": ids, "labels": ids[:, 1:]}, group),
+        "rows of documents": lambda: context.set_group(models_of_ranks.make(), group)(
+            ids, cu_seq_lens_q=torch.tensor([0, 9, 12, 18], dtype=torch.int32)
+        ),
+    }
+    try:
+        cases[case]()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+ERRORS = {
+    "k": "ValueError: k has shape .*; it must be",
+    "float64": "TypeError: q has dtype float64",
+    "group": "TypeError: group is a str; it must be",
+    "continues": "ValueError: continues is False; .* it must be True",
+    "cu_seqlens": "ValueError: cu_seqlens is .*; it must be",
+    "state": "ValueError: initial_state n is of shape .*; it must be",
+    "slstm": "NotImplementedError: the sLSTM is sequential",
+    "sLSTM layer": "ValueError: .* of the block stack",
+    "no layer": "ValueError: model is a Linear without",
+    "kernel": "ValueError: .* has kernel .*; .* it must be 'flash'",
+    "pieces": "ValueError: pieces are",
+    "shard": "TypeError: batch has 'pixels'",
+    "labels": "ValueError: labels has shape",
+    "rows of documents": "ValueError: input_ids has 2 rows",
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(on_ranks, case):
+    for text in on_ranks(2, errors_on_this_rank, case):
+        assert re.match(ERRORS[case], text or "no error"), text
+
+
+def test_a_group_of_one_is_one_process(on_ranks):
+    inputs, weights = draw(50, state=True)
+    found = joined(on_ranks(1, on_this_rank, inputs, weights, (50,), True, {}))
+    for name, t in one_process(ops.mlstm, inputs, weights, torch.float32).items():
+        assert torch.allclose(found[name], t, rtol=1e-6, atol=1e-7), name

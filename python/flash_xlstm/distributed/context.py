@@ -31,6 +31,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+# Compiled, a rank's backward might repeat a collective that another rank's does not: the ranks' graphs differ.
+@torch.compiler.disable(reason="context parallel exchanges states between ranks")
 def mlstm(
     q: Tensor,
     k: Tensor,
@@ -51,7 +53,8 @@ def mlstm(
     """:func:`flash_xlstm.ops.mlstm` over a sequence of which each rank of `group` has a piece, in the order of ranks.
 
     Every rank must call it, and run its backward if one does: forward and backward exchange states. Pieces may differ
-    in length; batch, heads, dqk, dv, the options and what needs gradients may not.
+    in length; batch, heads, dqk, dv, the options and what needs gradients may not. torch.compile runs it as it is,
+    between two graphs.
 
     Args:
         q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size: this rank's piece and the options, as for
@@ -86,6 +89,7 @@ def mlstm(
         "return_final_state": return_final_state,
     }  # fmt: skip
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    _check_piece(q, k, v, i, f)
     if size == 1:
         return ops.mlstm(q, k, v, i, f, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)
     if cu_seqlens is None:
@@ -279,6 +283,22 @@ def _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continu
     h, (c, n, m) = out
     c, n, m = (t[1:] if is_cut else t for t in (c, n, m))
     return h, (c.to(dtype), n, m)
+
+
+def _check_piece(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None:
+    """What the ops check as well, but before anything is exchanged, on ranks too that need no state of their own."""
+    for name, t in {"q": q, "k": k, "v": v, "i": i, "f": f}.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is of type {type(t).__name__}; it must be a tensor")
+        sizes, dims = "(batch, seq, heads)", 3
+        if name in ("q", "k", "v"):
+            sizes, dims = f"(batch, seq, heads, {'dv' if name == 'v' else 'dqk'})", 4
+        if t.dim() != dims or t.shape[:3] != q.shape[:3] or (name == "k" and t.shape != q.shape):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {sizes}, as q, {tuple(q.shape)}")
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} has dtype {str(t.dtype)[6:]}; it must be float32, bfloat16 or float16")
+    if q.shape[1] < 1:
+        raise ValueError("q has seq 0; every rank's piece must have at least 1 token")
 
 
 def _initial(k: Tensor, v: Tensor, given: MlstmState | None, rows: int) -> tuple[MlstmState, torch.dtype]:
