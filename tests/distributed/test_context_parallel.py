@@ -177,7 +177,9 @@ def packed_on_this_rank(inputs, weights, pieces, offsets, empty_first, options):
     if empty_first and not continues:
         local, continues = [0, *local], True
         if state:
-            tensors |= {name: torch.cat((torch.full_like(tensors[name][:1], torch.nan), tensors[name])) for name in STATE}
+            tensors |= {
+                name: torch.cat((torch.full_like(tensors[name][:1], torch.nan), tensors[name])) for name in STATE
+            }
     for t in tensors.values():
         t.requires_grad_()
     state = tuple(tensors[name] for name in STATE) if "c" in inputs else None
@@ -429,7 +431,8 @@ def test_compiled(on_ranks):
 def errors_on_this_rank(case):
     """The text of the error that `case` ends in on this rank. None of them waits for another rank."""
     zeros = torch.zeros
-    good = {"q": zeros(1, 8, 2, 4), "k": zeros(1, 8, 2, 4), "v": zeros(1, 8, 2, 6), "i": zeros(1, 8, 2), "f": zeros(1, 8, 2)}
+    sizes = {"q": (1, 8, 2, 4), "k": (1, 8, 2, 4), "v": (1, 8, 2, 6), "i": (1, 8, 2), "f": (1, 8, 2)}
+    good = {name: zeros(size) for name, size in sizes.items()}
     group = dist.group.WORLD
     ids = zeros(2, 9, dtype=torch.long)
     state = zeros(1, 2, 4, 6), zeros(1, 2, 4), zeros(1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
 from flash_xlstm.ops.mlstm import MlstmState
 
-Group = dist.ProcessGroup | DeviceMesh
+Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 _NO_STATE = (None, None, None)
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -142,7 +142,9 @@ def set_group(model: nn.Module, group: Group | None) -> nn.Module:
             )
         if isinstance(module, mLSTMLayer):
             if module.kernel != "flash" and group is not None:
-                raise ValueError(f"{name} has kernel {module.kernel!r}; to share sequences over ranks it must be 'flash'")
+                raise ValueError(
+                    f"{name} has kernel {module.kernel!r}; to share sequences over ranks it must be 'flash'"
+                )
             layers.append(module)
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without an mLSTMLayer; there is nothing to split")
@@ -166,8 +168,8 @@ def shard(batch: dict[str, Any], group: Group, pieces: Sequence[int] | None = No
             other. Default: as even as can be.
 
     Returns:
-        Arguments for the model: ``input_ids``; ``shift_labels`` where there are labels, each token's own successor, also
-        across the border to the next rank, -100 where none counts; ``num_items_in_batch``, the labels that count in all
+        Arguments for the model: ``input_ids``; ``shift_labels`` where there are labels, each token's own successor,
+        also across the border to the next rank, -100 where none counts; ``num_items_in_batch``, the labels that count in all
         pieces, so that the ranks' losses add up to the mean over all. Where the ranks' gradients are averaged (DDP,
         FSDP) and not summed, divide it by the number of ranks. ``attention_mask``, if there is one. With
         documents: rows one after the other as one, and ``cu_seq_lens_q``, whose first document is what goes on from the
