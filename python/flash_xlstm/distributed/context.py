@@ -169,9 +169,9 @@ def shard(batch: dict[str, Any], group: Group, pieces: Sequence[int] | None = No
 
     Returns:
         Arguments for the model: ``input_ids``; ``shift_labels`` where there are labels, each token's own successor,
-        also across the border to the next rank, -100 where none counts; ``num_items_in_batch``, the labels that count in all
-        pieces, so that the ranks' losses add up to the mean over all. Where the ranks' gradients are averaged (DDP,
-        FSDP) and not summed, divide it by the number of ranks. ``attention_mask``, if there is one. With
+        also across the border to the next rank, -100 where none counts; ``num_items_in_batch``, the labels that count
+        in all pieces, so that the ranks' losses add up to the mean over all. Where the ranks' gradients are averaged
+        (DDP, FSDP) and not summed, divide it by the number of ranks. ``attention_mask``, if there is one. With
         documents: rows one after the other as one, and ``cu_seq_lens_q``, whose first document is what goes on from the
         rank before (empty where none does).
 
