@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/rows.h"
 #include "cpu/vector_kernels.h"
 #include "params/conv.h"
 
@@ -20,16 +21,6 @@ void load(float* to, const void* data, int64_t index, DType dtype, int64_t count
 void store(void* data, int64_t index, DType dtype, const float* from, int64_t count) {
   void* to = static_cast<char*>(data) + index * element_bytes(dtype);
   vector_kernels().unpack(to, dtype, count, from, nullptr, 1, count);
-}
-
-struct Row {
-  int64_t batch, start, length;
-};
-
-Row row_of(const ConvProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
-  const int64_t start = p.cu_seqlens[row];
-  return {.batch = 0, .start = start, .length = p.cu_seqlens[row + 1] - start};
 }
 
 // A block of channels, its weights as [kernel][count] and bias in float32.

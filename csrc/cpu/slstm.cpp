@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/rows.h"
 #include "cpu/vector_kernels.h"
 #include "params/slstm.h"
 
@@ -25,17 +26,6 @@ void load(float* to, const void* data, int64_t index, DType dtype, int64_t strid
 }
 void store(void* data, int64_t index, DType dtype, int64_t stride, const float* from, int64_t rows, int64_t columns) {
   vector_kernels().unpack(at(data, index, dtype), dtype, stride, from, nullptr, rows, columns);
-}
-
-// Where a row's tokens lie.
-struct Row {
-  int64_t batch, start, length;
-};
-
-Row row_of(const SlstmProblem& p, int64_t row) {
-  if (p.cu_seqlens == nullptr) return {.batch = row, .start = 0, .length = p.seq};
-  const int64_t start = p.cu_seqlens[row];
-  return {.batch = 0, .start = start, .length = p.cu_seqlens[row + 1] - start};
 }
 
 std::vector<float> load_bias(const SlstmProblem& p, int64_t head) {

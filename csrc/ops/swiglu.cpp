@@ -60,7 +60,8 @@ std::vector<int64_t> halves_of(const Tensor& z) {
   check_op_dtype("x", z.scalar_type());
   std::vector<int64_t> sizes = sizes_of(z);
   if (sizes.empty() || sizes.back() % 2 != 0) {
-    value_error("x has shape ", shape_text(z), "; without y its last dimension must be even: the two side by side");
+    value_error("y is None and x has shape ", shape_text(z),
+                "; without y the last dimension of x must be even: it holds the two side by side");
   }
   sizes.back() /= 2;
   return sizes;

@@ -63,7 +63,7 @@ def alone(model, documents):
 def together(model, ids, rows, **given):
     """The same of packed rows."""
     model.zero_grad()
-    output = model(ids, labels=ids, **given)
+    output = model(ids, labels=ids, skip_logits=False, **given)
     output.loss.backward()
     logits = torch.cat(split(output.logits, rows), 1)
     return logits, output.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -76,6 +76,8 @@ def check(actual, separate, exact, rel):
     floor = 1e-7 * float(torch.stack([g.norm() for g in exact[2].values()]).norm())
     for name, wanted in exact[2].items():
         error, usual = (float((run[2][name].double() - wanted).norm()) for run in (actual, separate))
+        if name.endswith("preact.bias"):  # a sum over tokens that may cancel, of terms as large as the weight's
+            usual += torch.finfo(actual[2][name].dtype).eps * float(exact[2][name[:-4] + "weight"].norm())
         assert error < 3 * usual + floor, name
 
 
@@ -355,7 +357,7 @@ def test_compiles_whole(make_ours, tokens, rel, weight_mode):
         del given["attention_mask"]
         expected = together(model, ids, rows, **given)
         model.zero_grad()
-        output = compiled(ids, labels=ids, **given)
+        output = compiled(ids, labels=ids, skip_logits=False, **given)
         output.loss.backward()
         assert rel(output.logits, expected[0]) < 1e-6
         for name, p in model.named_parameters():

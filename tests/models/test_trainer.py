@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast, Tr
 
 from flash_xlstm.models import xLSTMForCausalLM
 
-pytest.importorskip("accelerate", reason="accelerate, which transformers' Trainer needs, is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate, which transformers' Trainer needs, is not installed")
 
 LENGTHS = (5, 9, 1, 12, 7, 20, 3, 8)
 FLATTENING = {"positions": {}, "offsets": {"return_flash_attn_kwargs": True, "return_seq_idx": True}}
@@ -17,6 +19,16 @@ TARGETS = {
     "single": ["q", "k", "v", "ogate_preact", "out_proj", "proj_up_gate", "proj_up", "proj_down"],
     "fused": ["qkv_opreact", "out_proj", "proj_up_gate_z", "proj_down"],
 }
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind():
+    """TrainingArguments set environment variables, and accelerate keeps one state for the process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -76,6 +88,19 @@ def test_packed_training_is_that_of_separate_rows(make_ours, make_trainer, flatt
     assert not torch.equal(models[2].lm_head.weight, models[0].lm_head.weight)
     assert all(p.grad is None or p.grad.isfinite().all() for p in models[2].parameters())
     assert losses(trainer)[0] > losses(trainer)[-1]
+
+
+def test_compiled_packed_training(make_ours, make_trainer):
+    models = [make_ours(), make_ours()]
+    make_trainer(models[0]).train()
+    torch._dynamo.reset()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = make_trainer(models[1], DataCollatorWithFlattening(**FLATTENING["offsets"]), **options)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    same_weights(models[1], models[0])
+    with pytest.raises(RuntimeError, match="told there by cu_seq_lens_q"):
+        make_trainer(make_ours(), DataCollatorWithFlattening(), **options).train()
 
 
 @pytest.mark.parametrize("flattening", [None, {}, FLATTENING["offsets"]], ids=["padded", *FLATTENING])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from flash_xlstm import training
+from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
 from flash_xlstm.training import RunOptions, TrainingError, data, documents, files, shards
 
 
@@ -265,6 +267,30 @@ def test_batches_cover_an_epoch_once_and_depend_on_the_seed(tmp_path):
     assert not torch.equal(make(6)[0], joined[:7])
     with pytest.raises(ValueError, match="tokens has length"):
         shards.ShardBatches(train, len(train), 1, 0)
+
+
+def test_the_documents_of_a_batch_do_not_see_each_other(tmp_path):
+    """The model with the offsets of a batch gives what it gives for each document by itself."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text[:20]}) + "\n" for text in _texts()))
+    index = shards.write_shards([tmp_path / "a.jsonl"], tmp_path / "out", held_out=100, shard_tokens=501)
+    train = shards.Shards(tmp_path / "out", "train", index)
+    batches = shards.ShardBatches(train, sequence_length=64, batch_size=3, seed=0)
+    config = xLSTMConfig(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_heads=1)
+    torch.manual_seed(0)
+    model = xLSTMForCausalLM(config).eval()
+    ends = {int(end) for end in train.document_ends(0, len(train))}
+    for number in range(5):
+        offsets = batches.offsets(number)
+        assert offsets.dtype == torch.int32
+        inside = [n for row, start in enumerate(batches._starts_of(number)) for n in range(64 * row, 64 * (row + 1))
+                  if n == 64 * row or start + n - 64 * row in ends]  # fmt: skip
+        assert offsets.tolist() == [*inside, 3 * 64]
+        inputs = batches[number][:, :-1]
+        with torch.no_grad():
+            packed = model(inputs, cu_seq_lens_q=offsets, use_cache=False).logits.flatten(0, 1)
+            for first, last in itertools.pairwise(offsets.tolist()):
+                alone = model(inputs.flatten()[None, first:last], use_cache=False).logits[0]
+                torch.testing.assert_close(packed[first:last], alone, rtol=1e-4, atol=1e-5)
 
 
 # --- files that are not whole -----------------------------------------------------------------------------------------

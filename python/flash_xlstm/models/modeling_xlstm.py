@@ -546,7 +546,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         slots = None if slots is None else slots.to(x.device)
         rows = x.shape[:2]
         if cu_seqlens is not None:  # one row after the other
-            x = x.reshape(1, -1, x.shape[-1])
+            cu_seqlens, x = cu_seqlens.to(x.device), x.reshape(1, -1, x.shape[-1])
             padding = None if padding is None else padding.reshape(1, -1)
         for block, state in zip(self.blocks, states, strict=True):
             if keep_hidden:
@@ -555,7 +555,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
             new_states.append(state)
         hidden.append(self.out_norm(x))
         if cu_seqlens is not None:
-            hidden = [x.view(*rows, x.shape[-1]) for x in hidden]
+            hidden = [x.reshape(*rows, x.shape[-1]) for x in hidden]
         return hidden[-1], new_states, tuple(hidden) if keep_hidden else None
 
 

@@ -14,7 +14,7 @@ _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _LENGTHS = ("max_length_q", "max_length_k")
 ARGUMENTS = ("seq_idx", *_OFFSETS, *_LENGTHS)
 
-_Check = tuple[Tensor, str]  # one bool that must be true, and what is raised where it is not
+_Check = tuple[Tensor, str]  # how often something is violated, and what is raised where it is
 
 
 def offsets(
@@ -43,25 +43,26 @@ def offsets(
         return None
 
     batch, seq = x.shape[:2]
-    last = None if padding is None else _last_tokens(padding)
-    starts: dict[str, Tensor] = {}  # (batch, seq) bool, by the argument that tells it
-    checks: list[_Check] = []
     bounds = _given_offsets(given, batch * seq, x.device)
     with_others = position_ids is not None or "seq_idx" in given or mask is not None
     if bounds is not None and batch == 1 and not with_others:
         return bounds
+    last = None if padding is None else _last_tokens(padding)
+    starts: dict[str, Tensor] = {}  # as _changes has it, by the argument that tells it
+    checks: list[_Check] = []
     if bounds is not None:
         name, first = next(name for name in _OFFSETS if name in given), first_tokens(bounds, batch, seq)
-        starts[name] = first if last is None else _changes(first.flatten().cumsum(0).view(batch, seq), last)
-        checks.append((first[:, 0].all(), f"{name} must hold where each row begins, of several"))
+        numbers = first if last is None else first.flatten().cumsum(0).view(batch, seq)
+        starts[name] = first[:, 1:] if last is None else _changes(numbers, last)
+        checks.append(((~first[:, 0]).sum(), f"{name} must hold where each row begins, of several"))
     if position_ids is not None:
         positions = _whole_numbers("position_ids", position_ids, x)
         counted = torch.arange(seq, device=x.device) if padding is None else (~padding).cumsum(1) - 1
-        begin = positions - counted  # the same for every token of a document
-        starts["position_ids"] = _changes(begin, last)
-        restarts = (positions == 0) | (positions == _filled(begin, last)[:, :1])
+        begin = _filled(positions - counted, last)  # the same for every token of a document
+        starts["position_ids"] = _changes(begin, None)
+        elsewhere = (positions[:, 1:] != 0) & (positions[:, 1:] != begin[:, :1])
         checks.append((
-            (restarts | ~starts["position_ids"])[:, 1:].all(),
+            (starts["position_ids"] & elsewhere).sum(),
             "position_ids must count up by one from token to token, or begin anew at 0 where a document begins",
         ))  # fmt: skip
     if "seq_idx" in given:
@@ -71,7 +72,7 @@ def offsets(
     if mask is not None:
         numbers = mask.to(x.device)
         documents = _changes(numbers, last)
-        checks.append(((numbers >= 0).all(), "attention_mask must not be less than 0"))
+        checks.append(((numbers < 0).sum(), "attention_mask must not be less than 0"))
         checks.append(_once("attention_mask", numbers, documents, last))
         for found in starts.values():  # a mask of 0 and 1 tells nothing beside others
             documents = torch.where((numbers > 1).any(), documents, found)
@@ -80,17 +81,17 @@ def offsets(
 
     (name, found), *others = starts.items()
     for other, also in others:
-        checks.append(((also == found).all(), f"{other} must tell the same documents as {name}"))
+        checks.append(((also != found).sum(), f"{other} must tell the same documents as {name}"))
     if bounds is None and (not torch.compiler.is_compiling() or "seq_idx" in given):
         return _found_offsets(found, checks)
-    for holds, message in checks:
-        require(holds, message, wait=False)
     if bounds is None:
-        require(
-            ~found[:, 1:].any(),
+        checks.append((
+            found.sum(),
             "position_ids must count up by one from token to token under torch.compile; documents packed into rows are "
             "told there by cu_seq_lens_q",
-        )
+        ))  # fmt: skip
+    for violations, message in checks:
+        require(violations == 0, message, wait=False)
     return bounds
 
 
@@ -153,14 +154,16 @@ def _found_offsets(starts: Tensor, checks: list[_Check]) -> Tensor | None:
     """Waits for a GPU, once."""
     if starts.is_meta:
         return None
-    count, *held = torch.stack([starts.sum(), *(holds.long() for holds, _ in checks)]).tolist()
-    for holds, (_, message) in zip(held, checks, strict=True):
-        if not holds:
+    within, *violations = torch.stack([starts.sum(), *(count for count, _ in checks)]).tolist()
+    for count, (_, message) in zip(violations, checks, strict=True):
+        if count:
             raise ValueError(message)
-    if count == starts.shape[0]:
+    if within == 0:
         return None
-    tokens, options = starts.numel(), {"dtype": torch.int32, "device": starts.device}
-    bounds, document = torch.full((count + 1,), tokens, **options), starts.flatten().cumsum(0) - 1
+    batch, seq = starts.shape[0], starts.shape[1] + 1
+    tokens, options = batch * seq, {"dtype": torch.int32, "device": starts.device}
+    document = F.pad(starts, (1, 0), value=True).flatten().cumsum(0) - 1
+    bounds = torch.full((batch + within + 1,), tokens, **options)
     return bounds.scatter_reduce_(0, document, torch.arange(tokens, **options), "amin")
 
 
@@ -188,12 +191,13 @@ def _filled(numbers: Tensor, last: Tensor | None) -> Tensor:
 
 
 def _changes(numbers: Tensor, last: Tensor | None) -> Tensor:
-    """Whether a token's number differs from that of the token before; true for a row's first place."""
+    """(batch, seq - 1) bool: whether the number of a row's token, from the second on, is not that of the one before."""
     numbers = _filled(numbers, last)
-    return F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    return numbers[:, 1:] != numbers[:, :-1]
 
 
-def _once(name: str, numbers: Tensor, starts: Tensor, last: Tensor | None) -> _Check:
+def _once(name: str, numbers: Tensor, changes: Tensor, last: Tensor | None) -> _Check:
     """That no number comes back after another."""
     distinct = _changes(_filled(numbers, last).sort(1).values, None)
-    return (distinct.sum(1) == starts.sum(1)).all(), f"{name} must not come back to a number after another one in a row"
+    again = distinct.sum(1) != changes.sum(1)
+    return again.sum(), f"{name} must not come back to a number after another one in a row"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,42 @@ import torch
 import torch._functorch.pyfunctorch as pyfunctorch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._library.utils import get_layout_constraint_tag
 
 from flash_xlstm import _build  # registers the operators
 
 _library = torch.library.Library("flash_xlstm", "IMPL")
+
+
+def register_fake(name: str) -> Callable[..., Any]:
+    """Decorates the shapes and dtypes of what the operator `name` returns, as :func:`torch.library.register_fake`."""
+    op = getattr(torch.ops.flash_xlstm, name).default
+
+    def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fake)
+        def run(*args, **kwargs):
+            _tell_inductor(op)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"flash_xlstm::{name}", run)
+        return fake
+
+    return decorate
+
+
+def _tell_inductor(op: Any) -> None:
+    """Registers `op` with Inductor, if that is there, as one it calls as it is. An operator that it does not know it
+    registers itself, but writes the graph before it into a log line. A product that adds to the residual stream stands
+    twice in what follows it: the line doubles with every half block, and that of the loss behind 24 blocks has no
+    end."""
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or op in getattr(lowering, "lowerings", (op,)):
+        return
+    try:
+        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+        lowering.make_fallback(op, layout_constraint=constraint, warn=False)
+    except (AttributeError, TypeError):  # a torch with other names: it registers the operator as above
+        return
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

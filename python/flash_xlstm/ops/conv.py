@@ -97,7 +97,7 @@ def _is_silu(activation: str | None) -> bool:
     return activation == "silu"
 
 
-@torch.library.register_fake("flash_xlstm::causal_conv1d")
+@_common.register_fake("causal_conv1d")
 def _(x, weight, bias, state, cu_seqlens, silu, return_final_state):
     _common.no_mixed_meta(x, of="x", weight=weight, bias=bias, initial_state=state, cu_seqlens=cu_seqlens)
     batch, seq, channels = (_common.size(x, d) for d in range(3))
@@ -106,7 +106,7 @@ def _(x, weight, bias, state, cu_seqlens, silu, return_final_state):
     return x.new_empty((batch, seq, channels)), x.new_empty((rows if return_final_state else 0, before, channels))
 
 
-@torch.library.register_fake("flash_xlstm::causal_conv1d_backward")
+@_common.register_fake("causal_conv1d_backward")
 def _(dy, dlast, x, weight, bias, state, cu_seqlens, silu):
     dbias = x.new_empty((0,), dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     no_state = (0, max(_common.size(weight, 1) - 1, 0), _common.size(x, 2))
@@ -114,7 +114,7 @@ def _(dy, dlast, x, weight, bias, state, cu_seqlens, silu):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
 
 
-@torch.library.register_fake("flash_xlstm::causal_conv1d_step")
+@_common.register_fake("causal_conv1d_step")
 def _(x, weight, bias, state, silu):
     _common.no_mixed_meta(x, of="x", weight=weight, bias=bias, state=state)
     return x.new_empty(x.shape)

@@ -89,13 +89,13 @@ def _no_gradient(name: str, *given: Tensor | None) -> None:
         )
 
 
-@torch.library.register_fake("flash_xlstm::linear_rows")
+@_common.register_fake("linear_rows")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, constant_weights: bool = False) -> Tensor:
     _common.no_mixed_meta(x, of="x", weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("flash_xlstm::fused_linear_rows")
+@_common.register_fake("fused_linear_rows")
 def _(x, weights, biases, residual, swiglu, constant_weights=False) -> list[Tensor]:
     given = {f"weights[{n}]": t for n, t in enumerate(weights)} | {f"biases[{n}]": t for n, t in enumerate(biases)}
     _common.no_mixed_meta(x, of="x", residual=residual, **given)

@@ -293,7 +293,7 @@ for _name, _form in (
         _library.impl(_name, _without_autocast(_form), _device)
 
 
-@torch.library.register_fake("flash_xlstm::linear_cross_entropy")
+@_common.register_fake("linear_cross_entropy")
 def _(hidden, weight, labels, reduction, soft_cap, ignore_index, label_smoothing, z_loss, of_hidden, of_weight):
     _common.no_mixed_meta(hidden, of="hidden", weight=weight, labels=labels)
     return (
@@ -304,12 +304,12 @@ def _(hidden, weight, labels, reduction, soft_cap, ignore_index, label_smoothing
     )
 
 
-@torch.library.register_fake("flash_xlstm::linear_cross_entropy_backward")
+@_common.register_fake("linear_cross_entropy_backward")
 def _(dloss, count, dhidden, dweight, weight_dtype):
     return dhidden.new_empty(dhidden.shape), dweight.new_empty(dweight.shape, dtype=weight_dtype)
 
 
-@torch.library.register_fake("flash_xlstm::linear_cross_entropies_backward")
+@_common.register_fake("linear_cross_entropies_backward")
 def _(dloss, hidden, weight, labels, soft_cap, ignore_index, label_smoothing, z_loss, of_hidden, of_weight):
     return hidden.new_empty(hidden.shape if of_hidden else 0), weight.new_empty(weight.shape if of_weight else 0)
 

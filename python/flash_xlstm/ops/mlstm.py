@@ -154,7 +154,7 @@ def mlstm_step(
         raise _errors.explain(error, mlstm_step, locals()) from None
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_forward")
+@_common.register_fake("mlstm_forward")
 def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens,
@@ -165,12 +165,12 @@ def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_s
     return q.new_empty((batch, seq, heads, _common.size(v, 3))), kept
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_h")
+@_common.register_fake("mlstm_h")
 def _(*args):
     return _fake(*args)[0]
 
 
-@torch.library.register_fake("flash_xlstm::mlstm")
+@_common.register_fake("mlstm")
 def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state=False):
     heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
     states = _common.num_seqs(q, cu_seqlens) if return_final_state else 0
@@ -179,14 +179,14 @@ def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size,
     return *_fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size), *last
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_backward")
+@_common.register_fake("mlstm_backward")
 def _(
     dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size
 ):  # fmt: skip
     return _common.fake_gradients(q, k, v, i, f, c, n, m)
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_step")
+@_common.register_fake("mlstm_step")
 def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state=False):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, state_indices=state_indices, **{"state c": c, "state n": n, "state m": m}

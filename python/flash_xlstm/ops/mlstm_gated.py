@@ -7,7 +7,7 @@ import torch
 from flash_xlstm.ops import _common
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_gated")
+@_common.register_fake("mlstm_gated")
 def _(z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps):
     _common.no_mixed_meta(z, of="z", i=i, f=f, weight=weight, cu_seqlens=cu_seqlens)
     batch, seq, v_dim = z.shape[0], z.shape[1], z.shape[2] // 2 - qk_dim
@@ -15,7 +15,7 @@ def _(z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chu
     return z.new_empty((batch, seq, v_dim)), z.new_empty((batch, seq, heads, v_dim // heads)), kept
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_gated_backward")
+@_common.register_fake("mlstm_gated_backward")
 def _(
     dy, z, i, f, weight, cu_seqlens, h, kept, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps,
     weight_gradient,

@@ -81,7 +81,7 @@ def mlstm_sig(
         raise _errors.explain(error, mlstm_sig, locals()) from None
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_sig")
+@_common.register_fake("mlstm_sig")
 def _(q, k, v, i, f, c, n, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state, normalize):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens, **{"initial_state c": c, "initial_state n": n}
@@ -98,7 +98,7 @@ def _(q, k, v, i, f, c, n, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, re
     )
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_sig_backward")
+@_common.register_fake("mlstm_sig_backward")
 def _(
     dh, dc_last, dn_last, q, k, v, i, f, c, n, cu_seqlens, h, s,
     scale, eps, gate_soft_cap, chunk_size, normalize,

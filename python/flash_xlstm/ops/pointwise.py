@@ -114,62 +114,62 @@ def swiglu(x: Tensor, y: Tensor | None = None) -> Tensor:
         raise _errors.explain(error, swiglu, locals()) from None
 
 
-@torch.library.register_fake("flash_xlstm::soft_cap")
+@_common.register_fake("soft_cap")
 def _(x: Tensor, cap: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("flash_xlstm::soft_cap_backward")
+@_common.register_fake("soft_cap_backward")
 def _(dy: Tensor, x: Tensor, cap: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("flash_xlstm::rms_norm")
+@_common.register_fake("rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _common.no_mixed_meta(x, of="x", weight=weight)
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("flash_xlstm::add_rms_norm")
+@_common.register_fake("add_rms_norm")
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _common.no_mixed_meta(x, of="x", residual=residual, weight=weight)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.register_fake("flash_xlstm::rms_norm_backward")
+@_common.register_fake("rms_norm_backward")
 def _(dy, dsum, x, weight, eps, weight_gradient, remake):
     dweight = weight.new_empty(weight.shape if weight_gradient else 0)
     return x.new_empty(x.shape), dweight, x.new_empty(x.shape if remake else 0)
 
 
-@torch.library.register_fake("flash_xlstm::gated_head_norm")
+@_common.register_fake("gated_head_norm")
 def _(h: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     _common.no_mixed_meta(h, of="h", gate=gate, weight=weight)
     return h.new_empty(gate.shape)
 
 
-@torch.library.register_fake("flash_xlstm::gated_head_norm_backward")
+@_common.register_fake("gated_head_norm_backward")
 def _(dy, h, gate, weight, eps, weight_gradient):
     return h.new_empty(h.shape), h.new_empty(gate.shape), weight.new_empty(weight.shape if weight_gradient else 0)
 
 
-@torch.library.register_fake("flash_xlstm::swiglu")
+@_common.register_fake("swiglu")
 def _(x: Tensor, y: Tensor) -> Tensor:
     _common.no_mixed_meta(x, of="x", y=y)
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("flash_xlstm::swiglu_backward")
+@_common.register_fake("swiglu_backward")
 def _(dout: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.register_fake("flash_xlstm::swiglu_joined")
+@_common.register_fake("swiglu_joined")
 def _(z: Tensor) -> Tensor:
     return z.new_empty((*z.shape[:-1], z.shape[-1] // 2))
 
 
-@torch.library.register_fake("flash_xlstm::swiglu_joined_backward")
+@_common.register_fake("swiglu_joined_backward")
 def _(dout: Tensor, z: Tensor, remake: bool) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty(dout.shape if remake else [0] * dout.dim())
 

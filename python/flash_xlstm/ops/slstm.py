@@ -123,7 +123,7 @@ def _autocast(x: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast_x, cast_R, b if cast_x is x and cast_R is R else b.float()
 
 
-@torch.library.register_fake("flash_xlstm::slstm")
+@_common.register_fake("slstm")
 def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state):
     initial = {f"initial_state {name}": t for name, t in zip("hcnm", (h0, c0, n0, m0), strict=True)}
     _common.no_mixed_meta(x, of="x", R=R, b=b, cu_seqlens=cu_seqlens, **initial)
@@ -135,14 +135,14 @@ def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_fin
     return (x.new_empty((batch, seq, heads, dim)), kept, *(new(*last) for _ in range(4)))
 
 
-@torch.library.register_fake("flash_xlstm::slstm_backward")
+@_common.register_fake("slstm_backward")
 def _(dh, dh_last, dc_last, dn_last, dm_last, R, b, h0, c0, n0, m0, cu_seqlens, h, kept, recurrent_grad_clip):
     batch, seq, heads, dim = (_common.size(h, d) for d in range(4))
     initial = (h.new_empty((0, heads, dim) if t is None else t.shape, dtype=torch.float32) for t in (h0, c0, n0, m0))
     return h.new_empty((batch, seq, 4, heads, dim)), R.new_empty(R.shape), b.new_empty(b.shape), *initial
 
 
-@torch.library.register_fake("flash_xlstm::slstm_step")
+@_common.register_fake("slstm_step")
 def _(x, R, b, h, c, n, m):
     state = {f"state {name}": t for name, t in zip("hcnm", (h, c, n, m), strict=True)}
     _common.no_mixed_meta(x, of="x", R=R, b=b, **state)

@@ -196,10 +196,13 @@ class Batches:
 
     def __getitem__(self, number: int) -> Tensor:
         """Batch `number`, from 0: (batch_size, sequence_length + 1) int64, with the target of the last token."""
+        return self._windows(self._starts_of(number))
+
+    def _starts_of(self, number: int) -> list[int]:
         if number < 0:
             raise IndexError(f"number is {number}; it must be at least 0")
         first = number * self.batch_size
-        return self._windows([self._start(first + row) for row in range(self.batch_size)])
+        return [self._start(first + row) for row in range(self.batch_size)]
 
     def _windows(self, starts: list[int]) -> Tensor:
         return self.tokens[torch.tensor(starts)[:, None] + torch.arange(self.sequence_length + 1)].long()

@@ -369,6 +369,21 @@ class ShardBatches(Batches):
 
     tokens: Shards  # type: ignore[assignment]
 
+    def offsets(self, number: int) -> Tensor:
+        """Where documents begin in the inputs of batch `number`, all but each row's last token.
+
+        Returns:
+            (num_documents + 1,) int32 offsets into the tokens of all rows, one row after the other: the model's
+            ``cu_seq_lens_q``, with which documents do not see each other.
+        """
+        length = self.sequence_length
+        begins = [0]
+        for row, start in enumerate(self._starts_of(number)):
+            ends = self.tokens.document_ends(start, length)
+            begins += (row * length + ends[ends < length]).tolist()
+            begins.append((row + 1) * length)
+        return torch.tensor(begins, dtype=torch.int32)
+
     def _start(self, sequence: int) -> int:
         epoch, index = divmod(sequence, self.per_epoch)
         if epoch != self._epoch:

@@ -272,8 +272,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           most = __reduce_max_sync(all_lanes, most);
           if (lane == 0) to.most = most;
         }
-        const bool has_zero = __any_sync(all_lanes, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f ||
-                                                          product[3] == 0.0f);
+        const bool has_zero =
+            __any_sync(all_lanes, product[0] == 0.0f || product[1] == 0.0f || product[2] == 0.0f || product[3] == 0.0f);
         if (lane == 0) {
           to.has_zero = has_zero;
           to.keep_log = log_sum(alpha_last, m_start);
