@@ -494,3 +494,33 @@ def test_a_group_of_one_is_one_process(on_ranks):
     found = joined(on_ranks(1, on_this_rank, inputs, weights, (50,), True, {}))
     for name, t in one_process(ops.mlstm, inputs, weights, torch.float32).items():
         assert torch.allclose(found[name], t, rtol=1e-6, atol=1e-7), name
+
+
+def on_this_gpu(inputs, weights, pieces, dtype):
+    rank = dist.get_rank()
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="nccl")
+    tensors = {name: this_ranks(t, pieces).cuda().to(dtype if name in "qkv" else t.dtype) for name, t in inputs.items()}
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    h, last = context.mlstm(*(tensors[x] for x in "qkvif"), group=group, return_final_state=True)
+    loss = (h.float() * this_ranks(weights["h"], pieces).cuda()).sum()
+    loss = loss + sum((t * weights[f"last {name}"].cuda()).sum() for name, t in zip(STATE, last, strict=True)) / len(
+        pieces
+    )
+    loss.backward()
+    found = {"h": h.detach(), **{f"last {name}": t.detach() for name, t in zip(STATE, last, strict=True)}}
+    found |= {f"d{name}": t.grad for name, t in tensors.items()}
+    return as_arrays({name: t.float().cpu() for name, t in found.items()})
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_gpus(on_ranks, dtype):
+    pieces = (300, 211)
+    inputs, weights = draw(511)
+    inputs = {name: t.to(dtype).float() if name in "qkv" else t for name, t in inputs.items()}
+    avoid_kinks(inputs, weights)
+    expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64)
+    for name, t in joined(on_ranks(2, on_this_gpu, inputs, weights, pieces, dtype)).items():
+        assert error(t, expected[name]) < (1e-5 if dtype == torch.float32 else 1e-2), name
