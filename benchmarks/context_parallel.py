@@ -4,8 +4,9 @@
 
 `time_ms` is of one forward and backward; over ranks it is that of the slowest. `peer` is `one` (the whole sequence on
 one GPU), `ranks` (a piece each), or a part of what comes on top of a rank's own mLSTM: `state` (ops.mlstm_state),
-`state_backward` and `exchange` (an all-gather and a reduce-scatter of the states). `error` is how far h and the
-gradients over ranks are, by their norms, from those of one GPU. On the CPU, with gloo, it runs too, for a test of it.
+`initial_backward` (its share of the backward) and `exchange` (an all-gather and a reduce-scatter of the states). `error`
+is how far h and the gradients over ranks are, by their norms, from those of one GPU. On the CPU, with gloo, it runs
+too, for a test of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import distributed as dist
 
 from flash_xlstm import build_info, ops
 from flash_xlstm.distributed import context
+from flash_xlstm.ops.mlstm import mlstm_initial_backward
 
 
 def time_ms(run, device: torch.device, seconds: float) -> float:
@@ -86,13 +88,16 @@ def main() -> None:
         with torch.no_grad():
             return ops.mlstm_state(*piece[1:], **options)
 
-    made = ops.mlstm_state(*piece[1:], **options)
-    ones = [torch.ones_like(t) for t in made]
-    states = torch.cat([t.detach().flatten() for t in made])
+    *zeros, _ = (torch.zeros_like(t) for t in state())
+    rest = None, 1e-6, options["gate_soft_cap"], 0
+    with torch.no_grad():
+        _, kept, *_ = torch.ops.flash_xlstm.mlstm(*piece, *zeros, None, *rest, False)
+    states = torch.cat([t.flatten() for t in state()])
     gathered = states.new_empty(world * states.numel())
 
-    def state_backward():
-        return torch.autograd.grad(made, piece[1:], ones, retain_graph=True)
+    def initial_backward():
+        with torch.no_grad():
+            return mlstm_initial_backward(dh, None, None, *piece, *zeros, None, None, kept, *rest)
 
     def exchange():
         context._all_gather(gathered, states)
@@ -108,7 +113,7 @@ def main() -> None:
         dist.all_reduce(squares)
         rows.append({**base, "what": f"error of {name}", "error": (squares[0] / squares[1]).sqrt().item()})
     del expected
-    for run in (one, ranks, state, state_backward, exchange):
+    for run in (one, ranks, state, initial_backward, exchange):
         rows.append({**base, "peer": run.__name__, "time_ms": time_ms(run, device, args.seconds_each)})
         if rank == 0:
             print(rows[-1], flush=True)

@@ -488,6 +488,18 @@ void store_gate(void* gate, DType dtype, int64_t index, double value) {
   }
 }
 
+// Of every lane the sum of e before the first reset, and whether there is none.
+void sum_open(const Plan& plan, const GateSums& sums, const MlstmBackward& params) {
+  for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
+    const int64_t begin = plan.lane_begin[lane] * plan.length, end = plan.lane_begin[lane + 1] * plan.length;
+    double sum = 0.0;
+    int64_t at = begin;
+    for (; at < end && !plan.reset[at]; ++at) sum += sums.e[at];
+    params.open_e[lane] = static_cast<float>(sum);
+    params.is_open[lane] = at == end ? 1.0f : 0.0f;
+  }
+}
+
 // dlf_t is the sum of X S over the pairs j < t <= u. The pairs are summed by where j and u lie:
 //   j before the chunk, u after it   through
 //   j before it, u inside            q . dq from t on
@@ -689,6 +701,7 @@ void mlstm_backward(const MlstmBackward& params) {
       for (int64_t x = 0; x < items; ++x) sums.through[begin + x] += through[block * items + x];
     }
 
+    if (params.dk == nullptr) continue;
     multiply(dense(x_k, length, p.dqk), dense(x_tile, length, length), k_rows, items);
     multiply(dense(x_q, length, p.dqk), dense(x_tile, length, length).transposed(), q_rows, items);
     multiply(dense(dc_v, length, p.dqk), v_rows, dc_slots.transposed(), items);
@@ -722,7 +735,11 @@ void mlstm_backward(const MlstmBackward& params) {
                      p.dv);
     });
   }
-  gate_gradients(plan, sums, params);
+  if (params.dk == nullptr) {
+    sum_open(plan, sums, params);
+  } else {
+    gate_gradients(plan, sums, params);
+  }
   if (params.dc0 == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
     if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;

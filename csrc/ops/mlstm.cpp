@@ -202,12 +202,17 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
 
 // Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
 // where there is none.
-// `state_only`: of the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
+enum class Of { all, state_alone, initial_state_alone };
+
+// Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
+// Of::initial_state_alone: in the places of dk and dv, empty here, nothing; in those of di and df, (num_seqs, heads)
+// float32, open_e and is_open.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
-                    const OptTensor& kept, const MlstmInto* into = nullptr, bool state_only = false,
+                    const OptTensor& kept, const MlstmInto* into = nullptr, Of of = Of::all,
                     const OptTensor& dlog_decay = std::nullopt) {
+  const bool state_only = of == Of::state_alone, all_but_initial = of != Of::initial_state_alone;
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
@@ -259,18 +264,25 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     if (into != nullptr && writes_apart(q, params)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
-  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only), dk = gradient(into == nullptr ? q : into->dk, k);
-  Tensor dv = gradient(into == nullptr ? q : into->dv, v);
-  Tensor di = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
-  Tensor df = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
+  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only), dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
+  Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
+  const auto of_gates = [&] {
+    return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
+                           : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
+  };
+  Tensor di = of_gates(), df = of_gates();
   const bool has_c = options.c.has_value(), has_n = has_c && options.has_n(), has_m = has_c && options.has_m();
   Tensor dc = new_empty(q, {has_c ? p.num_seqs : 0, p.heads, p.dqk, p.dv}, ScalarType::Float);
   Tensor dn = new_empty(q, {has_n ? p.num_seqs : 0, p.heads, p.dqk}, ScalarType::Float);
   Tensor dm = new_empty(q, {has_m ? p.num_seqs : 0, p.heads}, ScalarType::Float);
-  params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
-  params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
+  if (all_but_initial) {
+    params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
+    params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
+    params.di = di.data_ptr(), params.df = df.data_ptr();
+  } else {
+    params.open_e = float_data(di), params.is_open = float_data(df);
+  }
   if (!state_only) params.dq = dq.data_ptr(), params.dq_token = dq.stride(1);
-  params.di = di.data_ptr(), params.df = df.data_ptr();
   params.dc0 = float_data(dc, has_c);
   params.dn0 = float_data(dn, has_n);
   params.dm0 = float_data(dm, has_m);
@@ -354,9 +366,20 @@ Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor 
                                 int64_t chunk_size) {
   auto [dq, dk, dv, di, df, dc, dn, dm] =
       backward("mlstm_state_backward", std::nullopt, dc_last, dn_last, dm_last, k, k, v, i, f,
-               state_options(cu_seqlens, gate_soft_cap, chunk_size), std::nullopt, "", std::nullopt, nullptr, true,
-               dlog_decay);
+               state_options(cu_seqlens, gate_soft_cap, chunk_size), std::nullopt, "", std::nullopt, nullptr,
+               Of::state_alone, dlog_decay);
   return {dk, dv, di, df};
+}
+
+Tensors<4> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
+                                  Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
+                                  Tensor kept, std::optional<double> scale, double eps,
+                                  std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
+      backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
+               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
+               Of::initial_state_alone);
+  return {dc, dn, open_e, is_open};
 }
 
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
@@ -424,6 +447,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
       "mlstm_state_backward(Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor? dlog_decay, "
       "Tensor k, Tensor v, Tensor i, Tensor f, Tensor? cu_seqlens, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor dk, Tensor dv, Tensor di, Tensor df)");
+  // Of the gradients those of the initial c and n alone; for each sequence and head, what eps gives to the initial m
+  // (the sum of e before the first token whose m took the input gate's branch), and 1 where there is no such token.
+  lib.def(
+      "mlstm_initial_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor q, Tensor k, Tensor v, Tensor i, "
+      "Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
+      "float? gate_soft_cap, int chunk_size) -> (Tensor dc, Tensor dn, Tensor open_e, Tensor is_open)");
   lib.def(
       "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
@@ -442,6 +471,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
   lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
   lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
+  lib.impl("mlstm_initial_backward", TORCH_BOX(&mlstm_initial_backward));
   lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
 }

@@ -64,6 +64,10 @@ struct MlstmBackward {
   float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
   float* dm0 = nullptr;
+  // dk == nullptr: of the gradients only dc0 and dn0 are wanted, and for each (num_seqs, heads) the sum of e over the
+  // tokens before the first reset and 1 where there is none, else 0. dq is then scratch.
+  float* open_e = nullptr;
+  float* is_open = nullptr;
 };
 
 // One token for every row; the state is read and written in place.

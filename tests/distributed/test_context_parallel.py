@@ -108,7 +108,7 @@ def joined(found):
             assert all(torch.equal(each[name], t) for each in found), f"{name} differs between ranks"
             whole[name] = t
         elif name[1:] in STATE:  # the first rank alone reads the initial state
-            assert all(each[name] is None for each in found[1:])
+            assert not any(each[name].any() for each in found[1:])
             whole[name] = t
         else:
             whole[name] = torch.cat([each[name] for each in found], 1)
@@ -151,6 +151,22 @@ def test_without_final_state(on_ranks, pieces):
     alone = one_process(ops.mlstm, inputs, weights, torch.float32, False, **options)
     found = joined(on_ranks(len(pieces), on_this_rank, inputs, weights, pieces, False, options))
     assert_as_exact(found, alone, expected)
+
+
+@pytest.mark.parametrize("pieces", [(30, 30), (20, 1, 30, 25)], ids=str)
+def test_no_token_makes_m_anew(on_ranks, pieces):
+    """The initial m is that of every token on every rank, and counts through a large eps."""
+    options = {"eps": 0.1}
+    inputs, weights = draw(sum(pieces), gates="small", state=True)
+    inputs["m"] += 5
+    inputs["f"] += 4
+    for through_state in (False, True):
+        expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, through_state, **options)
+        alone = one_process(ops.mlstm, inputs, weights, torch.float32, through_state, **options)
+        found = joined(on_ranks(len(pieces), on_this_rank, inputs, weights, pieces, through_state, options))
+        assert_as_exact(found, alone, expected)
+        inner = sum((inputs[x].double() * expected[f"d{x}"]).flatten(2).sum(-1) for x in "cn")
+        assert (expected["dm"] - inner).abs().max() > 1e-3  # what eps gives
 
 
 # --- documents --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 An mLSTM's piece changes the state before it by a weight and a sum (:func:`flash_xlstm.ops.mlstm_state`). So the ranks
 make their pieces' states at once, gather them, and each makes its own initial state of those before it. The backward
-sums over ranks what they make of each piece's state.
+goes the same way from the last rank to the first, with the gradients of the ranks' initial states.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from flash_xlstm import ops
 from flash_xlstm.models import packing
 from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
-from flash_xlstm.ops.mlstm import MlstmState
+from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
-_NO_STATE = (None, None, None)
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -61,8 +60,9 @@ def mlstm(
             :func:`flash_xlstm.ops.mlstm`.
         group: the ranks that share the sequence: a process group, or a device mesh of one dimension.
         initial_state: ``(c, n, m)`` before the first rank's first token. Only the first rank reads it and has its
-            gradient; elsewhere it may be the same or None. With `cu_seqlens`: one row for each of this rank's
-            sequences, whichever rank it is; the row of a sequence that goes on from the rank before is not read.
+            gradient; elsewhere it may be the same or None, and its gradient is 0. With `cu_seqlens`: one row for each
+            of this rank's sequences, whichever rank it is; the row of one that goes on from the rank before is not
+            read.
         cu_seqlens: (num_seqs + 1,) int32 offsets of the sequences in this rank's piece; batch must be 1. The last
             sequence goes on on the next rank, unless that says otherwise.
         continues: whether this rank's first sequence goes on from the last one of the rank before. On the first rank
@@ -84,17 +84,18 @@ def mlstm(
     _common.check_flag("continues", continues)
     if cu_seqlens is None and not continues:
         raise ValueError("continues is False; without cu_seqlens, which tells where sequences begin, it must be True")
-    options: dict[str, Any] = {
-        "scale": scale, "eps": eps, "gate_soft_cap": gate_soft_cap, "chunk_size": chunk_size,
-        "return_final_state": return_final_state,
-    }  # fmt: skip
+    _common.check_flag("return_final_state", return_final_state)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     _check_piece(q, k, v, i, f)
     if size == 1:
-        return ops.mlstm(q, k, v, i, f, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)
-    if cu_seqlens is None:
-        return _whole(q, k, v, i, f, initial_state, group, rank, size, options)
-    return _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continues, options)
+        return ops.mlstm(
+            q, k, v, i, f, initial_state=initial_state, scale=scale, eps=eps, gate_soft_cap=gate_soft_cap,
+            chunk_size=chunk_size, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
+        )  # fmt: skip
+    q, k, v = _common.autocast(q, k, v)
+    options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
+    common = q, k, v, i, f, initial_state, group, rank, size, options, return_final_state
+    return _whole(*common) if cu_seqlens is None else _packed(*common, cu_seqlens, continues)
 
 
 def slstm(*args: Any, **kwargs: Any) -> Any:
@@ -242,21 +243,19 @@ def group_of(group: Group) -> dist.ProcessGroup:
     return group
 
 
-def _whole(q, k, v, i, f, initial_state, group, rank, size, options):
-    wants_last = options.pop("return_final_state")
+def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
     state, dtype = _initial(k, v, initial_state, k.shape[0])
     piece = _piece(k, v, i, f, options, is_read=wants_last or rank < size - 1)
     if rank == 0:
         piece = _after(state, piece)
-    found = _Carry.apply(group, wants_last, rank == 0, *(state if rank == 0 else _NO_STATE), *piece, q, k, v, i, f)
-    h = ops.mlstm(q, k, v, i, f, initial_state=found[:3], **options)
+    found = _Mlstm.apply(group, wants_last, rank == 0, options, None, piece, *state, q, k, v, i, f)
     if not wants_last:
-        return h
-    c, n, m = found[3:]
+        return found
+    h, c, n, m = found
     return h, (c.to(dtype), n, m)
 
 
-def _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continues, options):
+def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last, cu_seqlens, continues):
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         was = f"of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else f"{cu_seqlens!r:.80}"
         raise ValueError(f"cu_seqlens is {was}; it must be a tensor of at least 2 offsets, (num_seqs + 1,)")
@@ -264,7 +263,7 @@ def _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continu
     is_cut = not continues and rank > 0
     if is_cut:  # the sequence that goes on has no token here
         cu_seqlens = F.pad(cu_seqlens, (1, 0))
-        state = tuple(F.pad(t, (0, 0) * (t.dim() - 1) + (1, 0)) for t in state)
+        state = tuple(_pad_rows(t, 1) for t in state)
     several = cu_seqlens.shape[0] > 2
     is_read = rank < size - 1
     last_i, last_f = i, f
@@ -275,14 +274,10 @@ def _packed(q, k, v, i, f, initial_state, group, rank, size, cu_seqlens, continu
     begins = several or rank == 0  # here: what came before this rank ends with its first sequence
     if begins:
         piece = _after(tuple(t[-1:] for t in state), piece)
-    start = tuple(t[:1] for t in state) if rank == 0 else _NO_STATE
-    first = _Carry.apply(group, False, begins, *start, *piece, q, k, v, i, f)
-    if several:
-        first = tuple(torch.cat((t, others[1:])) for t, others in zip(first, state, strict=True))
-    out = ops.mlstm(q, k, v, i, f, initial_state=first, cu_seqlens=cu_seqlens, **options)
-    if not options["return_final_state"]:
-        return out
-    h, (c, n, m) = out
+    found = _Mlstm.apply(group, wants_last, begins, options, cu_seqlens, piece, *state, q, k, v, i, f)
+    if not wants_last:
+        return found
+    h, c, n, m = found
     c, n, m = (t[1:] if is_cut else t for t in (c, n, m))
     return h, (c.to(dtype), n, m)
 
@@ -321,76 +316,124 @@ def _initial(k: Tensor, v: Tensor, given: MlstmState | None, rows: int) -> tuple
     return (c, state["n"], state["m"]), dtype  # type: ignore[return-value]
 
 
-def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: dict[str, Any], is_read: bool) -> tuple[Tensor, ...]:
+@torch.no_grad()
+def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...], is_read: bool) -> tuple[Tensor, ...]:
     """c, n, m and log decay of this rank's tokens; zeros where no rank reads them."""
     if is_read:
-        return ops.mlstm_state(k, v, i, f, gate_soft_cap=options["gate_soft_cap"], chunk_size=options["chunk_size"])
+        return torch.ops.flash_xlstm.mlstm_state(k, v, i, f, None, *options[2:])
     batch, _, heads, dqk = k.shape
     shapes = (batch, heads, dqk, v.shape[-1]), (batch, heads, dqk), (batch, heads), (batch, heads)
     return tuple(torch.zeros(shape, dtype=torch.float32, device=k.device) for shape in shapes)
 
 
+@torch.no_grad()
 def _after(state: MlstmState, piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The state after a piece, in the place of the piece's own. The decay no longer matters."""
     (c, n, m), (piece_c, piece_n, piece_m, decay) = state, piece
-    carried = decay + m
-    last = torch.where(piece_m >= carried, piece_m, carried)  # of equals the token, as within a piece
-    kept, added = torch.exp(carried - last), torch.exp(piece_m - last)
+    last = torch.maximum(decay + m, piece_m)
+    kept, added = torch.exp(decay + m - last), torch.exp(piece_m - last)
     c = kept[..., None, None] * c + added[..., None, None] * piece_c
     return c, kept[..., None] * n + added[..., None] * piece_n, last, torch.zeros_like(decay)
 
 
-class _Carry(torch.autograd.Function):
-    """The state before this rank's piece, and with `wants_last` that after the last rank's.
+class _Mlstm(torch.autograd.Function):
+    """h, and with `wants_last` the final state: with cu_seqlens of each sequence here, else of the whole.
 
-    start: what is before the first rank's piece; elsewhere None. The piece is c, n, m and log decay; with `begins`
-    c, n, m are a state already, which no earlier one changes. `anchors` have no gradients here; they see to it that
-    every rank takes part in the backward if any does.
+    piece: c, n, m and log decay of this rank's last sequence; with `begins` c, n, m are a state already, which no
+    earlier one changes. c, n, m: of each sequence here; of the first one they are read on the first rank alone.
+
+    Backward: a rank's h has gradients into c and n of the state before it, and through eps into its m, apart from what
+    m means to c and n. They go to the ends of all pieces before: those of c and n weighted as these states were, that
+    of m as far as no token between made m anew. Each rank then has the gradient of its own final state, and the mlstm's
+    backward does the rest.
     """
 
     @staticmethod
-    def forward(ctx, group, wants_last, begins, start_c, start_n, start_m, c, n, m, decay, *anchors):
-        ctx.group, ctx.rank, ctx.shape, ctx.count = group, dist.get_rank(group), c.shape, len(anchors)
-        begin = torch.full_like(m, float(begins))
-        own = torch.cat((c.flatten(2), n, torch.stack((m, decay, begin), -1)), -1)
-        size = dist.get_world_size(group)
+    def forward(ctx, group, wants_last, begins, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        piece_c, piece_n, piece_m, decay = piece
+        begin = torch.full_like(decay, float(begins))
+        own = torch.cat((piece_c.flatten(2), piece_n, torch.stack((piece_m, decay, begin), -1)), -1)
         gathered = own.new_empty(size, *own.shape)
         if own.numel() > 0:
             _all_gather(gathered.flatten(), own.flatten(), group=group)
-        ctx.uptos = [ctx.rank, size][: 1 + wants_last]
-        saved, outputs = [], []
-        for upto in ctx.uptos:
-            if upto == 0:
-                outputs += [t.view_as(t) for t in (start_c, start_n, start_m)]
-                continue
-            weights, winner, last_m = _weights(gathered[:upto, ..., -3:])
-            last = _times(gathered[:upto, ..., :-3], weights).sum(0)
-            last_c, last_n = last.split([c.shape[2] * c.shape[3], c.shape[2]], -1)
-            outputs += [last_c.reshape(c.shape), last_n.contiguous(), last_m]
-            saved += [weights, winner]
-        ctx.save_for_backward(gathered[: max(ctx.uptos)], *saved)
-        return tuple(outputs)
+
+        def state_before(upto):
+            weights, top = _weights(gathered[:upto, ..., -3:])
+            states = _times(gathered[:upto, ..., :-3], weights).sum(0)
+            found_c, found_n = states.split([piece_c.shape[2] * piece_c.shape[3], piece_c.shape[2]], -1)
+            return found_c.reshape(piece_c.shape), found_n.contiguous(), top
+
+        state = c, n, m
+        if rank > 0:
+            state = tuple(torch.cat((a, b[a.shape[0] :])) for a, b in zip(state_before(rank), state, strict=True))
+        h, kept, *last = torch.ops.flash_xlstm.mlstm(q, k, v, i, f, *state, cu_seqlens, *options, True)
+        whole = state_before(size) if wants_last and cu_seqlens is None else ()
+        ctx.group, ctx.wants_last, ctx.options = group, wants_last, options
+        ctx.save_for_backward(
+            q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, gathered[..., -3:].clone(), *last, *whole
+        )  # fmt: skip
+        return (h, *(whole or last)) if wants_last else h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
-        gathered, *saved = ctx.saved_tensors
-        size = dist.get_world_size(ctx.group)
-        into = gathered.new_zeros(size, *gathered.shape[1:])
-        start: Any = (None,) * 3
-        for upto in ctx.uptos:
-            (dc, dn, dm), grads = grads[:3], grads[3:]
-            if upto == 0:
-                start = dc, dn, dm
-                continue
-            (weights, winner), saved = saved[:2], saved[2:]
-            into[:upto] += _gradient(gathered[:upto], weights, winner, torch.cat((dc.flatten(2), dn), -1), dm)
-        own = torch.zeros_like(into[0])
-        if own.numel() > 0:
-            _reduce_scatter(own.flatten(), into.flatten(), group=ctx.group)
-        dc, dn = own[..., :-3].split([ctx.shape[2] * ctx.shape[3], ctx.shape[2]], -1)
-        dm, decay = own[..., -3], own[..., -2]
-        return None, None, None, *start, dc.reshape(ctx.shape), dn, dm, decay, *(None,) * ctx.count
+    def backward(ctx, dh, *into_last):
+        saved = ctx.saved_tensors  # once: checkpointing makes them again
+        *inputs, scalars = saved[:12]
+        last, whole = saved[12:15], saved[15:]
+        c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
+        rows, batch = c.shape[0], scalars.shape[1]
+        own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
+        dc, dn, into_m, is_open = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
+        if own[2] is not None:
+            into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
+        sent = _sent(scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
+        if whole:  # as if a rank behind the last read the final state
+            dc, dn, dm = into_last
+            sent += _sent(scalars, size, dc, dn, dm - _inner(whole, dc, dn))
+        got = torch.empty_like(sent[0])
+        if got.numel() > 0:
+            _reduce_scatter(got.flatten(), sent.flatten(), group=ctx.group)
+        if rank < size - 1 or whole:
+            dc, dn, dm = got.split([c.shape[2] * c.shape[3], c.shape[2], 1], -1)
+            dc, dn = dc.reshape(batch, *c.shape[1:]), dn.contiguous()
+            dm = dm[..., 0] + _inner([t[-batch:] for t in last], dc, dn)
+            more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm))
+            own = tuple(a if b is None else a + b for a, b in zip(more, own, strict=True))
+        dq, dk, dv, di, df, *state = torch.ops.flash_xlstm.mlstm_backward(dh, *own, *inputs, *ctx.options)
+        if rank > 0:  # of the sequence that goes on nothing was read
+            for t in state:
+                t[:batch] = 0.0
+        return None, None, None, None, None, None, *state, dq, dk, dv, di, df
+
+
+def _pad_rows(t: Tensor, count: int) -> Tensor:
+    """`count` rows of zeros before those of t."""
+    return F.pad(t, (0, 0) * (t.dim() - 1) + (count, 0))
+
+
+def _inner(state: Sequence[Tensor], dc: Tensor, dn: Tensor) -> Tensor:
+    return (state[0] * dc).flatten(2).sum(-1) + (state[1] * dn).sum(-1)
+
+
+def _sent(scalars: Tensor, rank: int, dc: Tensor, dn: Tensor, into_m: Tensor) -> Tensor:
+    """What the gradients of the state before `rank` are at the end of each rank's piece, (ranks, batch, heads, ...)."""
+    into = torch.cat((dc.flatten(2), dn, into_m[..., None]), -1)
+    sent = into.new_zeros(scalars.shape[0], *into.shape)
+    if rank == 0:
+        return sent
+    m, decay, begin = scalars[:rank].double().unbind(-1)
+    ends, is_open = [m[0]], [torch.zeros_like(m[0])]  # m at the pieces' ends; whether no token of a piece made it
+    for r in range(1, rank):
+        carried = decay[r] + ends[-1]
+        ends.append(torch.where(begin[r] > 0, m[r], torch.maximum(carried, m[r])))
+        is_open.append(((carried > m[r]) & (begin[r] == 0)).double())
+    weights, _ = _weights(torch.stack((torch.stack(ends), decay, begin), -1))
+    behind = torch.stack([*is_open[1:], torch.ones_like(m[0])])
+    goes_on = behind.flip(0).cumprod(0).flip(0)  # whether all pieces between a piece and `rank` are open
+    sent[:rank, ..., :-1] = _times(into[..., :-1], weights)
+    sent[:rank, ..., -1] = torch.where(goes_on == 0, 0.0, into[..., -1])
+    return sent
 
 
 def _sum_before(t: Tensor) -> Tensor:
@@ -398,27 +441,16 @@ def _sum_before(t: Tensor) -> Tensor:
     return F.pad(t[:-1].cumsum(0), (0, 0) * (t.dim() - 1) + (1, 0))
 
 
-def _weights(scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(scalars: Tensor) -> tuple[Tensor, Tensor]:
     """Of pieces' (m, log decay, begin), (pieces, batch, heads, 3): the weight of each piece's state in the state after
-    the last, the piece that made its m, and this m."""
+    the last, and this state's m."""
     m, decay, begin = scalars.double().unbind(-1)
     behind, begins = (_sum_before(t.flip(0)).flip(0) for t in (decay, begin))  # in the pieces after each
     logs = torch.where(begins > 0, -torch.inf, behind + m)
-    winner = logs.shape[0] - 1 - logs.flip(0).argmax(0, keepdim=True)  # of equals the last one
-    top = logs.gather(0, winner)
-    top = top.float()  # weights are relative to the float32 m, so that its rounding does not matter
-    return torch.exp(logs - top).float(), winner, top[0]
+    top = logs.amax(0).float()  # weights are relative to the float32 m, so that its rounding does not matter
+    return torch.exp(logs - top).float(), top
 
 
 def _times(states: Tensor, weights: Tensor) -> Tensor:
     """A weight of 0 takes no part, whatever the state holds."""
     return torch.where(weights[..., None] == 0, 0.0, states * weights[..., None])
-
-
-def _gradient(pieces: Tensor, weights: Tensor, winner: Tensor, into: Tensor, dm: Tensor) -> Tensor:
-    """The gradient of the pieces through the state that :func:`_weights` weights, of which `into` and `dm` are those of
-    (c, n) and m."""
-    logs = _times(pieces[..., :-3] * into, weights).double().sum(-1)
-    logs = logs.scatter_add(0, winner, (dm - logs.sum(0))[None])
-    scalars = torch.stack((logs, _sum_before(logs), torch.zeros_like(logs)), -1)
-    return torch.cat((into * weights[..., None], scalars.to(into.dtype)), -1)

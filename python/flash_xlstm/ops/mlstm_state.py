@@ -53,7 +53,7 @@ def mlstm_state(
         raise _errors.explain(error, mlstm_state, locals()) from None
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_state")
+@_common.register_fake("mlstm_state")
 def _(k, v, i, f, cu_seqlens, gate_soft_cap, chunk_size):
     _common.no_mixed_meta(k, of="k", v=v, i=i, f=f, cu_seqlens=cu_seqlens)
     states, heads, dqk, dv = _common.num_seqs(k, cu_seqlens), *(_common.size(k, d) for d in (2, 3)), _common.size(v, 3)
@@ -61,7 +61,7 @@ def _(k, v, i, f, cu_seqlens, gate_soft_cap, chunk_size):
     return tuple(k.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@torch.library.register_fake("flash_xlstm::mlstm_state_backward")
+@_common.register_fake("mlstm_state_backward")
 def _(dc_last, dn_last, dm_last, dlog_decay, k, v, i, f, cu_seqlens, gate_soft_cap, chunk_size):
     return _common.fake_gradients(k, k, v, i, f)[1:]
 

@@ -16,6 +16,7 @@
 
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
+#include "cuda/mlstm/chunked/open_sum.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -802,6 +803,10 @@ cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, float* log
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.dlog_decay, params.di,
                 params.df, params.dm0, state_tiles(w.p));
+}
+
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  return sum_open(w.layout, w.reset, w.e, params.open_e, params.is_open, stream);
 }
 
 }  // namespace flash_xlstm::cuda::hopper

@@ -211,6 +211,7 @@ cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t s
     RETURN_IF_FAILED(no_dq(w, params, stream));
   }
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
+  if (params.dk == nullptr) return sum_open_tokens(w, params, stream);
   RETURN_IF_FAILED(output_dk_dv(w, maps, params, stream));
   return gate_gradients(w, params, stream);
 }

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/mlstm/chunked/open_sum.cuh"
 #include "cuda/mlstm/portable/kernels.h"
 
 namespace flash_xlstm::cuda::portable {
@@ -396,6 +397,10 @@ cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStrea
   gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.dlog_decay, params.di, params.df, columns,
                                                                           states);
   return cudaGetLastError();
+}
+
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  return sum_open(w.layout, w.scratch.reset, w.scratch.e, params.open_e, params.is_open, stream);
 }
 
 }  // namespace flash_xlstm::cuda::portable

@@ -56,6 +56,9 @@ cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, c
 // di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
+// open_e and is_open from e, reset.
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+
 // states.cu
 // Writes the states of the layout's range to c and n, and the final state, where not null, of sequences that end in the
 // range. range_index: the number of the range, which tells the two carried states apart.

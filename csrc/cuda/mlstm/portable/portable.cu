@@ -134,10 +134,13 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
     RETURN_IF_FAILED(no_token_gradients(w, params, stream));
   } else {
     RETURN_IF_FAILED(token_gradients(w, params, stream));
-    RETURN_IF_FAILED(
-        outputs<Output::dq>({.w = w, .dh = params.dh, .out = params.dq, .partial = w.scratch.q_dq}, stream));
+    if (params.dk != nullptr) {
+      RETURN_IF_FAILED(
+          outputs<Output::dq>({.w = w, .dh = params.dh, .out = params.dq, .partial = w.scratch.q_dq}, stream));
+    }
   }
   RETURN_IF_FAILED(backward_states(w, params, stream));
+  if (params.dk == nullptr) return sum_open_tokens(w, params, stream);
   RETURN_IF_FAILED(outputs<Output::dk>({.w = w, .dh = params.dh, .out = params.dk, .partial = w.scratch.k_dk}, stream));
   RETURN_IF_FAILED(outputs<Output::dv>({.w = w, .dh = params.dh, .out = params.dv}, stream));
   RETURN_IF_FAILED(chunk_gate_sums(w, params.dh, stream));
