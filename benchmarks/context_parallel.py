@@ -4,9 +4,9 @@
 
 `time_ms` is of one forward and backward; over ranks it is that of the slowest. `peer` is `one` (the whole sequence on
 one GPU), `ranks` (a piece each), or a part of what comes on top of a rank's own mLSTM: `state` (ops.mlstm_state),
-`initial_backward` (its share of the backward) and `exchange` (an all-gather and a reduce-scatter of the states). `error`
-is how far h and the gradients over ranks are, by their norms, from those of one GPU. On the CPU, with gloo, it runs
-too, for a test of it.
+`initial_backward` (its share of the backward) and `exchange` (an all-gather and a reduce-scatter of the states).
+`error` is how far h and the gradients over ranks are, by their norms, from those of one GPU. On the CPU, with gloo, it
+runs too, for a test of it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,6 @@ struct StateArgs {
   int dqk_tiles, dv_tiles;
   int* turns;  // blocks that have started, where there are segments
   int* flags;
-  bool keeps;         // whether the states in between are kept, and through is made
   float* log;         // float16: the scale of what is kept
   const float* log0;  // backward: of what was kept before
 };
@@ -306,7 +305,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       Chunk chunk;
       l.locate(chunk_at(step), chunk);
       const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-      if (backward && writes && args.keeps && reads_state(step)) {
+      if (backward && writes && reads_state(step)) {
         for (int g = 0; g < groups; ++g) {
           auto& s = next_stage(Shared::y_boxes * box_bytes);
           for (int b = 0; b < Shared::y_boxes; ++b) {
@@ -450,7 +449,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   };
   int turn = 0, weights_parity = 0;  // of the weights
   for (int pass = 0; pass < 3; ++pass) {
-    const bool writes = pass == 2, keeps = writes && args.keeps;
+    const bool writes = pass == 2, keeps = writes && (backward || w.c != nullptr);
     run_begin = first_step, run_end = last_step;
     bool forgets = false;
     if (!writes) {
@@ -474,7 +473,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       const float* const weight = weights.product;
       keep_all *= keep;
 
-      if (backward && keeps) {
+      if (backward && writes) {
         float inner = 0.0f;
         for (int g = 0; g < (reads_state(step) ? groups : 0); ++g) {
           ptx::mbarrier_wait(&sh.full[stage], parity);
@@ -711,7 +710,6 @@ cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float
                  .n_out = n_last,
                  .turns = turns,
                  .flags = turns + 1,
-                 .keeps = w.c != nullptr,
                  .log = w.state_log};
   return launch<false>(args, stream);
 }
@@ -728,7 +726,6 @@ cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward
                  .n_out = params.dn0,
                  .turns = turns,
                  .flags = turns + 1,
-                 .keeps = params.dk != nullptr,
                  .log = w.grad_log,
                  .log0 = w.state_log};
   return launch<true>(args, stream);

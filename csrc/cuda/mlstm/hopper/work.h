@@ -152,8 +152,7 @@ cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStre
 // states.cu
 // c, n (and n_parts if not null) at every chunk's start; the final state where not null.
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream);
-// Replaces every c, n by the gradient of the state at the chunk's end and fills through, where dk is wanted; dc0, dn0
-// where not null.
+// Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
 // How many segments to cut sequences into, the floats of segment_ends, and the ints of segment_flags for one direction.
