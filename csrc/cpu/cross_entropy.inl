@@ -1,4 +1,4 @@
-// The rows of a cross entropy, side by side, and the scaling of its gradients; part of vector_kernels.inl.
+// The rows of a cross entropy, in parallel, and the scaling of its gradients. Part of vector_kernels.inl.
 
 namespace {
 
@@ -6,7 +6,7 @@ inline int64_t label_of(const CrossEntropy& p, int64_t row) {
   return p.labels_are_int32 ? static_cast<const int32_t*>(p.labels)[row] : static_cast<const int64_t*>(p.labels)[row];
 }
 
-// c: scratch of a row.
+// c: scratch for one row.
 void cross_entropy_row(const CrossEntropy& p, int64_t row, float* c) {
   const int64_t label = label_of(p, row), count = p.columns;
   const bool is_ignored = label == p.ignore_index;
@@ -29,7 +29,7 @@ void cross_entropy_row(const CrossEntropy& p, int64_t row, float* c) {
     }
     float tail = 0.0f;
     for (; x < count; ++x) tail += exponential(c[x] - top);
-    // In float64: the differences below lose nothing to rounding.
+    // float64: the differences below lose no digits.
     const double wide = static_cast<double>(top) + __builtin_log(static_cast<double>(sum.total() + tail));
     lse = static_cast<float>(wide);
     double loss = __builtin_nan("");
@@ -55,7 +55,7 @@ void cross_entropy_row(const CrossEntropy& p, int64_t row, float* c) {
     for (int64_t x = 0; x < count; ++x) c[x] = exponential(c[x] - lse) * of_p - everywhere;
     if (label >= 0 && label < count) c[label] -= at_label;
     if (p.cap != 0.0f) {
-      for (int64_t x = 0; x < count; ++x) {  // 1 - tanh^2 without the difference
+      for (int64_t x = 0; x < count; ++x) {  // 1 - tanh^2, without a difference of near values
         const float e = exponential(-2.0f * absolute(logits[x] / p.cap)), sum = 1.0f + e;
         c[x] *= 4.0f * e / (sum * sum);
       }
@@ -76,7 +76,7 @@ CPU_KERNEL(cross_entropy, CrossEntropy) {
 CPU_KERNEL(scaling, Scaling) {
   constexpr int64_t grain = 1 << 14;
   parallel(p.count, grain, [&](int64_t begin, int64_t end) {
-    constexpr int64_t piece = 512;  // of float32 on the stack, as swiglu's
+    constexpr int64_t piece = 512;  // floats on the stack, as in swiglu_columns
     float wide[piece];
     for (int64_t start = begin; start < end; start += piece) {
       const int64_t count = end - start < piece ? end - start : piece;

@@ -1,5 +1,5 @@
-// The pointwise ops, rows side by side; part of vector_kernels.inl. The weights' gradients are summed in a number of parts
-// that depends on the number of rows only, so that they do not depend on the number of threads.
+// The pointwise ops, with rows in parallel. Part of vector_kernels.inl. A gradient of a weight is summed in parts. How
+// many parts there are depends on the sizes only, so the result does not depend on the number of threads.
 
 namespace {
 
@@ -26,15 +26,15 @@ inline float sum_of(const float* x, int64_t count) {
 
 inline float inverse_root(float mean_square, float eps) { return 1.0f / __builtin_sqrtf(mean_square + eps); }
 
-// At least 16k elements a thread: below that, waking a thread costs more than it brings.
+// The rows that a thread takes at least: about 16k elements. For fewer, waking a thread costs more than it saves.
 int64_t grain_of_rows(int64_t row_elements) { return 1 + (int64_t{1} << 14) / row_elements; }
 
-// Calls run(begin, end, dweight) for parts of the rows, and adds up what they put into their dweight.
+// Calls run(begin, end, part_of_dweight) for parts of the rows, and adds up their parts of dweight in order.
 template <typename F>
 void in_parts(int64_t rows, int64_t columns, void* dweight, DType dtype, const F& run) {
   constexpr int64_t max_parts = 64;
-  const int64_t least = grain_of_rows(columns), even = (rows + max_parts - 1) / max_parts;
-  const int64_t each = even > least ? even : least, parts = (rows + each - 1) / each;
+  const int64_t least = grain_of_rows(columns), even = ceil_div(rows, max_parts);
+  const int64_t each = even > least ? even : least, parts = ceil_div(rows, each);
   const Floats sums(dweight == nullptr ? 0 : (parts + 1) * columns);
   parallel(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
@@ -127,9 +127,10 @@ CPU_KERNEL(rms_norm_backward, RmsNormBackward) {
 
 namespace {
 
-// x becomes (x - mean) / sqrt(var + eps); returns the latter factor.
+// Makes x (x - mean) / sqrt(var + eps), and returns 1 / sqrt(var + eps).
 inline float normalize(float* x, int64_t count, float eps, DType dtype) {
-  // Of float32 twice: rounded, a mean that is large beside what it leaves, leaves some of itself.
+  // float32 rows subtract their mean twice. Where the mean is large beside what it leaves, its rounding error remains
+  // after the first time.
   for (int time = 0; time < (dtype == DType::float32 ? 2 : 1); ++time) {
     const float mean = sum_of(x, count) / static_cast<float>(count);
     for (int64_t c = 0; c < count; ++c) x[c] -= mean;
@@ -194,7 +195,7 @@ void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin
           if (dweight != nullptr) dweight[column + c] += dy[c] * x[c];
           dy[c] *= weight[c];
         }
-        // Without its mean first: the sum along x is then rounded as what is left of it, not as the whole.
+        // dy loses its mean before the sum along x. The sum's rounding error is then that of what the mean leaves.
         const float mean = sum_of(dy, p.dim) / count;
         for (int64_t c = 0; c < p.dim; ++c) dy[c] -= mean;
         const float along = dot(dy, x, p.dim) / count;
@@ -217,8 +218,8 @@ CPU_KERNEL(gated_head_norm_backward, GatedHeadNormBackward) {
 
 namespace {
 
-// Columns [begin, end) of a row. In pieces of float32 on the stack: loops that convert and compute at once are not
-// vectorised.
+// Columns [begin, end) of a row, in pieces that are converted to float32 on the stack. Loops that convert and compute
+// at once are not vectorised.
 void swiglu_columns(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
   constexpr int64_t piece = 512;
   float x[piece], y[piece], dout[piece], out[piece];
@@ -258,7 +259,7 @@ void swiglu_columns(const Swiglu& p, int64_t row, int64_t begin, int64_t end) {
 
 CPU_KERNEL(swiglu, Swiglu) {
   constexpr int64_t piece = 1 << 13, grain = 2;
-  const int64_t pieces = (p.columns + piece - 1) / piece;
+  const int64_t pieces = ceil_div(p.columns, piece);
   parallel(p.rows * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t column = item % pieces * piece, stop = column + piece;
@@ -277,7 +278,7 @@ void soft_cap_elements(const SoftCap& p, int64_t begin, int64_t end) {
     const Bits *x = static_cast<const Bits*>(p.x), *dy = static_cast<const Bits*>(p.dy);
     Bits* out = static_cast<Bits*>(p.out);
     const float cap = p.cap;
-    // In pieces of float32 on the stack: loops that convert and compute at once are not vectorised.
+    // In pieces of float32 on the stack, as in swiglu_columns.
     constexpr int64_t piece = 512;
     float wide[piece];
     for (int64_t start = begin; start < end; start += piece) {

@@ -61,7 +61,7 @@ void product(float* out, int64_t out_stride, const float* a, int64_t a_row, int6
 // --- the cell ------------------------------------------------------------------------------------------------------
 
 // log(1 + y) for y from 0 to 1: 2 atanh(y / (2 + y)).
-inline float logarithm_1p(float y) {
+IN_LOOPS float logarithm_1p(float y) {
   const float s = y / (2.0f + y), square = s * s;
   float p = 2.0f / 15.0f;
   p = p * square + 2.0f / 13.0f;

@@ -1,3 +1,4 @@
+// The cross entropy of rows of logits, and the scaling of its gradients.
 #include <cmath>
 
 #include "ops/kernel_for.h"
@@ -7,7 +8,7 @@
 namespace flash_xlstm {
 namespace {
 
-// 0, the kernels' word for no cap, without one.
+// The cap as the kernels take it: 0 stands for no cap.
 float check_soft_cap(std::optional<double> cap) {
   if (!cap) return 0.0f;
   const float value = static_cast<float>(*cap);
@@ -32,7 +33,7 @@ float check_z_loss(double z_loss) {
   return value;
 }
 
-// The distance between a matrix's rows, which must be contiguous; on CUDA they are read and written in packs.
+// The stride between the rows of a matrix. Each row must be contiguous. CUDA kernels read and write rows in packs.
 int64_t check_rows(const char* name, const Tensor& t) {
   check_last_dim_contiguous(name, t);
   const int64_t stride = t.stride(0), pack = cross_entropy_pack;
@@ -44,8 +45,8 @@ int64_t check_rows(const char* name, const Tensor& t) {
   return stride;
 }
 
-// The losses of the rows of `logits` (rows, columns). Into dlogits, if given, go the logits' gradients; with `scale`
-// (rows), times that.
+// The losses of the rows of `logits` (rows, columns). The gradients of the logits are written to `dlogits`, if given.
+// With `scale` (rows) they are multiplied by it.
 Tensor cross_entropy_rows(Tensor logits, Tensor labels, OptTensor scale, OptTensor dlogits,
                           std::optional<double> soft_cap, int64_t ignore_index, double label_smoothing, double z_loss) {
   check_shape("logits", logits, {-1, -1}, "(rows, columns)");
@@ -90,7 +91,7 @@ Tensor cross_entropy_rows(Tensor logits, Tensor labels, OptTensor scale, OptTens
   return loss;
 }
 
-// x times `factor`, one float32, in the dtype of `like`; rounded once.
+// x times `factor`, which is one float32. The result has the dtype of `like` and is rounded once.
 Tensor scaled(Tensor x, Tensor factor, Tensor like) {
   check_op_dtype("like", like.scalar_type());
   if (x.scalar_type() != ScalarType::Float) check_dtype("x", x, like.scalar_type(), ", as like, or float32");

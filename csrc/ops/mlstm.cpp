@@ -1,4 +1,5 @@
 
+// The mLSTM over a sequence and its gradients, with exponential or sigmoid input gates.
 #include <cmath>
 #include <utility>
 
@@ -10,7 +11,7 @@
 namespace flash_xlstm {
 namespace {
 
-// What the ops of the family take besides q, k, v and the gates.
+// What the ops of this family take besides q, k, v and the gates.
 struct Options {
   OptTensor c, n, m, cu_seqlens;
   std::optional<double> scale;
@@ -22,12 +23,12 @@ struct Options {
   const char* first = "q";  // the argument that stands for q: k where there is none
   float first_m = 0.0f;
 
-  // The parts of the state.
+  // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
   bool has_m() const { return input_gate == InputGate::exponential; }
 };
 
-// Keeps alive what the problem points to.
+// A problem, and the tensors that it points to.
 struct CheckedProblem {
   MlstmProblem p;
   std::vector<Tensor> held;
@@ -88,7 +89,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   MlstmProblem& p = checked.p;
   const char* const first = options.first;
   check_shape(first, q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
-  const ScalarType dtype = q.scalar_type(), gate_dtype = i.scalar_type();  // read once: torch looks for them in a list
+  const ScalarType dtype = q.scalar_type(), gate_dtype = i.scalar_type();  // read once: each read searches a list
   check_op_dtype(first, dtype);
   p.batch = q.size(0), p.seq = q.size(1), p.heads = q.size(2), p.dqk = q.size(3);
   if (p.seq < 1) value_error(first, " has seq ", p.seq, "; it must be at least 1");
@@ -131,10 +132,10 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   return checked;
 }
 
-// Has the input at `to`, `t`, copied for kernels that cannot read it as it lies.
+// Copies the input `t`, for kernels that cannot read it as it lies, and makes `to` describe the copy.
 [[maybe_unused]] void copy_input(CheckedProblem& checked, Strided& to, const Tensor& t) {
   Tensor copy = torch::stable::contiguous(t);
-  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // contiguous, but not aligned
+  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // t is contiguous, but not aligned
   to = strided(copy);
   checked.held.push_back(std::move(copy));
 }
@@ -149,7 +150,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
-// Whether the kernels write gradients of q, k and v that are not contiguous.
+// Whether the kernels can write gradients of q, k and v that are not contiguous.
 bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params) {
 #ifdef FLASH_XLSTM_WITH_CUDA
   if (!q.is_cuda()) return false;
@@ -161,13 +162,13 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 }
 
 struct ForwardOutputs {
-  OptTensor h, kept, c_last, n_last, m_last, log_decay;  // what there is and was asked for
+  OptTensor h, kept, c_last, n_last, m_last, log_decay;  // only those that exist and are wanted
 };
 
 enum class Wanted { h, h_and_kept, h_kept_and_state, state_and_decay };
 
-// Nothing is allocated that is not wanted: every tensor costs the host a microsecond.
-// `kept`: what the backward needs. s and m are one tensor (2, batch, seq, heads), s alone is (batch, seq, heads).
+// Allocates only what is wanted: every tensor costs the host a microsecond. `kept` is what the backward needs: s and m
+// as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads).
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                        const Tensor& f, const Options& options, Wanted wanted) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
@@ -178,12 +179,13 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   const bool has_n = options.has_n(), has_m = options.has_m();
   const bool h = wanted != Wanted::state_and_decay, keep = h && wanted != Wanted::h;
   const bool state = wanted == Wanted::h_kept_and_state || !h;
-  ForwardOutputs y{h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
-                   has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
-                   make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
-                   make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
-                   make(state && has_m, {p.num_seqs, p.heads}),
-                   make(!h, {p.num_seqs, p.heads})};
+  ForwardOutputs y{
+      .h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
+      .kept = has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
+      .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
+      .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
+      .m_last = make(state && has_m, {p.num_seqs, p.heads}),
+      .log_decay = make(!h, {p.num_seqs, p.heads})};
   MlstmForward params{};
   params.p = p;
   if (h) params.h = y.h->data_ptr();
@@ -200,13 +202,14 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   return y;
 }
 
-// Gradients of q, k, v, i, f and the initial state; empty where there is none. kept: as the forward returned it, empty
-// where there is none.
+// The gradients that a backward makes.
 enum class Of { all, state_alone, initial_state_alone };
 
+// The gradients of q, k, v, i, f, c, n and m. Those of states that there are not are empty. `kept` is what the forward
+// returned. With `into`, dq, dk and dv go there: the kernels write them, or they are copied.
 // Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
-// Of::initial_state_alone: in the places of dk and dv, empty here, nothing; in those of di and df, (num_seqs, heads)
-// float32, open_e and is_open.
+// Of::initial_state_alone: dk and dv are empty; in the places of di and df are open_e and is_open, (num_seqs, heads)
+// float32.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
@@ -217,7 +220,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
   params.p = p;
-  if (q.is_cuda() && p.dtype == DType::float32 && !state_only) {  // the only path that makes dh . h of it
+  if (q.is_cuda() && p.dtype == DType::float32 && !state_only) {  // only this path makes dh . h from h
     if (!h) value_error("h is None; for float32 on CUDA it must be what the forward returned");
     check_shape("h", *h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
     check_dtype("h", *h, q.scalar_type(), ", as q");
@@ -302,7 +305,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
 
-// States that were not asked for are empty.
+// `t`, or an empty tensor where the state is not wanted. The first of `sizes` becomes 0.
 Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes) {
   sizes[0] = 0;
   return t ? *t : new_empty(q, sizes, ScalarType::Float);
@@ -311,7 +314,14 @@ Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes)
 Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                  OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                  int64_t chunk_size, bool return_final_state) {
-  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
   const ForwardOutputs y =
       forward("mlstm", q, k, v, i, f, options, return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept);
   const int64_t heads = q.size(2), dqk = q.size(3), dv = v.size(3);
@@ -324,7 +334,14 @@ Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, 
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
                          std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  const Options options{c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
   ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, Wanted::h_and_kept);
   return {std::move(*y.h), std::move(*y.kept)};
 }
@@ -334,17 +351,30 @@ namespace {
 Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                int64_t chunk_size) {
-  return std::move(*forward("mlstm_h", q, k, v, i, f, {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size},
-                            Wanted::h)
-                        .h);
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
+  return *forward("mlstm_h", q, k, v, i, f, options, Wanted::h).h;
 }
 
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                           Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
                           OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                           std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
-                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept);
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
+  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f, options, h, "kept", kept);
 }
 
 // The options of the state alone: it begins without weight, and scale and eps mean nothing to it.
@@ -385,8 +415,16 @@ Tensors<4> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_las
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
                      std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
                      bool return_final_state, bool normalize) {
-  const Options options{
-      c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = std::nullopt,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size,
+                        .input_gate = InputGate::sigmoid,
+                        .normalize = normalize};
   const ForwardOutputs y =
       forward("mlstm_sig", q, k, v, i, f, options, return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept);
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
@@ -398,8 +436,16 @@ Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last
                               Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
                               std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                               int64_t chunk_size, bool normalize) {
-  const Options options{
-      c, n, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, InputGate::sigmoid, normalize};
+  const Options options{.c = c,
+                        .n = n,
+                        .m = std::nullopt,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size,
+                        .input_gate = InputGate::sigmoid,
+                        .normalize = normalize};
   auto [dq, dk, dv, di, df, dc, dn, dm] =
       backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, "s", s);
   return {dq, dk, dv, di, df, dc, dn};
@@ -411,22 +457,30 @@ Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Te
                                const Tensor& v, const Tensor& i, const Tensor& f, const OptTensor& cu_seqlens,
                                const Tensor& h, const Tensor& kept, std::optional<double> scale, double eps,
                                std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  const Options options{std::nullopt, std::nullopt, std::nullopt, cu_seqlens, scale, eps, gate_soft_cap, chunk_size};
+  const Options options{.c = std::nullopt,
+                        .n = std::nullopt,
+                        .m = std::nullopt,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = chunk_size};
   return backward("mlstm_gated_backward", dh, std::nullopt, std::nullopt, std::nullopt, q, k, v, i, f, options, h,
                   "kept", kept, &into);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
-  // `c, n, m` are the initial state (all or none), `scale=None` is dqk ** -0.5, `gate_soft_cap=None` no cap,
-  // `chunk_size=0` lets the kernel choose. States that an operator returns are empty where they were not asked for; so
-  // are s and n without `normalize`, which then are no inputs either. A backward reads h of float32 on CUDA only.
+  // `c, n, m` are the initial state, all or none. `scale=None` means dqk ** -0.5, `gate_soft_cap=None` means no cap.
+  // With `chunk_size=0` the kernel chooses. Returned states are empty where they are not wanted. Without `normalize`
+  // there is no s and no n: as results they are empty, as inputs n must be None and s is not read. A backward reads h
+  // only for float32 on CUDA.
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
       "bool return_final_state=False) -> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
-  // Eager calls without a final state take these two, since every tensor that is returned takes the host a microsecond
-  // or two: h and what the backward needs, for autograd.Function, within which torch's look for a derivative would cost
-  // as much; and h alone.
+  // Eager calls without a final state take the next two operators: every returned tensor costs the host one or two
+  // microseconds. mlstm_forward returns h and what the backward needs, for an autograd.Function. It has no derivative
+  // of its own, since torch's search for one would cost as much. mlstm_h returns h alone.
   lib.def(
       "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "

@@ -1,4 +1,4 @@
-// What the operators of the mLSTM over a sequence share.
+// The mLSTM over a sequence, for operators that contain it.
 #pragma once
 
 #include <optional>
@@ -8,13 +8,13 @@
 
 namespace flash_xlstm {
 
-// Where the gradients of q, k and v go: (batch, seq, heads * dim) each, tokens evenly apart, as parts of a wider tensor
-// are.
+// Where the gradients of q, k and v are written. Each is (batch, seq, heads * dim) with one stride between tokens, as a
+// part of a wider tensor has.
 struct MlstmInto {
   Tensor dq, dk, dv;
 };
 
-// As the operators of these names; the backward is without states, and its dq, dk and dv are those of `into`.
+// As the operators mlstm_forward and mlstm_backward. The backward has no states. It writes dq, dk and dv to `into`.
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
                          std::optional<double> gate_soft_cap, int64_t chunk_size);

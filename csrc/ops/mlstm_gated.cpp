@@ -1,4 +1,4 @@
-// An mLSTM with the gated head-wise norm behind it, of one joined projection, as a layer has them.
+// The mLSTM of one joined projection, with the gated head-wise norm behind it, as a layer has them.
 #include "ops/launch.h"
 #include "ops/mlstm.h"
 #include "ops/norms.h"
@@ -6,13 +6,13 @@
 namespace flash_xlstm {
 namespace {
 
-// z (batch, seq, 2 qk_dim + 2 v_dim) and its parts, side by side.
+// z (batch, seq, 2 qk_dim + 2 v_dim) holds q, k, v and the output gate side by side.
 struct Parts {
-  int64_t keys, values;  // of all heads
+  int64_t keys, values;  // qk_dim and v_dim, of all heads together
   Tensor q, k, v, gate;
 };
 
-// The queries', keys', values' or gate's columns of z.
+// The columns [start, start + size) of z.
 Tensor part(Tensor z, int64_t start, int64_t size) { return torch::stable::narrow(z, 2, start, size); }
 
 Parts parts_of(const Tensor& z, int64_t heads, int64_t qk_dim) {
@@ -50,7 +50,8 @@ Tensors<3> mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu
   return {y, h, kept};
 }
 
-// The gradients of q, k, v and the output gate are written side by side, as the projection's own gradient reads them.
+// The gradients of q, k, v and the output gate are written side by side into dz, as the projection's gradient reads
+// them.
 Tensors<4> mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu_seqlens, Tensor h,
                                 Tensor kept, int64_t heads, int64_t qk_dim, std::optional<double> scale, double eps,
                                 std::optional<double> gate_soft_cap, int64_t chunk_size, double norm_eps,
@@ -73,7 +74,7 @@ Tensors<4> mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
-  // Options as the mLSTM's and the norm's.
+  // The options are those of the mLSTM and of the norm.
   lib.def(
       "mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, int heads, int qk_dim, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size, float norm_eps) "

@@ -1,4 +1,4 @@
-// RMSNorm, alone and with the residual's sum in front, and the gated head-wise LayerNorm.
+// RMSNorm, RMSNorm of a sum with a residual, and the gated head-wise LayerNorm.
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "ops/norms.h"
@@ -7,7 +7,7 @@
 namespace flash_xlstm {
 namespace {
 
-// The weight of a norm of `x`: (size,), in float32 or the dtype of x.
+// Checks the weight of a norm of `x`: (size,), in float32 or the dtype of x.
 void check_weight(const Tensor& weight, int64_t size, const Tensor& x, const char* x_name) {
   check_shape("weight", weight, {size}, "(size of the normalized features,)");
   check_device("weight", weight, x, x_name);

@@ -1,4 +1,4 @@
-// What the operators that contain a norm share.
+// The gated head-wise norm, for operators that contain it.
 #pragma once
 
 #include "ops/checks.h"
@@ -6,7 +6,8 @@
 
 namespace flash_xlstm {
 
-// As the operators of these names; dgate goes to `dgate_to` if given: shape and strides of gate.
+// As the operators of these names. If `dgate_to` is given, dgate is written to it. It must have the shape and the
+// strides of gate.
 Tensor gated_head_norm(Tensor h, Tensor gate, Tensor weight, double eps);
 Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor weight, double eps, bool weight_gradient,
                                     const OptTensor& dgate_to);

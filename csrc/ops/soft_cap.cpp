@@ -1,3 +1,4 @@
+// The soft cap and its gradient.
 #include <cmath>
 
 #include "ops/kernel_for.h"
@@ -14,7 +15,7 @@ void check_cap(double cap) {
   }
 }
 
-// dy == nullptr: the forward, else the gradient.
+// Writes the capped x to `out`, or with dy the gradient of x.
 void run_soft_cap(const Tensor& x, const Tensor* dy, const Tensor& out, double cap) {
   const SoftCap params{.dtype = to_dtype(x.scalar_type()),
                        .count = x.numel(),

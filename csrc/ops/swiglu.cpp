@@ -1,3 +1,4 @@
+// SwiGLU of two tensors, or of the two halves of one.
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "params/pointwise.h"
@@ -55,7 +56,7 @@ Tensors<2> swiglu_backward(Tensor dout, Tensor x, Tensor y) {
   return {dx, dy};
 }
 
-// The sizes of x and y that lie side by side in z.
+// The sizes of x and of y, which lie side by side in z.
 std::vector<int64_t> halves_of(const Tensor& z) {
   check_op_dtype("x", z.scalar_type());
   std::vector<int64_t> sizes = sizes_of(z);
@@ -117,8 +118,8 @@ Tensors<2> swiglu_joined_backward(Tensor dout, Tensor z, bool remake) {
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
-  // The same of x and y that lie side by side in z, as a joined projection leaves them; their gradients do, too. With
-  // `remake` the backward also gives the output, for who did not keep it; else it is empty.
+  // The same where x and y lie side by side in z, as a joined projection leaves them. Their gradients lie side by side
+  // in dz. With `remake` the backward also returns the output, for callers that did not keep it; else `out` is empty.
   lib.def("swiglu_joined(Tensor z) -> Tensor");
   lib.def("swiglu_joined_backward(Tensor dout, Tensor z, bool remake) -> (Tensor dz, Tensor out)");
 }

@@ -1,18 +1,20 @@
-// The rows of a cross entropy, and what its gradients are multiplied by.
+// The rows of a cross entropy, and the scaling of its gradients.
 #pragma once
 
 #include "params/types.h"
 
 namespace flash_xlstm {
 
-// On CUDA rows begin at multiples of so many elements, and may be written up to the next.
+// On CUDA a row begins at a multiple of this many elements. Kernels may write beyond its end, up to the next multiple.
 constexpr int cross_entropy_pack = 4;
 
-// Of float32 logits (rows, columns), rows any distance apart: with c = cap tanh(logit / cap) (cap 0: the logit itself),
-// lse = log sum exp c and p = exp(c - lse),
-//   loss    = (1 - s) (lse - c_label) + s (lse - mean c) + z_loss lse^2,   s = label_smoothing
-//   dlogits = (p (1 + 2 z_loss lse) - (1 - s) [label] - s / columns) (1 - (c / cap)^2) scale,
-// both 0 where the label is ignore_index. The loss of another label that names no column is NaN.
+// Losses and gradients of float32 logits (rows, columns), whose rows may lie any distance apart. For a row:
+//   c       = cap tanh(logit / cap); with cap 0 the logit itself
+//   lse     = log sum exp c,   p = exp(c - lse),   s = label_smoothing
+//   loss    = (1 - s) (lse - c_label) + s (lse - mean c) + z_loss lse^2
+//   dlogits = (p (1 + 2 z_loss lse) - (1 - s) [label] - s / columns) (1 - (c / cap)^2) scale
+// The factor 1 - (c / cap)^2 is 1 with cap 0. Loss and gradient are 0 where the label is ignore_index. Any other label
+// outside [0, columns) has a loss of NaN.
 struct CrossEntropy {
   int64_t rows = 0, columns = 0;
   const float* logits = nullptr;
@@ -28,7 +30,7 @@ struct CrossEntropy {
   int64_t dlogits_stride = 0;
 };
 
-// out = x factor[0], rounded once; x has the dtype of out or float32.
+// out = x factor[0], rounded once. x is float32 or has the dtype of out.
 struct Scaling {
   DType x_dtype = DType::float32, out_dtype = DType::float32;
   int64_t count = 0;

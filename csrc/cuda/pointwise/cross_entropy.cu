@@ -1,15 +1,17 @@
-// Rows of a cross entropy (params/loss.h): every logit is read from memory once, every gradient written once.
+// Rows of a cross entropy (params/loss.h). Every logit is read from memory once, every gradient is written once.
 //
-// A cluster of 1 to 8 blocks has a row, each block a slice of it, four logits a thread at a time. Pass 1 reads the
-// logits and leaves v = tanh(logit / cap), or the logit itself without a cap, in shared memory; each thread keeps its
-// largest v, the sum of exp(c - its largest c), c = cap v, and the sum of v. These meet across the warp, the block and,
-// through the blocks' shared memory, the cluster, always in the same order. Pass 2 makes the gradients of what the same
-// thread left in shared memory. Float32 gradients want the cap's slope to their own rounding where tanh nears 1, too;
-// for them the logits stay in shared memory, and pass 2 makes v and the slope of them.
+// A cluster of 1, 2, 4 or 8 blocks takes a row, each block a slice of it. A thread takes packs of four logits.
+//   Pass 1 reads the logits and leaves v in shared memory: v = tanh(logit / cap), or the logit itself without a cap.
+//     Each thread keeps its largest v, the sum of exp(c - its largest c) and the sum of v. Here c = cap v, or v without
+//     a cap. These are added across the warp, the block and, through the blocks' shared memory, the cluster. The order
+//     is always the same.
+//   Pass 2 makes the gradients from what the same thread left in shared memory.
+// Float32 gradients need the slope of the cap to float32's rounding, also where tanh nears 1. For them pass 1 leaves
+// the logits, and pass 2 makes v and the slope from these.
 //
-// A slice has at most 112 KB, so that an SM holds two blocks, of which one reads while the other writes: a row of 50,304
-// logits has two. Longer rows than eight slices hold, and long rows on GPUs without clusters, are read twice, by one
-// block.
+// A slice has at most 112 KiB, so that an SM holds two blocks: one reads while the other writes. A row of 50,304 logits
+// has two slices. Rows longer than eight slices are read twice, by one block. So are rows longer than one slice on GPUs
+// without clusters.
 #include <cfloat>
 
 #include "cuda/common/dependent_launch.cuh"
@@ -22,7 +24,7 @@ namespace {
 
 constexpr int threads = 512, warps = threads / 32;
 constexpr int width = cross_entropy_pack;  // logits
-constexpr int batch = 4;                   // packs that a thread asks for at a time
+constexpr int batch = 4;                   // packs that a thread has in flight
 constexpr int max_slices = 8;
 constexpr int64_t slice_bytes = 112 * 1024, pack_bytes = width * sizeof(float);
 constexpr float log2_e = 1.44269504f;
@@ -33,9 +35,11 @@ __device__ __forceinline__ float exp2_of(float x) {
   return y;
 }
 
-// Of values v that stand for exponents unit v of 2: the largest, the sum of 2^(unit (v - top)), the sum of v.
+// Sums over values v, of which exp(c) is 2^(unit v).
 struct Sums {
-  float top, exps, total;
+  float top;    // the largest v
+  float exps;   // sum of 2^(unit (v - top))
+  float total;  // sum of v
 
   __device__ __forceinline__ void add(const Sums& other, float unit) {
     const float higher = fmaxf(top, other.top);
@@ -57,8 +61,8 @@ __device__ __forceinline__ void add_over_lanes(Sums& sums, float unit) {
   }
 }
 
-// Of the row, in every thread of its blocks. Each block then waits with ptx::cluster_wait before it ends: another may
-// still read its shared memory.
+// The row's sums, in every thread of its blocks. A block must call end_row before it ends: another block may still read
+// its shared memory.
 __device__ __forceinline__ Sums add_over_row(Sums sums, float unit, int slices) {
   __shared__ float parts[3][warps];
   __shared__ double2 own[2];
@@ -67,7 +71,7 @@ __device__ __forceinline__ Sums add_over_row(Sums sums, float unit, int slices) 
   if (lane == 0) parts[0][warp] = sums.top, parts[1][warp] = sums.exps, parts[2][warp] = sums.total;
   __syncthreads();
   if (warp == 0) {
-    sums = {parts[0][lane % warps], parts[1][lane % warps], parts[2][lane % warps]};
+    sums = {.top = parts[0][lane % warps], .exps = parts[1][lane % warps], .total = parts[2][lane % warps]};
     add_over_lanes<warps>(sums, unit);
     if (lane == 0) {
       own[0] = make_double2(sums.top, sums.exps);
@@ -80,7 +84,8 @@ __device__ __forceinline__ Sums add_over_row(Sums sums, float unit, int slices) 
     ptx::cluster_barrier();
     for (int rank = 0; rank < slices; ++rank) {
       const double2 pair = ptx::load_peer(own, rank), rest = ptx::load_peer(own + 1, rank);
-      const Sums part{static_cast<float>(pair.x), static_cast<float>(pair.y), static_cast<float>(rest.x)};
+      const Sums part{
+          .top = static_cast<float>(pair.x), .exps = static_cast<float>(pair.y), .total = static_cast<float>(rest.x)};
       if (rank == 0)
         sums = part;
       else
@@ -91,7 +96,8 @@ __device__ __forceinline__ Sums add_over_row(Sums sums, float unit, int slices) 
   }
 #endif
   __syncthreads();
-  return {static_cast<float>(own[0].x), static_cast<float>(own[0].y), static_cast<float>(own[1].x)};
+  return {
+      .top = static_cast<float>(own[0].x), .exps = static_cast<float>(own[0].y), .total = static_cast<float>(own[1].x)};
 }
 
 __device__ __forceinline__ void end_row([[maybe_unused]] int slices) {
@@ -100,7 +106,7 @@ __device__ __forceinline__ void end_row([[maybe_unused]] int slices) {
 #endif
 }
 
-// Four v of a row.
+// v of four logits.
 template <typename T, bool capped>
 __device__ __forceinline__ float4 values_of(float4 z, float cap, float inverse_cap) {
   if constexpr (capped) {
@@ -120,7 +126,8 @@ __device__ __forceinline__ float element(const float4& v, int which) {
   return which == 0 ? v.x : which == 1 ? v.y : which == 2 ? v.z : v.w;
 }
 
-// kept: pass 2 finds what it reads in shared memory, else in memory. slice_packs: of a block, as many as fit.
+// kept: pass 2 reads what pass 1 left in shared memory; otherwise it reads the logits again. slices: blocks of a row.
+// slice_packs: packs of a slice; the last slice of a row may have fewer.
 template <typename T, bool capped, bool kept>
 __global__ void __launch_bounds__(threads, 2)
     cross_entropy_kernel(CrossEntropy p, int slices, int slice_packs, float inverse_cap) {
@@ -130,14 +137,15 @@ __global__ void __launch_bounds__(threads, 2)
   wait_for_earlier_kernels();
   const int64_t row = blockIdx.x / slices;
   const int rank = static_cast<int>(blockIdx.x % slices);
-  const int all_packs = static_cast<int>((p.columns + width - 1) / width);
-  const int begin = rank * slice_packs, count = min(slice_packs, all_packs - begin);  // of the block's packs
+  const int all_packs = static_cast<int>(ceil_div(p.columns, width));
+  const int begin = rank * slice_packs, count = min(slice_packs, all_packs - begin);  // the block's packs
   const int64_t label =
       p.labels_are_int32 ? static_cast<const int32_t*>(p.labels)[row] : static_cast<const int64_t*>(p.labels)[row];
   T* const gradient = p.dlogits == nullptr ? nullptr : static_cast<T*>(p.dlogits) + row * p.dlogits_stride;
-  const int ragged = static_cast<int>(p.columns % width);  // columns of the last pack, where it is not full
-  // Packs end where the row's stride does, so that the last is read, and written, as a whole.
-  if (label == p.ignore_index) {  // the same for all blocks of the cluster
+  // Columns of the row's last pack, or 0 where that is full. The stride of rows is a multiple of packs, so the last
+  // pack is read and written as a whole.
+  const int ragged = static_cast<int>(p.columns % width);
+  if (label == p.ignore_index) {  // in all blocks of the cluster or none
     if (rank == 0 && threadIdx.x == 0) p.loss[row] = 0.0f;
     if (gradient == nullptr) return;
     for (int at = threadIdx.x; at < count; at += threads)
@@ -150,7 +158,7 @@ __global__ void __launch_bounds__(threads, 2)
   const float* const logits = p.logits + row * p.logits_stride + static_cast<int64_t>(begin) * width;
   const float unit = capped ? p.cap * log2_e : log2_e;
 
-  Sums sums{capped ? -1.0f : -2e38f, 0.0f, 0.0f};
+  Sums sums{.top = capped ? -1.0f : -2e38f, .exps = 0.0f, .total = 0.0f};
   float labelled = 0.0f;
   for (int first = threadIdx.x; first < count; first += threads * batch) {
     float4 z[batch];
@@ -165,7 +173,7 @@ __global__ void __launch_bounds__(threads, 2)
       float4 v = values_of<T, capped>(z[x], p.cap, inverse_cap);
       if constexpr (kept) slice[at] = raw ? z[x] : v;
       if (at == label_pack) labelled = element(v, label_place);
-      if (ragged > 0 && begin + at == all_packs - 1) {  // beyond the row's end: nothing
+      if (ragged > 0 && begin + at == all_packs - 1) {  // what is beyond the row's end adds nothing
         sums.total += v.x + (ragged > 1 ? v.y : 0.0f) + (ragged > 2 ? v.z : 0.0f);
         if (ragged < 2) v.y = -INFINITY;
         if (ragged < 3) v.z = -INFINITY;
@@ -178,7 +186,7 @@ __global__ void __launch_bounds__(threads, 2)
         sums.exps *= exp2_of((sums.top - top) * unit);
         sums.top = top;
       }
-      const float shift = sums.top * unit;  // of 16 bits its rounding does not matter
+      const float shift = sums.top * unit;  // its rounding does not matter to 16-bit gradients
       const auto exp_of = [&](float x) {
         return exp2_of(sizeof(T) == 4 ? (x - sums.top) * unit : fmaf(x, unit, -shift));
       };
@@ -187,7 +195,7 @@ __global__ void __launch_bounds__(threads, 2)
   }
   sums = add_over_row(sums, unit, slices);
 
-  // In float64: the differences lose nothing to rounding.
+  // float64: the differences below lose no digits.
   const double c_of_v = capped ? p.cap : 1.0;
   const double lse = c_of_v * sums.top + logf(sums.exps);
   if (has_label ? label_pack >= 0 && label_pack < count && threadIdx.x == label_pack % threads
@@ -234,12 +242,12 @@ __global__ void __launch_bounds__(threads, 2)
   end_row(slices);
 }
 
-// Blocks of a row; 0: the row is read twice.
+// The blocks of a row, or 0 where the row is read twice.
 int slices_of(int64_t packs) {
   const int64_t room = std::min<int64_t>(shared_memory_limit() - 1024, slice_bytes);
   const int limit = code_knows_hopper() ? max_slices : 1;
   for (int slices = 1; slices <= limit; slices *= 2) {
-    if ((packs + slices - 1) / slices * pack_bytes <= room) return slices;
+    if (ceil_div(packs, slices) * pack_bytes <= room) return slices;
   }
   return 0;
 }
@@ -247,12 +255,12 @@ int slices_of(int64_t packs) {
 template <typename T, bool capped, bool kept>
 cudaError_t launch(const CrossEntropy& p, int slices, int64_t packs, cudaStream_t stream) {
   const auto kernel = cross_entropy_kernel<T, capped, kept>;
-  const int64_t slice_packs = (packs + slices - 1) / slices;
+  const int64_t slice_packs = ceil_div(packs, slices);
   const size_t bytes = kept ? static_cast<size_t>(slice_packs * pack_bytes) : 0;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
-  const float inverse_cap = capped ? std::min(1.0f / p.cap, FLT_MAX) : 1.0f;  // of the smallest caps infinite
+  const float inverse_cap = capped ? std::min(1.0f / p.cap, FLT_MAX) : 1.0f;  // 1 / cap may be infinite
   return launch_early(kernel, dim3(static_cast<unsigned>(p.rows * slices)), dim3(threads), bytes, slices, stream, p,
                       slices, static_cast<int>(slice_packs), inverse_cap);
 }
@@ -260,7 +268,7 @@ cudaError_t launch(const CrossEntropy& p, int slices, int64_t packs, cudaStream_
 }  // namespace
 
 cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream) {
-  const int64_t packs = (p.columns + width - 1) / width;
+  const int64_t packs = ceil_div(p.columns, width);
   if (packs > INT32_MAX / 2 || p.rows > INT32_MAX / max_slices) return cudaErrorInvalidValue;
   const int slices = slices_of(packs);
   return dispatch_dtype(p.dtype, [&](auto zero) {

@@ -1,10 +1,12 @@
-// y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradient: each row of a head read once (rows.cuh).
-// The variance is of what the mean leaves, so that a large mean costs no precision.
+// y = sigmoid(gate) * LayerNorm(h) * weight for each head, and its gradients. A row is one head of one token. Each row
+// is read from memory once (rows.cuh). The variance is the mean of (h - mean)^2, so a large mean costs no precision.
 //
-// A block of the gradient stays with one head. Memory serves some SMs faster than others: with the tokens
-// dealt out once to one block for each, some were done long before others, and those that were left could not use all
-// of memory's bandwidth. So where there are tokens enough, they are dealt out to several rounds of blocks, and who is
-// done takes the next. The warps of a row meet once: each has the moments of its share about the share's own mean.
+// A block of the gradient stays with one head. Memory serves some SMs faster than others. With one block an SM, some
+// SMs are done long before the rest, and the rest alone cannot use all of memory's bandwidth. So with enough tokens
+// there are several rounds of blocks, and an SM that is done takes a block of the next round.
+//
+// The warps of a row meet at one barrier. Each warp has the moments of its share of the row about the share's own mean.
+// From these follow the moments of the row about the row's mean.
 #include <type_traits>
 
 #include "cuda/common/dependent_launch.cuh"
@@ -13,7 +15,7 @@
 namespace flash_xlstm::cuda {
 namespace {
 
-constexpr int tensors = 3;  // that the gradient reads: h, gate, dy
+constexpr int tensors = 3;  // the gradient reads h, gate and dy
 
 template <typename L>
 __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
@@ -78,16 +80,19 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(768))
   }
 }
 
-// Of a warp's share of a row: the sums of h; of the squares of h without the share's mean; of the normed row's
-// gradient; of that times h without the share's mean.
+// Sums over a warp's share of a row.
 struct Moments {
-  float sum, square, through, along;
+  float sum;      // of h
+  float square;   // of (h - the share's mean)^2
+  float through;  // of the normed row's gradient, dy sigmoid(gate) weight
+  float along;    // of that gradient times (h - the share's mean)
 };
 
-// How the gradient's blocks share the tokens of a head: in each round there are `blocks`, which take turns.
+// How the gradient's blocks share the tokens of a head.
 struct Walk {
-  int64_t rounds, blocks;
-  int turns;  // of a block
+  int64_t rounds;
+  int64_t blocks;  // of a round
+  int turns;       // of a block: in each turn every group of the block takes one token
 };
 
 // full: every row fills the layout.
@@ -99,8 +104,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
   using T = typename L::T;
   using S = Slots<L, tensors>;
   constexpr int width = L::width;
-  // float32 rows of a warp: of a few values that nearly agree, a mean that is rounded leaves a good part of itself, and
-  // the sum along h is rounded as what comes in, not as what that is without its mean. So both are taken out once more.
+  // float32 rows that one warp holds. A few values may nearly agree. What their mean leaves is then hardly larger than
+  // the mean's rounding error. And `along` has the rounding error of `through`, not the smaller one of `through`
+  // without its mean. So these rows subtract the rest of the mean, and the mean of `through`, in a second pass.
   constexpr bool is_precise = std::is_same_v<T, float> && L::row_warps == 1;
   const GatedHeadNorm& p = b.p;
   __shared__ __align__(16) Moments buffer[2][L::walk_groups][L::row_warps];
@@ -108,10 +114,10 @@ __global__ void __launch_bounds__(walk_threads, 1)
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
   const int warp = thread / 32, lane = thread % 32;
   const int heads = static_cast<int>(p.heads), head = static_cast<int>(blockIdx.x) % heads;
-  const int64_t block = blockIdx.x / heads, round = block / walk.blocks;  // of the head
+  const int64_t block = blockIdx.x / heads, round = block / walk.blocks;  // block: of the head
   const int64_t step = walk.blocks * L::walk_groups, column = head * p.dim;
   const int64_t token = round * walk.turns * step + (block - round * walk.blocks) * L::walk_groups + group;
-  const int own_turns = static_cast<int>(
+  const int own_turns = static_cast<int>(  // 0 where token is beyond the last one; ceil_div takes no negative count
       max(int64_t{0}, min(static_cast<int64_t>(walk.turns), (p.tokens - token + step - 1) / step)));
   const int count = full ? L::capacity : static_cast<int>(p.dim);
   const int64_t row_elements = p.heads * p.dim;  // of a token
@@ -119,7 +125,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
   int64_t start = token * row_elements + column + thread * width, next_start = start;
   int64_t gate_start = token * p.gate_stride + column + thread * width, next_gate_start = gate_start;
   const bool weight_is_float = p.weight_dtype == DType::float32;
-  if (round == 0) {  // later ones come when there is nothing to wait for
+  if (round == 0) {  // the blocks of later rounds start when the kernels before have ended
     prefetch_row_weight<L>(p.weight, column + thread * width, count, weight_is_float);
 #pragma unroll 1
     for (int turn = 0; turn < min(stages, own_turns); ++turn) {
@@ -139,14 +145,14 @@ __global__ void __launch_bounds__(walk_threads, 1)
       copy_row<L>(slot + S::tensor_bytes, p.gate, next_gate_start, count);
       copy_row<L>(slot + 2 * S::tensor_bytes, b.dy, next_start, count);
     }
-    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
+    ptx::cp_async_commit();  // also without a copy: wait_for_copies counts the groups
     next_start += step_elements, next_gate_start += gate_step, slot = ring.after(slot);
   };
 #pragma unroll 1
   for (int turn = 0; turn < stages; ++turn) copy_next(turn);
   widen_row_weight<L>(weight, weight_is_float);
   const auto within = [&](int k) { return full || (thread + k * L::row_threads) * width < count; };
-  // The elements of a warp's share.
+  // How many elements a warp's share has.
   const auto share_of = [&](int of_warp) {
     int elements = 0;
 #pragma unroll
@@ -154,12 +160,12 @@ __global__ void __launch_bounds__(walk_threads, 1)
       elements += max(0, min(32 * width, count - (of_warp * 32 + k * L::row_threads) * width));
     return static_cast<float>(elements);
   };
-  const float part = 1.0f / static_cast<float>(count);  // of an element in a row's mean
+  const float part = 1.0f / static_cast<float>(count);  // weight of an element in a row's mean
   const float own_part = full ? 1.0f / (32 * L::packs * width) : 1.0f / fmaxf(share_of(warp), 1.0f);
-  // All groups take all turns, with a row or not: racecheck does not follow groups that leave at different times.
+  // Groups without a row take all turns too: racecheck does not follow groups that leave at different times.
 #pragma unroll 1
   for (int turn = 0; turn < walk.turns; ++turn) {
-    wait_for_copies(stages - 1);  // for the oldest
+    wait_for_copies(stages - 1);  // for this turn's
     const bool has_row = turn < own_turns;
     float h[L::kept_packs][width], opened[L::kept_packs][width], shut[L::kept_packs][width];
     const auto read_h = [&](int k) { unpack(h[k % L::kept_packs], read_pack<L>(slot, p.h, start, k, count)); };
@@ -170,7 +176,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
 #pragma unroll
       for (int e = 0; e < width; ++e) {
         const Sigmoids s = sigmoids(gate[e]);
-        // Rounded alike for the sums and the gradients: with one column nothing is left.
+        // __fmul_rn rounds alike for the sums and the gradients. So with one column dh is exactly 0.
         opened[k % L::kept_packs][e] = __fmul_rn(dy[e], s.open);
         shut[k % L::kept_packs][e] = s.shut;
       }
@@ -185,7 +191,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
     }
     lane_sums<32>(sum);
     float own_mean = sum[0] * own_part;
-    float sums[4] = {};  // the other Moments, and what is left of h without its mean
+    float sums[4] = {};  // square, through, along; and the sum of h - own_mean, which rounding leaves
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       if (!has_row || !within(k)) continue;
@@ -227,11 +233,11 @@ __global__ void __launch_bounds__(walk_threads, 1)
       lane_sums<32>(three);
       sums[0] = three[0], sums[1] = three[1], sums[2] = three[2];
     }
-    // From the shares' moments those of the row about its mean.
+    // The row's moments about its mean, from those of the shares.
     float mean = own_mean;
     if constexpr (L::row_warps > 1) {
       Moments(&moments)[L::row_warps] = buffer[turn % 2][group];
-      if (lane == 0) moments[warp] = {sum[0], sums[0], sums[1], sums[2]};
+      if (lane == 0) moments[warp] = {.sum = sum[0], .square = sums[0], .through = sums[1], .along = sums[2]};
       group_barrier<L>(group);
       const int of_warp = lane % L::row_warps;
       const Moments m = moments[of_warp];
@@ -250,7 +256,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
     if (has_row) {
       const float inverse = rsqrtf(sums[0] * part + p.eps), aside = (own_mean - mean) * inverse;
       const float through_mean = sums[1] * part, along = sums[2] * inverse * part;
-      // gate_start, of what is at hand anyway: it would take two registers more.
+      // With dgate_as_gate this is gate_start. Made from next_gate_start it saves two registers.
       const int64_t dgate_start =
           b.dgate_as_gate ? next_gate_start - (stages + (L::kept ? 1 : 0)) * gate_step : start;
 #pragma unroll
@@ -280,7 +286,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
 }
 
 bool vectors(const GatedHeadNorm& p) {
-  // Rows of every stride and head begin at a multiple of 16 bytes where the first two do.
+  // With the gate's first row and its row stride, all its rows begin at a multiple of 16 bytes.
   return aligned_16(p.h) && aligned_16(p.gate) && aligned_16(p.weight) && aligned_16(p.y) &&
          p.gate_stride * element_bytes(p.dtype) % 16 == 0;
 }
@@ -289,19 +295,19 @@ bool vectors(const GatedHeadNormBackward& b) {
   return vectors(b.p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate);
 }
 
-// A round has at most one block for each SM, and a block rows enough that its sums of dweight, which are
-// written and read again, count for little.
+// A round has at most one block an SM, but at least one a head. A block takes at least 8 turns, and at least 32 rows,
+// where there are that many: its sums of dweight, which are written and read again, then cost little.
 Walk walk_of(const GatedHeadNorm& p, int64_t groups) {
   constexpr int64_t most_rounds = 32;
   const int64_t processors = processor_count(), least_turns = std::max<int64_t>(8, 32 / groups);
-  const int64_t turns = (p.tokens + groups - 1) / groups;  // of a head
+  const int64_t turns = ceil_div(p.tokens, groups);  // of a head
   const int64_t rounds = std::clamp<int64_t>(turns * p.heads / (least_turns * processors), 1, most_rounds);
   const int64_t most_blocks = rounds * std::max<int64_t>(1, processors / p.heads);
-  const int64_t each = std::max<int64_t>(1, (turns + most_blocks - 1) / most_blocks);
-  return {.rounds = rounds, .blocks = (turns + rounds * each - 1) / (rounds * each), .turns = static_cast<int>(each)};
+  const int64_t each = std::max<int64_t>(1, ceil_div(turns, most_blocks));
+  return {.rounds = rounds, .blocks = ceil_div(turns, rounds * each), .turns = static_cast<int>(each)};
 }
 
-// How many rows of sums of dweight there are.
+// The number of rows of sums of dweight, one a block of a head.
 int64_t partial_rows(const Walk& walk) { return walk.rounds * walk.blocks; }
 
 }  // namespace
@@ -309,7 +315,7 @@ int64_t partial_rows(const Walk& walk) { return walk.rounds * walk.blocks; }
 cudaError_t gated_head_norm(const GatedHeadNorm& p, cudaStream_t stream) {
   return dispatch_layout(p.dtype, p.dim, vectors(p), [&](auto layout) {
     using L = decltype(layout);
-    const unsigned blocks = static_cast<unsigned>((p.tokens * p.heads + L::groups - 1) / L::groups);
+    const unsigned blocks = static_cast<unsigned>(ceil_div(p.tokens * p.heads, L::groups));
     return launch_early(gated_head_norm_kernel<L>, dim3(blocks), dim3(L::block_threads), 0, 1, stream, p);
   });
 }

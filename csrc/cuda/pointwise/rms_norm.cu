@@ -1,4 +1,5 @@
-// RMSNorm, with the residual's sum in front where there is one, and its gradient: each row read once (rows.cuh).
+// RMSNorm and its gradient. With a residual, the norm is that of x + residual. Each row is read from memory once
+// (rows.cuh).
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(L::block_threads, resident_blocks<L>(L::row_th
   }
 }
 
-// with_dsum, with_y: p.dsum, p.y are there.
+// with_dsum: p.dsum is given. with_y: p.y is wanted.
 template <typename L, bool with_dsum, bool with_y>
 __global__ void __launch_bounds__(walk_threads, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackward p, float* partial, int stages) {
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
   extern __shared__ uint4 slots[];
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
   const int count = static_cast<int>(p.dim), ahead = stages - 1;
-  // All groups go on for as long as the first has rows: racecheck does not follow groups that leave at different times.
+  // All groups go on until the first group's rows end: racecheck does not follow groups that leave at different times.
   int64_t row = static_cast<int64_t>(blockIdx.x) * L::walk_groups + group;
   const int64_t step = static_cast<int64_t>(gridDim.x) * L::walk_groups, step_elements = step * p.dim;
   int64_t next_start = row * p.dim + thread * width;
@@ -107,17 +108,17 @@ __global__ void __launch_bounds__(walk_threads, 1)
       copy_row<L>(slot + S::tensor_bytes, p.dy, next_start, count);
       if (with_dsum) copy_row<L>(slot + 2 * S::tensor_bytes, p.dsum, next_start, count);
     }
-    ptx::cp_async_commit();  // also of nothing: wait_for_copies counts
+    ptx::cp_async_commit();  // also without a copy: wait_for_copies counts the groups
     next_start += step_elements, slot = ring.after(slot);
   };
 #pragma unroll 1
   for (int stage = 0; stage < ahead; ++stage) copy_next(row + stage * step);
   widen_row_weight<L>(weight, weight_is_float);
-  const float share = 1.0f / static_cast<float>(count);  // of an element in a mean
+  const float share = 1.0f / static_cast<float>(count);  // weight of an element in a mean
 #pragma unroll 1
   for (int turn = 0; row - group < p.rows; row += step, turn ^= 1) {
     copy_next(row + ahead * step);
-    wait_for_copies(ahead);  // the oldest are where the next will go
+    wait_for_copies(ahead);  // for this row's, which are at `slot`: the next copy goes there
     const bool has_row = row < p.rows;
     const int64_t start = next_start - stages * step_elements;
     float x[L::kept_packs][width], dy[L::kept_packs][width];
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(walk_threads, 1)
       unpack(x[k % L::kept_packs], read_pack<L>(slot, p.x, start, k, count));
       unpack(dy[k % L::kept_packs], read_pack<L>(slot + S::tensor_bytes, p.dy, start, k, count));
     };
-    float sums[2] = {};  // x . x, x . (weight dy)
+    float sums[2] = {};  // x . x and x . (weight dy)
 #pragma unroll
     for (int k = 0; k < L::packs; ++k) {
       if (!has_row) break;
@@ -181,7 +182,7 @@ int64_t backward_blocks(const RmsNormBackward& p, int64_t groups) {
 cudaError_t rms_norm(const RmsNorm& p, cudaStream_t stream) {
   return dispatch_layout(p.dtype, p.dim, vectors(p), [&](auto layout) {
     using L = decltype(layout);
-    const unsigned blocks = static_cast<unsigned>((p.rows + L::groups - 1) / L::groups);
+    const unsigned blocks = static_cast<unsigned>(ceil_div(p.rows, L::groups));
     return launch_early(rms_norm_kernel<L>, dim3(blocks), dim3(L::block_threads), 0, 1, stream, p);
   });
 }

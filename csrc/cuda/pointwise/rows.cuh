@@ -1,24 +1,28 @@
-// What the norms share. A group of threads holds one row, 16 bytes a thread and pack; sums over a row go through
-// shuffles and, where a group has several warps, a barrier of its own.
+// What the norms share. A group of threads holds one row. A thread holds packs of 16 bytes, or single elements where
+// the rows are not aligned or longer than 32 KiB. Sums over a row go through shuffles. Where a group has several warps,
+// they meet at a barrier of the group.
 //
 //   forward, row up to     threads a row         packs a thread
 //   1, 2 KiB               32                    2, 4
 //   4, 8, 16, 32 KiB       64, 128, 256, 512     4
-//   any, unaligned         512                   32 single elements
+//   any                    512                   32 single elements
 //
-// Forward, a group has one row, in registers. The gradients' blocks, one an SM at a time, walk over rows and
-// keep their share of the weight's gradient in registers. They read a row ahead: each thread copies its packs of the
-// next row into slots of shared memory while it works on one row. A thread reads only slots that it filled itself, so
-// that it waits for nothing but its own copies. At the end a block's groups add up their shares, in a fixed order, into
-// the block's row of a workspace, whose rows a second launch adds up (sum_rows).
+// Forward, a group has one row and keeps it in registers.
+//
+// Backward, an SM holds one block at a time. A block walks over rows and keeps its share of the weight's gradient in
+// registers. It reads one row ahead: while a thread works on a row, its packs of the next row are copied into slots of
+// shared memory. A thread reads only slots that it filled itself, so it waits only for its own copies. At the end the
+// groups of a block add up their shares, in a fixed order, into the block's row of a workspace. A second launch adds up
+// these rows (sum_rows).
 //
 //   walking, row up to        threads a row             packs a thread
 //   1, 2, 4, 8, 16 KiB        32, 64, 128, 256, 512     2
 //   32 KiB                    512                       4
-//   any, unaligned            512                       32 single elements
+//   128 elements              32                        4 single elements
+//   any                       512                       32 single elements
 //
-// Walking, the fewer packs a thread has the sooner the last rows of a block are done, which nothing overlaps; with two
-// there is room for a row's elements in registers between the sums and the gradients.
+// Nothing overlaps the last rows of a walking block. They are done sooner with fewer packs a thread. With two packs, a
+// row's elements also fit in registers between the sums and the gradients.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +37,7 @@
 
 namespace flash_xlstm::cuda {
 
-constexpr int walk_threads = 512;  // of a walking block
+constexpr int walk_threads = 512;  // threads of a walking block
 
 template <typename T, int width>
 struct alignas(sizeof(T) * width) Pack {
@@ -44,26 +48,26 @@ template <typename T_, int width_, int row_threads_, int packs_>
 struct RowLayout {
   using T = T_;
   static constexpr int width = width_;              // elements of a pack
-  static constexpr int row_threads = row_threads_;  // that share a row
-  static constexpr int packs = packs_;              // of a thread
+  static constexpr int row_threads = row_threads_;  // threads of a group, which share a row
+  static constexpr int packs = packs_;              // packs of a thread
   static constexpr int row_warps = row_threads / 32;
   static constexpr int block_threads = std::max(256, row_threads);
-  static constexpr int groups = block_threads / row_threads;  // rows of a block
+  static constexpr int groups = block_threads / row_threads;  // of a forward block: its rows
   static constexpr int walk_groups = walk_threads / row_threads;
-  static constexpr int kept_packs = width > 1 && packs <= 2 ? packs : 1;  // that a walking thread has room to keep
+  static constexpr int kept_packs = width > 1 && packs <= 2 ? packs : 1;  // packs a walking thread keeps of a row
   static constexpr bool kept = kept_packs == packs;
-  static constexpr int row_slots = width == 1 ? 0 : packs * walk_threads;  // 16 bytes each, of a walking block's rows
-  static constexpr int capacity = row_threads * packs * width;
+  static constexpr int row_slots = width == 1 ? 0 : packs * walk_threads;  // 16 bytes each; of a tensor and stage
+  static constexpr int capacity = row_threads * packs * width;             // elements of the longest row
 };
 
-// For __launch_bounds__ of a forward kernel: registers for this many threads an SM where a thread has four
-// packs, and for half as many again where it has two, so that enough is on its way from memory.
+// For __launch_bounds__ of a forward kernel: how many blocks fit an SM if their registers allow `threads` threads an
+// SM. With two packs a thread it takes half as many threads again, so that enough loads are in flight.
 template <typename L>
 constexpr int resident_blocks(int threads) {
   return L::width == 1 ? 1 : std::max(1, (L::packs == 2 ? threads * 3 / 2 : threads) / L::block_threads);
 }
 
-// Rows are read once: the L1 cache is for the weight.
+// Loads a pack that is read once. The L1 cache does not keep 16-byte packs, and is left to the weight.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> load_once(const void* data, int64_t element) {
   const T* at = static_cast<const T*>(data) + element;
@@ -77,7 +81,7 @@ __device__ __forceinline__ Pack<T, width> load_once(const void* data, int64_t el
   return pack;
 }
 
-// The same of what is read again.
+// Loads a pack that is read again.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> load_pack(const void* data, int64_t element) {
   const T* at = static_cast<const T*>(data) + element;
@@ -105,7 +109,7 @@ __device__ __forceinline__ void store_pack(void* data, int64_t element, const Pa
 
 template <typename T, int width>
 __device__ __forceinline__ void unpack(float (&to)[width], const Pack<T, width>& pack) {
-  if constexpr (std::is_same_v<T, bf16> && width % 2 == 0) {  // in one instruction an element
+  if constexpr (std::is_same_v<T, bf16> && width % 2 == 0) {  // one instruction an element
     uint32_t pairs[width / 2];
     memcpy(pairs, &pack, sizeof(pack));
 #pragma unroll
@@ -119,7 +123,7 @@ __device__ __forceinline__ void unpack(float (&to)[width], const Pack<T, width>&
   }
 }
 
-// Rounded to T; the 16-bit types two at a time, in one instruction.
+// Rounds to T. One instruction rounds two elements of a 16-bit type.
 template <typename T, int width>
 __device__ __forceinline__ Pack<T, width> round_pack(const float (&from)[width]) {
   Pack<T, width> pack;
@@ -141,7 +145,7 @@ __device__ __forceinline__ Pack<T, width> round_pack(const float (&from)[width])
   return pack;
 }
 
-// Keeps the compiler from carrying a pack's elements on as floats, in up to twice the registers.
+// Keeps a pack in its own registers. The compiler might otherwise keep its elements as floats, in up to twice as many.
 template <typename T, int width>
 __device__ __forceinline__ void keep_packed(Pack<T, width>& pack) {
   if constexpr (sizeof(pack) == 16) {
@@ -152,7 +156,7 @@ __device__ __forceinline__ void keep_packed(Pack<T, width>& pack) {
   }
 }
 
-// The weight is float32 or a T.
+// Loads elements of the weight, which is float32 (is_float) or of type T.
 template <typename T, int width>
 __device__ __forceinline__ void load_weight(float (&to)[width], const void* data, int64_t element, bool is_float) {
   if (is_float) {
@@ -172,8 +176,9 @@ __device__ __forceinline__ void load_weight(float (&to)[width], const void* data
   }
 }
 
-// The weight of a forward row's packs: loaded beside the row, so that it is there when the row's sums are; but single
-// elements, and float32 beside a narrower T, twice the registers, only when read.
+// The weight of a forward row's packs. It is loaded beside the row, so it has arrived when the row's sums are made. Two
+// kinds are loaded only when they are read (late): single elements, and float32 beside a 16-bit T, which would take
+// twice the registers.
 template <typename L>
 struct RowWeight {
   using T = typename L::T;
@@ -189,7 +194,7 @@ struct RowWeight {
     }
   }
 
-  // Of a pack within the row.
+  // The weight of pack k, which must lie within the row.
   __device__ __forceinline__ void read(float (&to)[L::width], int k) {
     if (late) {
       load_weight<T>(to, first, element(k), is_float);
@@ -208,7 +213,7 @@ struct RowWeight {
   Pack<T, L::width> early[L::packs];
 };
 
-// Each value becomes its sum over as many neighbouring lanes.
+// Each value becomes its sum over `lanes` neighbouring lanes.
 template <int lanes, int values>
 __device__ __forceinline__ void lane_sums(float (&x)[values]) {
 #pragma unroll
@@ -218,14 +223,14 @@ __device__ __forceinline__ void lane_sums(float (&x)[values]) {
   }
 }
 
-// Of a group's threads. Barrier 0 is __syncthreads.
+// A barrier of a group's threads. Barrier 0 is that of __syncthreads.
 template <typename L>
 __device__ __forceinline__ void group_barrier(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(L::row_threads) : "memory");
 }
 
-// Each value becomes its sum over the group's threads. `buffer`, row_warps * values floats of shared memory, must be
-// another than in the group's last call: a thread may still read that one.
+// Each value becomes its sum over the group's threads. `buffer` is row_warps * values floats of shared memory. It must
+// not be that of the group's last call, which a thread may still read.
 template <typename Layout, int values>
 __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
   lane_sums<32>(x);
@@ -242,7 +247,7 @@ __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
         x[v] = 0.0f;
 #pragma unroll
         for (int w = 0; w < Layout::row_warps; ++w) x[v] += buffer[v * Layout::row_warps + w];
-      } else {  // of many warps' sums each thread reads one
+      } else {  // each thread reads the sum of one warp
         x[v] = buffer[v * Layout::row_warps + threadIdx.x % Layout::row_warps];
 #pragma unroll
         for (int distance = Layout::row_warps / 2; distance > 0; distance /= 2)
@@ -252,8 +257,8 @@ __device__ __forceinline__ void row_sums(float (&x)[values], float* buffer) {
   }
 }
 
-// A walking thread's slots: of a stage, its packs of a row of each of `tensors` tensors. Addresses within shared
-// memory, which go round.
+// A walking thread's slots. A stage has the thread's packs of one row of each of `tensors` tensors. The stages form a
+// ring. All are addresses within shared memory.
 template <typename L, int tensors>
 struct Slots {
   static constexpr uint32_t tensor_bytes = L::row_slots * 16, stage_bytes = tensors * tensor_bytes;
@@ -268,8 +273,8 @@ struct Slots {
   uint32_t first, end;
 };
 
-// Sends the thread's packs of a row on their way into its slots. `start`: of its first pack. Zeros beyond the row's
-// end. Single elements are not copied.
+// Starts the copies of the thread's packs of a row into its slots. `start` is the element where its first pack begins.
+// Packs beyond the row's end become zeros. Single elements are not copied.
 template <typename L>
 __device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64_t start, int count) {
   if constexpr (L::width > 1) {
@@ -283,10 +288,11 @@ __device__ __forceinline__ void copy_row(uint32_t slots, const void* data, int64
   }
 }
 
-// The same into the L2 cache only: for before wait_for_earlier_kernels, while memory has little else to do.
+// Prefetches the thread's packs of a row into the L2 cache. It may come before wait_for_earlier_kernels, while memory
+// has little else to do.
 template <typename L, typename Element = typename L::T>
 __device__ __forceinline__ void prefetch_row(const void* data, int64_t start, int count) {
-  constexpr int threads = 128 / (L::width * sizeof(Element));  // for one line of the cache
+  constexpr int threads = 128 / (L::width * sizeof(Element));  // that share one line of the cache
   const int thread = threadIdx.x % L::row_threads;
   if (L::width == 1 || thread % threads != 0) return;
   const Element* from = static_cast<const Element*>(data) + start;
@@ -297,7 +303,8 @@ __device__ __forceinline__ void prefetch_row(const void* data, int64_t start, in
   }
 }
 
-// To be called before the rows' prefetch: the weight is needed first. Alone it gained nothing that could be measured.
+// The same for the weight. It comes before the prefetch of the rows, since the weight is needed first. Without that of
+// the rows it has no measurable effect.
 template <typename L>
 __device__ __forceinline__ void prefetch_row_weight(const void* data, int64_t start, int count, bool is_float) {
   if (is_float)
@@ -306,7 +313,8 @@ __device__ __forceinline__ void prefetch_row_weight(const void* data, int64_t st
     prefetch_row<L>(data, start, count);
 }
 
-// Pack k of what copy_row was given, once that has arrived. To be read again rather than kept in registers.
+// Pack k of the row that copy_row copied, after wait_for_copies. Single elements come from memory. The load is
+// volatile: the compiler must read a pack again, not keep it in registers.
 template <typename L>
 __device__ __forceinline__ Pack<typename L::T, L::width> read_pack(uint32_t slots, const void* data, int64_t start,
                                                                    int k, int count) {
@@ -324,7 +332,7 @@ __device__ __forceinline__ Pack<typename L::T, L::width> read_pack(uint32_t slot
   return pack;
 }
 
-// Until all but the last `pending` (0 or 1) groups of this thread's copies have arrived.
+// Waits until all but the last `pending` (0 or 1) groups of this thread's copies have arrived.
 __device__ __forceinline__ void wait_for_copies(int pending) {
   if (pending == 0)
     ptx::cp_async_wait<0>();
@@ -332,9 +340,9 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
     ptx::cp_async_wait<1>();
 }
 
-// The weight of a thread's packs, 0 beyond the row's end: fetched, 16-bit elements as they are in the first half of
-// `to`, and when it has arrived widened. Between the two go the copies of the first rows: behind them the weight would
-// arrive last and hold up everything.
+// fetch_row_weight loads the weight of a thread's packs, 0 beyond the row's end. Packs of 16-bit elements stay as they
+// are, in the first half of to[k]. widen_row_weight makes them float32 when they have arrived. The copies of the first
+// rows start between the two calls. Behind these copies the weight would arrive last and hold up everything.
 template <typename L>
 __device__ __forceinline__ void fetch_row_weight(float (&to)[L::packs][L::width], const void* data, int64_t start,
                                                  int count, bool is_float) {
@@ -365,14 +373,15 @@ __device__ __forceinline__ void widen_row_weight(float (&weight)[L::packs][L::wi
   }
 }
 
-// The sums of a walking block's groups, as the block's `partial`; through `shared`, the slots. All threads must call.
+// Writes the sums of a walking block's groups to `partial`, the block's row of the workspace. The groups meet in
+// `shared`, which takes the place of the slots. All threads must call it.
 template <typename L>
 __device__ __forceinline__ void write_partial(const float (&sums)[L::packs][L::width], float* shared, float* partial,
                                               int count) {
   constexpr int step = L::width % 4 == 0 ? 4 : 1;
   const int group = threadIdx.x / L::row_threads, thread = threadIdx.x % L::row_threads;
   float* to = L::walk_groups == 1 ? partial : shared + group * L::capacity;
-  if (L::walk_groups > 1) __syncthreads();  // all have read their slots
+  if (L::walk_groups > 1) __syncthreads();  // until all threads have read their slots
 #pragma unroll
   for (int k = 0; k < L::packs; ++k) {
     const int at = (thread + k * L::row_threads) * L::width;
@@ -398,7 +407,8 @@ __device__ __forceinline__ void write_partial(const float (&sums)[L::packs][L::w
 
 inline bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Calls f with the layout that holds rows of `dim` elements; `vectors`: every row begins at a multiple of 16 bytes.
+// Calls f with the forward layout that holds rows of `dim` elements. `vectors`: every row begins at a multiple of 16
+// bytes if dim fills whole packs.
 template <typename F>
 cudaError_t dispatch_layout(DType dtype, int64_t dim, bool vectors, F&& f) {
   return dispatch_dtype(dtype, [&](auto zero) {
@@ -417,7 +427,7 @@ cudaError_t dispatch_layout(DType dtype, int64_t dim, bool vectors, F&& f) {
   });
 }
 
-// The same of a walking kernel.
+// The same with the layout of a walking kernel.
 template <typename F>
 cudaError_t dispatch_walking_layout(DType dtype, int64_t dim, bool vectors, F&& f) {
   return dispatch_dtype(dtype, [&](auto zero) {
@@ -437,7 +447,7 @@ cudaError_t dispatch_walking_layout(DType dtype, int64_t dim, bool vectors, F&& 
   });
 }
 
-// The rows that a layout's walking block has at a time.
+// The rows that a walking block takes at a time.
 inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
   int64_t groups = 1;
   static_cast<void>(dispatch_walking_layout(dtype, dim, vectors, [&](auto layout) {
@@ -447,29 +457,29 @@ inline int64_t walking_rows(DType dtype, int64_t dim, bool vectors) {
   return groups;
 }
 
-// How many rows of `tensors` tensors a walking group has slots for: two, or one where the device has not the shared
-// memory. More than one row ahead made the kernels slower.
+// The stages of a walking block: two, or one where the shared memory does not suffice. A thread then does not read
+// ahead. With more than two the kernels are slower.
 template <typename L>
 int walking_stages(int tensors) {
   constexpr int reserved = 4096;  // for the kernels' other buffers
   return 2 * tensors * L::row_slots * 16 + reserved <= shared_memory_limit() ? 2 : 1;
 }
 
-// Shared memory of a walking block: its slots, and in their place at the end its groups' sums (write_partial).
+// Bytes of a walking block's shared memory: its slots. At the end its groups' sums take their place (write_partial).
 template <typename L>
 int walking_bytes(int tensors, int stages) {
   const int sums = L::walk_groups == 1 ? 0 : L::walk_groups * L::capacity * static_cast<int>(sizeof(float));
   return std::max(stages * tensors * L::row_slots * 16, sums);
 }
 
-// How many blocks walk over `rows`, `groups` at a time each: one an SM, but no more than it takes for all to
-// be done at once.
+// How many blocks walk over `rows` rows, where a block takes `groups` rows a turn: at most one an SM, and no more than
+// the number of turns needs.
 inline int64_t walking_blocks(int64_t rows, int64_t groups, int64_t processors) {
-  const int64_t turns = std::max<int64_t>(1, (rows + groups * processors - 1) / (groups * processors));
-  return (rows + groups * turns - 1) / (groups * turns);
+  const int64_t turns = std::max<int64_t>(1, ceil_div(rows, groups * processors));
+  return ceil_div(rows, groups * turns);
 }
 
-// out (columns; float32 or bfloat16 or float16) = the sums of `rows` rows of partial, in a fixed order.
+// out (columns, of `dtype`) = the sum of `rows` rows of `partial`, added in a fixed order.
 cudaError_t sum_rows(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype, cudaStream_t stream);
 
 }  // namespace flash_xlstm::cuda

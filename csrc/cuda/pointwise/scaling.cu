@@ -1,4 +1,5 @@
-// out = x factor, 16 bytes of out at a time where aligned.
+// out = x factor, in 16-byte stores where x and out are aligned. The last elements, and all elements of unaligned
+// tensors, go one by one.
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 #include "params/loss.h"
@@ -39,7 +40,7 @@ cudaError_t scaling(const Scaling& p, cudaStream_t stream) {
     constexpr int64_t width = 16 / sizeof(Out), max_blocks = 1 << 22;
     const int64_t vectors = aligned_16(p.x) && aligned_16(p.out) ? p.count / width : 0;
     const int64_t items = vectors > 0 ? vectors : p.count;
-    const dim3 blocks(static_cast<unsigned>(std::min((items + threads - 1) / threads, max_blocks)));
+    const dim3 blocks(static_cast<unsigned>(std::min(ceil_div(items, threads), max_blocks)));
     const auto launch = [&](auto from) {
       using In = decltype(from);
       return launch_early(scaling_kernel<In, Out>, blocks, dim3(threads), 0, 1, stream, static_cast<const In*>(p.x),

@@ -1,4 +1,5 @@
-// y = cap tanh(x / cap) and its gradient dx = dy (1 - tanh(x / cap)^2), 16 bytes at a time where aligned.
+// y = cap tanh(x / cap) and its gradient dx = dy (1 - tanh(x / cap)^2), 16 bytes at a time where all tensors are
+// aligned, else one element.
 #include <limits>
 
 #include "cuda/common/dependent_launch.cuh"
@@ -15,7 +16,7 @@ __device__ __forceinline__ float apply(float x, float dy, float cap, float inver
     const float t = tanhf(x / cap);
     return gradient ? dy * (1.0f - t * t) : cap * t;
   } else {
-    // The library's tanh would take longer than the memory. With e = exp(-2 |u|) its slope is 4 e / (1 + e)^2.
+    // tanhf would take longer than the loads and stores. With e = exp(-2 |u|) the slope of tanh is 4 e / (1 + e)^2.
     constexpr float two_log2_e = 2.88539008f;
     const float u = x * inverse_cap;
     if (!gradient) return cap * fast_tanh(u);
@@ -26,7 +27,7 @@ __device__ __forceinline__ float apply(float x, float dy, float cap, float inver
   }
 }
 
-// A thread has one pack of each tensor: with two it is slower on an H200.
+// A thread takes one pack of each tensor. Two are slower on an H200.
 template <typename T, bool gradient>
 __global__ void __launch_bounds__(threads)
     soft_cap_kernel(const T* x, const T* dy, T* out, int64_t count, int64_t vectors, float cap, float inverse_cap) {
@@ -58,9 +59,9 @@ cudaError_t soft_cap(const SoftCap& p, cudaStream_t stream) {
     constexpr int64_t width = 16 / sizeof(T), max_blocks = 1 << 22;
     const int64_t vectors = aligned_16(p.x) && aligned_16(p.dy) && aligned_16(p.out) ? p.count / width : 0;
     const int64_t items = vectors > 0 ? vectors : p.count;
-    const dim3 blocks(static_cast<unsigned>(std::min((items + threads - 1) / threads, max_blocks)));
+    const dim3 blocks(static_cast<unsigned>(std::min(ceil_div(items, threads), max_blocks)));
     const auto kernel = p.dy == nullptr ? soft_cap_kernel<T, false> : soft_cap_kernel<T, true>;
-    // Of the smallest caps infinite: 0 / cap stays 0.
+    // 1 / cap is infinite for the smallest caps. At the largest float instead, 0 times it is 0.
     const float inverse_cap = std::min(1.0f / p.cap, std::numeric_limits<float>::max());
     return launch_early(kernel, blocks, dim3(threads), 0, 1, stream, static_cast<const T*>(p.x),
                         static_cast<const T*>(p.dy), static_cast<T*>(p.out), p.count, vectors, p.cap, inverse_cap);

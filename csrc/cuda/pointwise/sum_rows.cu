@@ -1,3 +1,5 @@
+// out = the sums of the columns of float32 rows. A block takes 32 columns. Each of its 32 warps sums every 32nd row,
+// and loads eight rows at a time. The warps' sums are then added in order.
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
@@ -5,7 +7,7 @@ namespace flash_xlstm::cuda {
 namespace {
 
 constexpr int columns_per_block = 32, lanes = 32;
-constexpr int batch = 8;  // loads of a thread at a time
+constexpr int batch = 8;  // loads that a thread has in flight
 
 __global__ void __launch_bounds__(columns_per_block* lanes, 2)
     sum_rows_kernel(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype) {
@@ -36,7 +38,7 @@ __global__ void __launch_bounds__(columns_per_block* lanes, 2)
 }  // namespace
 
 cudaError_t sum_rows(const float* partial, int64_t rows, int64_t columns, void* out, DType dtype, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>((columns + columns_per_block - 1) / columns_per_block);
+  const unsigned blocks = static_cast<unsigned>(ceil_div(columns, columns_per_block));
   return launch_early(sum_rows_kernel, dim3(blocks), dim3(columns_per_block, lanes), 0, 1, stream, partial, rows,
                       columns, out, dtype);
 }

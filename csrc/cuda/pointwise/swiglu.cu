@@ -1,4 +1,5 @@
-// out = silu(x) y and its gradient, 16 bytes a thread where aligned. A block's threads lie along the columns.
+// out = silu(x) y and its gradients. A thread takes 16 bytes of a row where everything is aligned, else one element. A
+// block's threads lie along the columns.
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
 
@@ -7,8 +8,8 @@ namespace {
 
 constexpr int threads = 256;
 
-// To the rounding of T. With exact exponentials and divisions the gradient of 16-bit types takes a sixth longer: they
-// are then as many instructions as memory has time for.
+// Sigmoids to the rounding of T. For 16-bit types the approximate ones do. With exact exponentials and divisions their
+// gradient takes a sixth longer: the instructions then take as long as memory.
 template <typename T>
 __device__ __forceinline__ Sigmoids sigmoids_of(float x) {
   if constexpr (sizeof(T) == 2) return sigmoids(x);
@@ -50,9 +51,9 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__
 
 template <typename T, int width>
 cudaError_t launch(const Swiglu& p, cudaStream_t stream) {
-  constexpr int64_t max_rows = 65535;  // of a grid
+  constexpr int64_t max_rows = 65535;  // CUDA's limit of gridDim.y
   const int64_t per_block = int64_t{threads} * width;
-  const dim3 grid(static_cast<unsigned>((p.columns + per_block - 1) / per_block),
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, per_block)),
                   static_cast<unsigned>(std::min(p.rows, max_rows)));
   const auto kernel = p.dout == nullptr  ? swiglu_kernel<T, width, false, true>
                       : p.out == nullptr ? swiglu_kernel<T, width, true, false>
@@ -65,7 +66,7 @@ cudaError_t launch(const Swiglu& p, cudaStream_t stream) {
 cudaError_t swiglu(const Swiglu& params, cudaStream_t stream) {
   Swiglu p = params;
   if (p.x_stride == p.columns && p.y_stride == p.columns && (p.dout == nullptr || p.gradient_stride == p.columns)) {
-    p.columns = p.x_stride = p.y_stride = p.gradient_stride = p.rows * p.columns;  // one long row
+    p.columns = p.x_stride = p.y_stride = p.gradient_stride = p.rows * p.columns;  // contiguous: one long row
     p.rows = 1;
   }
   return dispatch_dtype(p.dtype, [&](auto zero) {

@@ -1,4 +1,4 @@
-"""The xLSTM model: embeddings, mLSTM blocks, output norm, language-modelling head."""
+"""The xLSTM model: embeddings, mLSTM blocks, output norm and language-modelling head."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ from flash_xlstm.nn.packing import require
 
 _logger = logging.get_logger(__name__)
 
-# Arguments of transformers' machinery without a meaning here, and the value that agrees with what the model does;
-# Ellipsis for any.
+# Arguments that transformers passes and that have no effect here, each with the value that agrees with what the model
+# does. Ellipsis: any value does.
 _WITHOUT_EFFECT = {
     "token_type_ids": ...,  # tokenizers return them
-    "output_attentions": ...,  # there are none to return
-    "cache_position": ...,  # checked where the inputs are known
+    "output_attentions": ...,  # there are no attentions
+    "cache_position": ...,  # the forward checks it
     "is_causal": True,
     "output_router_logits": False,
 }
 
 _FOR_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
-# The dtypes a head's input takes from its weight: others are a quantized weight's, whose layer takes what comes.
+# The head's input is cast to its weight's dtype if that is one of these. A quantized weight has another; its layer
+# takes any input.
 _HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The default chunk_size leaves the choice to the compiled kernels.
+# With this chunk_size, the configuration's default, the compiled kernels choose.
 _DEFAULT_CHUNK_SIZE = 64
 
-# Linear layers whose outputs are the input and forget gates.
+# The linear layers of the gates, and the gates that each computes.
 _GATES = {
     "igate_preact": ("input",),
     "fgate_preact": ("forget",),
@@ -61,9 +62,9 @@ def _gate_bias(gate: str, num_heads: int) -> Tensor:
 
 
 class _StateOutput(ModelOutput):
-    """An output with `cache_params`, which also goes by the name `cache`, as transformers 5.24 calls it.
+    """An output with `cache_params`. `cache`, its name in transformers 5.24, and `past_key_values` give the same.
 
-    `attentions` is None, always: transformers' generic heads and its generation read it, and there are none.
+    `attentions` is always None: there are none, but transformers' generic heads and its generation read it.
     """
 
     attentions = None
@@ -76,12 +77,12 @@ class _StateOutput(ModelOutput):
     def past_key_values(self) -> xLSTMCache | None:
         return self.cache_params
 
-    def _replace_old_cache_name(self, key: str) -> str:  # called by transformers 5.24, whose own turns it round
+    def _replace_old_cache_name(self, key: str) -> str:  # transformers 5.24 calls it; its own maps the other way
         return "cache_params" if key in ("cache", "past_key_values") else key
 
 
 def _keep_names(output: type) -> type:
-    """Undoes transformers 5.24's wrapping of an output's constructor, which renames `cache_params`."""
+    """Undoes transformers 5.24's wrapper of an output's constructor, which renames `cache_params`."""
     init = vars(output)["__init__"]
     type.__setattr__(output, "__init__", getattr(init, "__wrapped__", init))
     return output
@@ -93,12 +94,12 @@ class xLSTMOutput(_StateOutput):
     """What :class:`xLSTMModel` returns.
 
     Attributes:
-        last_hidden_state: (batch, seq, hidden_size), behind the output norm.
-        cache_params: the states after the last token.
-        hidden_states: with `output_hidden_states`, num_hidden_layers + 1 tensors (batch, seq, hidden_size):
-            the embeddings, then what each block puts out; the last one is behind the output norm.
-        cu_seqlens: where rows hold several documents, their (num_documents + 1,) int32 offsets into the tokens of all
-            rows, one row after the other.
+        last_hidden_state: (batch, seq, hidden_size), the output of the output norm.
+        cache_params: the states after the last token, or None without a cache.
+        hidden_states: with `output_hidden_states`, num_hidden_layers + 1 tensors (batch, seq, hidden_size): the
+            embeddings, then the output of each block. The last block's output is given behind the output norm.
+        cu_seqlens: if rows hold several documents, their offsets into the tokens of all rows, one row after the other:
+            (num_documents + 1,), int32.
     """
 
     last_hidden_state: Tensor | None = None
@@ -114,8 +115,8 @@ class xLSTMCausalLMOutput(_StateOutput):
 
     Attributes:
         loss: with `labels`, the mean cross entropy of the next token, a float32 scalar.
-        logits: (batch, seq or logits_to_keep, vocab_size), float32; None in training mode with `labels`
-            (`skip_logits`).
+        logits: (batch, seq or logits_to_keep, vocab_size), float32. They may be None beside a loss (see
+            `skip_logits`).
         cache_params, hidden_states: as in :class:`xLSTMOutput`.
     """
 
@@ -154,10 +155,10 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
         )
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                module.init_role = name.rpartition(".")[2]  # read by _init_weights
+                module.init_role = name.rpartition(".")[2]  # for _init_weights
 
-    # transformers sets this function, and calls it in the forward's place. A block can make itself again at less cost:
-    # no mLSTM and no product that writes to the residual stream is repeated.
+    # transformers sets this function, and calls it in place of the forward. A block's own checkpointing costs less: it
+    # repeats no mLSTM and no product that writes to the residual stream.
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
         return self._checkpoint
@@ -178,18 +179,18 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
 
 
 class xLSTMPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialization, common to the models."""
+    """Loading, saving and initialization of the models."""
 
     config_class = xLSTMConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["xLSTMBlock"]  # noqa: RUF012
     _is_stateful = True
-    # Not moved as a whole where the model's parts are on several devices: each state is where its block runs.
+    # With a model on several devices, accelerate must not move the cache. Each state is on the device of its block.
     _skip_keys_device_placement = ["cache", "cache_params", "past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: xLSTMConfig) -> None:
-        if not isinstance(config, xLSTMConfig):  # transformers' own, say
+        if not isinstance(config, xLSTMConfig):  # for example transformers' own
             if getattr(config, "model_type", None) != xLSTMConfig.model_type:
                 raise TypeError(f"config is a {type(config).__name__}; it must be an xLSTMConfig")
             config = xLSTMConfig.from_dict(config.to_dict())
@@ -198,9 +199,9 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # As the xLSTM 7B: small init (std sqrt(2 / (5 d))), Wang's for what writes into the residual stream
-        # (2 / layers / sqrt(d)), and gates that do not look at the input at first: input gates nearly closed,
-        # forget gates that keep a state for about 20 to 400 tokens.
+        # As in the xLSTM 7B. Weights have the small init's std, sqrt(2 / (5 d)). Layers that write to the residual
+        # stream have Wang's, 2 / layers / sqrt(d). The weights of all gates are zero. The biases nearly close the input
+        # gates, and let the forget gates keep a state for about 20 to 400 tokens.
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             super()._init_weights(module)
             return
@@ -222,13 +223,12 @@ class xLSTMPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, bias.to(module.bias))
 
     def set_weight_mode(self, mode: str) -> None:
-        """Stacks ("fused") or splits ("single") parallel linear layers in place; results stay the same up to
-        rounding.
+        """Stacks ("fused") or splits ("single") parallel linear layers in place. Results stay the same up to rounding.
 
-        Parameters become new objects: call it before making an optimizer.
+        Parameters become new objects. Call it before making an optimizer.
 
         Raises:
-            ValueError: as :func:`flash_xlstm.nn.check_weight_mode`; nothing has been changed then.
+            ValueError: as :func:`flash_xlstm.nn.check_weight_mode`. Nothing is changed then.
         """
         for module in check_weight_mode(self, mode):
             module.set_weight_mode(mode)
@@ -238,7 +238,7 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         """As ``PreTrainedModel.to``.
 
         Raises:
-            ValueError: weights have no data, as where they were loaded by names that the weight mode does not have.
+            ValueError: weights have no data. This happens where they were loaded by the names of the other weight mode.
         """
         try:
             return super().to(*args, **kwargs)
@@ -260,11 +260,11 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As ``PreTrainedModel.from_pretrained``. A checkpoint in the other weight mode than the
-        configuration's is converted once it is loaded, or before, where it is to be quantized.
+        """As ``PreTrainedModel.from_pretrained``. A checkpoint in another weight mode than the configuration's is
+        converted: after it is loaded, or before if the model is to be quantized.
 
         Raises:
-            ValueError: the checkpoint is quantized, and in the other weight mode.
+            ValueError: the checkpoint is quantized and in the other weight mode.
         """
         found, wanted = checkpoints.weight_modes(cls.config_class, pretrained_model_name_or_path, config, kwargs)
         if found != wanted:
@@ -291,7 +291,7 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_converted(cls, path: Any, *args: Any, config: Any, mode: str, **kwargs: Any) -> Any:
-        """``from_pretrained`` of weights that are brought into another weight mode first."""
+        """``from_pretrained`` of weights that are first converted to the weight mode `mode`."""
         hub = {name: kwargs.pop(name) for name in checkpoints.HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, PreTrainedConfig):
             read = cls.config_class.from_pretrained(path if config is None else config, **hub)
@@ -309,13 +309,14 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         if path is not None:
             model.config.name_or_path = model.name_or_path = os.fspath(path)
             if model.can_generate():
-                with contextlib.suppress(OSError):  # there need not be one
+                with contextlib.suppress(OSError):  # the checkpoint may have none
                     model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         model._tie_equal_weights()
         return loaded
 
     def _tie_equal_weights(self) -> None:
-        """Ties what the configuration ties. Older transformers leave it untied if a checkpoint holds both weights."""
+        """Ties the head to the embeddings if the configuration says so and the weights are equal. Older versions of
+        transformers leave them untied if a checkpoint holds both."""
         if not self.config.tie_word_embeddings:
             return
         head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
@@ -334,14 +335,14 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As ``PreTrainedModel.save_pretrained``. Weights are written in single form, with the LM head even
-        where it is tied to the embeddings, so that transformers' own xLSTM loads the directory too."""
+        """As ``PreTrainedModel.save_pretrained``. Transformers' own xLSTM can load the directory too: weights are
+        written in single form, with the LM head even if it is tied to the embeddings."""
         state_dict = checkpoints.portable_state_dict(self, state_dict)
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
 class xLSTMModel(xLSTMPreTrainedModel):
-    """The xLSTM without a head: embeddings, mLSTM blocks, output norm."""
+    """The xLSTM without a head: embeddings, mLSTM blocks and output norm."""
 
     def __init__(self, config: xLSTMConfig) -> None:
         super().__init__(config)
@@ -376,43 +377,44 @@ class xLSTMModel(xLSTMPreTrainedModel):
         """Hidden states of a batch of sequences.
 
         Args:
-            input_ids: (batch, seq) token ids; or instead
+            input_ids: (batch, seq) token ids. Give either these or `inputs_embeds`.
             inputs_embeds: (batch, seq, hidden_size) embeddings.
-            cache_params: continue from this cache, and advance it.
-            use_cache: return a cache. Default: yes if `cache_params` is given; else what the configuration
-                says, but not in training (training mode with gradients on).
-            attention_mask: (batch, seq or longer), 1 where there is a token (or the number of its document, see below)
-                and 0 elsewhere; of a longer mask the last seq columns count. Padding, on whichever side, leaves the
-                states alone; what comes out there is what a token that is read and not remembered sees.
-            output_hidden_states: return those of every layer.
+            cache_params: a cache to continue from. It is advanced.
+            use_cache: return a cache. Default: yes if `cache_params` is given; else what the configuration says, but
+                no in training mode with gradients on, and no with packed documents.
+            attention_mask: (batch, seq or longer). It is 0 at padding, and 1 or the number of a document (see below) at
+                tokens. The last seq columns of a longer mask count. Padding, on either side, leaves the states alone.
+                The output at padding is that of a token that is read but not remembered.
+            output_hidden_states: return the hidden states of every layer.
             return_dict: False for a tuple without the entries that are None.
             cache, past_key_values: other names of `cache_params`.
-            position_ids: (batch, seq) or (1, seq): they count up by one from token to token, and where they begin anew
-                at 0 (or at a row's first position), so does a document. Without ``cu_seq_lens_q`` this waits for the
-                GPU, once; torch.compile takes those of one document a row only, and with a cache they must go on
+            position_ids: (batch, seq) or (1, seq). They count up by one from token to token. A document begins where
+                they begin anew, at 0 or at the row's first position. Without ``cu_seq_lens_q`` this waits for the GPU,
+                once. Under torch.compile they alone can describe only one document a row. With a cache they must go on
                 counting.
-            hidden_to_keep: of an input in several pieces, hidden states of at least the last so many positions are
-                enough; 0 for all. Memory then does not grow with the sequence.
-            kwargs: documents that are packed into rows, as transformers' DataCollatorWithFlattening tells them (below);
-                and what transformers passes to every model and does not matter to this one: None under any name,
-                `token_type_ids`, `output_attentions` (no layer has any: `attentions` is None), `is_causal` if True,
+            hidden_to_keep: if not 0, only this many last positions need hidden states. An input that is read in several
+                pieces then takes memory that does not grow with its length. 0: all positions.
+            kwargs: packed documents, as transformers' DataCollatorWithFlattening describes them (see below). Also what
+                transformers passes to every model and has no effect on this one: None under any name,
+                `token_type_ids`, `output_attentions` (`attentions` is always None), `is_causal` if True,
                 `output_router_logits` if False, and `cache_position`, which must count up by one.
 
-        Documents in one row do not see each other: each comes out as in a row of its own. There is no cache of them.
-        They are told by any of these, which must agree:
+        Documents in one row do not see each other. Each has the output that it has in a row of its own. They have no
+        cache. Any of these arguments describes them; those that are given must agree:
 
         - ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``cu_seqlens``: (num_documents + 1,) int32 offsets into the tokens of
-          all rows, one row after the other. Nothing waits for a GPU. With it, ``max_length_q`` and ``max_length_k``, no
-          less than the longest document;
-        - ``seq_idx``: (batch, seq), a number for each document, from any on. Alone it waits for the GPU, once;
-        - `position_ids`;
-        - `attention_mask` with numbers of documents in place of 1. Alone on CUDA, and under torch.compile, a mask can
-          only tell padding: give it as ``seq_idx`` too.
+          all rows, one row after the other. Nothing waits for a GPU. ``max_length_q`` and ``max_length_k`` may be given
+          beside them, at least the length of the longest document.
+        - ``seq_idx``: (batch, seq), a number for each document, beginning with any number. Alone it waits for the GPU,
+          once.
+        - `position_ids`.
+        - `attention_mask` with numbers of documents in place of 1. On CUDA, or under torch.compile, a mask alone can
+          only tell padding. Give the numbers as ``seq_idx`` too.
 
         Raises:
             TypeError: an argument that the model does not know, or a cache of another model.
-            ValueError: arguments that contradict each other or do not fit; packed documents beside a cache, or where
-                one is asked for. With ``cu_seq_lens_q`` on CUDA, the device raises for wrong values.
+            ValueError: arguments that contradict each other or do not fit, or packed documents with a cache or with
+                `use_cache`. With ``cu_seq_lens_q`` on CUDA, the device raises for wrong values.
         """
         cache_params = one_cache(cache_params=cache_params, cache=cache, past_key_values=past_key_values)
         if kwargs:
@@ -496,16 +498,16 @@ class xLSTMModel(xLSTMPreTrainedModel):
         keep: int,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, list[Any], tuple[Tensor, ...] | None]:
-        """All blocks and the output norm; long inputs in pieces where no gradient is needed.
+        """All blocks and the output norm. Without gradients, long inputs are read in pieces.
 
         Args:
-            inputs: token ids or embeddings. Ids are embedded piece by piece, so that what is in memory at once does not
-                grow with the sequence.
-            keep: outputs of the last so many positions only; 0 for all.
-            cu_seqlens: offsets of documents packed into the rows, which are read in one piece.
+            inputs: token ids or embeddings. Ids are embedded piece by piece, so that the memory in use does not grow
+                with the sequence.
+            keep: if not 0, only the outputs of the last `keep` positions are needed.
+            cu_seqlens: offsets of packed documents. Such inputs are read in one piece.
         """
         seq, piece = inputs.shape[1], self.config.max_inference_chunksize
-        inplace = use_cache and not torch.is_grad_enabled()  # else the caller's cache stays as it is
+        inplace = use_cache and not torch.is_grad_enabled()  # otherwise the caller's cache stays as it is
 
         def run_piece(part: slice, states: list[Any], return_states: bool) -> Any:
             x = inputs[:, part]
@@ -545,7 +547,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
         new_states = []
         slots = None if slots is None else slots.to(x.device)
         rows = x.shape[:2]
-        if cu_seqlens is not None:  # one row after the other
+        if cu_seqlens is not None:  # all rows as one, one after the other
             cu_seqlens, x = cu_seqlens.to(x.device), x.reshape(1, -1, x.shape[-1])
             padding = None if padding is None else padding.reshape(1, -1)
         for block, state in zip(self.blocks, states, strict=True):
@@ -602,28 +604,30 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
     ) -> xLSTMCausalLMOutput | tuple:
         """Logits, and with `labels` the loss.
 
-        In training mode the loss is made without the logits, piece by piece
-        (:func:`flash_xlstm.ops.linear_cross_entropy`), and `logits` is None. Where the head is not a plain linear layer
-        (an adapter, a quantized or sharded weight, hooks), which warns once, and with a `loss_function` of another kind
-        than transformers' own for causal models, the loss is made from the logits, which are then returned.
+        In training mode the loss is made piece by piece, without the logits
+        (:func:`flash_xlstm.ops.linear_cross_entropy`), and `logits` is None. In two cases the loss is made from the
+        logits, which are then returned. One is a head in float64, or a head that is not a plain linear layer: an
+        adapter, a quantized or sharded weight, hooks. This warns once. The other is a `loss_function` that is not
+        transformers' own for causal models.
 
         Args:
             input_ids, inputs_embeds, cache_params, cache, past_key_values, attention_mask, output_hidden_states,
                 return_dict, position_ids: as in :meth:`xLSTMModel.forward`.
-            labels: (batch, seq) token ids, normally `input_ids` again: position t is compared with the logits
-                of position t - 1. Those of -100 and those at padding do not count, nor do those of position 0. The
-                first token behind padding on the left counts, as it does where transformers counts the labels of a
-                batch: the padding before it stands for the beginning of the sequence, a token that sees itself only.
-                The first token of a document that is packed behind another does not count, whatever its label is.
+            labels: (batch, seq) token ids, normally `input_ids` again. The label of position t is compared with the
+                logits of position t - 1. Labels of -100, labels at padding and the label of position 0 do not count.
+                The first token behind padding on the left does count, as transformers counts the labels of a batch. The
+                padding before it stands for the beginning of the sequence: a token that sees only itself. The first
+                token of a document that is packed behind another does not count, whatever its label is.
             use_cache: as in :meth:`xLSTMModel.forward`; with labels and gradients the default is no.
-            logits_to_keep: logits of the last so many positions only (0: all), or of the positions a 1-D
-                tensor holds.
-            skip_logits: whether `logits` may be None beside a loss. Default: in training mode, as with Liger's kernels;
-                False: they are returned always, True: never.
-            kwargs: ``num_items_in_batch`` divides the summed loss by this instead of the number of labels that count;
-                ``ignore_index`` counts as -100 does; ``shift_labels`` (batch, seq), used as they are in place of
-                `labels`, say for each position which token follows; ``num_logits_to_keep`` is `logits_to_keep`; the
-                rest as in :meth:`xLSTMModel.forward`.
+            logits_to_keep: a number n: only the logits of the last n positions, or all if n is 0. A 1-D tensor: the
+                logits of the positions that it holds.
+            skip_logits: whether `logits` may be None beside a loss. Default: yes in training mode, as with Liger's
+                kernels. With False they are always returned beside a loss, with True never.
+            kwargs: ``num_items_in_batch``: the summed loss is divided by it, not by the number of labels that count.
+                ``ignore_index``: the label that does not count, in place of -100.
+                ``shift_labels``: (batch, seq), for each position the token that follows. They replace `labels`.
+                ``num_logits_to_keep``: another name of `logits_to_keep`.
+                The rest is as in :meth:`xLSTMModel.forward`.
 
         Raises:
             TypeError, ValueError: as :meth:`xLSTMModel.forward` does.
@@ -683,7 +687,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def _head_input(self, hidden: Tensor) -> Tensor:
-        # A head that was put in place of ours has perhaps no weight, or a quantized one.
+        # A head that a caller put in place may have no weight, or a quantized one.
         dtype = getattr(getattr(self.lm_head, "weight", None), "dtype", None)
         return hidden.to(dtype) if dtype in _HEAD_DTYPES else hidden
 
@@ -695,7 +699,7 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
     ) -> Tensor | None:
-        """What transformers' ForCausalLMLoss makes of the logits; None where only they can give the loss."""
+        """The loss of transformers' ForCausalLMLoss. None if it can only be made from the logits."""
         if self.loss_function is not ForCausalLMLoss:
             return None
         hidden = self._head_input(hidden)
@@ -730,10 +734,10 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
 
 
 def _where_it_runs(block: nn.Module, x: Tensor, state: Any) -> Any:
-    """`state` on the device where `block` runs on x. The weights do not tell: they may be offloaded."""
+    """`state` on the device where `block` runs on x. The weights do not tell this device: they may be offloaded."""
     if state is None:
         return None
-    device = getattr(vars(block).get("_hf_hook"), "execution_device", None)  # accelerate's, which moves x there
+    device = getattr(vars(block).get("_hf_hook"), "execution_device", None)  # accelerate's hook moves x there
     device = x.device if device is None else torch.device(device)
     return state if state[0].device == device else tuple(t.to(device) for t in state)
 
@@ -757,7 +761,7 @@ def _check_one_sequence(
     x: Tensor,
     seen: int,
 ) -> None:
-    """Checks that nothing packs documents into the rows of x, which go on with a cache."""
+    """Checks that no argument describes packed documents in the rows of x, which continue from a cache."""
     for name in packing.ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} is given beside a cache; rows of several documents go without one")
@@ -768,7 +772,7 @@ def _check_one_sequence(
 
 
 def _mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """That of the tokens of x, (batch, seq)."""
+    """The part of `attention_mask` for the tokens of x: (batch, seq)."""
     if attention_mask is None:
         return None
     batch, seq = x.shape[:2]
@@ -783,7 +787,7 @@ def _mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _check_positions(name: str, positions: Tensor, x: Tensor, padding: Tensor | None, seen: int) -> None:
-    """Checks that positions (batch or 1, seq) of tokens count up by one, as in a row of one sequence."""
+    """Checks that positions (batch or 1, seq) count up by one from token to token, as those of one sequence do."""
     batch, seq = x.shape[:2]
     if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != seq:
         raise ValueError(f"{name} has shape {tuple(positions.shape)}; it must be ({batch}, {seq})")

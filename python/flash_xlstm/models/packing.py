@@ -1,4 +1,4 @@
-"""Documents packed into rows, told in any of the ways that collators tell them."""
+"""Documents packed into rows. Their offsets are found from any of the arguments by which collators describe them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _LENGTHS = ("max_length_q", "max_length_k")
 ARGUMENTS = ("seq_idx", *_OFFSETS, *_LENGTHS)
 
-_Check = tuple[Tensor, str]  # how often something is violated, and what is raised where it is
+_Check = tuple[Tensor, str]  # the number of violations, and the message of the error if there are any
 
 
 def offsets(
     arguments: dict[str, Any], position_ids: Tensor | None, mask: Tensor | None, padding: Tensor | None, x: Tensor
 ) -> Tensor | None:
-    """Where documents begin among the tokens of all rows of x (batch, seq, ...), taken one row after the other.
+    """The offsets of documents in the tokens of x (batch, seq, ...), one row after the other.
 
     Args:
-        arguments: the model's, some of `ARGUMENTS` perhaps among them.
+        arguments: the model's arguments, which may include some of `ARGUMENTS`.
         position_ids: positions, which begin anew with each document, or None.
-        mask: (batch, seq), 0 at padding and else 1, True or the number of a document, or None.
-        padding: where it is 0, on the device of x.
+        mask: (batch, seq): 0 at padding, and elsewhere 1, True or the number of the document; or None.
+        padding: (batch, seq) bool on the device of x, True where the mask is 0; or None.
 
     Returns:
-        (num_documents + 1,) int32 on the device of x, or None: each row is one document.
+        (num_documents + 1,) int32 on the device of x, or None if each row is one document.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, or they contradict each other. Where offsets are given
-            CUDA is not waited for: the device raises for wrong values.
+        TypeError, ValueError: an argument is of the wrong kind, or arguments contradict each other. Where offsets are
+            given nothing waits for a GPU; the device raises for wrong values.
     """
     given = {name: arguments[name] for name in ARGUMENTS if arguments.get(name) is not None}
     if mask is not None and not _may_number_documents(mask, alone=not given and position_ids is None):
@@ -48,7 +48,7 @@ def offsets(
     if bounds is not None and batch == 1 and not with_others:
         return bounds
     last = None if padding is None else _last_tokens(padding)
-    starts: dict[str, Tensor] = {}  # as _changes has it, by the argument that tells it
+    starts: dict[str, Tensor] = {}  # for each argument, where it says that documents begin, as _changes gives it
     checks: list[_Check] = []
     if bounds is not None:
         name, first = next(name for name in _OFFSETS if name in given), first_tokens(bounds, batch, seq)
@@ -74,7 +74,7 @@ def offsets(
         documents = _changes(numbers, last)
         checks.append(((numbers < 0).sum(), "attention_mask must not be less than 0"))
         checks.append(_once("attention_mask", numbers, documents, last))
-        for found in starts.values():  # a mask of 0 and 1 tells nothing beside others
+        for found in starts.values():  # beside other arguments, a mask of 0 and 1 says nothing of documents
             documents = torch.where((numbers > 1).any(), documents, found)
             break
         starts["attention_mask"] = documents
@@ -102,7 +102,7 @@ def first_tokens(offsets: Tensor, batch: int, seq: int) -> Tensor:
 
 
 def check_mask(mask: Tensor) -> None:
-    """Checks that a mask tells tokens from padding and nothing else, without waiting for a GPU."""
+    """Checks that a mask only tells tokens from padding, without waiting for a GPU."""
     if mask.dtype != torch.bool:
         require(
             ((mask == 0) | (mask == 1)).all(),
@@ -117,7 +117,7 @@ def _may_number_documents(mask: Tensor, alone: bool) -> bool:
         return False
     if not alone:
         return True
-    # To look at it where it can be looked at for nothing.
+    # The values are read only where that is free.
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((mask > 1).any())
 
 
@@ -151,7 +151,8 @@ def _given_offsets(given: dict[str, Any], tokens: int, device: torch.device) -> 
 
 @torch.compiler.disable(reason="give cu_seq_lens_q beside seq_idx: the number of documents is not known otherwise")
 def _found_offsets(starts: Tensor, checks: list[_Check]) -> Tensor | None:
-    """Waits for a GPU, once."""
+    """The offsets that `starts` gives, or None if each row is one document. Raises for violated checks. This waits for
+    a GPU, once."""
     if starts.is_meta:
         return None
     within, *violations = torch.stack([starts.sum(), *(count for count, _ in checks)]).tolist()
@@ -180,24 +181,25 @@ def _whole_numbers(name: str, numbers: Tensor, x: Tensor) -> Tensor:
 
 
 def _last_tokens(padding: Tensor) -> Tensor:
-    """(batch, seq): for each place the last one at or before it that holds a token; before the first, the first."""
+    """(batch, seq): for each position, the last position at or before it that holds a token. Positions before the first
+    token get that of the first token."""
     places = torch.arange(padding.shape[1], device=padding.device).masked_fill(padding, -1)
     return torch.maximum(places.cummax(1).values, (~padding).byte().argmax(1, keepdim=True))
 
 
 def _filled(numbers: Tensor, last: Tensor | None) -> Tensor:
-    """`numbers` with those of tokens at padding."""
+    """`numbers`, where padding has the number of the token that `last`, of :func:`_last_tokens`, gives."""
     return numbers if last is None else numbers.gather(1, last)
 
 
 def _changes(numbers: Tensor, last: Tensor | None) -> Tensor:
-    """(batch, seq - 1) bool: whether the number of a row's token, from the second on, is not that of the one before."""
+    """(batch, seq - 1) bool: whether the number of a row's token differs from that of the token before."""
     numbers = _filled(numbers, last)
     return numbers[:, 1:] != numbers[:, :-1]
 
 
 def _once(name: str, numbers: Tensor, changes: Tensor, last: Tensor | None) -> _Check:
-    """That no number comes back after another."""
+    """The check that no number of a row comes back after another number."""
     distinct = _changes(_filled(numbers, last).sort(1).values, None)
     again = distinct.sum(1) != changes.sum(1)
     return again.sum(), f"{name} must not come back to a number after another one in a row"

@@ -1,4 +1,4 @@
-"""Linear layers on few rows, as in decoding."""
+"""Linear layers on few rows, as in decoding, and checks of what a module's call would run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flash_xlstm import ops
 from flash_xlstm._build import LIMITS
 from flash_xlstm._build import few_rows as few_rows_of
 
-# The dtypes and the most rows for which the op of this package takes the product.
+# For each device, the dtypes and the most rows for which linear_rows takes the product.
 _CPU, _CUDA = few_rows_of("cpu"), few_rows_of("cuda")
 MOST_FEW_ROWS = _CUDA[1]
 _IN_MULTIPLE, _ALIGNMENT = LIMITS["linear_cuda_in_multiple"], LIMITS["linear_cuda_alignment"]
@@ -36,9 +36,10 @@ _captured = _Captured()
 
 @contextlib.contextmanager
 def weights_at_rest() -> Iterator[None]:
-    """For this thread a promise that no kernel which may still run writes a weight, so that kernels may read them ahead
-    of the kernels before. It holds within a captured chain of kernels, which begins when all before it have ended; it
-    does not hold for eager calls: another library's kernel may let its successor start before it has written."""
+    """For this thread, promises that no kernel that may still run writes a weight. Kernels may then read weights before
+    earlier kernels have ended. The promise holds within a captured chain of kernels, which begins when all kernels
+    before it have ended. It does not hold for eager calls: another library's kernel may let the next one start before
+    it has written."""
     before, _captured.weights_at_rest = _captured.weights_at_rest, True
     try:
         yield
@@ -53,8 +54,9 @@ def are_weights_at_rest() -> bool:
 
 @contextlib.contextmanager
 def side_by_side(streams: tuple[torch.cuda.Stream, ...]) -> Iterator[None]:
-    """For this thread, :func:`linears` of more rows than :func:`few_rows` run on `streams`, all at once: one product of
-    some ten rows does not fill a GPU. For captures, where another stream costs nothing but an edge of the graph."""
+    """For this thread, :func:`linears` of more rows than :func:`few_rows` allows run at once, on the current stream and
+    on `streams`. One product of some ten rows does not fill a GPU. This is for captures, where another stream costs
+    only an edge of the graph."""
     before, _captured.streams = _captured.streams, streams
     try:
         yield
@@ -81,19 +83,19 @@ def linears(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def torch_own(function: Callable[..., Any], home: ModuleType) -> Callable[..., Any] | None:
-    """`function` if it is defined in `home`; None if it was replaced before this package was imported."""
+    """`function` if `home` defines it. None if it was replaced before this package was imported."""
     return function if getattr(function, "__globals__", None) is vars(home) else None
 
 
-# What calling a linear layer runs.
+# The functions that a call of a linear layer runs.
 _CALL = torch_own(nn.Linear.__call__, hooks)
 _FORWARD = torch_own(nn.Linear.forward, nn.modules.linear)
 _LINEAR = torch._C._nn.linear
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; by :func:`flash_xlstm.ops.linear_rows` where `layer` is a plain linear layer that nothing changes
-    or looks at (:func:`few_rows`, :func:`own_parameters`), no gradient is needed and x has few rows."""
+    """``layer(x)``. :func:`flash_xlstm.ops.linear_rows` makes it where x has few rows, no gradient is needed, and
+    `layer` is a plain linear layer that nothing changes or looks at (:func:`few_rows`, :func:`own_parameters`)."""
     if type(layer) is nn.Linear and few_rows(x):
         own = own_parameters(layer, nn.Linear, x)
         if own is not None:
@@ -104,9 +106,9 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether products with x may go by :func:`flash_xlstm.ops.linear_rows`, as far as x and what torch holds for every
-    call go: without gradients of either mode, autocast, compiler, transform or another forward of
-    :class:`~torch.nn.Linear`, and with :func:`nothing_looks_on`."""
+    """Whether x and torch's global state allow products with x by :func:`flash_xlstm.ops.linear_rows`. There must be
+    few rows, no gradients of either mode, no autocast, compiler or transform, no replaced forward of
+    :class:`~torch.nn.Linear`, and :func:`nothing_looks_on`."""
     if not (x.is_cpu or x.is_cuda):
         return False
     dtypes, rows = _CPU if x.is_cpu else _CUDA
@@ -127,8 +129,8 @@ def few_rows(x: Tensor) -> bool:
 
 
 def nothing_looks_on() -> bool:
-    """Whether there is neither a forward hook of all modules nor a tracer or a mode, which would miss the functions
-    that a module's own forward calls."""
+    """Whether there is no global forward hook, no tracer and no mode. These would miss the functions that a module's
+    own forward calls."""
     return not (
         hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
@@ -139,13 +141,13 @@ def nothing_looks_on() -> bool:
 
 
 def _a_mode_looks_on() -> bool:
-    """A default device is a mode, too, but one that is for what makes tensors."""
+    """Whether a mode other than a default device is on. A default device only concerns functions that make tensors."""
     return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def unchanged(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` runs the forward of `kind`, and nothing of this module's own: no subclass, hook,
-    compiled form or forward in the instance. What is common to all modules is not looked at."""
+    """Whether a call of `module` runs the forward of `kind` and nothing of this module's own. `module` must not be of a
+    subclass, and have no hook, no compiled form and no forward in the instance. Global hooks are not checked."""
     if type(module) is not kind:
         return False
     own = module.__dict__
@@ -159,11 +161,11 @@ def unchanged(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def own_parameters(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """The weight and bias of a `module` that is :func:`unchanged`, if an op can read them beside x: plain parameters,
-    contiguous, of its dtype and on its device. Otherwise None."""
+    """The weight and bias of a `module` that is :func:`unchanged`, if an op can read them beside x. They must be plain
+    parameters, contiguous, with the dtype and device of x. Otherwise None."""
     if module is None or not unchanged(module, kind):
         return None
-    own = module.__dict__["_parameters"]  # attributes of a module take ten times as long to look up
+    own = module.__dict__["_parameters"]  # a module's attributes take ten times as long
     dtype, device = x.dtype, x.device
     for p in own.values():
         if p is not None and not (
@@ -175,14 +177,15 @@ def own_parameters(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -
         ):
             return None
     weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or module.__dict__.get("bias") is not None:  # not parameters, as where torch prunes them
+    if weight is None or module.__dict__.get("bias") is not None:  # no parameter, as where torch prunes it
         return None
     return weight, bias
 
 
 def only_weight(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The weight of a linear layer of which ``module(x)`` uses nothing else, for an op that takes its place:
-    :func:`own_parameters` without a bias, and no hook looks on, in a backward either. Otherwise None."""
+    """The weight of a linear layer, if ``module(x)`` uses nothing else and an op may replace it. The layer must have
+    :func:`own_parameters` without a bias. There must be no hooks, global ones and those of the backward included.
+    Otherwise None."""
     own = own_parameters(module, nn.Linear, x)
     if own is None or own[1] is not None or nn.Linear.forward is not _FORWARD or F.linear is not _LINEAR:
         return None

@@ -21,7 +21,8 @@ _library = torch.library.Library("flash_xlstm", "IMPL")
 
 
 def register_fake(name: str) -> Callable[..., Any]:
-    """Decorates the shapes and dtypes of what the operator `name` returns, as :func:`torch.library.register_fake`."""
+    """Decorates the function that gives the shapes and dtypes of the results of the operator `name`, as
+    :func:`torch.library.register_fake`."""
     op = getattr(torch.ops.flash_xlstm, name).default
 
     def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,17 +38,19 @@ def register_fake(name: str) -> Callable[..., Any]:
 
 
 def _tell_inductor(op: Any) -> None:
-    """Registers `op` with Inductor, if that is there, as one it calls as it is. An operator that it does not know it
-    registers itself, but writes the graph before it into a log line. A product that adds to the residual stream stands
-    twice in what follows it: the line doubles with every half block, and that of the loss behind 24 blocks has no
-    end."""
+    """Registers `op` with Inductor, if that is imported, as an operator that is called as it is.
+
+    Inductor registers an unknown operator itself, but first writes the graph before it into a log line. In this line a
+    product that adds to the residual stream appears twice in what follows it. So the line doubles with every half
+    block. For the loss behind 24 blocks it would have no end.
+    """
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     if lowering is None or op in getattr(lowering, "lowerings", (op,)):
         return
     try:
         constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
         lowering.make_fallback(op, layout_constraint=constraint, warn=False)
-    except (AttributeError, TypeError):  # a torch with other names: it registers the operator as above
+    except (AttributeError, TypeError):  # a torch with other names, where Inductor registers the operator itself
         return
 
 

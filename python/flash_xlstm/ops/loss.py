@@ -15,8 +15,8 @@ from flash_xlstm.ops import _common, _errors
 
 __all__ = ["linear_cross_entropy"]
 
-# Gradients of logits that are there at a time: 2,048 tokens of a vocabulary of 50,304. A quarter of the tokens' logits
-# are, in float32: those that the next kernel reads.
+# How many gradients of logits exist at a time: those of 2,048 tokens for a vocabulary of 50,304. Float32 logits exist
+# for a quarter of these tokens at a time.
 _ELEMENTS, _FEWEST_TOKENS, _MOST_TOKENS = 2048 * 51200, 512, 16384
 _PARTS = 4
 _TILE = 128  # rows of a product's tile
@@ -36,24 +36,25 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """The cross entropy of a linear layer's outputs, the logits ``hidden @ weight.T``, which are made in pieces: there
-    is never a tensor of tokens x vocabulary.
+    """The cross entropy of a linear layer's outputs, the logits ``hidden @ weight.T``.
 
-    The gradients are made along with the loss where hidden or weight needs them, so that each product is made once;
-    they take the memory of hidden, and of weight in float32, until the backward. With `reduction` "none" the backward
-    makes the logits again: the gradient of each token's loss is known only then. Logits, loss and the sum of weight's
-    gradient are float32; the gradients of logits have the dtype of hidden on CUDA, float32 on the CPU. Results and
-    gradients are the same from run to run. Nothing waits for the GPU.
+    The logits are made in pieces. There is never a tensor of tokens x vocabulary.
+
+    If hidden or weight needs gradients, the forward makes them along with the loss, so that each product is made once.
+    Until the backward they take the memory of hidden, and of weight in float32. With `reduction` "none" the backward
+    makes the logits again, since the gradient of each token's loss is not known before.
+
+    Logits, loss and the sum of weight's gradient are float32. The gradients of logits have the dtype of hidden on CUDA,
+    and are float32 on the CPU. Results and gradients are the same from run to run. Nothing waits for the GPU.
 
     Args:
         hidden: (..., dim); float32, bfloat16 or float16; CPU or CUDA.
-        weight: (vocabulary, dim), dtype of hidden; or float32, which the products take rounded to that dtype. Its
-            gradient is then float32 and not rounded.
+        weight: (vocabulary, dim), in the dtype of hidden or in float32. The products take a float32 weight rounded to
+            the dtype of hidden. Its gradient is float32 and not rounded.
         labels: (...), from 0 to vocabulary - 1, or ignore_index; int64 or int32.
-        soft_cap: the logits are ``soft_cap * tanh(logits / soft_cap)``; finite and greater than 0, or None: as they
-            are.
-        ignore_index: tokens of this label have no loss and no gradient, and do not count.
-        reduction: "mean" of the tokens that count (NaN where none does, as in torch), their "sum", or "none".
+        soft_cap: finite and greater than 0: the logits become ``soft_cap * tanh(logits / soft_cap)``. None: no cap.
+        ignore_index: tokens with this label have no loss and no gradient, and do not count.
+        reduction: "mean" over the tokens that count, which is NaN if none does, as in torch; their "sum"; or "none".
         label_smoothing: share of the target that is spread over the vocabulary, from 0 to 1, as in
             :func:`torch.nn.functional.cross_entropy`.
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to each token's loss; at least 0.
@@ -63,13 +64,13 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
-        RuntimeError: on CUDA, labels out of range: a device-side assertion, as of torch's own loss.
+        RuntimeError: on CUDA, labels out of range. This is a device-side assertion, as in torch's own loss.
     """
     try:
         (hidden,) = _common.autocast(hidden)
         if weight.dtype != torch.float32:
             (weight,) = _common.autocast(weight)
-        # Transforms hide what needs gradients: there the backward makes the logits again.
+        # Transforms hide which tensors need gradients. Under them the backward makes the logits again.
         makes = reduction != "none" and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
         return _linear_cross_entropy(
             hidden,
@@ -92,18 +93,18 @@ def linear_cross_entropy(
 _library = torch.library.Library("flash_xlstm", "FRAGMENT")
 _OPTIONS = "float? soft_cap, int ignore_index, float label_smoothing, float z_loss"
 _FLAGS = "bool hidden_gradient, bool weight_gradient"
-# The gradients are of the sum of the losses: what the mean and the backward multiply them by can be too small for
-# float16. Those not wanted are empty, as are those of reduction "none".
+# dhidden and dweight are gradients of the sum of the losses. The factors of the mean and of the backward come later:
+# they can be too small for float16. Gradients that are not wanted are empty. So are those of reduction "none".
 _library.define(
     f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, str reduction, {_OPTIONS}, {_FLAGS}) -> "
     "(Tensor loss, Tensor count, Tensor dhidden, Tensor dweight)"
 )
-# Of those, where the loss is the sum over `count`.
+# For a loss that is the sum divided by `count`: scales dhidden and dweight.
 _library.define(
     "linear_cross_entropy_backward(Tensor dloss, Tensor count, Tensor dhidden, Tensor dweight, ScalarType weight_dtype)"
     " -> (Tensor, Tensor)"
 )
-# Of each token's loss.
+# For reduction "none": dloss has one value a token.
 _library.define(
     f"linear_cross_entropies_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor labels, {_OPTIONS}, {_FLAGS})"
     " -> (Tensor, Tensor)"
@@ -115,7 +116,7 @@ def _shape(t: Tensor) -> str:
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
-    """The numbers are the row operator's to check."""
+    """Checks all arguments but the numbers, which the row operator checks."""
     if hidden.dtype not in _DTYPES:
         plain = " (for float64 use flash_xlstm.reference)" if hidden.dtype == torch.float64 else ""
         raise TypeError(f"hidden has dtype {str(hidden.dtype)[6:]}; it must be float32, bfloat16 or float16{plain}")
@@ -158,7 +159,7 @@ def _multiple(size: int, of: int) -> int:
 
 
 def _pieces(tokens: int, vocabulary: int) -> tuple[int, int]:
-    """How many tokens' gradients of logits are there at a time, and how many tokens' logits."""
+    """For how many tokens the gradients of logits exist at a time, and for how many the logits."""
     most = max(_FEWEST_TOKENS, min(_MOST_TOKENS, _ELEMENTS // vocabulary // _TILE * _TILE))
     pieces = max(1, -(-tokens // most))
     piece = min(tokens, _multiple(-(-tokens // pieces), _TILE))
@@ -166,7 +167,7 @@ def _pieces(tokens: int, vocabulary: int) -> tuple[int, int]:
 
 
 def _rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) of which every row begins at a multiple of 32 bytes at least."""
+    """An empty (rows, columns) tensor, in which every row begins at a multiple of at least 32 bytes."""
     return like.new_empty(rows, _multiple(columns, 16), dtype=dtype)[:, :columns]
 
 
@@ -183,8 +184,8 @@ def _run(
     hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, options: tuple[Any, ...],
     hidden_gradient: bool, weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Each token's loss, and the gradients of their sum; with `scale` (tokens,), of the sum of losses times that. The
-    weight's is float32; one that is not wanted is empty.
+    """Each token's loss, and the gradients of their sum. With `scale` (tokens,), each loss is multiplied by it in that
+    sum. The gradient of weight is float32. A gradient that is not wanted is empty.
 
     Args:
         hidden: (tokens, dim).
@@ -194,14 +195,14 @@ def _run(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rows_of = torch.ops.flash_xlstm.cross_entropy_rows.default
     dtype, weight = hidden.dtype, weight.to(hidden.dtype).contiguous()
-    if not hidden.is_cuda:  # torch's product of 16 bits has no float32 result there
+    if not hidden.is_cuda:  # on the CPU torch has no product of 16-bit types with a float32 result
         hidden, weight = hidden.float(), weight.float()
     gradients = hidden_gradient or weight_gradient
     piece, part = _pieces(tokens, vocabulary)
     dhidden = hidden.new_empty(hidden.shape if hidden_gradient else 0, dtype=dtype)
     dweight = weight.new_empty(weight.shape if weight_gradient else 0, dtype=torch.float32)
     if tokens == 0:
-        empty = _rows(hidden, 0, vocabulary, torch.float32)  # of which the row operator only looks at the options
+        empty = _rows(hidden, 0, vocabulary, torch.float32)  # the row operator then only checks the options
         return rows_of(empty, labels, None, None, *options), dhidden, dweight.zero_()
     transposed = weight.t()
     logits = _rows(hidden, part, vocabulary, torch.float32)
@@ -261,7 +262,7 @@ def _backward_of_sum(dloss, count, dhidden, dweight, weight_dtype):
 
 def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, label_smoothing, z_loss, *flags):
     scale, factor = dloss.reshape(-1).float(), None
-    if hidden.dtype == torch.float16 and len(scale) > 0:  # probabilities times what a mean brings would be 0
+    if hidden.dtype == torch.float16 and len(scale) > 0:  # probabilities times a small dloss would become 0
         factor = scale.abs().amax()
         factor = torch.where((factor > 0) & factor.isfinite(), factor, 1.0)
         scale = scale / factor
@@ -275,7 +276,7 @@ def _backward_of_each(dloss, hidden, weight, labels, soft_cap, ignore_index, lab
 
 
 def _without_autocast(form: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast, which may be on around the operator, is for what the caller passes: it would round float32 here."""
+    """Runs `form` without autocast. Autocast concerns what the caller passes. Here it would round float32 products."""
 
     def run(*args: Any) -> Any:
         with torch._C._DisableAutocast():
@@ -320,7 +321,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(count)
     ctx.made, ctx.weight_dtype = (of_hidden, of_weight), weight.dtype
-    # The gradients stay differentiable, so that a double backward comes to its refusal.
+    # dhidden and dweight stay differentiable, so that a double backward is refused with its message.
     ctx.save_for_backward(*((count, dhidden, dweight) if any(ctx.made) else (hidden, weight, labels)))
 
 

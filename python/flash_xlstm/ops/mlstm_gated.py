@@ -1,4 +1,4 @@
-"""The mLSTM with the gated head-wise norm behind it, of one joined projection: what the layers of the 7B train with."""
+"""The mLSTM of one joined projection, with the gated head-wise norm behind it. The layers of the 7B train with it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _backward(ctx, dy, _dh, _dkept):
     return dz, di, df, dweight if wanted else None, *[None] * 8
 
 
-# (z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps) -> (y, h, kept): z
-# (batch, seq, 2 * qk_dim + 2 * v_dim) holds q, k, v and the output gate side by side, y (batch, seq, v_dim) is
-# gated_head_norm(mlstm(q, k, v, i, f), gate, weight); h and kept are for the backward. Differentiable through y, once.
+# (z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps) -> (y, h, kept)
+# z (batch, seq, 2 * qk_dim + 2 * v_dim) holds q, k, v and the output gate side by side. y (batch, seq, v_dim) is
+# gated_head_norm(mlstm(q, k, v, i, f), gate, weight). h and kept are for the backward. Differentiable through y, once.
 mlstm_gated = _common.differentiable("mlstm_gated", _setup_context, _backward)
 mlstm_gated_backward = _common.no_double_backward("mlstm_gated_backward")

@@ -1,4 +1,4 @@
-"""Pointwise ops."""
+"""The pointwise ops: soft cap, norms and SwiGLU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
     Args:
         x: any shape; float32, bfloat16 or float16; CPU or CUDA.
-        cap: finite and greater than 0, or None for no cap (`x` itself is returned).
+        cap: finite and greater than 0, or None for no cap. With None, `x` itself is returned.
 
     Returns:
         A tensor of x's shape and dtype. Differentiable in x, once.
@@ -40,15 +40,14 @@ def rms_norm(
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32 and rounded once.
 
     Args:
-        x: (..., dim); float32, bfloat16 or float16; CPU or CUDA (there dim is at most 16,384).
+        x: (..., dim); float32, bfloat16 or float16; CPU or CUDA. On CUDA dim is at most 16,384.
         weight: (dim,), float32 or the dtype of x.
         eps: added to the mean square; finite, at least 0.
-        residual: shape and dtype of x. With it, ``sum = x + residual``, rounded to the dtype, is normalized, and
-            is returned too.
+        residual: shape and dtype of x, or None. With it, ``sum = x + residual`` is rounded to the dtype and normalized.
 
     Returns:
-        The normed x, shape and dtype of x; with `residual`, ``(normed, sum)``. Differentiable in all tensors,
-        once; the weight's gradient is the same from run to run.
+        The normed x, in x's shape and dtype; with `residual`, ``(normed, sum)``. Differentiable in all tensors, once.
+        The weight's gradient is the same from run to run.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
@@ -64,22 +63,22 @@ def rms_norm(
 
 
 def gated_head_norm(h: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """The mLSTM's output: each head's LayerNorm (no bias), and the output gate.
+    """A LayerNorm of each head without a bias, times the output gate, as behind the mLSTM.
 
-    ``sigmoid(gate) * (h - mean(h)) / sqrt(var(h) + eps) * weight``, mean and variance over the last dimension of h,
-    computed in float32 and rounded once.
+    The result is ``sigmoid(gate) * (h - mean(h)) / sqrt(var(h) + eps) * weight``, with mean and variance over the last
+    dimension of h. It is computed in float32 and rounded once.
 
     Args:
-        h: (..., heads, dim); float32, bfloat16 or float16; CPU or CUDA (there dim is at most 16,384).
+        h: (..., heads, dim); float32, bfloat16 or float16; CPU or CUDA. On CUDA dim is at most 16,384.
         gate: (..., heads * dim), pre-activations of the output gate; dtype of h. Rows may lie any distance apart, as in
-            a part of a wider tensor.
+            part of a wider tensor.
         weight: (heads * dim,), float32 or the dtype of h.
         eps: added to the variance; finite, at least 0.
 
     Returns:
-        (..., heads * dim) in the dtype of h. Differentiable in h, gate and weight, once; the weight's gradient is the
-        same from run to run. What the dtype cannot hold becomes infinite, as in torch's own casts: a gradient of
-        float16 h of which all values of a head nearly agree may, with eps of 0.
+        (..., heads * dim) in the dtype of h. Differentiable in h, gate and weight, once. The weight's gradient is the
+        same from run to run. Values that the dtype cannot hold become infinite, as in torch's own casts. With eps 0
+        this may happen to a gradient of float16 h where all values of a head nearly agree.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, by its name.
@@ -96,12 +95,12 @@ def swiglu(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``silu(x) * y``, computed in float32 and rounded once.
 
     Args:
-        x, y: one shape and dtype: float32, bfloat16 or float16; CPU or CUDA. Rows may lie any distance apart, as in
-            parts of a wider tensor. Without y, x is (..., 2 * dim) and holds both side by side, as a joined projection
-            leaves them; their gradients are then written side by side, too.
+        x, y: the same shape and dtype; float32, bfloat16 or float16; CPU or CUDA. Rows may lie any distance apart, as
+            in parts of a wider tensor. Without y, x is (..., 2 * dim) and holds both side by side, as a joined
+            projection leaves them. Their gradients are then side by side too.
 
     Returns:
-        Shape and dtype of x; without y (..., dim). Differentiable in both, once.
+        A tensor of x's shape and dtype; without y, (..., dim). Differentiable in both, once.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, by its name.

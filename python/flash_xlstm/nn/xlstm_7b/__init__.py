@@ -1,7 +1,7 @@
 """The layers of the xLSTM 7B (arXiv 2503.13427), which :mod:`flash_xlstm.models` stacks into a model.
 
-Names and parameters are those of transformers' xLSTM. The blocks of the first paper, some of whose names are the same,
-are in :mod:`flash_xlstm.nn.block_stack`.
+Names and parameters are those of transformers' xLSTM. The blocks of the first paper are in
+:mod:`flash_xlstm.nn.block_stack`. Some names are the same there.
 """
 
 from flash_xlstm.nn.xlstm_7b.block import mLSTMBlock

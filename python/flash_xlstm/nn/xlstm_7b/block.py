@@ -1,4 +1,4 @@
-"""One residual block: the mLSTM layer, then the feed-forward layer, each behind a norm."""
+"""One residual block: the mLSTM layer, then the feed-forward layer, with a norm in front of each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class mLSTMBlock(nn.Module):
 
     Args:
         hidden_size: size of input and output.
-        mlstm_layer, ffn: the two layers, of that size.
-        norm_eps, use_bias: of the two norms in front of them.
+        mlstm_layer, ffn: the two layers. Their inputs and outputs have that size.
+        norm_eps, use_bias: options of the two norms in front of the layers.
     """
 
-    _again = False  # whether the forward keeps little, and the backward makes the rest again
+    _again = False  # gradient checkpointing: the forward keeps little, the backward recomputes the rest
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class mLSTMBlock(nn.Module):
         state_indices: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """Arguments and results as :meth:`mLSTMLayer.forward`."""
+        """As :meth:`mLSTMLayer.forward`."""
         if inplace and padding is None and state is not None and cu_seqlens is None:
             out = block_step(self, x, state, state_indices)
             if out is not None:
@@ -68,7 +68,7 @@ class mLSTMBlock(nn.Module):
         return x + self.ffn(normed), state
 
     def _train(self, x: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The forward for a backward, without states: each half as one function where it can be."""
+        """The forward for training, without states. Each half is one autograd function where possible."""
         mlstm, ffn = residual.mlstm_half(self, x), residual.feed_forward_half(self, x)
         if mlstm is not None:
             x = residual.run_mlstm(x, mlstm, padding, cu_seqlens, self._again)
@@ -81,5 +81,5 @@ class mLSTMBlock(nn.Module):
         return x + self.ffn(self.norm_ffn(x) if normed is None else normed)
 
     def makes_again(self, x: Tensor) -> bool:
-        """Whether both halves keep little of x for the backward if asked to, and make the rest again."""
+        """Whether both halves can keep little for the backward, and recompute the rest."""
         return residual.serves(x) and None not in (residual.mlstm_half(self, x), residual.feed_forward_half(self, x))

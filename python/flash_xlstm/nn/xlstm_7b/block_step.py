@@ -1,5 +1,8 @@
-"""A block of the xLSTM 7B on one token, in one call: on a CPU calls are much of a small model's token, on CUDA kernels
-that follow each other closely and fuse what is between them."""
+"""A block of the xLSTM 7B on one token, in one call of an operator.
+
+On a CPU, Python calls are a large part of a small model's time per token. On CUDA the operator's kernels follow each
+other closely and fuse what is between them.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ _FORWARDS = (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHead
 
 
 def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None) -> Tensor | None:
-    """What `block`, an mLSTMBlock, makes of one token of each row; `state` is updated in place.
+    """The output of `block`, an mLSTMBlock, for one token of each row. `state` is updated in place.
 
-    None, with nothing done, where the operator does not serve: it is for few rows without gradients (on CUDA in
-    bfloat16), and does not know of hooks, other modules or forwards in a part's place, biases but the gates', or
-    weights elsewhere.
+    Returns None, with nothing done, where the operator does not serve. It serves few rows without gradients, on CUDA in
+    bfloat16. It does not serve hooks, other modules or forwards in place of a part, biases other than the gates', or
+    weights that it cannot read beside x.
     """
     c, n, m = state
     if not (
@@ -43,7 +46,7 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
         and (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward) == _FORWARDS
     ):
         return None
-    part = block._modules.get  # a module's attributes take ten times as long to look up
+    part = block._modules.get  # a module's attributes take ten times as long
     norm, layer, ffn_norm, ffn = part("norm_mlstm"), part("mlstm_layer"), part("norm_ffn"), part("ffn")
     if not (unchanged(layer, mLSTMLayer) and unchanged(ffn, FeedForward) and layer.step_kernel == "flash"):
         return None
@@ -76,7 +79,8 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
 def _parameters(
     parts: Iterable[nn.Module | None], kind: type[nn.Module], x: Tensor, *, biases: bool = False
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """The weights and biases of `parts`, all of them with a bias or none; None where the operator cannot read them."""
+    """The weights and biases of `parts`. With `biases` every part must have a bias, without it no part may. None where
+    that is not so, or where the operator cannot read a parameter."""
     weights, found = [], []
     for part in parts:
         own = own_parameters(part, kind, x)
@@ -88,7 +92,7 @@ def _parameters(
 
 
 def _fits_cuda(weights: list[Tensor]) -> bool:
-    """Whether every row of every weight begins where linear_rows wants it on CUDA."""
+    """Whether the rows of all weights have the length and alignment that linear_rows needs on CUDA."""
     return all(t.shape[-1] % _IN_MULTIPLE == 0 and t.data_ptr() % _ALIGNMENT == 0 for t in weights)
 
 

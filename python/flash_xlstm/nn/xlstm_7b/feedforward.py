@@ -18,8 +18,8 @@ class FeedForward(FusableProjections):
         hidden_size: size of input and output.
         up_dim: size in between.
         use_bias: whether the linear layers have biases.
-        weight_mode: "single" keeps ``proj_up_gate`` and ``proj_up`` apart, "fused" stacks them into
-            ``proj_up_gate_z``.
+        weight_mode: "single" for two layers, ``proj_up_gate`` and ``proj_up``; "fused" for one layer,
+            ``proj_up_gate_z``, that stacks them.
 
     Shape: (..., hidden_size) in and out.
     """

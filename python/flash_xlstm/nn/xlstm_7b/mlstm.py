@@ -1,4 +1,4 @@
-"""The mLSTM layer: projections, the mLSTM op, head-wise norm, output gate."""
+"""The mLSTM layer: projections, mLSTM, head-wise norm with output gate, output projection."""
 
 from __future__ import annotations
 
@@ -43,18 +43,17 @@ class mLSTMLayer(FusableProjections):
         num_heads: heads; `qk_dim` and `v_dim` must be multiples of it.
         qk_dim: size of queries and of keys, all heads together; default ``hidden_size // 2``.
         v_dim: size of values, all heads together; default `hidden_size`.
-        use_bias: biases in the linear layers and the norm (the input and forget gates always have one).
-        gate_soft_cap: cap of both gates' pre-activations, or None.
+        use_bias: biases in the linear layers and the norm. The input and forget gates always have one.
+        gate_soft_cap: soft cap of the input and forget gates' pre-activations, or None.
         eps: added to the mLSTM's normalizer.
         norm_eps: added to the variance in the head-wise norm.
-        weight_mode: "single" or "fused" (``qkv_opreact`` stacks q, k, v, ogate_preact; ``ifgate_preact`` the
-            gates).
-        kernel: "flash", the compiled op; or a plain PyTorch form: "chunkwise", "parallel" (quadratic) or
-            "recurrent". In float64, which the op does not know, "flash" is "chunkwise".
-        step_kernel: "flash" or "reference", which float64 takes in any case; for one token in place.
-        chunk_size: tokens processed together; None lets the kernel choose.
-        autocast_kernel_dtype: under autocast, q, k and v enter the kernel in this dtype; None takes
-            autocast's own.
+        weight_mode: "single" or "fused". Fused, ``qkv_opreact`` stacks q, k, v and ogate_preact, and
+            ``ifgate_preact`` stacks igate_preact and fgate_preact.
+        kernel: "flash" for the compiled op, or a plain PyTorch form: "chunkwise", "parallel" (quadratic) or
+            "recurrent". The op does not take float64; there "flash" means "chunkwise".
+        step_kernel: the kernel of one token in place: "flash" or "reference". float64 always takes "reference".
+        chunk_size: tokens processed together; with None the kernel chooses.
+        autocast_kernel_dtype: dtype of q, k and v in the kernel under autocast; None means autocast's own.
 
     Raises:
         ValueError: a size is not a multiple of `num_heads`, or a name is unknown.
@@ -126,22 +125,23 @@ class mLSTMLayer(FusableProjections):
             x: (batch, seq, hidden_size).
             state: ``(c, n, m)`` before the first token, as for :func:`flash_xlstm.ops.mlstm`, in any float dtype;
                 None means zeros.
-            padding: (batch, seq) bool, True where a token must leave the state alone. What comes out at such
-                a token means nothing.
+            padding: (batch, seq) bool, True at tokens that must leave the state alone. The output at such a token
+                has no meaning.
             return_state: also return the state after the last token.
-            inplace: for one token with a state and gradients off: write the new state into `state`'s own
-                tensors, in their dtypes.
-            state_indices: with all that, the slot of `state` that each row uses, as in
-                :func:`flash_xlstm.ops.mlstm_step`; `state` then holds any number of slots.
-            cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`, where
-                batch must be 1; states have num_seqs in place of batch.
+            inplace: write the new state into `state`'s own tensors, in their dtypes. This applies only to one token
+                with a state and gradients off.
+            state_indices: for a step in place, the slot of `state` that each row uses, as in
+                :func:`flash_xlstm.ops.mlstm_step`. `state` then holds any number of slots.
+            cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`. batch
+                must then be 1, and states have num_seqs in place of batch.
 
         Raises:
-            ValueError: `state_indices` for anything but one token in place; `cu_seqlens` for it.
+            ValueError: `state_indices` is given for anything but one token in place, or `cu_seqlens` for one token in
+                place.
 
         Returns:
-            ``(y, state)``: y (batch, seq, hidden_size); the state is None unless `return_state`. It is float32
-            (float64 for float64 layers), c in bfloat16 if that of `state` was; in place it is `state` itself.
+            ``(y, state)``. y is (batch, seq, hidden_size). The state is None unless `return_state`. It is float32, or
+            float64 for float64 layers; c is bfloat16 if that of `state` is. In place it is `state` itself.
         """
         if self.weight_mode == "fused":
             z = linear(self.get_submodule("qkv_opreact"), x)
@@ -175,7 +175,8 @@ class mLSTMLayer(FusableProjections):
         return y, state
 
     def _joined_norm_weight(self, z: Tensor) -> Tensor | None:
-        """The head norm's weight if one op may take the joined projection z, so that its gradient is one tensor."""
+        """The head norm's weight if one op may take the joined projection z, else None. The gradient of z is then one
+        tensor."""
         norm = self.multihead_norm
         if (
             self.kernel != "flash"
@@ -194,18 +195,18 @@ class mLSTMLayer(FusableProjections):
     def _joined(
         self, x: Tensor, z: Tensor, weight: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """From the joined projection to the output product's input."""
+        """The input of the output projection, from the joined projection z."""
         return mlstm_gated(
             z, *self._gates(x, padding, z.dtype), weight, cu_seqlens, self.num_heads, self.qk_dim, None, self.eps,
             self.gate_soft_cap, _common.chunk_size_or_0(self.chunk_size), self.multihead_norm.eps,
         )[0]  # fmt: skip
 
     def _gates(self, x: Tensor, padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Pre-activations, (batch, seq, heads), that the kernels take beside q in `dtype`."""
+        """Pre-activations of both gates, (batch, seq, heads), in a dtype that the kernels take beside q of `dtype`."""
         i, f = self._project(x, "ifgate_preact")
         if i.dtype not in (dtype, torch.float64):
             i, f = i.float(), f.float()
-        if padding is not None:  # the kernels' soft cap leaves infinities as they are
+        if padding is not None:  # the kernels' soft cap keeps infinities
             i = i.masked_fill(padding[..., None], -torch.inf)
             f = f.masked_fill(padding[..., None], torch.inf)
         return i, f

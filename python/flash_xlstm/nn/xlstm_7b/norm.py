@@ -1,6 +1,7 @@
-"""Normalization layers. Whatever the input's dtype, they reduce in float32 at least.
+"""Normalization layers. They reduce in float32 or float64, whatever the input's dtype.
 
-Without a bias and up to float32 they are ops of this package; with a bias, or in float64, torch's own functions.
+Without a bias, and in float32, bfloat16 or float16, they are ops of this package. With a bias, or in float64, they are
+torch's own functions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _OP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def op_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The weight as the op takes it; None where there is no op for these."""
+    """The weight in a dtype that the op takes, or None where the op does not serve."""
     if bias is not None or x.dtype not in _OP_DTYPES or weight.dtype not in _OP_DTYPES:
         return None
     return weight if weight.dtype in (torch.float32, x.dtype) else weight.float()
@@ -29,8 +30,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         use_bias: whether there is a bias.
 
-    Shape: (..., num_features) in and out; the dtype is kept. With a residual, the pair of the norm of ``x + residual``
-    and that sum, in one pass over memory.
+    Shape: (..., num_features) in and out; the dtype is kept. With `residual`, the result is a pair: the norm of
+    ``x + residual``, and that sum, in one pass over memory.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-6, *, use_bias: bool = False) -> None:
@@ -55,7 +56,7 @@ class RMSNorm(nn.Module):
 
 
 class MultiHeadLayerNorm(nn.Module):
-    """Layer norm over each head's own dimension, with one weight for every feature of every head.
+    """Layer norm over each head's dimension. Every feature of every head has its own weight.
 
     Args:
         num_heads, head_dim: the last two dimensions of the input.
@@ -92,8 +93,8 @@ class MultiHeadLayerNorm(nn.Module):
             y = F.layer_norm(x.to(dtype), (self.head_dim,), eps=self.eps).flatten(2) * weight
             y = y if bias is None else y + bias
         else:
-            # A group norm of single positions is one pass with the weight inside: quicker on a CPU, slower on
-            # a GPU than the two passes above.
+            # A group norm of single positions includes the weight in its one pass. Compared with the two passes above
+            # it is quicker on a CPU and slower on a GPU.
             y = F.group_norm(x.to(dtype).flatten(2).flatten(0, 1), self.num_heads, weight, bias, self.eps)
         return y.view(*x.shape[:2], self.num_heads * self.head_dim).to(x.dtype)
 

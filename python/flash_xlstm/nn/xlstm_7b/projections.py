@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, kept apart ("single") or stacked into one ("fused")."""
+"""Linear layers that read the same input, as separate layers ("single") or stacked into one ("fused")."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ WEIGHT_MODES = ("single", "fused")
 def convert_weight_mode(
     state_dict: MutableMapping[str, Tensor], prefix: str, groups: dict[str, dict[str, int]], mode: str
 ) -> None:
-    """Renames, and stacks or splits, the entries of one module in a state dict, in place.
+    """Stacks or splits the entries of one module in a state dict, and renames them. Works in place.
 
     Args:
-        state_dict: names to tensors. Entries already in `mode`, incomplete groups and other entries stay as
-            they are.
-        prefix: the module's name with its dot, or empty.
-        groups: for each fused linear layer the single ones it stacks, in order, with their output sizes.
+        state_dict: tensors by name. Entries already in `mode`, incomplete groups and other entries are left alone.
+        prefix: the module's name and a dot, or empty.
+        groups: for each fused layer, the single layers it stacks, in order, with their output sizes.
         mode: "single" or "fused".
     """
     for fused, parts in groups.items():
@@ -34,23 +33,22 @@ def convert_weight_mode(
             elif mode == "single" and whole in state_dict:
                 stacked = state_dict[whole]
                 if stacked.shape[0] != sum(parts.values()):
-                    continue  # left for load_state_dict to report
+                    continue  # load_state_dict reports it
                 del state_dict[whole]
-                # Clones: slices would share storage, which savers refuse and which keeps the whole alive.
+                # Cloned: slices would share storage. Savers refuse that, and it keeps the whole tensor alive.
                 state_dict.update(
                     (name, t.clone()) for name, t in zip(names, stacked.split(list(parts.values())), strict=True)
                 )
 
 
 class FusableProjections(nn.Module):
-    """A module whose input projections come in either weight mode.
+    """A module whose input projections have one of the two weight modes.
 
-    ``load_state_dict`` accepts a state dict in either mode and converts it. Subclasses call
-    :meth:`_build_projections` and read them with :meth:`_project`.
+    ``load_state_dict`` accepts a state dict in either mode and converts it. Subclasses make their projections with
+    :meth:`_build_projections` and run them with :meth:`_project`.
 
     Attributes:
-        projection_groups: for each fused layer, the single layers it stacks, in order, with their output
-            sizes.
+        projection_groups: for each fused layer, the single layers it stacks, in order, with their output sizes.
         weight_mode: "single" or "fused".
     """
 
@@ -70,12 +68,12 @@ class FusableProjections(nn.Module):
                 self.add_module(name, nn.Linear(in_features, size, bias=biases[fused]))
 
     def projections(self, group: str) -> list[nn.Module]:
-        """The layers that there are of a group: the fused one, or the single ones."""
+        """The layers of a group: the fused one, or the single ones."""
         names = [group] if self.weight_mode == "fused" else self.projection_groups[group]
         return [self._modules[name] for name in names]  # type: ignore[misc]
 
     def _project(self, x: Tensor, group: str) -> tuple[Tensor, ...]:
-        """The outputs of a group's single layers; views of one tensor where they are fused."""
+        """The outputs of a group's single layers. With fused weights they are views of one tensor."""
         parts = self.projection_groups[group]
         if self.weight_mode == "fused":
             return linear(self.get_submodule(group), x).split(list(parts.values()), dim=-1)
@@ -86,11 +84,11 @@ class FusableProjections(nn.Module):
         optimizer.
 
         Raises:
-            ValueError: as :func:`check_weight_mode`; nothing has been changed then.
+            ValueError: as :func:`check_weight_mode`. Nothing is changed then.
         """
         if not check_weight_mode(self, mode):
             return
-        new: dict[str, nn.Module] = {}  # all are made before the first is exchanged
+        new: dict[str, nn.Module] = {}  # all are made before the first is replaced
         old: list[str] = []
         for fused, parts in self.projection_groups.items():
             names = _names(fused, parts, self.weight_mode)
@@ -117,16 +115,17 @@ class FusableProjections(nn.Module):
 
 
 def check_weight_mode(model: nn.Module, mode: str) -> list[FusableProjections]:
-    """Whether the projections in `model` can be stacked or split; changes nothing.
+    """Checks that the projections in `model` can be stacked or split. Changes nothing.
 
     Returns:
-        The modules, `model` itself included, that are not in `mode` yet, for
+        The modules, perhaps `model` itself among them, that are not in `mode` yet. They are for
         :meth:`FusableProjections.set_weight_mode`.
 
     Raises:
-        ValueError: `mode` is unknown; or layers, which the message names, cannot be converted without a loss: they are
-            no plain :class:`torch.nn.Linear` (an adapter around it, a quantized one), are offloaded, have hooks, share
-            parameters, or differ in what one layer has once (dtype, device, requires_grad, bias).
+        ValueError: `mode` is unknown, or a layer cannot be converted without a loss. The message names the layer. It is
+            not a plain :class:`torch.nn.Linear` (but an adapter around one, or quantized), is offloaded, has hooks, or
+            shares parameters. Or the layers of a group differ in in_features, dtype, device, requires_grad, hooks or
+            whether they have a bias.
     """
     if mode not in WEIGHT_MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(WEIGHT_MODES)}")
@@ -154,7 +153,7 @@ def _names(fused: str, parts: dict[str, int], mode: str) -> dict[str, int]:
 
 
 def _given(module: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a module itself."""
+    """The parameters of a module itself, without those of its submodules."""
     return [] if module is None else [(kind, p) for kind, p in module._parameters.items() if p is not None]
 
 
@@ -212,7 +211,7 @@ def _check_alike(layers: dict[str, Any], fused: str) -> None:
 
 
 def _accelerate_hook(layer: nn.Module) -> Any:
-    """The hook with which accelerate moves a layer's inputs to its device, if there is one and it does no more."""
+    """The hook with which accelerate moves a layer's inputs to its device, or None if it does more or there is none."""
     hook: Any = getattr(layer, "_hf_hook", None)
     return hook if type(hook).__name__ == "AlignDevicesHook" and not hook.offload else None
 

@@ -1,12 +1,12 @@
-"""The two halves of a block, ``x + f(norm(x))``, for training: each one autograd function.
+"""The two halves of a block, ``x + f(norm(x))``, for training. Each is one autograd function.
 
-The forward keeps what the backward cannot make again cheaply: x, the joined projections, and the mLSTM's h and output.
-The norms' outputs and SwiGLU's product come out of the kernels of their gradients once more. The residual is added
-within the output product's epilogue, and its gradient within the norm's. The gradients of projections that are read as
-parts of one tensor are written side by side, as the product behind them reads them.
+The forward keeps what costs much to recompute: x, the joined projections, and the h and gated output of the mLSTM. The
+kernels of the gradients also return the norms' outputs and SwiGLU's product. The residual is added in the epilogue of
+the output product. The residual's gradient is added in the kernel of the norm's gradient. Projections are parts of one
+joined tensor. Their gradients are written side by side, as the product of the joined gradient reads them.
 
-``again`` is gradient checkpointing: the forward keeps x and h alone, and the backward repeats the products between them
-(of the forward's products all but those that write to the residual stream), but no mLSTM.
+``again`` is gradient checkpointing. The forward then keeps only x and the mLSTM's h, s and m. The backward repeats the
+norms and the products, except the products that write to the residual stream. It repeats no mLSTM.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _operators = torch.ops.flash_xlstm
 class MlstmHalf(NamedTuple):
     """What the mLSTM half needs of a block."""
 
-    tensors: tuple[Tensor, ...]  # norm, head norm, out_proj; then projections, gates, the gates' biases
-    counts: tuple[int, int]  # of projections and of gates
+    tensors: tuple[Tensor, ...]  # weights of norm, head norm, out_proj, projections and gates; the gates' biases
+    counts: tuple[int, int]  # how many projections and gates there are
     sizes: tuple[int, int]  # heads, qk_dim
-    numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM and head norm, soft cap, chunk size
+    numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM, head norm; soft cap; chunk size
 
 
 class FeedForwardHalf(NamedTuple):
     """What the feed-forward half needs of a block."""
 
-    tensors: tuple[Tensor, ...]  # norm, proj_down; then projections
+    tensors: tuple[Tensor, ...]  # weights of norm, proj_down and projections
     eps: float
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the halves may run on x, as far as x and what torch holds for every call go: with gradients, without
-    autocast, transforms of torch.func, another forward of :class:`~torch.nn.Linear`, and with
+    """Whether x and torch's global state allow the halves. Gradients must be on. There must be no autocast, no
+    transform of torch.func, no replaced forward of :class:`~torch.nn.Linear` or of this package's layers, and
     :func:`~flash_xlstm.nn.linear.nothing_looks_on`."""
     return (
         torch.is_grad_enabled()
@@ -72,8 +72,8 @@ def serves(x: Tensor) -> bool:
 
 
 def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
-    """None where the half does not serve: it does not know of hooks, other modules, biases but the gates', or
-    weights elsewhere."""
+    """What the half needs of `block`, or None where it does not serve. It does not serve hooks, other modules in place
+    of a part, biases other than the gates', or weights that an op cannot read beside x."""
     part = block._modules.get
     layer = part("mlstm_layer")
     if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash" and layer.context_group is None):
@@ -95,7 +95,7 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
 
 
 def feed_forward_half(block: Any, x: Tensor) -> FeedForwardHalf | None:
-    """None where the half does not serve, as :func:`mlstm_half`."""
+    """As :func:`mlstm_half`. No bias is served."""
     part = block._modules.get
     ffn, norm = part("ffn"), part("norm_ffn")
     if not unchanged(ffn, FeedForward):
@@ -110,7 +110,7 @@ def feed_forward_half(block: Any, x: Tensor) -> FeedForwardHalf | None:
 
 
 def _weights(x: Tensor, *parts: tuple[Any, type[nn.Module]]) -> tuple[Tensor, ...] | None:
-    """The weights of plain modules without biases; None if there is another."""
+    """The weights of plain modules without biases. None if a module is of another kind."""
     found = []
     for part, kind in parts:
         own = own_parameters(part, kind, x)
@@ -131,12 +131,12 @@ def run_feed_forward(x: Tensor, half: FeedForwardHalf, again: bool) -> Tensor:
 
 
 def _joined(weights: tuple[Tensor, ...]) -> Tensor:
-    """One weight of several. A copy, which costs a hundredth of the products that it joins, and is not kept."""
+    """Several weights as one. The copy costs a hundredth of the products that it joins, and is not kept."""
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of `weights`, as parts of the joined one."""
+    """The gradients of `weights`, which are parts of the joined gradient."""
     if gradient is None or len(weights) == 1:
         return (gradient,) * len(weights)
     return gradient.split([w.shape[0] for w in weights])
@@ -184,7 +184,7 @@ class _Mlstm(torch.autograd.Function):
         )  # fmt: skip
         del dy
         dz, dpre = dz.flatten(0, 1), torch.cat((di, df), -1).flatten(0, 1)
-        # The gates' small product first: the large one adds to it in its epilogue.
+        # The gates' product is small and comes first. The large one adds to it in its epilogue.
         dnormed = torch.mm(dpre, _joined(gates)).addmm_(dz, _joined(parts)).view(x.shape)
         remake = normed is None and (want_parts or want_gates)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
@@ -202,20 +202,20 @@ class _Mlstm(torch.autograd.Function):
 
 
 def _split(rest: Any, counts: tuple[int, int]) -> tuple[Any, Any, Any]:
-    """Of projections, gates and the gates' biases."""
+    """Splits `rest` into what belongs to the projections, the gates and the gates' biases."""
     first, second = counts[0], counts[0] + counts[1]
     return tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:])
 
 
 def _projected(normed: Tensor, parts: Any, gates: Any, biases: Any) -> tuple[Tensor, Tensor]:
-    """The joined projections and gates of rows."""
+    """The joined projections and the joined gates of rows."""
     return torch.mm(normed, _joined(parts).t()), torch.addmm(_joined(biases), normed, _joined(gates).t())
 
 
 def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tuple[int, int]) -> Any:
-    """z (batch, seq, features), and i and f (batch, seq, heads)."""
+    """z as (batch, seq, features), and i and f as (batch, seq, heads)."""
     i, f = pre.view(*shape[:2], -1).split(sizes[0], -1)
-    if padding is not None:  # the kernels' soft cap leaves infinities as they are; gradients there are 0
+    if padding is not None:  # the kernels' soft cap keeps infinities, and the gradients there are 0
         i = i.masked_fill(padding[..., None], -torch.inf)
         f = f.masked_fill(padding[..., None], torch.inf)
     return z.view(*shape[:2], -1), i, f
