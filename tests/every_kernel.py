@@ -92,6 +92,9 @@ def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_ca
     h, last = op(q, k, v, i, f, initial_state=state, **options)
     outputs, inputs = ([t for t in tensors if t is not None] for tensors in ((h, *last), (q, k, v, i, f, *state)))
     torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
+    if normalize is None:
+        outputs = ops.mlstm_state(k, v, i, f, gate_soft_cap=gate_soft_cap, cu_seqlens=cu_seqlens)
+        torch.autograd.grad(outputs, (k, v, i, f), [torch.randn_like(t) for t in outputs])
     torch.cuda.synchronize()
 
 

@@ -135,7 +135,7 @@ struct Plan {
   std::vector<float> row_high, row_low, column_high, column_low, m;  // [items][length], as in ChunkGates
   std::vector<float> m_start;  // [items]
   std::vector<double> keep;    // [items]: the weight of the state at the start in the state at the end
-  std::vector<float> m_last;   // [lanes]
+  std::vector<float> m_last, log_decay;  // [lanes]
   std::vector<char> reset;           // [items][length]: m took the input gate's branch
 
   explicit Plan(const MlstmProblem& problem) : p(problem) {
@@ -212,13 +212,14 @@ struct Plan {
     m_start.resize(count);
     keep.resize(count);
     m_last.resize(lanes());
+    log_decay.resize(lanes());
     reset.resize(count * length);
     const auto split = [](double x, float& high, float& low) {
       high = static_cast<float>(x);
       low = std::isinf(high) ? 0.0f : static_cast<float>(x - high);
     };
     parallel(lanes(), [&](int64_t lane) {
-      double stabilizer = p.m0 == nullptr ? 0.0 : p.m0[lane];
+      double stabilizer = p.m0 == nullptr ? p.first_m : p.m0[lane], decay = 0.0;
       for (int64_t x = lane_begin[lane]; x < lane_begin[lane + 1]; ++x) {
         const Item& item = items[x];
         m_start[x] = static_cast<float>(stabilizer);
@@ -242,8 +243,10 @@ struct Plan {
           split(input - b, column_high[at], column_low[at]);
         }
         keep[x] = std::exp(b - m[x * length + length - 1] + m_start[x]);
+        decay += b;
       }
       m_last[lane] = static_cast<float>(stabilizer);
+      log_decay[lane] = static_cast<float>(decay);
     });
   }
 };
@@ -405,6 +408,7 @@ void mlstm_forward(const MlstmForward& params) {
     v.batch_stride = inner * p.dv;
     segment_states(plan, states, begin, end, v, right + length * p.dv, inner * p.dv, carry_in, params.c_last,
                    params.n_last);
+    if (params.h == nullptr) continue;
     parallel(items, [&](int64_t x) {
       const Item& item = plan.items[begin + x];
       kernels.pack(q + x * length * p.dqk, plan.rows(p.q, item), p.dtype, p.q.seq, item.tokens, p.dqk, length);
@@ -455,6 +459,7 @@ void mlstm_forward(const MlstmForward& params) {
   if (params.c_last == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
     if (params.m_last != nullptr) params.m_last[lane] = plan.m_last[lane];
+    if (params.log_decay != nullptr) params.log_decay[lane] = plan.log_decay[lane];
     if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;
     pass_on(params.c_last, p.c0, lane, p.dqk * p.dv);
     pass_on(params.n_last, p.n0, lane, p.dqk);
@@ -483,6 +488,18 @@ void store_gate(void* gate, DType dtype, int64_t index, double value) {
   }
 }
 
+// Of every lane the sum of e before the first reset, and whether there is none.
+void sum_open(const Plan& plan, const GateSums& sums, const MlstmBackward& params) {
+  for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
+    const int64_t begin = plan.lane_begin[lane] * plan.length, end = plan.lane_begin[lane + 1] * plan.length;
+    double sum = 0.0;
+    int64_t at = begin;
+    for (; at < end && !plan.reset[at]; ++at) sum += sums.e[at];
+    params.open_e[lane] = static_cast<float>(sum);
+    params.is_open[lane] = at == end ? 1.0f : 0.0f;
+  }
+}
+
 // dlf_t is the sum of X S over the pairs j < t <= u. The pairs are summed by where j and u lie:
 //   j before the chunk, u after it   through
 //   j before it, u inside            q . dq from t on
@@ -496,6 +513,7 @@ void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward&
   parallel(plan.lanes(), [&](int64_t lane) {
     const int64_t begin = plan.lane_begin[lane], end = plan.lane_begin[lane + 1];
     double a = params.dm_last == nullptr ? 0.0 : params.dm_last[lane];
+    const double into_decay = params.dlog_decay == nullptr ? 0.0 : params.dlog_decay[lane];
     for (int64_t x = end - 1; x >= begin; --x) {
       const Item& item = plan.items[x];
       const int64_t at = x * length;
@@ -508,7 +526,7 @@ void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward&
         earlier -= sums.k_dk[at + t];
         if (stabilized) a += sums.e[at + t];
         double di = static_cast<double>(sums.k_dk[at + t]) + sums.column[at + t];
-        double dlf = later + earlier + sums.within[at + t];
+        double dlf = later + earlier + sums.within[at + t] + into_decay;
         if (plan.reset[at + t]) {
           di += a;
           a = 0.0;
@@ -683,6 +701,7 @@ void mlstm_backward(const MlstmBackward& params) {
       for (int64_t x = 0; x < items; ++x) sums.through[begin + x] += through[block * items + x];
     }
 
+    if (params.dk == nullptr) continue;
     multiply(dense(x_k, length, p.dqk), dense(x_tile, length, length), k_rows, items);
     multiply(dense(x_q, length, p.dqk), dense(x_tile, length, length).transposed(), q_rows, items);
     multiply(dense(dc_v, length, p.dqk), v_rows, dc_slots.transposed(), items);
@@ -706,15 +725,21 @@ void mlstm_backward(const MlstmBackward& params) {
                              &sums.k_dk[global], length, p.dqk);
       kernels.add_state_term(dv_rows, dc_k + at * p.dv, end_weight + at, none.data(), none.data(), dv_rows,
                              unused.data(), length, p.dv);
-      kernels.unpack(plan.output_rows(params.dq, item, p.dqk), p.dtype, p.heads * p.dqk, dq_rows, nullptr, item.tokens,
-                     p.dqk);
+      if (params.dq != nullptr) {
+        kernels.unpack(plan.output_rows(params.dq, item, p.dqk), p.dtype, p.heads * p.dqk, dq_rows, nullptr,
+                       item.tokens, p.dqk);
+      }
       kernels.unpack(plan.output_rows(params.dk, item, p.dqk), p.dtype, p.heads * p.dqk, dk_rows, nullptr, item.tokens,
                      p.dqk);
       kernels.unpack(plan.output_rows(params.dv, item, p.dv), p.dtype, p.heads * p.dv, dv_rows, nullptr, item.tokens,
                      p.dv);
     });
   }
-  gate_gradients(plan, sums, params);
+  if (params.dk == nullptr) {
+    sum_open(plan, sums, params);
+  } else {
+    gate_gradients(plan, sums, params);
+  }
   if (params.dc0 == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
     if (plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;

@@ -20,6 +20,8 @@ struct Options {
   int64_t chunk_size;
   InputGate input_gate = InputGate::exponential;
   bool normalize = true;
+  const char* first = "q";  // the argument that stands for q: k where there is none
+  float first_m = 0.0f;
 
   // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
@@ -38,21 +40,24 @@ const float* hold_float32(CheckedProblem& checked, const Tensor& t) {
   return static_cast<const float*>(dense.data_ptr());
 }
 
-void check_gate(const char* name, const Tensor& gate, const Tensor& q, ScalarType dtype, ScalarType gate_dtype) {
+void check_gate(const char* name, const Tensor& gate, const Tensor& q, const char* first, ScalarType dtype,
+                ScalarType gate_dtype) {
   check_shape(name, gate, {q.size(0), q.size(1), q.size(2)}, "(batch, seq, heads)");
-  check_device(name, gate, q);
+  check_device(name, gate, q, first);
   const ScalarType has = gate.scalar_type();
   if (has != ScalarType::Float && has != dtype) {
-    type_error(name, " has dtype ", dtype_text(has), "; it must be float32 or the dtype of q, ", dtype_text(dtype));
+    type_error(name, " has dtype ", dtype_text(has), "; it must be float32 or the dtype of ", first, ", ",
+               dtype_text(dtype));
   }
   if (has != gate_dtype) {
     type_error(name, " has dtype ", dtype_text(has), "; it must be that of i, ", dtype_text(gate_dtype));
   }
 }
 
-void check_state(const char* name, const Tensor& t, const Tensor& q, Sizes sizes, const char* want) {
+void check_state(const char* name, const Tensor& t, const Tensor& q, Sizes sizes, const char* want,
+                 const char* first = "q") {
   check_shape(name, t, sizes, want);
-  check_device(name, t, q);
+  check_device(name, t, q, first);
   check_dtype(name, t, ScalarType::Float);
 }
 
@@ -82,29 +87,30 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   const OptTensor& cu_seqlens = options.cu_seqlens;
   CheckedProblem checked{};
   MlstmProblem& p = checked.p;
-  check_shape("q", q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
+  const char* const first = options.first;
+  check_shape(first, q, {-1, -1, -1, -1}, "(batch, seq, heads, dqk)");
   const ScalarType dtype = q.scalar_type(), gate_dtype = i.scalar_type();  // read once: each read searches a list
-  check_op_dtype("q", dtype);
+  check_op_dtype(first, dtype);
   p.batch = q.size(0), p.seq = q.size(1), p.heads = q.size(2), p.dqk = q.size(3);
-  if (p.seq < 1) value_error("q has seq ", p.seq, "; it must be at least 1");
-  if (p.dqk < 1) value_error("q has dqk ", p.dqk, "; it must be at least 1");
+  if (p.seq < 1) value_error(first, " has seq ", p.seq, "; it must be at least 1");
+  if (p.dqk < 1) value_error(first, " has dqk ", p.dqk, "; it must be at least 1");
   check_shape("k", k, {p.batch, p.seq, p.heads, p.dqk}, "(batch, seq, heads, dqk)");
   check_shape("v", v, {p.batch, p.seq, p.heads, -1}, "(batch, seq, heads, dv)");
   p.dv = v.size(3);
   if (p.dv < 1) value_error("v has dv ", p.dv, "; it must be at least 1");
   check_dtype("k", k, dtype, ", as q");
-  check_dtype("v", v, dtype, ", as q");
+  check_dtype("v", v, dtype, first[0] == 'q' ? ", as q" : ", as k");
   check_device("k", k, q);
-  check_device("v", v, q);
-  check_last_dim_contiguous("q", q);
+  check_device("v", v, q, first);
+  check_last_dim_contiguous(first, q);
   check_last_dim_contiguous("k", k);
   check_last_dim_contiguous("v", v);
-  check_gate("i", i, q, dtype, gate_dtype);
-  check_gate("f", f, q, dtype, gate_dtype);
+  check_gate("i", i, q, first, dtype, gate_dtype);
+  check_gate("f", f, q, first, dtype, gate_dtype);
 
   p.num_seqs = p.batch;
   if (cu_seqlens) {
-    p.num_seqs = check_cu_seqlens(*cu_seqlens, q, "q");
+    p.num_seqs = check_cu_seqlens(*cu_seqlens, q, first);
     p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
   }
   check_initial_state(checked, q, options);
@@ -115,6 +121,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.gate_soft_cap = check_gate_soft_cap(options.gate_soft_cap);
   p.input_gate = options.input_gate;
   p.normalize = options.normalize;
+  p.first_m = options.first_m;
   p.dtype = to_dtype(dtype);
   p.gate_dtype = to_dtype(gate_dtype);
   p.scale = check_scale(options.scale, p.dqk);
@@ -155,34 +162,39 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 }
 
 struct ForwardOutputs {
-  Tensor h;
-  OptTensor kept, c_last, n_last, m_last;  // only those that exist and are wanted
+  OptTensor h, kept, c_last, n_last, m_last, log_decay;  // only those that exist and are wanted
 };
 
-// Allocates only what is wanted: every tensor costs the host a microsecond. With `keep`, `kept` is what the backward
-// needs: s and m as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads).
+enum class Wanted { h, h_and_kept, h_kept_and_state, state_and_decay };
+
+// Allocates only what is wanted: every tensor costs the host a microsecond. `kept` is what the backward needs: s and m
+// as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads).
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                       const Tensor& f, const Options& options, bool return_final_state, bool keep = true) {
+                       const Tensor& f, const Options& options, Wanted wanted) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   const auto make = [&](bool wanted, Sizes sizes) {
     return wanted ? OptTensor(new_empty(q, sizes, ScalarType::Float)) : std::nullopt;
   };
   const bool has_n = options.has_n(), has_m = options.has_m();
+  const bool h = wanted != Wanted::state_and_decay, keep = h && wanted != Wanted::h;
+  const bool state = wanted == Wanted::h_kept_and_state || !h;
   ForwardOutputs y{
-      .h = new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type()),
+      .h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
       .kept = has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
-      .c_last = make(return_final_state, {p.num_seqs, p.heads, p.dqk, p.dv}),
-      .n_last = make(return_final_state && has_n, {p.num_seqs, p.heads, p.dqk}),
-      .m_last = make(return_final_state && has_m, {p.num_seqs, p.heads})};
+      .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
+      .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
+      .m_last = make(state && has_m, {p.num_seqs, p.heads}),
+      .log_decay = make(!h, {p.num_seqs, p.heads})};
   MlstmForward params{};
   params.p = p;
-  params.h = y.h.data_ptr();
+  if (h) params.h = y.h->data_ptr();
   params.s = float_data(y.kept);
   if (y.kept && has_m) params.m = params.s + y.kept->numel() / 2;
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
+  params.log_decay = float_data(y.log_decay);
   if (p.batch > 0 && p.heads > 0) {
     run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(
         op, q, params, [&] { copy_inputs(checked, params.p, cuda::mlstm_copies(params), q, k, v); });
@@ -190,31 +202,41 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   return y;
 }
 
+// The gradients that a backward makes.
+enum class Of { all, state_alone, initial_state_alone };
+
 // The gradients of q, k, v, i, f, c, n and m. Those of states that there are not are empty. `kept` is what the forward
 // returned. With `into`, dq, dk and dv go there: the kernels write them, or they are copied.
+// Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
+// Of::initial_state_alone: dk and dv are empty; in the places of di and df are open_e and is_open, (num_seqs, heads)
+// float32.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
-                    const Tensor& kept, const MlstmInto* into = nullptr) {
+                    const OptTensor& kept, const MlstmInto* into = nullptr, Of of = Of::all,
+                    const OptTensor& dlog_decay = std::nullopt) {
+  const bool state_only = of == Of::state_alone, all_but_initial = of != Of::initial_state_alone;
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   MlstmBackward params{};
   params.p = p;
-  if (q.is_cuda() && p.dtype == DType::float32) {  // only this path makes dh . h from h
+  if (q.is_cuda() && p.dtype == DType::float32 && !state_only) {  // only this path makes dh . h from h
     if (!h) value_error("h is None; for float32 on CUDA it must be what the forward returned");
     check_shape("h", *h, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
     check_dtype("h", *h, q.scalar_type(), ", as q");
     params.h = hold_float32(checked, *h);
   }
-  if (options.has_m()) {
-    check_shape(kept_name, kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
+  if (state_only) {
+    // Nothing is kept.
+  } else if (options.has_m()) {
+    check_shape(kept_name, *kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
   } else if (options.has_n()) {
-    check_shape(kept_name, kept, {p.batch, p.seq, p.heads}, "(batch, seq, heads)");
+    check_shape(kept_name, *kept, {p.batch, p.seq, p.heads}, "(batch, seq, heads)");
   }
-  if (options.has_n()) {
-    check_dtype(kept_name, kept, ScalarType::Float);
-    params.s = hold_float32(checked, kept);
-    if (options.has_m()) params.m = params.s + kept.numel() / 2;
+  if (options.has_n() && !state_only) {
+    check_dtype(kept_name, *kept, ScalarType::Float);
+    params.s = hold_float32(checked, *kept);
+    if (options.has_m()) params.m = params.s + kept->numel() / 2;
   }
   if (dh) {
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
@@ -224,33 +246,46 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     params.dh = strided(*dh);
   }
   if (dc_last) {
-    check_state("dc_last", *dc_last, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)");
+    check_state("dc_last", *dc_last, q, {p.num_seqs, p.heads, p.dqk, p.dv}, "(batch, heads, dqk, dv)", options.first);
     params.dc_last = hold_float32(checked, *dc_last);
   }
   if (dn_last && options.has_n()) {
-    check_state("dn_last", *dn_last, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)");
+    check_state("dn_last", *dn_last, q, {p.num_seqs, p.heads, p.dqk}, "(batch, heads, dqk)", options.first);
     params.dn_last = hold_float32(checked, *dn_last);
   }
   if (dm_last) {
-    check_state("dm_last", *dm_last, q, {p.num_seqs, p.heads}, "(batch, heads)");
+    check_state("dm_last", *dm_last, q, {p.num_seqs, p.heads}, "(batch, heads)", options.first);
     params.dm_last = hold_float32(checked, *dm_last);
   }
+  if (dlog_decay) {
+    check_state("dlog_decay", *dlog_decay, q, {p.num_seqs, p.heads}, "(batch, heads)", options.first);
+    params.dlog_decay = hold_float32(checked, *dlog_decay);
+  }
 
-  const auto gradient = [&](const Tensor& to, const Tensor& of) {
+  const auto gradient = [&](const Tensor& to, const Tensor& of, bool wanted = true) {
+    if (!wanted) return new_empty(q, {0}, q.scalar_type());
     if (into != nullptr && writes_apart(q, params)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
-  Tensor dq = gradient(into == nullptr ? q : into->dq, q), dk = gradient(into == nullptr ? q : into->dk, k);
-  Tensor dv = gradient(into == nullptr ? q : into->dv, v);
-  Tensor di = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
-  Tensor df = new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type());
+  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only), dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
+  Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
+  const auto of_gates = [&] {
+    return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
+                           : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
+  };
+  Tensor di = of_gates(), df = of_gates();
   const bool has_c = options.c.has_value(), has_n = has_c && options.has_n(), has_m = has_c && options.has_m();
   Tensor dc = new_empty(q, {has_c ? p.num_seqs : 0, p.heads, p.dqk, p.dv}, ScalarType::Float);
   Tensor dn = new_empty(q, {has_n ? p.num_seqs : 0, p.heads, p.dqk}, ScalarType::Float);
   Tensor dm = new_empty(q, {has_m ? p.num_seqs : 0, p.heads}, ScalarType::Float);
-  params.dq = dq.data_ptr(), params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
-  params.dq_token = dq.stride(1), params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
-  params.di = di.data_ptr(), params.df = df.data_ptr();
+  if (all_but_initial) {
+    params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
+    params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
+    params.di = di.data_ptr(), params.df = df.data_ptr();
+  } else {
+    params.open_e = float_data(di), params.is_open = float_data(df);
+  }
+  if (!state_only) params.dq = dq.data_ptr(), params.dq_token = dq.stride(1);
   params.dc0 = float_data(dc, has_c);
   params.dn0 = float_data(dn, has_n);
   params.dm0 = float_data(dm, has_m);
@@ -287,9 +322,10 @@ Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, 
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options, return_final_state);
+  const ForwardOutputs y =
+      forward("mlstm", q, k, v, i, f, options, return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept);
   const int64_t heads = q.size(2), dqk = q.size(3), dv = v.size(3);
-  return {y.h, *y.kept, or_empty(y.c_last, q, {0, heads, dqk, dv}), or_empty(y.n_last, q, {0, heads, dqk}),
+  return {*y.h, *y.kept, or_empty(y.c_last, q, {0, heads, dqk, dv}), or_empty(y.n_last, q, {0, heads, dqk}),
           or_empty(y.m_last, q, {0, heads})};
 }
 
@@ -306,8 +342,8 @@ Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTe
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, false);
-  return {std::move(y.h), std::move(*y.kept)};
+  ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, Wanted::h_and_kept);
+  return {std::move(*y.h), std::move(*y.kept)};
 }
 
 namespace {
@@ -323,7 +359,7 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  return forward("mlstm_h", q, k, v, i, f, options, false, false).h;
+  return *forward("mlstm_h", q, k, v, i, f, options, Wanted::h).h;
 }
 
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
@@ -341,6 +377,41 @@ Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Op
   return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f, options, h, "kept", kept);
 }
 
+// The options of the state alone: it begins without weight, and scale and eps mean nothing to it.
+Options state_options(const OptTensor& cu_seqlens, std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  Options options{std::nullopt, std::nullopt, std::nullopt, cu_seqlens, 1.0, 1.0, gate_soft_cap, chunk_size};
+  options.first = "k", options.first_m = no_weight_m;
+  return options;
+}
+
+Tensors<4> mlstm_state(Tensor k, Tensor v, Tensor i, Tensor f, OptTensor cu_seqlens,
+                       std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  const ForwardOutputs y = forward("mlstm_state", k, k, v, i, f, state_options(cu_seqlens, gate_soft_cap, chunk_size),
+                                   Wanted::state_and_decay);
+  return {*y.c_last, *y.n_last, *y.m_last, *y.log_decay};
+}
+
+Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, OptTensor dlog_decay, Tensor k,
+                                Tensor v, Tensor i, Tensor f, OptTensor cu_seqlens, std::optional<double> gate_soft_cap,
+                                int64_t chunk_size) {
+  auto [dq, dk, dv, di, df, dc, dn, dm] =
+      backward("mlstm_state_backward", std::nullopt, dc_last, dn_last, dm_last, k, k, v, i, f,
+               state_options(cu_seqlens, gate_soft_cap, chunk_size), std::nullopt, "", std::nullopt, nullptr,
+               Of::state_alone, dlog_decay);
+  return {dk, dv, di, df};
+}
+
+Tensors<4> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
+                                  Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
+                                  Tensor kept, std::optional<double> scale, double eps,
+                                  std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
+      backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
+               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
+               Of::initial_state_alone);
+  return {dc, dn, open_e, is_open};
+}
+
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
                      std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
                      bool return_final_state, bool normalize) {
@@ -354,9 +425,10 @@ Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor
                         .chunk_size = chunk_size,
                         .input_gate = InputGate::sigmoid,
                         .normalize = normalize};
-  const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options, return_final_state);
+  const ForwardOutputs y =
+      forward("mlstm_sig", q, k, v, i, f, options, return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept);
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
-  return {y.h, or_empty(y.kept, q, {0, seq, heads}), or_empty(y.c_last, q, {0, heads, dqk, dv}),
+  return {*y.h, or_empty(y.kept, q, {0, seq, heads}), or_empty(y.c_last, q, {0, heads, dqk, dv}),
           or_empty(y.n_last, q, {0, heads, dqk})};
 }
 
@@ -421,6 +493,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
       "Tensor? h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
+  // The end state of a sequence that begins without weight, and the sum of the log forget gates.
+  lib.def(
+      "mlstm_state(Tensor k, Tensor v, Tensor i, Tensor f, Tensor? cu_seqlens, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor c, Tensor n, Tensor m, Tensor log_decay)");
+  lib.def(
+      "mlstm_state_backward(Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor? dlog_decay, "
+      "Tensor k, Tensor v, Tensor i, Tensor f, Tensor? cu_seqlens, float? gate_soft_cap, int chunk_size) "
+      "-> (Tensor dk, Tensor dv, Tensor di, Tensor df)");
+  // Of the gradients those of the initial c and n alone; for each sequence and head, what eps gives to the initial m
+  // (the sum of e before the first token whose m took the input gate's branch), and 1 where there is no such token.
+  lib.def(
+      "mlstm_initial_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor q, Tensor k, Tensor v, Tensor i, "
+      "Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
+      "float? gate_soft_cap, int chunk_size) -> (Tensor dc, Tensor dn, Tensor open_e, Tensor is_open)");
   lib.def(
       "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
@@ -437,11 +523,15 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm_forward", TORCH_BOX(&mlstm_forward));
   lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
+  lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
+  lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
+  lib.impl("mlstm_initial_backward", TORCH_BOX(&mlstm_initial_backward));
   lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
 }
 
 static const DescribedOp described_mlstm("mlstm", CUDA_ONLY(cuda::mlstm_words));
+static const DescribedOp described_mlstm_state("mlstm_state", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_sig("mlstm_sig", CUDA_ONLY(cuda::mlstm_words));
 
 }  // namespace flash_xlstm

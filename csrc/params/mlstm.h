@@ -11,6 +11,10 @@ constexpr int64_t max_chunk_size = 4096;
 
 enum class InputGate : int { exponential = 0, sigmoid = 1 };
 
+// m of a state that has no weight: it stands for minus infinity, which would give NaN where a difference is taken. Small
+// enough that no log weight reaches it, large enough that it stays finite in base 2.
+constexpr float no_weight_m = -1e30f;
+
 struct MlstmProblem {
   DType dtype = DType::float32;       // of q, k, v, h and their gradients
   DType gate_dtype = DType::float32;  // of i, f, di, df
@@ -28,34 +32,42 @@ struct MlstmProblem {
   const float* c0 = nullptr;            // (num_seqs, heads, dqk, dv)
   const float* n0 = nullptr;            // (num_seqs, heads, dqk)
   const float* m0 = nullptr;            // (num_seqs, heads)
+  float first_m = 0.0f;                 // m before the first token where m0 is null
   const int32_t* cu_seqlens = nullptr;  // (num_seqs + 1), on the kernel's device; nullptr: not packed
 };
 
 struct MlstmForward {
   MlstmProblem p;
-  void* h = nullptr;        // (batch, seq, heads, dv) contiguous, dtype
+  void* h = nullptr;        // (batch, seq, heads, dv) contiguous, dtype; nullptr: not wanted, and no q is read
   float* s = nullptr;       // (batch, seq, heads): the signed normalizer sum s_t; nullptr: not wanted
   float* m = nullptr;       // (batch, seq, heads): the stabilizer m_t; nullptr: not wanted
   float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
   float* n_last = nullptr;
   float* m_last = nullptr;
+  float* log_decay = nullptr;  // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
 };
 
 struct MlstmBackward {
   MlstmProblem p;
-  Strided dh;               // data == nullptr: zero
+  Strided dh;               // data == nullptr: zero; s, m and h are then not read
   const void* h = nullptr;  // as the forward wrote it; given for float32 on CUDA only
   const float* s = nullptr;
   const float* m = nullptr;
   const float* dc_last = nullptr;  // gradients of the final state, contiguous float32; each may be nullptr: zero
   const float* dn_last = nullptr;
   const float* dm_last = nullptr;
-  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // (batch, seq, heads, dim), dtype; heads of a token side by side
+  const float* dlog_decay = nullptr;  // (num_seqs, heads)
+  // (batch, seq, heads, dim), dtype; heads of a token side by side. dq == nullptr: not wanted; dh is then zero.
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;
   int64_t dq_token = 0, dk_token = 0, dv_token = 0;  // elements from a token to the next; heads * dim: contiguous
   void *di = nullptr, *df = nullptr;                 // (batch, seq, heads) contiguous, gate dtype
   float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
   float* dm0 = nullptr;
+  // dk == nullptr: of the gradients only dc0 and dn0 are wanted, and for each (num_seqs, heads) the sum of e over the
+  // tokens before the first reset and 1 where there is none, else 0. dq is then scratch.
+  float* open_e = nullptr;
+  float* is_open = nullptr;
 };
 
 // One token for every row; the state is read and written in place.

@@ -60,6 +60,9 @@ GOOD = {
     },
     "mlstm": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state(), "chunk_size": 3},
     "mlstm_step": lambda: {**mlstm_arguments(BATCH), "state": mlstm_state(), "gate_soft_cap": 15.0},
+    "mlstm_state": lambda: {
+        **{name: t for name, t in mlstm_arguments(BATCH, SEQ).items() if name != "q"}, "gate_soft_cap": 15.0,
+    },
     "mlstm_sig": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state()[:2], "normalize": True},
     "slstm": lambda: {**slstm_arguments(BATCH, SEQ), "initial_state": slstm_state(), "recurrent_grad_clip": 1.0},
     "slstm_step": lambda: {**slstm_arguments(BATCH), "state": slstm_state()},

@@ -505,6 +505,46 @@ def test_opcheck_of_the_backward(device, variant, final_state):
     )
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.get("state")], ids=str)
+def test_opcheck_of_the_initial_backward(device, variant):
+    arguments = operator_inputs(device, **variant, requires_grad=False)
+    h, kept, *last = torch.ops.flash_xlstm.mlstm(*arguments, None, 1e-6, 2.0, 0, True)
+    for into in ((None, None), [torch.ones_like(t) for t in last[:2]]):
+        torch.library.opcheck(
+            torch.ops.flash_xlstm.mlstm_initial_backward,
+            (torch.ones_like(h), *into, *arguments, h, kept, None, 1e-6, 2.0, 0),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offsets", [None, (0, 0, 70, 71, 200)], ids=str)
+@pytest.mark.parametrize("start", [0.0, 6.0])  # with 6 no token makes m anew
+def test_gradients_of_the_initial_state_alone(make_problem, dtype, offsets, start):
+    batch = 2 if offsets is None else 1
+    problem = make_problem(200, 64, 64, batch=batch, dtype=dtype, cu_seqlens=offsets, gates="small", eps=0.1)
+    problem.inputs["f"] = problem.inputs["f"] + 4
+    problem.inputs["m"] = problem.inputs["m"] * 0.1 + start
+    inputs = [problem.inputs[x] for x in "qkvifcnm"] + [problem.options.get("cu_seqlens")]
+    h, kept, *last = torch.ops.flash_xlstm.mlstm(*inputs, None, 0.1, None, 0, True)
+    dh, into = problem.cotangents["h"], [problem.cotangents["last c"], problem.cotangents["last n"]]
+    dc, dn, into_m, is_open = torch.ops.flash_xlstm.mlstm_initial_backward(
+        dh, *into, *inputs, h, kept, None, 0.1, None, 0
+    )
+    inner = lambda state, c, n: (state[0] * c).flatten(2).sum(-1) + (state[1] * n).sum(-1)  # noqa: E731
+    # dm such that the final m, apart from what it means to c and n, has no gradient
+    *_, want_dc, want_dn, want_dm = torch.ops.flash_xlstm.mlstm_backward(
+        dh, *into, inner(last, *into), *inputs, h, kept, None, 0.1, None, 0
+    )
+    assert torch.allclose(dc, want_dc, rtol=1e-5, atol=1e-6) and torch.allclose(dn, want_dn, rtol=1e-5, atol=1e-6)
+    sizes = (inputs[5].abs() * dc.abs()).flatten(2).sum(-1) + (inputs[6].abs() * dn.abs()).sum(-1)
+    assert ((into_m - (want_dm - inner(inputs[5:7], dc, dn))).abs() <= 1e-5 * sizes + 1e-6).all()
+    if start:
+        assert is_open.all()
+    else:
+        lengths = torch.tensor([200, 200]) if offsets is None else torch.tensor(offsets).diff()
+        assert not is_open[lengths > 50].any() and is_open[lengths == 0].all()
+
+
 def test_opcheck_of_strided_inputs(device):
     q, k, v, i, f, *rest = operator_inputs(device)
     q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))

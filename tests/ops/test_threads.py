@@ -19,6 +19,12 @@ def mlstm() -> list[Tensor]:
     return [h, *last, *torch.autograd.grad([h, *last], [q, k, v, i, f], [torch.ones_like(t) for t in (h, *last)])]
 
 
+def mlstm_state() -> list[Tensor]:
+    inputs = randn(2, 300, 3, 24), randn(2, 300, 3, 40), randn(2, 300, 3), randn(2, 300, 3)
+    outputs = ops.mlstm_state(*inputs)
+    return [*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs])]
+
+
 def mlstm_step() -> list[Tensor]:
     state = torch.randn(3, 4, 64, 96), torch.randn(3, 4, 64), torch.randn(3, 4)
     with torch.no_grad():
@@ -63,7 +69,7 @@ def linear_cross_entropy() -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "run",
-    [mlstm, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows, linear_cross_entropy],
+    [mlstm, mlstm_state, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows, linear_cross_entropy],
     ids=lambda run: run.__name__,
 )
 def test_threads_change_nothing(run):

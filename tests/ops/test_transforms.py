@@ -50,6 +50,7 @@ DIFFERENTIABLE = {
     "mlstm with a state": (
         lambda *t: ops.mlstm(*t[:5], initial_state=t[5:], return_final_state=True)[1], [*MLSTM, *STATE],
     ),
+    "mlstm_state": (ops.mlstm_state, MLSTM[1:]),
     "mlstm_sig": (ops.mlstm_sig, MLSTM),
     "slstm": (ops.slstm, [(BATCH, SEQ, 4, HEADS, DIM), *SLSTM]),
 }  # fmt: skip

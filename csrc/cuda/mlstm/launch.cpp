@@ -15,7 +15,6 @@ struct Path {
   std::string (*words)();                                  // what it serves, for people
   bool (*runs_on)(int major, int minor);                   // devices of this compute capability
   bool (*serves)(const MlstmProblem& p);                   // on the current device; layouts: see `reads`
-  bool (*serves_backward)(const MlstmBackward& params);    // additionally, for the backward
   bool (*reads)(const Strided& t, const MlstmProblem& p);  // whether it can read an input with its strides
   bool writes_apart;                                       // whether it writes dq, dk and dv that are not contiguous
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
@@ -29,7 +28,6 @@ constexpr Path paths[] = {
     {.words = hopper::words,
      .runs_on = [](int major, int minor) { return major == 9 && minor == 0; },
      .serves = hopper::serves,
-     .serves_backward = hopper::serves_backward,
      .reads = hopper::reads,
      .writes_apart = true,
      .forward_workspace_bytes = hopper::forward_workspace_bytes,
@@ -40,7 +38,6 @@ constexpr Path paths[] = {
     {.words = portable::words,
      .runs_on = [](int, int) { return true; },
      .serves = [](const MlstmProblem&) { return true; },
-     .serves_backward = [](const MlstmBackward&) { return true; },
      .reads = [](const Strided&, const MlstmProblem&) { return true; },
      .writes_apart = false,
      .forward_workspace_bytes = portable::forward_workspace_bytes,
@@ -48,11 +45,6 @@ constexpr Path paths[] = {
      .backward_workspace_bytes = portable::backward_workspace_bytes,
      .backward = portable::backward},
 };
-
-bool serves(const Path& path, const MlstmForward& params) { return path.serves(params.p); }
-bool serves(const Path& path, const MlstmBackward& params) {
-  return path.serves_backward(params) && path.serves(params.p);
-}
 
 MlstmCopies copies(const Path& path, const MlstmProblem& p) {
   return {.q = !path.reads(p.q, p), .k = !path.reads(p.k, p), .v = !path.reads(p.v, p)};
@@ -68,7 +60,7 @@ MlstmCopies copies(const Path& path, const MlstmBackward& params) {
 template <typename Params>
 const Path& path_for(const Params& params) {
   const Path* path = paths;
-  while (!serves(*path, params) || copies(*path, params).any()) ++path;
+  while (!path->serves(params.p) || copies(*path, params).any()) ++path;
   return *path;
 }
 
@@ -76,7 +68,7 @@ const Path& path_for(const Params& params) {
 template <typename Params>
 const Path& path_with_copies(const Params& params) {
   const Path* path = paths;
-  while (!serves(*path, params)) ++path;
+  while (!path->serves(params.p)) ++path;
   return *path;
 }
 

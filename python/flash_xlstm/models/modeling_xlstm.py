@@ -441,6 +441,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         cu_seqlens = None
         if cache_params is None:
             cu_seqlens = packing.offsets(kwargs, position_ids, mask, padding, inputs)
+            if cu_seqlens is not None and batch > 1 and self._shares_sequences():
+                raise ValueError(f"{name} has {batch} rows; where ranks share packed documents it must have one")
         elif kwargs or mask is not None or position_ids is not None:
             _check_one_sequence(kwargs, position_ids, mask, padding, inputs, seen)
         use_cache = self._resolve_use_cache(use_cache, cache_params, packed=cu_seqlens is not None)
@@ -515,7 +517,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
             part_padding = None if padding is None else padding[:, part].to(x.device)
             return self._run_piece(x, states, part_padding, return_states, inplace, keep_hidden, slots, cu_seqlens)
 
-        if torch.is_grad_enabled() or seq <= piece or cu_seqlens is not None:
+        if torch.is_grad_enabled() or seq <= piece or cu_seqlens is not None or self._shares_sequences():
             return run_piece(slice(None), states, use_cache)
         outputs, hidden = [], []
         for start in range(0, seq, piece):
@@ -527,6 +529,10 @@ class xLSTMModel(xLSTMPreTrainedModel):
             hidden.append(layers)
         joined = tuple(torch.cat(parts, 1) for parts in zip(*hidden, strict=True)) if keep_hidden else None
         return torch.cat(outputs, 1), states, joined
+
+    def _shares_sequences(self) -> bool:
+        """Whether each rank has a piece of every sequence (:func:`flash_xlstm.distributed.context.set_group`)."""
+        return any(getattr(module, "context_group", None) is not None for module in self.modules())
 
     def _run_piece(
         self,

@@ -7,6 +7,7 @@ from flash_xlstm.ops.linear import fused_linear_rows, linear_rows
 from flash_xlstm.ops.loss import linear_cross_entropy
 from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
+from flash_xlstm.ops.mlstm_state import mlstm_state
 from flash_xlstm.ops.pointwise import *  # noqa: F403
 from flash_xlstm.ops.slstm import SlstmState, slstm, slstm_step
 
@@ -22,6 +23,7 @@ __all__ = [
     "linear_rows",
     "mlstm",
     "mlstm_sig",
+    "mlstm_state",
     "mlstm_step",
     "slstm",
     "slstm_step",

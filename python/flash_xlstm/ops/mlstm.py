@@ -186,6 +186,11 @@ def _(
     return _common.fake_gradients(q, k, v, i, f, c, n, m)
 
 
+@_common.register_fake("mlstm_initial_backward")
+def _(dh, dc_last, dn_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size):
+    return tuple(q.new_empty(t.shape, dtype=torch.float32) for t in (c, n, m, m))
+
+
 @_common.register_fake("mlstm_step")
 def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_state=False):
     _common.no_mixed_meta(
@@ -238,3 +243,4 @@ _mlstm_forward = _common.without_gradients("mlstm_forward")
 _mlstm_h = _common.without_gradients("mlstm_h")
 _mlstm_step = _common.writing("mlstm_step", 5, 6, 7)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")
+mlstm_initial_backward = _common.no_double_backward("mlstm_initial_backward")

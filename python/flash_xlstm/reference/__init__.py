@@ -6,7 +6,7 @@ Gradients come from autograd through these formulas. The tests compare the kerne
 from flash_xlstm.reference import pointwise
 from flash_xlstm.reference.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.reference.loss import linear_cross_entropy
-from flash_xlstm.reference.mlstm import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, mlstm_step
+from flash_xlstm.reference.mlstm import mlstm_chunkwise, mlstm_parallel, mlstm_recurrent, mlstm_state, mlstm_step
 from flash_xlstm.reference.mlstm_sig import mlstm_sig_chunkwise, mlstm_sig_parallel, mlstm_sig_recurrent
 from flash_xlstm.reference.pointwise import *  # noqa: F403
 from flash_xlstm.reference.slstm import slstm, slstm_step
@@ -21,6 +21,7 @@ __all__ = [
     "mlstm_sig_chunkwise",
     "mlstm_sig_parallel",
     "mlstm_sig_recurrent",
+    "mlstm_state",
     "mlstm_step",
     "slstm",
     "slstm_step",

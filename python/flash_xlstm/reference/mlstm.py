@@ -202,6 +202,26 @@ def mlstm_chunkwise(
     return run(chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options, chunk_size or 64)
 
 
+def mlstm_state(k, v, i, f, *, gate_soft_cap=None, cu_seqlens=None):
+    """The end state and its log decay, as :func:`flash_xlstm.ops.mlstm_state`, as one sum over the tokens. float32
+    (float64 for float64)."""
+    if cu_seqlens is not None:
+        pieces = []
+        for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+            pieces.append(mlstm_state(*(t[:, start:stop] for t in (k, v, i, f)), gate_soft_cap=gate_soft_cap))
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+    wide = _common.wide(k.dtype)
+    i, f = Options(None, 0.0, gate_soft_cap).log_gates(i, f, wide)
+    k, v, i, lf = (t.transpose(1, 2) for t in (k.to(wide), v.to(wide), i, f))
+    b = lf.cumsum(-1)
+    decay = lf.sum(-1)
+    log_weight = decay[..., None] - b + i
+    # -1e30 is the m of a state without weight.
+    m = F.pad(log_weight, (1, 0), value=-1e30).max(-1).values
+    kw = torch.exp(log_weight - m[..., None])[..., None] * k
+    return kw.transpose(-1, -2) @ v, kw.sum(-2), m, decay
+
+
 def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6, gate_soft_cap=None):
     """Reads one token, q (batch, heads, dqk). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.mlstm_step`."""

@@ -16,6 +16,7 @@
 
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
+#include "cuda/mlstm/chunked/open_sum.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -315,12 +316,12 @@ __device__ Transform earlier_blocks(const double2* own_total, int rank, int lane
 // A cluster has one sequence, packed or not; each block has a run of its tiles. The later runs need what this run does
 // to m. So a block with several tiles reads them twice: first for that, then to write.
 __global__ void __launch_bounds__(most_warps * 32)
-    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last, int cluster) {
+    scan_gates_kernel(const __grid_constant__ Work w, float* m_out, float* m_last, float* log_decay, int cluster) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   __shared__ Transform unit_total[most_warps];
   __shared__ double2 block_total[most_heads];
-  __shared__ double m_in[most_heads];
+  __shared__ double m_in[most_heads], decay_in[most_heads];  // m, and the sum of lf, before this block's next tile
   __shared__ Sequence seq;  // read from here where it is needed: in registers it would spill
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
   const auto clear = [&](int* flags, int64_t count) {
@@ -354,9 +355,10 @@ __global__ void __launch_bounds__(most_warps * 32)
   if (has_head()) {
     const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
     const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
-    const double m = from_0 ? 0.0 : w.p.m0[at];
-    m_in[threadIdx.x] = m;
+    const double m = from_0 ? w.p.first_m : w.p.m0[at];
+    m_in[threadIdx.x] = m, decay_in[threadIdx.x] = 0.0;
     if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
+    if (seq.length == 0 && log_decay != nullptr) log_decay[at] = 0.0f;
   }
   if (goes_twice) {
     Transform total{.sum = 0.0, .top = -infinity()};
@@ -397,7 +399,7 @@ __global__ void __launch_bounds__(most_warps * 32)
       if (unit.chunk == 0 && head < l.heads) {
         const int rank = static_cast<int>(blockIdx.x % cluster);
         const Transform before = earlier_blocks(block_total + unit.head, rank, unit.lane);
-        if (unit.lane == 0) m_in[unit.head] = before.from(m_in[unit.head]);
+        if (unit.lane == 0) m_in[unit.head] = before.from(m_in[unit.head]), decay_in[unit.head] = before.sum;
       }
       ptx::cluster_arrive();
       __syncthreads();
@@ -457,12 +459,19 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (index + 1 < end) {
       __syncthreads();
       if (has_head()) {
-        double m = m_in[threadIdx.x];
+        double m = m_in[threadIdx.x], decay = decay_in[threadIdx.x];
 #pragma unroll 1
-        for (int c = 0; c < w.tiles.chunks; ++c) m = unit_total[c * heads + threadIdx.x].from(m);
-        m_in[threadIdx.x] = m;
+        for (int c = 0; c < w.tiles.chunks; ++c) {
+          const Transform& total = unit_total[c * heads + threadIdx.x];
+          m = total.from(m), decay += total.sum;
+        }
+        m_in[threadIdx.x] = m, decay_in[threadIdx.x] = decay;
       }
     }
+  }
+  if (log_decay != nullptr && has_head() && end == seq.tiles(w) && seq.length > 0) {
+    const double decay = decay_in[threadIdx.x] + tile_total(w, unit_total).sum;
+    log_decay[seq.seq * l.heads + blockIdx.y * heads + threadIdx.x] = static_cast<float>(decay);
   }
   if (cluster > 1) ptx::cluster_wait();  // no block leaves while others may read its total
 }
@@ -525,12 +534,13 @@ __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t 
 //   both inside                      prefix and suffix sums of `within`
 // Large terms cancel only in the last.
 __global__ void __launch_bounds__(most_warps * 32)
-    gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, void* di, void* df, float* dm0,
-                          int state_tiles) {
+    gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, const float* dlog_decay, void* di,
+                          void* df, float* dm0, int state_tiles) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   __shared__ Walk unit_walk[most_warps];
   __shared__ Carried carried_in[most_heads];
+  __shared__ float into_decay[most_heads];  // into every lf: read late, in a register it would spill
   __shared__ int turn;
   int place = static_cast<int>(blockIdx.x);
   if (w.tiles.per_seq > 1) {
@@ -630,6 +640,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     const Carried carried = later_tiles(w, tile, tiles, id, head, lane).from(at_end);
     if (lane == 0) {
       carried_in[unit.head] = carried;
+      into_decay[unit.head] = dlog_decay == nullptr ? 0.0f : dlog_decay[tile.seq * l.heads + head];
       if (tile.tokens == 0 && dm0 != nullptr) dm0[tile.seq * l.heads + head] = static_cast<float>(carried.value);
     }
   }
@@ -671,7 +682,7 @@ __global__ void __launch_bounds__(most_warps * 32)
       const bool reset = resets >> (8 * x) & 1;
       const double taken = reset ? a + besides : 0.0;
       if (reset) a = 0.0, base = through, besides = 0.0;
-      into_f[x] = static_cast<float>(base + later + before + a);
+      into_f[x] = static_cast<float>(base + later + before + a) + into_decay[unit.head];
       into_i[x] = static_cast<float>(static_cast<double>(kdk[x]) + in_k[x] + taken);
     }
     float* to = rows + unit.head * pitch + unit.chunk * chunk_tokens + lane * tokens_per_lane;
@@ -782,16 +793,20 @@ Tiles choose_tiles(const MlstmProblem& p) {
           .count = packed ? p.seq / (chunks * chunk_tokens) + p.num_seqs : per_seq * p.num_seqs};
 }
 
-cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, cudaStream_t stream) {
+cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, float* log_decay, cudaStream_t stream) {
   Work w = work;
   w.tiles = choose_scan_tiles(work);
   const int cluster = choose_cluster(w);
-  return launch(w, scan_gates_kernel, w.p.num_seqs * cluster, cluster, stream, w, m_out, m_last, cluster);
+  return launch(w, scan_gates_kernel, w.p.num_seqs * cluster, cluster, stream, w, m_out, m_last, log_decay, cluster);
 }
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
-  return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.di, params.df, params.dm0,
-                state_tiles(w.p));
+  return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.dlog_decay, params.di,
+                params.df, params.dm0, state_tiles(w.p));
+}
+
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  return sum_open(w.layout, w.reset, w.e, params.open_e, params.is_open, stream);
 }
 
 }  // namespace flash_xlstm::cuda::hopper

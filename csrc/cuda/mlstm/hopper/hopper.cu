@@ -1,7 +1,8 @@
 // The Hopper mLSTM, kernel by kernel.
 //   Forward: gate scan; states at every chunk's start; h.
+//     Without h: the gate scan and the final state, which keeps no other.
 //   Backward: gate scan and states again; dq with u, delta and e; the states' gradients in place of the states; dk and
-//     dv; the gates' gradients.
+//     dv; the gates' gradients. Without dh: no dq, and zeros in the place of what its kernel leaves to the others.
 // The states are made again because keeping them would take two thirds of the memory of q, k, v and h together (at dqk
 // 256, dv 512).
 #include "cuda/common/carver.h"
@@ -25,8 +26,12 @@ cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& 
                    {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
 }
 
+// What a pass is for: h, the final state alone, or gradients.
+enum class Pass { h, state, gradients };
+
 // m: scratch for the forward's m_t, which the outputs read, where the caller wants none. nullptr: not needed.
-int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, float** m = nullptr) {
+int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float** m = nullptr) {
+  const bool backward = pass == Pass::gradients, keeps = pass != Pass::state;
   Carver carver(workspace);
   w = Work{};
   w.p = p;
@@ -49,9 +54,11 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, fl
   carver.take(w.alpha_last, items);
   carver.take(w.m_start, items);
   if (m != nullptr) carver.take(*m, p.batch * p.seq * p.heads);
-  carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
-  carver.take(w.n, items * p.dqk);
-  if (!backward) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
+  if (keeps) {
+    carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
+    carver.take(w.n, items * p.dqk);
+  }
+  if (pass == Pass::h) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
   if (p.dtype == DType::float16) {
     carver.take(w.state_log, items);
     if (backward) carver.take(w.grad_log, items);
@@ -61,7 +68,7 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, fl
   w.num_flags = static_cast<int>(segments.flags) * (backward ? 2 : 1);
   carver.take(w.segment_ends, segments.floats);
   carver.take(w.segment_flags, w.num_flags);
-  if (!backward && has_small_tiles(p)) {
+  if (pass == Pass::h && has_small_tiles(p)) {
     w.num_state_flags = items + 1;
     carver.take(w.state_flags, w.num_state_flags);
   }
@@ -92,9 +99,10 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w, fl
 }
 
 int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, float*& m) {
-  const bool given = params.m != nullptr || params.p.input_gate == InputGate::sigmoid;
   m = params.m;
-  return carve(params.p, false, workspace, w, given ? nullptr : &m);
+  if (params.h == nullptr) return carve(params.p, Pass::state, workspace, w);
+  const bool given = params.m != nullptr || params.p.input_gate == InputGate::sigmoid;
+  return carve(params.p, Pass::h, workspace, w, given ? nullptr : &m);
 }
 
 // Called after the first launch. Encoding needs the device's context to be current in this thread, and a launch makes
@@ -102,10 +110,16 @@ int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, floa
 // meanwhile.
 cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   const MlstmProblem& p = w.p;
-  RETURN_IF_FAILED(encode_rows(maps.q, p.q, p, p.dqk));
   RETURN_IF_FAILED(encode_rows(maps.k, p.k, p, p.dqk));
   RETURN_IF_FAILED(encode_rows(maps.v, p.v, p, p.dv));
-  if (dh != nullptr) RETURN_IF_FAILED(encode_rows(maps.dh, *dh, p, p.dv));
+  if (w.c == nullptr) return cudaSuccess;
+  if (dh != nullptr && dh->data == w.inv_d) {  // zeros: the TMA reads 0 past eight elements of them
+    RETURN_IF_FAILED(encode<4>(maps.q, dh->data, {8, 1, 1, 1}, {16, 16, 16}, {box, 1, box, 1}));
+    maps.dh = maps.q;
+  } else {
+    RETURN_IF_FAILED(encode_rows(maps.q, p.q, p, p.dqk));
+    if (dh != nullptr) RETURN_IF_FAILED(encode_rows(maps.dh, *dh, p, p.dv));
+  }
   const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
   const uint64_t block_rows = static_cast<uint64_t>(w.blocks_k) * w.blocks_v * box;
   RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items}, {box * 2, block_rows * box * 2}, {box, box, 1},
@@ -131,6 +145,19 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
   return cudaSuccess;
 }
 
+// In the place of output_dq where dh is 0.
+cudaError_t no_dq(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  static_assert(most_dim * 2 <= 5 * chunk_tokens * 4, "the zeros have a row of q and of dh");
+  const auto clear = [&](void* from, int64_t bytes) {
+    return cudaMemsetAsync(from, 0, static_cast<size_t>(bytes), stream);
+  };
+  const int64_t tokens = w.layout.max_chunks * w.p.heads * chunk_tokens;
+  RETURN_IF_FAILED(clear(w.inv_d, reinterpret_cast<char*>(w.k_dk) - reinterpret_cast<char*>(w.inv_d)));
+  RETURN_IF_FAILED(clear(w.k_dk + w.dk_tiles * tokens, 2 * tokens * 4));
+  if (params.dq == nullptr) return cudaSuccess;
+  return clear(params.dq, w.p.batch * w.p.seq * w.p.heads * w.p.dqk * 2);  // contiguous: parts come with a dh
+}
+
 }  // namespace
 
 bool serves(const MlstmProblem& p) {
@@ -154,28 +181,37 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
   Work w;
   float* m;
   carve_forward(params, workspace, w, m);
-  RETURN_IF_FAILED(scan_gates(w, m, params.m_last, stream));
+  RETURN_IF_FAILED(scan_gates(w, m, params.m_last, params.log_decay, stream));
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, nullptr, maps));
   RETURN_IF_FAILED(forward_states(w, maps, params.c_last, params.n_last, stream));
-  return output_h(w, maps, params.h, params.s, m, stream);
+  return params.h == nullptr ? cudaSuccess : output_h(w, maps, params.h, params.s, m, stream);
 }
 
 int64_t backward_workspace_bytes(const MlstmBackward& params) {
   Work w;
-  return carve(params.p, true, nullptr, w);
+  return carve(params.p, Pass::gradients, nullptr, w);
 }
 
-cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t stream) {
+cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t stream) {
+  MlstmBackward params = given;
   Work w;
-  carve(params.p, true, workspace, w);
+  carve(params.p, Pass::gradients, workspace, w);
+  const bool has_dh = params.dh.data != nullptr;
+  // Zeros, a row's for every token: inv_d and what lies behind it up to k_dk have at least 2,560 bytes.
+  if (!has_dh) params.dh = w.p.q = Strided{.data = w.inv_d};
   w.ends_empty = params.dc_last == nullptr && params.dn_last == nullptr;
-  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
+  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, nullptr, stream));
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
   RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
-  RETURN_IF_FAILED(output_dq(w, maps, params, stream));
+  if (has_dh) {
+    RETURN_IF_FAILED(output_dq(w, maps, params, stream));
+  } else {
+    RETURN_IF_FAILED(no_dq(w, params, stream));
+  }
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
+  if (params.dk == nullptr) return sum_open_tokens(w, params, stream);
   RETURN_IF_FAILED(output_dk_dv(w, maps, params, stream));
   return gate_gradients(w, params, stream);
 }

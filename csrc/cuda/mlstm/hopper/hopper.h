@@ -17,8 +17,6 @@ inline std::string words() {
 
 // Whether these kernels serve the problem on the current device, apart from its inputs' layouts (`reads`).
 bool serves(const MlstmProblem& p);
-// Additionally for the backward: not without dh, where little is left to do.
-inline bool serves_backward(const MlstmBackward& params) { return params.dh.data != nullptr; }
 // Whether the TMA can follow an input: 16-byte aligned, strides greater than 0 and multiples of 16 bytes.
 bool reads(const Strided& t, const MlstmProblem& p);
 

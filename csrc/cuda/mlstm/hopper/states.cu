@@ -449,7 +449,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   };
   int turn = 0, weights_parity = 0;  // of the weights
   for (int pass = 0; pass < 3; ++pass) {
-    const bool writes = pass == 2;
+    const bool writes = pass == 2, keeps = writes && (backward || w.c != nullptr);
     run_begin = first_step, run_end = last_step;
     bool forgets = false;
     if (!writes) {
@@ -521,7 +521,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
           }
         });
       };
-      if (writes) {  // the rounded state to its slot
+      if (keeps) {  // the rounded state to its slot
         if (thread == 0) ptx::bulk_store_wait_read<0>();
         ptx::named_barrier(1 + group, 128);  // the last chunk's store has read `rounded`
 #pragma unroll
@@ -608,7 +608,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         } else {
           ptx::wgmma_wait<1>();
           free_stage(first_stage);
-          if (writes) write_n(exponent_before);
+          if (keeps) write_n(exponent_before);
           ptx::wgmma_wait<0>();
           ptx::hold(acc);
           free_stage(stage);

@@ -44,7 +44,7 @@ struct Work {
   // memory (swizzled) and is zero past dqk and dv, so every access is a whole block. The backward reads a state, then
   // overwrites it with the gradient of the state at the chunk's end. A sequence's first state or last gradient that is
   // all zeros is neither written nor read: with 16 chunks this saves a sixteenth of the traffic.
-  uint16_t* c;        // of q's type
+  uint16_t* c;        // of q's type; null: neither c nor n is kept, the forward makes the final state alone
   bool starts_empty;  // no initial state
   bool ends_empty;    // backward: no gradient of the final c and n
   float* n;           // [N][dqk], likewise, zeros too
@@ -140,10 +140,14 @@ class Prepared {
 
 // gates.cu
 Tiles choose_tiles(const MlstmProblem& p);
-// Fills alpha, beta, m_start, the packed table, in the backward reset; m_out (batch, seq, heads), m_last if not null.
-cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
+// Fills alpha, beta, m_start, the packed table, in the backward reset; m_out (batch, seq, heads), m_last and log_decay
+// if not null.
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, float* log_decay, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+
+// open_e and is_open from e, reset.
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
 // states.cu
 // c, n (and n_parts if not null) at every chunk's start; the final state where not null.

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "cuda/mlstm/chunked/open_sum.cuh"
 #include "cuda/mlstm/portable/kernels.h"
 
 namespace flash_xlstm::cuda::portable {
@@ -129,15 +130,16 @@ __global__ void chunk_gates_kernel(const __grid_constant__ Work w) {
   }
 }
 
-// m at every chunk boundary, m' = max(b_chunk + m, max_chunk). One warp a sequence and head scans 32 chunks at a time.
-__global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float* m_last) {
+// m at every chunk boundary, m' = max(b_chunk + m, max_chunk), and the sum of all b_chunk. One warp a sequence and head
+// scans 32 chunks at a time.
+__global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float* m_last, float* log_decay) {
   const Layout& l = w.layout;
   const int64_t seq = blockIdx.x / l.heads;
   const int head = static_cast<int>(blockIdx.x % l.heads);
   const int lane = threadIdx.x;
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
-  double m = w.p.m0 == nullptr ? 0.0 : w.p.m0[seq * l.heads + head];
+  double m = w.p.m0 == nullptr ? w.p.first_m : w.p.m0[seq * l.heads + head], decay = 0.0;
   if (lane == 0) w.scratch.m_boundary[(begin + seq) * l.heads + head] = static_cast<float>(m);
   for (int64_t base = begin; base < end; base += 32) {
     const int64_t chunk = base + lane;
@@ -154,8 +156,10 @@ __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float
     const double m_end = w.stabilized() ? fmax(sum + m, top) : 0.0;
     if (inside) w.scratch.m_boundary[(chunk + 1 + seq) * l.heads + head] = static_cast<float>(m_end);
     m = __shfl_sync(all_lanes, m_end, 31);
+    decay += __shfl_sync(all_lanes, sum, 31);
   }
   if (lane == 0 && m_last != nullptr) m_last[seq * l.heads + head] = static_cast<float>(m);
+  if (lane == 0 && log_decay != nullptr) log_decay[seq * l.heads + head] = static_cast<float>(decay);
 }
 
 __global__ void token_stabilizer_kernel(const __grid_constant__ Work w, float* m_out) {
@@ -287,8 +291,8 @@ __global__ void carry_stabilizer_kernel(const __grid_constant__ Work w, const fl
 //   both inside                      prefix and suffix sums of what chunk_sums.cu makes
 // Large terms cancel only in the last, which is exact to float32. Without a stabilizer a stays 0: no reset, e and carry
 // of 0.
-__global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, void* df, int column_tiles,
-                                      int state_tiles) {
+__global__ void gate_gradients_kernel(const __grid_constant__ Work w, const float* dlog_decay, void* di, void* df,
+                                      int column_tiles, int state_tiles) {
   Chunk chunk;
   int head;
   int64_t item;
@@ -315,6 +319,8 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
   const double later = suffix_sum(qdq[0] + inside[0] + qdq[1] + inside[1], lane);
   const double earlier = prefix_sum(kdk[0] + kdk[1], lane) - (kdk[0] + kdk[1]);
   const double dlf_sum[2] = {through + later + earlier, through + later - (qdq[0] + inside[0]) + earlier + kdk[0]};
+
+  const double into_decay = dlog_decay == nullptr ? 0.0 : dlog_decay[chunk.seq * l.heads + head];
 
   // While open: dlf + a, summed from token t on, and dlf of the next token.
   const bool open = w.stabilized() && w.scratch.open[item] != 0;
@@ -345,7 +351,7 @@ __global__ void gate_gradients_kernel(const __grid_constant__ Work w, void* di, 
     const double a = is_open ? y_from_t - y[x] + e[x] - dlf_behind[x] : e_from_t - e_from_next;
     if (t >= chunk.length) continue;
     const int64_t out = (chunk.row * l.seq + chunk.first + t) * l.heads + head;
-    const double dlf = reset[x] ? dlf_sum[x] : is_open ? y_from_t : dlf_sum[x] + a;
+    const double dlf = (reset[x] ? dlf_sum[x] : is_open ? y_from_t : dlf_sum[x] + a) + into_decay;
     const double dli = kdk[x] + inside_k[x] + (reset[x] ? a : 0.0);
     const float i = raw_gate(w, w.p.i, chunk, head, t), f = raw_gate(w, w.p.f, chunk, head, t), cap = w.p.gate_soft_cap;
     float i_slope = cap_gate_slope(i, cap);
@@ -367,10 +373,10 @@ cudaError_t build_chunk_table(const Work& w, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream) {
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, float* log_decay, cudaStream_t stream) {
   const int sequences = static_cast<int>(w.layout.num_seqs * w.layout.heads);
   chunk_gates_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w);
-  boundary_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, m_last);
+  boundary_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, m_last, log_decay);
   token_stabilizer_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, m_out);
   return cudaGetLastError();
 }
@@ -388,8 +394,13 @@ cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStrea
   if (w.stabilized()) {
     carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, columns, states);
   }
-  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.di, params.df, columns, states);
+  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.dlog_decay, params.di, params.df, columns,
+                                                                          states);
   return cudaGetLastError();
+}
+
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  return sum_open(w.layout, w.scratch.reset, w.scratch.e, params.open_e, params.is_open, stream);
 }
 
 }  // namespace flash_xlstm::cuda::portable

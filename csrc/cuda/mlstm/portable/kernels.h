@@ -47,13 +47,17 @@ __device__ __forceinline__ void store_no_gradients(const Work& w, int64_t at) {
 
 // gates.cu
 cudaError_t build_chunk_table(const Work& w, cudaStream_t stream);  // packed only
-// Fills row, column, m, reset, chunk_b, m_boundary; m_out (batch, seq, heads) and m_last where they are not null.
-cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, cudaStream_t stream);
+// Fills row, column, m, reset, chunk_b, m_boundary; m_out (batch, seq, heads), m_last and log_decay where they are not
+// null.
+cudaError_t scan_gates(const Work& w, float* m_out, float* m_last, float* log_decay, cudaStream_t stream);
 // Fills inv_d, delta, e from the forward's h, s, m and dh. With the normalizer for float32 only, where h is not
 // rounded. Without it for every dtype: inv_d is 1 and delta 0.
 cudaError_t token_gradients_from_h(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 // di, df, dm0 from q_dq, k_dk, through, e.
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream);
+
+// open_e and is_open from e, reset.
+cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
 // states.cu
 // Writes the states of the layout's range to c and n, and the final state, where not null, of sequences that end in the

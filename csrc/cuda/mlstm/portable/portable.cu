@@ -80,6 +80,16 @@ int64_t carve(const MlstmProblem& p, bool backward, void* workspace, Work& w) {
   return carver.used();
 }
 
+// Without dh: inv_d, delta, e and the shares of q . dq, which lie side by side, and dq are 0.
+cudaError_t no_token_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
+  const Scratch& s = w.scratch;
+  const auto bytes = reinterpret_cast<std::byte*>(s.k_dk) - reinterpret_cast<std::byte*>(s.inv_d);
+  RETURN_IF_FAILED(cudaMemsetAsync(s.inv_d, 0, static_cast<size_t>(bytes), stream));
+  if (params.dq == nullptr) return cudaSuccess;
+  const int64_t dq_bytes = w.p.batch * w.p.seq * w.p.heads * w.p.dqk * element_bytes(w.p.dtype);
+  return cudaMemsetAsync(params.dq, 0, static_cast<size_t>(dq_bytes), stream);
+}
+
 template <Output output>
 cudaError_t outputs(const OutputArgs& args, cudaStream_t stream) {
   return dispatch_dtype(args.w.p.dtype,
@@ -97,12 +107,13 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
   Work w{};
   carve(params.p, false, workspace, w);
   if (params.p.cu_seqlens != nullptr) RETURN_IF_FAILED(build_chunk_table(w, stream));
-  RETURN_IF_FAILED(scan_gates(w, params.m, params.m_last, stream));
+  RETURN_IF_FAILED(scan_gates(w, params.m, params.m_last, params.log_decay, stream));
   const int64_t count = w.layout.range_end;
   for (int64_t range = 0; range * count < w.layout.max_chunks; ++range) {
     w.layout.range_begin = range * count;
     w.layout.range_end = std::min(w.layout.range_begin + count, w.layout.max_chunks);
     RETURN_IF_FAILED(forward_states(w, params.c_last, params.n_last, range, stream));
+    if (params.h == nullptr) continue;
     RETURN_IF_FAILED(outputs<Output::h>({.w = w, .out = params.h, .s_out = params.s}, stream));
   }
   return cudaSuccess;
@@ -117,11 +128,19 @@ cudaError_t backward(const MlstmBackward& params, void* workspace, cudaStream_t 
   Work w{};
   carve(params.p, true, workspace, w);
   if (params.p.cu_seqlens != nullptr) RETURN_IF_FAILED(build_chunk_table(w, stream));
-  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, stream));
+  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, nullptr, stream));
   RETURN_IF_FAILED(forward_states(w, nullptr, nullptr, 0, stream));
-  RETURN_IF_FAILED(token_gradients(w, params, stream));
-  RETURN_IF_FAILED(outputs<Output::dq>({.w = w, .dh = params.dh, .out = params.dq, .partial = w.scratch.q_dq}, stream));
+  if (params.dh.data == nullptr) {
+    RETURN_IF_FAILED(no_token_gradients(w, params, stream));
+  } else {
+    RETURN_IF_FAILED(token_gradients(w, params, stream));
+    if (params.dk != nullptr) {
+      RETURN_IF_FAILED(
+          outputs<Output::dq>({.w = w, .dh = params.dh, .out = params.dq, .partial = w.scratch.q_dq}, stream));
+    }
+  }
   RETURN_IF_FAILED(backward_states(w, params, stream));
+  if (params.dk == nullptr) return sum_open_tokens(w, params, stream);
   RETURN_IF_FAILED(outputs<Output::dk>({.w = w, .dh = params.dh, .out = params.dk, .partial = w.scratch.k_dk}, stream));
   RETURN_IF_FAILED(outputs<Output::dv>({.w = w, .dh = params.dh, .out = params.dv}, stream));
   RETURN_IF_FAILED(chunk_gate_sums(w, params.dh, stream));

@@ -50,6 +50,8 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
     norm, layer, ffn_norm, ffn = part("norm_mlstm"), part("mlstm_layer"), part("norm_ffn"), part("ffn")
     if not (unchanged(layer, mLSTMLayer) and unchanged(ffn, FeedForward) and layer.step_kernel == "flash"):
         return None
+    if layer.context_group is not None:
+        return None
     head_norm = layer._modules.get("multihead_norm")
     last = layer._modules.get("out_proj"), ffn._modules.get("proj_down")
     if not (

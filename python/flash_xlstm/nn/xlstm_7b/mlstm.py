@@ -59,6 +59,9 @@ class mLSTMLayer(FusableProjections):
         ValueError: a size is not a multiple of `num_heads`, or a name is unknown.
     """
 
+    #: The ranks that share each sequence (:func:`flash_xlstm.distributed.context.set_group`), or None.
+    context_group: Any = None
+
     def __init__(
         self,
         hidden_size: int,
@@ -142,13 +145,15 @@ class mLSTMLayer(FusableProjections):
         """
         if self.weight_mode == "fused":
             z = linear(self.get_submodule("qkv_opreact"), x)
-            plain = state is None and not return_state and state_indices is None
+            plain = state is None and not return_state and state_indices is None and self.context_group is None
             if plain and (weight := self._joined_norm_weight(z)) is not None:
                 return linear(self.out_proj, self._joined(x, z, weight, padding, cu_seqlens)), None
             q, k, v, o = z.split(list(self.projection_groups["qkv_opreact"].values()), -1)
         else:
             q, k, v, o = self._project(x, "qkv_opreact")
         step = inplace and state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        if step and self.context_group is not None:
+            raise ValueError("context_group is set: a sequence is split over ranks; for single tokens it must be None")
         if state_indices is not None and not step:
             raise ValueError("state_indices is for one token with a state, in place and without gradients")
         q, k, v = (t.unflatten(-1, (self.num_heads, t.shape[-1] // self.num_heads)) for t in (q, k, v))
@@ -220,7 +225,7 @@ class mLSTMLayer(FusableProjections):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         run = self._mlstm
-        if q.dtype == torch.float64 and self.kernel == "flash":
+        if q.dtype == torch.float64 and self.kernel == "flash" and self.context_group is None:
             run = _sequence_kernel("chunkwise", self.chunk_size)
         out = run(
             q, k, v, i, f, initial_state=None if state is None else fitting_state(state, q),

@@ -90,7 +90,8 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
     of a part, biases other than the gates', or weights that an op cannot read beside x."""
     part = block._modules.get
     layer = part("mlstm_layer")
-    if not (unchanged(layer, mLSTMLayer) and layer.kernel == "flash") or gradients_are_looked_at(layer):
+    runs_here = unchanged(layer, mLSTMLayer) and layer.kernel == "flash" and layer.context_group is None
+    if not runs_here or gradients_are_looked_at(layer):
         return None
     head_norm, norm, out = layer._modules.get("multihead_norm"), part("norm_mlstm"), layer._modules.get("out_proj")
     projections, gates = layer.projections("qkv_opreact"), layer.projections("ifgate_preact")

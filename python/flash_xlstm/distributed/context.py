@@ -1,0 +1,456 @@
+"""Context parallel: one sequence over ranks, each with a piece of it (docs/context_parallel.md).
+
+An mLSTM's piece changes the state before it by a weight and a sum (:func:`flash_xlstm.ops.mlstm_state`). So the ranks
+make their pieces' states at once, gather them, and each makes its own initial state of those before it. The backward
+goes the same way from the last rank to the first, with the gradients of the ranks' initial states.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from flash_xlstm import ops
+from flash_xlstm.models import packing
+from flash_xlstm.nn import block_stack, mLSTMLayer
+from flash_xlstm.ops import _common
+from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward
+
+Group: TypeAlias = dist.ProcessGroup | DeviceMesh
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# Compiled, a rank's backward might repeat a collective that another rank's does not: the ranks' graphs differ.
+@torch.compiler.disable(reason="context parallel exchanges states between ranks")
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    group: Group,
+    initial_state: MlstmState | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    continues: bool = True,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, MlstmState]:
+    """:func:`flash_xlstm.ops.mlstm` over a sequence of which each rank of `group` has a piece, in the order of ranks.
+
+    Every rank must call it, and run its backward if one does: forward and backward exchange states. Pieces may differ
+    in length; batch, heads, dqk, dv, the options and what needs gradients may not. torch.compile runs it as it is,
+    between two graphs.
+
+    Args:
+        q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size: this rank's piece and the options, as for
+            :func:`flash_xlstm.ops.mlstm`.
+        group: the ranks that share the sequence: a process group, or a device mesh of one dimension.
+        initial_state: ``(c, n, m)`` before the first rank's first token. Only the first rank reads it and has its
+            gradient; elsewhere it may be the same or None, and its gradient is 0. With `cu_seqlens`: one row for each
+            of this rank's sequences, whichever rank it is; the row of one that goes on from the rank before is not
+            read.
+        cu_seqlens: (num_seqs + 1,) int32 offsets of the sequences in this rank's piece; batch must be 1. The last
+            sequence goes on on the next rank, unless that says otherwise.
+        continues: whether this rank's first sequence goes on from the last one of the rank before. On the first rank
+            it means nothing. An empty first sequence (offsets 0, 0, ...) says the same as False: the sequence that
+            goes on has no token here.
+        return_final_state: also return the final state. Without `cu_seqlens` it is that of the whole sequence, the same
+            on every rank; gradients into any rank's copy add up. With `cu_seqlens` it is the state after each
+            sequence's last token on this rank.
+
+    Returns:
+        h (batch, seq, heads, dv) of this rank's piece, in the dtype of q; with `return_final_state`,
+        ``(h, (c, n, m))``.
+
+    Raises:
+        ValueError, TypeError: as :func:`flash_xlstm.ops.mlstm`; `continues` is False without `cu_seqlens`, or `group`
+            is no group that this process is in. The other ranks learn of one rank's error by the group's timeout.
+    """
+    group = group_of(group)
+    _common.check_flag("continues", continues)
+    if cu_seqlens is None and not continues:
+        raise ValueError("continues is False; without cu_seqlens, which tells where sequences begin, it must be True")
+    _common.check_flag("return_final_state", return_final_state)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    _check_piece(q, k, v, i, f)
+    if size == 1:
+        return ops.mlstm(
+            q, k, v, i, f, initial_state=initial_state, scale=scale, eps=eps, gate_soft_cap=gate_soft_cap,
+            chunk_size=chunk_size, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
+        )  # fmt: skip
+    q, k, v = _common.autocast(q, k, v)
+    options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
+    common = q, k, v, i, f, initial_state, group, rank, size, options, return_final_state
+    return _whole(*common) if cu_seqlens is None else _packed(*common, cu_seqlens, continues)
+
+
+def slstm(*args: Any, **kwargs: Any) -> Any:
+    """The sLSTM cannot be split over a sequence.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "the sLSTM is sequential: a step needs h of the step before through the recurrent weights, so that a sequence "
+        "cannot be split over ranks. Split its batch or its heads, or take mLSTM blocks alone"
+    )
+
+
+def set_group(model: nn.Module, group: Group | None) -> nn.Module:
+    """Has every mLSTM of the 7B's architecture in `model` share its sequences over `group`; None undoes it.
+
+    Each rank then calls the model with its piece of every sequence (:func:`shard` cuts a batch), in training with
+    ``shift_labels``. Nothing else of this architecture looks beyond a token. Gradients of parameters are each rank's
+    share: their sum over the group is the whole. A cache that the model returns is that after the whole sequence, on
+    every rank. Before single tokens are generated from it, the group must be None again.
+
+    Args:
+        model: :class:`~flash_xlstm.models.xLSTMForCausalLM`, or any module with
+            :class:`~flash_xlstm.nn.mLSTMLayer` in it. Changed in place.
+        group: as for :func:`mlstm`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: `model` has no such layer, or one that cannot be split over a sequence: an sLSTM, which is
+            sequential, an mLSTM of the block stack, whose convolution looks at tokens of the rank before, or one with
+            another kernel than "flash". Nothing is changed then.
+        TypeError, ValueError: as :func:`group_of`.
+    """
+    group = None if group is None else group_of(group)
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, (block_stack.sLSTMLayer, block_stack.mLSTMLayer)) and group is not None:
+            why = "sequential" if isinstance(module, block_stack.sLSTMLayer) else "behind a causal convolution"
+            raise ValueError(
+                f"{name} is a {type(module).__name__} of the block stack, which is {why}: it cannot be split over a "
+                "sequence; split its batch"
+            )
+        if isinstance(module, mLSTMLayer):
+            if module.kernel != "flash" and group is not None:
+                raise ValueError(
+                    f"{name} has kernel {module.kernel!r}; to share sequences over ranks it must be 'flash'"
+                )
+            layers.append(module)
+    if not layers:
+        raise ValueError(f"model is a {type(model).__name__} without an mLSTMLayer; there is nothing to split")
+    for layer in layers:
+        layer.context_group = group
+        run: Any = ops.mlstm if group is None else functools.partial(mlstm, group=group)
+        layer._mlstm = functools.partial(run, chunk_size=layer.chunk_size)
+    return model
+
+
+def shard(batch: dict[str, Any], group: Group, pieces: Sequence[int] | None = None) -> dict[str, Any]:
+    """This rank's piece of a batch that every rank of `group` has whole, for a model with :func:`set_group`.
+
+    Args:
+        batch: what one process would give the model: ``input_ids`` (batch, seq), with any of ``labels`` or
+            ``shift_labels``, ``attention_mask``, and what tells documents that are packed into the rows
+            (``cu_seq_lens_q``, ``seq_idx``, ``position_ids`` or numbers in the mask), as for
+            :meth:`~flash_xlstm.models.xLSTMModel.forward`. On the CPU: offsets on CUDA are waited for.
+        group: as for :func:`mlstm`.
+        pieces: how many tokens each rank takes of a row, at least 1 each; with documents of all rows one after the
+            other. Default: as even as can be.
+
+    Returns:
+        Arguments for the model: ``input_ids``; ``shift_labels`` where there are labels, each token's own successor,
+        also across the border to the next rank, -100 where none counts; ``num_items_in_batch``, the labels that count
+        in all pieces, so that the ranks' losses add up to the mean over all. Where the ranks' gradients are averaged
+        (DDP, FSDP) and not summed, divide it by the number of ranks. ``attention_mask``, if there is one. With
+        documents: rows one after the other as one, and ``cu_seq_lens_q``, whose first document is what goes on from the
+        rank before (empty where none does).
+
+    Raises:
+        TypeError, ValueError: `batch` has other keys or wrong ones, or `pieces` do not make the sequence.
+    """
+    group = group_of(group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    batch = {name: t for name, t in batch.items() if t is not None}
+    ids = batch.pop("input_ids", None)
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError("batch has no input_ids of (batch, seq); it must have them")
+    tokens = {"input_ids": ids}
+    labels, mask, position_ids = (batch.pop(name, None) for name in ("labels", "attention_mask", "position_ids"))
+    following = batch.pop("shift_labels", None)
+    for name, t in {"labels": labels, "shift_labels": following, "attention_mask": mask}.items():
+        if t is not None and t.shape != ids.shape:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be that of input_ids, {tuple(ids.shape)}")
+    unknown = [name for name in batch if name not in packing.ARGUMENTS]
+    if unknown:
+        raise TypeError(f"batch has {unknown[0]!r}, which is not known how to cut; leave it out")
+    padding = None if mask is None else mask == 0
+    offsets = packing.offsets(batch, position_ids, mask, padding, ids)
+    if following is None and labels is not None:
+        if padding is not None:
+            labels = labels.masked_fill(padding, -100)
+        if offsets is not None:
+            labels = labels.masked_fill(packing.first_tokens(offsets, *ids.shape), -100)
+        following = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if following is not None:
+        tokens["shift_labels"] = following
+    if padding is not None:
+        tokens["attention_mask"] = (~padding).long()
+    if offsets is not None:
+        tokens = {name: t.reshape(1, -1) for name, t in tokens.items()}
+    seq = tokens["input_ids"].shape[1]
+    if pieces is None:
+        pieces = [seq // size + (r < seq % size) for r in range(size)]
+    if len(pieces) != size or min(pieces) < 1 or sum(pieces) != seq:
+        raise ValueError(f"pieces are {list(pieces)}; they must be {size} of at least 1 token, {seq} in all")
+    first = sum(pieces[:rank])
+    stop = first + pieces[rank]
+    cut: dict[str, Any] = {name: t[:, first:stop].contiguous() for name, t in tokens.items()}
+    if following is not None:
+        cut["num_items_in_batch"] = (following != -100).sum()
+    if offsets is not None:
+        local = (offsets.clamp(first, stop) - first).unique()
+        if rank > 0 and bool((offsets == first).any()):
+            local = F.pad(local, (1, 0))
+        cut["cu_seq_lens_q"] = local.to(torch.int32)
+    return cut
+
+
+def group_of(group: Group) -> dist.ProcessGroup:
+    """The process group of a group or of a device mesh of one dimension.
+
+    Raises:
+        TypeError, ValueError: it is neither, or this process is not in it.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group is a mesh of {group.ndim} dimensions; it must have one: take mesh['cp']")
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}; it must be a ProcessGroup or a DeviceMesh")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group is one that this process is not in; it must be one of its own")
+    return group
+
+
+def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
+    state, dtype = _initial(k, v, initial_state, k.shape[0])
+    piece = _piece(k, v, i, f, options, is_read=wants_last or rank < size - 1)
+    if rank == 0:
+        piece = _after(state, piece)
+    found = _Mlstm.apply(group, wants_last, rank == 0, options, None, piece, *state, q, k, v, i, f)
+    if not wants_last:
+        return found
+    h, c, n, m = found
+    return h, (c.to(dtype), n, m)
+
+
+def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last, cu_seqlens, continues):
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        was = f"of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else f"{cu_seqlens!r:.80}"
+        raise ValueError(f"cu_seqlens is {was}; it must be a tensor of at least 2 offsets, (num_seqs + 1,)")
+    state, dtype = _initial(k, v, initial_state, cu_seqlens.shape[0] - 1)
+    is_cut = not continues and rank > 0
+    if is_cut:  # the sequence that goes on has no token here
+        cu_seqlens = F.pad(cu_seqlens, (1, 0))
+        state = tuple(_pad_rows(t, 1) for t in state)
+    several = cu_seqlens.shape[0] > 2
+    is_read = rank < size - 1
+    last_i, last_f = i, f
+    if several and is_read:  # the last sequence alone: the tokens before it are made padding
+        before = torch.arange(k.shape[1], device=k.device) < cu_seqlens[-2]
+        last_i, last_f = i.masked_fill(before[:, None], -torch.inf), f.masked_fill(before[:, None], torch.inf)
+    piece = _piece(k, v, last_i, last_f, options, is_read)
+    begins = several or rank == 0  # here: what came before this rank ends with its first sequence
+    if begins:
+        piece = _after(tuple(t[-1:] for t in state), piece)
+    found = _Mlstm.apply(group, wants_last, begins, options, cu_seqlens, piece, *state, q, k, v, i, f)
+    if not wants_last:
+        return found
+    h, c, n, m = found
+    c, n, m = (t[1:] if is_cut else t for t in (c, n, m))
+    return h, (c.to(dtype), n, m)
+
+
+def _check_piece(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None:
+    """What the ops check as well, but before anything is exchanged, on ranks too that need no state of their own."""
+    for name, t in {"q": q, "k": k, "v": v, "i": i, "f": f}.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is of type {type(t).__name__}; it must be a tensor")
+        sizes, dims = "(batch, seq, heads)", 3
+        if name in ("q", "k", "v"):
+            sizes, dims = f"(batch, seq, heads, {'dv' if name == 'v' else 'dqk'})", 4
+        if t.dim() != dims or t.shape[:3] != q.shape[:3] or (name == "k" and t.shape != q.shape):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; it must be {sizes}, as q, {tuple(q.shape)}")
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name} has dtype {str(t.dtype)[6:]}; it must be float32, bfloat16 or float16")
+    if q.shape[1] < 1:
+        raise ValueError("q has seq 0; every rank's piece must have at least 1 token")
+
+
+def _initial(k: Tensor, v: Tensor, given: MlstmState | None, rows: int) -> tuple[MlstmState, torch.dtype]:
+    """The initial state in float32, zeros by default, and the dtype of the c to return."""
+    heads, dqk, dv = k.shape[2], k.shape[3], v.shape[-1]
+    sizes = {"c": (rows, heads, dqk, dv), "n": (rows, heads, dqk), "m": (rows, heads)}
+    if given is None:
+        c, n, m = (torch.zeros(size, dtype=torch.float32, device=k.device) for size in sizes.values())
+        return (c, n, m), torch.float32
+    state = dict(zip("cnm", _common.unpack_state("initial_state", given), strict=True))
+    for name, t in state.items():
+        if not isinstance(t, Tensor) or t.shape != sizes[name]:
+            was = f"of shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"{t!r:.80}"
+            raise ValueError(f"initial_state {name} is {was}; it must be a tensor of shape {sizes[name]}")
+        if t.dtype != torch.float32 and not (name == "c" and t.dtype == torch.bfloat16):
+            raise TypeError(f"initial_state {name} has dtype {str(t.dtype)[6:]}; it must be float32")
+    c, dtype = _common.float32_c(state["c"])
+    return (c, state["n"], state["m"]), dtype  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...], is_read: bool) -> tuple[Tensor, ...]:
+    """c, n, m and log decay of this rank's tokens; zeros where no rank reads them."""
+    if is_read:
+        return torch.ops.flash_xlstm.mlstm_state(k, v, i, f, None, *options[2:])
+    batch, _, heads, dqk = k.shape
+    shapes = (batch, heads, dqk, v.shape[-1]), (batch, heads, dqk), (batch, heads), (batch, heads)
+    return tuple(torch.zeros(shape, dtype=torch.float32, device=k.device) for shape in shapes)
+
+
+@torch.no_grad()
+def _after(state: MlstmState, piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The state after a piece, in the place of the piece's own. The decay no longer matters."""
+    (c, n, m), (piece_c, piece_n, piece_m, decay) = state, piece
+    last = torch.maximum(decay + m, piece_m)
+    kept, added = torch.exp(decay + m - last), torch.exp(piece_m - last)
+    c = kept[..., None, None] * c + added[..., None, None] * piece_c
+    return c, kept[..., None] * n + added[..., None] * piece_n, last, torch.zeros_like(decay)
+
+
+class _Mlstm(torch.autograd.Function):
+    """h, and with `wants_last` the final state: with cu_seqlens of each sequence here, else of the whole.
+
+    piece: c, n, m and log decay of this rank's last sequence; with `begins` c, n, m are a state already, which no
+    earlier one changes. c, n, m: of each sequence here; of the first one they are read on the first rank alone.
+
+    Backward: a rank's h has gradients into c and n of the state before it, and through eps into its m, apart from what
+    m means to c and n. They go to the ends of all pieces before: those of c and n weighted as these states were, that
+    of m as far as no token between made m anew. Each rank then has the gradient of its own final state, and the mlstm's
+    backward does the rest.
+    """
+
+    @staticmethod
+    def forward(ctx, group, wants_last, begins, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        piece_c, piece_n, piece_m, decay = piece
+        begin = torch.full_like(decay, float(begins))
+        own = torch.cat((piece_c.flatten(2), piece_n, torch.stack((piece_m, decay, begin), -1)), -1)
+        gathered = own.new_empty(size, *own.shape)
+        if own.numel() > 0:
+            _all_gather(gathered.flatten(), own.flatten(), group=group)
+
+        def state_before(upto):
+            weights, top = _weights(gathered[:upto, ..., -3:])
+            states = _times(gathered[:upto, ..., :-3], weights).sum(0)
+            found_c, found_n = states.split([piece_c.shape[2] * piece_c.shape[3], piece_c.shape[2]], -1)
+            return found_c.reshape(piece_c.shape), found_n.contiguous(), top
+
+        state = c, n, m
+        if rank > 0:
+            state = tuple(torch.cat((a, b[a.shape[0] :])) for a, b in zip(state_before(rank), state, strict=True))
+        h, kept, *last = torch.ops.flash_xlstm.mlstm(q, k, v, i, f, *state, cu_seqlens, *options, True)
+        whole = state_before(size) if wants_last and cu_seqlens is None else ()
+        ctx.group, ctx.wants_last, ctx.options = group, wants_last, options
+        ctx.save_for_backward(
+            q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, gathered[..., -3:].clone(), *last, *whole
+        )  # fmt: skip
+        return (h, *(whole or last)) if wants_last else h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, *into_last):
+        saved = ctx.saved_tensors  # once: checkpointing makes them again
+        *inputs, scalars = saved[:12]
+        last, whole = saved[12:15], saved[15:]
+        c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
+        rows, batch = c.shape[0], scalars.shape[1]
+        own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
+        dc, dn, into_m, is_open = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
+        if own[2] is not None:
+            into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
+        sent = _sent(scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
+        if whole:  # as if a rank behind the last read the final state
+            dc, dn, dm = into_last
+            sent += _sent(scalars, size, dc, dn, dm - _inner(whole, dc, dn))
+        got = torch.empty_like(sent[0])
+        if got.numel() > 0:
+            _reduce_scatter(got.flatten(), sent.flatten(), group=ctx.group)
+        if rank < size - 1 or whole:
+            dc, dn, dm = got.split([c.shape[2] * c.shape[3], c.shape[2], 1], -1)
+            dc, dn = dc.reshape(batch, *c.shape[1:]), dn.contiguous()
+            dm = dm[..., 0] + _inner([t[-batch:] for t in last], dc, dn)
+            more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm))
+            own = tuple(a if b is None else a + b for a, b in zip(more, own, strict=True))
+        dq, dk, dv, di, df, *state = torch.ops.flash_xlstm.mlstm_backward(dh, *own, *inputs, *ctx.options)
+        if rank > 0:  # of the sequence that goes on nothing was read
+            for t in state:
+                t[:batch] = 0.0
+        return None, None, None, None, None, None, *state, dq, dk, dv, di, df
+
+
+def _pad_rows(t: Tensor, count: int) -> Tensor:
+    """`count` rows of zeros before those of t."""
+    return F.pad(t, (0, 0) * (t.dim() - 1) + (count, 0))
+
+
+def _inner(state: Sequence[Tensor], dc: Tensor, dn: Tensor) -> Tensor:
+    return (state[0] * dc).flatten(2).sum(-1) + (state[1] * dn).sum(-1)
+
+
+def _sent(scalars: Tensor, rank: int, dc: Tensor, dn: Tensor, into_m: Tensor) -> Tensor:
+    """What the gradients of the state before `rank` are at the end of each rank's piece, (ranks, batch, heads, ...)."""
+    into = torch.cat((dc.flatten(2), dn, into_m[..., None]), -1)
+    sent = into.new_zeros(scalars.shape[0], *into.shape)
+    if rank == 0:
+        return sent
+    m, decay, begin = scalars[:rank].double().unbind(-1)
+    ends, is_open = [m[0]], [torch.zeros_like(m[0])]  # m at the pieces' ends; whether no token of a piece made it
+    for r in range(1, rank):
+        carried = decay[r] + ends[-1]
+        ends.append(torch.where(begin[r] > 0, m[r], torch.maximum(carried, m[r])))
+        is_open.append(((carried > m[r]) & (begin[r] == 0)).double())
+    weights, _ = _weights(torch.stack((torch.stack(ends), decay, begin), -1))
+    behind = torch.stack([*is_open[1:], torch.ones_like(m[0])])
+    goes_on = behind.flip(0).cumprod(0).flip(0)  # whether all pieces between a piece and `rank` are open
+    sent[:rank, ..., :-1] = _times(into[..., :-1], weights)
+    sent[:rank, ..., -1] = torch.where(goes_on == 0, 0.0, into[..., -1])
+    return sent
+
+
+def _sum_before(t: Tensor) -> Tensor:
+    """For each piece, the sum over the pieces before it."""
+    return F.pad(t[:-1].cumsum(0), (0, 0) * (t.dim() - 1) + (1, 0))
+
+
+def _weights(scalars: Tensor) -> tuple[Tensor, Tensor]:
+    """Of pieces' (m, log decay, begin), (pieces, batch, heads, 3): the weight of each piece's state in the state after
+    the last, and this state's m."""
+    m, decay, begin = scalars.double().unbind(-1)
+    behind, begins = (_sum_before(t.flip(0)).flip(0) for t in (decay, begin))  # in the pieces after each
+    logs = torch.where(begins > 0, -torch.inf, behind + m)
+    top = logs.amax(0).float()  # weights are relative to the float32 m, so that its rounding does not matter
+    return torch.exp(logs - top).float(), top
+
+
+def _times(states: Tensor, weights: Tensor) -> Tensor:
+    """A weight of 0 takes no part, whatever the state holds."""
+    return torch.where(weights[..., None] == 0, 0.0, states * weights[..., None])
