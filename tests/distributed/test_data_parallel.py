@@ -178,7 +178,6 @@ TP = ((2,), ("tp",))
     [
         ({}, ((2,), None), {}, "mesh has no mesh_dim_names"),
         ({}, ((2,), ("dp",)), {}, "mesh has a dimension 'dp'"),
-        ({}, ((2,), ("cp",)), {}, "mesh has a dimension 'cp'; context parallel"),
         ({}, SHARD, {"mixed_precision": "bf16"}, "mixed_precision is 'bf16'; it must be one of"),
         ({}, ((2, 1), ("tp", "dp_shard")), {}, "they must be in the order of dp_replicate, dp_shard, cp, tp"),
         ({}, SHARD, {"compile": 3}, "compile is 3"),
@@ -187,7 +186,7 @@ TP = ((2,), ("tp",))
         ({}, TP, {"sequence_parallel": None}, "sequence_parallel is None"),
         ({}, SHARD, {"reshard_after_forward": "no"}, "reshard_after_forward is 'no'"),
         ({}, ((2,), ("dp_replicate",)), {"reshard_after_forward": True}, "reshard_after_forward is True, but mesh"),
-        ({}, TP, {"mixed_precision": torch.bfloat16}, "mixed_precision is torch.bfloat16, but mesh has neither"),
+        ({}, TP, {"mixed_precision": torch.bfloat16}, "mixed_precision is torch.bfloat16, but mesh has none of"),
         ({}, TP, {"float8": "rowwise"}, "float8 is 'rowwise', but mesh has a dimension 'tp'"),
         ({"num_heads": 1}, TP, {}, "mesh has 2 tp ranks; num_heads, which is 1"),
         ({"vocab_size": 49}, TP, {}, "vocab_size, which is 49"),

@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from flash_xlstm.distributed.mesh import DATA, check_mesh
 
 
-def mean_labels(labels: Tensor | Iterable[Tensor], mesh: DeviceMesh, *, ignore_index: int = -100) -> Tensor:
+def mean_labels(
+    labels: Tensor | Iterable[Tensor], mesh: DeviceMesh, *, ignore_index: int = -100, shifted: bool = False
+) -> Tensor:
     """The labels that count in a step, divided by the number of data-parallel ranks: the `num_items_in_batch` with
     which the mean of the ranks' gradients, which data parallelism makes, is the gradient of the mean over all labels of
     all ranks.
@@ -24,6 +26,8 @@ def mean_labels(labels: Tensor | Iterable[Tensor], mesh: DeviceMesh, *, ignore_i
         labels: this rank's labels (batch, seq) of a step; of each of its parts, where gradients are accumulated, and
             every part is then given what this returns. Labels that do not count must be `ignore_index`, those at
             padding and of packed documents' first tokens too. A row's first label does not count.
+        shifted: whether they are ``shift_labels``, of which the first counts too: those of
+            :func:`flash_xlstm.distributed.context.shard`, say.
         mesh: as for :func:`parallelize`. All its ranks must call this.
 
     Returns:
@@ -37,7 +41,7 @@ def mean_labels(labels: Tensor | Iterable[Tensor], mesh: DeviceMesh, *, ignore_i
     if not parts or any(part.dim() != 2 for part in parts):
         found = ", ".join(str(tuple(part.shape)) for part in parts) or "none"
         raise ValueError(f"labels has shape {found}; it must be (batch, seq), or several of that")
-    count = torch.stack([(part[:, 1:] != ignore_index).sum() for part in parts]).sum()
+    count = torch.stack([(part[:, 0 if shifted else 1 :] != ignore_index).sum() for part in parts]).sum()
     ranks = 1
     for name in names:
         if name in DATA:

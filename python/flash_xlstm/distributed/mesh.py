@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-DATA = ("dp_replicate", "dp_shard")  # over which batches differ
-KNOWN = (*DATA, "cp", "tp")
+SHARD = ("dp_shard", "cp")  # over which weights are sharded
+DATA = ("dp_replicate", *SHARD)  # over which gradients are averaged
+KNOWN = (*DATA, "tp")
 _GROUPS: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
 
 
@@ -26,8 +27,6 @@ def check_mesh(mesh: DeviceMesh) -> tuple[str, ...]:
             raise ValueError(f"mesh has a dimension {name!r}; its mesh_dim_names must be from {', '.join(KNOWN)}")
     if list(names) != sorted(names, key=KNOWN.index):
         raise ValueError(f"mesh has the mesh_dim_names {names}; they must be in the order of {', '.join(KNOWN)}")
-    if "cp" in names:
-        raise ValueError("mesh has a dimension 'cp'; context parallel is not supported: leave it out")
     return names
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from flash_xlstm.distributed.mesh import DATA, check_mesh
+from flash_xlstm.distributed import context
+from flash_xlstm.distributed.mesh import DATA, SHARD, check_mesh
 from flash_xlstm.distributed.tensor import check_tensor_parallel, tensor_parallel
 from flash_xlstm.models import xLSTMForCausalLM
 
@@ -37,6 +38,8 @@ def parallelize(
     - ``dp_replicate``: each rank has all weights. With ``dp_shard``, shards are replicated (HSDP): the mesh
       (nodes, GPUs a node) of (``dp_replicate``, ``dp_shard``) gathers weights inside a node and sums gradients across.
     - ``dp_shard``: weights, gradients and optimizer states are sharded, and gathered block by block (FSDP2).
+    - ``cp``: each rank has a piece of every sequence (:func:`flash_xlstm.distributed.context.shard` cuts a batch).
+      Weights are sharded over its ranks too.
     - ``tp``: heads, the feed-forward's features and the vocabulary are split (:func:`tensor_parallel`). The ranks of a
       ``tp`` group must be given the same batch.
 
@@ -47,11 +50,12 @@ def parallelize(
         mesh: of the dimensions above.
         mixed_precision: what weights are gathered and computed in; gradients are then summed in float32, and sharded
             weights keep their dtype. Or a policy of FSDP's own. None: the weights' dtype. It needs a ``dp_``
-            dimension; one of size 1 is enough.
+            or ``cp`` dimension; one of size 1 is enough.
         checkpointing: blocks keep little for the backward and compute the rest again; or only every so many-th block.
         compile: whether each block is compiled by torch.compile; or the name of a backend for it.
         float8: a recipe of :func:`flash_xlstm.training.convert_to_float8`. Not with ``tp``.
-        reshard_after_forward: as for :func:`torch.distributed.fsdp.fully_shard`, of the blocks. It needs ``dp_shard``.
+        reshard_after_forward: as for :func:`torch.distributed.fsdp.fully_shard`, of the blocks. It needs ``dp_shard``
+            or ``cp``.
         sequence_parallel: with ``tp``, as for :func:`tensor_parallel`.
 
     Returns:
@@ -73,7 +77,7 @@ def parallelize(
         _policy(mixed_precision)
         if not data:
             raise ValueError(
-                f"mixed_precision is {mixed_precision}, but mesh has neither of {', '.join(DATA)}; add one, of size 1 "
+                f"mixed_precision is {mixed_precision}, but mesh has none of {', '.join(DATA)}; add one, of size 1 "
                 "say, or convert the model"
             )
     _check_reshard(reshard_after_forward, names)
@@ -93,6 +97,8 @@ def parallelize(
         from flash_xlstm.training import convert_to_float8
 
         convert_to_float8(model, float8)
+    if "cp" in names:
+        context.set_group(model, mesh["cp"])
     if "tp" in names:
         tensor_parallel(model, mesh["tp"], sequence_parallel=sequence_parallel)
     if checkpointing:
@@ -117,9 +123,9 @@ def fsdp(
     mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool | int | None = None,
 ) -> Model:
-    """Shards or replicates the weights of a model over the ``dp_`` dimensions of a mesh, in place: each block is
-    gathered by itself; the embeddings, the output norm and the head together. So the head's weight is whole where the
-    model computes its loss, without logits.
+    """Shards or replicates the weights of a model over the ``dp_`` and ``cp`` dimensions of a mesh, in place: each
+    block is gathered by itself; the embeddings, the output norm and the head together. So the head's weight is whole
+    where the model computes its loss, without logits.
 
     Args, Raises: as :func:`parallelize`.
     """
@@ -136,13 +142,22 @@ def fsdp(
         for part in parts:
             replicate(part, mesh=mesh["dp_replicate"], mp_policy=policy)
     else:
-        sharded = mesh["dp_replicate", "dp_shard"] if len(names) == 2 else mesh["dp_shard"]
+        sharded = _sharded(mesh, names)
         for part in parts:
             # None for the model itself: what a backward needs first is not freed.
             reshard = None if part is model else reshard_after_forward
             fully_shard(part, mesh=sharded, mp_policy=policy, reshard_after_forward=reshard)
     type(model).__name__ = name  # torch gives it a prefix, and transformers writes it into config.json
     return model
+
+
+def _sharded(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
+    """The mesh to shard over: of one dimension, behind that of replicas if there is one."""
+    over = [name for name in names if name in SHARD]
+    if len(over) == 2:
+        mesh[tuple(over)]._flatten("dp_shard_cp")
+        over = ["dp_shard_cp"]
+    return mesh[("dp_replicate", over[0])] if "dp_replicate" in names else mesh[over[0]]
 
 
 def _check_model(model: Any) -> None:
@@ -155,8 +170,10 @@ def _check_model(model: Any) -> None:
 def _check_reshard(value: Any, names: Any) -> None:
     if value is not None and not isinstance(value, int):
         raise TypeError(f"reshard_after_forward is {value!r}; it must be True, False, a number of ranks, or None")
-    if value is not None and "dp_shard" not in names:
-        raise ValueError(f"reshard_after_forward is {value!r}, but mesh has no dimension 'dp_shard'; it must be None")
+    if value is not None and not any(name in SHARD for name in names):
+        raise ValueError(
+            f"reshard_after_forward is {value!r}, but mesh has neither of {', '.join(SHARD)}; it must be None"
+        )
 
 
 def _policy(mixed_precision: Any) -> MixedPrecisionPolicy:
