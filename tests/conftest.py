@@ -52,8 +52,8 @@ def fuzz(request):
 def page_pool():
     """``page_pool(device, slots, heads, dqk, dv, c_dtype)``: a pool (c, n, m), and the bytes that it is cut out of.
 
-    All of it is NaN. A slot is a page of c, n and m one after the other, as in a serving engine's cache. Pages are padded to multiples of
-    `multiple` bytes. With 4 most slots of c begin at no multiple of 16 bytes.
+    All of it is NaN. A slot is a page of c, n and m in turn, as in a serving engine's cache. Pages are padded
+    to multiples of `multiple` bytes. With 4 most slots of c begin at no multiple of 16 bytes.
     """
 
     def make(device, slots, heads, dqk, dv, c_dtype=torch.float32, multiple=256):

@@ -25,6 +25,9 @@
 // thousand. This drops a NaN there too, which g = 0 would keep. The run that ends where segment s begins belongs to
 // block s or an earlier one, so a block waits only for blocks that started before it.
 //
+// Forward, the initial and the final state may be the same slot of a pool. Segment 0 reads it before each of its passes,
+// and the last segment writes it. So the last segment first waits for a flag: segment 0 has read the slot.
+//
 // float16: the state is kept scaled by a power of two that bounds its weights, in registers and in memory. The weighted
 // operands have the same scale. It follows from the weights alone, so all blocks of a head have the same.
 //
