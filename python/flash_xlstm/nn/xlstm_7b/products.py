@@ -1,14 +1,13 @@
 """The large products of a block's halves: in the dtype of x or, where torchao's layers hold the weights, in float8.
 
 In float8 each matrix of a product is cast by :mod:`flash_xlstm.ops.float8`: the left one by its rows, the right one by
-its columns, as torchao's recipe "rowwise" does. Weights that are joined are cast as one. For the output and the weights'
-gradients that changes nothing. The input's gradient is then one product, where torchao adds up one for each weight, and
-a column's scale is that of all weights together.
+its columns, as torchao's recipe "rowwise" does. Weights that are joined are cast as one. For the output and for the
+weights' gradients that changes nothing. The input's gradient is then one product, where torchao adds up one for each
+weight, and the scale of a column is that of all weights together.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -76,15 +75,14 @@ def linear_kind(x: Tensor, *layers: Any) -> tuple[type[nn.Module], Float8 | None
     return kind, Float8(emulated, fast, not emulated and _scales_last(x.device))
 
 
+_CUBLAS_SCALES_ROWS = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2]) >= (12, 9)
+
+
 @torch._dynamo.assume_constant_result
-@functools.cache
 def _scales_last(device: torch.device) -> bool:
     """Whether torch multiplies with a scale for each row by a kernel that is slow without fast sums. On compute
     capability 9.0 with CUDA 12.9 or later it calls cuBLAS."""
-    if device.type != "cuda":
-        return False
-    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    return torch.cuda.get_device_capability(device)[0] != 9 or cuda < (12, 9)
+    return device.type == "cuda" and not (_CUBLAS_SCALES_ROWS and torch.cuda.get_device_capability(device)[0] == 9)
 
 
 def joined(weights: tuple[Tensor, ...]) -> Tensor:
@@ -103,7 +101,10 @@ def product(rows: Tensor, weights: tuple[Tensor, ...], float8: Float8 | None) ->
 
 def cast_gradient(rows: Tensor, for_weight: bool, float8: Float8 | None) -> Any:
     """An output's gradient as :func:`input_gradient` and, with `for_weight`, :func:`weight_gradient` take it."""
-    return rows if float8 is None else Float8Gradient(*float8_cast([rows], True, for_weight), rows.dtype)
+    if float8 is None:
+        return rows
+    by_row, row_scales, by_column, column_scales = float8_cast([rows], True, for_weight)
+    return Float8Gradient(by_row, row_scales, by_column, column_scales, rows.dtype)
 
 
 def input_gradient(gradient: Any, weights: tuple[Tensor, ...], float8: Float8 | None) -> Tensor:
