@@ -19,8 +19,8 @@ struct Float8Cast {
   DType dtype = DType::float32;
   int count = 0;
   Part part[max_parts];
-  int64_t rows = 0, columns = 0;                         // rows: of all parts
-  uint8_t *by_row = nullptr, *by_column = nullptr;       // contiguous; nullptr: not wanted
+  int64_t rows = 0, columns = 0;                          // rows: of all parts
+  uint8_t *by_row = nullptr, *by_column = nullptr;        // contiguous; nullptr: not wanted
   float *row_scales = nullptr, *column_scales = nullptr;  // (rows), (columns)
 };
 namespace cpu {

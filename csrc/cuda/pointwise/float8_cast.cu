@@ -2,7 +2,7 @@
 // alone, 6 for both.
 //
 // Pass A reads x once. An SM holds one block. The block walks over rows, several at once where they are short. A warp
-// takes slots: 512 bytes of a row each, `slots` of them, always of the same columns. It reads one step ahead. The
+// takes two or three slots: 512 bytes of a row each, always of the same columns. It reads one step ahead. The
 // largest absolute value of a row goes through a warp's reduction and shared memory, with one barrier a step; then the
 // row is cast from registers. Columns' largest values stay in registers. At the end the rows of a block are joined in
 // shared memory, and one atomic maximum a column and block goes to the workspace, on unsigned bits: the result does not
@@ -95,8 +95,11 @@ __device__ __forceinline__ uint32_t highest(const uint4& top) {
   }
 }
 
-constexpr int walk_threads_a = 1024, walk_warps = walk_threads_a / 32, slots = 3;
-constexpr int all_slots = slots * walk_warps;
+constexpr int threads_a = 1024, walk_warps = threads_a / 32;
+template <typename T>
+constexpr int slots_of = sizeof(T) == 4 ? 2 : 3;  // of a thread; float32 has no registers for three
+template <typename T>
+constexpr int all_slots = slots_of<T> * walk_warps;
 constexpr int none = INT32_MAX;
 constexpr int64_t longest = int64_t{1} << 30;  // of rows and of columns, which pass A counts in 32 bits
 
@@ -128,10 +131,10 @@ __device__ __forceinline__ void store_float8(uint8_t* at, const uint4& bits, flo
 }
 
 template <typename T, bool by_row, bool by_column>
-__global__ void __launch_bounds__(walk_threads_a, 1) walk_kernel(const __grid_constant__ Walk p) {
-  constexpr int width = 16 / sizeof(T);
-  extern __shared__ uint4 column_packs[];  // [all_slots][32], by_column
-  __shared__ uint32_t slot_top[2][all_slots];
+__global__ void __launch_bounds__(threads_a, 1) walk_kernel(const __grid_constant__ Walk p) {
+  constexpr int width = 16 / sizeof(T), slots = slots_of<T>;
+  extern __shared__ uint4 column_packs[];  // [all_slots<T>][32], by_column
+  __shared__ uint32_t slot_top[2][all_slots<T>];
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -148,7 +151,8 @@ __global__ void __launch_bounds__(walk_threads_a, 1) walk_kernel(const __grid_co
     for (int s = 0; s < slots; ++s) {
       to[s] = make_uint4(0, 0, 0, 0);
       if (row_of[s] < p.rows - row && column_of[s] < p.columns)
-        to[s] = load_16_once(static_cast<const T*>(p.x) + static_cast<int64_t>(row + row_of[s]) * p.stride + column_of[s]);
+        to[s] =
+            load_16_once(static_cast<const T*>(p.x) + static_cast<int64_t>(row + row_of[s]) * p.stride + column_of[s]);
     }
   };
   uint4 next[slots], top[slots];
@@ -164,8 +168,8 @@ __global__ void __launch_bounds__(walk_threads_a, 1) walk_kernel(const __grid_co
     load(next, row + step);
 #pragma unroll
     for (int s = 0; s < slots; ++s) {
-      const uint4 size = make_uint4(absolute<T>(now[s].x), absolute<T>(now[s].y), absolute<T>(now[s].z),
-                                    absolute<T>(now[s].w));
+      const uint4 size =
+          make_uint4(absolute<T>(now[s].x), absolute<T>(now[s].y), absolute<T>(now[s].z), absolute<T>(now[s].w));
       if constexpr (by_column) top[s] = higher<T>(top[s], size);
       if constexpr (by_row) {
         const uint32_t most = __reduce_max_sync(all_lanes, highest<T>(size));
@@ -178,6 +182,7 @@ __global__ void __launch_bounds__(walk_threads_a, 1) walk_kernel(const __grid_co
       for (int s = 0; s < slots; ++s) {
         if (row_of[s] >= p.rows - row) continue;
         uint32_t most = 0;
+#pragma unroll 1
         for (int c = lane; c < p.row_slots; c += 32) most = max(most, slot_top[turn][row_of[s] * p.row_slots + c]);
         const Scale scale = scale_of<T>(__reduce_max_sync(all_lanes, most));
         if (column_of[s] >= p.columns) continue;
@@ -192,7 +197,7 @@ __global__ void __launch_bounds__(walk_threads_a, 1) walk_kernel(const __grid_co
     __syncthreads();
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(column_packs);
     const int row_words = p.row_slots * 32 * 4, count = static_cast<int>(p.columns / width) * 4;
-    for (int at = threadIdx.x; at < count; at += walk_threads_a) {
+    for (int at = threadIdx.x; at < count; at += threads_a) {
       uint32_t most = 0;
       for (int r = 0; r < p.rows_at_once; ++r) most = higher<T>(most, words[r * row_words + at]);
       if constexpr (sizeof(T) == 4) {
@@ -281,7 +286,8 @@ __global__ void __launch_bounds__(tile_threads) transpose_kernel(const __grid_co
   __shared__ float4 factors[tile_columns / 4];
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  const unsigned group = blockIdx.x / (tiles_below * p.column_tiles), within = blockIdx.x % (tiles_below * p.column_tiles);
+  const unsigned group = blockIdx.x / (tiles_below * p.column_tiles),
+                 within = blockIdx.x % (tiles_below * p.column_tiles);
   const unsigned below = min(static_cast<unsigned>(tiles_below), p.row_tiles - group * tiles_below);
   const unsigned row_tile = p.row_tiles - 1 - (group * tiles_below + within % below), column_tile = within / below;
   const int64_t first_row = static_cast<int64_t>(row_tile) * tile_rows;
@@ -351,21 +357,23 @@ int rows_at_once(int64_t rows, int most, int blocks) {
 template <typename T>
 cudaError_t pass_a(Walk& w, cudaStream_t stream) {
   constexpr int width = 16 / sizeof(T);
-  const bool vectors = aligned_16(w.x) && w.columns % width == 0 && w.stride % width == 0 &&
-                       w.columns <= all_slots * 32 * width;
+  const bool vectors =
+      aligned_16(w.x) && w.columns % width == 0 && w.stride % width == 0 && w.columns <= all_slots<T> * 32 * width;
   const bool rows = w.out != nullptr, columns = w.column_top != nullptr;
   const int blocks = processor_count();
   if (vectors) {
     w.row_slots = static_cast<int>(ceil_div(w.columns, 32 * width));
-    w.rows_at_once = rows_at_once(w.rows, all_slots / w.row_slots, blocks);
-    const auto kernel = !columns ? walk_kernel<T, true, false> : rows ? walk_kernel<T, true, true> : walk_kernel<T, false, true>;
-    const size_t bytes = columns ? all_slots * 32 * sizeof(uint4) : 0;
+    w.rows_at_once = rows_at_once(w.rows, all_slots<T> / w.row_slots, blocks);
+    const auto kernel = !columns ? walk_kernel<T, true, false>
+                        : rows   ? walk_kernel<T, true, true>
+                                 : walk_kernel<T, false, true>;
+    const size_t bytes = columns ? all_slots<T> * 32 * sizeof(uint4) : 0;
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaSuccess) return status;
     const int steps = ceil_div(w.rows, w.rows_at_once);
     const dim3 grid(static_cast<unsigned>(std::min(steps, blocks)));
-    return launch_early(kernel, grid, dim3(walk_threads_a), bytes, 1, stream, w);
+    return launch_early(kernel, grid, dim3(threads_a), bytes, 1, stream, w);
   }
   cudaError_t status = cudaSuccess;
   if (rows) {
@@ -382,7 +390,8 @@ cudaError_t pass_a(Walk& w, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t pass_b(Transpose& t, cudaStream_t stream) {
-  const int64_t row_tiles = ceil_div(t.rows, int64_t{tile_rows}), column_tiles = ceil_div(t.columns, int64_t{tile_columns});
+  const int64_t row_tiles = ceil_div(t.rows, int64_t{tile_rows}),
+                column_tiles = ceil_div(t.columns, int64_t{tile_columns});
   if (row_tiles > INT32_MAX / column_tiles) return cudaErrorInvalidValue;
   t.row_tiles = static_cast<unsigned>(row_tiles), t.column_tiles = static_cast<unsigned>(column_tiles);
   const bool vectors = aligned_16(t.x) && t.columns % 8 == 0 && t.stride % (16 / sizeof(T)) == 0;

@@ -19,8 +19,8 @@ def _(x, by_row, by_column):
 
 # (x, by_row, by_column) -> (rows, row_scales, columns, column_scales)
 # x is a list of one to four matrices (rows, columns), one below the other, of one dtype: float32, bfloat16 or float16.
-# by_row: rows (rows, columns) in float8_e4m3fn with row_scales (rows, 1) in float32. by_column: columns (columns, rows),
-# which is transposed, with column_scales (columns, 1). What is not wanted is empty. A value times its scale is x,
-# rounded. Scales are powers of 2, as torchao's recipe "rowwise" makes them: the largest absolute value of a row or
-# column becomes more than 224 and at most 448. No derivative.
+# by_row: rows (rows, columns) in float8_e4m3fn, with row_scales (rows, 1) in float32.
+# by_column: columns (columns, rows), which is transposed, with column_scales (columns, 1). What is not wanted is empty.
+# A value times its scale is x, rounded. Scales are powers of 2, as torchao's recipe "rowwise" makes them: the largest
+# absolute value of a row or column becomes more than 224 and at most 448. No derivative.
 float8_cast = _common.no_double_backward("float8_cast")
