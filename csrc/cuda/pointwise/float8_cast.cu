@@ -131,7 +131,7 @@ __device__ __forceinline__ void store_float8(uint8_t* at, const uint4& bits, flo
 }
 
 template <typename T, bool by_row, bool by_column>
-__global__ void __launch_bounds__(threads_a, 1) walk_kernel(const __grid_constant__ Walk p) {
+__global__ void __launch_bounds__(threads_a, 1) float8_rows_kernel(const __grid_constant__ Walk p) {
   constexpr int width = 16 / sizeof(T), slots = slots_of<T>;
   extern __shared__ uint4 column_packs[];  // [all_slots<T>][32], by_column
   __shared__ uint32_t slot_top[2][all_slots<T>];
@@ -215,7 +215,7 @@ constexpr int plain_threads = 256;
 
 // The rows of any matrix: a block takes a row, and reads it twice.
 template <typename T>
-__global__ void __launch_bounds__(plain_threads) plain_rows_kernel(const __grid_constant__ Walk p) {
+__global__ void __launch_bounds__(plain_threads) float8_plain_rows_kernel(const __grid_constant__ Walk p) {
   __shared__ uint32_t warp_top[plain_threads / 32];
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(plain_threads) plain_rows_kernel(const __grid_
 
 // The largest absolute values of the columns of any matrix.
 template <typename T>
-__global__ void __launch_bounds__(plain_threads) plain_columns_kernel(const __grid_constant__ Walk p) {
+__global__ void __launch_bounds__(plain_threads) float8_plain_columns_kernel(const __grid_constant__ Walk p) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * plain_threads + threadIdx.x;
@@ -281,7 +281,7 @@ __device__ __forceinline__ void load_eight(float (&to)[8], const T* row, int64_t
 }
 
 template <typename T, bool vectors, bool chunks>
-__global__ void __launch_bounds__(tile_threads) transpose_kernel(const __grid_constant__ Transpose p) {
+__global__ void __launch_bounds__(tile_threads) float8_columns_kernel(const __grid_constant__ Transpose p) {
   __shared__ uint4 tile[tile_columns * tile_rows / 16];
   __shared__ float4 factors[tile_columns / 4];
   let_next_kernel_start();
@@ -364,9 +364,9 @@ cudaError_t pass_a(Walk& w, cudaStream_t stream) {
   if (vectors) {
     w.row_slots = static_cast<int>(ceil_div(w.columns, 32 * width));
     w.rows_at_once = rows_at_once(w.rows, all_slots<T> / w.row_slots, blocks);
-    const auto kernel = !columns ? walk_kernel<T, true, false>
-                        : rows   ? walk_kernel<T, true, true>
-                                 : walk_kernel<T, false, true>;
+    const auto kernel = !columns ? float8_rows_kernel<T, true, false>
+                        : rows   ? float8_rows_kernel<T, true, true>
+                                 : float8_rows_kernel<T, false, true>;
     const size_t bytes = columns ? all_slots<T> * 32 * sizeof(uint4) : 0;
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
@@ -378,12 +378,12 @@ cudaError_t pass_a(Walk& w, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
   if (rows) {
     const dim3 grid(static_cast<unsigned>(std::min(w.rows, blocks * 8)));
-    status = launch_early(plain_rows_kernel<T>, grid, dim3(plain_threads), 0, 1, stream, w);
+    status = launch_early(float8_plain_rows_kernel<T>, grid, dim3(plain_threads), 0, 1, stream, w);
   }
   if (columns && status == cudaSuccess) {
     const dim3 grid(static_cast<unsigned>(ceil_div(w.columns, plain_threads)),
                     static_cast<unsigned>(std::min(w.rows, 128)));
-    status = launch_early(plain_columns_kernel<T>, grid, dim3(plain_threads), 0, 1, stream, w);
+    status = launch_early(float8_plain_columns_kernel<T>, grid, dim3(plain_threads), 0, 1, stream, w);
   }
   return status;
 }
@@ -396,8 +396,9 @@ cudaError_t pass_b(Transpose& t, cudaStream_t stream) {
   t.row_tiles = static_cast<unsigned>(row_tiles), t.column_tiles = static_cast<unsigned>(column_tiles);
   const bool vectors = aligned_16(t.x) && t.columns % 8 == 0 && t.stride % (16 / sizeof(T)) == 0;
   const bool chunks = aligned_16(t.out) && t.out_stride % 16 == 0 && t.rows % 16 == 0;
-  const auto kernel = vectors ? (chunks ? transpose_kernel<T, true, true> : transpose_kernel<T, true, false>)
-                              : (chunks ? transpose_kernel<T, false, true> : transpose_kernel<T, false, false>);
+  const auto kernel = vectors
+                          ? (chunks ? float8_columns_kernel<T, true, true> : float8_columns_kernel<T, true, false>)
+                          : (chunks ? float8_columns_kernel<T, false, true> : float8_columns_kernel<T, false, false>);
   const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles));
   return launch_early(kernel, grid, dim3(tile_threads), 0, 1, stream, t);
 }

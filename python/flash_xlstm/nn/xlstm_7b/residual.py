@@ -5,6 +5,8 @@ kernels of the gradients also return the norms' outputs and SwiGLU's product. Th
 the output product. The residual's gradient is added in the kernel of the norm's gradient. Projections are parts of one
 joined tensor. Their gradients are written side by side, as the product of the joined gradient reads them.
 
+Large products are in float8 where torchao's layers hold the weights (:mod:`flash_xlstm.nn.xlstm_7b.products`).
+
 ``again`` is gradient checkpointing. The forward then keeps only x and the mLSTM's h, s and m. The backward repeats the
 norms and the products, except the products that write to the residual stream. It repeats no mLSTM.
 """
