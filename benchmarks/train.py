@@ -71,6 +71,7 @@ CASES = {
     "compiled_fused": Case(weight_mode="fused", compiled=True),
     "7b_compiled": Case("7b_8_blocks", compiled=True),
     "7b_float8": Case("7b_8_blocks", compiled=True, float8="rowwise"),
+    "7b_float8_fused": Case("7b_8_blocks", "fused", compiled=True, float8="rowwise"),
     "7b_float8_tensorwise": Case("7b_8_blocks", compiled=True, float8="tensorwise"),
     "7b_float8_gw_hp": Case("7b_8_blocks", compiled=True, float8="rowwise_with_gw_hp"),
     "xlstm_large": Case(model="xlstm_large"),

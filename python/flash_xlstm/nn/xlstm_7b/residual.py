@@ -247,27 +247,37 @@ class _Mlstm(torch.autograd.Function):
         dy = input_gradient(given, (out,), float8).view(y.shape)
         d_out = weight_gradient(given, y.flatten(0, 1), float8) if want_out else None
         del given
+        # Products with rows of another length than a multiple of 16 bytes are slow: then the gates have their own. So
+        # they have beside products in float8.
+        beside = float8 is None and 2 * ctx.sizes[0] * z.element_size() % 16 == 0
         dz, di, df, d_head = mlstm_gated_backward(
-            dy, z, i, f, head, cu_seqlens, h, kept, *ctx.sizes, None, mlstm_eps, cap, chunk_size, head_eps, want_head
+            dy, z, i, f, head, cu_seqlens, h, kept, *ctx.sizes, None, mlstm_eps, cap, chunk_size, head_eps, want_head,
+            beside,
         )  # fmt: skip
         del dy
-        dz, dpre = dz.flatten(0, 1), torch.cat((di, df), -1).flatten(0, 1)
-        given = cast_gradient(dz, want_parts, float8)
-        if float8 is None:  # The gates' product is small and comes first. The large one adds to it in its epilogue.
-            dnormed = torch.mm(dpre, joined(gates)).addmm_(dz, joined(parts))
+        dz = dz.flatten(0, 1)
+        if beside:
+            given, dpre, weights = dz, dz[:, z.shape[2] :], parts + gates
+            dnormed = torch.mm(dz, joined(weights))
         else:
-            dnormed = input_gradient(given, parts, float8).addmm_(dpre, joined(gates))
+            given, dpre, weights = cast_gradient(dz, want_parts, float8), torch.cat((di, df), -1).flatten(0, 1), parts
+            if float8 is None:  # the large product adds to the small
+                dnormed = torch.mm(dpre, joined(gates)).addmm_(dz, joined(parts))
+            else:
+                dnormed = input_gradient(given, parts, float8).addmm_(dpre, joined(gates))
         dnormed = _reduced(dnormed.view(whole.shape), ranks)
         remake = normed is None and (want_parts or want_gates)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
         del dnormed
         normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
-        d_parts = weight_gradient(given, normed, float8) if want_parts else None
-        d_gates = torch.mm(dpre.t(), normed) if want_gates else None
+        want_large = want_parts or (beside and want_gates)
+        d_weights = _parted(weight_gradient(given, normed, float8) if want_large else None, weights)
+        if not beside:
+            d_weights += _parted(torch.mm(dpre.t(), normed) if want_gates else None, gates)
         d_biases = dpre.sum(0) if want_biases else None
         gradients = (
             d_norm if want_norm else None, d_head if want_head else None, d_out,
-            *_parted(d_parts, parts), *_parted(d_gates, gates), *_parted(d_biases, biases),
+            *d_weights, *_parted(d_biases, biases),
         )  # fmt: skip
         gradients = tuple(g if want else None for g, want in zip(gradients, wants, strict=True))
         return dx, *(None,) * 8, *gradients
