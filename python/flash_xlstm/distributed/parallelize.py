@@ -154,10 +154,10 @@ def fsdp(
 def _sharded(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
     """The mesh to shard over: of one dimension, behind that of replicas if there is one."""
     over = [name for name in names if name in SHARD]
-    if len(over) == 2:
-        mesh[tuple(over)]._flatten("dp_shard_cp")
-        over = ["dp_shard_cp"]
-    return mesh[("dp_replicate", over[0])] if "dp_replicate" in names else mesh[over[0]]
+    if len(over) == 1:
+        return mesh[tuple(names)]
+    shards = mesh[tuple(over)]._flatten("dp_shard_cp")
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if "dp_replicate" in names else shards
 
 
 def _check_model(model: Any) -> None:

@@ -1,0 +1,1 @@
+"""The package within others' programs, a module for each."""
