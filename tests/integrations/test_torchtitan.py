@@ -73,7 +73,8 @@ def assets(tmp_path_factory):
     special = ["<s>", "</s>"]
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(dict(zip(("bos_token", "eos_token"), special, strict=True))))
+    names = {"bos_token": special[0], "eos_token": special[1]}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
     torch.manual_seed(0)
     model = xLSTMForCausalLM(xLSTMConfig(**integration().FLAVORS["debugmodel"]))
     with torch.no_grad():  # gates that differ from token to token
@@ -122,7 +123,7 @@ def check_first_step(assets, ranks, batches):
     model = xLSTMForCausalLM.from_pretrained(assets / "hf").train()
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     documents = (joined["positions"] == 0).sum().item()
-    assert documents > len(joined["input"]) + 2  # rows hold several
+    assert documents >= 2 * len(joined["input"])  # rows hold several
     loss = model(joined["input"], shift_labels=joined["labels"], position_ids=joined["positions"]).loss
     loss.backward()
     gradients = [p.grad for p in model.parameters()]
@@ -268,7 +269,7 @@ def test_folders_of_other_models_are_refused(assets, tmp_path):
             r"context_parallel_load_balancer is 'headtail'; it must be None",
         ),
         (["activation-checkpoint:selective"], r"activation_checkpoint is SelectiveAC.*; it must be 'full'"),
-        (["activation-checkpoint:full", "--activation_checkpoint.debug"], r"activation_checkpoint is FullAC.*debug=True"),
+        (["activation-checkpoint:full", "--activation_checkpoint.debug"], r"FullAC.*debug=True.*must be 'full'"),
         (["--training.enable_cpu_offload"], r"enable_cpu_offload is True; it must be False"),
         (
             ["--compile.enable", "--compile.enable_async_tensor_parallel"],
@@ -289,21 +290,27 @@ def test_settings_that_cannot_be_had(option, message):
 
 
 @titan
-def test_arguments_in_error():
+def test_arguments_in_error(monkeypatch):
     registry = integration().model_registry
-    with pytest.raises(ValueError, match="flavor is '8B'; it must be one of debugmodel, 1.4B, 7B"):
+    with pytest.raises(ValueError, match=r"flavor is '8B'; it must be one of debugmodel, 1.4B, 7B"):
         registry("8B")
     with pytest.raises(ValueError, match="num_heads"):
         registry("debugmodel", num_heads=3)
     from torchtitan.components.lora import LoRAConverter
     from torchtitan.components.loss import CrossEntropyLoss
 
-    with pytest.raises(ValueError, match="made backbone.blocks.0.mlstm_layer.q a LoRALinear .* it must be"):
+    with pytest.raises(ValueError, match=r"made backbone.blocks.0.mlstm_layer.q a LoRALinear .* it must be"):
         registry("debugmodel", [LoRAConverter.Config(rank=4, alpha=8.0, target_modules=["q"])]).model.build()
     config = integration("config_registry").xlstm_debugmodel()
     config.loss = CrossEntropyLoss.Config()
-    with pytest.raises(ValueError, match="it must be an XLSTMLoss.Config"):
+    with pytest.raises(ValueError, match=r"it must be an XLSTMLoss.Config"):
         config.build()
+    config, trainer = integration("config_registry").xlstm_debugmodel(), integration("trainer")
+    large = types.SimpleNamespace(get_vocab_size=lambda: 2049)
+    made = {"tokenizer": large, "model_config": config.model_spec.model}
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, config: vars(self).update(made))
+    with pytest.raises(ValueError, match="whose tokenizer has 2049 tokens; it must have at most 2048"):
+        trainer.XLSTMTrainer(config)
     with pytest.raises(ValueError, match="not a loss; it must be given labels"):
         integration("trainer").XLSTMLoss.Config().build()(torch.ones(1, 2, 3), torch.ones(1, 2))
 

@@ -24,6 +24,6 @@ if not re.match(r"0\.3\.", torchtitan.__version__):
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     raise RuntimeError(f"torch is {torch.__version__}; torchtitan {torchtitan.__version__} needs 2.13 or later")
 
-from flash_xlstm.integrations.torchtitan.model import model_registry  # noqa: E402
+from flash_xlstm.integrations.torchtitan.model import model_registry
 
 __all__ = ["model_registry"]

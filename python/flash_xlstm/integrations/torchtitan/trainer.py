@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.checkpointer import BaseCheckpointManager, CheckpointManager
 from torchtitan.components.loss import BaseLoss
 from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig
@@ -91,7 +91,7 @@ class XLSTMTrainer(Trainer):
     class Config(Trainer.Config):
         loss: BaseLoss.Config = field(default_factory=XLSTMLoss.Config)
         validator: Validator.Config = field(default_factory=XLSTMValidator.Config)
-        checkpoint: CheckpointManager.Config = field(default_factory=XLSTMCheckpointManager.Config)
+        checkpoint: BaseCheckpointManager.Config = field(default_factory=XLSTMCheckpointManager.Config)
 
     def __init__(self, config: Config) -> None:
         if not isinstance(config.loss, XLSTMLoss.Config):
@@ -100,8 +100,8 @@ class XLSTMTrainer(Trainer):
         words, size = self.tokenizer.get_vocab_size(), self.model_config.xlstm().vocab_size
         if words > size:
             raise ValueError(
-                f"hf_assets_path is {config.hf_assets_path!r}, whose tokenizer has {words} tokens; it must have at most "
-                f"{size}, the model's vocab_size"
+                f"hf_assets_path is {config.hf_assets_path!r}, whose tokenizer has {words} tokens; it must have at "
+                f"most {size}, the model's vocab_size"
             )
 
     def batch_generator(self, data_iterable: Iterable[Any]) -> Iterator[Any]:
