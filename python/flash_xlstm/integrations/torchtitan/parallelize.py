@@ -39,8 +39,6 @@ def parallelize_xlstm(
         )
     if training.enable_cpu_offload:
         raise ValueError("training.enable_cpu_offload is True; it must be False for an xLSTM")
-    if compile_config.enable_async_tensor_parallel:
-        raise ValueError("compile.enable_async_tensor_parallel is True; it must be False for an xLSTM")
     # Size 1 has no ranks to talk to, but dp_shard has the mixed precision.
     names = [name for name in KNOWN if name == "dp_shard" or getattr(parallel_dims, name) > 1]
     parallelize(
@@ -55,6 +53,7 @@ def parallelize_xlstm(
         compile=compile_config.backend if compile_config.enable and "model" in compile_config.components else False,
         reshard_after_forward=_RESHARD[parallelism.fsdp_reshard_after_forward],
         sequence_parallel=parallelism.enable_sequence_parallel,
+        async_tensor_parallel=compile_config.enable_async_tensor_parallel,
     )
     disable_fsdp_gradient_division(model)
     for module in model.modules():
