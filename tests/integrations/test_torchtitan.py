@@ -97,8 +97,8 @@ def train(assets, out, *options, config="xlstm_debugmodel", ranks=2):
         "--training.local_batch_size", str(ROWS), "--training.steps", str(STEPS), "--debug.seed", "1",
         "--training.mixed_precision_param", "float32", "--checkpoint.enable", *options,
     ]  # fmt: skip
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(out / "cache"), "TITAN_RECORD": str(record)}
-    environment = {**os.environ, **own}
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TITAN_RECORD": str(record)}
+    environment = {**os.environ, **own, "HF_HOME": str(out / "cache")}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert ran.returncode == 0, ran.stderr[-20000:]
     return [

@@ -51,7 +51,7 @@ def xlstm_1_4b(converters: Sequence[Any] = ()) -> XLSTMTrainer.Config:
         hf_assets_path="./assets/hf/xLSTM-7b",
         optimizer=_adamw(7e-4),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=750, decay_type="cosine", min_lr_factor=0.1),
-        training=TrainingConfig(local_batch_size=4, seq_len=8192, steps=10000, max_norm=0.5, disable_cuda_graphs=True),
+        training=TrainingConfig(local_batch_size=2, seq_len=8192, steps=10000, max_norm=0.5, disable_cuda_graphs=True),
         activation_checkpoint=None,
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def xlstm_7b(converters: Sequence[Any] = ()) -> XLSTMTrainer.Config:
         "7B", converters,
         hf_assets_path="./assets/hf/xLSTM-7b",
         optimizer=_adamw(5e-4),
-        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=3000, decay_type="cosine", min_lr_factor=0.1),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=750, decay_type="cosine", min_lr_factor=0.1),
         training=TrainingConfig(local_batch_size=1, seq_len=8192, steps=10000, max_norm=0.5, disable_cuda_graphs=True),
         activation_checkpoint=FullAC.Config(),
     )  # fmt: skip

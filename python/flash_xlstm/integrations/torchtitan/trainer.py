@@ -79,9 +79,9 @@ class XLSTMCheckpointManager(CheckpointManager):
         if to_hf and dist.get_rank() == 0:
             folder, (model,) = Path(checkpoint_id), self.states["model"].model
             write_config(model.model, folder, self.export_dtype)
-            for file in Path(self.sd_adapter.hf_assets_path or "").glob("*token*"):
-                if file.is_file():
-                    shutil.copy(file, folder)
+            assets = self.sd_adapter.hf_assets_path
+            for file in Path(assets).glob("*token*") if assets else ():
+                shutil.copy(file, folder)
             shutil.rmtree(folder / "sharded")
         return result
 
