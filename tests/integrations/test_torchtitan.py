@@ -217,8 +217,9 @@ def test_float8_exchanges_what_ours_does():
 
 
 @titan
-def test_all_weights_are_initialized_as_ours():
-    model = integration().model_registry("debugmodel").model.build()
+@pytest.mark.parametrize("config", ["xlstm_debugmodel", "xlstm_debugmodel_float8_emulate"])
+def test_all_weights_are_initialized_as_ours(config):
+    model = getattr(integration("config_registry"), config)().model_spec.model.build()
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(float("nan"))
