@@ -596,8 +596,10 @@ const VectorKernels vector_kernels = {
     .linear_rows = linear_rows,
 };
 
+#include "cpu/pointwise.inl"
+
+// These use functions of the one above.
 #include "cpu/cross_entropy.inl"
 #include "cpu/float8_cast.inl"
-#include "cpu/pointwise.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA
