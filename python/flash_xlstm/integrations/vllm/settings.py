@@ -1,0 +1,91 @@
+"""What vLLM must know of an xLSTM before it builds one: lengths, heads, block sizes, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.models.config import MambaModelConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+# An xLSTM has no largest length. vLLM keeps the ids of max_num_seqs rows of this many tokens, 4 bytes each.
+DEFAULT_LENGTH = 131_072
+LARGEST_LENGTH = 2**24
+
+_C_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class xLSTMConvertor(ModelArchConfigConvertorBase):
+    """Reads an xLSTM's configuration for vLLM."""
+
+    def get_total_num_attention_heads(self) -> int:
+        return self.hf_text_config.num_heads  # with 0, vLLM's check of tensor parallel passes anything
+
+    def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+        length, key = super().derive_max_model_len_and_key()
+        return (LARGEST_LENGTH, "the largest of this package") if key is None else (length, key)
+
+
+class xLSTMSettings(MambaModelConfig):
+    """Completes and checks vLLM's configuration."""
+
+    @classmethod
+    def verify_and_update_model_config(cls, model_config: Any) -> None:
+        if model_config.original_max_model_len is None and model_config.max_model_len == LARGEST_LENGTH:
+            model_config.max_model_len = DEFAULT_LENGTH
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
+        """Sets the block size, which without this stays None.
+
+        Raises:
+            ValueError: the model cannot run like this.
+        """
+        super().verify_and_update_config(vllm_config)
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative decoding is set; an xLSTM cannot take back tokens: leave it out")
+        c_dtype(vllm_config)
+        check_sizes(vllm_config)
+
+
+def c_dtype(vllm_config: Any) -> torch.dtype:
+    """The dtype of c in the cache: ``--mamba-ssm-cache-dtype``, else ``--mamba-cache-dtype``, else what the checkpoint's
+    configuration says.
+
+    Raises:
+        ValueError: it is neither float32 nor bfloat16.
+    """
+    cache = vllm_config.cache_config
+    given = {"mamba_ssm_cache_dtype": cache.mamba_ssm_cache_dtype, "mamba_cache_dtype": cache.mamba_cache_dtype}
+    given["inference_state_dtype"] = vllm_config.model_config.hf_config.inference_state_dtype
+    name, dtype = next((name, dtype) for name, dtype in given.items() if dtype != "auto")
+    if dtype not in _C_DTYPES:
+        raise ValueError(f"{name} is {dtype!r}; the matrix memory of an xLSTM is float32 or bfloat16")
+    return _C_DTYPES[dtype]
+
+
+def check_sizes(vllm_config: Any) -> None:
+    """Raises ValueError where tensor parallel does not divide the model, or a rank's c is not a multiple of 16 bytes."""
+    config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+    for name in ("num_heads", "ffn_dim"):
+        size = getattr(config, name)
+        if size % ranks:
+            raise ValueError(f"tensor_parallel_size is {ranks}; it must divide {name}, which is {size}")
+    c, n, _ = state_shapes(vllm_config)
+    for name, shape, dtype in (("c", c, c_dtype(vllm_config)), ("n", n, torch.float32)):
+        size = dtype.itemsize * torch.Size(shape).numel()
+        if size % 16:
+            raise ValueError(
+                f"{name} has {size} bytes a rank, {shape} in {dtype}; the kernels need a multiple of 16: other head sizes"
+            )
+
+
+def state_shapes(vllm_config: Any) -> tuple[tuple[int, int, int], tuple[int, int], tuple[int]]:
+    """The shapes of c, n and m in a block of the cache.
+
+    A block's page holds the three in a row, and the next block's page follows. m is declared as a multiple of 16 bytes,
+    so that c and n are aligned in every block.
+    """
+    config = vllm_config.model_config.hf_config
+    heads = config.num_heads // vllm_config.parallel_config.tensor_parallel_size
+    return (heads, config.qk_head_dim, config.v_head_dim), (heads, config.qk_head_dim), (-(-heads // 4) * 4,)
