@@ -44,24 +44,29 @@ class xLSTMSettings(MambaModelConfig):
         super().verify_and_update_config(vllm_config)
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative decoding is set; an xLSTM cannot take back tokens: leave it out")
-        c_dtype(vllm_config)
+        _set_c_dtype(vllm_config)
         check_sizes(vllm_config)
 
 
 def c_dtype(vllm_config: Any) -> torch.dtype:
-    """The dtype of c in the cache: ``--mamba-ssm-cache-dtype``, else ``--mamba-cache-dtype``, else what the checkpoint's
-    configuration says.
+    """The dtype of c in the cache."""
+    return _C_DTYPES[vllm_config.model_config.hf_config.inference_state_dtype]
+
+
+def _set_c_dtype(vllm_config: Any) -> None:
+    """Writes to the checkpoint's configuration what ``--mamba-ssm-cache-dtype``, else ``--mamba-cache-dtype``, says. vLLM
+    later sets its own copy of the first to float32 on CPUs that have bfloat16 instructions, for another model's kernel.
 
     Raises:
-        ValueError: it is neither float32 nor bfloat16.
+        ValueError: the dtype is neither float32 nor bfloat16.
     """
-    cache = vllm_config.cache_config
+    cache, config = vllm_config.cache_config, vllm_config.model_config.hf_config
     given = {"mamba_ssm_cache_dtype": cache.mamba_ssm_cache_dtype, "mamba_cache_dtype": cache.mamba_cache_dtype}
-    given["inference_state_dtype"] = vllm_config.model_config.hf_config.inference_state_dtype
+    given["inference_state_dtype"] = config.inference_state_dtype
     name, dtype = next((name, dtype) for name, dtype in given.items() if dtype != "auto")
     if dtype not in _C_DTYPES:
-        raise ValueError(f"{name} is {dtype!r}; the matrix memory of an xLSTM is float32 or bfloat16")
-    return _C_DTYPES[dtype]
+        raise ValueError(f"{name} is {dtype!r}; the matrix memory of an xLSTM must be float32 or bfloat16")
+    config.inference_state_dtype = dtype
 
 
 def check_sizes(vllm_config: Any) -> None:
