@@ -41,12 +41,14 @@ SUBJECTS = (
     "loss",
     "decode",
     "prefill",
+    "serving",
     "train",
     "precision",
 )
 PACKAGES = (
     "triton",
     "transformers",
+    "vllm",
     "torchao",
     "numpy",
     "mlstm_kernels",

@@ -138,9 +138,7 @@ def _name_as_nx_ai(model, folder):
         pytest.param({"use_bias": True}, None, id="biases"),
         pytest.param({"tie_word_embeddings": True}, None, id="tied"),
         pytest.param({"num_heads": 1, "qk_dim_factor": 0.25}, None, id="one head"),
-        pytest.param(
-            {"add_out_norm": False, "gate_soft_cap": None, "output_logit_soft_cap": None}, None, id="no caps"
-        ),
+        pytest.param({"add_out_norm": False, "gate_soft_cap": None, "output_logit_soft_cap": None}, None, id="no caps"),
         pytest.param({"num_hidden_layers": 1, "vocab_size": 259}, None, id="one block"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
@@ -66,7 +65,7 @@ class xLSTMMetadataBuilder(BaseMambaAttentionMetadataBuilder[xLSTMMetadata]):
 def _slots(blocks: Tensor, *, in_place: bool = False) -> Tensor:
     """(rows,) int32 block numbers with -1 in place of vLLM's null block."""
     is_null = blocks == NULL_BLOCK_ID
-    return blocks.masked_fill_(is_null, -1) if in_place else blocks.masked_fill(is_null, -1).to(torch.int32).contiguous()
+    return blocks.masked_fill_(is_null, -1) if in_place else blocks.masked_fill(is_null, -1).contiguous()
 
 
 def metadata_of(attn_metadata: Any, layer_name: str) -> xLSTMMetadata | None:

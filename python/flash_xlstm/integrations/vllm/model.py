@@ -103,9 +103,7 @@ class xLSTMModel(nn.Module):
         )
         self.out_norm: nn.Module | None = None
         if config.add_out_norm:
-            self.out_norm = (
-                RMSNorm(config.hidden_size, config.norm_eps) if pipeline.is_last_rank else PPMissingLayer()
-            )
+            self.out_norm = RMSNorm(config.hidden_size, config.norm_eps) if pipeline.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
@@ -140,7 +138,7 @@ class xLSTMModel(nn.Module):
 class xLSTMForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsPP, SupportsMambaPrefixCaching):
     """The xLSTM with a language-modelling head. Parameters have the names of weight mode "fused".
 
-    Checkpoints in weight mode "single" (transformers', ours, NX-AI's) are stacked while they are read, tensor by tensor.
+    Checkpoints in weight mode "single" (transformers', ours, NX-AI's) are stacked as they are read, tensor by tensor.
     """
 
     packed_modules_mapping = {  # noqa: RUF012  # quantized checkpoints name the parts
@@ -192,8 +190,7 @@ class xLSTMForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsPP, Su
         return self.backbone(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """(rows, vocab_size) float32, soft-capped as by :class:`flash_xlstm.models.xLSTMForCausalLM`; None on ranks that
-        do not sample."""
+        """(rows, vocab_size) float32, with the soft cap; None on ranks that do not sample."""
         logits = self.logits_processor(self.lm_head, hidden_states)
         return None if logits is None else ops.soft_cap(logits.float(), self.config.output_logit_soft_cap)
 

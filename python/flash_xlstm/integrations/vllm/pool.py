@@ -42,9 +42,7 @@ def prefill(
         torch.where(fresh.view(-1, *[1] * (t.dim() - 1)), torch.zeros((), dtype=t.dtype), t[rows]).contiguous()
         for t in state
     )
-    h, last = ops.mlstm(
-        q, k, v, i, f, initial_state=first, cu_seqlens=cu_seqlens, return_final_state=True, **options
-    )
+    h, last = ops.mlstm(q, k, v, i, f, initial_state=first, cu_seqlens=cu_seqlens, return_final_state=True, **options)
     for pool, new in zip(state, last, strict=True):
         pool[rows[kept]] = new[kept].to(pool.dtype)
     return h

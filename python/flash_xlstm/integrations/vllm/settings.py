@@ -54,8 +54,9 @@ def c_dtype(vllm_config: Any) -> torch.dtype:
 
 
 def _set_c_dtype(vllm_config: Any) -> None:
-    """Writes to the checkpoint's configuration what ``--mamba-ssm-cache-dtype``, else ``--mamba-cache-dtype``, says. vLLM
-    later sets its own copy of the first to float32 on CPUs that have bfloat16 instructions, for another model's kernel.
+    """Writes to the checkpoint's configuration what ``--mamba-ssm-cache-dtype`` says, or else ``--mamba-cache-dtype``.
+
+    On CPUs with bfloat16 instructions vLLM later sets its own copy of the first to float32, for another model's kernel.
 
     Raises:
         ValueError: the dtype is neither float32 nor bfloat16.
@@ -70,7 +71,7 @@ def _set_c_dtype(vllm_config: Any) -> None:
 
 
 def check_sizes(vllm_config: Any) -> None:
-    """Raises ValueError where tensor parallel does not divide the model, or a rank's c is not a multiple of 16 bytes."""
+    """Raises ValueError where tensor parallel does not divide the model, or c or n of a rank is not aligned."""
     config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
     for name in ("num_heads", "ffn_dim"):
         size = getattr(config, name)
@@ -81,7 +82,7 @@ def check_sizes(vllm_config: Any) -> None:
         size = dtype.itemsize * torch.Size(shape).numel()
         if size % 16:
             raise ValueError(
-                f"{name} has {size} bytes a rank, {shape} in {dtype}; the kernels need a multiple of 16: other head sizes"
+                f"{name} has shape {shape} and dtype {dtype} on a rank, {size} bytes; they must be a multiple of 16"
             )
 
 
