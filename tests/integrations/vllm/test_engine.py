@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -152,3 +155,55 @@ def test_checkpoints(served, tmp_path, options, change):
         for layer in engine.layers:
             c, n, _ = layer.state
             assert c[1].data_ptr() % 16 == n[1].data_ptr() % 16 == c.data_ptr() % 16 == 0
+
+
+def test_weights_are_read_one_by_one(served, monkeypatch):
+    """Of the tensors of a checkpoint few are in memory at once."""
+    from flash_xlstm.integrations.vllm.model import xLSTMForCausalLM
+
+    alive, most, names = weakref.WeakSet(), [0], []
+    own = xLSTMForCausalLM.load_weights
+
+    def watched(weights):
+        for name, tensor in weights:
+            tensor = tensor.clone()
+            alive.add(tensor)
+            most.append(len(alive))
+            names.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(xLSTMForCausalLM, "load_weights", lambda self, weights: own(self, watched(weights)))
+    with served.engine_of(served.folder):
+        assert len(names) == len(served.model.state_dict())
+        assert max(most) <= 3
+
+
+def test_steps_do_not_wait_for_the_device(served, engine, monkeypatch):
+    """No operator of a layer or of the plugin's metadata reads a value back to the host."""
+    from flash_xlstm.integrations.vllm import backend, layer
+
+    def is_mask(t):
+        return isinstance(t, torch.Tensor) and t.dtype == torch.bool
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name, operands = function._schema.name, [args, *args]  # with masks, indices are read back
+            masks = [t for part in operands if isinstance(part, (list, tuple)) for t in part if is_mask(t)]
+            assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+            assert not (masks and "index" in name)
+            return function(*args, **(kwargs or {}))
+
+    def strictly(function, seen):
+        def strict(*args, **kwargs):
+            seen.append(1)
+            with NoReading():
+                return function(*args, **kwargs)
+
+        return strict
+
+    run, slots = [], []
+    monkeypatch.setattr(layer.xLSTMLayer, "run", strictly(layer.xLSTMLayer.run, run))
+    monkeypatch.setattr(backend, "_slots", strictly(backend._slots, slots))
+    asked = served.prompts(1, 20, 33)
+    assert engine.tokens(asked, 8) == served.continuations(asked, 8)
+    assert run and slots
