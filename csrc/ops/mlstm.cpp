@@ -6,6 +6,7 @@
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "ops/mlstm.h"
+#include "ops/mlstm_step.h"
 #include "params/mlstm.h"
 
 namespace flash_xlstm {
@@ -22,6 +23,8 @@ struct Options {
   bool normalize = true;
   const char* first = "q";  // the argument that stands for q: k where there is none
   float first_m = 0.0f;
+  OptTensor state_indices = std::nullopt;  // c, n and m are then a pool, which is updated in place
+  OptTensor fresh = std::nullopt;
 
   // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
@@ -61,8 +64,22 @@ void check_state(const char* name, const Tensor& t, const Tensor& q, Sizes sizes
   check_dtype(name, t, ScalarType::Float);
 }
 
+void check_pool(MlstmProblem& p, const Tensor& q, const Options& options) {
+  const char* const rows = options.cu_seqlens ? "num_seqs" : "batch";
+  p.pool = check_slots({p.num_seqs, p.heads, p.dqk, p.dv, rows}, q, *options.c, *options.n, *options.m,
+                       options.state_indices);
+  if (!options.fresh) return;
+  const Tensor& fresh = *options.fresh;
+  check_shape("fresh", fresh, {p.num_seqs}, options.cu_seqlens ? "(num_seqs,)" : "(batch,)");
+  check_dtype("fresh", fresh, ScalarType::Bool);
+  check_device("fresh", fresh, q);
+  if (p.num_seqs > 1 && fresh.stride(0) != 1) value_error("fresh must be contiguous");
+  p.fresh = static_cast<const bool*>(fresh.data_ptr());
+}
+
 void check_initial_state(CheckedProblem& checked, const Tensor& q, const Options& options) {
   MlstmProblem& p = checked.p;
+  if (options.state_indices) return check_pool(p, q, options);
   const auto& [c, n, m] = std::tie(options.c, options.n, options.m);
   if (n && !options.has_n()) value_error("initial_state n is a tensor; with normalize=False it must be None");
   if ((options.has_n() && c.has_value() != n.has_value()) || (options.has_m() && c.has_value() != m.has_value())) {
@@ -362,6 +379,22 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
   return *forward("mlstm_h", q, k, v, i, f, options, Wanted::h).h;
 }
 
+Tensor mlstm_prefill(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                     Tensor state_indices, OptTensor cu_seqlens, OptTensor fresh, std::optional<double> scale,
+                     double eps, std::optional<double> gate_soft_cap) {
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = 0,
+                        .state_indices = state_indices,
+                        .fresh = fresh};
+  return *forward("mlstm_prefill", q, k, v, i, f, options, Wanted::h).h;
+}
+
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                           Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
                           OptTensor h, Tensor kept, std::optional<double> scale, double eps,
@@ -488,6 +521,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def(
       "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size) -> Tensor");
+  // Inference alone: states are read from the slots of a pool, and written there.
+  lib.def(
+      "mlstm_prefill(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
+      "Tensor state_indices, Tensor? cu_seqlens, Tensor? fresh, float? scale, float eps, float? gate_soft_cap) "
+      "-> Tensor");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
@@ -522,6 +560,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm", TORCH_BOX(&mlstm));
   lib.impl("mlstm_forward", TORCH_BOX(&mlstm_forward));
   lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
+  lib.impl("mlstm_prefill", TORCH_BOX(&mlstm_prefill));
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
   lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
   lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
@@ -531,6 +570,7 @@ IMPLEMENT_OPS(lib) {
 }
 
 static const DescribedOp described_mlstm("mlstm", CUDA_ONLY(cuda::mlstm_words));
+static const DescribedOp described_mlstm_prefill("mlstm_prefill", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_state("mlstm_state", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_sig("mlstm_sig", CUDA_ONLY(cuda::mlstm_words));
 

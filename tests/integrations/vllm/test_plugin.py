@@ -103,7 +103,11 @@ def test_a_length_in_the_configuration_is_kept(served, tmp_path):
         ({"ffn_round_up_to_multiple_of": 1, "ffn_proj_factor": 2.02}, {"tensor_parallel_size": 4}, "divide ffn_dim"),
         ({}, {"mamba_ssm_cache_dtype": "float16"}, "mamba_ssm_cache_dtype is 'float16'; .* float32 or bfloat16"),
         ({"inference_state_dtype": "float16"}, {}, "inference_state_dtype is 'float16'"),
-        ({"num_heads": 1, "qk_dim_factor": 7 / 64, "v_dim_factor": 1 / 64}, {}, "multiple of 16"),
+        (
+            {"num_heads": 1, "qk_dim_factor": 7 / 64, "v_dim_factor": 1 / 64},
+            {"mamba_ssm_cache_dtype": "bfloat16"},
+            "multiple of 4 bytes",
+        ),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
 )

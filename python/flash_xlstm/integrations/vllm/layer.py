@@ -18,7 +18,6 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from flash_xlstm import ops
 from flash_xlstm.integrations.vllm.backend import metadata_of, xLSTMMetadata
-from flash_xlstm.integrations.vllm.pool import prefill, step
 from flash_xlstm.integrations.vllm.registration import BACKEND, OPERATOR
 from flash_xlstm.integrations.vllm.settings import c_dtype, state_shapes
 from flash_xlstm.nn import MultiHeadLayerNorm
@@ -37,7 +36,7 @@ class xLSTMLayer(nn.Module, MambaBase):
         config, quantization = vllm_config.model_config.hf_config, vllm_config.quant_config
         self.heads = config.num_heads // get_tensor_model_parallel_world_size()
         self.qk, self.v = self.heads * config.qk_head_dim, self.heads * config.v_head_dim  # of this rank
-        self.options = {"eps": config.eps, "gate_soft_cap": config.gate_soft_cap}
+        self.options: dict[str, Any] = {"eps": config.eps, "gate_soft_cap": config.gate_soft_cap}
         self.qkv_opreact = MergedColumnParallelLinear(
             config.hidden_size,
             [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim],
@@ -89,19 +88,20 @@ class xLSTMLayer(nn.Module, MambaBase):
             return
         end = metadata.num_decode_tokens
         if end:
-            slots = metadata.slots_d
-            assert slots is not None
-            h = step(*(t[:end] for t in tokens), self.state, slots[:end], self.options)
+            assert metadata.slots_d is not None
+            indices = metadata.slots_d[:end]
+            h = ops.mlstm_step(*(t[:end] for t in tokens), self.state, state_indices=indices, **self.options)
             out[:end].copy_(h)
         if metadata.num_prefills:
+            assert metadata.slots_p is not None
             part = slice(end, end + metadata.num_prefill_tokens)
-            h = prefill(
+            h = ops.mlstm_prefill(
                 *(t[None, part] for t in tokens),
                 self.state,
-                metadata.slots_p,
-                metadata.query_start_loc_p,
-                metadata.fresh_p,
-                self.options,
+                state_indices=metadata.slots_p,
+                cu_seqlens=metadata.query_start_loc_p,
+                fresh=metadata.fresh_p,
+                **self.options,
             )
             out[part].copy_(h[0])
 

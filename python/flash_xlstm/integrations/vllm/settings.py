@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -71,27 +72,25 @@ def _set_c_dtype(vllm_config: Any) -> None:
 
 
 def check_sizes(vllm_config: Any) -> None:
-    """Raises ValueError where tensor parallel does not divide the model, or c or n of a rank is not aligned."""
+    """Raises ValueError where tensor parallel does not divide the model, or n would not be aligned behind c."""
     config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
     for name in ("num_heads", "ffn_dim"):
         size = getattr(config, name)
         if size % ranks:
             raise ValueError(f"tensor_parallel_size is {ranks}; it must divide {name}, which is {size}")
-    c, n, _ = state_shapes(vllm_config)
-    for name, shape, dtype in (("c", c, c_dtype(vllm_config)), ("n", n, torch.float32)):
-        size = dtype.itemsize * torch.Size(shape).numel()
-        if size % 16:
-            raise ValueError(
-                f"{name} has shape {shape} and dtype {dtype} on a rank, {size} bytes; they must be a multiple of 16"
-            )
+    shape, dtype = state_shapes(vllm_config)[0], c_dtype(vllm_config)
+    if math.prod(shape) * dtype.itemsize % 4:
+        raise ValueError(f"c of a rank has shape {shape} in {dtype}; it must be a multiple of 4 bytes: take float32")
 
 
 def state_shapes(vllm_config: Any) -> tuple[tuple[int, int, int], tuple[int, int], tuple[int]]:
-    """The shapes of c, n and m in a block of the cache.
+    """The shapes of c, n and m in a block of the cache, on a rank.
 
-    A block's page holds the three in a row, and the next block's page follows. m is declared as a multiple of 16 bytes,
-    so that c and n are aligned in every block.
+    A block's page holds the three in a row, and the next block's page follows. m is declared longer than the heads, so
+    that a page is a multiple of 16 bytes. c then begins at one in every block, which the kernels read fastest.
     """
     config = vllm_config.model_config.hf_config
     heads = config.num_heads // vllm_config.parallel_config.tensor_parallel_size
-    return (heads, config.qk_head_dim, config.v_head_dim), (heads, config.qk_head_dim), (-(-heads // 4) * 4,)
+    c, n = (heads, config.qk_head_dim, config.v_head_dim), (heads, config.qk_head_dim)
+    page = math.prod(c) * c_dtype(vllm_config).itemsize + (math.prod(n) + heads) * 4
+    return c, n, (heads + -page % 16 // 4,)
