@@ -58,6 +58,37 @@ def test_lengths_without_a_flag(engine):
     assert engine.config.cache_config.mamba_block_size == 131_072
 
 
+def test_steps_do_not_wait_for_the_device(served, engine, monkeypatch):
+    """No operator of a layer or of the plugin's metadata reads a value back to the host."""
+    from flash_xlstm.integrations.vllm import backend, layer
+
+    def is_mask(t):
+        return isinstance(t, torch.Tensor) and t.dtype == torch.bool
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name, operands = function._schema.name, [args, *args]  # with masks, indices are read back
+            masks = [t for part in operands if isinstance(part, (list, tuple)) for t in part if is_mask(t)]
+            assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+            assert not (masks and "index" in name)
+            return function(*args, **(kwargs or {}))
+
+    def strictly(function, seen):
+        def strict(*args, **kwargs):
+            seen.append(1)
+            with NoReading():
+                return function(*args, **kwargs)
+
+        return strict
+
+    run, slots = [], []
+    monkeypatch.setattr(layer.xLSTMLayer, "run", strictly(layer.xLSTMLayer.run, run))
+    monkeypatch.setattr(backend, "_slots", strictly(backend._slots, slots))
+    asked = served.prompts(1, 20, 33)
+    assert engine.tokens(asked, 8) == served.continuations(asked, 8)
+    assert run and slots
+
+
 def test_prompts_read_in_small_chunks(served):
     with served.engine_of(served.folder, max_num_batched_tokens=16, max_num_seqs=8) as engine:
         engine.spoil()
@@ -175,34 +206,3 @@ def test_weights_are_read_one_by_one(served, monkeypatch):
     with served.engine_of(served.folder):
         assert len(names) == len(served.model.state_dict())
         assert max(most) <= 3
-
-
-def test_steps_do_not_wait_for_the_device(served, engine, monkeypatch):
-    """No operator of a layer or of the plugin's metadata reads a value back to the host."""
-    from flash_xlstm.integrations.vllm import backend, layer
-
-    def is_mask(t):
-        return isinstance(t, torch.Tensor) and t.dtype == torch.bool
-
-    class NoReading(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name, operands = function._schema.name, [args, *args]  # with masks, indices are read back
-            masks = [t for part in operands if isinstance(part, (list, tuple)) for t in part if is_mask(t)]
-            assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
-            assert not (masks and "index" in name)
-            return function(*args, **(kwargs or {}))
-
-    def strictly(function, seen):
-        def strict(*args, **kwargs):
-            seen.append(1)
-            with NoReading():
-                return function(*args, **kwargs)
-
-        return strict
-
-    run, slots = [], []
-    monkeypatch.setattr(layer.xLSTMLayer, "run", strictly(layer.xLSTMLayer.run, run))
-    monkeypatch.setattr(backend, "_slots", strictly(backend._slots, slots))
-    asked = served.prompts(1, 20, 33)
-    assert engine.tokens(asked, 8) == served.continuations(asked, 8)
-    assert run and slots

@@ -82,27 +82,25 @@ class xLSTMLayer(nn.Module, MambaBase):
         q, k, v, _ = z.split([self.qk, self.qk, self.v, self.v], -1)
         q, k, v, out = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v, out))
         i, f = gates.split(self.heads, -1)
-        tokens = q, k, v, i, f
         if metadata is None:  # vLLM measures memory: as one prompt
-            out.copy_(ops.mlstm(*(t[None] for t in tokens), **self.options)[0])
+            out.copy_(ops.mlstm(*(t[None] for t in (q, k, v, i, f)), **self.options)[0])
             return
         end = metadata.num_decode_tokens
         if end:
             assert metadata.slots_d is not None
-            indices = metadata.slots_d[:end]
-            h = ops.mlstm_step(*(t[:end] for t in tokens), self.state, state_indices=indices, **self.options)
+            slots = metadata.slots_d[:end]
+            h = ops.mlstm_step(
+                q[:end], k[:end], v[:end], i[:end], f[:end], self.state, state_indices=slots, **self.options
+            )
             out[:end].copy_(h)
         if metadata.num_prefills:
             assert metadata.slots_p is not None
             part = slice(end, end + metadata.num_prefill_tokens)
+            q, k, v, i, f = (t[None, part] for t in (q, k, v, i, f))
             h = ops.mlstm_prefill(
-                *(t[None, part] for t in tokens),
-                self.state,
-                state_indices=metadata.slots_p,
-                cu_seqlens=metadata.query_start_loc_p,
-                fresh=metadata.fresh_p,
-                **self.options,
-            )
+                q, k, v, i, f, self.state, state_indices=metadata.slots_p, cu_seqlens=metadata.query_start_loc_p,
+                fresh=metadata.fresh_p, **self.options,
+            )  # fmt: skip
             out[part].copy_(h[0])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
