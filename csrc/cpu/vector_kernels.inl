@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/vector_kernels.h"
+#include "params/float8.h"
 #include "params/loss.h"
 #include "params/pointwise.h"
 
@@ -597,5 +598,6 @@ const VectorKernels vector_kernels = {
 
 #include "cpu/pointwise.inl"
 #include "cpu/cross_entropy.inl"
+#include "cpu/float8_cast.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

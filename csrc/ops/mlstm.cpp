@@ -284,13 +284,16 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     if (into != nullptr && writes_apart(q, params)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
-  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only), dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
+  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only);
+  Tensor dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
   Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
-  const auto of_gates = [&] {
+  const auto of_gates = [&](const OptTensor& to) {
+    if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params)) return *to;
     return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
                            : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
   };
-  Tensor di = of_gates(), df = of_gates();
+  Tensor di = of_gates(into == nullptr ? std::nullopt : into->di);
+  Tensor df = of_gates(into == nullptr ? std::nullopt : into->df);
   const bool has_c = options.c.has_value(), has_n = has_c && options.has_n(), has_m = has_c && options.has_m();
   Tensor dc = new_empty(q, {has_c ? p.num_seqs : 0, p.heads, p.dqk, p.dv}, ScalarType::Float);
   Tensor dn = new_empty(q, {has_n ? p.num_seqs : 0, p.heads, p.dqk}, ScalarType::Float);
@@ -298,7 +301,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   if (all_but_initial) {
     params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
     params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
-    params.di = di.data_ptr(), params.df = df.data_ptr();
+    params.di = di.data_ptr(), params.df = df.data_ptr(), params.gate_token = di.stride(1);
   } else {
     params.open_e = float_data(di), params.is_open = float_data(df);
   }
@@ -313,11 +316,12 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
       if (copies.dh) copy_input(checked, params.dh, *dh);
     });
   }
-  if (into != nullptr && dq.data_ptr() != into->dq.data_ptr()) {
+  if (into != nullptr) {
     const auto copy = [&](Tensor to, const Tensor& from) {
-      torch::stable::copy_(to, torch::stable::view(from, sizes_of(to)));
+      if (to.data_ptr() != from.data_ptr()) torch::stable::copy_(to, torch::stable::view(from, sizes_of(to)));
     };
     copy(into->dq, dq), copy(into->dk, dk), copy(into->dv, dv);
+    if (into->di) copy(*into->di, di), copy(*into->df, df);
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
@@ -438,10 +442,9 @@ Tensors<4> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_las
                                   Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
                                   Tensor kept, std::optional<double> scale, double eps,
                                   std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
-      backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
-               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
-               Of::initial_state_alone);
+  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] = backward(
+      "mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
+      {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::initial_state_alone);
   return {dc, dn, open_e, is_open};
 }
 

@@ -33,9 +33,11 @@ void check_indices(const Tensor& indices, int64_t num_slots) {
   }
 }
 
-// The stride between slots. Each slot must be contiguous, and lie apart from the others.
-int64_t check_slot_stride(const char* name, const Tensor& t) {
-  if (t.numel() == 0) return 0;
+// The stride between slots of these sizes. Each slot must be contiguous, and lie apart from the others.
+template <typename... Size>
+int64_t check_slot_stride(const char* name, const Tensor& t, Size... of_slot) {
+  // Unsigned: where there are no elements, the product may wrap.
+  if (t.is_contiguous()) return static_cast<int64_t>((uint64_t{1} * ... * static_cast<uint64_t>(of_slot)));
   const Sizes sizes = t.sizes(), strides = t.strides();
   int64_t inner = 1;
   for (size_t d = sizes.size() - 1; d > 0; --d) {
@@ -79,9 +81,9 @@ MlstmSlots check_slots(const SlotSizes& sizes, const Tensor& like, const Tensor&
   check_device("state c", c, like);
   check_device("state n", n, like);
   check_device("state m", m, like);
-  slots.c_stride = check_slot_stride("state c", c);
-  slots.n_stride = check_slot_stride("state n", n);
-  slots.m_stride = check_slot_stride("state m", m);
+  slots.c_stride = check_slot_stride("state c", c, heads, dqk, dv);
+  slots.n_stride = check_slot_stride("state n", n, heads, dqk);
+  slots.m_stride = check_slot_stride("state m", m, heads);
   slots.c_dtype = to_dtype(c.scalar_type());
   slots.c = c.data_ptr();
   slots.n = static_cast<float*>(n.data_ptr());

@@ -77,7 +77,8 @@ struct MlstmBackward {
   // (batch, seq, heads, dim), dtype; heads of a token side by side. dq == nullptr: not wanted; dh is then zero.
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
   int64_t dq_token = 0, dk_token = 0, dv_token = 0;  // elements from a token to the next; heads * dim: contiguous
-  void *di = nullptr, *df = nullptr;                 // (batch, seq, heads) contiguous, gate dtype
+  void *di = nullptr, *df = nullptr;                 // (batch, seq, heads), gate dtype; heads of a token side by side
+  int64_t gate_token = 0;                            // elements from a token to the next; heads: contiguous
   float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
   float* dm0 = nullptr;

@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(threads, resident)
   for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(all_lanes, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // the whole block has read n and m
-  if constexpr (width != 8) c = c_later;  // bfloat16 would spill more with it
+  // bfloat16 would spill more with it.
+  if constexpr (width != 8) c = c_later;
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll

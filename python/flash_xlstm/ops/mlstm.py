@@ -179,7 +179,8 @@ def mlstm_prefill(
         state: ``(c, n, m)``, a pool with any number of slots in place of batch, as for :func:`mlstm_step`: c (slots,
             heads, dqk, dv) float32 or bfloat16, n (slots, heads, dqk) float32, m (slots, heads) float32. Any stride
             between slots; each slot contiguous. On CUDA slots of c that begin at multiples of 16 bytes take the fastest
-            kernels. **Written in place.**
+            kernels. **Written in place.** torch.compile refuses graph inputs that share memory and are written, as
+            parts of one page do: an engine calls this op outside its graphs.
         state_indices: (batch,) int32, with `cu_seqlens` (num_seqs,): the slot of each sequence. Slots must be distinct.
             -1 leaves a sequence out: its h is 0, and no state is read or written. On CUDA an index outside the pool
             accesses no memory and gives NaN in the sequence's h.

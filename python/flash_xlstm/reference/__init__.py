@@ -3,6 +3,7 @@
 Gradients come from autograd through these formulas. The tests compare the kernels with them in float64.
 """
 
+from flash_xlstm.reference import float8 as float8
 from flash_xlstm.reference import pointwise
 from flash_xlstm.reference.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.reference.loss import linear_cross_entropy

@@ -153,10 +153,10 @@ struct Elements {
     }
     row = head * row_pitch(w) + token;
   }
-  // Index of the first element in di, df, m.
-  __device__ int64_t output(const Work& w, const Tile& tile) const {
+  // Index of the first element in an output with so many elements from a token to the next.
+  __device__ int64_t output(const Work& w, const Tile& tile, int64_t token_stride) const {
     const int64_t token_of_all = tile.row(w) * w.layout.seq + tile.first + token;
-    return token_of_all * w.layout.heads + blockIdx.y * w.tiles.heads + head;
+    return token_of_all * token_stride + blockIdx.y * w.tiles.heads + head;
   }
   // 16 bytes more than the tokens, so that the heads' elements lie in different banks.
   __device__ static int row_pitch(const Work& w) { return w.tiles.chunks * chunk_tokens + 4; }
@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (m_out != nullptr) {
       __syncthreads();
       const Elements own(w, tile);
-      float* to = m_out + own.output(w, tile);
+      float* to = m_out + own.output(w, tile, w.layout.heads);
 #pragma unroll
       for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
         if (x < own.inside) *to = rows[own.row + x * own.step];
@@ -538,7 +538,7 @@ __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t 
 // Large terms cancel only in the last.
 __global__ void __launch_bounds__(most_warps * 32)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, const float* dlog_decay, void* di,
-                          void* df, float* dm0, int state_tiles) {
+                          void* df, int64_t gate_token, float* dm0, int state_tiles) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   __shared__ Walk unit_walk[most_warps];
@@ -712,11 +712,11 @@ __global__ void __launch_bounds__(most_warps * 32)
     i[x] = i_has_slope ? to_gate(i[x], into_i, sigmoid) : into_i;
     f[x] = to_gate(f[x], into_f, true);
   }
-  int64_t to = own.output(w, tile);
+  int64_t to = own.output(w, tile, gate_token);
   const auto store = [&](auto zero) {
     using T = decltype(zero);
 #pragma unroll
-    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
+    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * gate_token) {
       if (x >= own.inside) break;
       static_cast<T*>(di)[to] = from_float<T>(i[x]);
       static_cast<T*>(df)[to] = from_float<T>(f[x]);
@@ -805,7 +805,7 @@ cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, float* log
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.dlog_decay, params.di,
-                params.df, params.dm0, state_tiles(w.p));
+                params.df, params.gate_token, params.dm0, state_tiles(w.p));
 }
 
 cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {

@@ -25,8 +25,8 @@
 // thousand. This drops a NaN there too, which g = 0 would keep. The run that ends where segment s begins belongs to
 // block s or an earlier one, so a block waits only for blocks that started before it.
 //
-// Forward, the initial and the final state may be the same slot of a pool. Segment 0 reads it before each of its passes,
-// and the last segment writes it. So the last segment first waits for a flag: segment 0 has read the slot.
+// Forward, the initial and the final state may be the same slot of a pool. Segment 0 reads it before two of its passes,
+// the last segment writes it. So the last segment first waits for a flag: segment 0 has read the slot.
 //
 // float16: the state is kept scaled by a power of two that bounds its weights, in registers and in memory. The weighted
 // operands have the same scale. It follows from the weights alone, so all blocks of a head have the same.
@@ -368,8 +368,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int quad = lane / 4, pos = lane % 4;
   const bool has_n = tile_v == 0;
   const int64_t state = seq * l.heads + head;
-  // Where the head's c and n begin, in elements. Backward, for_each_pair counts c's rows from the first head on: any other
-  // way spills.
+  // Where the head's c and n begin, in elements. Backward, for_each_pair counts c's rows from the first head on: another
+  // way would spill.
   const auto c_at = [&] { return backward ? int64_t{0} : slot_of(w.p, seq) * args.c_stride + head * l.dqk * l.dv; };
   const auto n_at = [&] { return backward ? state * l.dqk : slot_of(w.p, seq) * args.n_stride + head * l.dqk; };
 

@@ -396,8 +396,8 @@ cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStrea
   if (w.stabilized()) {
     carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, columns, states);
   }
-  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.dlog_decay, params.di, params.df, columns,
-                                                                          states);
+  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.dlog_decay, params.di, params.df,
+                                                                             columns, states);
   return cudaGetLastError();
 }
 

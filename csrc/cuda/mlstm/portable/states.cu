@@ -27,7 +27,7 @@ constexpr int row_groups = threads_per_block / 32;  // warps, each weights 16 to
 
 struct StateArgs {
   Work w;
-  Strided x, y;        // k and v, or q and dh
+  Strided x, y;  // k and v, or q and dh
   bool x_vectors, y_vectors;
   // By sequence, or by slot of the pool: c0, or dc_last; nullptr: zeros. c_last, or dc0; nullptr: not wanted. The pool's
   // c_in and c_out are the same: a thread reads and writes the same elements.
@@ -35,10 +35,10 @@ struct StateArgs {
   const float* n_in;
   void* c_out;
   float* n_out;
-  DType c_dtype;  // backward: float32
+  DType c_dtype;               // backward: float32
   int64_t c_stride, n_stride;  // from a sequence, or a slot, to the next
-  int carry_in;        // forward: which of the carried states to read
-  int64_t first_seq;   // forward: of the first block
+  int carry_in;                // forward: which of the carried states to read
+  int64_t first_seq;           // forward: of the first block
 };
 
 template <typename T>
