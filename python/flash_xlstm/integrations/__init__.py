@@ -1,1 +1,1 @@
-"""The package within others' programs, a module for each."""
+"""Other libraries' models, trainers and servers on this package's kernels."""
