@@ -597,6 +597,8 @@ const VectorKernels vector_kernels = {
 };
 
 #include "cpu/pointwise.inl"
+
+// These use functions of the one above.
 #include "cpu/cross_entropy.inl"
 #include "cpu/float8_cast.inl"
 

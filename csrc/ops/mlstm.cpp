@@ -167,10 +167,11 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
-// Whether the kernels can write gradients of q, k and v that are not contiguous.
-bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params) {
+// Whether the kernels can write a gradient to `to`, which is not contiguous.
+bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params,
+                  [[maybe_unused]] const Tensor& to) {
 #ifdef FLASH_XLSTM_WITH_CUDA
-  if (!q.is_cuda()) return false;
+  if (!q.is_cuda() || to.stride(1) * element_bytes(params.p.dtype) % 16 != 0) return false;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   return cuda::mlstm_writes_apart(params);
 #else
@@ -281,14 +282,14 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
 
   const auto gradient = [&](const Tensor& to, const Tensor& of, bool wanted = true) {
     if (!wanted) return new_empty(q, {0}, q.scalar_type());
-    if (into != nullptr && writes_apart(q, params)) return to;
+    if (into != nullptr && writes_apart(q, params, to)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
   Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only);
   Tensor dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
   Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
   const auto of_gates = [&](const OptTensor& to) {
-    if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params)) return *to;
+    if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params, *to)) return *to;
     return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
                            : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
   };

@@ -689,14 +689,12 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const float up = is_half ? power_of_two(exponent) : 1.0f;
   if (!backward && is_last && args.c_dtype == DType::bfloat16) {
     bf16* const to = static_cast<bf16*>(args.c_out) + c_at();
-    for_each_pair([&](float* a, int64_t at) {
-      *reinterpret_cast<uint32_t*>(to + at) = pack<bf16>(a[0] * up, a[1] * up);
-    });
+    for_each_pair(
+        [&](float* a, int64_t at) { *reinterpret_cast<uint32_t*>(to + at) = pack<bf16>(a[0] * up, a[1] * up); });
   } else if (is_last && args.c_out != nullptr) {
     float* const to = static_cast<float*>(args.c_out) + c_at();
-    for_each_pair([&](float* a, int64_t at) {
-      *reinterpret_cast<float2*>(to + at) = make_float2(a[0] * up, a[1] * up);
-    });
+    for_each_pair(
+        [&](float* a, int64_t at) { *reinterpret_cast<float2*>(to + at) = make_float2(a[0] * up, a[1] * up); });
   }
   if (is_last && args.n_out != nullptr) {
     for_each_n([&](float& x, int row) {
