@@ -1,9 +1,9 @@
-// The mLSTM's forward on Hopper with the state kept in registers: dqk 256, dv 512, bfloat16. Two launches: the gate scan
-// (hopper/gates.cu), then this kernel, which makes h, s and the final c and n.
+// The mLSTM's forward on Hopper with the state kept in registers: dqk 256, dv 512, bfloat16. Two launches: the gate
+// scan (hopper/gates.cu), then this kernel, which makes h, s and the final c and n.
 //
 // A cluster of four blocks owns one (sequence, head) at a time; block s owns columns 128 s .. of c. Chunks are 64
-// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state never goes to
-// memory, and nothing but the inputs, the gates and h passes through L2.
+// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state never goes
+// to memory, and nothing but the inputs, the gates and h passes through L2.
 //
 //   copies.cuh      three warps: TMA of q; of k and gates; of v, and of h on its way out
 //   normalizer.cuh  one warp: n

@@ -1,11 +1,11 @@
 // c and h, by two warpgroups, 64 of the block's 128 columns each.
 //
 // A warpgroup holds c^T, 64 dv x 256 dqk in float32, as accumulators (128 registers a thread). For a chunk it makes
-//   out^T = c^T q^T                  64 x 64 x 256, A = c^T rounded from the accumulators themselves: an accumulator has
-//                                    the layout of a register operand, so the state never touches shared memory
-//   c^T   = keep c^T + (w v)^T k     64 x 256 x 64, A = v^T by ldmatrix, weighted in float32 (v is half of k's size, and
-//                                    k can be the operand as the TMA wrote it)
-//   out^T = g' out^T + v^T P'^T      64 x 64 x 64, both from shared memory; g' and P' hold scale / d_t
+//   out^T = c^T q^T               64 x 64 x 256, A = c^T rounded from the accumulators themselves: an accumulator has
+//                                 the layout of a register operand, so the state never touches shared memory
+//   c^T   = keep c^T + (w v)^T k  64 x 256 x 64, A = v^T by ldmatrix, weighted in float32 (v is half of k's size, and
+//                                 k can be the operand as the TMA wrote it)
+//   out^T = g' out^T + v^T P'^T   64 x 64 x 64, both from shared memory; g' and P' hold scale / d_t
 // in this order of issue: out's scaling and the wait for P' lie in the shadow of the state's product. out goes to
 // shared memory in v's place.
 //
@@ -218,9 +218,8 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     // out^T by columns: matrices (tokens 16 x .. + 0, dv 0), (0, dv 8), (8, dv 0), (8, dv 8).
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
-      ptx::stmatrix_x4_transposed(v_panel_at + lane_place + x * 2048, pack<bf16>(out[x * 8], out[x * 8 + 1]),
-                                  pack<bf16>(out[x * 8 + 2], out[x * 8 + 3]), pack<bf16>(out[x * 8 + 4], out[x * 8 + 5]),
-                                  pack<bf16>(out[x * 8 + 6], out[x * 8 + 7]));
+      const auto two = [&](int y) { return pack<bf16>(out[x * 8 + y], out[x * 8 + y + 1]); };
+      ptx::stmatrix_x4_transposed(v_panel_at + lane_place + x * 2048, two(0), two(2), two(4), two(6));
     }
     ptx::fence_async_shared();
     release(&sh.full_h[group][v_stage]);

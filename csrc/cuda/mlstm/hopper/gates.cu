@@ -272,7 +272,8 @@ struct Unit {
 // The warp's chunk for the fused path. start: log alpha before the chunk; end: after the lane's last token.
 __device__ __forceinline__ void write_records(GateRecord* records, int64_t item, int lane, float2 start, float2 end,
                                               const float2 (&alpha)[tokens_per_lane],
-                                              const float2 (&beta)[tokens_per_lane], const float (&m)[tokens_per_lane]) {
+                                              const float2 (&beta)[tokens_per_lane],
+                                              const float (&m)[tokens_per_lane]) {
   constexpr int lanes = GateRecord::tokens / tokens_per_lane;  // of a half
   const int half = lane / lanes, at = lane % lanes * tokens_per_lane;
   const auto of_lane = [&](float2 x, int from) {
