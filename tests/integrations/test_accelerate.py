@@ -429,10 +429,10 @@ def test_a_sigmoid_gate_has_no_inference_mode():
 
     config = mLSTMBackendConfig("parallel--native_siging_autograd", return_last_states=False)
     backend = mLSTMBackend(config)
-    with accelerate(backend), pytest.raises(ValueError, match="mode is 'inference' with .*siging"):
+    with accelerate(backend), pytest.raises(ValueError, match=r"mode is 'inference' with .*siging"):
         backend(*_cell_inputs(), mode="inference")
     config.mode = "inference"
-    with pytest.raises(ValueError, match="mode is 'inference' with .*siging"):
+    with pytest.raises(ValueError, match=r"mode is 'inference' with .*siging"):
         accelerate(backend)
 
 

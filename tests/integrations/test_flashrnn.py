@@ -160,7 +160,11 @@ def test_signature():
     assert names(ours.flashrnn) == names(flashrnn.flashrnn)
     fields = lambda c: [(f.name, f.default) for f in dataclasses.fields(c) if f.name[0] != "_"]  # noqa: E731
     assert fields(ours.FlashRNNConfig) == fields(flashrnn.FlashRNNConfig)
-    for sizes in ({"hidden_dim": 24, "num_heads": 3}, {"hidden_dim": 24, "head_dim": 8}, {"num_heads": 3, "head_dim": 8}):
+    for sizes in (
+        {"hidden_dim": 24, "num_heads": 3},
+        {"hidden_dim": 24, "head_dim": 8},
+        {"num_heads": 3, "head_dim": 8},
+    ):
         mine, other = (x.FlashRNNConfig(function="slstm", **sizes) for x in (ours, flashrnn))
         public = lambda c: {k: v for k, v in vars(c).items() if k[0] != "_"}  # noqa: E731
         assert public(mine) == public(other) and mine.input_dim == other.input_dim

@@ -30,7 +30,14 @@ def _reference(q, k, v, i, f, c, n, m, **options):
     """The mLSTM in float64 in this layout, and its states."""
     q, k, v, i, f = (t.double().transpose(1, 2) for t in (q, k, v, i, f))
     h, (c, n, m) = reference.mlstm_recurrent(
-        q, k, v, i, f, initial_state=(c.double(), n.double(), m.double().squeeze(-1)), return_final_state=True, **options
+        q,
+        k,
+        v,
+        i,
+        f,
+        initial_state=(c.double(), n.double(), m.double().squeeze(-1)),
+        return_final_state=True,
+        **options,
     )
     return h.transpose(1, 2), c, n, m.unsqueeze(-1)
 
@@ -105,7 +112,7 @@ def test_a_step_has_gradients(inputs, agree):
 
 def test_backend(inputs, agree):
     *xs, c, n, m = [t.detach() for t in inputs]
-    expected, *right = _reference(*xs, c, n, m)
+    expected, *_ = _reference(*xs, c, n, m)
     backend = ours.mLSTMBackend(ours.mLSTMBackendConfig(mode="inference", inference_state_dtype="bfloat16"))
     h, states = backend(*xs, c_initial=c, n_initial=n, m_initial=m)
     agree(h.double(), expected)
@@ -140,7 +147,7 @@ def test_refusals(inputs):
     with pytest.raises(ValueError, match="c_initial is None"):
         ours.mlstm_sigmoid(*xs[:5], None, xs[6])
     for get in (ours.get_mlstm_kernel, ours.get_mlstm_sequence_kernel, ours.get_mlstm_step_kernel):
-        with pytest.raises(ValueError, match="name is 'fast'; it must be one of .*native"):
+        with pytest.raises(ValueError, match=r"name is 'fast'; it must be one of .*native"):
             get("fast")
     for field, value in {"mode": "eval", "step_kernel": "x", "autocast_kernel_dtype": "float64"}.items():
         with pytest.raises(ValueError, match=f"{field} is '{value}'"):
