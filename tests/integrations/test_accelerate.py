@@ -16,6 +16,7 @@ from torch import nn
 from flash_xlstm import reference
 from flash_xlstm.integrations import accelerate
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the packages
 IDS = torch.randint(64, (2, 37), generator=torch.Generator().manual_seed(0))
 
 
@@ -98,15 +99,14 @@ def tirex_model():
     return TiRexZero("torch", settings, train_ctx_len=128)
 
 
-def run_tirex2(model):
+def run_tirex2(model, device="cpu"):
     generator = torch.Generator().manual_seed(2)
-    return model(
-        {
-            "x": torch.randn(5, 160, generator=generator),
-            "group_vector": torch.tensor([0, 0, 0, 1, 1]),
-            "target_mask": torch.tensor([True, False, False, True, False]),
-        }
-    )
+    batch = {
+        "x": torch.randn(5, 160, generator=generator),
+        "group_vector": torch.tensor([0, 0, 0, 1, 1]),
+        "target_mask": torch.tensor([True, False, False, True, False]),
+    }
+    return model({key: t.to(device) for key, t in batch.items()})
 
 
 def run_tirex(model):
@@ -114,16 +114,16 @@ def run_tirex(model):
 
 
 MODELS = {
-    "transformers": (transformers_model, lambda m: m(IDS, use_cache=False).logits, 2),
+    "transformers": (transformers_model, lambda m, device="cpu": m(IDS.to(device), use_cache=False).logits, 2),
     "transformers, padding": (
         lambda: transformers_model(mode="train_with_padding", return_last_states=False).backbone.blocks[0].mlstm_layer,
-        lambda m: m.mlstm_backend(*_cell_inputs()),
+        lambda m, device="cpu": m.mlstm_backend(*(t.to(device) for t in _cell_inputs())),
         1,
     ),
-    "xlstm_large": (large_model, lambda m: m(IDS)[0], 2),
-    "xlstm_large, fused": (lambda: large_model(weight_mode="fused"), lambda m: m(IDS)[0], 2),
-    "xlstm_large, train": (lambda: large_model(mode="train"), lambda m: m(IDS[:, :32])[0], 2),
-    "xlstm": (block_stack_model, lambda m: m(IDS), 2),
+    "xlstm_large": (large_model, lambda m, device="cpu": m(IDS.to(device))[0], 2),
+    "xlstm_large, fused": (lambda: large_model(weight_mode="fused"), lambda m, device="cpu": m(IDS.to(device))[0], 2),
+    "xlstm_large, train": (lambda: large_model(mode="train"), lambda m, device="cpu": m(IDS[:, :32].to(device))[0], 2),
+    "xlstm": (block_stack_model, lambda m, device="cpu": m(IDS.to(device)), 2),
     "tirex2": (tirex2_model, run_tirex2, 2),
 }
 
@@ -143,7 +143,7 @@ def make(randomize):
 def _gradients(model, run):
     model.zero_grad()
     y = run(model)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.device)).sum().backward()
     return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -493,3 +493,38 @@ def test_states_of_tirex2(make, agree):
                     ours, our_state = layer.step(x[:, t : t + 1], slstm_state=(our_state or {}).get("slstm_state"))
             agree(ours, y, t)
             agree(our_state["slstm_state"], state["slstm_state"], t)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", MODELS)
+def test_on_cuda(name, make, agree):
+    """Beside the originals' plain PyTorch code on the GPU, in float32."""
+    model, run, _ = make(name)
+    model.cuda()
+    before, gradients = _gradients(model, lambda m: run(m, "cuda"))
+    with accelerate(model):
+        y, ours = _gradients(model, lambda m: run(m, "cuda"))
+    agree(y, before, "output", bound=1e-4)
+    for key, gradient in gradients.items():
+        agree(ours[key], gradient, key, bound=1e-3)
+
+
+@pytest.mark.cuda
+def test_triton_kernels_of_xlstm_large(randomize):
+    """Beside the package's own kernels, in bfloat16: at least as near to float32 as they are."""
+    triton = {"chunkwise_kernel": "chunkwise--triton_xl_chunk", "sequence_kernel": "native_sequence__triton"}
+    model = randomize(large_model(**triton, step_kernel="triton", embedding_dim=256, chunk_size=64)).cuda()
+    exact = randomize(large_model(embedding_dim=256, chunk_size=64)).cuda()
+    ids = torch.randint(64, (2, 256), generator=torch.Generator().manual_seed(0)).cuda()
+
+    @torch.no_grad()
+    def logits(model):
+        y, state = model(ids)
+        return torch.cat([y, *(model(ids[:, t : t + 1], state)[0] for t in range(3))], dim=1).float()
+
+    right = logits(exact)
+    with torch.autocast("cuda", torch.bfloat16):
+        theirs = logits(model)
+        with accelerate(model):
+            ours = logits(model)
+    assert (ours - right).norm() <= 1.1 * (theirs - right).norm() <= 0.1 * right.norm()
