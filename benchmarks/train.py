@@ -89,7 +89,7 @@ CLASSES = {
     "products": r"nvjet|gemm|gemv|cutlass|splitk|xmma|scaled_mm|sm90_|addmm|aten::mm",
     "copies": r"^(?!triton).*(catarray|memcpy|memset|copy|fill|functor(onself|onother)?_add)|^triton_poi_fused_cat"
     r"|^aten::(cat|add_?)$",
-    "pointwise": r"norm|swiglu|sum_rows|triton_|silu|sigmoid|mul",
+    "pointwise": r"norm|float8_|swiglu|sum_rows|triton_|silu|sigmoid|mul",
 }
 
 

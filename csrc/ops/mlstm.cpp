@@ -6,6 +6,7 @@
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "ops/mlstm.h"
+#include "ops/mlstm_step.h"
 #include "params/mlstm.h"
 
 namespace flash_xlstm {
@@ -22,6 +23,8 @@ struct Options {
   bool normalize = true;
   const char* first = "q";  // the argument that stands for q: k where there is none
   float first_m = 0.0f;
+  OptTensor state_indices = std::nullopt;  // c, n and m are then a pool, which is updated in place
+  OptTensor fresh = std::nullopt;
 
   // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
@@ -61,8 +64,22 @@ void check_state(const char* name, const Tensor& t, const Tensor& q, Sizes sizes
   check_dtype(name, t, ScalarType::Float);
 }
 
+void check_pool(MlstmProblem& p, const Tensor& q, const Options& options) {
+  const char* const rows = options.cu_seqlens ? "num_seqs" : "batch";
+  p.pool = check_slots({p.num_seqs, p.heads, p.dqk, p.dv, rows}, q, *options.c, *options.n, *options.m,
+                       options.state_indices);
+  if (!options.fresh) return;
+  const Tensor& fresh = *options.fresh;
+  check_shape("fresh", fresh, {p.num_seqs}, options.cu_seqlens ? "(num_seqs,)" : "(batch,)");
+  check_dtype("fresh", fresh, ScalarType::Bool);
+  check_device("fresh", fresh, q);
+  if (p.num_seqs > 1 && fresh.stride(0) != 1) value_error("fresh must be contiguous");
+  p.fresh = static_cast<const bool*>(fresh.data_ptr());
+}
+
 void check_initial_state(CheckedProblem& checked, const Tensor& q, const Options& options) {
   MlstmProblem& p = checked.p;
+  if (options.state_indices) return check_pool(p, q, options);
   const auto& [c, n, m] = std::tie(options.c, options.n, options.m);
   if (n && !options.has_n()) value_error("initial_state n is a tensor; with normalize=False it must be None");
   if ((options.has_n() && c.has_value() != n.has_value()) || (options.has_m() && c.has_value() != m.has_value())) {
@@ -150,10 +167,11 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
-// Whether the kernels can write gradients of q, k and v that are not contiguous.
-bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params) {
+// Whether the kernels can write a gradient to `to`, which is not contiguous.
+bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params,
+                  [[maybe_unused]] const Tensor& to) {
 #ifdef FLASH_XLSTM_WITH_CUDA
-  if (!q.is_cuda()) return false;
+  if (!q.is_cuda() || to.stride(1) * element_bytes(params.p.dtype) % 16 != 0) return false;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   return cuda::mlstm_writes_apart(params);
 #else
@@ -264,14 +282,14 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
 
   const auto gradient = [&](const Tensor& to, const Tensor& of, bool wanted = true) {
     if (!wanted) return new_empty(q, {0}, q.scalar_type());
-    if (into != nullptr && writes_apart(q, params)) return to;
+    if (into != nullptr && writes_apart(q, params, to)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
   Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only);
   Tensor dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
   Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
   const auto of_gates = [&](const OptTensor& to) {
-    if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params)) return *to;
+    if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params, *to)) return *to;
     return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
                            : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
   };
@@ -364,6 +382,22 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
   return *forward("mlstm_h", q, k, v, i, f, options, Wanted::h).h;
+}
+
+Tensor mlstm_prefill(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                     Tensor state_indices, OptTensor cu_seqlens, OptTensor fresh, std::optional<double> scale,
+                     double eps, std::optional<double> gate_soft_cap) {
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = 0,
+                        .state_indices = state_indices,
+                        .fresh = fresh};
+  return *forward("mlstm_prefill", q, k, v, i, f, options, Wanted::h).h;
 }
 
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
@@ -491,6 +525,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def(
       "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size) -> Tensor");
+  // Inference alone: states are read from the slots of a pool, and written there.
+  lib.def(
+      "mlstm_prefill(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
+      "Tensor state_indices, Tensor? cu_seqlens, Tensor? fresh, float? scale, float eps, float? gate_soft_cap) "
+      "-> Tensor");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
@@ -525,6 +564,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm", TORCH_BOX(&mlstm));
   lib.impl("mlstm_forward", TORCH_BOX(&mlstm_forward));
   lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
+  lib.impl("mlstm_prefill", TORCH_BOX(&mlstm_prefill));
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
   lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
   lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
@@ -534,6 +574,7 @@ IMPLEMENT_OPS(lib) {
 }
 
 static const DescribedOp described_mlstm("mlstm", CUDA_ONLY(cuda::mlstm_words));
+static const DescribedOp described_mlstm_prefill("mlstm_prefill", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_state("mlstm_state", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_sig("mlstm_sig", CUDA_ONLY(cuda::mlstm_words));
 

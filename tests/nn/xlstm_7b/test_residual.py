@@ -40,6 +40,10 @@ def modules_one_by_one(monkeypatch, built, x, **arguments):
         return gradients(built, x, **arguments)
 
 
+def check_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def error(name, got, expected):
     """Of the gradients called `name`. A gate's bias gets a sum over tokens that may cancel: it is as exact as what the
     gate's weight gets, a sum of the same terms times the norm's outputs."""
@@ -290,7 +294,9 @@ def test_swiglu_of_one_tensor(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("packed", [False, True])
 def test_mlstm_gated(device, dqk, dv, dtype, packed):
-    batch, seq, heads = (1, 300, 3) if packed else (2, 150, 3)
+    # Beside the gates of 3 heads no row is a multiple of 16 bytes, and kernels sum in another order.
+    batch, seq, heads = (1, 300, 3) if packed else (2, 150, 4)
+    same = torch.testing.assert_close if packed else check_equal
     sizes = [heads * dqk, heads * dqk, heads * dv, heads * dv]
     z = torch.randn(batch, seq, sum(sizes), device=device, dtype=dtype, requires_grad=True)
     q, k, v, gate = z.detach().split(sizes, -1)
@@ -319,12 +325,12 @@ def test_mlstm_gated(device, dqk, dv, dtype, packed):
     again += [cu_seqlens, h.detach(), kept.detach(), *inputs[5:], True]
     assert torch.equal(torch.ops.flash_xlstm.mlstm_gated_backward(*again, False)[0], dz)
     beside, *empty = torch.ops.flash_xlstm.mlstm_gated_backward(*again, True)
-    assert torch.equal(beside, torch.cat((dz, di.to(dtype), df.to(dtype)), -1))
+    same(beside, torch.cat((dz, di.to(dtype), df.to(dtype)), -1))
     assert all(t.numel() == 0 for t in empty[:2])
     again[2:4] = i.detach().to(dtype), f.detach().to(dtype)  # gates of z's dtype: kernels write beside dz themselves
     apart, di, df, _ = torch.ops.flash_xlstm.mlstm_gated_backward(*again, False)
     beside = torch.ops.flash_xlstm.mlstm_gated_backward(*again, True)[0]
-    assert torch.equal(beside, torch.cat((apart, di, df), -1))
+    same(beside, torch.cat((apart, di, df), -1))
     torch.library.opcheck(torch.ops.flash_xlstm.mlstm_gated_backward, (*again, True))
 
 

@@ -17,6 +17,7 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
 #include "cuda/mlstm/chunked/open_sum.cuh"
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -353,12 +354,13 @@ __global__ void __launch_bounds__(most_warps * 32)
   // The first threads do what is done once for each head.
   const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
   if (has_head()) {
-    const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
-    const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
-    const double m = from_0 ? w.p.first_m : w.p.m0[at];
+    const int64_t head = blockIdx.y * heads + threadIdx.x;
+    const double m = w.p.input_gate == InputGate::sigmoid ? w.p.first_m : initial_m(w.p, seq.seq, head);
     m_in[threadIdx.x] = m, decay_in[threadIdx.x] = 0.0;
-    if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
-    if (seq.length == 0 && log_decay != nullptr) log_decay[at] = 0.0f;
+    if (seq.length == 0) {
+      if (float* const to = final_m(w.p, m_last, seq.seq, head)) *to = static_cast<float>(m);
+      if (log_decay != nullptr) log_decay[seq.seq * l.heads + head] = 0.0f;
+    }
   }
   if (goes_twice) {
     Transform total{.sum = 0.0, .top = -infinity()};
@@ -440,7 +442,8 @@ __global__ void __launch_bounds__(most_warps * 32)
       if (unit.lane == 31) {
         w.alpha_last[unit.item] = log_alpha;  // padding past the sequence's end changes neither this nor m
         const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
-        if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
+        float* const to = ends ? final_m(w.p, m_last, tile.seq, head) : nullptr;
+        if (to != nullptr) *to = ms[tokens_per_lane - 1];
       }
       if (m_out != nullptr) {
         float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
