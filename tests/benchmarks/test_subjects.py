@@ -167,7 +167,7 @@ def test_a_peer_that_is_not_installed_is_a_row(subject, tmp_path):
 
 def test_dropin(tmp_path):
     pytest.importorskip("transformers")
-    options = "--models transformers tirex2 --size tiny --device cpu --seconds 0.01".split()
+    options = "--models transformers tirex2 --size tiny --device cpu --threads 1 --seconds 0.01".split()
     rows = run(tmp_path, "dropin", *options)["results"]
     assert [row["what"] for row in rows[:3]] == ["sequence", "training", "token"]
     assert all(row["ratio"] > 0 and row.get("difference", 0) < 1e-4 for row in rows[:3]), rows
