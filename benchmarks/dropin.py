@@ -61,12 +61,14 @@ def _transformers(size: Size, device: torch.device) -> tuple[nn.Module, dict[str
     )  # fmt: skip
     model = transformers.xLSTMForCausalLM(config)
     ids = _ids(size, device)
-    caches: dict[nn.Module, object] = {}
+    caches: dict[nn.Module, dict] = {}
 
     def token(model: nn.Module) -> Tensor:
         if model not in caches:
-            caches[model] = model(ids, use_cache=True).cache
-        return model(ids[:, :1], cache=caches[model], use_cache=True).logits
+            output = model(ids, use_cache=True)
+            name = "cache" if hasattr(output, "cache") else "cache_params"  # older versions
+            caches[model] = {name: output[name]}
+        return model(ids[:, :1], use_cache=True, **caches[model]).logits
 
     return model, {"sequence": lambda m: m(ids, use_cache=False).logits, "token": token}
 

@@ -170,11 +170,13 @@ def test_outputs_and_gradients(name, make, agree):
 
 
 def _prompt_and_token(model):
-    """Logits of a prompt, its states, and logits of the token behind it."""
+    """Logits of a prompt and of the token behind it, and the states after both."""
     prompt = model(IDS, use_cache=True)
-    states = [copy.deepcopy(t) for layer in prompt.cache.rnn_state.values() for t in layer]
-    token = model(IDS[:, :1], cache=prompt.cache, use_cache=True)
-    return [prompt.logits, token.logits, *states, *(t for layer in token.cache.rnn_state.values() for t in layer)]
+    name = "cache" if hasattr(prompt, "cache") else "cache_params"  # older versions
+    cache = getattr(prompt, name)
+    states = [t.clone() for layer in cache.rnn_state.values() for t in layer]
+    token = model(IDS[:, :1], use_cache=True, **{name: cache})
+    return [prompt.logits, token.logits, *states, *(t for layer in cache.rnn_state.values() for t in layer)]
 
 
 @torch.no_grad()
@@ -241,12 +243,22 @@ def test_nothing_to_accelerate():
         accelerate(3)
 
 
-def test_a_wrapped_model(make):
+def test_a_wrapped_model(make, agree):
     """TiRex-2's ForecastModel is no module, but passes attributes on."""
-    model, _, cells = make("transformers")
-    wrapper = types.SimpleNamespace(named_modules=model.named_modules)
+    model = make("tirex2")[0].eval()
+    from tirex2 import TimeseriesType
+    from tirex2.api_adapter.forecast import ForecastModel
+
+    wrapper = ForecastModel(model)
+    generator = torch.Generator().manual_seed(2)
+    series = [
+        TimeseriesType(target=torch.randn(1, 100, generator=generator), past_covariates=None, future_covariates=None)
+    ]
+    before = wrapper.forecast(series, prediction_length=20)
     with accelerate(wrapper) as accelerated:
-        assert len(accelerated.changed) == cells
+        assert len(accelerated.changed) == 2
+        agree(wrapper.forecast(series, prediction_length=20)[0], before[0])
+        assert "forward" in model.stack[0].time_mixer.fwd_cell.mlstm_backend.__dict__
 
 
 def test_refusals_change_nothing(make):

@@ -94,12 +94,11 @@ def mlstm_step(
         return h.squeeze(2), last  # type: ignore[return-value]
     i, f = _gates(i.squeeze(-1), f.squeeze(-1), q)
     c_dtype = torch.bfloat16 if state_dtype == torch.bfloat16 else torch.float32
-    c, n, m = (
-        t.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        for t, dtype in zip(states, (c_dtype, torch.float32, torch.float32), strict=True)
-    )
+    c, n, m = _copy(states[0], c_dtype), _copy(states[1], torch.float32), _copy(states[2], torch.float32)
     h = ops.mlstm_step(rows(q), rows(k), rows(v), i, f, (c, n, m.squeeze(-1)), scale=scale, eps=eps)
-    return h, (c.to(state_dtype), n.to(state_dtype), m.to(state_dtype))
+    if state_dtype != torch.float32:
+        c, n, m = c.to(state_dtype), n.to(state_dtype), m.to(state_dtype)
+    return h, (c, n, m)
 
 
 def slstm(x: Tensor, R: Tensor, b: Tensor, state: Tensor | None, *, clip: float | None = None) -> tuple[Tensor, Tensor]:
@@ -120,7 +119,7 @@ def slstm(x: Tensor, R: Tensor, b: Tensor, state: Tensor | None, *, clip: float 
         if state is None:
             state = x.new_zeros((4, x.shape[0], *x.shape[3:]), dtype=torch.float32)
         else:
-            state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            state = _copy(state, torch.float32)
         h = ops.slstm_step(x[:, 0], R, b, state.unbind())  # type: ignore[arg-type]
         return h.unsqueeze(1), state
     initial = None if state is None else state.float().contiguous().unbind()
@@ -128,6 +127,13 @@ def slstm(x: Tensor, R: Tensor, b: Tensor, state: Tensor | None, *, clip: float 
         x, R, b, initial_state=initial, return_final_state=True, recurrent_grad_clip=clip  # type: ignore[arg-type]
     )  # fmt: skip
     return h, torch.stack(last)
+
+
+def _copy(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy, which a step may write."""
+    if t.dtype == dtype and t.is_contiguous():
+        return t.clone()  # half the time of the other
+    return t.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _gates(i: Tensor, f: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
