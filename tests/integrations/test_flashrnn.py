@@ -102,6 +102,21 @@ def test_one_token_at_a_time(inputs, agree):
     assert torch.equal(inputs[3], kept)
 
 
+@pytest.mark.parametrize("seq", [1, SEQ])
+@torch.no_grad()
+def test_compiles(seq, inputs, agree):
+    Wx, R, b, states = inputs
+
+    def run(Wx, states):
+        every, last = ours.flashrnn(Wx, R, b, states, "slstm")
+        return every[0], last
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for mine, other in zip(compiled(Wx[:, :seq], states), run(Wx[:, :seq], states), strict=True):
+        agree(mine, other)
+    torch._dynamo.reset()
+
+
 def test_dtypes(inputs):
     Wx, R, b, _ = (t.detach() for t in inputs)
     exact = _states(Wx, R, b, None)

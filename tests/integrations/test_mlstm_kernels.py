@@ -127,6 +127,21 @@ def test_backend(inputs, agree):
     assert "bfloat16" in repr(backend)
 
 
+@torch.no_grad()
+def test_steps_compile(inputs, agree):
+    backend = ours.mLSTMBackend(ours.mLSTMBackendConfig(mode="inference"))
+    q, k, v, i, f, *states = (t.detach() for t in inputs)
+    arguments = [*(t[:, :, :1] for t in (q, k, v, i, f)), *states]
+    kept = [t.clone() for t in states]
+    compiled = torch.compile(backend, backend="aot_eager", fullgraph=True)
+    h, last = compiled(*arguments)
+    expected, right = backend(*arguments)
+    for mine, other in zip((h, *last), (expected, *right), strict=True):
+        agree(mine, other)
+    assert all(torch.equal(a, b) for a, b in zip(states, kept, strict=True))
+    torch._dynamo.reset()
+
+
 def test_autocast(inputs):
     xs = [t.detach() for t in inputs[:5]]
     kernel = ours.get_mlstm_kernel("chunkwise--triton_xl_chunk")
