@@ -27,7 +27,7 @@ test: lint
 dropin := build/dropin
 test-dropin: $(dropin)/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(dropin) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
-	  tests/integrations tests/nn/block_stack
+	  $(addprefix tests/integrations/test_,accelerate.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
 
 $(dropin)/installed: $(venv)/installed Makefile
 	rm -rf $(dropin)
