@@ -5,6 +5,11 @@
 
 namespace flash_xlstm::cuda::ptx {
 
+// Lane l holds the four bytes 4 (l % 4) .. of row l / 4. Lanes 0 to 7 give the rows' addresses, 16 contiguous bytes.
+__device__ __forceinline__ void stmatrix_x1(void* shared, uint32_t a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(shared_address(shared)), "r"(a) : "memory");
+}
+
 __device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(a),
                "r"(b), "r"(c), "r"(d)

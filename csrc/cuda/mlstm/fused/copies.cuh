@@ -29,9 +29,7 @@ __device__ __forceinline__ void load_q(const Args& args, Shared& sh, int rank) {
   Walk walk(args);
   for (int it = 0; walk.goes_on(args); ++it, walk.advance(args)) {
     const int s = it & 1;
-    trace(4, it, 0, true);
-    wait(&sh.empty_q[s], ((it >> 1) & 1) ^ 1);
-    trace(4, it, 1, true);
+    ptx::mbarrier_wait(&sh.empty_q[s], ((it >> 1) & 1) ^ 1);
     ptx::mbarrier_arrive_expect(&sh.full_q[s], panels * q_panel);
     const Place at(Task(args, walk.task), walk.j);
     load_for_all(sh.q[s] + rank * q_panel, &args.q, &sh.full_q[s], rank * 64, at.head, at.token, at.row);
@@ -43,19 +41,13 @@ __device__ __forceinline__ void load_k(const Args& args, Shared& sh, int rank) {
   Walk walk(args);
   for (int it = 0; walk.goes_on(args); ++it, walk.advance(args)) {
     const int s = it & 1;
-    trace(5, it, 0, true);
-    wait(&sh.empty_k[s], ((it >> 1) & 1) ^ 1);
-    trace(5, it, 1, true);
-    ptx::mbarrier_arrive_expect(&sh.full_k[s], panels * chunk_tokens * 128 + static_cast<int>(sizeof(GateRecord)) +
-                                                   blocks * n_bytes);
+    ptx::mbarrier_wait(&sh.empty_k[s], ((it >> 1) & 1) ^ 1);
+    ptx::mbarrier_arrive_expect(
+        &sh.full_k[s], panels * chunk_tokens * 128 + static_cast<int>(sizeof(GateRecord)) + (blocks - 1) * n_bytes);
     const Task task(args, walk.task);
     const Place at(task, walk.j);
     load_for_all(sh.k[s] + rank * k_panel, &args.k, &sh.full_k[s], rank * 64, at.head, at.token, at.row);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     address(&sh.gates[s])),
-                 "l"(reinterpret_cast<uint64_t>(task.record(args, walk.j))),
-                 "r"(static_cast<int>(sizeof(GateRecord))), "r"(address(&sh.full_k[s]))
-                 : "memory");
+    ptx::tma_load(&sh.gates[s], &args.gates, &sh.full_k[s], 0, 0, walk.j % 2, task.item(args, walk.j));
   }
 }
 
@@ -85,17 +77,15 @@ __device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh,
 #pragma unroll 1
   for (int it = 0; it < loaded + v_stages; ++it) {
     const int s = it % v_stages, parity = it / v_stages & 1;
-    trace(6, it, 0, lane() == 0);
     if (it >= v_stages) {
       const int4 place = sh.h_place[s];
 #pragma unroll 1
       for (int x = 0; x < state_groups; ++x) {
-        wait(&sh.full_h[x][s], parity ^ 1);
+        ptx::mbarrier_wait(&sh.full_h[x][s], parity ^ 1);
         store_h(args, sh.v[s] + x * v_panel, place, rank * dv_block + x * 64);
       }
     }
     __syncwarp();
-    trace(6, it, 1, lane() == 0);
     if (!walk.goes_on(args)) continue;
     if (lane() == 0) {
       const Place at(Task(args, walk.task), walk.j);

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(threads, 1) mlstm_fused_kernel(const __grid_co
     for (int s = 0; s < 2; ++s) {
       ptx::mbarrier_init(&sh.full_q[s], 1);
       ptx::mbarrier_init(&sh.empty_q[s], blocks * (state_warps + weights_warps));
-      ptx::mbarrier_init(&sh.full_k[s], 1);
+      ptx::mbarrier_init(&sh.full_k[s], 1 + 32);  // the warps of k and of n
       ptx::mbarrier_init(&sh.empty_k[s], blocks * (state_warps + weights_warps + 1));
       ptx::mbarrier_init(&sh.full_p[s], weights_warps);
       ptx::mbarrier_init(&sh.empty_p[s], state_warps);
@@ -154,8 +154,8 @@ int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {
 
 bool serves(const MlstmForward& params) {
   const MlstmProblem& p = params.p;
-  return params.h != nullptr && p.dtype == DType::bfloat16 && p.dqk == dqk && p.dv == dv &&
-         p.pool.indices == nullptr && hopper::serves(p) && pays(p, clusters_at_once());
+  return params.h != nullptr && p.dtype == DType::bfloat16 && p.dqk == dqk && p.dv == dv && p.pool.indices == nullptr &&
+         hopper::serves(p) && pays(p, clusters_at_once());
 }
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {
@@ -174,8 +174,11 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
   RETURN_IF_FAILED(hopper::encode_rows(args.k, p.k, p, dqk));
   RETURN_IF_FAILED(hopper::encode_rows(args.v, p.v, p, dv));
   RETURN_IF_FAILED(hopper::encode_rows(args.h, h, p, dv));
+  RETURN_IF_FAILED(encode<4>(args.gates, w.records,
+                             {record_columns, record_rows, 2, static_cast<uint64_t>(w.layout.max_chunks * p.heads)},
+                             {record_columns * 2, sizeof(GateRecord), 2 * sizeof(GateRecord)},
+                             {record_columns, record_rows, 1, 1}, CU_TENSOR_MAP_SWIZZLE_NONE));
   args.layout = w.layout;
-  args.records = w.records;
   args.v_rows = p.v, args.h_rows = params.h, args.s = params.s;
   args.c0 = p.c0, args.n0 = p.n0, args.c_last = params.c_last, args.n_last = params.n_last;
   args.tasks = static_cast<int>(p.num_seqs * p.heads);

@@ -1,7 +1,8 @@
 // n, in float32: one warp of each block has 64 of the 256 columns.
 //
 // n at a chunk's start goes to all four blocks as a sum of three bfloat16, three rows behind the 64 of k's panel of the
-// same columns: the product of T then makes q n too. No chunk can begin before, so this warp's time for a chunk bounds
+// same columns: the product of T then makes q n too. The own block's rows are the source of the copies to the others,
+// which have read them once the stage is empty. No chunk can begin before, so this warp's time for a chunk bounds
 // that of all. A lane reads 16 bytes of a row of k at a time: eight columns of every fourth row.
 #pragma once
 
@@ -66,9 +67,9 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
     const int chunks = Task(args, task).chunks();
     for (int j = 0; j < chunks; ++j, ++it) {
       const int s = it & 1, parity = (it >> 1) & 1;
-      trace(7, it, 0, lane() == 0);
-      wait(&sh.empty_k[s], parity ^ 1);
-      trace(7, it, 1, lane() == 0);
+      ptx::mbarrier_wait(&sh.empty_k[s], parity ^ 1);
+      unsigned char* const panel = sh.k[s] + rank * k_panel;
+      unsigned char* const n_rows = panel + chunk_tokens * 128;
       float left[n_columns];
 #pragma unroll
       for (int c = 0; c < n_columns; ++c) left[c] = n[c];
@@ -82,7 +83,7 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
           left[c * 2] -= high.x, left[c * 2 + 1] -= high.y;
         }
         if (group == part) {  // row 64 + part of the panel
-          *reinterpret_cast<uint4*>(sh.n_parts[s] + swizzled(part, piece)) = make_uint4(two[0], two[1], two[2], two[3]);
+          *reinterpret_cast<uint4*>(n_rows + swizzled(part, piece)) = make_uint4(two[0], two[1], two[2], two[3]);
         }
       }
       if (group == 3) {
@@ -91,17 +92,16 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
       }
       ptx::fence_async_shared();
       __syncwarp();
-      if (lane() < blocks) {
+      if (lane() < blocks && lane() != rank) {
         asm volatile(
             "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                ptx::peer_address(sh.k[s] + rank * k_panel + chunk_tokens * 128, lane())),
-            "r"(address(sh.n_parts[s])), "r"(n_bytes), "r"(ptx::peer_address(&sh.full_k[s], lane()))
+                ptx::peer_address(n_rows, lane())),
+            "r"(address(n_rows)), "r"(n_bytes), "r"(ptx::peer_address(&sh.full_k[s], lane()))
             : "memory");
       }
-      wait(&sh.full_k[s], parity);
-      trace(7, it, 2, lane() == 0);
+      ptx::mbarrier_arrive(&sh.full_k[s]);  // every lane for its own stores
+      ptx::mbarrier_wait(&sh.full_k[s], parity);
       const GateRecord& gates = sh.gates[s];
-      const unsigned char* const panel = sh.k[s] + rank * k_panel;
       const float keep = gates.keep;
 #pragma unroll
       for (int c = 0; c < n_columns; ++c) n[c] = group == 0 ? n[c] * keep : 0.0f;
@@ -114,7 +114,6 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
         for (int c = 0; c < n_columns; ++c) n[c] = group == 0 ? sh.n_before[piece * n_columns + c] * keep : 0.0f;
         add_rows<true>(n, gates.w, panel);
       }
-      trace(7, it, 3, lane() == 0);
       release_everywhere(&sh.empty_k[s]);
     }
     if (args.n_last != nullptr && group == 0) {

@@ -27,31 +27,35 @@ static_assert(2 * state_registers + weights_registers + single_registers <= 6553
 enum : int { q_warp = 12, k_warp, v_warp, n_warp };
 
 struct Args {
-  CUtensorMap q, k, v, h;
-  hopper::Layout layout;  // packed: its tables; its chunks are of 128 tokens
-  const GateRecord* records;  // [chunk of 128 tokens][head][half]
-  Strided v_rows;             // v, where the TMA does not serve
-  void* h_rows;               // h
-  float* s;                   // (batch, seq, heads); null: not wanted
-  const float *c0, *n0;       // null: zeros
-  float *c_last, *n_last;     // null: not wanted
-  int tasks;                  // sequences times heads
+  CUtensorMap q, k, v, h, gates;  // gates: records as (88, 11, half, item), 16-bit numbers
+  hopper::Layout layout;          // packed: its tables; its chunks are of 128 tokens
+  Strided v_rows;                 // v, where the TMA does not serve
+  void* h_rows;                   // h
+  float* s;                       // (batch, seq, heads); null: not wanted
+  const float *c0, *n0;           // null: zeros
+  float *c_last, *n_last;         // null: not wanted
+  int tasks;                      // sequences times heads
   float scale, eps;
   bool normalize;
 };
+
+// By tensor map, although a record is contiguous: racecheck reports false hazards for plain bulk loads.
+constexpr int record_columns = 88, record_rows = 11;
+static_assert(record_columns * record_rows * 2 == sizeof(GateRecord));
+struct alignas(128) Gates : GateRecord {};
 
 struct Shared {
   alignas(1024) unsigned char q[2][panels * q_panel];
   unsigned char k[2][panels * k_panel];
   unsigned char v[v_stages][state_groups * v_panel];  // then h of the same chunk
   unsigned char p[2][chunk_tokens * 128];             // P', 64 tokens t x 64 tokens j
-  GateRecord gates[2];
-  float g[2][chunk_tokens];  // g', which P' comes with
-  alignas(16) unsigned char n_parts[2][n_bytes];
-  float n_before[64];  // of this block's n, before the chunk that is being added
-  int4 h_place[v_stages];  // Place of the stage's chunk
-  // A stage's barriers. full: the TMA's bytes are there; of k also the gates and the n of all four blocks. empty: of q
-  // and k by all readers in all four blocks, since every block writes into all. v's are by warpgroup.
+  Gates gates[2];
+  float g[2][2][chunk_tokens];  // g', which P' comes with, and a copy that nobody reads
+  float n_before[64];           // of this block's n, before the chunk that is being added
+  int4 h_place[v_stages];       // Place of the stage's chunk
+  // A stage's barriers. full: the TMA's bytes are there; of k also the gates and the n of all four blocks, of which the
+  // block's own is by ordinary stores. empty: of q and k by all readers in all four blocks, since every block writes
+  // into all. v's are by warpgroup.
   uint64_t full_q[2], empty_q[2], full_k[2], empty_k[2];
   uint64_t full_v[state_groups][v_stages], full_h[state_groups][v_stages];
   uint64_t full_p[2], empty_p[2];
@@ -83,8 +87,9 @@ struct Task {
   __device__ __forceinline__ int64_t token(const Args& args, int at) const {
     return (row * args.layout.seq + first + at) * args.layout.heads + head;
   }
-  __device__ __forceinline__ const GateRecord* record(const Args& args, int j) const {
-    return args.records + ((chunk + j / 2) * args.layout.heads + head) * 2 + j % 2;
+  // Of chunk j's record, which is half j % 2 of the item's.
+  __device__ __forceinline__ int item(const Args& args, int j) const {
+    return (chunk + j / 2) * static_cast<int>(args.layout.heads) + head;
   }
 };
 
@@ -124,44 +129,8 @@ struct Place {
       : row(of.row), head(of.head), token(of.first + j * chunk_tokens), left(of.length - j * chunk_tokens) {}
 };
 
-// For experiments: the clock at eight points of a role's step.
-#ifdef FLASH_XLSTM_FUSED_TRACE
-constexpr int trace_roles = 8, trace_steps = 64, trace_blocks = 8;
-__device__ uint32_t trace_data[trace_blocks][trace_roles][trace_steps][8];
-__device__ __forceinline__ void trace(int role, int step, int event, bool elected) {
-  if (!elected || blockIdx.x >= trace_blocks || step >= trace_steps) return;
-  uint32_t now;
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
-  trace_data[blockIdx.x][role][step][event] = now;
-}
-#else
-__device__ __forceinline__ void trace(int, int, int, bool) {}
-#endif
-
 __device__ __forceinline__ uint32_t address(const void* shared) { return ptx::shared_address(shared); }
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-
-__device__ __forceinline__ void wait(const uint64_t* barrier, int parity) {
-#ifdef FLASH_XLSTM_BOUND_WAITS  // to find a wait that never ends: after some seconds the kernel traps
-  const auto done = [&] {
-    uint32_t is;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(is)
-        : "r"(address(barrier)), "r"(parity)
-        : "memory");
-    return is != 0;
-  };
-  for (unsigned tries = 0; !done(); ++tries) {
-    if (tries > 40000000u) {
-      asm volatile("trap;\nexit;");
-      __builtin_unreachable();  // else ptxas joins these paths, and c would live on them
-    }
-  }
-#else
-  ptx::mbarrier_wait(const_cast<uint64_t*>(barrier), parity);
-#endif
-}
 
 // For the whole warp: one arrival here, or in every block of the cluster.
 __device__ __forceinline__ void release(uint64_t* barrier) {

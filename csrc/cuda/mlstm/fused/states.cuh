@@ -63,8 +63,7 @@ __device__ __forceinline__ void add_odd_values(float (&out)[32], const Args& arg
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
           const int t = x * 8 + pos * 2 + y;
-          const float weight =
-              to_float(*reinterpret_cast<const bf16*>(p + swizzled(t, token / 8) + token % 8 * 2));
+          const float weight = to_float(*reinterpret_cast<const bf16*>(p + swizzled(t, token / 8) + token % 8 * 2));
           if (weight != 0.0f) out[x * 4 + r * 2 + y] += weight * value;
         }
     }
@@ -79,11 +78,10 @@ __device__ __forceinline__ constexpr int state_offset(int x) {
 // group: 0 or 1, the block's half of columns.
 __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int rank, int group) {
   const int pos = lane() % 4, warp = threadIdx.x / 32 % 4;
-  const bool elected = threadIdx.x % 128 == 0;
   float c[2][64], out[32];  // two accumulators: ptxas refuses one of 256 columns where a launch has 128 registers
   constexpr int a_buffers = 3;
   uint32_t a[a_buffers][4];
-  const auto pack_part = [&](uint32_t(&to)[4], int part) {
+  const auto pack_part = [&](uint32_t (&to)[4], int part) {
 #pragma unroll
     for (int z = 0; z < 4; ++z) {
       const int x = part * 8 + z * 2;
@@ -118,9 +116,8 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     unsigned char* const v_panel_at = sh.v[v_stage] + group * v_panel;
     const uint32_t v = address(v_panel_at);
     const GateRecord& gates = sh.gates[s];
-    wait(&sh.full_q[s], parity);
-    wait(&sh.full_k[s], parity);
-    trace(group, it, 0, elected);
+    ptx::mbarrier_wait(&sh.full_q[s], parity);
+    ptx::mbarrier_wait(&sh.full_k[s], parity);
     const float keep = gates.keep;
 
     // c^T q^T
@@ -135,18 +132,17 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
                                                ptx::wgmma_descriptor(q + x / 4 * q_panel + x % 4 * 32), x > 0);
       ptx::wgmma_commit();
     }
-    trace(group, it, 1, elected);
 #pragma unroll
     for (int x = 0; x < 128; ++x) ptx::mul_in_place(c[x / 64][x % 64], keep);
 
     // (w v)^T k
-    wait(&sh.full_v[group][v_stage], it / v_stages & 1);
-    wait(&sh.good_k[s], parity);
+    ptx::mbarrier_wait(&sh.full_v[group][v_stage], it / v_stages & 1);
+    ptx::mbarrier_wait(&sh.good_k[s], parity);
     hold_c();
     uint32_t odd = 0;
 #pragma unroll
     for (int x = 0; x < chunk_tokens / 16; ++x) {
-      uint32_t(&wv)[4] = a[(dqk / 16 + x) % a_buffers];
+      uint32_t (&wv)[4] = a[(dqk / 16 + x) % a_buffers];
       ptx::wgmma_wait<a_buffers - 1>();
       uint32_t two[4];
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -173,7 +169,6 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
       if (x + 1 < chunk_tokens / 16) ptx::wgmma_commit();
     }
     ptx::wgmma_commit();
-    trace(group, it, 2, elected);
     const bool has_odd = __any_sync(all_lanes, (odd & 0x7fff7fffu) != 0);
     if (has_odd) {
       clear_odd_values(v_panel_at, warp * 16);
@@ -185,12 +180,10 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     ptx::wgmma_wait<chunk_tokens / 16>();
     ptx::hold(out);
     release_everywhere(&sh.empty_q[s]);
-    trace(group, it, 3, elected);
-    wait(&sh.full_p[s], parity);
-    trace(group, it, 4, elected);
+    ptx::mbarrier_wait(&sh.full_p[s], parity);
 #pragma unroll
     for (int x = 0; x < 8; ++x) {
-      const float2 g = *reinterpret_cast<const float2*>(sh.g[s] + x * 8 + pos * 2);
+      const float2 g = *reinterpret_cast<const float2*>(sh.g[s][0] + x * 8 + pos * 2);
       ptx::mul_in_place(out[x * 4], g.x), ptx::mul_in_place(out[x * 4 + 1], g.y);
       ptx::mul_in_place(out[x * 4 + 2], g.x), ptx::mul_in_place(out[x * 4 + 3], g.y);
     }
@@ -202,11 +195,9 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
                             adds || x > 0);
     }
     ptx::wgmma_commit();
-    trace(group, it, 5, elected);
     ptx::wgmma_wait<1>();  // the state's
     hold_c();
     release_everywhere(&sh.empty_k[s]);
-    trace(group, it, 6, elected);
     pack_part(a[0], 0);  // of the next chunk, beside the last product
     ptx::wgmma_wait<0>();
     ptx::hold(out);
@@ -223,7 +214,6 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     }
     ptx::fence_async_shared();
     release(&sh.full_h[group][v_stage]);
-    trace(group, it, 7, elected);
     if (walk.j + 1 == walk.count && args.c_last != nullptr) {
       float* const to = args.c_last + int64_t{walk.task} * dqk * dv + first_state;
 #pragma unroll

@@ -25,15 +25,12 @@ __device__ __forceinline__ void clear_rows_without_weight(Shared& sh, int s) {
 
 __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int rank) {
   const int pos = lane() % 4, quad = lane() / 4, warp = threadIdx.x / 32 % 4;
-  const bool elected = threadIdx.x % 128 == 0;
   const int row0 = warp * 16 + quad;  // and row0 + 8
   Walk walk(args);
   for (int it = 0; walk.goes_on(args); ++it, walk.advance(args)) {
     const int s = it & 1, parity = (it >> 1) & 1;
-    trace(2, it, 0, elected);
-    wait(&sh.full_q[s], parity);
-    wait(&sh.full_k[s], parity);
-    trace(2, it, 1, elected);
+    ptx::mbarrier_wait(&sh.full_q[s], parity);
+    ptx::mbarrier_wait(&sh.full_k[s], parity);
     float t[36];
 #pragma unroll
     for (int x = 0; x < 36; ++x) t[x] = 0.0f;
@@ -49,7 +46,6 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
     ptx::wgmma_wait<0>();
     ptx::hold(t);
     release_everywhere(&sh.empty_q[s]);
-    trace(2, it, 2, elected);
     float odd = 0.0f;  // a k that is not finite shows in every row
 #pragma unroll
     for (int c = 0; c < 8; ++c) odd = fmaf(t[c * 4], 0.0f, fmaf(t[c * 4 + 1], 0.0f, odd));
@@ -74,8 +70,8 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
           float& x = t[c * 4 + r * 2 + y];
-          const float log = y ? (alpha[r].x - beta.z) + (alpha[r].y - beta.w)
-                              : (alpha[r].x - beta.x) + (alpha[r].y - beta.y);
+          const float log =
+              y ? (alpha[r].x - beta.z) + (alpha[r].y - beta.w) : (alpha[r].x - beta.x) + (alpha[r].y - beta.y);
           const float d = hopper::fast_exp2(log), weighted = x * d;
           x = ahead + r * 8 - c * 8 - y >= 0 && d != 0.0f ? weighted : 0.0f;
           sum[r] += x;
@@ -103,9 +99,7 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
         if (token < task.length) args.s[task.token(args, token)] = s_t[r];
       }
     }
-    trace(2, it, 3, elected);
-    wait(&sh.empty_p[s], parity ^ 1);
-    trace(2, it, 4, elected);
+    ptx::mbarrier_wait(&sh.empty_p[s], parity ^ 1);
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
       uint32_t two[4];
@@ -116,11 +110,16 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
       ptx::stmatrix_x4(sh.p[s] + swizzled(warp * 16 + lane() % 16, x * 2 + lane() / 16), two[0], two[1], two[2],
                        two[3]);
     }
-    if (pos == 0) sh.g[s][row0] = g[0], sh.g[s][row0 + 8] = g[1];
+    // Lane l stores g' of token l % 16 of the warp's 16. By stmatrix, as P': racecheck does not follow it. Of plain
+    // stores it takes only the arriving lane's as ordered, and the arrivals of all writing and reading threads would be
+    // 384 a chunk instead of 12.
+    const int from = lane() % 8 * 4;
+    const float low = __shfl_sync(all_lanes, g[0], from), high = __shfl_sync(all_lanes, g[1], from);
+    ptx::stmatrix_x1(&sh.g[s][lane() / 4 % 2][warp * 16 + lane() % 4 * 4],
+                     __float_as_uint(lane() % 16 < 8 ? low : high));
     ptx::fence_async_shared();
     release(&sh.full_p[s]);
     release_everywhere(&sh.empty_k[s]);
-    trace(2, it, 5, elected);
   }
 }
 
