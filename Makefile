@@ -14,7 +14,7 @@ pip := $(bin)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
-.PHONY: demo test test-vllm lint sanitize clean
+.PHONY: demo test test-titan lint sanitize clean test-vllm
 
 demo: $(venv)/installed
 	$(bin)/flash-xlstm demo
@@ -36,6 +36,17 @@ $(venv)/build-tools: Makefile
 # Without isolation the build uses the venv's torch, and only changed files are compiled again.
 $(venv)/installed: $(venv)/build-tools $(sources)
 	$(pip) --no-build-isolation '.[test]'
+	touch $@
+
+# torchtitan has requirements of its own: an environment beside the first, whose packages it sees.
+test-titan: build/titan/installed
+	OMP_NUM_THREADS=1 build/titan/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_torchtitan.py
+
+build/titan/installed: $(venv)/installed
+	$(bin)/python -m venv build/titan
+	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
+	  > "$$(build/titan/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	build/titan/bin/python -m pip install --quiet --no-compile 'flash-xlstm[torchtitan]'
 	touch $@
 
 # The ops' tests on the CPU under the address and undefined-behaviour sanitizers, with an install of its own.

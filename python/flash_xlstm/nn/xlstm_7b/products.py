@@ -78,11 +78,14 @@ def linear_kind(x: Tensor, *layers: Any) -> tuple[type[nn.Module], Float8 | None
 _CUBLAS_SCALES_ROWS = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2]) >= (12, 9)
 
 
-@torch._dynamo.assume_constant_result
 def _scales_last(device: torch.device) -> bool:
     """Whether torch multiplies with a scale for each row by a kernel that is slow without fast sums. On compute
     capability 9.0 with CUDA 12.9 or later it calls cuBLAS."""
     return device.type == "cuda" and not (_CUBLAS_SCALES_ROWS and torch.cuda.get_device_capability(device)[0] == 9)
+
+
+# A constant of torch.compile's graphs, as torch.compiler.assume_constant_result makes it, which imports torch._dynamo.
+_scales_last._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def joined(weights: tuple[Tensor, ...]) -> Tensor:
