@@ -110,9 +110,16 @@ def test_error_with_gates_over_the_whole_range(seed):
 
 
 def test_soft_cap():
+    """A few tokens outweigh all others here, so that roundings do not average out. A sequence alone, with too few heads
+    for the fused kernel, has errors of the same size."""
     inputs, dh = draw(7, 300, 4)
     inputs[3], inputs[4] = inputs[3] * 10, inputs[4] * 10
-    assert_errors(inputs, dh, (6e-3, *[2e-2] * 5), gate_soft_cap=15.0)
+    options = {"gate_soft_cap": 15.0}
+    actual = run(ops.mlstm, inputs, dh, **options)
+    alone = [run(ops.mlstm, [t[row : row + 1] for t in inputs], dh[row : row + 1], **options) for row in range(7)]
+    expected = run(reference.mlstm_chunkwise, inputs, dh, torch.float64, chunk_size=128, **options)
+    for name, a, b, e in zip(NAMES, actual, zip(*alone, strict=True), expected, strict=True):
+        assert relative_error(a, e) <= 1.25 * relative_error(torch.cat(b), e) + 1e-3, name
 
 
 @pytest.mark.parametrize("normalize", [True, False])
