@@ -1,13 +1,19 @@
 // Inner loops of the CPU kernels, compiled once for each instruction set, which FLASH_XLSTM_ISA names. They are plain
 // loops that the compiler vectorises: no branches on data, no library calls. Standard headers with inline functions
 // must not be included: their code would be compiled for AVX-512, and the linker might choose it for the whole module.
+// immintrin.h's are always inlined.
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "cpu/vector_kernels.h"
 #include "params/loss.h"
 #include "params/pointwise.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cpu::FLASH_XLSTM_ISA {
 namespace {
@@ -104,10 +110,10 @@ void parallel(int64_t count, int64_t grain, const F& f) {
       0, count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
 }
 
-// An array of floats, zero at first.
+// An array of floats, zero at first unless not wanted.
 class Floats {
  public:
-  explicit Floats(int64_t count) : data_(new float[count]()) {}
+  explicit Floats(int64_t count, bool zero = true) : data_(zero ? new float[count]() : new float[count]) {}
   ~Floats() { delete[] data_; }
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
@@ -561,9 +567,10 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
   });
 }
 
+#include "cpu/vector_math.inl"
+
 #include "cpu/conv.inl"
 #include "cpu/linear.inl"
-#include "cpu/slstm.inl"
 
 }  // namespace
 
@@ -585,9 +592,6 @@ const VectorKernels vector_kernels = {
     .scan_back = scan_back,
     .guarded_product = guarded_product,
     .step = step,
-    .product = product,
-    .slstm_cell = slstm_cell,
-    .slstm_cell_backward = slstm_cell_backward,
     .conv_token = conv_token,
     .add_product = add_product,
     .linear_rows_x = linear_rows_x,
@@ -596,5 +600,6 @@ const VectorKernels vector_kernels = {
 
 #include "cpu/pointwise.inl"
 #include "cpu/cross_entropy.inl"
+#include "cpu/slstm.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA
