@@ -270,14 +270,18 @@ IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vector
   }
 }
 
+inline int64_t padded_dim(int64_t dim) { return ceil_div(dim, int64_t{vector_lanes}) * vector_lanes; }
+
 // --- rows ----------------------------------------------------------------------------------------------------------
+
+// Blocks of 24 rows hide that each reads R from L2; where R does not fit L2, more rows share the reads.
+inline int64_t most_block_rows(int64_t dim) { return dim > 320 ? 96 : 24; }
 
 // The rows of each head in `parts` blocks of up to `each`, such that the blocks of all heads make every thread busy.
 struct Blocks {
   explicit Blocks(const SlstmProblem& p) {
     const int64_t threads = thread_count();
-    // A block of 24 rows reads R from L2 often enough to hide it; where R does not fit L2, more rows share the reads.
-    const int64_t most = p.dim > 320 ? 96 : 24;
+    const int64_t most = most_block_rows(p.dim);
     int64_t common = threads;  // their greatest common divisor
     for (int64_t rest = p.heads % threads; rest != 0;) {
       const int64_t next = common % rest;
@@ -500,7 +504,7 @@ VECTORS_FUNCTION clipped(const Vectors<count>& x, float clip) { return at_least(
 
 template <typename Type>
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
-                    int64_t count) {
+                    int64_t count, float* share) {
   using Bits = typename Type::Bits;
   const SlstmProblem& p = params.p;
   const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim;
@@ -510,7 +514,12 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       dn(p, head, first, count, params.dn_last), excess(p, head, first, count, params.dm_last),
       recurrent(p, head, first, count, nullptr);
   const int64_t padded = dh.padded;
-  const Floats dx(count * wide), zeros(padded);
+  // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for.
+  constexpr int64_t most_depth = 128;
+  const int64_t slots = count < most_depth ? most_depth / count : 1, depth = slots * count;
+  const int64_t dx_stride = wide + 16;  // spreads an output's floats over L1's sets
+  const Floats dx_slots(depth * dx_stride), h_slots(depth * padded), zeros(padded);
+  float* dx = dx_slots.data();
   const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
   Bits* dx_all = static_cast<Bits*>(params.dx) + head * dim;
 
@@ -581,7 +590,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       for (int gate = 0; gate < 4; ++gate) {
         const Values value = choose(padding, 0.0f, gates[gate]);
         for (int x = 0; x < some; ++x) {
-          store_lanes<Float32>(dx.data() + (r + x) * wide + gate * dim + unit, value.v[x], left);
+          store_lanes<Float32>(dx + (r + x) * dx_stride + gate * dim + unit, value.v[x], left);
           stream_lanes<Type>(dx_to[x] + gate * heads * dim + unit, value.v[x], left, stream);
         }
       }
@@ -592,9 +601,49 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
   };
 
+  // h before token t of row r as row k of dR's right operand; a row without the token has no share.
+  const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
+    const Row& row = rows[r];
+    if (t >= row.length) std::memset(dx + r * dx_stride, 0, wide * sizeof(float));
+    const Bits* h = nullptr;
+    if (t > 0 && t < row.length) {
+      h = static_cast<const Bits*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim;
+    }
+    const float* initial =
+        t == 0 && row.length > 0 && p.h0 != nullptr ? p.h0 + ((first + r) * heads + head) * dim : nullptr;
+    for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
+      const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
+      const int64_t columns = left < panel_columns ? left : panel_columns;
+      const Vector value = h != nullptr         ? load_lanes<Type>(h + unit, dim - unit)
+                           : initial != nullptr ? load_lanes<Float32>(initial + unit, dim - unit)
+                                                : Vector{};
+      store_vector(h_slots.data() + panel * depth * panel_columns + k * columns + unit % panel_columns, value);
+    }
+  };
+  const auto add_share = [&](int64_t filled) {
+    product(wide, dim,
+            {.out = share,
+             .out_stride = padded,
+             .a = dx_slots.data(),
+             .a_row = 1,
+             .a_k = dx_stride,
+             .m = h_slots.data(),
+             .m_panel = depth * panel_columns,
+             .depth = filled,
+             .add = true});
+    float* dbias = share + wide * padded;
+    for (int64_t k = 0; k < filled; ++k) {
+      const float* from = dx_slots.data() + k * dx_stride;
+      for (int64_t x = 0; x < wide; ++x) dbias[x] += from[x];
+    }
+  };
+
   for (int64_t r = 0; r < count; ++r) change_excess(r, rows[r].length, -1.0f);
-  for (int64_t t = rows.longest - 1; t >= 0; --t) {
+  for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
+    if (slot == slots) slot = 0;
+    dx = dx_slots.data() + slot * count * dx_stride;
     for_active(rows, t, 0, count, [&](auto some, int64_t r) { cells(some, t, r); });
+    for (int64_t r = 0; r < count; ++r) take_h(slot * count + r, t, r);
     int64_t lines = 0;  // of the token before: all that the forward kept, and dh
     for (int64_t r = 0; r < count; ++r) {
       if (t == 0 || t > rows[r].length) continue;
@@ -607,14 +656,15 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     product(count, dim,
             {.out = recurrent.row(0),
              .out_stride = padded,
-             .a = dx.data(),
-             .a_row = wide,
+             .a = dx,
+             .a_row = dx_stride,
              .a_k = 1,
              .m = weights.of(head),
              .m_panel = wide * panel_columns,
              .depth = wide,
              .add = false,
              .ahead = {ahead, lines}});
+    if (slot + 1 == slots || t == 0) add_share((slot + 1) * count);
   }
   delete[] ahead;
   end_streams();
@@ -633,82 +683,25 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   excess.store(params.dm0);
 }
 
-// dR and db of rows [begin, end) of a head's (4 dim, dim) matrix, whose rows are the gates' outputs.
-template <typename Type>
-void weight_gradients(const SlstmBackward& params, int64_t head, int64_t begin, int64_t end) {
-  using Bits = typename Type::Bits;
-  constexpr int64_t tokens_at_once = 128, tokens_ahead = 4, line = 64 / sizeof(Bits);
+// A group's share of dR and db: (4 dim, padded) floats and 4 dim.
+int64_t share_floats(int64_t dim) { return 4 * dim * padded_dim(dim) + 4 * dim; }
+
+// dR and db of output `row`, of 4 dim, of a head: the sum of the groups' shares.
+void sum_shares(const SlstmBackward& params, const float* shares, int64_t groups, int64_t head, int64_t row,
+                float* sum) {
   const SlstmProblem& p = params.p;
-  const int64_t dim = p.dim, heads = p.heads, rows = end - begin;
-  const int64_t padded = ceil_div(dim, int64_t{vector_lanes}) * vector_lanes;
-  const int64_t stride = ceil_div(rows, int64_t{32}) * 32 + 16;  // tokens' floats spread over L1's sets
-  const Floats dx(tokens_at_once * stride), h(tokens_at_once * padded), dweights(rows * padded), dbias(rows);
-  int64_t filled = 0;
-
-  const auto flush = [&] {
-    // The last panel's columns are as many as are left, so a panel begins where `filled` tokens of it fit.
-    product(rows, dim,
-            {.out = dweights.data(),
-             .out_stride = padded,
-             .a = dx.data(),
-             .a_row = 1,
-             .a_k = stride,
-             .m = h.data(),
-             .m_panel = tokens_at_once * panel_columns,
-             .depth = filled,
-             .add = true});
-    filled = 0;
-  };
-  const auto take = [&](int64_t row, int64_t token, bool fresh) {
-    const Bits* from = static_cast<const Bits*>(params.dx) + (token * 4 * heads + head) * dim;
-    float* to = dx.data() + filled * stride;
-    for (int64_t x = begin; x < end;) {
-      const int64_t gate = x / dim, unit = x % dim, stop = (gate + 1) * dim < end ? (gate + 1) * dim : end;
-      const Bits* source = from + gate * heads * dim + unit - x;
-      // Tokens lie far apart, so the processor's own prefetchers do not see that these are a sequence.
-      for (int64_t y = x; y < stop; y += line) __builtin_prefetch(source + y + tokens_ahead * 4 * heads * dim);
-      for (int64_t y = x; y < stop; ++y) {
-        to[y - begin] = Type::load(source[y]);
-        dbias.data()[y - begin] += to[y - begin];
-      }
-      x = stop;
-    }
-    const Bits* h_before = fresh ? nullptr : static_cast<const Bits*>(params.h) + ((token - 1) * heads + head) * dim;
-    const float* initial = p.h0 == nullptr ? nullptr : p.h0 + (row * heads + head) * dim;
-    for (int64_t unit = 0; unit < dim && !fresh; unit += line) {
-      __builtin_prefetch(h_before + unit + tokens_ahead * heads * dim);
-    }
-    for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
-      const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
-      const int64_t wide = left < panel_columns ? left : panel_columns;
-      const Vector value = !fresh               ? load_lanes<Type>(h_before + unit, dim - unit)
-                           : initial != nullptr ? load_lanes<Float32>(initial + unit, dim - unit)
-                                                : Vector{};
-      store_vector(h.data() + panel * tokens_at_once * panel_columns + filled * wide + unit % panel_columns, value);
-    }
-    if (++filled == tokens_at_once) flush();
-  };
-
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const Row row = row_of(p, r);
-    for (int64_t t = 0; t < row.length; ++t) take(r, row.batch * p.seq + row.start + t, t == 0);
+  const int64_t dim = p.dim, padded = padded_dim(dim), item = row / dim * p.heads + head, out = row % dim;
+  float bias = 0.0f;
+  std::memset(sum, 0, dim * sizeof(float));
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* share = shares + (head * groups + group) * share_floats(dim);
+    for (int64_t x = 0; x < dim; ++x) sum[x] += share[row * padded + x];
+    bias += share[4 * dim * padded + row];
   }
-  flush();
-  with_dtype(p.weight_dtype, [&](auto type) {
-    auto* to = static_cast<typename decltype(type)::Bits*>(params.dweights);
-    for (int64_t x = begin; x < end; ++x) {
-      const int64_t gate = x / dim, out = x % dim;
-      unpack(to + ((gate * heads + head) * dim + out) * dim, p.weight_dtype, dim,
-             dweights.data() + (x - begin) * padded, nullptr, 1, dim);
-    }
-  });
-  with_dtype(p.bias_dtype, [&](auto type) {
-    using Bias = decltype(type);
-    auto* to = static_cast<typename Bias::Bits*>(params.dbias);
-    for (int64_t x = begin; x < end; ++x) {
-      to[(x / dim * heads + head) * dim + x % dim] = Bias::store(dbias.data()[x - begin]);
-    }
-  });
+  unpack(static_cast<char*>(params.dweights) + (item * dim + out) * dim * element_bytes(p.weight_dtype), p.weight_dtype,
+         dim, sum, nullptr, 1, dim);
+  unpack(static_cast<char*>(params.dbias) + (item * dim + out) * element_bytes(p.bias_dtype), p.bias_dtype, 1, &bias,
+         nullptr, 1, 1);
 }
 
 }  // namespace
@@ -716,7 +709,6 @@ void weight_gradients(const SlstmBackward& params, int64_t head, int64_t begin, 
 CPU_KERNEL(slstm_forward, SlstmForward) {
   const int64_t elements = p.p.batch * p.p.seq * p.p.heads * p.p.dim;
   wants_huge_pages(p.h, elements * element_bytes(p.p.dtype));
-  if (p.kept != nullptr) wants_huge_pages(p.kept, elements * slstm_kept * int64_t{sizeof(float)});
   const ForwardWeights weights(p.p);
   const Blocks blocks(p.p);
   with_dtype(p.p.dtype, [&](auto type) {
@@ -732,24 +724,35 @@ CPU_KERNEL(slstm_forward, SlstmForward) {
 }
 
 CPU_KERNEL(slstm_backward, SlstmBackward) {
-  wants_huge_pages(p.dx, p.p.batch * p.p.seq * 4 * p.p.heads * p.p.dim * element_bytes(p.p.dtype));
-  with_dtype(p.p.dtype, [&](auto type) {
-    using Type = decltype(type);
-    {
-      const BackwardWeights weights(p.p);
-      const Blocks blocks(p.p);
-      blocks.run(p.p, [&](int64_t head, int64_t first, int64_t count) {
-        backward_block<Type>(p, weights, head, first, count);
-      });
-    }
-    constexpr int64_t rows_a_task = 256;  // of a head's 4 dim
-    const int64_t parts = ceil_div(4 * p.p.dim, rows_a_task);
-    parallel(p.p.heads * parts, 1, [&](int64_t begin, int64_t end) {
+  const SlstmProblem& problem = p.p;
+  const int64_t dim = problem.dim, heads = problem.heads, rows = problem.rows;
+  wants_huge_pages(p.dx, problem.batch * problem.seq * 4 * heads * dim * element_bytes(problem.dtype));
+  // The partition depends on the sizes only: a group's blocks add up their shares of dR one after the other.
+  constexpr int64_t least_tasks = 4, most_groups = 16;
+  const int64_t wanted = ceil_div(rows, most_block_rows(dim)), apart = ceil_div(least_tasks, heads);
+  const int64_t useful = ceil_div(rows, int64_t{6}), split = apart < useful ? apart : useful;
+  const int64_t blocks = wanted > split ? wanted : split, each = blocks > 0 ? ceil_div(rows, blocks) : 0;
+  const int64_t groups = blocks < most_groups ? blocks : most_groups;
+  const Floats shares(heads * groups * share_floats(dim));
+  const BackwardWeights weights(problem);
+  with_dtype(problem.dtype, [&](auto type) {
+    parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task % parts * rows_a_task, last = first + rows_a_task;
-        weight_gradients<Type>(p, task / parts, first, last < 4 * p.p.dim ? last : 4 * p.p.dim);
+        const int64_t head = task / groups, group = task % groups;
+        float* share = shares.data() + task * share_floats(dim);
+        for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+          const int64_t first = block * each, left = rows - first;
+          if (left <= 0) continue;
+          backward_block<decltype(type)>(p, weights, head, first, left < each ? left : each, share);
+        }
       }
     });
+  });
+  parallel(heads * 4 * dim, 1 + (int64_t{1} << 14) / (dim * (groups + 1)), [&](int64_t begin, int64_t end) {
+    const Floats sum(dim);
+    for (int64_t row = begin; row < end; ++row) {
+      sum_shares(p, shares.data(), groups, row / (4 * dim), row % (4 * dim), sum.data());
+    }
   });
 }
 
