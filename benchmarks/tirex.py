@@ -1,7 +1,7 @@
 """TiRex-2's cells on the CPU, as shipped and with our ops: `python benchmarks/tirex.py [--out FILE]`.
 
-A cell is PyPI's tirex-2 (with flashrnn and mlstm_kernels, installed by hand): width 512, 4 heads, its projections and norm
-included. As shipped on a CPU, the sLSTM is flashrnn's "vanilla" and the mLSTM mlstm_kernels' chunkwise native one. Ours
+A cell is PyPI's tirex-2 (with flashrnn and mlstm_kernels, installed by hand): width 512, 4 heads, its projections and
+norm included. As shipped on a CPU, the sLSTM is flashrnn's "vanilla" and the mLSTM mlstm_kernels' chunkwise native one. Ours
 replaces that call and nothing else. Weights are random, without gradients. Calls take turns, `ratio` is the median of
 their times over ours, and `difference` is the outputs' relative difference.
 """
@@ -15,11 +15,11 @@ import statistics
 import time
 from pathlib import Path
 
-import run as runner
 import torch
 from tirex2.model.component import flashrnn_slstm, mlstm_block
 from tirex2.model.component.xlstm_mixed_config import xLSTMMixedConfig
 
+import run as runner
 from flash_xlstm import ops
 
 

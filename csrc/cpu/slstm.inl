@@ -402,7 +402,7 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
   Bits* out = static_cast<Bits*>(params.h) + head * dim;
   const float *panels = weights.of(head), *h_now = h.row(0);
   float* h_after = h_next.row(0);
-  float recurrent[tile_rows * 2 * panel_columns];
+  alignas(64) float recurrent[tile_rows * 2 * panel_columns];
   const void* ahead[tile_rows * 2 * 4];
   const int64_t elements = p.batch * p.seq * heads * dim;
   const bool stream_h = streams(params.h, elements * 4, dim);
@@ -504,7 +504,7 @@ VECTORS_FUNCTION clipped(const Vectors<count>& x, float clip) { return at_least(
 
 template <typename Type>
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
-                    int64_t count, float* share) {
+                    int64_t count, float* share, bool& begun) {
   using Bits = typename Type::Bits;
   const SlstmProblem& p = params.p;
   const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim;
@@ -630,8 +630,10 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
              .m = h_slots.data(),
              .m_panel = depth * panel_columns,
              .depth = filled,
-             .add = true});
+             .add = begun});
     float* dbias = share + wide * padded;
+    if (!begun) std::memset(dbias, 0, wide * sizeof(float));
+    begun = true;
     for (int64_t k = 0; k < filled; ++k) {
       const float* from = dx_slots.data() + k * dx_stride;
       for (int64_t x = 0; x < wide; ++x) dbias[x] += from[x];
@@ -733,18 +735,20 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
   const int64_t useful = ceil_div(rows, int64_t{6}), split = apart < useful ? apart : useful;
   const int64_t blocks = wanted > split ? wanted : split, each = blocks > 0 ? ceil_div(rows, blocks) : 0;
   const int64_t groups = blocks < most_groups ? blocks : most_groups;
-  const Floats shares(heads * groups * share_floats(dim));
+  const Floats shares(heads * groups * share_floats(dim), false);
   const BackwardWeights weights(problem);
   with_dtype(problem.dtype, [&](auto type) {
     parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t head = task / groups, group = task % groups;
         float* share = shares.data() + task * share_floats(dim);
+        bool begun = false;
         for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
           const int64_t first = block * each, left = rows - first;
           if (left <= 0) continue;
-          backward_block<decltype(type)>(p, weights, head, first, left < each ? left : each, share);
+          backward_block<decltype(type)>(p, weights, head, first, left < each ? left : each, share, begun);
         }
+        if (!begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
       }
     });
   });
