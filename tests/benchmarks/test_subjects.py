@@ -173,6 +173,7 @@ KERNELS = {
     "void flash_xlstm::rms_norm_backward_kernel<...>": "pointwise",
     "flash_xlstm::sum_rows_kernel(float const*)": "pointwise",
     "triton_poi_fused__to_copy_add_mul_silu_3": "pointwise",
+    "void flash_xlstm::cuda::(anonymous namespace)::float8_columns_kernel<...>": "pointwise",
     "triton_red_fused__log_softmax__to_copy_7": "loss",
     "void flash_xlstm::soft_cap_kernel<...>": "loss",
     "void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>": "copies",

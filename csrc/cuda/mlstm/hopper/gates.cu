@@ -17,6 +17,7 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
 #include "cuda/mlstm/chunked/open_sum.cuh"
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -152,10 +153,10 @@ struct Elements {
     }
     row = head * row_pitch(w) + token;
   }
-  // Index of the first element in di, df, m.
-  __device__ int64_t output(const Work& w, const Tile& tile) const {
+  // Index of the first element in an output with so many elements from a token to the next.
+  __device__ int64_t output(const Work& w, const Tile& tile, int64_t token_stride) const {
     const int64_t token_of_all = tile.row(w) * w.layout.seq + tile.first + token;
-    return token_of_all * w.layout.heads + blockIdx.y * w.tiles.heads + head;
+    return token_of_all * token_stride + blockIdx.y * w.tiles.heads + head;
   }
   // 16 bytes more than the tokens, so that the heads' elements lie in different banks.
   __device__ static int row_pitch(const Work& w) { return w.tiles.chunks * chunk_tokens + 4; }
@@ -353,12 +354,13 @@ __global__ void __launch_bounds__(most_warps * 32)
   // The first threads do what is done once for each head.
   const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
   if (has_head()) {
-    const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
-    const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
-    const double m = from_0 ? w.p.first_m : w.p.m0[at];
+    const int64_t head = blockIdx.y * heads + threadIdx.x;
+    const double m = w.p.input_gate == InputGate::sigmoid ? w.p.first_m : initial_m(w.p, seq.seq, head);
     m_in[threadIdx.x] = m, decay_in[threadIdx.x] = 0.0;
-    if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
-    if (seq.length == 0 && log_decay != nullptr) log_decay[at] = 0.0f;
+    if (seq.length == 0) {
+      if (float* const to = final_m(w.p, m_last, seq.seq, head)) *to = static_cast<float>(m);
+      if (log_decay != nullptr) log_decay[seq.seq * l.heads + head] = 0.0f;
+    }
   }
   if (goes_twice) {
     Transform total{.sum = 0.0, .top = -infinity()};
@@ -440,7 +442,8 @@ __global__ void __launch_bounds__(most_warps * 32)
       if (unit.lane == 31) {
         w.alpha_last[unit.item] = log_alpha;  // padding past the sequence's end changes neither this nor m
         const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
-        if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
+        float* const to = ends ? final_m(w.p, m_last, tile.seq, head) : nullptr;
+        if (to != nullptr) *to = ms[tokens_per_lane - 1];
       }
       if (m_out != nullptr) {
         float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
@@ -450,7 +453,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (m_out != nullptr) {
       __syncthreads();
       const Elements own(w, tile);
-      float* to = m_out + own.output(w, tile);
+      float* to = m_out + own.output(w, tile, w.layout.heads);
 #pragma unroll
       for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
         if (x < own.inside) *to = rows[own.row + x * own.step];
@@ -535,7 +538,7 @@ __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t 
 // Large terms cancel only in the last.
 __global__ void __launch_bounds__(most_warps * 32)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, const float* dlog_decay, void* di,
-                          void* df, float* dm0, int state_tiles) {
+                          void* df, int64_t gate_token, float* dm0, int state_tiles) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   __shared__ Walk unit_walk[most_warps];
@@ -709,11 +712,11 @@ __global__ void __launch_bounds__(most_warps * 32)
     i[x] = i_has_slope ? to_gate(i[x], into_i, sigmoid) : into_i;
     f[x] = to_gate(f[x], into_f, true);
   }
-  int64_t to = own.output(w, tile);
+  int64_t to = own.output(w, tile, gate_token);
   const auto store = [&](auto zero) {
     using T = decltype(zero);
 #pragma unroll
-    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
+    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * gate_token) {
       if (x >= own.inside) break;
       static_cast<T*>(di)[to] = from_float<T>(i[x]);
       static_cast<T*>(df)[to] = from_float<T>(f[x]);
@@ -802,7 +805,7 @@ cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, float* log
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.dlog_decay, params.di,
-                params.df, params.dm0, state_tiles(w.p));
+                params.df, params.gate_token, params.dm0, state_tiles(w.p));
 }
 
 cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {

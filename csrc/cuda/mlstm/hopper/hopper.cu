@@ -35,7 +35,7 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float*
   Carver carver(workspace);
   w = Work{};
   w.p = p;
-  w.starts_empty = p.c0 == nullptr && p.n0 == nullptr;
+  w.starts_empty = p.c0 == nullptr && p.n0 == nullptr && p.pool.indices == nullptr;
   Layout& l = w.layout;
   const bool packed = p.cu_seqlens != nullptr;
   l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;
@@ -162,7 +162,10 @@ cudaError_t no_dq(const Work& w, const MlstmBackward& params, cudaStream_t strea
 
 bool serves(const MlstmProblem& p) {
   const auto good = [](int64_t dim) { return dim % dim_step == 0 && dim >= least_dim && dim <= most_dim; };
-  return p.dtype != DType::float32 && good(p.dqk) && good(p.dv) && device_is_hopper() && encode_function() != nullptr;
+  const int64_t c_item = element_bytes(p.pool.c_dtype);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.pool.c) % 16 == 0 && p.pool.c_stride * c_item % 16 == 0;
+  return p.dtype != DType::float32 && good(p.dqk) && good(p.dv) && aligned && device_is_hopper() &&
+         encode_function() != nullptr;
 }
 
 bool reads(const Strided& t, const MlstmProblem& p) {
@@ -184,7 +187,7 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
   RETURN_IF_FAILED(scan_gates(w, m, params.m_last, params.log_decay, stream));
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, nullptr, maps));
-  RETURN_IF_FAILED(forward_states(w, maps, params.c_last, params.n_last, stream));
+  RETURN_IF_FAILED(forward_states(w, maps, params.c_last, params.n_last, params.h, stream));
   return params.h == nullptr ? cudaSuccess : output_h(w, maps, params.h, params.s, m, stream);
 }
 
@@ -204,7 +207,7 @@ cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t s
   RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, nullptr, stream));
   Maps maps;
   RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
-  RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, stream));
+  RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, nullptr, stream));
   if (has_dh) {
     RETURN_IF_FAILED(output_dq(w, maps, params, stream));
   } else {

@@ -45,7 +45,7 @@ struct Work {
   // overwrites it with the gradient of the state at the chunk's end. A sequence's first state or last gradient that is
   // all zeros is neither written nor read: with 16 chunks this saves a sixteenth of the traffic.
   uint16_t* c;        // of q's type; null: neither c nor n is kept, the forward makes the final state alone
-  bool starts_empty;  // no initial state
+  bool starts_empty;  // no initial state and no pool
   bool ends_empty;    // backward: no gradient of the final c and n
   float* n;           // [N][dqk], likewise, zeros too
   uint16_t* n_parts;  // forward: [N][3][dqk_pitch] n as a sum of three numbers of q's type, scaled as c
@@ -64,8 +64,8 @@ struct Work {
   // Few heads: sequences are cut into segments that run at once (states.cu).
   int segments;
   float* segment_ends;  // the blocks' shares of the state at the ends of runs
-  // [0]: how many blocks have started. Then flags: a share is written. Zeroed by scan_gates; the backward has one set
-  // for each direction.
+  // [0]: how many blocks have started. Then flags: a share is written; the pool's state is read. Zeroed by scan_gates;
+  // the backward has one set for each direction.
   int* segment_flags;
   int num_flags;
   // Forward of small tiles, whose outputs run beside the states: [N] flags that an item's c and n_parts are written,
@@ -150,8 +150,9 @@ cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStrea
 cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream);
 
 // states.cu
-// c, n (and n_parts if not null) at every chunk's start; the final state where not null.
-cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream);
+// c, n (and n_parts if not null) at every chunk's start; the final state where not null. `h` of sequences that have no
+// slot of the pool.
+cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, void* h, cudaStream_t stream);
 // Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);

@@ -1,0 +1,1 @@
+"""Other libraries' models, trainers and servers on this package's kernels."""
