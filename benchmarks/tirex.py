@@ -1,9 +1,9 @@
 """TiRex-2's cells on the CPU, as shipped and with our ops: `python benchmarks/tirex.py [--out FILE]`.
 
 A cell is PyPI's tirex-2 (with flashrnn and mlstm_kernels, installed by hand): width 512, 4 heads, its projections and
-norm included. As shipped on a CPU, the sLSTM is flashrnn's "vanilla" and the mLSTM mlstm_kernels' chunkwise native one. Ours
-replaces that call and nothing else. Weights are random, without gradients. Calls take turns, `ratio` is the median of
-their times over ours, and `difference` is the outputs' relative difference.
+norm included. As shipped on a CPU, the sLSTM is flashrnn's "vanilla" and the mLSTM mlstm_kernels' chunkwise native one.
+Ours replaces that call and nothing else. Weights are random, without gradients. Calls take turns, `ratio` is the median
+of their times over ours, and `difference` is the outputs' relative difference.
 """
 
 from __future__ import annotations
