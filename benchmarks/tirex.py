@@ -2,17 +2,20 @@
 
 A cell is PyPI's tirex-2 (with flashrnn and mlstm_kernels, installed by hand): width 512, 4 heads, its projections and
 norm included. As shipped on a CPU, the sLSTM is flashrnn's "vanilla" and the mLSTM mlstm_kernels' chunkwise native one.
-Ours replaces that call and nothing else. Weights are random, without gradients. Calls take turns, `ratio` is the median
-of their times over ours, and `difference` is the outputs' relative difference.
+Ours replaces that call and nothing else. Rows "cell" time the whole cell, rows "op" that call by itself. Weights are
+random, without gradients. Calls take turns, `ratio` is the median of their times over ours, and `difference` is the
+outputs' relative difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.metadata
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,10 +26,15 @@ import run as runner
 from flash_xlstm import ops
 
 
-def our_slstm(Wx, R, b, config, states=None):
-    """In place of the layer's call of flashrnn: R is (heads, in, gates, out)."""
-    assert states is None
-    return ops.slstm(Wx, R.permute(2, 0, 3, 1), b.permute(1, 0, 2))[None], None
+def our_slstm(layer):
+    """In place of the layer's call of flashrnn, whose R is (heads, in, gates, out). Weights are laid out once."""
+    weights, bias = layer.get_R().permute(2, 0, 3, 1).contiguous(), layer.get_bias().permute(1, 0, 2).contiguous()
+
+    def call(Wx, R, b, config, states=None):
+        assert states is None
+        return ops.slstm(Wx, weights, bias)[None], None
+
+    return call
 
 
 class OurBackend(torch.nn.Module):
@@ -48,19 +56,31 @@ def cells(width: int) -> dict[str, tuple[torch.nn.Module, torch.nn.Module]]:
     torch.nn.init.normal_(slstm._recurrent_kernel_, std=slstm.config.head_dim**-0.5)
     mlstm = mlstm_block.init_cell(config, device="cpu")
     our_s, our_m = copy.deepcopy(slstm), copy.deepcopy(mlstm)
-    our_s.slstm_flashrnn = our_slstm
+    our_s.slstm_flashrnn = our_slstm(our_s)
     our_m.mlstm_backend = OurBackend(config.eps)
     return {"slstm": (slstm, our_s), "mlstm": (mlstm, our_m)}
 
 
-def measure(theirs: torch.nn.Module, ours: torch.nn.Module, x: torch.Tensor, seconds: float) -> dict:
+def op_calls(name: str, pair: tuple[torch.nn.Module, torch.nn.Module], batch: int, patches: int) -> list[Callable]:
+    """The calls that ours replaces, on random inputs."""
+    config = pair[0].config
+    if name == "slstm":
+        Wx = torch.randn(batch, patches, 4, config.num_heads, config.head_dim)
+        return [functools.partial(lambda cell, Wx: cell.recurrence(Wx)[0][0], cell, Wx) for cell in pair]
+    shape = (batch, config.num_heads, patches)
+    q, k, v = (torch.randn(*shape, dim // config.num_heads) for dim in (pair[0].qk_dim, pair[0].qk_dim, pair[0].v_dim))
+    gates = torch.randn(shape), torch.randn(shape) + 3.0
+    return [functools.partial(cell.mlstm_backend, q=q, k=k, v=v, i=gates[0], f=gates[1]) for cell in pair]
+
+
+def measure(theirs: Callable, ours: Callable, seconds: float) -> dict:
     times: tuple[list[float], list[float]] = ([], [])
-    want, got = theirs(x), ours(x)
+    want, got = theirs(), ours()
     deadline = time.perf_counter() + seconds
     while len(times[0]) < 5 or time.perf_counter() < deadline:
         for cell, taken in zip((theirs, ours), times, strict=True):
             begin = time.perf_counter()
-            cell(x)
+            cell()
             taken.append((time.perf_counter() - begin) * 1e3)
     return {
         "tirex_ms": statistics.median(times[0]),
@@ -86,11 +106,13 @@ def main() -> None:
     document["environment"]["tirex-2"] = importlib.metadata.version("tirex-2")
     rows = document["results"]
     with torch.no_grad():
-        for name, (theirs, ours) in cells(args.width).items():
+        for name, pair in cells(args.width).items():
             for batch in args.batches:
                 x = torch.randn(batch, args.patches, args.width)
-                row = {"what": name, "batch": batch, "patches": args.patches, "width": args.width}
-                rows.append({**row, "threads": args.threads, **measure(theirs, ours, x, args.seconds)})
+                whole = [functools.partial(cell, x) for cell in pair]
+                for part, calls in (("cell", whole), ("op", op_calls(name, pair, batch, args.patches))):
+                    row = {"what": name, "part": part, "batch": batch, "patches": args.patches, "width": args.width}
+                    rows.append({**row, "threads": args.threads, **measure(*calls, args.seconds)})
     runner.print_table(rows)
     if args.out is not None:
         runner.write_json(args.out, document)
