@@ -1,5 +1,9 @@
 #include <torch/csrc/stable/ops.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,8 +13,8 @@
 
 namespace flash_xlstm::cpu {
 
-#define DECLARE_ISA(isa)                    \
-  namespace isa {                           \
+#define DECLARE_ISA(isa)                     \
+  namespace isa {                            \
   extern const VectorKernels vector_kernels; \
   }
 DECLARE_ISA(baseline)
@@ -63,5 +67,16 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(const v
                   const void* f) {
   torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { run(f, from, to); });
 }
+
+void wants_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t huge = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = (begin + bytes) & ~(huge - 1);
+  const uintptr_t first = (begin + huge - 1) & ~(huge - 1);
+  if (first + huge < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // may be refused
+#endif
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 }  // namespace flash_xlstm::cpu

@@ -15,6 +15,11 @@ const char* isa_name();
 // torch's parallel_for, for code that may not include its headers.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(const void* f, int64_t begin, int64_t end),
                   const void* f);
+// torch's number of threads.
+int64_t thread_count();
+
+// Asks for huge pages in a large array that has not been written yet: its page faults take as long as a kernel.
+void wants_huge_pages(void* data, int64_t bytes);
 
 }  // namespace flash_xlstm::cpu
 

@@ -6,7 +6,6 @@
 
 #include "params/linear.h"
 #include "params/mlstm.h"
-#include "params/slstm.h"
 
 namespace flash_xlstm::cpu {
 
@@ -19,25 +18,6 @@ struct ChunkGates {
   const float* m;
   float m_start;
 };
-
-// One token of one row and head of the sLSTM, arrays of `dim` floats.
-struct SlstmCell {
-  int64_t dim;
-  const float *x, *recurrent, *bias;  // [4][dim]: x, R h_{t-1}, b
-  float *h, *c, *n, *m;               // state, updated
-  float* kept;                        // [slstm_kept][dim]; nullptr: not wanted
-};
-struct SlstmCellBackward {
-  int64_t dim;
-  const float* kept;   // [slstm_kept][dim] of the token
-  const float *c, *n;  // of the token before
-  float* dh;           // in: of h_t, complete; out: unchanged for a padding unit, else 0
-  float *dc, *dn;      // of the state: from t to t - 1
-  float* excess;       // dm - (dc c + dn n): from t to t - 1
-  float* dx;           // [4][dim]
-};
-
-constexpr int64_t product_panel = 64;
 
 struct VectorKernels {
   // to (padded_rows x columns) <- from (rows x columns, row stride in elements, dtype), zeros below.
@@ -99,14 +79,6 @@ struct VectorKernels {
 
   // One token of one row and head, with the state in `slot`. scratch: 2 dqk + 2 dv floats.
   void (*step)(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* scratch);
-
-  // out[r][x] (+)= sum over k of a[r][k] m[k][x]. Rows of out are out_stride apart; a may have any strides. m comes in
-  // panels of product_panel columns, m_panel apart, with rows m_stride apart. A matrix that is read often lies panel by
-  // panel, so that it is read contiguously.
-  void (*product)(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
-                  int64_t m_stride, int64_t m_panel, int64_t rows, int64_t depth, int64_t columns, bool add);
-  void (*slstm_cell)(const SlstmCell& cell);
-  void (*slstm_cell_backward)(const SlstmCellBackward& cell);
 
   // One token: y = act(bias + sum over k of weight[k] taps[k]), and slope = act' of that sum where not null. Arrays of
   // `channels` floats; weight is [kernel][channels].

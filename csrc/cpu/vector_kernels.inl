@@ -1,14 +1,20 @@
 // Inner loops of the CPU kernels, compiled once for each instruction set, which FLASH_XLSTM_ISA names. They are plain
 // loops that the compiler vectorises: no branches on data, no library calls. Standard headers with inline functions
 // must not be included: their code would be compiled for AVX-512, and the linker might choose it for the whole module.
+// immintrin.h's are always inlined.
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "cpu/vector_kernels.h"
 #include "params/float8.h"
 #include "params/loss.h"
 #include "params/pointwise.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cpu::FLASH_XLSTM_ISA {
 namespace {
@@ -105,17 +111,22 @@ void parallel(int64_t count, int64_t grain, const F& f) {
       0, count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
 }
 
-// An array of floats, zero at first.
+// An array of floats at the start of a cache line, zero at first unless not wanted.
 class Floats {
  public:
-  explicit Floats(int64_t count) : data_(new float[count]()) {}
-  ~Floats() { delete[] data_; }
+  explicit Floats(int64_t count, bool zero = true) : memory_(new float[count + line]) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory_);
+    data_ = memory_ + (line - begin / sizeof(float) % line) % line;
+    if (zero) std::memset(data_, 0, count * sizeof(float));
+  }
+  ~Floats() { delete[] memory_; }
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
   float* data() const { return data_; }
 
  private:
-  float* data_;
+  static constexpr uintptr_t line = 16;
+  float *memory_, *data_;
 };
 
 // --- element types -------------------------------------------------------------------------------------------------
@@ -563,9 +574,10 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
   });
 }
 
+#include "cpu/vector_math.inl"
+
 #include "cpu/conv.inl"
 #include "cpu/linear.inl"
-#include "cpu/slstm.inl"
 
 }  // namespace
 
@@ -587,9 +599,6 @@ const VectorKernels vector_kernels = {
     .scan_back = scan_back,
     .guarded_product = guarded_product,
     .step = step,
-    .product = product,
-    .slstm_cell = slstm_cell,
-    .slstm_cell_backward = slstm_cell_backward,
     .conv_token = conv_token,
     .add_product = add_product,
     .linear_rows_x = linear_rows_x,
@@ -601,5 +610,6 @@ const VectorKernels vector_kernels = {
 // These use functions of the one above.
 #include "cpu/cross_entropy.inl"
 #include "cpu/float8_cast.inl"
+#include "cpu/slstm.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

@@ -32,6 +32,27 @@ for form, plain in ((ops.mlstm, reference.mlstm_chunkwise), (ops.mlstm_sig, refe
     for name, a, b in zip(("h", "dq", "dk", "dv", "di", "df"), got, want):
         error = (a.double() - b).norm() / b.norm()
         assert error <= 1e-5, (form.__name__, name, float(error))
+
+# dims of no, of one and of several registers and panels, rows of every tile
+for rows, dim in ((1, 5), (2, 16), (3, 40), (7, 72), (26, 33)):
+    x, R, b = torch.randn(rows, 9, 4, 2, dim), torch.randn(4, 2, dim, dim) * dim**-0.5, torch.randn(4, 2, dim)
+    padding = torch.arange(9) < (torch.arange(rows) % 5)[:, None]
+    x[:, :, 0][padding], x[:, :, 1][padding] = -torch.inf, torch.inf
+    dh = torch.randn(rows, 9, 2, dim)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        values = []
+        for form, wide in ((ops.slstm, dtype), (reference.slstm, torch.float64)):
+            inputs = [t.to(dtype).to(wide).detach().requires_grad_() for t in (x, R, b)]
+            h = form(*inputs)
+            values.append([h, *torch.autograd.grad(h, inputs, dh.to(dtype).to(wide))])
+        for name, a, want in zip(("h", "dx", "dR", "db"), *values):
+            error = (a.double() - want).norm() / want.norm()
+            assert error <= bound, ("slstm", rows, dim, dtype, name, float(error))
+    state = [torch.zeros(rows, 2, dim) for _ in range(4)]
+    for t in range(9):
+        step = ops.slstm_step(x[:, t], R, b, state)
+    error = (step - ops.slstm(x, R, b)[:, -1]).norm() / step.norm()
+    assert error <= 1e-5, ("slstm_step", rows, dim, float(error))
 print(build_info()["cpu_isa"])
 """
 
