@@ -170,46 +170,49 @@ struct Tile {
 }  // namespace
 
 void multiply(float* out, const float* from, float keep, const uint16_t* a, int parts, const uint16_t* b, int64_t rows,
-              int64_t columns, int64_t depth, Part part) {
+              int64_t columns, int64_t depth, Part part, Ahead* ahead) {
   const int64_t part_depth = padded(depth, tile_depth), stride = parts * part_depth;
   alignas(64) float sums[256];
-  for (int64_t c = 0; c < columns; c += 32) {
-    for (int64_t r = part == Part::lower_out ? c : 0; r < rows; r += 32) {
-      const bool second_row = rows - r > 16, second_column = columns - c > 16;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      const int64_t begin = part == Part::upper_a ? r : 0;
-      const int64_t end = part == Part::lower_a && r + 32 < part_depth ? r + 32 : part_depth;
-      for (int p = 0; p < parts; ++p) {
-        const uint16_t *a0 = a + r * stride + p * part_depth, *a1 = a0 + 16 * stride;
-        const uint16_t *b0 = b + c * part_depth, *b1 = b0 + 16 * part_depth;
-        for (int64_t k = begin; k < end; k += 32) {
-          _tile_loadd(4, a0 + k, stride * 2);
-          _tile_loadd(6, b0 + k * 16, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          if (second_column) {
-            _tile_loadd(7, b1 + k * 16, 64);
-            _tile_dpbf16ps(1, 4, 7);
-          }
-          if (second_row) {
-            _tile_loadd(5, a1 + k, stride * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            if (second_column) _tile_dpbf16ps(3, 5, 7);
-          }
+  // Two by two tiles from row r and column c on.
+  const auto block = [&](int64_t r, int64_t c) {
+    const bool second_row = rows - r > 16, second_column = columns - c > 16;
+    if (ahead != nullptr) ahead->prefetch(parts * depth / 8);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t begin = part == Part::upper_a ? r : 0;
+    const int64_t end = part == Part::lower_a && r + 32 < part_depth ? r + 32 : part_depth;
+    for (int p = 0; p < parts; ++p) {
+      const uint16_t *a0 = a + r * stride + p * part_depth, *a1 = a0 + 16 * stride;
+      const uint16_t *b0 = b + c * part_depth, *b1 = b0 + 16 * part_depth;
+      for (int64_t k = begin; k < end; k += 32) {
+        _tile_loadd(4, a0 + k, stride * 2);
+        _tile_loadd(6, b0 + k * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (second_column) {
+          _tile_loadd(7, b1 + k * 16, 64);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if (second_row) {
+          _tile_loadd(5, a1 + k, stride * 2);
+          _tile_dpbf16ps(2, 5, 6);
+          if (second_column) _tile_dpbf16ps(3, 5, 7);
         }
       }
-      const auto tile = [&](int64_t row, int64_t column) {
-        const int64_t at = (r + row) * columns + c + column;
-        return Tile{out + at, from == nullptr ? nullptr : from + at, keep, columns, rows - r - row,
-                    columns - c - column};
-      };
-      STORE_TILE(0, tile(0, 0));
-      if (second_column) STORE_TILE(1, tile(0, 16));
-      if (second_row) STORE_TILE(2, tile(16, 0));
-      if (second_row && second_column) STORE_TILE(3, tile(16, 16));
     }
+    const auto tile = [&](int64_t row, int64_t column) {
+      const int64_t at = (r + row) * columns + c + column;
+      return Tile{out + at, from == nullptr ? nullptr : from + at, keep, columns, rows - r - row, columns - c - column};
+    };
+    STORE_TILE(0, tile(0, 0));
+    if (second_column) STORE_TILE(1, tile(0, 16));
+    if (second_row) STORE_TILE(2, tile(16, 0));
+    if (second_row && second_column) STORE_TILE(3, tile(16, 16));
+  };
+  // Along the rows, so that memory is read and written in order.
+  for (int64_t r = 0; r < rows; r += 32) {
+    for (int64_t c = 0; c < (part == Part::lower_out ? r + 1 : columns); c += 32) block(r, c);
   }
 }
 
@@ -222,6 +225,6 @@ void begin() {}
 void end() {}
 void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int) {}
 void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) {}
-void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part) {}
+void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part, Ahead*) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

@@ -1,7 +1,8 @@
 // Float32 matrix products and transposes, a part of vector_kernels.inl. A block of `block_rows` rows and `block_vectors`
-// vectors of the result stays in registers while a runs past it element by element and b vector by vector. Nothing is
-// packed: b's rows are contiguous, and a may have any strides. A result depends on its own row and column only, not on
-// the block that it falls in: the sums run over k in order.
+// vectors of the result stays in registers while a runs past it element by element and b vector by vector. a may have
+// any strides. b's rows are contiguous; where they are long, its part for a column of blocks is copied first: lines at
+// the distance of such rows push one another out of the first cache. A result depends on its own row and column only,
+// not on the block that it falls in: the sums run over k in order.
 
 #if defined(__AVX512F__)
 constexpr int block_rows = 8, block_vectors = 2;
@@ -29,6 +30,14 @@ inline Depths depths_of(const Gemm& g, int64_t row, int64_t rows) {
 template <int rows>
 IN_LOOPS void gemm_block(float* out, int64_t out_row, const float* from, float keep, const float* a, int64_t a_row,
                          int64_t a_k, const float* b, int64_t b_row, int64_t depth) {
+  if (from != nullptr) {  // large, and seldom in a cache
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t x = 0; x < block_columns; x += 16) {
+        __builtin_prefetch(from + r * out_row + x);
+        __builtin_prefetch(out + r * out_row + x, 1);
+      }
+    }
+  }
   Vector sums[rows][block_vectors] = {};
   for (int64_t k = 0; k < depth; ++k, a += a_k, b += b_row) {
     Vector values[block_vectors];
@@ -51,26 +60,49 @@ IN_LOOPS void gemm_block(float* out, int64_t out_row, const float* from, float k
   }
 }
 
-// block_columns columns of the result, for which b, and out and from, have whole vectors.
-void gemm_columns(const Gemm& g, int64_t column) {
-  int64_t row = g.part == Part::lower_out ? column / block_rows * block_rows : 0;
-  const auto block = [&](auto rows_constant) {
-    constexpr int rows = decltype(rows_constant)::value;
-    const Depths k = depths_of(g, row, rows);
-    const int64_t at = row * g.out_row + column;
-    gemm_block<rows>(g.out + at, g.out_row, g.from == nullptr ? nullptr : g.from + at, g.keep,
-                     g.a + row * g.a_row + k.begin * g.a_k, g.a_row, g.a_k, g.b + k.begin * g.b_row + column, g.b_row,
-                     k.end - k.begin);
-    row += rows;
+// A block of the result, for which b, and out and from, have whole vectors.
+template <int rows>
+IN_LOOPS void gemm_at(const Gemm& g, int64_t row, int64_t column) {
+  const Depths k = depths_of(g, row, rows);
+  const int64_t at = row * g.out_row + column;
+  gemm_block<rows>(g.out + at, g.out_row, g.from == nullptr ? nullptr : g.from + at, g.keep,
+                   g.a + row * g.a_row + k.begin * g.a_k, g.a_row, g.a_k, g.b + k.begin * g.b_row + column, g.b_row,
+                   k.end - k.begin);
+}
+
+// Columns [begin, end), whole blocks. Down the columns, so that b's part of a block stays in the first cache; but along
+// the rows where they are read and written as well, so that memory is read in order.
+void gemm_columns(const Gemm& g, int64_t begin, int64_t end) {
+  Gemm part = g;
+  const auto down = [&](int64_t row, int64_t last, int64_t column) {
+    for (; row + block_rows <= last; row += block_rows) gemm_at<block_rows>(part, row, column);
+    for (; row + 2 <= last; row += 2) gemm_at<2>(part, row, column);
+    for (; row < last; ++row) gemm_at<1>(part, row, column);
   };
-  while (row + block_rows <= g.rows) block(Constant<block_rows>{});
-  while (row + 2 <= g.rows) block(Constant<2>{});
-  while (row < g.rows) block(Constant<1>{});
+  if (g.from != nullptr) {
+    for (int64_t row = 0; row < g.rows; row += block_rows) {
+      const int64_t last = row + block_rows < g.rows ? row + block_rows : g.rows;
+      for (int64_t column = begin; column < end; column += block_columns) down(row, last, column);
+    }
+  } else {
+    constexpr int64_t most = 16384;  // floats of a copy
+    alignas(64) float copy[most];
+    const bool copies = g.b_row >= 256 && g.rows >= 4 * block_rows && g.depth * block_columns <= most;
+    for (int64_t column = begin; column < end; column += block_columns) {
+      if (copies) {
+        for (int64_t k = 0; k < g.depth; ++k) {
+          std::memcpy(copy + k * block_columns, g.b + k * g.b_row + column, sizeof(float) * block_columns);
+        }
+        part.b = copy - column, part.b_row = block_columns;
+      }
+      down(g.part == Part::lower_out ? column / block_rows * block_rows : 0, g.rows, column);
+    }
+  }
 }
 
 void gemm(const Gemm& g) {
-  int64_t column = 0;
-  for (; column + block_columns <= g.columns; column += block_columns) gemm_columns(g, column);
+  const int64_t column = g.columns / block_columns * block_columns;
+  gemm_columns(g, 0, column);
   if (column == g.columns) return;
   // The last columns, by way of copies that are whole vectors wide.
   const int64_t rest = g.columns - column;
@@ -84,7 +116,7 @@ void gemm(const Gemm& g) {
   Gemm last = g;
   last.b_row = last.out_row = block_columns;
   last.b = b - column, last.out = out - column, last.from = g.from == nullptr ? nullptr : from - column;
-  gemm_columns(last, column);
+  gemm_columns(last, column, column + block_columns);
   copy(g.out + column, g.out_row, out, block_columns, g.rows);
 }
 

@@ -19,8 +19,7 @@
 namespace flash_xlstm::cpu {
 namespace {
 
-// Larger blocks of memory are new from the system at each call.
-constexpr int64_t kept_bytes = int64_t{24} << 20;
+constexpr int64_t kept_bytes = int64_t{64} << 20;
 
 class Backward {
  public:
@@ -30,7 +29,7 @@ class Backward {
         sums_(sums),
         range_(range),
         workers_(workers),
-        products_(plan.p.dtype),
+        products_(plan.p.dtype, workers == 1 ? &ahead_ : nullptr),
         states_(plan, products_, workers) {
     const MlstmProblem& p = plan.p;
     const int64_t length = plan.length, state = p.dqk * p.dv;
@@ -76,7 +75,10 @@ class Backward {
     std::vector<float> saved_c((segments - 1) * state);
     std::vector<double> saved_n((segments - 1) * p.dqk);
     const auto walk = [&](int64_t begin, int64_t end) {
-      for (int64_t x = begin; x < end; x += batch_) states_.walk(x, std::min(x + batch_, end), nullptr, nullptr);
+      for (int64_t x = begin; x < end; x += batch_) {
+        fetch_keys_and_values(std::min(x + batch_, end - 1));
+        states_.walk(x, std::min(x + batch_, end), nullptr, nullptr);
+      }
     };
     for (int64_t segment = 0; segment + 1 < segments; ++segment) {
       const int64_t begin = range_.begin + segment * segment_, end = begin + segment_;
@@ -91,8 +93,23 @@ class Backward {
         std::copy_n(&saved_n[(segment - 1) * p.dqk], p.dqk, states_.n(begin));
       }
       walk(begin, end);
-      for (int64_t last = end; last > begin; last -= batch_) walk_back(std::max(begin, last - batch_), last);
+      for (int64_t last = end; last > begin; last -= batch_) {
+        const int64_t first = std::max(begin, last - batch_);
+        if (first > begin) {
+          const Item& next = plan_.items[first - 1];
+          fetch_keys_and_values(first - 1);
+          plan_.fetch(ahead_, p.q, next, p.dqk);
+          if (params_.dh.data != nullptr) plan_.fetch(ahead_, params_.dh, next, p.dv);
+        }
+        walk_back(first, last);
+      }
     }
+  }
+
+  void fetch_keys_and_values(int64_t index) {
+    ahead_.clear();
+    plan_.fetch(ahead_, plan_.p.k, plan_.items[index], plan_.p.dqk);
+    plan_.fetch(ahead_, plan_.p.v, plan_.items[index], plan_.p.dv);
   }
 
   // The gradient of the state at an item's end; nullptr: zeros.
@@ -291,6 +308,7 @@ class Backward {
   GateSums& sums_;
   Range range_;
   int64_t workers_, batch_, segment_;
+  amx::Ahead ahead_;
   Products products_;
   States states_;
   Scratch scratch_;

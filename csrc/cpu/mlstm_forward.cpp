@@ -21,7 +21,7 @@ class Forward {
         params_(params),
         range_(range),
         workers_(workers),
-        products_(plan.p.dtype),
+        products_(plan.p.dtype, workers == 1 ? &ahead_ : nullptr),
         states_(plan, products_, workers) {
     const MlstmProblem& p = plan.p;
     const int64_t length = plan.length;
@@ -44,6 +44,13 @@ class Forward {
   void run() {
     for (int64_t begin = range_.begin; begin < range_.end; begin += batch_) {
       const int64_t end = std::min(begin + batch_, range_.end);
+      ahead_.clear();
+      if (end < range_.end) {
+        const Item& next = plan_.items[end];
+        plan_.fetch(ahead_, plan_.p.k, next, plan_.p.dqk);
+        plan_.fetch(ahead_, plan_.p.v, next, plan_.p.dv);
+        if (params_.h != nullptr) plan_.fetch(ahead_, plan_.p.q, next, plan_.p.dqk);
+      }
       states_.walk(begin, end, params_.c_last, params_.n_last);
       if (params_.h == nullptr) continue;
       products_.share(end - begin, workers_, [&](int64_t x, int64_t worker) { output(x, begin + x, worker); });
@@ -97,6 +104,7 @@ class Forward {
   const MlstmForward& params_;
   Range range_;
   int64_t workers_, batch_;
+  amx::Ahead ahead_;
   Products products_;
   States states_;
   Scratch scratch_;

@@ -10,7 +10,10 @@
 namespace flash_xlstm::cpu {
 namespace {
 
-constexpr int64_t default_chunk = 64, max_chunk = 256;
+constexpr int64_t max_chunk = 256;
+// The products with the state cost the same for every length, those within a chunk in proportion to it. A large state is
+// itself what takes time: it is read and written once a chunk.
+int64_t default_chunk(const MlstmProblem& p) { return p.dqk * p.dv >= int64_t{1} << 16 ? 128 : 64; }
 
 float load_gate(const Strided& gate, DType dtype, int64_t index) {
   if (dtype == DType::float32) return static_cast<const float*>(gate.data)[index];
@@ -41,7 +44,7 @@ Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get
   };
   int64_t longest = 1;
   for (int64_t s = 0; s < p.num_seqs; ++s) longest = std::max(longest, bounds(s).second - bounds(s).first);
-  length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk, max_chunk, longest});
+  length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk(p), max_chunk, longest});
   for (int64_t s = 0; s < p.num_seqs; ++s) {
     const auto [start, stop] = bounds(s);
     for (int64_t head = 0; head < p.heads; ++head) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 #include "params/mlstm.h"
@@ -62,6 +63,12 @@ struct Plan {
   void* output_rows(void* t, const Item& item, int64_t dim) const {
     const int64_t offset = ((item.row * p.seq + item.first) * p.heads + item.head) * dim;
     return static_cast<char*>(t) + offset * element_bytes(p.dtype);
+  }
+
+  // Prefetches an item's rows of such a tensor.
+  void fetch(amx::Ahead& ahead, const Strided& t, const Item& item, int64_t dim) const {
+    const int64_t bytes = element_bytes(p.dtype);
+    ahead.add(rows(t, item), t.seq * bytes, item.tokens, dim * bytes);
   }
 
   // Whole lanes, in a part of about equal size for each thread; or all in one, if the parts would be too unequal.

@@ -30,7 +30,9 @@ struct Right {
 
 class Products {
  public:
-  explicit Products(DType dtype) : tiles_(dtype == DType::bfloat16 && has_amx()) {}
+  // `ahead`: what tiles prefetch, for a single worker.
+  explicit Products(DType dtype, amx::Ahead* ahead = nullptr)
+      : tiles_(dtype == DType::bfloat16 && has_amx()), ahead_(ahead) {}
 
   // Floats of room that an operand needs.
   int64_t left_room(int64_t rows, int64_t depth) const { return tiles_ ? amx::packed_size(rows, depth, 2) / 2 : 0; }
@@ -72,7 +74,7 @@ class Products {
                int64_t depth, Part part = Part::all) const {
     if (tiles_) {
       amx::multiply(out, from, keep, static_cast<const uint16_t*>(a.data), a.parts,
-                    static_cast<const uint16_t*>(b.data), rows, columns, depth, part);
+                    static_cast<const uint16_t*>(b.data), rows, columns, depth, part, ahead_);
     } else {
       vector_kernels().gemm({.out = out,
                              .out_row = columns,
@@ -104,6 +106,7 @@ class Products {
 
  private:
   bool tiles_;
+  amx::Ahead* ahead_;
 };
 
 }  // namespace flash_xlstm::cpu
