@@ -108,10 +108,10 @@ void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transpose
   const auto put_at = [&](uint16_t* place) {
     return [=](__m512i(&block)[16], int64_t r, int64_t k) {
       if (transposed) transpose(block);
-      for (int x = 0; x < 16; ++x) _mm512_storeu_si512(place + (r + x) * stride + k, block[x]);
+      for (int x = 0; x < 16; ++x) _mm512_storeu_si512(place + r * stride + k * 16 + x * 32, block[x]);
     };
   };
-  const auto put = put_at(to), put_rest = put_at(to + part_depth);
+  const auto put = put_at(to), put_rest = put_at(to + part_depth * 16);
   if (transposed) {
     blocks_across<false>(from, from_row, depth, rows, put);
     if (parts == 2) blocks_across<true>(from, from_row, depth, rows, put_rest);
@@ -184,10 +184,10 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
     const int64_t begin = part == Part::upper_a ? r : 0;
     const int64_t end = part == Part::lower_a && r + 32 < part_depth ? r + 32 : part_depth;
     for (int p = 0; p < parts; ++p) {
-      const uint16_t *a0 = a + r * stride + p * part_depth, *a1 = a0 + 16 * stride;
+      const uint16_t *a0 = a + r * stride + p * part_depth * 16, *a1 = a0 + 16 * stride;
       const uint16_t *b0 = b + c * part_depth, *b1 = b0 + 16 * part_depth;
       for (int64_t k = begin; k < end; k += 32) {
-        _tile_loadd(4, a0 + k, stride * 2);
+        _tile_loadd(4, a0 + k * 16, 64);
         _tile_loadd(6, b0 + k * 16, 64);
         _tile_dpbf16ps(0, 4, 6);
         if (second_column) {
@@ -195,7 +195,7 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
           _tile_dpbf16ps(1, 4, 7);
         }
         if (second_row) {
-          _tile_loadd(5, a1 + k, stride * 2);
+          _tile_loadd(5, a1 + k * 16, 64);
           _tile_dpbf16ps(2, 5, 6);
           if (second_column) _tile_dpbf16ps(3, 5, 7);
         }

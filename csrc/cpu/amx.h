@@ -1,8 +1,9 @@
 // Products of bfloat16 matrices with float32 sums on AMX tiles (amx.cpp, x86 only). Operands are packed from float32,
 // which rounds them to bfloat16: exact for what came as bfloat16. Numbers below float32's normal range count as 0.
-// A left operand lies row by row, with its depth contiguous. A right operand lies in panels of 16 columns, in which
-// pairs of depths lie side by side, as the instruction reads them. Both are filled up with zeros to whole tiles. A left
-// operand of two parts holds behind each row what its rounding left, rounded: together 16 bits and more of each number.
+// Operands lie tile by tile, depth first, filled up with zeros to whole tiles. A left operand's tile holds 16 rows, 32
+// deep, row by row; a right operand's 16 columns, 32 deep, with pairs of depths side by side, as the instruction reads
+// them. A left operand of two parts holds behind the tiles of each 16 rows what their rounding left, rounded: together
+// 16 bits and more of each number.
 #pragma once
 
 #include <cstdint>

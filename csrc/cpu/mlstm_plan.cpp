@@ -5,15 +5,21 @@
 #include <limits>
 #include <utility>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace flash_xlstm::cpu {
 namespace {
 
 constexpr int64_t max_chunk = 256;
-// The products with the state cost the same for every length, those within a chunk in proportion to it. A large state is
-// itself what takes time: it is read and written once a chunk.
-int64_t default_chunk(const MlstmProblem& p) { return p.dqk * p.dv >= int64_t{1} << 16 ? 128 : 64; }
+// Products with the state cost the same for every length, products within a chunk in proportion to it. A large state
+// itself takes time: it is read and written once a chunk. Tiles make products cheap beside that.
+int64_t default_chunk(const MlstmProblem& p, int64_t longest) {
+  const bool large = p.dqk * p.dv >= int64_t{1} << 16;
+  const int64_t most = !large ? 64 : p.dtype == DType::bfloat16 && has_amx() ? 256 : 128;
+  // Chunks of about equal length, in multiples of 32 tokens.
+  return std::min(most, ceil_div(ceil_div(longest, ceil_div(longest, most)), int64_t{32}) * 32);
+}
 
 float load_gate(const Strided& gate, DType dtype, int64_t index) {
   if (dtype == DType::float32) return static_cast<const float*>(gate.data)[index];
@@ -44,7 +50,7 @@ Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get
   };
   int64_t longest = 1;
   for (int64_t s = 0; s < p.num_seqs; ++s) longest = std::max(longest, bounds(s).second - bounds(s).first);
-  length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk(p), max_chunk, longest});
+  length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk(p, longest), max_chunk, longest});
   for (int64_t s = 0; s < p.num_seqs; ++s) {
     const auto [start, stop] = bounds(s);
     for (int64_t head = 0; head < p.heads; ++head) {

@@ -79,7 +79,18 @@ def linear_cross_entropy() -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "run",
-    [mlstm, mlstm_whole_lanes, mlstm_bfloat16, mlstm_state, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows, linear_cross_entropy],
+    [
+        mlstm,
+        mlstm_whole_lanes,
+        mlstm_bfloat16,
+        mlstm_state,
+        mlstm_step,
+        slstm,
+        causal_conv1d,
+        pointwise,
+        linear_rows,
+        linear_cross_entropy,
+    ],
     ids=lambda run: run.__name__,
 )
 def test_threads_change_nothing(run):
