@@ -34,7 +34,7 @@ class Backward {
     const MlstmProblem& p = plan.p;
     const int64_t length = plan.length, state = p.dqk * p.dv;
     const int64_t count = range.end - range.begin;
-    batch_ = items_per_batch(count, workers);
+    batch_ = items_per_batch(count, workers, length * (2 * p.dqk + 3 * p.dv) + 3 * state);
     segment_ = std::clamp(kept_bytes * workers / plan.threads / static_cast<int64_t>(sizeof(float)) / state, batch_,
                           std::max(count, batch_));
     states_.reserve(scratch_, batch_, segment_ + 1);

@@ -25,7 +25,7 @@ class Forward {
         states_(plan, products_, workers) {
     const MlstmProblem& p = plan.p;
     const int64_t length = plan.length;
-    batch_ = items_per_batch(range.end - range.begin, workers);
+    batch_ = items_per_batch(range.end - range.begin, workers, length * (p.dqk + 2 * p.dv) + 2 * p.dqk * p.dv);
     states_.reserve(scratch_, batch_, batch_ + 1);
     scratch_.reserve(q_, length * p.dqk, workers);
     scratch_.reserve(qk_, length * length, workers);

@@ -5,8 +5,10 @@
 
 namespace flash_xlstm::cpu {
 
-int64_t items_per_batch(int64_t items, int64_t workers) {
-  return std::clamp<int64_t>(workers == 1 ? 1 : 4 * workers, 1, std::max<int64_t>(items, 1));
+int64_t items_per_batch(int64_t items, int64_t workers, int64_t floats) {
+  constexpr int64_t worker_floats = int64_t{2} << 20;
+  const int64_t each = workers == 1 ? 1 : std::clamp<int64_t>(worker_floats / floats, 2, 16);
+  return std::clamp<int64_t>(each * workers, 1, std::max<int64_t>(items, 1));
 }
 
 void pass_on(float* to, const float* from, int64_t lane, int64_t size) {

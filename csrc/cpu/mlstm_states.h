@@ -17,8 +17,8 @@ namespace flash_xlstm::cpu {
 constexpr int64_t state_block = 2048;
 
 // Items of a batch: one for a single worker, whose caches then hold all of it, and some for each of several workers, so
-// that they seldom wait for one another.
-int64_t items_per_batch(int64_t items, int64_t workers);
+// that they seldom wait for one another. `floats`: the scratch memory of an item.
+int64_t items_per_batch(int64_t items, int64_t workers, int64_t floats);
 
 // An empty sequence passes its state, and the state's gradient, through. from == nullptr: zeros. to == nullptr: not
 // wanted.
