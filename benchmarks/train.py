@@ -71,6 +71,7 @@ CASES = {
     "compiled_fused": Case(weight_mode="fused", compiled=True),
     "7b_compiled": Case("7b_8_blocks", compiled=True),
     "7b_float8": Case("7b_8_blocks", compiled=True, float8="rowwise"),
+    "7b_float8_fused": Case("7b_8_blocks", "fused", compiled=True, float8="rowwise"),
     "7b_float8_tensorwise": Case("7b_8_blocks", compiled=True, float8="tensorwise"),
     "7b_float8_gw_hp": Case("7b_8_blocks", compiled=True, float8="rowwise_with_gw_hp"),
     "xlstm_large": Case(model="xlstm_large"),
@@ -88,7 +89,7 @@ CLASSES = {
     "products": r"nvjet|gemm|gemv|cutlass|splitk|xmma|scaled_mm|sm90_|addmm|aten::mm",
     "copies": r"^(?!triton).*(catarray|memcpy|memset|copy|fill|functor(onself|onother)?_add)|^triton_poi_fused_cat"
     r"|^aten::(cat|add_?)$",
-    "pointwise": r"norm|swiglu|sum_rows|triton_|silu|sigmoid|mul",
+    "pointwise": r"norm|float8_|swiglu|sum_rows|triton_|silu|sigmoid|mul",
 }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -44,3 +46,27 @@ def fuzz(request):
         )
 
     return settings
+
+
+@pytest.fixture
+def page_pool():
+    """``page_pool(device, slots, heads, dqk, dv, c_dtype)``: a pool (c, n, m), and the bytes that it is cut out of.
+
+    All of it is NaN. A slot is a page of c, n and m in turn, as in a serving engine's cache. Pages are padded
+    to multiples of `multiple` bytes. With 4 most slots of c begin at no multiple of 16 bytes.
+    """
+
+    def make(device, slots, heads, dqk, dv, c_dtype=torch.float32, multiple=256):
+        shapes = ((heads, dqk, dv), c_dtype), ((heads, dqk), torch.float32), ((heads,), torch.float32)
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
+        page = -(-sum(-(-size // 4) * 4 for size in sizes) // multiple) * multiple
+        memory = torch.full((slots * page,), 255, dtype=torch.uint8, device=device)
+        parts, first = [], 0
+        for (shape, dtype), size in zip(shapes, sizes, strict=True):
+            typed, strides = memory.view(dtype), torch.empty(shape, device="meta").stride()
+            stride, offset = page // dtype.itemsize, first // dtype.itemsize
+            parts.append(typed.as_strided((slots, *shape), (stride, *strides), offset))
+            first += -(-size // 4) * 4
+        return tuple(parts), memory
+
+    return make

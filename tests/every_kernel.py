@@ -14,7 +14,8 @@ import torch
 from flash_xlstm import ops
 
 BF16 = torch.bfloat16
-# batch, seq, heads, dqk, dv, dtype, offsets: the Hopper kernels' column tiles, tails, packing and segments; portable.
+# batch, seq, heads, dqk, dv, dtype, offsets: the Hopper kernels' column tiles, tails, packing and segments;
+# the fused forward; portable.
 PROBLEMS = [
     (1, 200, 1, 64, 64, BF16, None),
     (1, 150, 1, 128, 128, BF16, None),
@@ -24,6 +25,9 @@ PROBLEMS = [
     (1, 150, 1, 192, 320, BF16, None),
     (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
     (1, 200, 2, 40, 24, BF16, [0, 0, 60, 200]),
+    (7, 130, 4, 256, 512, BF16, None),
+    (14, 70, 4, 256, 512, BF16, None),
+    (1, 150, 28, 256, 512, BF16, [0, 0, 60, 150]),
     (1, 3200, 1, 64, 64, BF16, None),
     (1, 3200, 1, 128, 256, BF16, None),
     (1, 9000, 1, 64, 64, BF16, None),
@@ -37,6 +41,7 @@ PROBLEMS = [
 VARIED = [
     (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
     (1, 300, 1, 256, 128, BF16, None),
+    (7, 100, 4, 256, 512, BF16, None),
     (1, 100, 1, 65, 130, torch.float32, [0, 30, 100]),
     (1, 100, 1, 33, 16, torch.float16, None),
 ]
@@ -95,7 +100,25 @@ def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_ca
     if normalize is None:
         outputs = ops.mlstm_state(k, v, i, f, gate_soft_cap=gate_soft_cap, cu_seqlens=cu_seqlens)
         torch.autograd.grad(outputs, (k, v, i, f), [torch.randn_like(t) for t in outputs])
+        for c_dtype in (torch.float32, BF16):
+            prefill(q, k, v, i, f, state, cu_seqlens, c_dtype, gate_soft_cap)
     torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def prefill(q, k, v, i, f, state, cu_seqlens, c_dtype, gate_soft_cap):
+    """From slots and into them, the last sequence from zero. Then once more, with the last two left out."""
+    states = state[0].shape[0]
+    c, n, m = (torch.cat([t, t[:1]]) for t in state)
+    pool = c.to(c_dtype), n, m
+    slots = torch.arange(states, 0, -1, dtype=torch.int32, device="cuda")
+    fresh = torch.zeros(states, dtype=torch.bool, device="cuda")
+    fresh[-1] = True
+    for _ in range(2):
+        ops.mlstm_prefill(
+            q, k, v, i, f, pool, state_indices=slots, cu_seqlens=cu_seqlens, fresh=fresh, gate_soft_cap=gate_soft_cap
+        )
+        slots[-2:] = torch.tensor([-1, states + 1], device="cuda")[-states:]
 
 
 def run_slstm(batch, seq, heads, dim, dtype, offsets):
@@ -222,10 +245,12 @@ def step(batch, dqk, dv, dtype, state_dtype):
     new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
     state = tuple(torch.zeros(batch, 2, *shape, device="cuda") for shape in ((dqk, dv), (dqk,), ()))
     state = (state[0].to(state_dtype), *state[1:])
+    apart = tuple(torch.cat([t, t], 1)[:, :2] for t in state)  # slots a stride apart
     slots = torch.arange(batch, dtype=torch.int32, device="cuda")
     slots[0] = -1
     q, k, v = new(batch, 2, dqk), new(batch, 2, dqk), new(batch, 2, dv)
-    ops.mlstm_step(q, k, v, new(batch, 2), new(batch, 2), state, state_indices=slots, gate_soft_cap=15.0)
+    for each in (state, apart):
+        ops.mlstm_step(q, k, v, new(batch, 2), new(batch, 2), each, state_indices=slots, gate_soft_cap=15.0)
     torch.cuda.synchronize()
 
 

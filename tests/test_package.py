@@ -40,7 +40,7 @@ def test_build_info():
 def test_every_operator_has_cpu_and_cuda_kernels_and_a_fake():
     # A CPU-only build has the CUDA entry too, which raises that there are no kernels.
     families = ("mlstm", "mlstm_sig", "soft_cap")
-    for name in (*families, *(f"{family}_backward" for family in families), "mlstm_step"):
+    for name in (*families, *(f"{family}_backward" for family in families), "mlstm_step", "mlstm_prefill"):
         for key in ("CPU", "CUDA", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_xlstm::{name}", key), (name, key)
 

@@ -2,8 +2,11 @@
 // Inputs are converted to float32 once. The normalizer's sums are float64. Threads share lanes, or else a batch's
 // chunks and the parts of the state; no sum depends on how.
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "cpu/mlstm_plan.h"
+#include "cpu/mlstm_pool.h"
 #include "cpu/mlstm_states.h"
 #include "cpu/parallel.h"
 #include "cpu/products.h"
@@ -112,12 +115,36 @@ class Forward {
   Arrays<double> gate_weights_;
 };
 
+// What a forward leaves to do with a pool: the final m, states of sequences that are fresh and empty, and h of those
+// left out.
+void finish_pool(const Plan& plan, void* h) {
+  const MlstmProblem& p = plan.p;
+  const int64_t token_bytes = p.heads * p.dv * element_bytes(p.dtype);
+  const std::vector<float> zeros(p.dqk * p.dv, 0.0f);
+  for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
+    const int64_t seq = lane / p.heads;
+    if (plan.leaves_out(seq)) {
+      const auto [start, stop] = plan.bounds[seq];
+      const int64_t row = p.cu_seqlens == nullptr ? seq : 0;
+      std::memset(static_cast<char*>(h) + (row * p.seq + start) * token_bytes, 0, (stop - start) * token_bytes);
+      lane += p.heads - 1;
+      continue;
+    }
+    const LaneSlot slot = slot_of(p, lane);
+    p.pool.m[slot.m] = plan.m_last[lane];
+    if (!slot.is_fresh || plan.lane_begin[lane] < plan.lane_begin[lane + 1]) continue;
+    write_pool(p, lane, zeros.data());
+    std::fill_n(p.pool.n + slot.n, p.dqk, 0.0f);
+  }
+}
+
 }  // namespace
 
 void mlstm_forward(const MlstmForward& params) {
   const Plan plan(params.p);
   const MlstmProblem& p = plan.p;
   share_parts(plan, [&](Range range, int64_t workers) { Forward(plan, params, range, workers).run(); });
+  if (is_pooled(p)) return finish_pool(plan, params.h);
   if (params.c_last == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
     if (params.m_last != nullptr) params.m_last[lane] = plan.m_last[lane];

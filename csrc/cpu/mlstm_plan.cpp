@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <utility>
 
 #include "cpu/isa.h"
+#include "cpu/mlstm_pool.h"
 #include "cpu/parallel.h"
 
 namespace flash_xlstm::cpu {
@@ -44,18 +44,18 @@ double cap_gate_slope(double x, double cap) {
 
 Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get_num_threads()) {
   if (!p.normalize) p.eps = 0.0f;  // d = max(|s|, exp(-m)) + eps is then 1, with s and m of 0
-  const auto bounds = [&](int64_t s) {
-    return p.cu_seqlens == nullptr ? std::pair<int64_t, int64_t>{0, p.seq}
-                                   : std::pair<int64_t, int64_t>{p.cu_seqlens[s], p.cu_seqlens[s + 1]};
-  };
   int64_t longest = 1;
-  for (int64_t s = 0; s < p.num_seqs; ++s) longest = std::max(longest, bounds(s).second - bounds(s).first);
+  for (int64_t s = 0; s < p.num_seqs; ++s) {
+    bounds.push_back(p.cu_seqlens == nullptr ? Range{0, p.seq} : Range{p.cu_seqlens[s], p.cu_seqlens[s + 1]});
+    longest = std::max(longest, bounds[s].end - bounds[s].begin);
+  }
   length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk(p, longest), max_chunk, longest});
   for (int64_t s = 0; s < p.num_seqs; ++s) {
-    const auto [start, stop] = bounds(s);
+    const auto [start, stop] = bounds[s];
+    const bool out = leaves_out(s);
     for (int64_t head = 0; head < p.heads; ++head) {
       lane_begin.push_back(static_cast<int64_t>(items.size()));
-      for (int64_t first = start; first < stop; first += length) {
+      for (int64_t first = start; first < stop && !out; first += length) {
         items.push_back({.lane = s * p.heads + head,
                          .seq = s,
                          .head = head,
@@ -104,7 +104,7 @@ void Plan::scan_gates() {
     low = std::isinf(high) ? 0.0f : static_cast<float>(x - high);
   };
   parallel(lanes(), [&](int64_t lane) {
-    double stabilizer = p.m0 == nullptr ? p.first_m : p.m0[lane], decay = 0.0;
+    double stabilizer = initial_m(p, lane), decay = 0.0;
     for (int64_t x = lane_begin[lane]; x < lane_begin[lane + 1]; ++x) {
       const Item& item = items[x];
       m_start[x] = static_cast<float>(stabilizer);

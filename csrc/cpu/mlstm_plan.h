@@ -27,6 +27,7 @@ struct Range {
 struct Plan {
   MlstmProblem p;
   int64_t length, threads;
+  std::vector<Range> bounds;  // of each sequence: its first token within its row, and the end
   std::vector<Item> items;
   std::vector<int64_t> lane_begin;  // first item of each lane, and the end
   std::vector<float> row_high, row_low, column_high, column_low, m;  // [items][length], as in ChunkGates
@@ -36,6 +37,9 @@ struct Plan {
   std::vector<char> reset;               // [items][length]: m took the input gate's branch
 
   explicit Plan(const MlstmProblem& problem);
+
+  // Whether the sequence has no slot of the pool: it has no items then.
+  bool leaves_out(int64_t seq) const { return p.pool.indices != nullptr && p.pool.indices[seq] < 0; }
 
   int64_t lanes() const { return p.num_seqs * p.heads; }
   bool stabilized() const { return p.input_gate == InputGate::exponential; }

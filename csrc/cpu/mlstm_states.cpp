@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/mlstm_pool.h"
+
 namespace flash_xlstm::cpu {
 
 int64_t items_per_batch(int64_t items, int64_t workers, int64_t floats) {
@@ -35,6 +37,7 @@ void States::reserve(Scratch& scratch, int64_t batch, int64_t slots) {
   scratch.reserve(update, p.dqk * p.dv, batch);
   scratch.reserve(n_update_, p.dqk, batch);
   scratch.reserve(c_slots_, p.dqk * p.dv, slots);
+  if (is_pooled(p)) scratch.reserve(c_final_, p.dqk * p.dv, batch);
   scratch.reserve(n_slots_, p.dqk, slots);
   scratch.reserve(weight_, length, workers_);
   scratch.reserve(weighted_k_, length * p.dqk, workers_);
@@ -47,8 +50,9 @@ void States::reserve(Scratch& scratch, int64_t batch, int64_t slots) {
 
 const float* States::c(int64_t index) const {
   const Item& item = plan_.items[index];
-  if (!item.lane_begin) return c_slot(index);
-  return plan_.p.c0 == nullptr ? nullptr : plan_.p.c0 + item.lane * plan_.p.dqk * plan_.p.dv;
+  if (item.lane_begin && begins_with_zeros(plan_.p, item.lane)) return nullptr;
+  if (!item.lane_begin || is_pooled(plan_.p)) return c_slot(index);
+  return plan_.p.c0 + item.lane * plan_.p.dqk * plan_.p.dv;
 }
 
 void States::pack(int64_t x, int64_t index) {
@@ -93,9 +97,12 @@ void States::walk(int64_t begin, int64_t end, float* c_last, float* n_last) {
   const auto c_next = [&](int64_t x) {
     const Item& item = plan_.items[begin + x];
     if (!item.lane_end) return c_slot(begin + x + 1);
+    if (is_pooled(p)) return c_final_[x];
     return c_last == nullptr ? nullptr : c_last + item.lane * state;
   };
   products_.share(count, workers_, [&](int64_t x, int64_t worker) {
+    const Item& item = plan_.items[begin + x];
+    if (item.lane_begin && is_pooled(p) && c(begin + x) != nullptr) read_pool(c_slot(begin + x), p, item.lane);
     pack(x, begin + x);
     if (c_next(x) != nullptr) add_chunk(x, begin + x, worker, c_next(x));
   });
@@ -111,16 +118,18 @@ void States::walk(int64_t begin, int64_t end, float* c_last, float* n_last) {
   });
   for (int64_t x = 0; x < count; ++x) {
     const Item& item = plan_.items[begin + x];
+    if (item.lane_end && is_pooled(p)) write_pool(p, item.lane, c_final_[x]);
     double* const n_start = n(begin + x);
     if (item.lane_begin) {
-      for (int64_t r = 0; r < p.dqk; ++r) n_start[r] = p.n0 == nullptr ? 0.0 : p.n0[item.lane * p.dqk + r];
+      const float* const from = initial_n(p, item.lane);
+      for (int64_t r = 0; r < p.dqk; ++r) n_start[r] = from == nullptr ? 0.0 : from[r];
     }
     if (c_next(x) == nullptr) continue;
     const auto n_end = [&](int64_t r) { return plan_.keep[begin + x] * n_start[r] + n_update_[x][r]; };
     if (!item.lane_end) {
       for (int64_t r = 0; r < p.dqk; ++r) n(begin + x + 1)[r] = n_end(r);
-    } else if (n_last != nullptr) {
-      for (int64_t r = 0; r < p.dqk; ++r) n_last[item.lane * p.dqk + r] = static_cast<float>(n_end(r));
+    } else if (float* const to = final_n(n_last, p, item.lane)) {
+      for (int64_t r = 0; r < p.dqk; ++r) to[r] = static_cast<float>(n_end(r));
     }
   }
 }

@@ -33,7 +33,7 @@ class States {
   void reserve(Scratch& scratch, int64_t batch, int64_t slots);
 
   // Packs items [begin, end), a batch, and makes the states at the starts of [begin + 1, end + 1) from that at the start
-  // of `begin`. Final states are written where not null, (lanes, dqk, dv) and (lanes, dqk).
+  // of `begin`. Final states are written where not null, (lanes, dqk, dv) and (lanes, dqk), or to the pool.
   void walk(int64_t begin, int64_t end, float* c_last, float* n_last);
   // k and v of an item as the batch's item x.
   void pack(int64_t x, int64_t item);
@@ -55,7 +55,7 @@ class States {
   const Plan& plan_;
   const Products& products_;
   int64_t workers_, slots_ = 0;
-  Arrays<float> c_slots_, v_room_, v_clean_, weight_, weighted_k_, k_room_;
+  Arrays<float> c_slots_, c_final_, v_room_, v_clean_, weight_, weighted_k_, k_room_;
   Arrays<double> n_slots_, n_update_, gate_weights_;
 };
 

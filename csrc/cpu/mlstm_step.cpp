@@ -18,7 +18,7 @@ void mlstm_step(const MlstmStep& p) {
     std::vector<float> scratch(2 * (p.dqk + p.dv));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / p.heads, head = item % p.heads;
-      const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
+      const int64_t slot = p.state.indices == nullptr ? row : p.state.indices[row];
       if (slot < 0) {
         std::memset(static_cast<char*>(p.h) + item * h_bytes, 0, h_bytes);
       } else {

@@ -187,7 +187,7 @@ void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin
         load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
         load_row<Type>(dy, b.dy, offset, p.dim);
         const float inverse = normalize(x, p.dim, p.eps, p.dtype);
-        Bits* dgate = static_cast<Bits*>(b.dgate) + (b.dgate_as_gate ? token * p.gate_stride + column : offset);
+        Bits* dgate = static_cast<Bits*>(b.dgate) + token * b.dgate_stride + column;
         for (int64_t c = 0; c < p.dim; ++c) {
           const float open = 1.0f / (1.0f + exponential(-gate[c])), shut = 1.0f / (1.0f + exponential(gate[c]));
           dgate[c] = Type::store(dy[c] * x[c] * weight[c] * open * shut);

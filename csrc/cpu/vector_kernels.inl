@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/vector_kernels.h"
+#include "params/float8.h"
 #include "params/loss.h"
 #include "params/pointwise.h"
 
@@ -545,17 +546,18 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
   };
   const float i = capped(gate(p.i)), f = capped(gate(p.f));
   const float log_forget = f >= 0.0f ? -__builtin_log1pf(__builtin_expf(-f)) : f - __builtin_log1pf(__builtin_expf(f));
-  float& m_slot = p.m[slot * p.heads + head];
+  float& m_slot = p.state.m[slot * p.state.m_stride + head];
   const float carried = log_forget + m_slot, m = carried >= i ? carried : i;
   const float keep = exponential(carried - m), take = exponential(i - m);
   if (take == 0.0f) std::memset(v, 0, sizeof(float) * p.dv);
-  float* n = p.n + (slot * p.heads + head) * p.dqk;
-  const int64_t offset = (slot * p.heads + head) * p.dqk * p.dv;
-  const float s = p.scale * (p.state_dtype == DType::float32
-                                 ? step_state<Float32>(static_cast<float*>(p.c) + offset, n, q, k, v, h, keep, take,
-                                                       p.dqk, p.dv)
-                                 : step_state<BFloat16>(static_cast<uint16_t*>(p.c) + offset, n, q, k, v, h, keep, take,
-                                                        p.dqk, p.dv));
+  float* n = p.state.n + slot * p.state.n_stride + head * p.dqk;
+  const int64_t offset = slot * p.state.c_stride + head * p.dqk * p.dv;
+  const auto step_c = [&](auto type) {
+    using Type = decltype(type);
+    auto* c = static_cast<typename Type::Bits*>(p.state.c) + offset;
+    return step_state<Type>(c, n, q, k, v, h, keep, take, p.dqk, p.dv);
+  };
+  const float s = p.scale * (p.state.c_dtype == DType::float32 ? step_c(Float32{}) : step_c(BFloat16{}));
   m_slot = m;
   const float floor = exponential(-m), size = absolute(s);
   const float factor = s != s ? s : p.scale / ((size >= floor ? size : floor) + p.eps);
@@ -604,6 +606,9 @@ const VectorKernels vector_kernels = {
 };
 
 #include "cpu/pointwise.inl"
+
+// These use functions of the one above.
 #include "cpu/cross_entropy.inl"
+#include "cpu/float8_cast.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

@@ -6,6 +6,7 @@
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
 #include "ops/mlstm.h"
+#include "ops/mlstm_step.h"
 #include "params/mlstm.h"
 
 namespace flash_xlstm {
@@ -22,6 +23,8 @@ struct Options {
   bool normalize = true;
   const char* first = "q";  // the argument that stands for q: k where there is none
   float first_m = 0.0f;
+  OptTensor state_indices = std::nullopt;  // c, n and m are then a pool, which is updated in place
+  OptTensor fresh = std::nullopt;
 
   // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
@@ -61,8 +64,22 @@ void check_state(const char* name, const Tensor& t, const Tensor& q, Sizes sizes
   check_dtype(name, t, ScalarType::Float);
 }
 
+void check_pool(MlstmProblem& p, const Tensor& q, const Options& options) {
+  const char* const rows = options.cu_seqlens ? "num_seqs" : "batch";
+  p.pool = check_slots({p.num_seqs, p.heads, p.dqk, p.dv, rows}, q, *options.c, *options.n, *options.m,
+                       options.state_indices);
+  if (!options.fresh) return;
+  const Tensor& fresh = *options.fresh;
+  check_shape("fresh", fresh, {p.num_seqs}, options.cu_seqlens ? "(num_seqs,)" : "(batch,)");
+  check_dtype("fresh", fresh, ScalarType::Bool);
+  check_device("fresh", fresh, q);
+  if (p.num_seqs > 1 && fresh.stride(0) != 1) value_error("fresh must be contiguous");
+  p.fresh = static_cast<const bool*>(fresh.data_ptr());
+}
+
 void check_initial_state(CheckedProblem& checked, const Tensor& q, const Options& options) {
   MlstmProblem& p = checked.p;
+  if (options.state_indices) return check_pool(p, q, options);
   const auto& [c, n, m] = std::tie(options.c, options.n, options.m);
   if (n && !options.has_n()) value_error("initial_state n is a tensor; with normalize=False it must be None");
   if ((options.has_n() && c.has_value() != n.has_value()) || (options.has_m() && c.has_value() != m.has_value())) {
@@ -150,10 +167,11 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 float* float_data(const Tensor& t, bool wanted = true) { return wanted ? static_cast<float*>(t.data_ptr()) : nullptr; }
 float* float_data(const OptTensor& t) { return t ? float_data(*t) : nullptr; }
 
-// Whether the kernels can write gradients of q, k and v that are not contiguous.
-bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params) {
+// Whether the kernels can write a gradient to `to`, which is not contiguous.
+bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmBackward& params,
+                  [[maybe_unused]] const Tensor& to) {
 #ifdef FLASH_XLSTM_WITH_CUDA
-  if (!q.is_cuda()) return false;
+  if (!q.is_cuda() || to.stride(1) * element_bytes(params.p.dtype) % 16 != 0) return false;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   return cuda::mlstm_writes_apart(params);
 #else
@@ -264,16 +282,19 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
 
   const auto gradient = [&](const Tensor& to, const Tensor& of, bool wanted = true) {
     if (!wanted) return new_empty(q, {0}, q.scalar_type());
-    if (into != nullptr && writes_apart(q, params)) return to;
+    if (into != nullptr && writes_apart(q, params, to)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
-  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only), dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
+  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only);
+  Tensor dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
   Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
-  const auto of_gates = [&] {
+  const auto of_gates = [&](const OptTensor& to) {
+    if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params, *to)) return *to;
     return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
                            : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
   };
-  Tensor di = of_gates(), df = of_gates();
+  Tensor di = of_gates(into == nullptr ? std::nullopt : into->di);
+  Tensor df = of_gates(into == nullptr ? std::nullopt : into->df);
   const bool has_c = options.c.has_value(), has_n = has_c && options.has_n(), has_m = has_c && options.has_m();
   Tensor dc = new_empty(q, {has_c ? p.num_seqs : 0, p.heads, p.dqk, p.dv}, ScalarType::Float);
   Tensor dn = new_empty(q, {has_n ? p.num_seqs : 0, p.heads, p.dqk}, ScalarType::Float);
@@ -281,7 +302,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   if (all_but_initial) {
     params.dk = dk.data_ptr(), params.dv = dv.data_ptr();
     params.dk_token = dk.stride(1), params.dv_token = dv.stride(1);
-    params.di = di.data_ptr(), params.df = df.data_ptr();
+    params.di = di.data_ptr(), params.df = df.data_ptr(), params.gate_token = di.stride(1);
   } else {
     params.open_e = float_data(di), params.is_open = float_data(df);
   }
@@ -296,11 +317,12 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
       if (copies.dh) copy_input(checked, params.dh, *dh);
     });
   }
-  if (into != nullptr && dq.data_ptr() != into->dq.data_ptr()) {
+  if (into != nullptr) {
     const auto copy = [&](Tensor to, const Tensor& from) {
-      torch::stable::copy_(to, torch::stable::view(from, sizes_of(to)));
+      if (to.data_ptr() != from.data_ptr()) torch::stable::copy_(to, torch::stable::view(from, sizes_of(to)));
     };
     copy(into->dq, dq), copy(into->dk, dk), copy(into->dv, dv);
+    if (into->di) copy(*into->di, di), copy(*into->df, df);
   }
   return {dq, dk, dv, di, df, dc, dn, dm};
 }
@@ -362,6 +384,22 @@ Tensor mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, Op
   return *forward("mlstm_h", q, k, v, i, f, options, Wanted::h).h;
 }
 
+Tensor mlstm_prefill(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                     Tensor state_indices, OptTensor cu_seqlens, OptTensor fresh, std::optional<double> scale,
+                     double eps, std::optional<double> gate_soft_cap) {
+  const Options options{.c = c,
+                        .n = n,
+                        .m = m,
+                        .cu_seqlens = cu_seqlens,
+                        .scale = scale,
+                        .eps = eps,
+                        .gate_soft_cap = gate_soft_cap,
+                        .chunk_size = 0,
+                        .state_indices = state_indices,
+                        .fresh = fresh};
+  return *forward("mlstm_prefill", q, k, v, i, f, options, Wanted::h).h;
+}
+
 Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q, Tensor k,
                           Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
                           OptTensor h, Tensor kept, std::optional<double> scale, double eps,
@@ -405,10 +443,9 @@ Tensors<4> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_las
                                   Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
                                   Tensor kept, std::optional<double> scale, double eps,
                                   std::optional<double> gate_soft_cap, int64_t chunk_size) {
-  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
-      backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
-               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
-               Of::initial_state_alone);
+  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] = backward(
+      "mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
+      {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::initial_state_alone);
   return {dc, dn, open_e, is_open};
 }
 
@@ -488,6 +525,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def(
       "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size) -> Tensor");
+  // Inference alone: states are read from the slots of a pool, and written there.
+  lib.def(
+      "mlstm_prefill(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor(a!) c, Tensor(b!) n, Tensor(c!) m, "
+      "Tensor state_indices, Tensor? cu_seqlens, Tensor? fresh, float? scale, float eps, float? gate_soft_cap) "
+      "-> Tensor");
   lib.def(
       "mlstm_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
@@ -522,6 +564,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm", TORCH_BOX(&mlstm));
   lib.impl("mlstm_forward", TORCH_BOX(&mlstm_forward));
   lib.impl("mlstm_h", TORCH_BOX(&mlstm_h));
+  lib.impl("mlstm_prefill", TORCH_BOX(&mlstm_prefill));
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
   lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
   lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
@@ -531,6 +574,7 @@ IMPLEMENT_OPS(lib) {
 }
 
 static const DescribedOp described_mlstm("mlstm", CUDA_ONLY(cuda::mlstm_words));
+static const DescribedOp described_mlstm_prefill("mlstm_prefill", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_state("mlstm_state", CUDA_ONLY(cuda::mlstm_words));
 static const DescribedOp described_mlstm_sig("mlstm_sig", CUDA_ONLY(cuda::mlstm_words));
 

@@ -8,13 +8,14 @@
 
 namespace flash_xlstm {
 
-// Where the gradients of q, k and v are written. Each is (batch, seq, heads * dim) with one stride between tokens, as a
-// part of a wider tensor has.
+// Where gradients are written. Those of q, k and v are (batch, seq, heads * dim), those of the gates (batch, seq,
+// heads), if wanted there. Each has one stride between tokens, as a part of a wider tensor has. All have q's dtype.
 struct MlstmInto {
   Tensor dq, dk, dv;
+  OptTensor di, df;
 };
 
-// As the operators mlstm_forward and mlstm_backward. The backward has no states. It writes dq, dk and dv to `into`.
+// As the operators mlstm_forward and mlstm_backward. The backward has no states. It writes to `into`.
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
                          std::optional<double> gate_soft_cap, int64_t chunk_size);

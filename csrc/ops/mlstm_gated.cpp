@@ -51,23 +51,26 @@ Tensors<3> mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu
 }
 
 // The gradients of q, k, v and the output gate are written side by side into dz, as the projection's gradient reads
-// them.
+// them. With gates_beside those of i and f come next in each row, as one product with the gates' weights behind the
+// projection's reads them; di and df are then empty.
 Tensors<4> mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu_seqlens, Tensor h,
                                 Tensor kept, int64_t heads, int64_t qk_dim, std::optional<double> scale, double eps,
                                 std::optional<double> gate_soft_cap, int64_t chunk_size, double norm_eps,
-                                bool weight_gradient) {
+                                bool weight_gradient, bool gates_beside) {
   z = torch::stable::contiguous(z);  // dz has its layout
   const Parts parts = parts_of(z, heads, qk_dim);
   check_shape("h", h, sizes_of(parts.v), "(batch, seq, heads, dv)");
   check_dtype("h", h, z.scalar_type(), ", as z");
   check_device("h", h, z, "z");
-  Tensor dz = new_empty(z, sizes_of(z), z.scalar_type());
-  const int64_t keys = parts.keys, values = parts.values;
-  const MlstmInto into{.dq = part(dz, 0, keys), .dk = part(dz, keys, keys), .dv = part(dz, 2 * keys, values)};
+  const int64_t keys = parts.keys, values = parts.values, width = z.size(2);
+  Tensor dz = new_empty(z, {z.size(0), z.size(1), width + (gates_beside ? 2 * heads : 0)}, z.scalar_type());
+  MlstmInto into{.dq = part(dz, 0, keys), .dk = part(dz, keys, keys), .dv = part(dz, 2 * keys, values)};
+  if (gates_beside) into.di = part(dz, width, heads), into.df = part(dz, width + heads, heads);
   auto [dh, dgate, dweight] = gated_head_norm_backward(dy, h, parts.gate, weight, norm_eps, weight_gradient,
                                                        part(dz, 2 * keys + values, values));
   auto [dq, dk, dv, di, df, dc, dn, dm] = mlstm_backward_into(into, dh, parts.q, parts.k, parts.v, i, f, cu_seqlens, h,
                                                               kept, scale, eps, gate_soft_cap, chunk_size);
+  if (gates_beside) di = new_empty(i, {0}, i.scalar_type()), df = new_empty(i, {0}, i.scalar_type());
   return {dz, di, df, dweight};
 }
 
@@ -82,7 +85,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
   lib.def(
       "mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, Tensor h, "
       "Tensor kept, int heads, int qk_dim, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
-      "float norm_eps, bool weight_gradient) -> (Tensor dz, Tensor di, Tensor df, Tensor dweight)");
+      "float norm_eps, bool weight_gradient, bool gates_beside) -> (Tensor dz, Tensor di, Tensor df, Tensor dweight)");
 }
 
 IMPLEMENT_OPS(lib) {

@@ -33,36 +33,67 @@ void check_indices(const Tensor& indices, int64_t num_slots) {
   }
 }
 
+// The stride between slots of these sizes. Each slot must be contiguous, and lie apart from the others.
+template <typename... Size>
+int64_t check_slot_stride(const char* name, const Tensor& t, Size... of_slot) {
+  // Unsigned: where there are no elements, the product may wrap.
+  if (t.is_contiguous()) return static_cast<int64_t>((uint64_t{1} * ... * static_cast<uint64_t>(of_slot)));
+  const Sizes sizes = t.sizes(), strides = t.strides();
+  int64_t inner = 1;
+  for (size_t d = sizes.size() - 1; d > 0; --d) {
+    if (sizes[d] > 1 && strides[d] != inner) {
+      value_error(name, " must be contiguous within a slot: it is updated in place");
+    }
+    inner *= sizes[d];
+  }
+  if (sizes[0] == 1) return inner;
+  if (strides[0] < inner) {
+    value_error(name, " has stride ", strides[0], " between slots; it must be at least ", inner,
+                ": a slot is updated in place");
+  }
+  return strides[0];
+}
+
 }  // namespace
 
-void set_step_state(MlstmStep& p, const Tensor& like, const Tensor& c, const Tensor& n, const Tensor& m,
-                    const OptTensor& state_indices) {
-  p.num_slots = p.batch;
-  if (state_indices) {
-    check_shape("state_indices", *state_indices, {p.batch}, "(batch,)");
-    check_dtype("state_indices", *state_indices, ScalarType::Int);
-    check_device("state_indices", *state_indices, like);
-    if (p.batch > 1 && state_indices->stride(0) != 1) value_error("state_indices must be contiguous");
-    p.num_slots = c.dim() > 0 ? c.size(0) : 0;
-    if (state_indices->is_cpu()) check_indices(*state_indices, p.num_slots);
-    p.state_indices = static_cast<const int32_t*>(state_indices->data_ptr());
+MlstmSlots check_slots(const SlotSizes& sizes, const Tensor& like, const Tensor& c, const Tensor& n, const Tensor& m,
+                       const OptTensor& indices) {
+  const auto& [rows, heads, dqk, dv, rows_name] = sizes;
+  MlstmSlots slots{};
+  slots.num_slots = rows;
+  if (indices) {
+    check_shape("state_indices", *indices, {rows}, rows_name[0] == 'b' ? "(batch,)" : "(num_seqs,)");
+    check_dtype("state_indices", *indices, ScalarType::Int);
+    check_device("state_indices", *indices, like);
+    if (rows > 1 && indices->stride(0) != 1) value_error("state_indices must be contiguous");
+    slots.num_slots = c.dim() > 0 ? c.size(0) : 0;
+    if (indices->is_cpu()) check_indices(*indices, slots.num_slots);
+    slots.indices = static_cast<const int32_t*>(indices->data_ptr());
   }
-  check_shape("state c", c, {p.num_slots, p.heads, p.dqk, p.dv}, "(batch or slots, heads, dqk, dv)");
-  check_shape("state n", n, {p.num_slots, p.heads, p.dqk}, "(batch or slots, heads, dqk)");
-  check_shape("state m", m, {p.num_slots, p.heads}, "(batch or slots, heads)");
+  check_shape("state c", c, {slots.num_slots, heads, dqk, dv}, "(batch or slots, heads, dqk, dv)");
+  check_shape("state n", n, {slots.num_slots, heads, dqk}, "(batch or slots, heads, dqk)");
+  check_shape("state m", m, {slots.num_slots, heads}, "(batch or slots, heads)");
   if (c.scalar_type() != ScalarType::Float && c.scalar_type() != ScalarType::BFloat16) {
     type_error("state c has dtype ", dtype_text(c.scalar_type()), "; it must be float32 or bfloat16");
   }
   check_dtype("state n", n, ScalarType::Float);
   check_dtype("state m", m, ScalarType::Float);
-  for (auto [name, t] : {std::pair{"state c", &c}, {"state n", &n}, {"state m", &m}}) {
-    check_device(name, *t, like);
-    check_contiguous(name, *t);
-  }
-  p.state_dtype = to_dtype(c.scalar_type());
-  p.c = c.data_ptr();
-  p.n = static_cast<float*>(n.data_ptr());
-  p.m = static_cast<float*>(m.data_ptr());
+  check_device("state c", c, like);
+  check_device("state n", n, like);
+  check_device("state m", m, like);
+  slots.c_stride = check_slot_stride("state c", c, heads, dqk, dv);
+  slots.n_stride = check_slot_stride("state n", n, heads, dqk);
+  slots.m_stride = check_slot_stride("state m", m, heads);
+  slots.c_dtype = to_dtype(c.scalar_type());
+  slots.c = c.data_ptr();
+  slots.n = static_cast<float*>(n.data_ptr());
+  slots.m = static_cast<float*>(m.data_ptr());
+  return slots;
+}
+
+void set_step_state(MlstmStep& p, const Tensor& like, const Tensor& c, const Tensor& n, const Tensor& m,
+                    const OptTensor& state_indices) {
+  p.state = check_slots({p.batch, p.heads, p.dqk, p.dv, "batch"}, like, c, n, m, state_indices);
 }
 
 void set_step_options(MlstmStep& p, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap) {

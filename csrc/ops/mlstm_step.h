@@ -1,4 +1,4 @@
-// What mlstm_step and mlstm_block_step share.
+// What mlstm_step, mlstm_block_step and mlstm_prefill share.
 #pragma once
 
 #include "ops/checks.h"
@@ -6,7 +6,16 @@
 
 namespace flash_xlstm {
 
-// Checks the state of a step whose sizes are set, on the device of `like`, and sets its pointers in `p`.
+// The state's sizes in slots of a pool, and who uses them: `rows` named `name`, "batch" or "num_seqs".
+struct SlotSizes {
+  int64_t rows, heads, dqk, dv;
+  const char* name;
+};
+// Checks a state that is updated in place, on the device of `like`. Without `indices` each row has the slot of its own
+// number.
+MlstmSlots check_slots(const SlotSizes& sizes, const Tensor& like, const Tensor& c, const Tensor& n, const Tensor& m,
+                       const OptTensor& indices);
+// Checks the state of a step whose sizes are set.
 void set_step_state(MlstmStep& p, const Tensor& like, const Tensor& c, const Tensor& n, const Tensor& m,
                     const OptTensor& state_indices);
 void set_step_options(MlstmStep& p, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap);

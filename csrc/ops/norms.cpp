@@ -176,7 +176,7 @@ Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor wei
   b.dy = dy.data_ptr();
   b.dh = dh.data_ptr();
   b.dgate = dgate.data_ptr();
-  b.dgate_as_gate = dgate_to.has_value();
+  b.dgate_stride = dgate_to ? dgate.stride(dgate.dim() - 2) : b.p.heads * b.p.dim;
   b.dweight = weight_gradient ? dweight.data_ptr() : nullptr;
   run<cpu::gated_head_norm_backward, cuda::gated_head_norm_backward, cuda::gated_head_norm_backward_workspace_bytes>(
       "gated_head_norm_backward", h, b);

@@ -15,6 +15,19 @@ enum class InputGate : int { exponential = 0, sigmoid = 1 };
 // enough that no log weight reaches it, large enough that it stays finite in base 2.
 constexpr float no_weight_m = -1e30f;
 
+// States that lie in the slots of a pool. Strides are in elements; within a slot each tensor is contiguous.
+struct MlstmSlots {
+  DType c_dtype = DType::float32;                    // float32 or bfloat16; n and m are float32
+  void* c = nullptr;                                 // (num_slots, heads, dqk, dv)
+  float* n = nullptr;                                // (num_slots, heads, dqk)
+  float* m = nullptr;                                // (num_slots, heads)
+  int64_t c_stride = 0, n_stride = 0, m_stride = 0;  // from a slot to the next
+  int64_t num_slots = 0;
+  // The slot of each row, or of each sequence; -1 leaves it out: its h is 0. On CUDA other slots outside the pool leave
+  // it out too, with NaN for h.
+  const int32_t* indices = nullptr;
+};
+
 struct MlstmProblem {
   DType dtype = DType::float32;       // of q, k, v, h and their gradients
   DType gate_dtype = DType::float32;  // of i, f, di, df
@@ -34,6 +47,10 @@ struct MlstmProblem {
   const float* m0 = nullptr;            // (num_seqs, heads)
   float first_m = 0.0f;                 // m before the first token where m0 is null
   const int32_t* cu_seqlens = nullptr;  // (num_seqs + 1), on the kernel's device; nullptr: not packed
+  // Forward, if its indices (num_seqs) are not null: states are read from the pool, in the place of c0, n0 and m0, and
+  // written there, in the place of c_last, n_last and m_last. All of these are then null.
+  MlstmSlots pool;
+  const bool* fresh = nullptr;  // (num_seqs): sequences that start from zero, whatever their slots hold; nullptr: none
 };
 
 struct MlstmForward {
@@ -60,7 +77,8 @@ struct MlstmBackward {
   // (batch, seq, heads, dim), dtype; heads of a token side by side. dq == nullptr: not wanted; dh is then zero.
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
   int64_t dq_token = 0, dk_token = 0, dv_token = 0;  // elements from a token to the next; heads * dim: contiguous
-  void *di = nullptr, *df = nullptr;                 // (batch, seq, heads) contiguous, gate dtype
+  void *di = nullptr, *df = nullptr;                 // (batch, seq, heads), gate dtype; heads of a token side by side
+  int64_t gate_token = 0;                            // elements from a token to the next; heads: contiguous
   float* dc0 = nullptr;  // gradients of the initial state; nullptr: not wanted (all or none)
   float* dn0 = nullptr;
   float* dm0 = nullptr;
@@ -73,17 +91,11 @@ struct MlstmBackward {
 // One token for every row; the state is read and written in place.
 struct MlstmStep {
   DType dtype = DType::float32, gate_dtype = DType::float32;
-  DType state_dtype = DType::float32;  // of c: float32 or bfloat16; n and m are float32
   int64_t batch = 0, heads = 0, dqk = 0, dv = 0;
-  int64_t num_slots = 0;  // first dimension of the state
   float scale = 0, eps = 0;
   float gate_soft_cap = 0.0f;  // as in MlstmProblem
   Strided q, k, v, i, f;       // (batch, heads, dim) and (batch, heads): .seq is unused
-  void* c = nullptr;           // (num_slots, heads, dqk, dv) contiguous
-  float* n = nullptr;          // (num_slots, heads, dqk) contiguous
-  float* m = nullptr;          // (num_slots, heads) contiguous
-  // (batch): the slot of each row; -1 leaves the row out (its h is 0). nullptr: row b uses slot b.
-  const int32_t* state_indices = nullptr;
+  MlstmSlots state;            // without indices row b uses slot b
   void* h = nullptr;           // (batch, heads, dv) contiguous, dtype
   bool settled_state = false;  // no kernel that may still run writes the state: it is read before the wait
   bool holds_next = false;     // lets the next kernel start only after all kernels before this one have ended

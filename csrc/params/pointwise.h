@@ -86,8 +86,8 @@ struct GatedHeadNormBackward {
   GatedHeadNorm p;  // y is not used
   const void* dy = nullptr;
   void *dh = nullptr, *dgate = nullptr;
-  bool dgate_as_gate = false;  // dgate has the gate's row stride; else it is contiguous
-  void* dweight = nullptr;     // nullptr: not wanted
+  int64_t dgate_stride = 0;  // between rows of dgate
+  void* dweight = nullptr;   // nullptr: not wanted
 };
 namespace cpu {
 void gated_head_norm_backward(const GatedHeadNormBackward& params);

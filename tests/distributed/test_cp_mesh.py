@@ -12,7 +12,7 @@ from flash_xlstm.distributed import context, mean_labels, parallelize
 
 
 def _same(shape, names, options):
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names) if len(shape) < 3 else _part(shape, names)
     data = [name for name in names if name.startswith("dp_")]
     ranks = mesh[data[0]].size() if data else 1
     every = [batch(10 * r, seq=16, ignored=3 * r) for r in range(ranks)]
@@ -30,6 +30,11 @@ def _same(shape, names, options):
     check_gradients(model, gradients, 5e-5)  # the forget gates' are small differences of sums over the sequence
 
 
+def _part(shape, names):
+    """A mesh that is part of another, as torchtitan's."""
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("all",))._unflatten(0, shape, names)
+
+
 @pytest.mark.parametrize(
     ("shape", "names", "options"),
     [
@@ -37,6 +42,7 @@ def _same(shape, names, options):
         ((2, 2), ("dp_shard", "cp"), {"checkpointing": True}),
         ((2, 2), ("dp_replicate", "cp"), {}),
         ((2, 2), ("cp", "tp"), {}),
+        ((2, 1, 2), ("dp_replicate", "dp_shard", "cp"), {}),
     ],
 )
 def test_mesh(on_ranks, shape, names, options):

@@ -171,6 +171,7 @@ def _refused(make_options, mesh, options):
 
 SHARD = ((2,), ("dp_shard",))
 TP = ((2,), ("tp",))
+ASYNC = {"async_tensor_parallel": True, "compile": True}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,12 @@ TP = ((2,), ("tp",))
         ({}, ((2,), ("dp_replicate",)), {"reshard_after_forward": True}, "reshard_after_forward is True, but mesh"),
         ({}, TP, {"mixed_precision": torch.bfloat16}, "mixed_precision is torch.bfloat16, but mesh has none of"),
         ({}, TP, {"float8": "rowwise"}, "float8 is 'rowwise', but mesh has a dimension 'tp'"),
+        ({}, TP, {"async_tensor_parallel": 1}, "async_tensor_parallel is 1; it must be True or False"),
+        ({}, SHARD, ASYNC, "async_tensor_parallel is True, but mesh has the dimensions ('dp_shard',)"),
+        ({}, TP, {**ASYNC, "sequence_parallel": False}, "async_tensor_parallel is True, but sequence_parallel is"),
+        ({}, TP, {**ASYNC, "compile": False}, "async_tensor_parallel is True, but compile is False"),
+        ({}, TP, {**ASYNC, "compile": "aot_eager"}, "async_tensor_parallel is True, but compile is 'aot_eager'"),
+        ({}, TP, ASYNC, "async_tensor_parallel is True, but mesh is of cpu devices; they must be cuda"),
         ({"num_heads": 1}, TP, {}, "mesh has 2 tp ranks; num_heads, which is 1"),
         ({"vocab_size": 49}, TP, {}, "vocab_size, which is 49"),
         ({"weight_mode": "fused"}, TP, {}, "model is in weight_mode 'fused'; it must be 'single'"),

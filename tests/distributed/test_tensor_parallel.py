@@ -3,8 +3,12 @@ one process."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
+from collections import Counter
 
+import functorch.compile
 import pytest
 import torch
 from models_of_ranks import VOCABULARY, batch, check_gradients, expected, make, whole
@@ -83,6 +87,58 @@ def test_four_ranks(on_ranks):
 @pytest.mark.slow
 def test_compiled(on_ranks):
     on_ranks(2, _same, ALONE, {"compile": "aot_eager"}, {})
+
+
+def _pipelined():
+    """What Inductor's pass for asynchronous tensor parallel makes of a block's graphs. Its operators run on GPUs only:
+    the graphs before it are computed here."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes import micro_pipeline_tp, post_grad
+    from torch.distributed import _symmetric_memory
+
+    parallel, found, asked = importlib.import_module("flash_xlstm.distributed.parallelize"), [], []
+    parallel._check_async = lambda *_: None
+    _symmetric_memory.enable_symm_mem_for_group = asked.append
+    dist.is_nccl_available = lambda: True
+
+    def look(graph, _):
+        copied = copy.deepcopy(graph)
+        post_grad.view_to_reshape(copied)
+        with _symmetric_memory._test_mode():
+            micro_pipeline_tp.micro_pipeline_tp_pass(copied.graph)
+        names = [str(node.target).split(".")[1] for node in copied.graph.nodes if "." in str(node.target)]
+        found.append(Counter(name for name in names if "gather" in name or "scatter" in name))
+        return functorch.compile.make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look, decompositions=select_decomp_table())
+    compiled = torch.compile
+
+    def compile(function, **given):
+        asked.append(given)
+        return compiled(function, backend=backend)
+
+    torch.compile = compile
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    one, model = make(), parallelize(make(), mesh, compile=True, async_tensor_parallel=True)
+    torch.compile = compiled
+    group, *options = asked
+    assert group == mesh.get_group().group_name
+    assert options == [{"backend": "inductor", "options": {"_micro_pipeline_tp": True}}] * 2
+    ids, labels = batch(0)
+    one(ids, labels=labels).loss.backward()
+    model(ids, labels=labels).loss.backward()
+    check_gradients(model, {name: p.grad for name, p in one.named_parameters()})
+    return [dict(graph) for graph in found]
+
+
+@pytest.mark.slow
+def test_asynchronous(on_ranks):
+    """All gathers and scatters of the forward, and the gathers of the backward, go with products. A scatter of the
+    backward sums gradients of several."""
+    for forward, backward in on_ranks(2, _pipelined):
+        assert forward == {"fused_all_gather_matmul": 2, "fused_matmul_reduce_scatter": 2}
+        assert backward["fused_all_gather_matmul"] == 2
 
 
 def _halves(sequence_parallel, checkpointing):

@@ -60,6 +60,10 @@ GOOD = {
     },
     "mlstm": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state(), "chunk_size": 3},
     "mlstm_step": lambda: {**mlstm_arguments(BATCH), "state": mlstm_state(), "gate_soft_cap": 15.0},
+    "mlstm_prefill": lambda: {
+        **mlstm_arguments(BATCH, SEQ), "state": mlstm_state(), "gate_soft_cap": 15.0,
+        "state_indices": torch.tensor([1, 0], dtype=torch.int32), "fresh": torch.tensor([True, False]),
+    },
     "mlstm_state": lambda: {
         **{name: t for name, t in mlstm_arguments(BATCH, SEQ).items() if name != "q"}, "gate_soft_cap": 15.0,
     },

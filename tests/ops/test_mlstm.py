@@ -537,7 +537,9 @@ def test_gradients_of_the_initial_state_alone(make_problem, dtype, offsets, star
     )
     assert torch.allclose(dc, want_dc, rtol=1e-5, atol=1e-6) and torch.allclose(dn, want_dn, rtol=1e-5, atol=1e-6)
     sizes = (inputs[5].abs() * dc.abs()).flatten(2).sum(-1) + (inputs[6].abs() * dn.abs()).sum(-1)
-    assert ((into_m - (want_dm - inner(inputs[5:7], dc, dn))).abs() <= 1e-5 * sizes + 1e-6).all()
+    # In 16 bits dc is a sum of products with rounded operands, and dm, on CUDA, not the sum of these same numbers.
+    bound = max(1e-5, torch.finfo(dtype).eps / 32)
+    assert ((into_m - (want_dm - inner(inputs[5:7], dc, dn))).abs() <= bound * sizes + 1e-6).all()
     if start:
         assert is_open.all()
     else:

@@ -177,6 +177,36 @@ def test_state_indices(device, rows, state_dtype):
         assert all(torch.equal(t[slot], was[slot]) for t, was in zip(state, before, strict=True))
 
 
+@pytest.mark.parametrize("multiple", [4, 256])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "dqk", "dv"),
+    [(3, 1, 5, 7), (3, 2, 16, 24), (1, 8, 256, 512), (13, 8, 64, 512), (26, 4, 33, 136), (2, 1, 16, 1040)],
+)
+def test_slots_a_stride_apart(page_pool, device, state_dtype, batch, heads, dqk, dv, multiple):
+    """A pool cut out of pages, NaN where no row has its slot. With `multiple` 4, slots of c are not aligned."""
+    paged, memory = page_pool(device, batch + 2, heads, dqk, dv, state_dtype, multiple)
+    given, state = arguments(device, batch, heads, dqk, dv), pool(device, batch, heads, dqk, dv, state_dtype)
+    rows = torch.randperm(batch + 2, generator=torch.Generator().manual_seed(0))[:batch].to(device)
+    for t, own in zip(paged, state, strict=True):
+        t[rows] = own
+    before, aligned = memory.clone(), all(t.data_ptr() % 16 == 0 for t in paged[0])
+    expected = ops.mlstm_step(**given, state=state)
+    h = ops.mlstm_step(**given, state=paged, state_indices=rows.int())
+    if aligned or device == "cpu":
+        assert torch.equal(h, expected) and all(torch.equal(t[rows], own) for t, own in zip(paged, state, strict=True))
+    assert close(h, expected, 2e-5) and all(close(t[rows], own, 5e-3) for t, own in zip(paged, state, strict=True))
+    after = memory.clone()
+    memory.copy_(before)
+    for t, own in zip(paged, state, strict=True):
+        t[rows] = own
+    assert not aligned or torch.equal(after, memory)
+    in_order = tuple(t[:batch] for t in paged)  # without indices
+    for t, own in zip(in_order, pool(device, batch, heads, dqk, dv, state_dtype), strict=True):
+        t.copy_(own)
+    assert close(ops.mlstm_step(**given, state=in_order), expected, 2e-5)
+
+
 def test_no_row_and_no_slot(device):
     assert ops.mlstm_step(**arguments(device, batch=0), state=pool(device, 0)).shape == (0, 2, 6)
     nobody = ops.mlstm_step(**arguments(device), state=pool(device, 0), state_indices=indices(device, -1, -1, -1))
@@ -454,6 +484,13 @@ def test_errors(device, wrong):
 @pytest.mark.parametrize("wrong", CPU_ERRORS)
 def test_errors_of_indices_on_the_cpu(wrong):
     check_error(ops.mlstm_step, "cpu", *CPU_ERRORS[wrong])
+
+
+@pytest.mark.parametrize("name", ["c", "n", "m"])
+def test_slots_that_overlap(device, name):
+    whole = dict(zip("cnm", pool(device, 3), strict=True))
+    state = changed(name, lambda d: whole[name][:1].expand_as(whole[name]))
+    check_error(ops.mlstm_step, device, {"state": state}, ValueError, "stride 0 between slots", f"state {name}")
 
 
 def test_errors_under_compile(device):

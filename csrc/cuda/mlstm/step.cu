@@ -89,7 +89,7 @@ __device__ __forceinline__ void cluster_wait() {
 
 // Prefetches into the L2 cache all that a (row, head) needs except c.
 template <int threads>
-__device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row, int head, int64_t state) {
+__device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row, int head, int64_t slot) {
   const int64_t item = element_bytes(p.dtype), gate_item = element_bytes(p.gate_dtype);
   const auto fetch = [&](const void* at, int64_t bytes) {
     for (int64_t b = threadIdx.x * 128; b < bytes; b += threads * 128) prefetch_to_l2(static_cast<const char*>(at) + b);
@@ -97,8 +97,8 @@ __device__ __forceinline__ void prefetch_vectors(const MlstmStep& p, int64_t row
   const auto fetch_row = [&](const Strided& t, int64_t size, int64_t bytes) {
     fetch(static_cast<const char*>(t.data) + (row * t.batch + head * t.head) * bytes, size * bytes);
   };
-  fetch(p.m + state, 4);
-  fetch(p.n + state * p.dqk, p.dqk * 4);
+  fetch(p.state.m + slot * p.state.m_stride + head, 4);
+  fetch(p.state.n + slot * p.state.n_stride + head * p.dqk, p.dqk * 4);
   fetch_row(p.i, 1, gate_item), fetch_row(p.f, 1, gate_item);
   fetch_row(p.q, p.dqk, item), fetch_row(p.k, p.dqk, item), fetch_row(p.v, p.dv, item);
 }
@@ -124,15 +124,16 @@ __global__ void __launch_bounds__(threads, resident)
 
   int64_t column = static_cast<int64_t>(block) * tile_columns + lane * width;
   // With many blocks this gains nothing: prefetching into the L2 cache covers more of c.
-  const bool early = one_wave && p.settled_state && p.state_indices == nullptr;
+  const bool early = one_wave && p.settled_state && p.state.indices == nullptr;
   if (!p.holds_next) let_next_kernel_start();
   // Only for prefetching: an earlier kernel may still change the index.
-  const int64_t guess = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (guess >= 0 && guess < p.num_slots) {
-    prefetch_vectors<threads>(p, row, head, guess * p.heads + head);
+  const int64_t guess = p.state.indices == nullptr ? row : p.state.indices[row];
+  if (guess >= 0 && guess < p.state.num_slots) {
+    prefetch_vectors<threads>(p, row, head, guess);
     constexpr int line = 128 / sizeof(C), lines = std::max<int>(1, tile_columns * sizeof(C) / 128);  // of a row
     const int64_t first_column = static_cast<int64_t>(block) * tile_columns;
-    const C* const first = static_cast<const C*>(p.c) + (guess * p.heads + head) * p.dqk * p.dv + first_column;
+    const C* const first =
+        static_cast<const C*>(p.state.c) + guess * p.state.c_stride + head * p.dqk * p.dv + first_column;
     const int wanted = early ? 0 : min(dqk, early_batches * batch_rows * groups) * lines;
     for (int x = threadIdx.x; x < wanted; x += threads) {
       const int r = x / lines, at = x % lines * line;
@@ -145,17 +146,21 @@ __global__ void __launch_bounds__(threads, resident)
   };
   if (!early) wait();
 
-  const int64_t slot = p.state_indices == nullptr ? row : p.state_indices[row];
-  if (slot < 0 || slot >= p.num_slots) {  // the same for the whole cluster
+  const int64_t slot = p.state.indices == nullptr ? row : p.state.indices[row];
+  if (slot < 0 || slot >= p.state.num_slots) {  // the same for the whole cluster
     const float fill = slot == -1 ? 0.0f : NAN;
     for (int64_t x = block * threads + threadIdx.x; x < p.dv; x += blocks * threads) {
       store_from_float(p.h, static_cast<int64_t>(item) * p.dv + x, p.dtype, fill);
     }
     return;
   }
-  const int64_t state = slot * p.heads + head;
-  C* c = static_cast<C*>(p.c) + state * p.dqk * p.dv;
-  float* n = p.n + state * p.dqk;
+  C* c = static_cast<C*>(p.state.c) + slot * p.state.c_stride + head * p.dqk * p.dv;
+  float* const n_slot = p.state.n + slot * p.state.n_stride + head * p.dqk;
+  float* const m_slot = p.state.m + slot * p.state.m_stride + head;
+  // For later: kept in registers while the gates are computed, the addresses would spill.
+  __shared__ C* c_later;
+  __shared__ float *n_later, *m_later;
+  if (threadIdx.x == 0) c_later = c, n_later = n_slot, m_later = m_slot;
 
   constexpr int parts = lanes == 64 ? 2 : 1, part_rows = batch_rows / parts;
   Group<C, width> held[parts][part_rows];
@@ -187,12 +192,12 @@ __global__ void __launch_bounds__(threads, resident)
   Raw q_next{0}, k_next{0};
   float n_next = 0.0f;
   const auto load_next = [&](int x) {
-    if (x < dqk) q_next = read(p.q, x), k_next = read(p.k, x), n_next = n[x];
+    if (x < dqk) q_next = read(p.q, x), k_next = read(p.k, x), n_next = n_slot[x];
   };
   load_next(threadIdx.x);
   const Raw i_raw = load_raw(p.i.data, row * p.i.batch + head * p.i.head, gates_are_float);
   const Raw f_raw = load_raw(p.f.data, row * p.f.batch + head * p.f.head, gates_are_float);
-  const float m_before = p.m[state];
+  const float m_before = *m_slot;
 
   extern __shared__ float shared[];
   float *q = shared, *k = q + dqk;  // as float32; k weighted, and 0 where nothing is taken in
@@ -215,6 +220,8 @@ __global__ void __launch_bounds__(threads, resident)
   for (int distance = 16; distance > 0; distance /= 2) s += __shfl_xor_sync(all_lanes, s, distance);
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = s;
   __syncthreads();  // the whole block has read n and m
+  // bfloat16 would spill more with it.
+  if constexpr (width != 8) c = c_later;
   if (clustered) cluster_arrive();
   s = 0.0f;
 #pragma unroll
@@ -223,7 +230,8 @@ __global__ void __launch_bounds__(threads, resident)
   // fmaxf would drop a NaN in s.
   const float factor = isnan(s) ? s : p.scale / (fmaxf(fabsf(s), expf(-m)) + p.eps);
   const auto write_n_and_m = [&] {
-    if (threadIdx.x == 0) p.m[state] = m;
+    if (threadIdx.x == 0) *m_later = m;
+    float* const n = n_later;
     for (int x = threadIdx.x; x < dqk; x += threads) {
       n[x] = x == static_cast<int>(threadIdx.x) ? n_first : keep * n[x] + k[x];
     }
@@ -337,7 +345,7 @@ cudaError_t launch_for(const MlstmStep& p, unsigned* counters, cudaStream_t stre
   constexpr int width = 16 / sizeof(C);
   // Blocks an SM. 80 registers a thread hold 8 rows of float32; rows of bfloat16 take more.
   constexpr int resident = width == 8 ? 2 : 3;
-  if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.c) % 16 != 0) {
+  if (p.dv % width != 0 || reinterpret_cast<uintptr_t>(p.state.c) % 16 != 0 || p.state.c_stride % width != 0) {
     return launch<C, 1, 32, 256, 8, 3>(p, counters, stream);
   }
   // Few enough (row, head) that largest_cluster blocks of each run at once.
@@ -364,8 +372,8 @@ int64_t mlstm_step_workspace_bytes(const MlstmStep& p) {
 
 cudaError_t mlstm_step(const MlstmStep& p, void* workspace, cudaStream_t stream) {
   unsigned* counters = static_cast<unsigned*>(workspace);
-  return p.state_dtype == DType::float32 ? launch_for<float>(p, counters, stream)
-                                         : launch_for<bf16>(p, counters, stream);
+  return p.state.c_dtype == DType::float32 ? launch_for<float>(p, counters, stream)
+                                           : launch_for<bf16>(p, counters, stream);
 }
 
 }  // namespace flash_xlstm::cuda

@@ -256,9 +256,9 @@ __global__ void __launch_bounds__(walk_threads, 1)
     if (has_row) {
       const float inverse = rsqrtf(sums[0] * part + p.eps), aside = (own_mean - mean) * inverse;
       const float through_mean = sums[1] * part, along = sums[2] * inverse * part;
-      // With dgate_as_gate this is gate_start. Made from next_gate_start it saves two registers.
-      const int64_t dgate_start =
-          b.dgate_as_gate ? next_gate_start - (stages + (L::kept ? 1 : 0)) * gate_step : start;
+      // A row's number has 32 bits: a 64-bit one would spill.
+      const uint32_t row = static_cast<uint32_t>(token) + turn * static_cast<uint32_t>(step);
+      const int64_t dgate_start = start + row * (b.dgate_stride - row_elements);
 #pragma unroll
       for (int k = 0; k < L::packs; ++k) {
         if (!within(k)) continue;
@@ -292,7 +292,8 @@ bool vectors(const GatedHeadNorm& p) {
 }
 
 bool vectors(const GatedHeadNormBackward& b) {
-  return vectors(b.p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate);
+  return vectors(b.p) && aligned_16(b.dy) && aligned_16(b.dh) && aligned_16(b.dgate) &&
+         b.dgate_stride * element_bytes(b.p.dtype) % 16 == 0;
 }
 
 // A round has at most one block an SM, but at least one a head. A block takes at least 8 turns, and at least 32 rows,

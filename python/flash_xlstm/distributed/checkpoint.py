@@ -147,25 +147,35 @@ def save_pretrained(
     if any(folder.glob("*.safetensors")):
         raise ValueError(f"folder is {os.fspath(folder)!r}, which has safetensors files; it must have none")
     state = {name: weight if dtype is None else weight.to(dtype) for name, weight in model.state_dict().items()}
-    files, size = {}, 0
-    for name, weight in state.items():
-        size += weight.numel() * weight.element_size()
-        files[name] = 1 + (size - 1) // max_shard_size
-    files = {name: 1 + sorted(set(files.values())).index(number) for name, number in files.items()}
+    files = file_numbers(state, max_shard_size)
     writer = HuggingFaceStorageWriter(
         os.fspath(folder), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
     )
     dcp.save(state, storage_writer=writer, process_group=cpu_group())
     if not dist.is_initialized() or dist.get_rank() == 0:
-        config = type(model.config).from_dict(model.config.to_dict())
-        config.architectures = [xLSTMForCausalLM.__name__]
-        config.dtype = next(iter(state.values())).dtype
-        config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+        write_config(model, folder, next(iter(state.values())).dtype)
         shutil.rmtree(folder / "sharded")
     if dist.is_initialized():
         dist.barrier(group=cpu_group())
+
+
+def file_numbers(state: dict[str, Any], max_shard_size: int = 5 * 10**9) -> dict[str, int]:
+    """For each weight of a state dict the number, from 1 on, of the file that it goes to."""
+    files, size = {}, 0
+    for name, weight in state.items():
+        size += weight.numel() * weight.element_size()
+        files[name] = 1 + (size - 1) // max_shard_size
+    return {name: 1 + sorted(set(files.values())).index(number) for name, number in files.items()}
+
+
+def write_config(model: xLSTMForCausalLM, folder: Path, dtype: torch.dtype) -> None:
+    """The files of a Hugging Face folder that say what weights of `dtype` are of."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures = [xLSTMForCausalLM.__name__]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _is_complete(folder: Path) -> bool:

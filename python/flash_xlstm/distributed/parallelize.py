@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import _symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -29,6 +32,7 @@ def parallelize(
     float8: str | None = None,
     reshard_after_forward: bool | int | None = None,
     sequence_parallel: bool = True,
+    async_tensor_parallel: bool = False,
 ) -> Model:
     """Arranges a model for training on the ranks of a mesh, in place. Parameters become DTensors: make the optimizer
     afterwards.
@@ -57,6 +61,9 @@ def parallelize(
         reshard_after_forward: as for :func:`torch.distributed.fsdp.fully_shard`, of the blocks. It needs ``dp_shard``
             or ``cp``.
         sequence_parallel: with ``tp``, as for :func:`tensor_parallel`.
+        async_tensor_parallel: with ``tp`` on CUDA, joined by NCCL, and `compile`: Inductor cuts the products behind
+            gathers and before scatters into pieces, so that a piece is computed while the next is sent, through
+            symmetric memory. All GPUs of a ``tp`` group must reach each other's memory.
 
     Returns:
         `model`.
@@ -87,6 +94,10 @@ def parallelize(
         raise TypeError(f"sequence_parallel is {sequence_parallel!r}; it must be True or False")
     if not isinstance(compile, (bool, str)):
         raise TypeError(f"compile is {compile!r}; it must be True, False or the name of a backend")
+    if not isinstance(async_tensor_parallel, bool):
+        raise TypeError(f"async_tensor_parallel is {async_tensor_parallel!r}; it must be True or False")
+    if async_tensor_parallel:
+        _check_async(mesh, compile, sequence_parallel)
     if "tp" in names:
         check_tensor_parallel(model, mesh["tp"])
     if float8 is not None:
@@ -111,8 +122,15 @@ def parallelize(
         fsdp(model, mesh, mixed_precision=mixed_precision, reshard_after_forward=reshard_after_forward)
     if compile:
         # The forward of a sharded block, and not its call: hooks, which gather weights, stay outside.
+        options: Any = None
+        if async_tensor_parallel:
+            options = {"_micro_pipeline_tp": True}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 does it by itself
+                _symmetric_memory.enable_symm_mem_for_group(mesh["tp"].get_group().group_name)
         for block in model.backbone.blocks:
-            block.forward = torch.compile(block.forward, backend="inductor" if compile is True else compile)
+            backend = "inductor" if compile is True else compile
+            block.forward = torch.compile(block.forward, backend=backend, options=options)
     return model
 
 
@@ -154,10 +172,28 @@ def fsdp(
 def _sharded(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
     """The mesh to shard over: of one dimension, behind that of replicas if there is one."""
     over = [name for name in names if name in SHARD]
-    if len(over) == 2:
-        mesh[tuple(over)]._flatten("dp_shard_cp")
-        over = ["dp_shard_cp"]
-    return mesh[("dp_replicate", over[0])] if "dp_replicate" in names else mesh[over[0]]
+    if len(over) == 1:
+        return mesh[tuple(names)]
+    shards = mesh[tuple(over)]._flatten("dp_shard_cp")
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if "dp_replicate" in names else shards
+
+
+def _check_async(mesh: DeviceMesh, compile: bool | str, sequence_parallel: bool) -> None:
+    why = None
+    if "tp" not in (mesh.mesh_dim_names or ()):
+        why = f"mesh has the dimensions {mesh.mesh_dim_names}; it must have 'tp'"
+    elif not sequence_parallel:
+        why = "sequence_parallel is False; it must be True: there are no gathers and scatters otherwise"
+    elif compile not in (True, "inductor"):
+        why = f"compile is {compile!r}; it must be True: Inductor does it"
+    elif mesh.device_type != "cuda":
+        why = f"mesh is of {mesh.device_type} devices; they must be cuda"
+    elif "nccl" not in (joined := dist.get_backend_config(mesh["tp"].get_group())):
+        why = f"the tp ranks are joined by {joined}; it must be nccl"
+    elif not hasattr(importlib.import_module("torch._inductor.config"), "_micro_pipeline_tp"):
+        why = f"torch is {torch.__version__}, whose Inductor has no asynchronous tensor parallel"
+    if why is not None:
+        raise ValueError(f"async_tensor_parallel is True, but {why}")
 
 
 def _check_model(model: Any) -> None:

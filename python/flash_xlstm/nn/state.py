@@ -23,6 +23,12 @@ def fitting_state(state: State, q: Tensor, *, written: bool = False) -> State:
     return c, n, m
 
 
+def has_slots(t: Tensor) -> bool:
+    """Whether an op may update the slots of `t`, those of its first dimension, in place: each is contiguous, and they
+    lie apart. :meth:`Tensor.is_contiguous` is a faster test for most states."""
+    return t.is_contiguous() or (t.shape[0] > 0 and t[0].is_contiguous() and t.stride(0) >= t[0].numel())
+
+
 def fitting(state: Iterable[Any], x: Tensor, dtypes: Iterable[torch.dtype], *, written: bool) -> list[Any]:
     """The tensors of `state`, or None, in `dtypes` and on the device of x. With `written` an op may write them. Tensors
     that fit are not copied."""

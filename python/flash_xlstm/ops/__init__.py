@@ -5,7 +5,7 @@ from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.linear import fused_linear_rows, linear_rows
 from flash_xlstm.ops.loss import linear_cross_entropy
-from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_step
+from flash_xlstm.ops.mlstm import MlstmState, mlstm, mlstm_prefill, mlstm_step
 from flash_xlstm.ops.mlstm_sig import MlstmSigState, mlstm_sig
 from flash_xlstm.ops.mlstm_state import mlstm_state
 from flash_xlstm.ops.pointwise import *  # noqa: F403
@@ -22,6 +22,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_rows",
     "mlstm",
+    "mlstm_prefill",
     "mlstm_sig",
     "mlstm_state",
     "mlstm_step",

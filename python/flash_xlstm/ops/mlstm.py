@@ -112,8 +112,9 @@ def mlstm_step(
         q, k: (batch, heads, dqk); v: (batch, heads, dv). float32, bfloat16 or float16; CPU or CUDA; last dimension
             contiguous.
         i, f: (batch, heads) gate pre-activations; float32 or the dtype of q.
-        state: ``(c, n, m)``, contiguous: c (batch, heads, dqk, dv) float32 or bfloat16, n (batch, heads, dqk)
-            float32, m (batch, heads) float32. **Written in place.**
+        state: ``(c, n, m)``: c (batch, heads, dqk, dv) float32 or bfloat16, n (batch, heads, dqk) float32, m (batch,
+            heads) float32. Any stride between the first dimension's slots, as in parts of a page of memory; each slot
+            contiguous. On CUDA slots of c that begin at multiples of 16 bytes are read faster. **Written in place.**
         state_indices: (batch,) int32, or None. `state` is then a pool with any number of slots in place of batch. Row b
             uses slot ``state_indices[b]``; -1 leaves a row out (its h is 0). Slots must be distinct. On CUDA an index
             outside the pool accesses no memory and gives NaN.
@@ -140,8 +141,7 @@ def mlstm_step(
         q, k, v = _common.autocast(q, k, v)
         c, n, m = _common.unpack_state("state", state)
         if c is None or n is None or m is None:
-            missing = next(name for name, t in (("c", c), ("n", n), ("m", m)) if t is None)
-            raise TypeError(f"state {missing} is None; it must be a tensor")
+            raise _missing(c, n, m)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, c, n, m)):
             raise RuntimeError(
                 "mlstm_step has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
@@ -152,6 +152,74 @@ def mlstm_step(
         if torch.compiler.is_compiling():
             raise
         raise _errors.explain(error, mlstm_step, locals()) from None
+
+
+def mlstm_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MlstmState,
+    *,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+    fresh: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gate_soft_cap: float | None = None,
+) -> Tensor:
+    """The mLSTM over sequences whose states lie in a pool; updates their slots in place. For inference.
+
+    The recurrence is that of :func:`mlstm`, and so are the results for contiguous slots. The kernels read a sequence's
+    initial state from its slot and write its final state there, so c is not gathered and scattered.
+
+    Args:
+        q, k, v, i, f: as :func:`mlstm`, (batch, seq, heads, dim) and (batch, seq, heads).
+        state: ``(c, n, m)``, a pool with any number of slots in place of batch, as for :func:`mlstm_step`: c (slots,
+            heads, dqk, dv) float32 or bfloat16, n (slots, heads, dqk) float32, m (slots, heads) float32. Any stride
+            between slots; each slot contiguous. On CUDA slots of c that begin at multiples of 16 bytes take the fastest
+            kernels. **Written in place.** torch.compile refuses graph inputs that share memory and are written, as
+            parts of one page do: an engine calls this op outside its graphs.
+        state_indices: (batch,) int32, with `cu_seqlens` (num_seqs,): the slot of each sequence. Slots must be distinct.
+            -1 leaves a sequence out: its h is 0, and no state is read or written. On CUDA an index outside the pool
+            accesses no memory and gives NaN in the sequence's h.
+        cu_seqlens: offsets of packed sequences, as in :func:`mlstm`. An empty sequence's state is kept.
+        fresh: (batch,) or (num_seqs,) bool: True where a sequence starts from zero. What its slot holds, NaN included,
+            is then not read. None: no sequence.
+        scale: factor of q; default ``dqk ** -0.5``.
+        eps: added to the normalizer after the maximum.
+        gate_soft_cap: as in :func:`mlstm`.
+
+    Returns:
+        h (batch, seq, heads, dv) in the dtype of q.
+
+    Under autocast q, k, v are cast to the autocast dtype; gates and states keep theirs.
+
+    Raises:
+        ValueError, TypeError: as :func:`mlstm`. The state is unchanged.
+        RuntimeError: a gradient is needed, and this op has none. Use ``torch.no_grad()``, or :func:`mlstm`.
+    """
+    try:
+        q, k, v = _common.autocast(q, k, v)
+        c, n, m = _common.unpack_state("state", state)
+        if c is None or n is None or m is None:
+            raise _missing(c, n, m)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, i, f, c, n, m)):
+            raise RuntimeError(
+                "mlstm_prefill has no gradient, but an argument requires one. Call it under torch.no_grad(), or use "
+                "mlstm(..., initial_state=..., return_final_state=True), which is differentiable."
+            )
+        return _mlstm_prefill(q, k, v, i, f, c, n, m, state_indices, cu_seqlens, fresh, scale, eps, gate_soft_cap)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_prefill, locals()) from None
+
+
+def _missing(*state: Tensor | None) -> TypeError:
+    missing = next(name for name, t in zip("cnm", state, strict=True) if t is None)
+    return TypeError(f"state {missing} is None; it must be a tensor")
 
 
 @_common.register_fake("mlstm_forward")
@@ -199,6 +267,15 @@ def _(q, k, v, i, f, c, n, m, state_indices, scale, eps, gate_soft_cap, settled_
     return q.new_empty(v.shape)
 
 
+@_common.register_fake("mlstm_prefill")
+def _(q, k, v, i, f, c, n, m, state_indices, cu_seqlens, fresh, scale, eps, gate_soft_cap):
+    _common.no_mixed_meta(
+        q, k=k, v=v, i=i, f=f, state_indices=state_indices, cu_seqlens=cu_seqlens, fresh=fresh,
+        **{"state c": c, "state n": n, "state m": m},
+    )  # fmt: skip
+    return q.new_empty((*(_common.size(q, d) for d in range(3)), _common.size(v, 3)))
+
+
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options, ctx.return_final_state = inputs
     h, kept, *_ = output
@@ -242,5 +319,6 @@ _mlstm = _common.differentiable("mlstm", _setup_context, _backward)
 _mlstm_forward = _common.without_gradients("mlstm_forward")
 _mlstm_h = _common.without_gradients("mlstm_h")
 _mlstm_step = _common.writing("mlstm_step", 5, 6, 7)
+_mlstm_prefill = _common.writing("mlstm_prefill", 5, 6, 7)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")
 mlstm_initial_backward = _common.no_double_backward("mlstm_initial_backward")

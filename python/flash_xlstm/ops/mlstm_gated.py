@@ -18,10 +18,12 @@ def _(z, i, f, weight, cu_seqlens, heads, qk_dim, scale, eps, gate_soft_cap, chu
 @_common.register_fake("mlstm_gated_backward")
 def _(
     dy, z, i, f, weight, cu_seqlens, h, kept, heads, qk_dim, scale, eps, gate_soft_cap, chunk_size, norm_eps,
-    weight_gradient,
+    weight_gradient, gates_beside,
 ):  # fmt: skip
     dweight = weight.new_empty(weight.shape if weight_gradient else 0)
-    return z.new_empty(z.shape), i.new_empty(i.shape), f.new_empty(f.shape), dweight
+    dz = z.new_empty((*z.shape[:2], z.shape[2] + (2 * heads if gates_beside else 0)))
+    di, df = (t.new_empty(0 if gates_beside else t.shape) for t in (i, f))
+    return dz, di, df, dweight
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -35,7 +37,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy, _dh, _dkept):
     z, i, f, weight, cu_seqlens, h, kept = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3]
-    dz, di, df, dweight = mlstm_gated_backward(dy, z, i, f, weight, cu_seqlens, h, kept, *ctx.options, wanted)
+    dz, di, df, dweight = mlstm_gated_backward(dy, z, i, f, weight, cu_seqlens, h, kept, *ctx.options, wanted, False)
     return dz, di, df, dweight if wanted else None, *[None] * 8
 
 

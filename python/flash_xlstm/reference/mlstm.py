@@ -222,6 +222,42 @@ def mlstm_state(k, v, i, f, *, gate_soft_cap=None, cu_seqlens=None):
     return kw.transpose(-1, -2) @ v, kw.sum(-2), m, decay
 
 
+def mlstm_prefill(
+    q,
+    k,
+    v,
+    i,
+    f,
+    state,
+    *,
+    state_indices,
+    cu_seqlens=None,
+    fresh=None,
+    scale=None,
+    eps=1e-6,
+    gate_soft_cap=None,
+):
+    """Sequences whose states lie in a pool, chunk by chunk. Updates `state` in place and returns h, as
+    :func:`flash_xlstm.ops.mlstm_prefill`."""
+    slots = state_indices.long()
+    used = slots >= 0
+    first = [t[slots.clamp_min(0)].to(_common.wide(q.dtype)) for t in state]
+    if fresh is not None:
+        for t in first:
+            t[fresh] = 0.0
+    h, last = mlstm_chunkwise(
+        q, k, v, i, f, initial_state=tuple(first), scale=scale, eps=eps, gate_soft_cap=gate_soft_cap,
+        cu_seqlens=cu_seqlens, return_final_state=True,
+    )  # fmt: skip
+    for whole, part in zip(state, last, strict=True):
+        whole[slots[used]] = part[used].to(whole.dtype)
+    if cu_seqlens is None:
+        h[~used] = 0.0
+    else:
+        h[:, torch.repeat_interleave(~used, cu_seqlens.long().diff())] = 0.0
+    return h
+
+
 def mlstm_step(q, k, v, i, f, state, *, state_indices=None, scale=None, eps=1e-6, gate_soft_cap=None):
     """Reads one token, q (batch, heads, dqk). Updates `state` in place and returns h, as
     :func:`flash_xlstm.ops.mlstm_step`."""

@@ -23,6 +23,9 @@ def convert_to_float8(model: nn.Module, recipe: str = "rowwise", *, emulate: boo
     multiple of 16 stay as they are. The number of tokens in a step (batch times seq) must be a multiple of 16 too.
     Compile the model afterwards: without torch.compile, rounding to float8 takes longer than the products save.
 
+    With "rowwise" the 7B's blocks make these products themselves in training, by torchao's scheme. Its layers hold
+    the weights, and multiply where a block runs them one by one.
+
     Args:
         model: any module; :class:`flash_xlstm.models.xLSTMForCausalLM`, say, in either weight mode.
         recipe: how values are scaled, by torchao's names: "tensorwise" (fastest), "rowwise", or "rowwise_with_gw_hp"

@@ -67,6 +67,25 @@ def test_is_exactly_what_the_parts_give(calls, dtype, weight_mode, rows):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_slots_a_stride_apart(calls, page_pool, device, state_dtype):
+    block, rows = make_block(torch.bfloat16).to(device), torch.tensor([2, -1, 4], dtype=torch.int32, device=device)
+    paged, memory = page_pool(device, 5, 2, 18, 40, state_dtype)
+    whole, x = tuple(t.to(device) for t in make_state(5, state_dtype)), tokens(3, torch.bfloat16).to(device)
+    for t, own in zip(paged, whole, strict=True):
+        t[[2, 4]] = own[[2, 4]]
+    expected, _ = block(x, whole, None, True, True, rows)
+    actual, _ = block(x, paged, None, True, True, rows)
+    assert [made is None for made in calls] == [False, False]
+    assert torch.equal(actual, expected)
+    for t, own in zip(paged, whole, strict=True):
+        assert torch.equal(t[[2, 4]], own[[2, 4]]) and t[[0, 1, 3]].isnan().all()
+    start = memory.clone()
+    by_parts(block, x, paged, None, True, True, rows)  # the layer does not copy the pool either
+    assert not torch.equal(memory, start) and all(t[[0, 1, 3]].isnan().all() for t in paged)
+
+
+@torch.no_grad()
 @pytest.mark.cuda
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_mode", ["single", "fused"])

@@ -17,6 +17,7 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/device.h"
 #include "cuda/mlstm/chunked/open_sum.cuh"
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -152,10 +153,10 @@ struct Elements {
     }
     row = head * row_pitch(w) + token;
   }
-  // Index of the first element in di, df, m.
-  __device__ int64_t output(const Work& w, const Tile& tile) const {
+  // Index of the first element in an output with so many elements from a token to the next.
+  __device__ int64_t output(const Work& w, const Tile& tile, int64_t token_stride) const {
     const int64_t token_of_all = tile.row(w) * w.layout.seq + tile.first + token;
-    return token_of_all * w.layout.heads + blockIdx.y * w.tiles.heads + head;
+    return token_of_all * token_stride + blockIdx.y * w.tiles.heads + head;
   }
   // 16 bytes more than the tokens, so that the heads' elements lie in different banks.
   __device__ static int row_pitch(const Work& w) { return w.tiles.chunks * chunk_tokens + 4; }
@@ -268,6 +269,40 @@ struct Unit {
   }
 };
 
+// The warp's chunk for the fused path. start: log alpha before the chunk; end: after the lane's last token.
+__device__ __forceinline__ void write_records(GateRecord* records, int64_t item, int lane, float2 start, float2 end,
+                                              const float2 (&alpha)[tokens_per_lane],
+                                              const float2 (&beta)[tokens_per_lane],
+                                              const float (&m)[tokens_per_lane]) {
+  constexpr int lanes = GateRecord::tokens / tokens_per_lane;  // of a half
+  const int half = lane / lanes, at = lane % lanes * tokens_per_lane;
+  const auto of_lane = [&](float2 x, int from) {
+    return make_float2(__shfl_sync(all_lanes, x.x, from), __shfl_sync(all_lanes, x.y, from));
+  };
+  const float2 middle = of_lane(end, lanes - 1), last = of_lane(end, 31);
+  if (half == 1) start = middle;
+  const float2 reached = half == 0 ? middle : last;
+  GateRecord& to = records[item * 2 + half];
+  float g[tokens_per_lane], w[tokens_per_lane];
+#pragma unroll
+  for (int x = 0; x < tokens_per_lane; ++x) {
+    g[x] = fast_exp2(log_difference(alpha[x], start)), w[x] = fast_exp2(log_difference(reached, beta[x]));
+  }
+  const auto store = [&](float* into, float a, float b, float c, float d) {
+    *reinterpret_cast<float4*>(into) = make_float4(a, b, c, d);
+  };
+  const auto store_logs = [&](float2* into, const float2(&log)[tokens_per_lane]) {
+    store(&into[at].x, log[0].x, log[0].y, log[1].x, log[1].y);
+    store(&into[at + 2].x, log[2].x, log[2].y, log[3].x, log[3].y);
+  };
+  store_logs(to.alpha, alpha), store_logs(to.beta, beta);
+  store(to.g + at, g[0], g[1], g[2], g[3]), store(to.w + at, w[0], w[1], w[2], w[3]);
+  store(to.exp_neg_m + at, expf(-m[0]), expf(-m[1]), expf(-m[2]), expf(-m[3]));
+  const auto counts = [&](int x) { return (w[x] != 0.0f ? 0xffffu : 0u) | (w[x + 1] != 0.0f ? 0xffff0000u : 0u); };
+  *reinterpret_cast<uint2*>(to.counts + at / 2) = make_uint2(counts(0), counts(2));
+  if (at == 0) to.keep = fast_exp2(log_difference(reached, start));
+}
+
 extern __shared__ __align__(16) float rows[];
 size_t shared_bytes(int heads, int chunks) { return 2 * sizeof(float) * heads * (chunks * chunk_tokens + 4); }
 
@@ -321,6 +356,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   wait_for_earlier_kernels();
   __shared__ Transform unit_total[most_warps];
   __shared__ double2 block_total[most_heads];
+  __shared__ float2 log_start[most_warps];  // alpha before each warp's chunk; in registers it would spill
   __shared__ double m_in[most_heads], decay_in[most_heads];  // m, and the sum of lf, before this block's next tile
   __shared__ Sequence seq;  // read from here where it is needed: in registers it would spill
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
@@ -353,12 +389,13 @@ __global__ void __launch_bounds__(most_warps * 32)
   // The first threads do what is done once for each head.
   const auto has_head = [&] { return threadIdx.x < heads && blockIdx.y * heads + threadIdx.x < l.heads; };
   if (has_head()) {
-    const int64_t at = seq.seq * l.heads + blockIdx.y * heads + threadIdx.x;
-    const bool from_0 = w.p.m0 == nullptr || w.p.input_gate == InputGate::sigmoid;
-    const double m = from_0 ? w.p.first_m : w.p.m0[at];
+    const int64_t head = blockIdx.y * heads + threadIdx.x;
+    const double m = w.p.input_gate == InputGate::sigmoid ? w.p.first_m : initial_m(w.p, seq.seq, head);
     m_in[threadIdx.x] = m, decay_in[threadIdx.x] = 0.0;
-    if (seq.length == 0 && m_last != nullptr) m_last[at] = static_cast<float>(m);
-    if (seq.length == 0 && log_decay != nullptr) log_decay[at] = 0.0f;
+    if (seq.length == 0) {
+      if (float* const to = final_m(w.p, m_last, seq.seq, head)) *to = static_cast<float>(m);
+      if (log_decay != nullptr) log_decay[seq.seq * l.heads + head] = 0.0f;
+    }
   }
   if (goes_twice) {
     Transform total{.sum = 0.0, .top = -infinity()};
@@ -412,7 +449,7 @@ __global__ void __launch_bounds__(most_warps * 32)
       for (int x = unit.head; x < unit.warp; x += heads) m = unit_total[x].from(m);
       double alpha = sigmoid ? 0.0 : fmin(-m, logs.least_before);
       float2 log_alpha = split_log(alpha);
-      if (unit.lane == 0) w.m_start[unit.item] = make_float2(-log_alpha.x, -log_alpha.y);
+      if (unit.lane == 0) log_start[unit.warp] = log_alpha;
       const int first = unit.lane * tokens_per_lane;
       const int64_t at = unit.item * chunk_tokens + first;
       float2 alphas[tokens_per_lane], betas[tokens_per_lane];
@@ -434,13 +471,23 @@ __global__ void __launch_bounds__(most_warps * 32)
         reinterpret_cast<float4*>(to + at)[0] = make_float4(from[0].x, from[0].y, from[1].x, from[1].y);
         reinterpret_cast<float4*>(to + at)[1] = make_float4(from[2].x, from[2].y, from[3].x, from[3].y);
       };
-      store(w.alpha, alphas);
-      store(w.beta, betas);
-      if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
+      if (w.records != nullptr) {
+        __syncwarp();
+        write_records(w.records, unit.item, unit.lane, log_start[unit.warp], log_alpha, alphas, betas, ms);
+      } else {
+        store(w.alpha, alphas);
+        store(w.beta, betas);
+        if (unit.lane == 0) {
+          const float2 start = log_start[unit.warp];
+          w.m_start[unit.item] = make_float2(-start.x, -start.y);
+        }
+        if (unit.lane == 31) w.alpha_last[unit.item] = log_alpha;  // padding past the end changes neither this nor m
+        if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
+      }
       if (unit.lane == 31) {
-        w.alpha_last[unit.item] = log_alpha;  // padding past the sequence's end changes neither this nor m
         const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
-        if (ends && m_last != nullptr) m_last[tile.seq * l.heads + head] = ms[tokens_per_lane - 1];
+        float* const to = ends ? final_m(w.p, m_last, tile.seq, head) : nullptr;
+        if (to != nullptr) *to = ms[tokens_per_lane - 1];
       }
       if (m_out != nullptr) {
         float* to = rows + unit.head * Elements::row_pitch(w) + unit.chunk * chunk_tokens + first;
@@ -450,7 +497,7 @@ __global__ void __launch_bounds__(most_warps * 32)
     if (m_out != nullptr) {
       __syncthreads();
       const Elements own(w, tile);
-      float* to = m_out + own.output(w, tile);
+      float* to = m_out + own.output(w, tile, w.layout.heads);
 #pragma unroll
       for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
         if (x < own.inside) *to = rows[own.row + x * own.step];
@@ -535,7 +582,7 @@ __device__ Walk later_tiles(const Work& w, const Tile& tile, int count, int64_t 
 // Large terms cancel only in the last.
 __global__ void __launch_bounds__(most_warps * 32)
     gate_gradients_kernel(const __grid_constant__ Work w, const float* dm_last, const float* dlog_decay, void* di,
-                          void* df, float* dm0, int state_tiles) {
+                          void* df, int64_t gate_token, float* dm0, int state_tiles) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   __shared__ Walk unit_walk[most_warps];
@@ -709,11 +756,11 @@ __global__ void __launch_bounds__(most_warps * 32)
     i[x] = i_has_slope ? to_gate(i[x], into_i, sigmoid) : into_i;
     f[x] = to_gate(f[x], into_f, true);
   }
-  int64_t to = own.output(w, tile);
+  int64_t to = own.output(w, tile, gate_token);
   const auto store = [&](auto zero) {
     using T = decltype(zero);
 #pragma unroll
-    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * l.heads) {
+    for (int x = 0; x < tokens_per_lane; ++x, to += own.step * gate_token) {
       if (x >= own.inside) break;
       static_cast<T*>(di)[to] = from_float<T>(i[x]);
       static_cast<T*>(df)[to] = from_float<T>(f[x]);
@@ -802,7 +849,7 @@ cudaError_t scan_gates(const Work& work, float* m_out, float* m_last, float* log
 
 cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStream_t stream) {
   return launch(w, gate_gradients_kernel, w.tiles.count, 1, stream, w, params.dm_last, params.dlog_decay, params.di,
-                params.df, params.dm0, state_tiles(w.p));
+                params.df, params.gate_token, params.dm0, state_tiles(w.p));
 }
 
 cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStream_t stream) {

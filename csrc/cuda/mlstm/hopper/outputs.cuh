@@ -55,6 +55,7 @@
 #include <type_traits>
 
 #include "cuda/common/dependent_launch.cuh"
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -1150,7 +1151,7 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
 template <Output output, int tile_n, typename T>
 struct One {
   using Shared = OutputShared<output, tile_n>;
-  static constexpr bool rows_are_t = Roles<output>::rows_are_t, follows_states = false;
+  static constexpr bool is_h = output == Output::h, rows_are_t = Roles<output>::rows_are_t, follows_states = false;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       const Tile& tile) {
     produce<output, tile_n>(args, sh, ring, tile);
@@ -1163,7 +1164,7 @@ struct One {
 template <int tile_dqk, int tile_dv, typename T>
 struct DkAndDv {
   using Shared = OutputShared<Output::dk, (tile_dqk > tile_dv ? tile_dqk : tile_dv)>;
-  static constexpr bool rows_are_t = false, follows_states = false;
+  static constexpr bool is_h = false, rows_are_t = false, follows_states = false;
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, RingState<Shared::num_stages>& ring,
                                       Tile tile) {
     if (tile.index < args.tiles) {
@@ -1189,7 +1190,7 @@ template <int blocks, Output first, Output... others>
 struct Small {
   using Shared = SmallShared<blocks>;
   using Ring = RingState<Shared::num_stages>;
-  static constexpr bool rows_are_t = Roles<first>::rows_are_t;
+  static constexpr bool is_h = first == Output::h, rows_are_t = Roles<first>::rows_are_t;
   static constexpr bool follows_states = first == Output::h;  // starts beside the states' kernel
   __device__ static void produce_tile(const OutputArgs& args, Shared& sh, Ring& ring, const Tile& tile) {
     produce_small<first>(args, sh, ring, tile);
@@ -1241,6 +1242,8 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
                 .index = index,
                 .has_state = !is_empty};
   };
+  // The states' kernel has written h of sequences that are left out.
+  const auto has_no_tiles = [&](const Chunk& chunk) { return Makes::is_h && is_left_out(args.w.p, chunk.seq); };
   // Tiles of one chunk and head go to neighbouring blocks, which share its rows in the L2 cache. Where the number of
   // blocks is a multiple of the number of tiles, a block would always get the same column tile: long ones only (dk's)
   // or short ones only (dv's). So the assignment shifts by one from round to round.
@@ -1253,6 +1256,7 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
       const int item = index / tiles, chunk_index = item / heads;
       Chunk chunk;
       if (!l.locate(chunk_index, chunk)) break;
+      if (has_no_tiles(chunk)) continue;
       // The round is the same for all tiles of an item.
       const int turn = take_turns ? (index - item * tiles + round) % tiles : index - item * tiles;
       f(tile_of(chunk, item - chunk_index * heads, turn));
@@ -1279,7 +1283,7 @@ __global__ void __launch_bounds__(output_threads, Makes::Shared::blocks_per_proc
       index = next;
       if (in_row >= chunks) continue;
       Chunk chunk;
-      if (!l.locate(int64_t{row} * chunks + in_row, chunk)) continue;
+      if (!l.locate(int64_t{row} * chunks + in_row, chunk) || has_no_tiles(chunk)) continue;
       f(tile_of(chunk, static_cast<int>(head), 0));
     }
   };

@@ -25,6 +25,9 @@
 // thousand. This drops a NaN there too, which g = 0 would keep. The run that ends where segment s begins belongs to
 // block s or an earlier one, so a block waits only for blocks that started before it.
 //
+// Forward, the initial and the final state may be the same slot of a pool. Segment 0 reads it before two of its passes,
+// the last segment writes it. So the last segment first waits for a flag: segment 0 has read the slot.
+//
 // float16: the state is kept scaled by a power of two that bounds its weights, in registers and in memory. The weighted
 // operands have the same scale. It follows from the weights alone, so all blocks of a head have the same.
 //
@@ -41,6 +44,7 @@
 #include <type_traits>
 
 #include "cuda/common/dependent_launch.cuh"
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/hopper/work.h"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -56,10 +60,16 @@ struct StateArgs {
   Work w;
   CUtensorMap x, y;  // k and v, or q and dh
   CUtensorMap c;
-  const float* c_in;  // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
+  // By sequence, or by slot of the pool: c0, or dc_last; nullptr: zeros. c_last, or dc0; nullptr: not wanted. Of the
+  // pool in and out are the same memory.
+  const void* c_in;
   const float* n_in;
-  float* c_out;  // c_last, or dc0; nullptr: not wanted
+  void* c_out;
   float* n_out;
+  // Forward only; the backward has contiguous float32.
+  DType c_dtype;
+  int64_t c_stride, n_stride;  // from a sequence, or a slot, to the next
+  void* h;                     // of sequences that are left out
   int dqk_tiles, dv_tiles;
   int* turns;  // blocks that have started, where there are segments
   int* flags;
@@ -108,6 +118,22 @@ struct StateShared {
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
 
+// h of a sequence that is left out: the columns [col0, col0 + tile_dv) of the chunks [begin, end).
+template <int tile_dv, typename T>
+__device__ __noinline__ void fill_h(const StateArgs& args, int64_t seq, int head, int col0, int64_t begin,
+                                    int64_t end) {
+  const Layout& l = args.w.layout;
+  const T value = from_float<T>(h_left_out(args.w.p, seq));
+  for (int64_t index = begin; index < end; ++index) {
+    Chunk chunk;
+    l.locate(index, chunk);
+    for (int x = threadIdx.x; x < chunk.length * tile_dv; x += blockDim.x) {
+      const int64_t token = chunk.row * l.seq + chunk.first + x / tile_dv, col = col0 + x % tile_dv;
+      if (col < l.dv) static_cast<T*>(args.h)[(token * l.heads + head) * l.dv + col] = value;
+    }
+  }
+}
+
 template <int groups, int tile_dv, bool backward, typename T>
 __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_dv, T>::blocks_per_processor))
     states_kernel(const __grid_constant__ StateArgs args) {
@@ -154,6 +180,12 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int per_segment = ceil_div(count, w.segments);
   const int first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count) return;
+  if constexpr (!backward) {
+    if (is_left_out(w.p, seq)) {
+      if (tile_k == 0) fill_h<tile_dv, T>(args, seq, head, col0, begin + first_step, begin + last_step);
+      return;
+    }
+  }
   const bool is_last = last_step == count;
   // Steps of a block's piece in the first pass.
   const int last_segment = count > 0 ? (count - 1) / per_segment : 0, before_last = last_segment * per_segment;
@@ -336,6 +368,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int quad = lane / 4, pos = lane % 4;
   const bool has_n = tile_v == 0;
   const int64_t state = seq * l.heads + head;
+  // Where the head's c and n begin, in elements. Backward, for_each_pair counts c's rows from the first head on: another
+  // way would spill.
+  const auto c_at = [&] { return backward ? int64_t{0} : slot_of(w.p, seq) * args.c_stride + head * l.dqk * l.dv; };
+  const auto n_at = [&] { return backward ? state * l.dqk : slot_of(w.p, seq) * args.n_stride + head * l.dqk; };
 
   float acc[tile_dv / 2];
   float n[2];  // rows quad, quad + 8 of the warp's 16; the four lanes of a quad hold the same
@@ -346,7 +382,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
 #pragma unroll
       for (int c = 0; c < tile_dv / 8; ++c) {
         const int col = col0 + c * 8 + pos * 2;
-        if (row < l.dqk && col < l.dv) f(&acc[c * 4 + r * 2], (state * l.dqk + row) * l.dv + col);
+        const int64_t before = backward ? state * l.dqk : 0;  // rows
+        if (row < l.dqk && col < l.dv) f(&acc[c * 4 + r * 2], (before + row) * l.dv + col);
       }
     }
   };
@@ -366,14 +403,21 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     n[0] = n[1] = 0.0f;
 #pragma unroll
     for (int x = 0; x < tile_dv / 2; ++x) acc[x] = 0.0f;
-    if (run_begin > 0) return;
-    if (args.c_in != nullptr) {  // dv is a multiple of 8
+    if (run_begin > 0 || (!backward && is_fresh(w.p, seq))) return;
+    if (!backward && args.c_dtype == DType::bfloat16) {  // dv is a multiple of 8
+      const bf16* const from = static_cast<const bf16*>(args.c_in) + c_at();
       for_each_pair([&](float* a, int64_t at) {
-        const float2 two = *reinterpret_cast<const float2*>(args.c_in + at);
+        const float2 two = unpack<bf16>(*reinterpret_cast<const uint32_t*>(from + at));
+        a[0] = two.x, a[1] = two.y;
+      });
+    } else if (args.c_in != nullptr) {
+      const float* const from = static_cast<const float*>(args.c_in) + c_at();
+      for_each_pair([&](float* a, int64_t at) {
+        const float2 two = *reinterpret_cast<const float2*>(from + at);
         a[0] = two.x, a[1] = two.y;
       });
     }
-    if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[state * l.dqk + row]; });
+    if (args.n_in != nullptr) for_each_n([&](float& x, int row) { x = args.n_in[n_at() + row]; });
   };
 
   // A warpgroup's share of the state at a run's end: acc, n, keep and exponent of each of its threads.
@@ -382,6 +426,9 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     return w.segment_ends + ((s * blocks + block_in_segment) * groups + group) * share_floats + thread;
   };
   const auto flag_at = [&](int s) { return args.flags + (s * blocks + block_in_segment) * groups + group; };
+  // Set once segment 0 has read the pool's state: the last segment may then overwrite it.
+  const bool shares_state = !backward && w.segments > 1 && w.p.pool.indices != nullptr;
+  int* const read_flag = flag_at(2 * w.segments);
   const auto publish = [&](int part, float keep) {
     float* const share = share_at(segment * 2 + part);
 #pragma unroll
@@ -463,6 +510,11 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       state_before();
     } else {
       start();
+      if (shares_state && writes && !is_last) {
+        __threadfence();
+        ptx::named_barrier(1 + group, 128);
+        if (thread == 0) ptx::store_release(read_flag, 1);
+      }
     }
     float keep_all = forgets ? 0.0f : 1.0f;
     for (int step = run_begin; step < run_end; ++step) {
@@ -628,15 +680,25 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     if (!writes) publish(pass, keep_all);
   }
 
-  if (is_last && args.c_out != nullptr) {
-    for_each_pair([&](float* a, int64_t at) {
-      const float up = is_half ? power_of_two(exponent) : 1.0f;
-      *reinterpret_cast<float2*>(args.c_out + at) = make_float2(a[0] * up, a[1] * up);
-    });
+  if (shares_state && is_last && segment > 0) {
+    if (thread == 0) {
+      while (ptx::load_acquire(read_flag) == 0) __nanosleep(100);
+    }
+    ptx::named_barrier(1 + group, 128);
+  }
+  const float up = is_half ? power_of_two(exponent) : 1.0f;
+  if (!backward && is_last && args.c_dtype == DType::bfloat16) {
+    bf16* const to = static_cast<bf16*>(args.c_out) + c_at();
+    for_each_pair(
+        [&](float* a, int64_t at) { *reinterpret_cast<uint32_t*>(to + at) = pack<bf16>(a[0] * up, a[1] * up); });
+  } else if (is_last && args.c_out != nullptr) {
+    float* const to = static_cast<float*>(args.c_out) + c_at();
+    for_each_pair(
+        [&](float* a, int64_t at) { *reinterpret_cast<float2*>(to + at) = make_float2(a[0] * up, a[1] * up); });
   }
   if (is_last && args.n_out != nullptr) {
     for_each_n([&](float& x, int row) {
-      if (pos == 0) args.n_out[state * l.dqk + row] = x;
+      if (pos == 0) args.n_out[n_at() + row] = x;
     });
   }
   if (thread == 0) ptx::bulk_store_wait<0>();
@@ -694,20 +756,27 @@ Segments choose_segments(const MlstmProblem& p, int processors) {
   const int64_t room = !is_smallest ? processors : chunks < 256 ? processors * 5 / 4 : processors * 2;
   const int64_t count = std::min({room / std::max(blocks, int64_t{1}), chunks / least_chunks, most});
   if (count < 2) return {.count = 1, .floats = 0, .flags = 0};
-  const int64_t shares = 2 * count * blocks * groups;
-  return {.count = static_cast<int>(count), .floats = shares * (column_tile(p.dv) / 2 + 4) * 128, .flags = shares + 1};
+  const int64_t shares = 2 * count * blocks * groups, flags = shares + blocks * groups + 1;
+  return {.count = static_cast<int>(count), .floats = shares * (column_tile(p.dv) / 2 + 4) * 128, .flags = flags};
 }
 
-cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, cudaStream_t stream) {
+cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, void* h,
+                           cudaStream_t stream) {
   int* const turns = w.segment_flags;
+  const MlstmSlots& pool = w.p.pool;
+  const bool pooled = pool.indices != nullptr;
   StateArgs args{.w = w,
                  .x = maps.k,
                  .y = maps.v,
                  .c = maps.c,
-                 .c_in = w.p.c0,
-                 .n_in = w.p.n0,
-                 .c_out = c_last,
-                 .n_out = n_last,
+                 .c_in = pooled ? pool.c : w.p.c0,
+                 .n_in = pooled ? pool.n : w.p.n0,
+                 .c_out = pooled ? pool.c : c_last,
+                 .n_out = pooled ? pool.n : n_last,
+                 .c_dtype = pool.c_dtype,
+                 .c_stride = pooled ? pool.c_stride : w.p.heads * w.p.dqk * w.p.dv,
+                 .n_stride = pooled ? pool.n_stride : w.p.heads * w.p.dqk,
+                 .h = h,
                  .turns = turns,
                  .flags = turns + 1,
                  .log = w.state_log};

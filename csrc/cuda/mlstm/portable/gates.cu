@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cuda/mlstm/chunked/open_sum.cuh"
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/portable/kernels.h"
 
 namespace flash_xlstm::cuda::portable {
@@ -139,7 +140,7 @@ __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float
   const int lane = threadIdx.x;
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
-  double m = w.p.m0 == nullptr ? w.p.first_m : w.p.m0[seq * l.heads + head], decay = 0.0;
+  double m = initial_m(w.p, seq, head), decay = 0.0;
   if (lane == 0) w.scratch.m_boundary[(begin + seq) * l.heads + head] = static_cast<float>(m);
   for (int64_t base = begin; base < end; base += 32) {
     const int64_t chunk = base + lane;
@@ -158,7 +159,8 @@ __global__ void boundary_stabilizer_kernel(const __grid_constant__ Work w, float
     m = __shfl_sync(all_lanes, m_end, 31);
     decay += __shfl_sync(all_lanes, sum, 31);
   }
-  if (lane == 0 && m_last != nullptr) m_last[seq * l.heads + head] = static_cast<float>(m);
+  float* const m_to = lane == 0 ? final_m(w.p, m_last, seq, head) : nullptr;
+  if (m_to != nullptr) *m_to = static_cast<float>(m);
   if (lane == 0 && log_decay != nullptr) log_decay[seq * l.heads + head] = static_cast<float>(decay);
 }
 
@@ -394,8 +396,8 @@ cudaError_t gate_gradients(const Work& w, const MlstmBackward& params, cudaStrea
   if (w.stabilized()) {
     carry_stabilizer_kernel<<<sequences, 32, 0, stream>>>(w, params.dm_last, params.dm0, columns, states);
   }
-  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.dlog_decay, params.di, params.df, columns,
-                                                                          states);
+  gate_gradients_kernel<<<warp_blocks(w), warps_per_block * 32, 0, stream>>>(w, params.dlog_decay, params.di, params.df,
+                                                                             columns, states);
   return cudaGetLastError();
 }
 

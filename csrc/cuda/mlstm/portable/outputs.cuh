@@ -18,6 +18,7 @@
 // the gates' gradients. chunk_sums.cu makes the other shares.
 #pragma once
 
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 
@@ -81,6 +82,16 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   Chunk chunk;
   if (!l.locate(item / l.heads, chunk)) return;
   const int64_t col0 = static_cast<int64_t>(tile) * tile_n;
+  if constexpr (output == Output::h) {
+    if (is_left_out(w.p, chunk.seq)) {
+      const T value = from_float<T>(h_left_out(w.p, chunk.seq));
+      for (int x = threadIdx.x; x < chunk.length * tile_n; x += threads_per_block) {
+        const int64_t token = chunk.row * l.seq + chunk.first + x / tile_n, col = col0 + x % tile_n;
+        if (col < columns) static_cast<T*>(args.out)[(token * l.heads + head) * columns + col] = value;
+      }
+      return;
+    }
+  }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int n_tiles = tile_n / 16;  // of the output, a warp

@@ -14,6 +14,7 @@
 // g (<c, dc> + <n, dn>): the gradient of the chunk's forget gates from the pairs that lie on either side of the chunk.
 // Blocks of the first dv tile also keep n. Where the forward's range of chunks ends within a sequence, that sequence's
 // state is carried to the next launch in float32.
+#include "cuda/mlstm/chunked/pool.cuh"
 #include "cuda/mlstm/portable/kernels.h"
 #include "cuda/mlstm/portable/tiles.cuh"
 
@@ -26,14 +27,18 @@ constexpr int row_groups = threads_per_block / 32;  // warps, each weights 16 to
 
 struct StateArgs {
   Work w;
-  Strided x, y;        // k and v, or q and dh
+  Strided x, y;  // k and v, or q and dh
   bool x_vectors, y_vectors;
-  const float* c_in;   // contiguous (num_seqs, heads, dqk, dv): c0, or dc_last; nullptr: zeros
+  // By sequence, or by slot of the pool: c0, or dc_last; nullptr: zeros. c_last, or dc0; nullptr: not wanted. The pool's
+  // c_in and c_out are the same: a thread reads and writes the same elements.
+  const void* c_in;
   const float* n_in;
-  float* c_out;        // c_last, or dc0; nullptr: not wanted
+  void* c_out;
   float* n_out;
-  int carry_in;        // forward: which of the carried states to read
-  int64_t first_seq;   // forward: of the first block
+  DType c_dtype;               // backward: float32
+  int64_t c_stride, n_stride;  // from a sequence, or a slot, to the next
+  int carry_in;                // forward: which of the carried states to read
+  int64_t first_seq;           // forward: of the first block
 };
 
 template <typename T>
@@ -82,10 +87,11 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
   const int64_t seq_begin = begin, seq_end = end;
-  begin = max(begin, l.range_begin), end = min(end, l.range_end);
+  const bool empty = seq_begin == seq_end;  // the first range handles it, wherever it lies
+  if (!empty) begin = max(begin, l.range_begin), end = min(end, l.range_end);
   const int64_t count = end - begin;
-  const bool empty = seq_begin == seq_end;  // the first range handles it
   if (empty ? l.range_begin > 0 : count <= 0) return;
+  if (!backward && is_left_out(w.p, seq)) return;
 
   float acc[2][4][4];
   // Calls f(first of two neighbouring accumulators, row, column) for those inside the (padded) state.
@@ -108,7 +114,6 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
       if (col + 1 < l.dv) f(a[1], row, col + 1);
     });
   };
-  const int64_t state = seq * l.heads + head;
 #pragma unroll
   for (int mt = 0; mt < 2; ++mt)
 #pragma unroll
@@ -117,22 +122,37 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
       for (int r = 0; r < 4; ++r) acc[mt][nt][r] = 0.0f;
   const bool n_lane = has_n && threadIdx.x < tile_dqk && row0 + threadIdx.x < l.dqk;
   float n = 0.0f;
-  const auto read_state = [&](const float* c_from, const float* n_from, int64_t index) {
-    if (c_from != nullptr) {
-      for_each([&](float& a, int64_t row, int64_t col) { a = c_from[(index * l.dqk + row) * l.dv + col]; });
+  // `at`: where the head's c and n begin. c of the pool may be bfloat16.
+  const auto read_state = [&](const void* c_from, const float* n_from, int64_t c_at, int64_t n_at, DType c_dtype) {
+    const auto read_c = [&](const auto* from) {
+      for_each([&](float& a, int64_t row, int64_t col) { a = to_float(from[c_at + row * l.dv + col]); });
+    };
+    if (!backward && c_dtype == DType::bfloat16) {
+      read_c(static_cast<const bf16*>(c_from));
+    } else if (c_from != nullptr) {
+      read_c(static_cast<const float*>(c_from));
     }
-    if (n_from != nullptr && n_lane) n = n_from[index * l.dqk + row0 + threadIdx.x];
+    if (n_from != nullptr && n_lane) n = n_from[n_at + row0 + threadIdx.x];
   };
-  const auto write_state = [&](float* c_to, float* n_to, int64_t index) {
-    if (c_to != nullptr) {
-      for_each([&](float& a, int64_t row, int64_t col) { c_to[(index * l.dqk + row) * l.dv + col] = a; });
+  const auto write_state = [&](void* c_to, float* n_to, int64_t c_at, int64_t n_at, DType c_dtype) {
+    const auto write_c = [&](auto* to) {
+      using C = std::remove_pointer_t<decltype(to)>;
+      for_each([&](float& a, int64_t row, int64_t col) { to[c_at + row * l.dv + col] = from_float<C>(a); });
+    };
+    if (!backward && c_dtype == DType::bfloat16) {
+      write_c(static_cast<bf16*>(c_to));
+    } else if (c_to != nullptr) {
+      write_c(static_cast<float*>(c_to));
     }
-    if (n_to != nullptr && n_lane) n_to[index * l.dqk + row0 + threadIdx.x] = n;
+    if (n_to != nullptr && n_lane) n_to[n_at + row0 + threadIdx.x] = n;
   };
+  const auto c_at = [&] { return slot_of(w.p, seq) * args.c_stride + head * l.dqk * l.dv; };
+  const auto n_at = [&] { return slot_of(w.p, seq) * args.n_stride + head * l.dqk; };
   if (begin > seq_begin) {
-    read_state(w.scratch.c_carry[args.carry_in], w.scratch.n_carry[args.carry_in], head);
-  } else {
-    read_state(args.c_in, args.n_in, state);
+    read_state(w.scratch.c_carry[args.carry_in], w.scratch.n_carry[args.carry_in], head * l.dqk * l.dv, head * l.dqk,
+               DType::float32);
+  } else if (!is_fresh(w.p, seq)) {
+    read_state(args.c_in, args.n_in, c_at(), n_at(), args.c_dtype);
   }
 
   E* const slots = static_cast<E*>(w.scratch.c);
@@ -249,9 +269,10 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
   }
 
   if (end < seq_end) {
-    write_state(w.scratch.c_carry[args.carry_in ^ 1], w.scratch.n_carry[args.carry_in ^ 1], head);
+    write_state(w.scratch.c_carry[args.carry_in ^ 1], w.scratch.n_carry[args.carry_in ^ 1], head * l.dqk * l.dv,
+                head * l.dqk, DType::float32);
   } else {
-    write_state(args.c_out, args.n_out, state);
+    write_state(args.c_out, args.n_out, c_at(), n_at(), args.c_dtype);
   }
 }
 
@@ -280,6 +301,8 @@ cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t 
   const Layout& l = w.layout;
   // The sequences with chunks in the range. Packed: all, since only the device knows which.
   const bool packed = l.first_chunk != nullptr;
+  const MlstmSlots& pool = w.p.pool;
+  const bool pooled = pool.indices != nullptr;
   const int64_t first = packed ? 0 : l.range_begin / l.chunks_per_seq;
   const int64_t stop = packed ? l.num_seqs : ceil_div(l.range_end, l.chunks_per_seq);
   const StateArgs args{.w = w,
@@ -287,10 +310,13 @@ cudaError_t forward_states(const Work& w, float* c_last, float* n_last, int64_t 
                        .y = w.p.v,
                        .x_vectors = can_vectorize(w.p.k, bytes),
                        .y_vectors = can_vectorize(w.p.v, bytes),
-                       .c_in = w.p.c0,
-                       .n_in = w.p.n0,
-                       .c_out = c_last,
-                       .n_out = n_last,
+                       .c_in = pooled ? pool.c : w.p.c0,
+                       .n_in = pooled ? pool.n : w.p.n0,
+                       .c_out = pooled ? pool.c : c_last,
+                       .n_out = pooled ? pool.n : n_last,
+                       .c_dtype = pool.c_dtype,
+                       .c_stride = pooled ? pool.c_stride : l.heads * l.dqk * l.dv,
+                       .n_stride = pooled ? pool.n_stride : l.heads * l.dqk,
                        .carry_in = static_cast<int>(range_index % 2),
                        .first_seq = first};
   return launch<false>(args, stop - first, stream);
@@ -306,7 +332,9 @@ cudaError_t backward_states(const Work& w, const MlstmBackward& params, cudaStre
                        .c_in = params.dc_last,
                        .n_in = params.dn_last,
                        .c_out = params.dc0,
-                       .n_out = params.dn0};
+                       .n_out = params.dn0,
+                       .c_stride = w.p.heads * w.p.dqk * w.p.dv,
+                       .n_stride = w.p.heads * w.p.dqk};
   return launch<true>(args, w.layout.num_seqs, stream);
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.linear import are_weights_at_rest, few_rows, own_parameters, unchanged
-from flash_xlstm.nn.state import State
+from flash_xlstm.nn.state import State, has_slots
 from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
 from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
@@ -40,9 +40,9 @@ def block_step(block: Any, x: Tensor, state: State, state_indices: Tensor | None
         and x.shape[0] > 0
         and c.dtype in (torch.float32, torch.bfloat16)
         and n.dtype == m.dtype == torch.float32
-        and c.is_contiguous()
-        and n.is_contiguous()
-        and m.is_contiguous()
+        and (c.is_contiguous() or has_slots(c))
+        and (n.is_contiguous() or has_slots(n))
+        and (m.is_contiguous() or has_slots(m))
         and (mLSTMLayer.forward, FeedForward.forward, RMSNorm.forward, MultiHeadLayerNorm.forward) == _FORWARDS
     ):
         return None

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.linear import gradients_are_looked_at, linear, nothing_looks_on, unchanged
 from flash_xlstm.nn.packing import refuse_step
-from flash_xlstm.nn.state import State, fitting_state
+from flash_xlstm.nn.state import State, fitting_state, has_slots
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, op_weight
 from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
 from flash_xlstm.ops import _common
@@ -251,7 +251,9 @@ class mLSTMLayer(FusableProjections):
         if self.step_kernel == "reference" or q.dtype == torch.float64:
             h = reference.mlstm_step(q, k, v, i, f, state, **options)
         else:
-            written: Any = tuple(t if t is None else t.contiguous() for t in fitting_state(state, q))
+            written: Any = tuple(
+                t if t is None or t.is_contiguous() or has_slots(t) else t.contiguous() for t in fitting_state(state, q)
+            )
             h = ops.mlstm_step(q, k, v, i, f, written, **options)
             for given, new in zip(state, written, strict=True):
                 if new is not given:

@@ -5,6 +5,8 @@ kernels of the gradients also return the norms' outputs and SwiGLU's product. Th
 the output product. The residual's gradient is added in the kernel of the norm's gradient. Projections are parts of one
 joined tensor. Their gradients are written side by side, as the product of the joined gradient reads them.
 
+Large products are in float8 where torchao's layers hold the weights (:mod:`flash_xlstm.nn.xlstm_7b.products`).
+
 ``again`` is gradient checkpointing. The forward then keeps only x and the mLSTM's h, s and m. The backward repeats the
 norms and the products, except the products that write to the residual stream. It repeats no mLSTM.
 """
@@ -24,6 +26,15 @@ from flash_xlstm.nn.linear import gradients_are_looked_at, nothing_looks_on, own
 from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
 from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
+from flash_xlstm.nn.xlstm_7b.products import (
+    Float8,
+    cast_gradient,
+    input_gradient,
+    joined,
+    linear_kind,
+    product,
+    weight_gradient,
+)
 from flash_xlstm.ops import _common
 from flash_xlstm.ops.mlstm_gated import mlstm_gated_backward
 from flash_xlstm.ops.pointwise import rms_norm_backward, swiglu_joined_backward
@@ -53,6 +64,7 @@ class MlstmHalf(NamedTuple):
     sizes: tuple[int, int]  # heads, qk_dim
     numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM, head norm; soft cap; chunk size
     ranks: Ranks | None = None
+    float8: Float8 | None = None  # not with ranks
 
 
 class FeedForwardHalf(NamedTuple):
@@ -61,6 +73,7 @@ class FeedForwardHalf(NamedTuple):
     tensors: tuple[Tensor, ...]  # weights of norm, proj_down and projections
     eps: float
     ranks: Ranks | None = None
+    float8: Float8 | None = None  # not with ranks
 
 
 def serves(x: Tensor) -> bool:
@@ -95,8 +108,9 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
         return None
     head_norm, norm, out = layer._modules.get("multihead_norm"), part("norm_mlstm"), layer._modules.get("out_proj")
     projections, gates = layer.projections("qkv_opreact"), layer.projections("ifgate_preact")
-    tensors = _weights(x, (norm, RMSNorm), (head_norm, MultiHeadLayerNorm), (out, nn.Linear))
-    stacked = _weights(x, *((p, nn.Linear) for p in projections))
+    kind, float8 = linear_kind(x, out, *projections)
+    tensors = _weights(x, (norm, RMSNorm), (head_norm, MultiHeadLayerNorm), (out, kind))
+    stacked = _weights(x, *((p, kind) for p in projections))
     gate_weights = [_parameters(x, gate, nn.Linear) for gate in gates]
     if tensors is None or stacked is None or any(own is None or own[1] is None for own in gate_weights):
         return None
@@ -106,6 +120,7 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
         (len(projections), len(gates)),
         (layer.num_heads, layer.qk_dim),
         (norm.eps, layer.eps, head_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size)),
+        float8=float8,
     )
 
 
@@ -115,13 +130,10 @@ def feed_forward_half(block: Any, x: Tensor) -> FeedForwardHalf | None:
     ffn, norm = part("ffn"), part("norm_ffn")
     if not unchanged(ffn, FeedForward) or gradients_are_looked_at(ffn):
         return None
-    tensors = _weights(
-        x,
-        (norm, RMSNorm),
-        (ffn._modules.get("proj_down"), nn.Linear),
-        *((p, nn.Linear) for p in ffn.projections("proj_up_gate_z")),
-    )
-    return None if tensors is None else FeedForwardHalf(tensors, norm.eps)
+    layers = ffn._modules.get("proj_down"), *ffn.projections("proj_up_gate_z")
+    kind, float8 = linear_kind(x, *layers)
+    tensors = _weights(x, (norm, RMSNorm), *((layer, kind) for layer in layers))
+    return None if tensors is None else FeedForwardHalf(tensors, norm.eps, float8=float8)
 
 
 def _weights(x: Tensor, *parts: tuple[Any, type[nn.Module]]) -> tuple[Tensor, ...] | None:
@@ -144,18 +156,13 @@ def _parameters(x: Tensor, part: Any, kind: type[nn.Module]) -> tuple[Tensor, Te
 def run_mlstm(x: Tensor, half: MlstmHalf, padding: Tensor | None, cu_seqlens: Tensor | None, again: bool) -> Tensor:
     """``x + mlstm_layer(norm(x))``: (batch, seq, hidden_size)."""
     return _Mlstm.apply(
-        x, padding, cu_seqlens, half.counts, half.sizes, half.numbers, again, half.ranks, *half.tensors
+        x, padding, cu_seqlens, half.counts, half.sizes, half.numbers, again, half.ranks, half.float8, *half.tensors
     )  # fmt: skip
 
 
 def run_feed_forward(x: Tensor, half: FeedForwardHalf, again: bool) -> Tensor:
     """``x + ffn(norm(x))``: (batch, seq, hidden_size)."""
-    return _FeedForward.apply(x, half.eps, again, half.ranks, *half.tensors)
-
-
-def _joined(weights: tuple[Tensor, ...]) -> Tensor:
-    """Several weights as one: a copy, which is not kept."""
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
+    return _FeedForward.apply(x, half.eps, again, half.ranks, half.float8, *half.tensors)
 
 
 def _gathered(t: Tensor, ranks: Ranks | None) -> Tensor:
@@ -166,12 +173,11 @@ def _reduced(t: Tensor, ranks: Ranks | None) -> Tensor:
     return t if ranks is None else ranks.reduce(t)
 
 
-def _added(x: Tensor, rows: Tensor, weight: Tensor, ranks: Ranks | None) -> Tensor:
+def _added(x: Tensor, rows: Tensor, weight: Tensor, ranks: Ranks | None, float8: Float8 | None) -> Tensor:
     """``x + rows @ weight.T``, of all ranks' rows and weights."""
-    if ranks is None:  # within the product's epilogue
+    if ranks is None and float8 is None:  # within the product's epilogue
         return _shaped(torch.addmm(x.flatten(0, 1), rows, weight.t()), x)
-    product = torch.mm(rows, weight.t())
-    return x + ranks.reduce(product.view(x.shape[0], -1, x.shape[2]))
+    return x + _reduced(product(rows, (weight,), float8).view(x.shape[0], -1, x.shape[2]), ranks)
 
 
 def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -202,12 +208,12 @@ def _as_the_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Mlstm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, ranks, *tensors):
+    def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, ranks, float8, *tensors):
         norm, head, out, *rest = tensors
         parts, gates, biases = _split(rest, counts)
         eps, mlstm_eps, head_eps, cap, chunk_size = numbers
         normed = _gathered(_operators.rms_norm(x, norm, eps), ranks)
-        z, pre = _projected(normed.flatten(0, 1), parts, gates, biases)
+        z, pre = _projected(normed.flatten(0, 1), parts, gates, biases, float8)
         z, i, f = _read(z, pre, padding, normed.shape, sizes)
         y, h, kept = _operators.mlstm_gated(
             z, i, f, head, cu_seqlens, *sizes, None, mlstm_eps, cap, chunk_size, head_eps
@@ -215,8 +221,8 @@ class _Mlstm(torch.autograd.Function):
         ctx.save_for_backward(
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
         )  # fmt: skip
-        ctx.counts, ctx.sizes, ctx.numbers, ctx.ranks = counts, sizes, numbers, ranks
-        return _added(x, y.flatten(0, 1), out, ranks)
+        ctx.counts, ctx.sizes, ctx.numbers, ctx.ranks, ctx.float8 = counts, sizes, numbers, ranks, float8
+        return _added(x, y.flatten(0, 1), out, ranks, float8)
 
     @staticmethod
     @_as_the_forward
@@ -224,43 +230,57 @@ class _Mlstm(torch.autograd.Function):
         x, padding, cu_seqlens, h, kept, z, pre, y, norm, head, out, *rest = ctx.saved_tensors
         parts, gates, biases = _split(rest, ctx.counts)
         eps, mlstm_eps, head_eps, cap, chunk_size = ctx.numbers
-        ranks = ctx.ranks
-        wants = ctx.needs_input_grad[8:]
+        ranks, float8 = ctx.ranks, ctx.float8
+        wants = ctx.needs_input_grad[9:]
         want_norm, want_head, want_out, *want_rest = wants
         want_parts, want_gates, want_biases = (any(each) for each in _split(want_rest, ctx.counts))
         normed = None
         if z is None:
             normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
-            z, pre = _projected(normed, parts, gates, biases)
+            z, pre = _projected(normed, parts, gates, biases, float8)
         dout = dout.contiguous()
         whole = _gathered(dout, ranks)
         z, i, f = _read(z, pre, padding, whole.shape, ctx.sizes)
         if y is None:
             y = _operators.gated_head_norm(h, z[..., -out.shape[1] :], head, head_eps)
-        rows = whole.flatten(0, 1)
-        dy = torch.mm(rows, out).view(y.shape)
-        d_out = torch.mm(rows.t(), y.flatten(0, 1)) if want_out else None
+        given = cast_gradient(whole.flatten(0, 1), want_out, float8)
+        dy = input_gradient(given, (out,), float8).view(y.shape)
+        d_out = weight_gradient(given, y.flatten(0, 1), float8) if want_out else None
+        del given
+        # Products with rows of another length than a multiple of 16 bytes are slow: then the gates have their own. So
+        # they have beside products in float8.
+        beside = float8 is None and 2 * ctx.sizes[0] * z.element_size() % 16 == 0
         dz, di, df, d_head = mlstm_gated_backward(
-            dy, z, i, f, head, cu_seqlens, h, kept, *ctx.sizes, None, mlstm_eps, cap, chunk_size, head_eps, want_head
+            dy, z, i, f, head, cu_seqlens, h, kept, *ctx.sizes, None, mlstm_eps, cap, chunk_size, head_eps, want_head,
+            beside,
         )  # fmt: skip
         del dy
-        dz, dpre = dz.flatten(0, 1), torch.cat((di, df), -1).flatten(0, 1)
-        # The gates' product is small and comes first. The large one adds to it in its epilogue.
-        dnormed = torch.mm(dpre, _joined(gates)).addmm_(dz, _joined(parts))
+        dz = dz.flatten(0, 1)
+        if beside:
+            given, dpre, weights = dz, dz[:, z.shape[2] :], parts + gates
+            dnormed = torch.mm(dz, joined(weights))
+        else:
+            given, dpre, weights = cast_gradient(dz, want_parts, float8), torch.cat((di, df), -1).flatten(0, 1), parts
+            if float8 is None:  # the large product adds to the small
+                dnormed = torch.mm(dpre, joined(gates)).addmm_(dz, joined(parts))
+            else:
+                dnormed = input_gradient(given, parts, float8).addmm_(dpre, joined(gates))
         dnormed = _reduced(dnormed.view(whole.shape), ranks)
         remake = normed is None and (want_parts or want_gates)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
         del dnormed
         normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
-        d_parts = torch.mm(dz.t(), normed) if want_parts else None
-        d_gates = torch.mm(dpre.t(), normed) if want_gates else None
+        want_large = want_parts or (beside and want_gates)
+        d_weights = _parted(weight_gradient(given, normed, float8) if want_large else None, weights)
+        if not beside:
+            d_weights += _parted(torch.mm(dpre.t(), normed) if want_gates else None, gates)
         d_biases = dpre.sum(0) if want_biases else None
         gradients = (
             d_norm if want_norm else None, d_head if want_head else None, d_out,
-            *_parted(d_parts, parts), *_parted(d_gates, gates), *_parted(d_biases, biases),
+            *d_weights, *_parted(d_biases, biases),
         )  # fmt: skip
         gradients = tuple(g if want else None for g, want in zip(gradients, wants, strict=True))
-        return dx, *(None,) * 7, *gradients
+        return dx, *(None,) * 8, *gradients
 
 
 def _split(rest: Any, counts: tuple[int, int]) -> tuple[Any, Any, Any]:
@@ -269,9 +289,9 @@ def _split(rest: Any, counts: tuple[int, int]) -> tuple[Any, Any, Any]:
     return tuple(rest[:first]), tuple(rest[first:second]), tuple(rest[second:])
 
 
-def _projected(normed: Tensor, parts: Any, gates: Any, biases: Any) -> tuple[Tensor, Tensor]:
+def _projected(normed: Tensor, parts: Any, gates: Any, biases: Any, float8: Float8 | None) -> tuple[Tensor, Tensor]:
     """The joined projections and the joined gates of rows."""
-    return torch.mm(normed, _joined(parts).t()), torch.addmm(_joined(biases), normed, _joined(gates).t())
+    return product(normed, parts, float8), torch.addmm(joined(biases), normed, joined(gates).t())
 
 
 def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tuple[int, int]) -> Any:
@@ -285,11 +305,11 @@ def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tup
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, eps, again, ranks, norm, down, *parts):
+    def forward(ctx, x, eps, again, ranks, float8, norm, down, *parts):
         normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
-        z = torch.mm(normed, _joined(parts).t())
-        out = _added(x, _operators.swiglu_joined(z), down, ranks)
-        ctx.eps, ctx.ranks = eps, ranks
+        z = product(normed, parts, float8)
+        out = _added(x, _operators.swiglu_joined(z), down, ranks, float8)
+        ctx.eps, ctx.ranks, ctx.float8 = eps, ranks, float8
         ctx.save_for_backward(x, None if again else z, norm, down, *parts)
         return out
 
@@ -297,22 +317,23 @@ class _FeedForward(torch.autograd.Function):
     @_as_the_forward
     def backward(ctx, dout):
         x, z, norm, down, *parts = ctx.saved_tensors
-        ranks = ctx.ranks
-        want_norm, want_down, *want_parts = ctx.needs_input_grad[4:]
+        ranks, float8 = ctx.ranks, ctx.float8
+        want_norm, want_down, *want_parts = ctx.needs_input_grad[5:]
         normed = None
         if z is None:
             normed = _gathered(_operators.rms_norm(x, norm, ctx.eps), ranks).flatten(0, 1)
-            z = torch.mm(normed, _joined(parts).t())
+            z = product(normed, parts, float8)
         dout = dout.contiguous()
         whole = _gathered(dout, ranks)
-        rows = whole.flatten(0, 1)
-        dz, product = swiglu_joined_backward(torch.mm(rows, down), z, want_down)
-        d_down = torch.mm(rows.t(), product) if want_down else None
-        del product
-        dnormed = _reduced(torch.mm(dz, _joined(parts)).view(whole.shape), ranks)
+        given = cast_gradient(whole.flatten(0, 1), want_down, float8)
+        dz, gated = swiglu_joined_backward(input_gradient(given, (down,), float8), z, want_down)
+        d_down = weight_gradient(given, gated, float8) if want_down else None
+        del gated
+        given = cast_gradient(dz, any(want_parts), float8)
+        dnormed = _reduced(input_gradient(given, parts, float8).view(whole.shape), ranks)
         remake = normed is None and any(want_parts)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, ctx.eps, want_norm, remake)
         normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
-        d_parts = _parted(torch.mm(dz.t(), normed) if any(want_parts) else None, parts)
+        d_parts = _parted(weight_gradient(given, normed, float8) if any(want_parts) else None, parts)
         d_parts = tuple(g if want else None for g, want in zip(d_parts, want_parts, strict=True))
-        return dx, None, None, None, d_norm if want_norm else None, d_down, *d_parts
+        return dx, None, None, None, None, d_norm if want_norm else None, d_down, *d_parts
