@@ -63,8 +63,8 @@ void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Tiles of 16 rows of a left operand, or panels' tiles of a right one, are the same blocks of 16 x 16 pairs: `put`
-// receives each, by its first row or column and first depth.
+// Tiles of both operands are blocks of 16 x 16 pairs. `put` receives each, by its first row or column and its first
+// depth.
 template <bool rest, typename Put>
 void blocks_along(const float* from, int64_t from_row, int64_t rows, int64_t depth, const Put& put) {
   for (int64_t r = 0; r < rows; r += 16) {
@@ -157,14 +157,14 @@ struct Tile {
 };
 
 // The tile's number must be known to the compiler.
-#define STORE_TILE(number, tile)                            \
-  do {                                                      \
-    if ((tile).is_whole()) {                                \
+#define STORE_TILE(number, tile)                               \
+  do {                                                         \
+    if ((tile).is_whole()) {                                   \
       _tile_stored(number, (tile).out, (tile).row_stride * 4); \
-    } else {                                                \
-      _tile_stored(number, sums, 64);                       \
-      (tile).finish(sums);                                  \
-    }                                                       \
+    } else {                                                   \
+      _tile_stored(number, sums, 64);                          \
+      (tile).finish(sums);                                     \
+    }                                                          \
   } while (false)
 
 }  // namespace
@@ -225,6 +225,7 @@ void begin() {}
 void end() {}
 void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int) {}
 void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) {}
-void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part, Ahead*) {}
+void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
+              Ahead*) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

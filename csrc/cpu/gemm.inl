@@ -1,8 +1,8 @@
-// Float32 matrix products and transposes, a part of vector_kernels.inl. A block of `block_rows` rows and `block_vectors`
-// vectors of the result stays in registers while a runs past it element by element and b vector by vector. a may have
-// any strides. b's rows are contiguous; where they are long, its part for a column of blocks is copied first: lines at
-// the distance of such rows push one another out of the first cache. A result depends on its own row and column only,
-// not on the block that it falls in: the sums run over k in order.
+// Float32 matrix products and transposes, a part of vector_kernels.inl. A block of `block_rows` rows and
+// `block_vectors` vectors of the result stays in registers while a runs past it element by element and b vector by
+// vector. a may have any strides. b's rows are contiguous; where they are long, its part for a column of blocks is
+// copied first: lines at the distance of such rows push one another out of the first cache. A result depends on its own
+// row and column only, not on the block that it falls in: the sums run over k in order.
 
 #if defined(__AVX512F__)
 constexpr int block_rows = 8, block_vectors = 2;

@@ -1,8 +1,8 @@
 // The chunkwise mLSTM's backward on the CPU. It walks forward for the states at the chunks' starts, then back, batch by
 // batch: of every chunk all that needs no gradient of the state at its end (dq; dk's and dv's terms within the chunk;
 // what the chunk adds to that gradient), then the state's gradients from the last chunk to the first, then the rest of
-// dk and dv. Where the states would take more than kept_bytes, the items are cut into segments: the first walk keeps the
-// states at the segments' starts, and each segment is walked forward again.
+// dk and dv. Where the states would take more than kept_bytes, the items are cut into segments: the first walk keeps
+// the states at the segments' starts, and each segment is walked forward again.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -19,7 +19,7 @@
 namespace flash_xlstm::cpu {
 namespace {
 
-constexpr int64_t kept_bytes = int64_t{64} << 20;
+constexpr int64_t kept_bytes = int64_t{64} << 20;  // for all threads
 
 class Backward {
  public:
@@ -49,7 +49,8 @@ class Backward {
     scratch_.reserve(clean_, length * std::max(p.dqk, p.dv), workers);
     for (Arrays<float>* rows : {&dh_, &dc_k_}) scratch_.reserve(*rows, length * p.dv, workers);
     for (Arrays<float>* tiles : {&qk_, &gv_, &x_, &w_}) scratch_.reserve(*tiles, length * length, workers);
-    for (Arrays<float>* tokens : {&weight_, &start_over_d_, &start_delta_, &inv_d_, &delta_, &s_, &across_, &across_n_}) {
+    for (Arrays<float>* tokens :
+         {&weight_, &start_over_d_, &start_delta_, &inv_d_, &delta_, &s_, &across_, &across_n_}) {
       scratch_.reserve(*tokens, length, workers);
     }
     const int64_t left = std::max({products_.left_room(length, p.dqk), products_.left_room(length, p.dv),

@@ -32,8 +32,8 @@ class States {
   // `slots` is at least batch + 1.
   void reserve(Scratch& scratch, int64_t batch, int64_t slots);
 
-  // Packs items [begin, end), a batch, and makes the states at the starts of [begin + 1, end + 1) from that at the start
-  // of `begin`. Final states are written where not null, (lanes, dqk, dv) and (lanes, dqk), or to the pool.
+  // Packs items [begin, end), a batch, and makes the states at the starts of [begin + 1, end + 1) from that at the
+  // start of `begin`. Final states are written where not null, (lanes, dqk, dv) and (lanes, dqk), or to the pool.
   void walk(int64_t begin, int64_t end, float* c_last, float* n_last);
   // k and v of an item as the batch's item x.
   void pack(int64_t x, int64_t item);
