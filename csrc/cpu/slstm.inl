@@ -324,11 +324,6 @@ struct BlockRows {
   Row* rows;
 };
 
-template <int number>
-struct Constant {
-  static constexpr int value = number;
-};
-
 // Rows [first, end) that have a token t, in pairs where two of them lie side by side: f(Constant<1 or 2>, row).
 template <typename F>
 void for_active(const BlockRows& rows, int64_t t, int64_t first, int64_t end, const F& f) {

@@ -129,6 +129,12 @@ class Floats {
   float *memory_, *data_;
 };
 
+// A number known when the code is compiled, as a value.
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+
 // --- element types -------------------------------------------------------------------------------------------------
 
 struct Float32 {
@@ -232,6 +238,25 @@ void unpack(void* to, DType dtype, int64_t stride, const float* from, const floa
       auto* row = target + r * stride;
       const float* in = from + r * columns;
       for (int64_t c = 0; c < columns; ++c) row[c] = Type::store(in[c] * f);
+    }
+  });
+}
+
+void add_and_unpack(void* to, DType dtype, int64_t stride, const float* x, const float* y, const float* weight,
+                    const float* factor, int64_t rows, int64_t columns) {
+  with_dtype(dtype, [&](auto type) {
+    using Type = decltype(type);
+    auto* target = static_cast<typename Type::Bits*>(to);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float f = factor == nullptr ? 1.0f : factor[r];
+      auto* row = target + r * stride;
+      const float* in = x + r * columns;
+      if (y == nullptr || weight[r] == 0.0f) {
+        for (int64_t c = 0; c < columns; ++c) row[c] = Type::store(in[c] * f);
+      } else {
+        const float w = weight[r], *other = y + r * columns;
+        for (int64_t c = 0; c < columns; ++c) row[c] = Type::store((in[c] + w * other[c]) * f);
+      }
     }
   });
 }
@@ -449,44 +474,24 @@ void add_state_term(float* y, const float* x, const float* weight, const float* 
 
 // --- states --------------------------------------------------------------------------------------------------------
 
-void scan(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-          const double* keep, int64_t count, int64_t size) {
-  for (int64_t r = 0; r < count; ++r) {
-    float* to = slot + r * slot_stride;
-    const float* add = update + r * update_stride;
-    const float g = static_cast<float>(keep[r]);
-    for (int64_t c = 0; c < size; ++c) {
-      to[c] = state[c];
-      state[c] = g * state[c] + add[c];
-    }
+void advance(float* to, const float* from, float keep, const float* add, int64_t size) {
+  if (from == nullptr) {
+    std::memcpy(to, add, sizeof(float) * size);
+  } else {
+    for (int64_t x = 0; x < size; ++x) to[x] = keep * from[x] + add[x];
   }
 }
 
-void scan_back(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-               const double* keep, const float* start, int64_t start_stride, double* through, int64_t count,
-               int64_t size) {
-  for (int64_t r = count - 1; r >= 0; --r) {
-    float* to = slot + r * slot_stride;
-    const float *add = update + r * update_stride, *from = start + r * start_stride;
-    const float g = static_cast<float>(keep[r]);
-    if (g != 0.0f) through[r] += static_cast<double>(g) * dot(from, state, size);
-    for (int64_t c = 0; c < size; ++c) {
-      to[c] = state[c];
-      state[c] = g * state[c] + add[c];
-    }
-  }
-}
-
-void guarded_product(float* y, const float* p, int64_t p_stride, const float* z, bool upper, int64_t rows,
-                     int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = y + r * columns;
-    std::memset(out, 0, sizeof(float) * columns);
-    for (int64_t j = upper ? r : 0; j < (upper ? rows : r + 1); ++j) {
-      // With `upper`, the weight of j in r is p[j][r].
-      const float weight = upper ? p[j * p_stride + r] : p[r * p_stride + j];
-      if (weight == 0.0f) continue;
-      for (int64_t c = 0; c < columns; ++c) out[c] += weight * z[j * columns + c];
+void add_not_finite(float* out, const float* a, int64_t a_row, int64_t a_k, const float* z, int64_t rows,
+                    int64_t columns, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const float value = z[k * columns + c];
+      if (absolute(value) < infinity) continue;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float weight = a[r * a_row + k * a_k];
+        if (weight != 0.0f) out[r * columns + c] += weight * value;
+      }
     }
   }
 }
@@ -578,6 +583,7 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
 
 #include "cpu/conv.inl"
 #include "cpu/linear.inl"
+#include "cpu/gemm.inl"
 
 }  // namespace
 
@@ -585,6 +591,7 @@ extern const VectorKernels vector_kernels;
 const VectorKernels vector_kernels = {
     .pack = pack,
     .unpack = unpack,
+    .add_and_unpack = add_and_unpack,
     .end_weights = end_weights,
     .start_weights = start_weights,
     .weight_rows = weight_rows,
@@ -595,10 +602,12 @@ const VectorKernels vector_kernels = {
     .backward_tile = backward_tile,
     .row_dots = row_dots,
     .add_state_term = add_state_term,
-    .scan = scan,
-    .scan_back = scan_back,
-    .guarded_product = guarded_product,
+    .advance = advance,
+    .dot = dot,
+    .add_not_finite = add_not_finite,
     .step = step,
+    .gemm = gemm,
+    .transpose = transpose,
     .conv_token = conv_token,
     .add_product = add_product,
     .linear_rows_x = linear_rows_x,
