@@ -18,13 +18,26 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-titan lint sanitize clean test-vllm
+.PHONY: demo test test-dropin test-titan test-vllm lint sanitize clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# The tests of flash_xlstm.integrations.accelerate and of the block stack beside other libraries' packages. Those lie in a
+# folder of their own, because transformers takes the package xlstm where it finds it.
+dropin := build/dropin
+test-dropin: $(dropin)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(dropin) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
+	  $(addprefix tests/integrations/test_,accelerate.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
+
+$(dropin)/installed: $(venv)/installed Makefile
+	rm -rf $(dropin)
+	$(pip) --no-deps --target $(dropin) mlstm_kernels==2.0.6 xlstm==2.0.6 flashrnn==1.0.8 tirex-2==0.4.0 tirex-ts==1.4.2 \
+	  einops narwhals scikit-learn scipy joblib cloudpickle threadpoolctl
+	touch $@
 
 lint: $(venv)/installed
 	$(bin)/ruff check .

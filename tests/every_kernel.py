@@ -14,7 +14,8 @@ import torch
 from flash_xlstm import ops
 
 BF16 = torch.bfloat16
-# batch, seq, heads, dqk, dv, dtype, offsets: the Hopper kernels' column tiles, tails, packing and segments; portable.
+# batch, seq, heads, dqk, dv, dtype, offsets: the Hopper kernels' column tiles, tails, packing and segments;
+# the fused forward; portable.
 PROBLEMS = [
     (1, 200, 1, 64, 64, BF16, None),
     (1, 150, 1, 128, 128, BF16, None),
@@ -24,6 +25,9 @@ PROBLEMS = [
     (1, 150, 1, 192, 320, BF16, None),
     (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
     (1, 200, 2, 40, 24, BF16, [0, 0, 60, 200]),
+    (7, 130, 4, 256, 512, BF16, None),
+    (14, 70, 4, 256, 512, BF16, None),
+    (1, 150, 28, 256, 512, BF16, [0, 0, 60, 150]),
     (1, 3200, 1, 64, 64, BF16, None),
     (1, 3200, 1, 128, 256, BF16, None),
     (1, 9000, 1, 64, 64, BF16, None),
@@ -37,6 +41,7 @@ PROBLEMS = [
 VARIED = [
     (1, 200, 1, 64, 128, BF16, [0, 0, 60, 200]),
     (1, 300, 1, 256, 128, BF16, None),
+    (7, 100, 4, 256, 512, BF16, None),
     (1, 100, 1, 65, 130, torch.float32, [0, 30, 100]),
     (1, 100, 1, 33, 16, torch.float16, None),
 ]

@@ -165,6 +165,16 @@ def test_a_peer_that_is_not_installed_is_a_row(subject, tmp_path):
     assert row["case"] == "xlstm_large" and "No module named 'xlstm'" in row["error"]
 
 
+def test_dropin(tmp_path):
+    pytest.importorskip("transformers")
+    options = "--models transformers tirex2 --size tiny --device cpu --threads 1 --seconds 0.01".split()
+    rows = run(tmp_path, "dropin", *options)["results"]
+    assert [row["what"] for row in rows[:3]] == ["sequence", "training", "token"]
+    assert all(row["ratio"] > 0 and row.get("difference", 0) < 1e-4 for row in rows[:3]), rows
+    if importlib.util.find_spec("tirex2") is None:
+        assert "No module named 'tirex2'" in rows[3]["error"]
+
+
 KERNELS = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NTT": "products",
     "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>": "products",

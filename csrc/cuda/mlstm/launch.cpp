@@ -5,6 +5,7 @@
 #include "cuda/mlstm/portable/portable.h"
 #include "params/mlstm.h"
 #ifdef FLASH_XLSTM_WITH_HOPPER  // FLASH_XLSTM_CUDA_ARCHS has 90a
+#include "cuda/mlstm/fused/fused.h"
 #include "cuda/mlstm/hopper/hopper.h"
 #endif
 
@@ -14,7 +15,9 @@ namespace {
 struct Path {
   std::string (*words)();                                  // what it serves, for people
   bool (*runs_on)(int major, int minor);                   // devices of this compute capability
-  bool (*serves)(const MlstmProblem& p);                   // on the current device; layouts: see `reads`
+  // On the current device, the faster ones before others; layouts: see `reads`.
+  bool (*serves_forward)(const MlstmForward& params);
+  bool (*serves_backward)(const MlstmBackward& params);
   bool (*reads)(const Strided& t, const MlstmProblem& p);  // whether it can read an input with its strides
   bool writes_apart;                                       // whether it writes dq, dk and dv that are not contiguous
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
@@ -25,9 +28,20 @@ struct Path {
 
 constexpr Path paths[] = {
 #ifdef FLASH_XLSTM_WITH_HOPPER
+    {.words = fused::words,
+     .runs_on = [](int major, int minor) { return major == 9 && minor == 0; },
+     .serves_forward = fused::serves,
+     .serves_backward = [](const MlstmBackward&) { return false; },
+     .reads = hopper::reads,
+     .writes_apart = false,
+     .forward_workspace_bytes = fused::forward_workspace_bytes,
+     .forward = fused::forward,
+     .backward_workspace_bytes = nullptr,
+     .backward = nullptr},
     {.words = hopper::words,
      .runs_on = [](int major, int minor) { return major == 9 && minor == 0; },
-     .serves = hopper::serves,
+     .serves_forward = [](const MlstmForward& params) { return hopper::serves(params.p); },
+     .serves_backward = [](const MlstmBackward& params) { return hopper::serves(params.p); },
      .reads = hopper::reads,
      .writes_apart = true,
      .forward_workspace_bytes = hopper::forward_workspace_bytes,
@@ -37,7 +51,8 @@ constexpr Path paths[] = {
 #endif
     {.words = portable::words,
      .runs_on = [](int, int) { return true; },
-     .serves = [](const MlstmProblem&) { return true; },
+     .serves_forward = [](const MlstmForward&) { return true; },
+     .serves_backward = [](const MlstmBackward&) { return true; },
      .reads = [](const Strided&, const MlstmProblem&) { return true; },
      .writes_apart = false,
      .forward_workspace_bytes = portable::forward_workspace_bytes,
@@ -56,11 +71,14 @@ MlstmCopies copies(const Path& path, const MlstmBackward& params) {
   return all;
 }
 
+bool serves(const Path& path, const MlstmForward& params) { return path.serves_forward(params); }
+bool serves(const Path& path, const MlstmBackward& params) { return path.serves_backward(params); }
+
 // The first path that serves the problem with its strides. The last path serves every problem.
 template <typename Params>
 const Path& path_for(const Params& params) {
   const Path* path = paths;
-  while (!path->serves(params.p) || copies(*path, params).any()) ++path;
+  while (!serves(*path, params) || copies(*path, params).any()) ++path;
   return *path;
 }
 
@@ -68,7 +86,7 @@ const Path& path_for(const Params& params) {
 template <typename Params>
 const Path& path_with_copies(const Params& params) {
   const Path* path = paths;
-  while (!path->serves(params.p)) ++path;
+  while (!serves(*path, params)) ++path;
   return *path;
 }
 

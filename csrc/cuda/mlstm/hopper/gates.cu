@@ -269,6 +269,40 @@ struct Unit {
   }
 };
 
+// The warp's chunk for the fused path. start: log alpha before the chunk; end: after the lane's last token.
+__device__ __forceinline__ void write_records(GateRecord* records, int64_t item, int lane, float2 start, float2 end,
+                                              const float2 (&alpha)[tokens_per_lane],
+                                              const float2 (&beta)[tokens_per_lane],
+                                              const float (&m)[tokens_per_lane]) {
+  constexpr int lanes = GateRecord::tokens / tokens_per_lane;  // of a half
+  const int half = lane / lanes, at = lane % lanes * tokens_per_lane;
+  const auto of_lane = [&](float2 x, int from) {
+    return make_float2(__shfl_sync(all_lanes, x.x, from), __shfl_sync(all_lanes, x.y, from));
+  };
+  const float2 middle = of_lane(end, lanes - 1), last = of_lane(end, 31);
+  if (half == 1) start = middle;
+  const float2 reached = half == 0 ? middle : last;
+  GateRecord& to = records[item * 2 + half];
+  float g[tokens_per_lane], w[tokens_per_lane];
+#pragma unroll
+  for (int x = 0; x < tokens_per_lane; ++x) {
+    g[x] = fast_exp2(log_difference(alpha[x], start)), w[x] = fast_exp2(log_difference(reached, beta[x]));
+  }
+  const auto store = [&](float* into, float a, float b, float c, float d) {
+    *reinterpret_cast<float4*>(into) = make_float4(a, b, c, d);
+  };
+  const auto store_logs = [&](float2* into, const float2(&log)[tokens_per_lane]) {
+    store(&into[at].x, log[0].x, log[0].y, log[1].x, log[1].y);
+    store(&into[at + 2].x, log[2].x, log[2].y, log[3].x, log[3].y);
+  };
+  store_logs(to.alpha, alpha), store_logs(to.beta, beta);
+  store(to.g + at, g[0], g[1], g[2], g[3]), store(to.w + at, w[0], w[1], w[2], w[3]);
+  store(to.exp_neg_m + at, expf(-m[0]), expf(-m[1]), expf(-m[2]), expf(-m[3]));
+  const auto counts = [&](int x) { return (w[x] != 0.0f ? 0xffffu : 0u) | (w[x + 1] != 0.0f ? 0xffff0000u : 0u); };
+  *reinterpret_cast<uint2*>(to.counts + at / 2) = make_uint2(counts(0), counts(2));
+  if (at == 0) to.keep = fast_exp2(log_difference(reached, start));
+}
+
 extern __shared__ __align__(16) float rows[];
 size_t shared_bytes(int heads, int chunks) { return 2 * sizeof(float) * heads * (chunks * chunk_tokens + 4); }
 
@@ -322,6 +356,7 @@ __global__ void __launch_bounds__(most_warps * 32)
   wait_for_earlier_kernels();
   __shared__ Transform unit_total[most_warps];
   __shared__ double2 block_total[most_heads];
+  __shared__ float2 log_start[most_warps];  // alpha before each warp's chunk; in registers it would spill
   __shared__ double m_in[most_heads], decay_in[most_heads];  // m, and the sum of lf, before this block's next tile
   __shared__ Sequence seq;  // read from here where it is needed: in registers it would spill
   const int64_t blocks = int64_t{gridDim.x} * gridDim.y, block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
@@ -414,7 +449,7 @@ __global__ void __launch_bounds__(most_warps * 32)
       for (int x = unit.head; x < unit.warp; x += heads) m = unit_total[x].from(m);
       double alpha = sigmoid ? 0.0 : fmin(-m, logs.least_before);
       float2 log_alpha = split_log(alpha);
-      if (unit.lane == 0) w.m_start[unit.item] = make_float2(-log_alpha.x, -log_alpha.y);
+      if (unit.lane == 0) log_start[unit.warp] = log_alpha;
       const int first = unit.lane * tokens_per_lane;
       const int64_t at = unit.item * chunk_tokens + first;
       float2 alphas[tokens_per_lane], betas[tokens_per_lane];
@@ -436,11 +471,20 @@ __global__ void __launch_bounds__(most_warps * 32)
         reinterpret_cast<float4*>(to + at)[0] = make_float4(from[0].x, from[0].y, from[1].x, from[1].y);
         reinterpret_cast<float4*>(to + at)[1] = make_float4(from[2].x, from[2].y, from[3].x, from[3].y);
       };
-      store(w.alpha, alphas);
-      store(w.beta, betas);
-      if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
+      if (w.records != nullptr) {
+        __syncwarp();
+        write_records(w.records, unit.item, unit.lane, log_start[unit.warp], log_alpha, alphas, betas, ms);
+      } else {
+        store(w.alpha, alphas);
+        store(w.beta, betas);
+        if (unit.lane == 0) {
+          const float2 start = log_start[unit.warp];
+          w.m_start[unit.item] = make_float2(-start.x, -start.y);
+        }
+        if (unit.lane == 31) w.alpha_last[unit.item] = log_alpha;  // padding past the end changes neither this nor m
+        if (w.reset != nullptr) *reinterpret_cast<unsigned*>(w.reset + at) = resets;
+      }
       if (unit.lane == 31) {
-        w.alpha_last[unit.item] = log_alpha;  // padding past the sequence's end changes neither this nor m
         const bool ends = tile.is_last && unit.chunk * chunk_tokens + unit.tokens == tile.tokens;
         float* const to = ends ? final_m(w.p, m_last, tile.seq, head) : nullptr;
         if (to != nullptr) *to = ms[tokens_per_lane - 1];

@@ -5,7 +5,6 @@
 //     dv; the gates' gradients. Without dh: no dq, and zeros in the place of what its kernel leaves to the others.
 // The states are made again because keeping them would take two thirds of the memory of q, k, v and h together (at dqk
 // 256, dv 512).
-#include "cuda/common/carver.h"
 #include "cuda/common/device.h"
 #include "cuda/common/status.h"
 #include "cuda/common/tensor_map.h"
@@ -15,17 +14,6 @@
 namespace flash_xlstm::cuda::hopper {
 namespace {
 
-cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
-  // The driver checks the stride of a dimension of size 1 too, though it is never used.
-  const auto bytes = [&](int64_t stride, int64_t size) {
-    return static_cast<uint64_t>((size == 1 ? dim : stride) * 2);
-  };
-  return encode<4>(map, t.data,
-                   {static_cast<uint64_t>(dim), static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.seq),
-                    static_cast<uint64_t>(p.batch)},
-                   {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
-}
-
 // What a pass is for: h, the final state alone, or gradients.
 enum class Pass { h, state, gradients };
 
@@ -34,14 +22,8 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float*
   const bool backward = pass == Pass::gradients, keeps = pass != Pass::state;
   Carver carver(workspace);
   w = Work{};
-  w.p = p;
-  w.starts_empty = p.c0 == nullptr && p.n0 == nullptr && p.pool.indices == nullptr;
-  Layout& l = w.layout;
-  const bool packed = p.cu_seqlens != nullptr;
-  l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;
-  l.chunks_per_seq = ceil_div(p.seq, chunk_tokens);
-  l.max_chunks = packed ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
-  l.range_end = l.max_chunks;
+  describe(p, w);
+  const Layout& l = w.layout;
   w.dqk_pitch = ceil_div(p.dqk, 8) * 8;
   w.blocks_k = static_cast<int>(ceil_div(p.dqk, box));
   w.blocks_v = static_cast<int>(ceil_div(p.dv, box));
@@ -72,20 +54,12 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float*
     w.num_state_flags = items + 1;
     carver.take(w.state_flags, w.num_state_flags);
   }
-  w.tiles = choose_tiles(p);
   if (backward) {
     carver.take(w.tile_totals, w.tiles.count * p.heads);
     w.num_tile_flags = (w.tiles.count + 1) * p.heads;
     carver.take(w.tile_flags, w.num_tile_flags);
   }
-  if (packed) {
-    carver.take(w.first_chunk, p.num_seqs + 1);
-    carver.take(w.first_token, p.num_seqs + 1);
-    carver.take(w.seq_of_chunk, l.max_chunks);
-    l.first_chunk = w.first_chunk;
-    l.first_token = w.first_token;
-    l.seq_of_chunk = w.seq_of_chunk;
-  }
+  carve_table(carver, w);
   if (backward) {
     carver.take(w.reset, tokens);
     carver.take(w.inv_d, tokens);
@@ -159,6 +133,38 @@ cudaError_t no_dq(const Work& w, const MlstmBackward& params, cudaStream_t strea
 }
 
 }  // namespace
+
+void describe(const MlstmProblem& p, Work& w) {
+  w.p = p;
+  w.starts_empty = p.c0 == nullptr && p.n0 == nullptr && p.pool.indices == nullptr;
+  Layout& l = w.layout;
+  l.batch = p.batch, l.seq = p.seq, l.heads = p.heads, l.dqk = p.dqk, l.dv = p.dv, l.num_seqs = p.num_seqs;
+  l.chunks_per_seq = ceil_div(p.seq, chunk_tokens);
+  l.max_chunks = p.cu_seqlens != nullptr ? l.chunks_per_seq + p.num_seqs : l.chunks_per_seq * p.batch;
+  l.range_end = l.max_chunks;
+  w.tiles = choose_tiles(p);
+}
+
+void carve_table(Carver& carver, Work& w) {
+  if (w.p.cu_seqlens == nullptr) return;
+  carver.take(w.first_chunk, w.p.num_seqs + 1);
+  carver.take(w.first_token, w.p.num_seqs + 1);
+  carver.take(w.seq_of_chunk, w.layout.max_chunks);
+  w.layout.first_chunk = w.first_chunk;
+  w.layout.first_token = w.first_token;
+  w.layout.seq_of_chunk = w.seq_of_chunk;
+}
+
+cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim) {
+  // The driver checks the stride of a dimension of size 1 too, though it is never used.
+  const auto bytes = [&](int64_t stride, int64_t size) {
+    return static_cast<uint64_t>((size == 1 ? dim : stride) * 2);
+  };
+  return encode<4>(map, t.data,
+                   {static_cast<uint64_t>(dim), static_cast<uint64_t>(p.heads), static_cast<uint64_t>(p.seq),
+                    static_cast<uint64_t>(p.batch)},
+                   {bytes(t.head, p.heads), bytes(t.seq, p.seq), bytes(t.batch, p.batch)}, {box, 1, box, 1});
+}
 
 bool serves(const MlstmProblem& p) {
   const auto good = [](int64_t dim) { return dim % dim_step == 0 && dim >= least_dim && dim <= most_dim; };

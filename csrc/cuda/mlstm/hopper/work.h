@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "cuda/common/carver.h"
 #include "cuda/common/device.h"
 #include "cuda/common/numeric.cuh"
 #include "cuda/mlstm/chunked/layout.cuh"
@@ -17,6 +18,17 @@ constexpr int box = 64;  // rows and columns of the TMA's boxes; 128 bytes a row
 constexpr int box_bytes = box * box * 2;
 
 using Layout = ChunkLayout<chunk_tokens>;
+
+// What the fused path (mlstm/fused) needs of the gates of half a chunk. Logs as in Work, with b_t from the whole chunk's
+// start. g and keep are relative to the state at the half's start, w and keep to that at its end. Past the sequence's
+// end alpha is -inf, beta +inf, g and w are 0.
+struct alignas(16) GateRecord {
+  static constexpr int tokens = 64;
+  float2 beta[tokens], alpha[tokens];
+  float g[tokens], exp_neg_m[tokens], w[tokens];
+  uint32_t counts[tokens / 2];  // of two tokens, 16 bits each: all ones where w is not 0
+  float keep;                   // what multiplies the state
+};
 
 // How gates.cu cuts sequences into tiles.
 struct Tiles {
@@ -40,6 +52,7 @@ struct Work {
   float2* beta;            // [N][128] b_j - i_j; +inf for padding and past the chunk's end
   float2* alpha_last;      // [N] alpha of the chunk's last token
   float2* m_start;         // [N] m before the chunk
+  GateRecord* records;     // [N][2] the fused path: in the place of all of these; else null
   // State at the chunk's start: [N][blocks_k][blocks_v] blocks of 64 dqk x 64 dv. A block has the layout of shared
   // memory (swizzled) and is zero past dqk and dv, so every access is a whole block. The backward reads a state, then
   // overwrites it with the gradient of the state at the chunk's end. A sequence's first state or last gradient that is
@@ -88,6 +101,12 @@ struct Work {
     return c + (item * blocks_k * blocks_v + block_index(k, v)) * (box * box);
   }
 };
+
+// hopper.cu, also for the fused path: what every pass knows of the problem, the scratch of packed sequences, and the
+// TMA's view of q, k, v, dh in boxes of 64 tokens x 64 columns.
+void describe(const MlstmProblem& p, Work& w);
+void carve_table(Carver& carver, Work& w);
+cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim);
 
 // Calls f with a value of the problem's 16-bit type.
 template <typename F>

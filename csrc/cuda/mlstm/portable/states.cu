@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
   int64_t begin, end;
   l.chunk_range(seq, begin, end);
   const int64_t seq_begin = begin, seq_end = end;
-  begin = max(begin, l.range_begin), end = min(end, l.range_end);
+  const bool empty = seq_begin == seq_end;  // the first range handles it, wherever it lies
+  if (!empty) begin = max(begin, l.range_begin), end = min(end, l.range_end);
   const int64_t count = end - begin;
-  const bool empty = seq_begin == seq_end;  // the first range handles it
   if (empty ? l.range_begin > 0 : count <= 0) return;
   if (!backward && is_left_out(w.p, seq)) return;
 

@@ -84,7 +84,7 @@ def _scales_last(device: torch.device) -> bool:
     return device.type == "cuda" and not (_CUBLAS_SCALES_ROWS and torch.cuda.get_device_capability(device)[0] == 9)
 
 
-# A constant of torch.compile's graphs: what torch.compiler.assume_constant_result does, without importing torch._dynamo.
+# A constant of torch.compile's graphs, as torch.compiler.assume_constant_result makes it, which imports torch._dynamo.
 _scales_last._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

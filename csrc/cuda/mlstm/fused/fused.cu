@@ -1,0 +1,188 @@
+// The mLSTM's forward on Hopper with the state kept in registers: dqk 256, dv 512, bfloat16. Two launches: the gate
+// scan (hopper/gates.cu), then this kernel, which makes h, s and the final c and n.
+//
+// A cluster of four blocks owns one (sequence, head) at a time; block s owns columns 128 s .. of c. Chunks are 64
+// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state never goes
+// to memory, and nothing but the inputs, the gates and h passes through L2.
+//
+//   copies.cuh      three warps: TMA of q; of k and gates; of v, and of h on its way out
+//   normalizer.cuh  one warp: n
+//   weights.cuh     one warpgroup: T, s, d, P', a chunk ahead
+//   states.cuh      two warpgroups: c, h
+//
+// Stages (full / empty are the barriers, shared.cuh):
+//   q 2   TMA -> weights, states of all four blocks
+//   k 2   TMA, gates, n of all four blocks -> weights, states, n of all four
+//   v 4   TMA -> states; they leave h there -> v's warp stores it, then loads
+//   P' 2  weights -> states
+//
+// Budget, a chunk and block         tensor clocks   shared memory clocks (128 B)
+//   TMA in (q 32, k 32, v 16 KiB)                     640
+//   T and q n, 64 x 72 x 256            576           544
+//   c^T q^T, 2 x 64 x 64 x 256         1024           512
+//   (w v)^T k, 2 x 64 x 256 x 64       1024           512 + 128 (v by ldmatrix)
+//   v^T P'^T, 2 x 64 x 64 x 64          256           256
+//   P' out, h out (stmatrix, TMA)                      64 + 256
+//   n                                                  64
+//   together                           2880           2976
+// L2 to SM: 32 KiB of q and k (a block's quarter, for all) and 16 of v a chunk and block.
+#include <algorithm>
+
+#include "cuda/common/carver.h"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/device.h"
+#include "cuda/common/status.h"
+#include "cuda/common/tensor_map.h"
+#include "cuda/mlstm/fused/copies.cuh"
+#include "cuda/mlstm/fused/fused.h"
+#include "cuda/mlstm/fused/normalizer.cuh"
+#include "cuda/mlstm/fused/states.cuh"
+#include "cuda/mlstm/fused/weights.cuh"
+#include "cuda/mlstm/hopper/hopper.h"
+
+namespace flash_xlstm::cuda::fused {
+namespace {
+
+__global__ void __launch_bounds__(threads, 1) mlstm_fused_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  Shared& sh = *reinterpret_cast<Shared*>(raw);
+  if (ptx::shared_address(raw) % 1024 != 0) asm volatile("trap;");  // so addresses are constants
+  const int warp = threadIdx.x / 32, group = warp / 4, rank = ptx::cluster_rank();
+  if (threadIdx.x == 0) {
+    constexpr int state_warps = 4 * state_groups, weights_warps = 4;
+    for (int s = 0; s < 2; ++s) {
+      ptx::mbarrier_init(&sh.full_q[s], 1);
+      ptx::mbarrier_init(&sh.empty_q[s], blocks * (state_warps + weights_warps));
+      ptx::mbarrier_init(&sh.full_k[s], 1);
+      ptx::mbarrier_init(&sh.empty_k[s], blocks * (state_warps + weights_warps + 1));
+      ptx::mbarrier_init(&sh.full_p[s], weights_warps);
+      ptx::mbarrier_init(&sh.empty_p[s], state_warps);
+      ptx::mbarrier_init(&sh.good_k[s], weights_warps);
+    }
+    for (int x = 0; x < state_groups; ++x) {
+      for (int s = 0; s < v_stages; ++s) {
+        ptx::mbarrier_init(&sh.full_v[x][s], 1);
+        ptx::mbarrier_init(&sh.full_h[x][s], 4);
+      }
+    }
+    ptx::fence_barrier_init();
+  }
+  // The rows behind n's three stay zero.
+  for (int x = threadIdx.x; x < 2 * panels * 64; x += threads) {
+    reinterpret_cast<uint4*>(sh.k[x / (panels * 64)] + x / 64 % panels * k_panel + chunk_tokens * 128)[x % 64] =
+        make_uint4(0, 0, 0, 0);
+  }
+  ptx::fence_async_shared();
+  __syncthreads();
+  ptx::cluster_barrier();
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+
+  // No block ends while others may still write into it, or arrive at its barriers.
+  if (group == singles_group) {
+    ptx::fewer_registers<single_registers>();
+    if (warp == q_warp) {
+      if (lane() == 0) load_q(args, sh, rank);
+    } else if (warp == k_warp) {
+      if (lane() == 0) load_k(args, sh, rank);
+    } else if (warp == v_warp) {
+      load_v_and_store_h(args, sh, rank);
+    } else {
+      sum_n(args, sh, rank);
+    }
+    __syncwarp();
+    ptx::cluster_barrier();
+  } else if (group == weights_group) {
+    ptx::fewer_registers<weights_registers>();
+    make_weights(args, sh, rank);
+    __syncwarp();
+    ptx::cluster_barrier();
+  } else {
+    ptx::more_registers<state_registers>();
+    walk_states(args, sh, rank, group);
+    __syncwarp();
+    ptx::cluster_barrier();
+  }
+}
+
+// Clusters that run at once on the current device; 0: none.
+int clusters_at_once() {
+  static PerDevice known;
+  const int value = known.get(1, [](int, int& value) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = blocks, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(processor_count() / blocks * blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    cudaError_t status =
+        cudaFuncSetAttribute(mlstm_fused_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&count, mlstm_fused_kernel, &config);
+    if (status != cudaSuccess) {
+      cudaGetLastError();  // not the next launch's
+      count = 0;
+    }
+    value = count + 1;  // PerDevice keeps what is not 0
+    return true;
+  });
+  return value - 1;
+}
+
+// Whether this path is faster. Both take a time for each chunk: this one for a round of clusters, the Hopper path for a
+// (sequence, head), in the ratio below. A round is as long as its longest sequence. Packed, that may be nearly all
+// tokens, and only the heads are then sure to run side by side.
+bool pays(const MlstmProblem& p, int clusters) {
+  constexpr int64_t pairs_a_round = 21;  // that the Hopper path makes in the time
+  const int64_t pairs = p.heads * (p.cu_seqlens == nullptr ? p.num_seqs : 1);
+  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * pairs_a_round <= pairs;
+}
+
+int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {
+  Carver carver(workspace);
+  w = hopper::Work{};
+  hopper::describe(p, w);
+  carver.take(w.records, w.layout.max_chunks * p.heads * 2);
+  hopper::carve_table(carver, w);
+  return carver.used();
+}
+
+}  // namespace
+
+bool serves(const MlstmForward& params) {
+  const MlstmProblem& p = params.p;
+  return params.h != nullptr && p.dtype == DType::bfloat16 && p.dqk == dqk && p.dv == dv &&
+         p.pool.indices == nullptr && hopper::serves(p) && pays(p, clusters_at_once());
+}
+
+int64_t forward_workspace_bytes(const MlstmForward& params) {
+  hopper::Work w;
+  return carve(params.p, nullptr, w);
+}
+
+cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream) {
+  const MlstmProblem& p = params.p;
+  hopper::Work w;
+  carve(p, workspace, w);
+  RETURN_IF_FAILED(hopper::scan_gates(w, params.m, params.m_last, params.log_decay, stream));
+  Args args{};
+  const Strided h{.data = params.h, .batch = p.seq * p.heads * dv, .seq = p.heads * dv, .head = dv};
+  RETURN_IF_FAILED(hopper::encode_rows(args.q, p.q, p, dqk));
+  RETURN_IF_FAILED(hopper::encode_rows(args.k, p.k, p, dqk));
+  RETURN_IF_FAILED(hopper::encode_rows(args.v, p.v, p, dv));
+  RETURN_IF_FAILED(hopper::encode_rows(args.h, h, p, dv));
+  args.layout = w.layout;
+  args.records = w.records;
+  args.v_rows = p.v, args.h_rows = params.h, args.s = params.s;
+  args.c0 = p.c0, args.n0 = p.n0, args.c_last = params.c_last, args.n_last = params.n_last;
+  args.tasks = static_cast<int>(p.num_seqs * p.heads);
+  args.scale = p.scale, args.eps = p.eps, args.normalize = p.normalize;
+  const int clusters = std::min(clusters_at_once(), args.tasks);
+  return launch_early(mlstm_fused_kernel, dim3(static_cast<unsigned>(clusters * blocks)), dim3(threads), shared_bytes,
+                      blocks, stream, args);
+}
+
+}  // namespace flash_xlstm::cuda::fused

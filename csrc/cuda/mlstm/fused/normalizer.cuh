@@ -1,0 +1,135 @@
+// n, in float32: one warp of each block has 64 of the 256 columns.
+//
+// n at a chunk's start goes to all four blocks as a sum of three bfloat16, three rows behind the 64 of k's panel of the
+// same columns: the product of T then makes q n too. No chunk can begin before, so this warp's time for a chunk bounds
+// that of all. A lane reads 16 bytes of a row of k at a time: eight columns of every fourth row.
+#pragma once
+
+#include "cuda/mlstm/fused/shared.cuh"
+
+namespace flash_xlstm::cuda::fused {
+
+constexpr int n_lanes = 8, n_columns = 64 / n_lanes, n_row_groups = 32 / n_lanes;
+
+__device__ __forceinline__ uint4 load_16(const unsigned char* from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address(from)));
+  return x;
+}
+
+// sum += w_j k_j over the lane's rows, then over all rows. masked: what has weight 0 is left out.
+template <bool masked>
+__device__ __forceinline__ void add_rows(float (&sum)[n_columns], const float* w, const unsigned char* panel) {
+  const int piece = lane() % n_lanes, group = lane() / n_lanes;
+  constexpr int rows = chunk_tokens / n_row_groups;  // of a lane, side by side
+#pragma unroll 2
+  for (int x = 0; x < rows; x += 4) {
+    const int row = group * rows + x;
+    const float4 weights = *reinterpret_cast<const float4*>(w + row);
+    const float of_row[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+    for (int y = 0; y < 4; y += 2) {  // two loads in flight: more do not fit the registers
+      uint4 two[2];
+      two[0] = load_16(panel + swizzled(row + y, piece));
+      two[1] = load_16(panel + swizzled(row + y + 1, piece));
+#pragma unroll
+      for (int z = 0; z < 2; ++z) {
+        const float weight = of_row[y + z];
+        uint32_t raw[4] = {two[z].x, two[z].y, two[z].z, two[z].w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (masked && weight == 0.0f) raw[c] = 0;
+          const float2 k = unpack<bf16>(raw[c]);
+          sum[c * 2] = fmaf(weight, k.x, sum[c * 2]), sum[c * 2 + 1] = fmaf(weight, k.y, sum[c * 2 + 1]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < n_columns; ++c) {
+    sum[c] += __shfl_xor_sync(all_lanes, sum[c], n_lanes);
+    sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2 * n_lanes);
+  }
+}
+
+// One warp. It also copies the states of sequences without tokens.
+__device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
+  const int piece = lane() % n_lanes, group = lane() / n_lanes;
+  float n[n_columns];  // the same in all row groups
+  const auto at = [&](int task) { return int64_t{task} * dqk + rank * 64 + piece * n_columns; };
+  int it = 0;
+  for (int task = first_task(); task < args.tasks; task += task_step()) {
+#pragma unroll
+    for (int c = 0; c < n_columns; ++c) n[c] = args.n0 != nullptr ? args.n0[at(task) + c] : 0.0f;
+    const int chunks = Task(args, task).chunks();
+    for (int j = 0; j < chunks; ++j, ++it) {
+      const int s = it & 1, parity = (it >> 1) & 1;
+      trace(7, it, 0, lane() == 0);
+      wait(&sh.empty_k[s], parity ^ 1);
+      trace(7, it, 1, lane() == 0);
+      float left[n_columns];
+#pragma unroll
+      for (int c = 0; c < n_columns; ++c) left[c] = n[c];
+#pragma unroll
+      for (int part = 0; part < 3; ++part) {
+        uint32_t two[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          two[c] = pack<bf16>(left[c * 2], left[c * 2 + 1]);
+          const float2 high = unpack<bf16>(two[c]);
+          left[c * 2] -= high.x, left[c * 2 + 1] -= high.y;
+        }
+        if (group == part) {  // row 64 + part of the panel
+          *reinterpret_cast<uint4*>(sh.n_parts[s] + swizzled(part, piece)) = make_uint4(two[0], two[1], two[2], two[3]);
+        }
+      }
+      if (group == 3) {
+        float4* const to = reinterpret_cast<float4*>(sh.n_before + piece * n_columns);
+        to[0] = make_float4(n[0], n[1], n[2], n[3]), to[1] = make_float4(n[4], n[5], n[6], n[7]);
+      }
+      ptx::fence_async_shared();
+      __syncwarp();
+      if (lane() < blocks) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                ptx::peer_address(sh.k[s] + rank * k_panel + chunk_tokens * 128, lane())),
+            "r"(address(sh.n_parts[s])), "r"(n_bytes), "r"(ptx::peer_address(&sh.full_k[s], lane()))
+            : "memory");
+      }
+      wait(&sh.full_k[s], parity);
+      trace(7, it, 2, lane() == 0);
+      const GateRecord& gates = sh.gates[s];
+      const unsigned char* const panel = sh.k[s] + rank * k_panel;
+      const float keep = gates.keep;
+#pragma unroll
+      for (int c = 0; c < n_columns; ++c) n[c] = group == 0 ? n[c] * keep : 0.0f;
+      add_rows<false>(n, gates.w, panel);
+      float odd = 0.0f;
+#pragma unroll
+      for (int c = 0; c < n_columns; ++c) odd += n[c] * 0.0f;
+      if (__any_sync(all_lanes, odd != 0.0f)) {  // once more, without what has weight 0
+#pragma unroll
+        for (int c = 0; c < n_columns; ++c) n[c] = group == 0 ? sh.n_before[piece * n_columns + c] * keep : 0.0f;
+        add_rows<true>(n, gates.w, panel);
+      }
+      trace(7, it, 3, lane() == 0);
+      release_everywhere(&sh.empty_k[s]);
+    }
+    if (args.n_last != nullptr && group == 0) {
+#pragma unroll
+      for (int c = 0; c < n_columns; ++c) args.n_last[at(task) + c] = n[c];
+    }
+    if (chunks == 0 && args.c_last != nullptr) {
+      for (int k = 0; k < dqk; ++k) {
+        const int64_t from = (int64_t{task} * dqk + k) * dv + rank * dv_block;
+        const float4* const c0 = reinterpret_cast<const float4*>(args.c0 + from);
+        reinterpret_cast<float4*>(args.c_last + from)[lane()] =
+            args.c0 != nullptr ? c0[lane()] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+    }
+  }
+}
+
+}  // namespace flash_xlstm::cuda::fused
