@@ -14,9 +14,13 @@ pip := $(bin)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
+# Without a GPU the demo needs no CUDA kernels, which take most of a build. `make test` and wheels build all that the
+# machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
+gpu := $(wildcard /dev/nvidiactl /dev/dxg)
+
 .PHONY: demo test test-dropin test-titan test-vllm lint sanitize clean
 
-demo: $(venv)/installed
+demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
 
 test: lint
@@ -49,6 +53,11 @@ $(venv)/build-tools: Makefile
 # Without isolation the build uses the venv's torch, and only changed files are compiled again.
 $(venv)/installed: $(venv)/build-tools $(sources)
 	$(pip) --no-build-isolation '.[test]'
+	touch $@ $@-cpu
+
+$(venv)/installed-cpu: $(venv)/build-tools $(sources)
+	rm -f $(venv)/installed
+	FLASH_XLSTM_CUDA=0 $(pip) --no-build-isolation -C build-dir=build/cpu '.[test]'
 	touch $@
 
 # torchtitan has requirements of its own: an environment beside the first, whose packages it sees.

@@ -5,8 +5,9 @@ tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several sizes were m
 RESULTS_speedup.png has our speedup over TFLA and simple_gla where two or more sizes were measured. For decode,
 RESULTS.png has the time a token over batch. For prefill, RESULTS.png has the time over length; RESULTS_memory.png has
 the memory of the state and the peak memory of reading the prompt, over length. For precision, RESULTS.png has
-the training loss over steps, a line a precision. For train, RESULTS.png has time and peak memory of a step, a bar a
-case, with the step's products beside the time; RESULTS_tokens.png has the time a token over seq at constant tokens.
+the training loss over steps, a line a precision. For cpu, RESULTS.png has our share of the bare products. For train,
+RESULTS.png has time and peak memory of a step, a bar a case, with the step's products beside the time;
+RESULTS_tokens.png has the time a token over seq at constant tokens.
 """
 
 from __future__ import annotations
@@ -241,6 +242,26 @@ def plot_train(rows: list[dict], gpu: str, folder: Path, stem: str) -> list[Path
     return written
 
 
+def plot_cpu(rows: list[dict], cpu: str, path: Path) -> Path:
+    """The share of the bare products: a panel an op and pass, a bar a size, dtype and number of threads."""
+    panels = sorted({(row["what"], row["pass"]) for row in rows}, reverse=True)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 0.35 * len(rows) + 1.2 * len(panels)), squeeze=False)
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        same = [row for row in rows if (row["what"], row["pass"]) == panel]
+        names = [f"{row['size']}, {row['dtype']}, {row['threads']} threads" for row in same]
+        axis.bar_label(axis.barh(names, [row["share"] for row in same], height=0.6), fmt="%.2f", padding=3, fontsize=8)
+        axis.set(title=", ".join(panel), xlim=(0, 1.15 * max(1.0, *(row["share"] for row in same))))
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("time of the bare products over ours")
+    figure.suptitle(f"Ops on a CPU; {cpu}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
 def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     """Writes the plots that the results allow, under names that begin with `stem`. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,6 +269,9 @@ def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     timed = [r for r in document["results"] if "time_ms" in r]
     rows, decode, prefill = ([r for r in timed if r.get("what") == what] for what in ("mlstm", "decode", "prefill"))
     written = []
+    shares = document["results"] if document.get("subject") == "cpu" else []
+    if shares:
+        written.append(plot_cpu(shares, document["environment"].get("cpu", "CPU"), folder / f"{stem}.png"))
     if decode:
         written.append(plot_decode(decode, gpu, folder / f"{stem}.png"))
     written += plot_prefill(prefill, gpu, folder, stem)

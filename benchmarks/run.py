@@ -34,6 +34,7 @@ SUBJECTS = (
     "mlstm_repeated",
     "mlstm_counters",
     "slstm",
+    "cpu",
     "cpu_vs_transformers",
     "dropin",
     "step",

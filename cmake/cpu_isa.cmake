@@ -10,6 +10,10 @@ function(add_isa_kernels target)
     set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512)
     target_compile_definitions(${target} PRIVATE FLASH_XLSTM_X86_ISAS)
   endif()
+  if("avx512" IN_LIST isas)
+    set_property(SOURCE csrc/cpu/amx.cpp APPEND PROPERTY COMPILE_OPTIONS
+      ${flags_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
+  endif()
   foreach(isa ${isas})
     set(source ${CMAKE_CURRENT_BINARY_DIR}/vector_kernels_${isa}.cpp)
     file(CONFIGURE OUTPUT ${source} CONTENT

@@ -7,14 +7,21 @@ namespace flash_xlstm::cpu {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The best instruction set of this machine, but at most the one that FLASH_XLSTM_CPU_ISA names; and its name:
-// "AVX-512", "AVX2" or "baseline".
+// The best instruction set of this machine, but at most the one that FLASH_XLSTM_CPU_ISA names. Whether products of
+// bfloat16 matrices may use AMX tiles besides (amx.h). And their name: "AVX-512 and AMX", "AVX-512", "AVX2" or
+// "baseline".
 Isa isa();
+bool has_amx();
 const char* isa_name();
 
 // torch's parallel_for, for code that may not include its headers.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(const void* f, int64_t begin, int64_t end),
                   const void* f);
+// torch's number of threads.
+int64_t thread_count();
+
+// Asks for huge pages in a large array that has not been written yet: its page faults take as long as a kernel.
+void wants_huge_pages(void* data, int64_t bytes);
 
 }  // namespace flash_xlstm::cpu
 

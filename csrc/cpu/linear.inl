@@ -1,19 +1,6 @@
 // Products with few rows, a part of vector_kernels.inl. Weights are read once, in their own dtype and in memory order:
 // several rows side by side defeat the prefetcher. Products and sums are float32.
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-constexpr int vector_lanes = vector_bytes / 4;
-typedef float Vector __attribute__((vector_size(vector_bytes)));
-typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
-
-inline void load_vector(Vector& to, const float* from) { std::memcpy(&to, from, sizeof(to)); }
-
 // Loads 2 * vector_lanes weights as two vectors, in the order that `linear_rows_x` gives x.
 template <typename Type>
 inline void load_pair(Vector (&to)[2], const typename Type::Bits* from) {

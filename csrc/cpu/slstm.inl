@@ -1,158 +1,809 @@
-// Inner loops of the sLSTM, a part of vector_kernels.inl.
+// The sLSTM on the CPU, a part of vector_kernels.inl. R is packed once a call. A task takes one head and a block of
+// rows and walks the tokens. A product of the block with a panel of R (the four gates of one register of units) stays
+// in registers, and the cell follows at once, while R's panel stays in L1 for the block's other rows. With one row, the
+// bandwidth for R bounds it. The weights' gradients are one product over all tokens afterwards; they use dx and h as
+// rounded to their dtype.
+//
+// An element's products are summed in one order, whatever the block and the tile it lies in, so results do not depend
+// on the number of threads.
 
-// --- products of few rows ------------------------------------------------------------------------------------------
+namespace {
 
-constexpr int vector_floats = 16;
-typedef float UnalignedVector __attribute__((vector_size(vector_floats * sizeof(float)), aligned(4), may_alias));
+// --- products ------------------------------------------------------------------------------------------------------
 
-// A tile of `rows` x (vectors * vector_floats) of the product, accumulated in registers.
-template <int rows, int vectors>
-inline void product_tile(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
-                         int64_t m_stride, int64_t depth, bool add) {
-  UnalignedVector sum[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const UnalignedVector* from = reinterpret_cast<const UnalignedVector*>(m + k * m_stride);
-    for (int r = 0; r < rows; ++r) {
-      const float factor = a[r * a_row + k * a_k];
-      for (int v = 0; v < vectors; ++v) sum[r][v] += factor * from[v];
+constexpr int panel_vectors = 4;  // of a panel of the right operand
+constexpr int64_t panel_columns = panel_vectors * vector_lanes;
+#if defined(__AVX512F__)
+constexpr int tile_rows = 6;  // 24 of 32 registers hold sums
+#else
+constexpr int tile_rows = 3;  // 12 of 16
+#endif
+constexpr int paired_rows = tile_rows / 2;  // up to so many rows take two panels at once: four sums a row are too few
+
+// Cache lines to prefetch while a product runs, a few at a time: a core has room for about 16 requests to memory.
+struct Ahead {
+  const void* const* lines = nullptr;
+  int64_t count = 0;
+};
+
+struct Product {
+  float* out;  // row r at r * out_stride: panel after panel
+  int64_t out_stride;
+  const float* a;  // (rows, depth)
+  int64_t a_row, a_k;
+  const float* m;  // panels of (depth, columns), contiguous, m_panel apart
+  int64_t m_panel, depth;
+  bool add;
+  Ahead ahead = {};
+};
+
+template <int rows, int panels, int vectors>
+void product_tile(const Product& p) {
+  constexpr int64_t columns = vectors * vector_lanes;
+  Vector sum[rows][panels][vectors];
+  for (int r = 0; r < rows; ++r) {
+    for (int panel = 0; panel < panels; ++panel) {
+      for (int v = 0; v < vectors; ++v) sum[r][panel][v] = Vector{};
+    }
+  }
+  const float *a = p.a, *m = p.m;
+  const int64_t a_row = p.a_row, a_k = p.a_k, m_panel = p.m_panel;
+  constexpr int64_t piece = 8;
+  const int64_t lines = p.ahead.count, at_once = ceil_div(lines * piece, p.depth + 1);
+  for (int64_t k = 0, line = 0; k < p.depth;) {
+    for (const int64_t stop = line + at_once; line < stop && line < lines; ++line)
+      __builtin_prefetch(p.ahead.lines[line]);
+    for (const int64_t stop = k + piece < p.depth ? k + piece : p.depth; k < stop; ++k, a += a_k, m += columns) {
+      for (int panel = 0; panel < panels; ++panel) {
+        for (int v = 0; v < vectors; ++v) {
+          const Vector right = load_vector(m + panel * m_panel + v * vector_lanes);
+          for (int r = 0; r < rows; ++r) sum[r][panel][v] += a[r * a_row] * right;
+        }
+      }
     }
   }
   for (int r = 0; r < rows; ++r) {
-    UnalignedVector* to = reinterpret_cast<UnalignedVector*>(out + r * out_stride);
-    for (int v = 0; v < vectors; ++v) to[v] = add ? to[v] + sum[r][v] : sum[r][v];
-  }
-}
-
-template <int rows>
-inline void product_rows(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
-                         int64_t m_stride, int64_t m_panel, int64_t depth, int64_t columns, bool add) {
-  constexpr int64_t wide = product_panel / vector_floats;
-  for (int64_t first = 0; first < columns; first += product_panel, m += m_panel, out += product_panel) {
-    const int64_t count = columns - first < product_panel ? columns - first : product_panel;
-    if (count == product_panel) {
-      product_tile<rows, wide>(out, out_stride, a, a_row, a_k, m, m_stride, depth, add);
-      continue;
-    }
-    int64_t x = 0;
-    for (; x + vector_floats <= count; x += vector_floats) {
-      product_tile<rows, 1>(out + x, out_stride, a, a_row, a_k, m + x, m_stride, depth, add);
-    }
-    for (; x < count; ++x) {
-      for (int r = 0; r < rows; ++r) {
-        float sum = 0.0f;
-        for (int64_t k = 0; k < depth; ++k) sum += a[r * a_row + k * a_k] * m[k * m_stride + x];
-        out[r * out_stride + x] = add ? out[r * out_stride + x] + sum : sum;
+    for (int panel = 0; panel < panels; ++panel) {
+      for (int v = 0; v < vectors; ++v) {
+        float* out = p.out + r * p.out_stride + panel * columns + v * vector_lanes;
+        store_vector(out, p.add ? load_vector(out) + sum[r][panel][v] : sum[r][panel][v]);
       }
     }
   }
 }
 
-void product(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
-             int64_t m_stride, int64_t m_panel, int64_t rows, int64_t depth, int64_t columns, bool add) {
-  for (int64_t r = 0; r < rows; r += 4) {
-    const auto take = rows - r >= 4   ? product_rows<4>
-                      : rows - r == 3 ? product_rows<3>
-                      : rows - r == 2 ? product_rows<2>
-                                      : product_rows<1>;
-    take(out + r * out_stride, out_stride, a + r * a_row, a_row, a_k, m, m_stride, m_panel, depth, columns, add);
+template <int panels, int vectors>
+void product_rows(int64_t rows, const Product& p) {
+  switch (rows) {
+    case 1: return product_tile<1, panels, vectors>(p);
+#if defined(__AVX512F__)
+    case 2: return product_tile<2, panels, vectors>(p);
+    case 3: return product_tile<3, panels, vectors>(p);
+#endif
   }
-}
-
-// --- the cell ------------------------------------------------------------------------------------------------------
-
-// log(1 + y) for y from 0 to 1: 2 atanh(y / (2 + y)).
-IN_LOOPS float logarithm_1p(float y) {
-  const float s = y / (2.0f + y), square = s * s;
-  float p = 2.0f / 15.0f;
-  p = p * square + 2.0f / 13.0f;
-  p = p * square + 2.0f / 11.0f;
-  p = p * square + 2.0f / 9.0f;
-  p = p * square + 2.0f / 7.0f;
-  p = p * square + 2.0f / 5.0f;
-  p = p * square + 2.0f / 3.0f;
-  return p * square * s + 2.0f * s;
-}
-
-template <bool keeps>
-inline void slstm_units(const SlstmCell& cell) {
-  const int64_t dim = cell.dim;
-  const float *x_gates = cell.x, *recurrent = cell.recurrent, *bias = cell.bias;
-  const auto gate = [=](int which, int64_t x) {
-    const int64_t at = which * dim + x;
-    return x_gates[at] + (recurrent[at] + bias[at]);
-  };
-  float *h = cell.h, *c = cell.c, *n = cell.n, *m = cell.m;
-  float* kept = cell.kept;
-#pragma GCC ivdep
-  for (int64_t x = 0; x < dim; ++x) {
-    const float i = gate(0, x), f = gate(1, x);
-    const bool padding = (i == -infinity) & (f == infinity);
-    const float h_before = h[x], c_before = c[x], n_before = n[x], m_before = m[x];
-    const float y = exponential(-absolute(f));
-    const float carried = (f < 0.0f ? f : 0.0f) - logarithm_1p(y) + m_before;
-    const float forget = (f >= 0.0f ? y : 1.0f) / (1.0f + y);
-    const float margin = i - carried;
-    const bool reset = (n_before == 0.0f) | (margin >= 0.0f);
-    const float log_keep = -margin < slstm_max_log_keep ? -margin : slstm_max_log_keep;
-    const float weight = exponential(reset ? log_keep : margin);
-    const float keep = reset ? weight : 1.0f, take = reset ? 1.0f : weight;
-    const float z = hyperbolic_tangent(gate(2, x));
-    const float o = 1.0f / (1.0f + exponential(-gate(3, x)));
-    const float c_next = keep * c_before + take * z, n_next = keep * n_before + take;
-    const float m_next = reset ? i : carried;
-    const float h_next = o * (c_next / n_next);
-    const float c_after = padding ? c_before : c_next, n_after = padding ? n_before : n_next;
-    h[x] = padding ? h_before : h_next;
-    c[x] = c_after;
-    n[x] = n_after;
-    m[x] = padding ? m_before : m_next;
-    if (keeps) {
-      kept[kept_margin * dim + x] = margin;
-      kept[kept_z * dim + x] = z;
-      kept[kept_o * dim + x] = o;
-      kept[kept_forget * dim + x] = padding ? -1.0f : forget;
-      kept[kept_c * dim + x] = c_after;
-      kept[kept_n * dim + x] = n_after;
+  if constexpr (panels == 1) {
+    switch (rows) {
+#if defined(__AVX512F__)
+      case 4: return product_tile<4, panels, vectors>(p);
+      case 5: return product_tile<5, panels, vectors>(p);
+#else
+      case 2: return product_tile<2, panels, vectors>(p);
+#endif
+      default: return product_tile<tile_rows, panels, vectors>(p);
     }
   }
 }
 
-void slstm_cell(const SlstmCell& cell) {
-  if (cell.kept == nullptr)
-    slstm_units<false>(cell);
-  else
-    slstm_units<true>(cell);
+// `vectors` of one panel.
+void product_panel(int64_t rows, int64_t vectors, const Product& p) {
+  switch (vectors) {
+    case 1: return product_rows<1, 1>(rows, p);
+    case 2: return product_rows<1, 2>(rows, p);
+    case 3: return product_rows<1, 3>(rows, p);
+    default: return product_rows<1, 4>(rows, p);
+  }
 }
 
-void slstm_cell_backward(const SlstmCellBackward& cell) {
-  const int64_t dim = cell.dim;
-  const float *kept = cell.kept, *c_all = cell.c, *n_all = cell.n;
-  float *dh_all = cell.dh, *dc_all = cell.dc, *dn_all = cell.dn, *excess_all = cell.excess;
-  float *di = cell.dx, *df = di + dim, *dz = df + dim, *d_o = dz + dim;
-#pragma GCC ivdep
-  for (int64_t x = 0; x < dim; ++x) {
-    const float margin = kept[kept_margin * dim + x], z = kept[kept_z * dim + x], o = kept[kept_o * dim + x];
-    const float forget = kept[kept_forget * dim + x], c = kept[kept_c * dim + x], n = kept[kept_n * dim + x];
-    const float c_before = c_all[x], n_before = n_all[x];
-    const bool padding = forget < 0.0f;
-    const bool reset = (n_before == 0.0f) | (margin >= 0.0f);
-    const float log_keep = -margin < slstm_max_log_keep ? -margin : slstm_max_log_keep;
-    const float weight = exponential(reset ? log_keep : margin);
-    const float keep = reset ? weight : 1.0f, take = reset ? 1.0f : weight;
-    const float ratio = c / n, dh = dh_all[x];
-    const float dc_after = dc_all[x], dn_after = dn_all[x], excess = excess_all[x], through = dh * o / n;
-    const float dc = dc_after + through, dn = dn_after - through * ratio;
-    const float into_take = (dc * z + dn) * take, into_keep = (dc * c_before + dn * n_before) * keep;
-    const float to_i = into_take + (reset ? excess : 0.0f), to_f = (into_keep + (reset ? 0.0f : excess)) * forget;
-    const float to_z = dc * take * (1.0f - z * z), to_o = dh * ratio * o * (1.0f - o);
-    const float dc_before = keep * dc, dn_before = keep * dn, excess_before = reset ? 0.0f : excess;
-    di[x] = padding ? 0.0f : to_i;
-    df[x] = padding ? 0.0f : to_f;
-    dz[x] = padding ? 0.0f : to_z;
-    d_o[x] = padding ? 0.0f : to_o;
-    dh_all[x] = padding ? dh : 0.0f;
-    dc_all[x] = padding ? dc_after : dc_before;
-    dn_all[x] = padding ? dn_after : dn_before;
-    excess_all[x] = padding ? excess : excess_before;
+// `count` rows in tiles of nearly the same size: f(first row, rows) for each.
+template <typename F>
+void for_tiles(int64_t count, const F& f) {
+  const int64_t tiles = ceil_div(count, int64_t{tile_rows}), least = count / tiles, more = count % tiles;
+  for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+    const int64_t rows = least + (tile < more);
+    f(row, rows);
+    row += rows;
   }
+}
+
+// out (rows, columns) (+)= a (rows, depth) m, whose panels are `whole_depth` deep. So much of the depth at a time that a
+// panel stays in L1.
+void product(int64_t rows, int64_t columns, const Product& whole) {
+  constexpr int64_t piece = 128;
+  const int64_t vectors = ceil_div(columns, int64_t{vector_lanes});
+  const int64_t calls =
+      ceil_div(vectors, int64_t{panel_vectors}) * ceil_div(whole.depth, piece) * ceil_div(rows, int64_t{tile_rows});
+  Ahead ahead = whole.ahead;
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t left = vectors - v, wide = left < panel_vectors ? left : panel_vectors;
+    const int64_t panels = rows <= paired_rows && left >= 2 * panel_vectors ? 2 : 1;
+    for (int64_t k = 0; k < whole.depth; k += piece) {
+      Product p = whole;
+      p.depth = whole.depth - k < piece ? whole.depth - k : piece;
+      p.m = whole.m + v / panel_vectors * whole.m_panel + k * wide * vector_lanes;
+      p.add = whole.add || k > 0;
+      for_tiles(rows, [&](int64_t row, int64_t count) {
+        p.out = whole.out + row * whole.out_stride + v * vector_lanes;
+        p.a = whole.a + row * whole.a_row + k * whole.a_k;
+        const int64_t left = whole.ahead.count - (ahead.lines - whole.ahead.lines);
+        const int64_t lines = ceil_div(whole.ahead.count * panels, calls);
+        p.ahead = {ahead.lines, lines < left ? lines : left};
+        ahead.lines += p.ahead.count;
+        if (panels == 2) {
+          product_rows<2, panel_vectors>(count, p);
+        } else {
+          product_panel(count, wide, p);
+        }
+      });
+    }
+    v += panels * panel_vectors;
+  }
+}
+
+// --- R -------------------------------------------------------------------------------------------------------------
+
+// In the forward, a panel has the four gates of vector_lanes units, and `dim` rows.
+struct ForwardWeights {
+  explicit ForwardWeights(const SlstmProblem& p)
+      : groups(ceil_div(p.dim, int64_t{vector_lanes})),
+        panel(p.dim * panel_columns),
+        values(p.heads * groups * panel, false) {
+    parallel(p.heads * groups, ceil_div(int64_t{1} << 15, panel), [&](int64_t begin, int64_t end) {
+      with_dtype(p.weight_dtype, [&](auto type) {
+        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / groups, item % groups);
+      });
+    });
+  }
+
+  template <typename Type>
+  void pack(const SlstmProblem& p, int64_t head, int64_t group) const {
+    const auto* from = static_cast<const typename Type::Bits*>(p.weights);
+    float* to = values.data() + (head * groups + group) * panel;
+    const int64_t dim = p.dim, first = group * vector_lanes;
+    const int64_t units = dim - first < vector_lanes ? dim - first : vector_lanes;
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const auto* rows = from + ((gate * p.heads + head) * dim + first) * dim;
+      for (int64_t k = 0; k < dim; k += vector_lanes) {
+        const int64_t count = dim - k < vector_lanes ? dim - k : vector_lanes;
+        Vector tile[vector_lanes];
+        for (int64_t u = 0; u < vector_lanes; ++u) {
+          tile[u] = u < units ? load_lanes<Type>(rows + u * dim + k, count) : Vector{};
+        }
+        transpose(tile);
+        for (int64_t x = 0; x < count; ++x) store_vector(to + (k + x) * panel_columns + gate * vector_lanes, tile[x]);
+      }
+    }
+  }
+
+  const float* of(int64_t head) const { return values.data() + head * groups * panel; }
+
+  int64_t groups, panel;
+  Floats values;
+};
+
+// In the backward, a panel has panel_columns inputs, the last what is left, and a row for each (gate, output).
+struct BackwardWeights {
+  explicit BackwardWeights(const SlstmProblem& p)
+      : columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
+        depth(4 * p.dim),
+        values(p.heads * depth * columns, false) {
+    parallel(p.heads * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
+      with_dtype(p.weight_dtype, [&](auto type) {
+        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / 4, item % 4);
+      });
+    });
+  }
+
+  template <typename Type>
+  void pack(const SlstmProblem& p, int64_t head, int64_t gate) const {
+    const int64_t dim = p.dim;
+    const auto* from = static_cast<const typename Type::Bits*>(p.weights) + (gate * p.heads + head) * dim * dim;
+    for (int64_t first = 0; first < dim; first += panel_columns) {
+      const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
+      float* to = values.data() + head * depth * columns + first * depth + gate * dim * wide;
+      for (int64_t out = 0; out < dim; ++out) {
+        for (int64_t x = 0; x < wide; x += vector_lanes) {
+          store_vector(to + out * wide + x, load_lanes<Type>(from + out * dim + first + x, dim - first - x));
+        }
+      }
+    }
+  }
+
+  const float* of(int64_t head) const { return values.data() + head * depth * columns; }
+
+  int64_t columns, depth;
+  Floats values;
+};
+
+// --- the cell ------------------------------------------------------------------------------------------------------
+
+// exp(log_keep) and exp(log_take), of which one is 1.
+template <int rows>
+struct Weights {
+  Masks<rows> reset;
+  Vectors<rows> keep, take;
+};
+template <int rows>
+IN_LOOPS Weights<rows> weights_of(const Vectors<rows>& margin, const Vectors<rows>& n_before) {
+  const Masks<rows> reset = (n_before == 0.0f) | (margin >= 0.0f);
+  const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
+  return {.reset = reset, .keep = choose(reset, weight, 1.0f), .take = choose(reset, 1.0f, weight)};
+}
+
+template <int rows>
+struct Units {
+  Vectors<rows> h, c, n, m;
+};
+
+// One token of vector_lanes units of several rows. `gates` are the pre-activations.
+template <bool keeps, int rows>
+IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vectors<rows> (&kept)[slstm_kept]) {
+  const Vectors<rows> i = gates[0], f = gates[1];
+  const Masks<rows> padding = (i == -infinity) & (f == infinity);
+  const Vectors<rows> y = exponential(-absolute(f));
+  const Vectors<rows> carried = (at_most(f, 0.0f) - logarithm_1p(y)) + u.m;
+  const Vectors<rows> margin = i - carried;
+  const Weights<rows> w = weights_of(margin, u.n);
+  const Vectors<rows> z = hyperbolic_tangent(gates[2]), one_over_o = 1.0f + exponential(-gates[3]);
+  const Vectors<rows> c = choose(padding, u.c, w.keep * u.c + w.take * z),
+                      n = choose(padding, u.n, w.keep * u.n + w.take);
+  u.h = choose(padding, u.h, c / (n * one_over_o));
+  u.c = c;
+  u.n = n;
+  u.m = choose(padding, u.m, choose(w.reset, i, carried));
+  if constexpr (keeps) {
+    kept[kept_margin] = margin;
+    kept[kept_z] = z;
+    kept[kept_o] = 1.0f / one_over_o;
+    kept[kept_forget] = choose(padding, -1.0f, reciprocal(1.0f + y) * choose(f >= 0.0f, y, 1.0f));
+    kept[kept_c] = c;
+    kept[kept_n] = n;
+  }
+}
+
+inline int64_t padded_dim(int64_t dim) { return ceil_div(dim, int64_t{vector_lanes}) * vector_lanes; }
+
+// --- rows ----------------------------------------------------------------------------------------------------------
+
+// Blocks of 24 rows hide that each reads R from L2; where R does not fit L2, more rows share the reads.
+inline int64_t most_block_rows(int64_t dim) { return dim > 320 ? 96 : 24; }
+
+// The rows of each head in `parts` blocks of up to `each`, such that the blocks of all heads make every thread busy.
+struct Blocks {
+  explicit Blocks(const SlstmProblem& p) {
+    const int64_t threads = thread_count();
+    const int64_t most = most_block_rows(p.dim);
+    int64_t common = threads;  // their greatest common divisor
+    for (int64_t rest = p.heads % threads; rest != 0;) {
+      const int64_t next = common % rest;
+      common = rest;
+      rest = next;
+    }
+    const int64_t even = threads / common, useful = ceil_div(p.rows, int64_t{tile_rows});
+    if (p.rows == 0) return;
+    parts = ceil_div(ceil_div(p.rows, most), even) * even;
+    parts = parts < useful ? parts : useful;
+    each = ceil_div(p.rows, parts);
+    parts = ceil_div(p.rows, each);
+  }
+  // Calls f(head, first row, rows) for each block.
+  template <typename F>
+  void run(const SlstmProblem& p, const F& f) const {
+    parallel(p.heads * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % parts * each;
+        f(task / parts, first, p.rows - first < each ? p.rows - first : each);
+      }
+    });
+  }
+  int64_t parts = 0, each = 0;
+};
+
+// The rows of one block: where their tokens lie.
+struct BlockRows {
+  BlockRows(const SlstmProblem& p, int64_t first, int64_t count) : rows(new Row[count]) {
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = row_of(p, first + r);
+      longest = rows[r].length > longest ? rows[r].length : longest;
+    }
+  }
+  ~BlockRows() { delete[] rows; }
+  BlockRows(const BlockRows&) = delete;
+  BlockRows& operator=(const BlockRows&) = delete;
+  const Row& operator[](int64_t r) const { return rows[r]; }
+  int64_t longest = 0;
+  Row* rows;
+};
+
+// Rows [first, end) that have a token t, in pairs where two of them lie side by side: f(Constant<1 or 2>, row).
+template <typename F>
+void for_active(const BlockRows& rows, int64_t t, int64_t first, int64_t end, const F& f) {
+  for (int64_t r = first; r < end;) {
+    if (t >= rows[r].length) {
+      ++r;
+    } else if (r + 1 < end && t < rows[r + 1].length) {
+      f(Constant<2>{}, r);
+      r += 2;
+    } else {
+      f(Constant<1>{}, r);
+      ++r;
+    }
+  }
+}
+
+// One array of a block's state: `count` rows of `padded` floats, loaded from and stored to (rows, heads, dim). nullptr:
+// loads zeros, stores nothing.
+struct BlockState {
+  BlockState(const SlstmProblem& p, int64_t head, int64_t first, int64_t count, const float* from)
+      : dim(p.dim),
+        heads(p.heads),
+        padded(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
+        offset((first * p.heads + head) * p.dim),
+        count(count),
+        values(count * padded) {
+    for (int64_t r = 0; from != nullptr && r < count; ++r) {
+      std::memcpy(row(r), from + offset + r * heads * dim, dim * sizeof(float));
+    }
+  }
+  void store(float* to) const {
+    for (int64_t r = 0; to != nullptr && r < count; ++r) {
+      std::memcpy(to + offset + r * heads * dim, row(r), dim * sizeof(float));
+    }
+  }
+  float* row(int64_t r) const { return values.data() + r * padded; }
+
+  int64_t dim, heads, padded, offset, count;
+  Floats values;
+};
+
+// b of one head, as a panel: the four gates of vector_lanes units, and so on.
+void load_bias(float* to, const void* bias, DType dtype, int64_t heads, int64_t dim, int64_t head) {
+  with_dtype(dtype, [&](auto type) {
+    using Type = decltype(type);
+    const auto* from = static_cast<const typename Type::Bits*>(bias);
+    for (int64_t first = 0; first < dim; first += vector_lanes, to += panel_columns) {
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        const int64_t at = (gate * heads + head) * dim + first;
+        store_vector(to + gate * vector_lanes, load_lanes<Type>(from + at, dim - first));
+      }
+    }
+  });
+}
+
+// --- forward -------------------------------------------------------------------------------------------------------
+
+template <typename Type, bool keeps>
+void forward_block(const SlstmForward& params, const ForwardWeights& weights, int64_t head, int64_t first,
+                   int64_t count) {
+  using Bits = typename Type::Bits;
+  const SlstmProblem& p = params.p;
+  const int64_t dim = p.dim, heads = p.heads;
+  const BlockRows rows(p, first, count);
+  const BlockState h(p, head, first, count, p.h0), c(p, head, first, count, p.c0), n(p, head, first, count, p.n0),
+      m(p, head, first, count, p.m0), h_next(p, head, first, count, p.h0);
+  const int64_t padded = h.padded, x_seq = params.x_seq, x_gate = params.x_gate;
+  const Floats bias(4 * padded);
+  load_bias(bias.data(), p.bias, p.bias_dtype, heads, dim, head);
+  const Bits* x = static_cast<const Bits*>(params.x) + head * params.x_head;
+  Bits* out = static_cast<Bits*>(params.h) + head * dim;
+  const float *panels = weights.of(head), *h_now = h.row(0);
+  float* h_after = h_next.row(0);
+  alignas(64) float recurrent[tile_rows * 2 * panel_columns];
+  const void* ahead[tile_rows * 2 * 4];
+  const int64_t elements = p.batch * p.seq * heads * dim;
+  const bool stream_h = streams(params.h, elements * 4, dim);
+  const bool stream_kept = streams(params.kept, elements * slstm_kept * 4, dim);
+
+  const auto x_of = [&](const Row& row, int64_t t) { return x + row.batch * params.x_batch + (row.start + t) * x_seq; };
+  // `count_tag` rows from row r, whose products lie product_stride apart.
+  const auto cells = [&](auto count_tag, int64_t t, int64_t r, int64_t unit, const float* product,
+                         int64_t product_stride) {
+    constexpr int some = decltype(count_tag)::value;
+    const int64_t at = r * padded + unit, left = dim - unit;
+    Vectors<some> gates[4], kept[slstm_kept];
+    for (int x = 0; x < some; ++x) {
+      const Bits* from = x_of(rows[r + x], t) + unit;
+      for (int gate = 0; gate < 4; ++gate) {
+        const int64_t place = gate * vector_lanes;
+        gates[gate].v[x] =
+            load_lanes<Type>(from + gate * x_gate, left) +
+            (load_vector(product + x * product_stride + place) + load_vector(bias.data() + unit * 4 + place));
+      }
+    }
+    const auto load = [&](const float* state) {
+      return each<some>([&](int x) { return load_vector(state + at + x * padded); });
+    };
+    Units<some> u{.h = load(h_now), .c = load(c.row(0)), .n = load(n.row(0)), .m = load(m.row(0))};
+    slstm_cell<keeps>(gates, u, kept);
+    for (int x = 0; x < some; ++x) {
+      store_vector(h_after + at + x * padded, u.h.v[x]);
+      store_vector(c.row(r + x) + unit, u.c.v[x]);
+      store_vector(n.row(r + x) + unit, u.n.v[x]);
+      store_vector(m.row(r + x) + unit, u.m.v[x]);
+      const int64_t token = rows[r + x].batch * p.seq + rows[r + x].start + t;
+      stream_lanes<Type>(out + token * heads * dim + unit, u.h.v[x], left, stream_h);
+      if constexpr (keeps) {
+        float* to = params.kept + (token * heads + head) * slstm_kept * dim + unit;
+        for (int which = 0; which < slstm_kept; ++which) {
+          stream_lanes<Float32>(to + which * dim, kept[which].v[x], left, stream_kept);
+        }
+      }
+    }
+  };
+
+  const int64_t groups = weights.groups;
+  for (int64_t t = 0; t < rows.longest; ++t) {
+    for (int64_t group = 0; group < groups;) {
+      const int64_t pair = count <= paired_rows && group + 2 <= groups ? 2 : 1;
+      int64_t offsets[2 * 4];  // a share of the next token's cache lines, side by side
+      for (int64_t line = 0; line < 4 * pair; ++line) {
+        const int64_t place = 4 * group + line;
+        offsets[line] = place / groups * x_gate + place % groups * vector_lanes;
+      }
+      for_tiles(count, [&](int64_t row, int64_t tile) {
+        int64_t lines = 0;
+        for (int64_t r = row; r < row + tile && t + 1 < rows[r].length; ++r) {
+          const Bits* from = x_of(rows[r], t + 1);
+          for (int64_t line = 0; line < 4 * pair; ++line) ahead[lines++] = from + offsets[line];
+        }
+        const Product product{.out = recurrent,
+                              .out_stride = pair * panel_columns,
+                              .a = h_now + row * padded,
+                              .a_row = padded,
+                              .a_k = 1,
+                              .m = panels + group * weights.panel,
+                              .m_panel = weights.panel,
+                              .depth = dim,
+                              .add = false,
+                              .ahead = {ahead, lines}};
+        if (pair == 2) {
+          product_rows<2, panel_vectors>(tile, product);
+        } else {
+          product_rows<1, panel_vectors>(tile, product);
+        }
+        for (int64_t g = 0; g < pair; ++g) {
+          for_active(rows, t, row, row + tile, [&](auto some, int64_t r) {
+            cells(some, t, r, (group + g) * vector_lanes, recurrent + ((r - row) * pair + g) * panel_columns,
+                  pair * panel_columns);
+          });
+        }
+      });
+      group += pair;
+    }
+    for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
+      if (t >= rows[r].length) std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
+    }
+    float* const before = const_cast<float*>(h_now);
+    h_now = h_after;
+    h_after = before;
+  }
+  end_streams();
+  (h_now == h.row(0) ? h : h_next).store(params.h_last);
+  c.store(params.c_last);
+  n.store(params.n_last);
+  m.store(params.m_last);
+}
+
+// --- backward ------------------------------------------------------------------------------------------------------
+
+VECTORS_FUNCTION clipped(const Vectors<count>& x, float clip) { return at_least(at_most(x, clip), -clip); }
+
+template <typename Type>
+void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
+                    int64_t count, float* share, bool& begun) {
+  using Bits = typename Type::Bits;
+  const SlstmProblem& p = params.p;
+  const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim;
+  const float clip = params.clip;
+  const BlockRows rows(p, first, count);
+  const BlockState dh(p, head, first, count, params.dh_last), dc(p, head, first, count, params.dc_last),
+      dn(p, head, first, count, params.dn_last), excess(p, head, first, count, params.dm_last),
+      recurrent(p, head, first, count, nullptr);
+  const int64_t padded = dh.padded;
+  // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for.
+  constexpr int64_t most_depth = 128;
+  const int64_t slots = count < most_depth ? most_depth / count : 1, depth = slots * count;
+  const int64_t dx_stride = wide + 16;  // spreads an output's floats over L1's sets
+  const Floats dx_slots(depth * dx_stride), h_slots(depth * padded), zeros(padded);
+  float* dx = dx_slots.data();
+  const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
+  Bits* dx_all = static_cast<Bits*>(params.dx) + head * dim;
+
+  const void** ahead = new const void*[count * (ceil_div(slstm_kept * dim, int64_t{16}) + ceil_div(dim, int64_t{16}))];
+  const auto dh_of = [&](const Row& row, int64_t t) {
+    return static_cast<const Bits*>(params.dh) + row.batch * params.dh_batch + (row.start + t) * params.dh_seq +
+           head * params.dh_head;
+  };
+
+  // c and n before token t of a row.
+  const auto before = [&](int64_t r, int64_t t, SlstmKept which) -> const float* {
+    const Row& row = rows[r];
+    if (t > 0) {
+      const int64_t token = row.batch * p.seq + row.start + t - 1;
+      return params.kept + ((token * heads + head) * slstm_kept + which) * dim;
+    }
+    const float* initial = which == kept_c ? p.c0 : p.n0;
+    return initial == nullptr ? zeros.data() : initial + ((first + r) * heads + head) * dim;
+  };
+  // excess -= or += dc c + dn n, of the last or the initial state
+  const auto change_excess = [&](int64_t r, int64_t t, float sign) {
+    const float *c = before(r, t, kept_c), *n = before(r, t, kept_n);
+    for (int64_t x = 0; x < dim; ++x) excess.row(r)[x] += sign * (dc.row(r)[x] * c[x] + dn.row(r)[x] * n[x]);
+  };
+  const auto cells = [&](auto count_tag, int64_t t, int64_t r) {
+    constexpr int some = decltype(count_tag)::value;
+    using Values = Vectors<some>;
+    const float *kept[some], *c_before[some], *n_before[some];
+    const Bits* dh_from[some];
+    Bits* dx_to[some];
+    for (int x = 0; x < some; ++x) {
+      const Row& row = rows[r + x];
+      const int64_t token = row.batch * p.seq + row.start + t;
+      kept[x] = params.kept + (token * heads + head) * slstm_kept * dim;
+      c_before[x] = before(r + x, t, kept_c);
+      n_before[x] = before(r + x, t, kept_n);
+      dx_to[x] = dx_all + token * 4 * heads * dim;
+      if (params.dh == nullptr) continue;
+      dh_from[x] = dh_of(row, t);
+    }
+    for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
+      const int64_t at = r * padded + unit, left = dim - unit;
+      const auto load = [&](const float* const* from, int64_t offset) {
+        return each<some>([&](int x) { return load_lanes<Float32>(from[x] + offset + unit, left); });
+      };
+      const auto state = [&](const BlockState& s) {
+        return each<some>([&](int x) { return load_vector(s.row(0) + at + x * padded); });
+      };
+      const auto store = [&](const BlockState& s, const Values& values) {
+        for (int x = 0; x < some; ++x) store_vector(s.row(0) + at + x * padded, values.v[x]);
+      };
+      const Values margin = load(kept, kept_margin * dim), z = load(kept, kept_z * dim), o = load(kept, kept_o * dim);
+      const Values forget = load(kept, kept_forget * dim), c = load(kept, kept_c * dim), n = load(kept, kept_n * dim);
+      const Values c_0 = load(c_before, 0), n_0 = load(n_before, 0);
+      Values dh_t = state(dh) + clipped(state(recurrent), clip);
+      if (params.dh != nullptr) {
+        dh_t = dh_t + each<some>([&](int x) { return load_lanes<Type>(dh_from[x] + unit, left); });
+      }
+      const Values dc_t = state(dc), dn_t = state(dn), excess_t = state(excess);
+      const Masks<some> padding = forget < 0.0f;
+      const Weights<some> w = weights_of(margin, n_0);
+      const Values inverse = 1.0f / n, ratio = c * inverse, through = dh_t * o * inverse;
+      const Values dc_all = dc_t + through, dn_all = dn_t - through * ratio;
+      const Values into_take = (dc_all * z + dn_all) * w.take, into_keep = (dc_all * c_0 + dn_all * n_0) * w.keep;
+      const Values gates[4] = {into_take + choose(w.reset, excess_t, 0.0f),
+                               (into_keep + choose(w.reset, 0.0f, excess_t)) * forget, dc_all * w.take * (1.0f - z * z),
+                               dh_t * ratio * o * (1.0f - o)};
+      for (int gate = 0; gate < 4; ++gate) {
+        const Values value = choose(padding, 0.0f, gates[gate]);
+        for (int x = 0; x < some; ++x) {
+          store_lanes<Float32>(dx + (r + x) * dx_stride + gate * dim + unit, value.v[x], left);
+          stream_lanes<Type>(dx_to[x] + gate * heads * dim + unit, value.v[x], left, stream);
+        }
+      }
+      store(dh, choose(padding, dh_t, 0.0f));
+      store(dc, choose(padding, dc_t, w.keep * dc_all));
+      store(dn, choose(padding, dn_t, w.keep * dn_all));
+      store(excess, choose(padding, excess_t, choose(w.reset, 0.0f, excess_t)));
+    }
+  };
+
+  // h before token t of row r as row k of dR's right operand; a row without the token has no share.
+  const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
+    const Row& row = rows[r];
+    if (t >= row.length) std::memset(dx + r * dx_stride, 0, wide * sizeof(float));
+    const Bits* h = nullptr;
+    if (t > 0 && t < row.length) {
+      h = static_cast<const Bits*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim;
+    }
+    const float* initial =
+        t == 0 && row.length > 0 && p.h0 != nullptr ? p.h0 + ((first + r) * heads + head) * dim : nullptr;
+    for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
+      const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
+      const int64_t columns = left < panel_columns ? left : panel_columns;
+      const Vector value = h != nullptr         ? load_lanes<Type>(h + unit, dim - unit)
+                           : initial != nullptr ? load_lanes<Float32>(initial + unit, dim - unit)
+                                                : Vector{};
+      store_vector(h_slots.data() + panel * depth * panel_columns + k * columns + unit % panel_columns, value);
+    }
+  };
+  const auto add_share = [&](int64_t filled) {
+    product(wide, dim,
+            {.out = share,
+             .out_stride = padded,
+             .a = dx_slots.data(),
+             .a_row = 1,
+             .a_k = dx_stride,
+             .m = h_slots.data(),
+             .m_panel = depth * panel_columns,
+             .depth = filled,
+             .add = begun});
+    float* dbias = share + wide * padded;
+    if (!begun) std::memset(dbias, 0, wide * sizeof(float));
+    begun = true;
+    for (int64_t k = 0; k < filled; ++k) {
+      const float* from = dx_slots.data() + k * dx_stride;
+      for (int64_t x = 0; x < wide; ++x) dbias[x] += from[x];
+    }
+  };
+
+  for (int64_t r = 0; r < count; ++r) change_excess(r, rows[r].length, -1.0f);
+  for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
+    if (slot == slots) slot = 0;
+    dx = dx_slots.data() + slot * count * dx_stride;
+    for_active(rows, t, 0, count, [&](auto some, int64_t r) { cells(some, t, r); });
+    for (int64_t r = 0; r < count; ++r) take_h(slot * count + r, t, r);
+    int64_t lines = 0;  // of the token before: all that the forward kept, and dh
+    for (int64_t r = 0; r < count; ++r) {
+      if (t == 0 || t > rows[r].length) continue;
+      const float* kept = before(r, t, kept_margin);
+      for (int64_t x = 0; x < slstm_kept * dim; x += 16) ahead[lines++] = kept + x;
+      for (int64_t x = 0; x < dim && params.dh != nullptr; x += 64 / sizeof(Bits)) {
+        ahead[lines++] = dh_of(rows[r], t - 1) + x;
+      }
+    }
+    product(count, dim,
+            {.out = recurrent.row(0),
+             .out_stride = padded,
+             .a = dx,
+             .a_row = dx_stride,
+             .a_k = 1,
+             .m = weights.of(head),
+             .m_panel = wide * panel_columns,
+             .depth = wide,
+             .add = false,
+             .ahead = {ahead, lines}});
+    if (slot + 1 == slots || t == 0) add_share((slot + 1) * count);
+  }
+  delete[] ahead;
+  end_streams();
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t unit = 0; unit < padded; unit += vector_lanes) {
+      const int64_t at = r * padded + unit;
+      const Vectors<1> through{load_vector(recurrent.row(0) + at)};
+      store_vector(dh.row(0) + at, load_vector(dh.row(0) + at) + clipped(through, clip).v[0]);
+    }
+  }
+  dh.store(params.dh0);
+  dc.store(params.dc0);
+  dn.store(params.dn0);
+  if (params.dm0 == nullptr) return;
+  for (int64_t r = 0; r < count; ++r) change_excess(r, 0, 1.0f);
+  excess.store(params.dm0);
+}
+
+// A group's share of dR and db: (4 dim, padded) floats and 4 dim.
+int64_t share_floats(int64_t dim) { return 4 * dim * padded_dim(dim) + 4 * dim; }
+
+// dR and db of output `row`, of 4 dim, of a head: the sum of the groups' shares.
+void sum_shares(const SlstmBackward& params, const float* shares, int64_t groups, int64_t head, int64_t row,
+                float* sum) {
+  const SlstmProblem& p = params.p;
+  const int64_t dim = p.dim, padded = padded_dim(dim), item = row / dim * p.heads + head, out = row % dim;
+  float bias = 0.0f;
+  std::memset(sum, 0, dim * sizeof(float));
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* share = shares + (head * groups + group) * share_floats(dim);
+    for (int64_t x = 0; x < dim; ++x) sum[x] += share[row * padded + x];
+    bias += share[4 * dim * padded + row];
+  }
+  unpack(static_cast<char*>(params.dweights) + (item * dim + out) * dim * element_bytes(p.weight_dtype), p.weight_dtype,
+         dim, sum, nullptr, 1, dim);
+  unpack(static_cast<char*>(params.dbias) + (item * dim + out) * element_bytes(p.bias_dtype), p.bias_dtype, 1, &bias,
+         nullptr, 1, 1);
+}
+
+}  // namespace
+
+CPU_KERNEL(slstm_forward, SlstmForward) {
+  const int64_t elements = p.p.batch * p.p.seq * p.p.heads * p.p.dim;
+  wants_huge_pages(p.h, elements * element_bytes(p.p.dtype));
+  const ForwardWeights weights(p.p);
+  const Blocks blocks(p.p);
+  with_dtype(p.p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    blocks.run(p.p, [&](int64_t head, int64_t first, int64_t count) {
+      if (p.kept == nullptr) {
+        forward_block<Type, false>(p, weights, head, first, count);
+      } else {
+        forward_block<Type, true>(p, weights, head, first, count);
+      }
+    });
+  });
+}
+
+CPU_KERNEL(slstm_backward, SlstmBackward) {
+  const SlstmProblem& problem = p.p;
+  const int64_t dim = problem.dim, heads = problem.heads, rows = problem.rows;
+  wants_huge_pages(p.dx, problem.batch * problem.seq * 4 * heads * dim * element_bytes(problem.dtype));
+  // The partition depends on the sizes only: a group's blocks add up their shares of dR one after the other.
+  constexpr int64_t least_tasks = 4, most_groups = 16;
+  const int64_t wanted = ceil_div(rows, most_block_rows(dim)), apart = ceil_div(least_tasks, heads);
+  const int64_t useful = ceil_div(rows, int64_t{6}), split = apart < useful ? apart : useful;
+  const int64_t blocks = wanted > split ? wanted : split, each = blocks > 0 ? ceil_div(rows, blocks) : 0;
+  const int64_t groups = blocks < most_groups ? blocks : most_groups;
+  const Floats shares(heads * groups * share_floats(dim), false);
+  const BackwardWeights weights(problem);
+  with_dtype(problem.dtype, [&](auto type) {
+    parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t head = task / groups, group = task % groups;
+        float* share = shares.data() + task * share_floats(dim);
+        bool begun = false;
+        for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+          const int64_t first = block * each, left = rows - first;
+          if (left <= 0) continue;
+          backward_block<decltype(type)>(p, weights, head, first, left < each ? left : each, share, begun);
+        }
+        if (!begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
+      }
+    });
+  });
+  parallel(heads * 4 * dim, 1 + (int64_t{1} << 14) / (dim * (groups + 1)), [&](int64_t begin, int64_t end) {
+    const Floats sum(dim);
+    for (int64_t row = begin; row < end; ++row) {
+      sum_shares(p, shares.data(), groups, row / (4 * dim), row % (4 * dim), sum.data());
+    }
+  });
+}
+
+// Two passes: R h of every unit needs all of the old h, so no h may change before all R h are made.
+CPU_KERNEL(slstm_step, SlstmStep) {
+  constexpr int64_t block = 64;  // outputs of a task
+  const int64_t dim = p.dim, heads = p.heads, blocks = ceil_div(dim, block);
+  const int64_t padded = ceil_div(dim, int64_t{vector_lanes}) * vector_lanes;
+  const Floats recurrent(p.batch * heads * 4 * padded);  // (batch, heads, 4, padded)
+  parallel(4 * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    const Floats converted(p.weight_dtype == DType::float32 ? 0 : block * dim);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % blocks * block, item = task / blocks, gate = item / heads, head = item % heads;
+      const int64_t count = dim - first < block ? dim - first : block, from = (item * dim + first) * dim;
+      const float* weights = static_cast<const float*>(p.weights) + from;
+      if (p.weight_dtype != DType::float32) {
+        pack(converted.data(), static_cast<const uint16_t*>(p.weights) + from, p.weight_dtype, dim, count, dim, count);
+        weights = converted.data();
+      }
+      for (int64_t row = 0; row < p.batch; ++row) {
+        const int64_t at = row * heads + head;
+        row_dots(recurrent.data() + (at * 4 + gate) * padded + first, weights, p.h_state + at * dim, 0, count, dim);
+      }
+    }
+  });
+  with_dtype(p.dtype, [&](auto type) {
+    using Type = decltype(type);
+    using Bits = typename Type::Bits;
+    parallel(p.batch * heads, 1, [&](int64_t begin, int64_t end) {
+      const Floats bias(4 * padded);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / heads, head = task % heads;
+        const Bits* x = static_cast<const Bits*>(p.x) + row * p.x_batch + head * p.x_head;
+        load_bias(bias.data(), p.bias, p.bias_dtype, heads, dim, head);
+        for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
+          const int64_t at = task * dim + unit, left = dim - unit;
+          Vectors<1> gates[4], kept[slstm_kept];
+          for (int64_t gate = 0; gate < 4; ++gate) {
+            gates[gate].v[0] = load_lanes<Type>(x + gate * p.x_gate + unit, left) +
+                               (load_vector(recurrent.data() + (task * 4 + gate) * padded + unit) +
+                                load_vector(bias.data() + unit * 4 + gate * vector_lanes));
+          }
+          const auto load = [&](const float* state) { return Vectors<1>{load_lanes<Float32>(state + at, left)}; };
+          Units<1> u{.h = load(p.h_state), .c = load(p.c_state), .n = load(p.n_state), .m = load(p.m_state)};
+          slstm_cell<false>(gates, u, kept);
+          store_lanes<Float32>(p.h_state + at, u.h.v[0], left);
+          store_lanes<Float32>(p.c_state + at, u.c.v[0], left);
+          store_lanes<Float32>(p.n_state + at, u.n.v[0], left);
+          store_lanes<Float32>(p.m_state + at, u.m.v[0], left);
+          store_lanes<Type>(static_cast<Bits*>(p.h) + at, u.h.v[0], left);
+        }
+      }
+    });
+  });
 }

@@ -6,7 +6,6 @@
 
 #include "params/linear.h"
 #include "params/mlstm.h"
-#include "params/slstm.h"
 
 namespace flash_xlstm::cpu {
 
@@ -20,24 +19,24 @@ struct ChunkGates {
   float m_start;
 };
 
-// One token of one row and head of the sLSTM, arrays of `dim` floats.
-struct SlstmCell {
-  int64_t dim;
-  const float *x, *recurrent, *bias;  // [4][dim]: x, R h_{t-1}, b
-  float *h, *c, *n, *m;               // state, updated
-  float* kept;                        // [slstm_kept][dim]; nullptr: not wanted
-};
-struct SlstmCellBackward {
-  int64_t dim;
-  const float* kept;   // [slstm_kept][dim] of the token
-  const float *c, *n;  // of the token before
-  float* dh;           // in: of h_t, complete; out: unchanged for a padding unit, else 0
-  float *dc, *dn;      // of the state: from t to t - 1
-  float* excess;       // dm - (dc c + dn n): from t to t - 1
-  float* dx;           // [4][dim]
-};
+// What of a square product counts: all of it; of the result only the columns up to a row's own; or a's numbers are 0
+// beyond the diagonal, or before it. What does not count may be left out.
+enum class Part { all, lower_out, lower_a, upper_a };
 
-constexpr int64_t product_panel = 64;
+// out (rows x columns) = keep from + a (rows x depth) b (depth x columns). from == nullptr: out = a b. a has any
+// strides; rows of out, from and b are contiguous.
+struct Gemm {
+  float* out;
+  int64_t out_row;  // of `from` too
+  const float* from;
+  float keep;
+  const float* a;
+  int64_t a_row, a_k;
+  const float* b;
+  int64_t b_row;
+  int64_t rows, columns, depth;
+  Part part = Part::all;
+};
 
 struct VectorKernels {
   // to (padded_rows x columns) <- from (rows x columns, row stride in elements, dtype), zeros below.
@@ -47,6 +46,11 @@ struct VectorKernels {
   // to (rows x columns, row stride, dtype) <- factor[row] * from; factor may be null.
   void (*unpack)(void* to, DType dtype, int64_t stride, const float* from, const float* factor, int64_t rows,
                  int64_t columns);
+
+  // to (rows x columns, row stride, dtype) <- factor[row] (x[row] + weight[row] y[row]). Null: y of 0, factor of 1. A
+  // weight of 0 leaves y out, whatever it holds.
+  void (*add_and_unpack)(void* to, DType dtype, int64_t stride, const float* x, const float* y, const float* weight,
+                         const float* factor, int64_t rows, int64_t columns);
 
   // weight_j = D_Tj, T the chunk's last token: the weight of token j in the state at the chunk's end.
   void (*end_weights)(float* weight, const ChunkGates& g);
@@ -82,31 +86,20 @@ struct VectorKernels {
   void (*add_state_term)(float* y, const float* x, const float* weight, const float* n_weight, const float* n,
                          const float* with, float* sums, int64_t rows, int64_t columns);
 
-  // Takes a piece of the state through `count` chunks: slot[r] (slot_stride apart) = state;
-  // state = keep[r] state + update[r].
-  void (*scan)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-               const double* keep, int64_t count, int64_t size);
-  // The same from the last chunk to the first, for the state's gradient. Before the update,
-  // through[r] += keep[r] <start[r], state>, where start[r] is the state at chunk r's start.
-  void (*scan_back)(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-                    const double* keep, const float* start, int64_t start_stride, double* through, int64_t count,
-                    int64_t size);
+  // The state after a chunk: to = keep from + add; without `from`, which stands for zeros, to = add.
+  void (*advance)(float* to, const float* from, float keep, const float* add, int64_t size);
+  float (*dot)(const float* a, const float* b, int64_t count);
 
-  // y[row] = sum over c of p[row][c] z[c], for c <= row, or with `upper` sum over c of p[c][row] z[c], for c >= row.
-  // Terms whose weight is 0 are left out: z may hold what is not finite.
-  void (*guarded_product)(float* y, const float* p, int64_t p_stride, const float* z, bool upper, int64_t rows,
-                          int64_t columns);
+  // out (rows x columns) += a z (depth x columns), only the terms in which z is not finite and a is not 0.
+  void (*add_not_finite)(float* out, const float* a, int64_t a_row, int64_t a_k, const float* z, int64_t rows,
+                         int64_t columns, int64_t depth);
 
   // One token of one row and head, with the state in `slot`. scratch: 2 dqk + 2 dv floats.
   void (*step)(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* scratch);
 
-  // out[r][x] (+)= sum over k of a[r][k] m[k][x]. Rows of out are out_stride apart; a may have any strides. m comes in
-  // panels of product_panel columns, m_panel apart, with rows m_stride apart. A matrix that is read often lies panel by
-  // panel, so that it is read contiguously.
-  void (*product)(float* out, int64_t out_stride, const float* a, int64_t a_row, int64_t a_k, const float* m,
-                  int64_t m_stride, int64_t m_panel, int64_t rows, int64_t depth, int64_t columns, bool add);
-  void (*slstm_cell)(const SlstmCell& cell);
-  void (*slstm_cell_backward)(const SlstmCellBackward& cell);
+  void (*gemm)(const Gemm& g);
+  // to (columns x rows) = from (rows x columns) transposed.
+  void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t columns);
 
   // One token: y = act(bias + sum over k of weight[k] taps[k]), and slope = act' of that sum where not null. Arrays of
   // `channels` floats; weight is [kernel][channels].

@@ -1,14 +1,20 @@
 // Inner loops of the CPU kernels, compiled once for each instruction set, which FLASH_XLSTM_ISA names. They are plain
 // loops that the compiler vectorises: no branches on data, no library calls. Standard headers with inline functions
 // must not be included: their code would be compiled for AVX-512, and the linker might choose it for the whole module.
+// immintrin.h's are always inlined.
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "cpu/vector_kernels.h"
 #include "params/float8.h"
 #include "params/loss.h"
 #include "params/pointwise.h"
+#include "params/slstm.h"
 
 namespace flash_xlstm::cpu::FLASH_XLSTM_ISA {
 namespace {
@@ -105,17 +111,28 @@ void parallel(int64_t count, int64_t grain, const F& f) {
       0, count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
 }
 
-// An array of floats, zero at first.
+// An array of floats at the start of a cache line, zero at first unless not wanted.
 class Floats {
  public:
-  explicit Floats(int64_t count) : data_(new float[count]()) {}
-  ~Floats() { delete[] data_; }
+  explicit Floats(int64_t count, bool zero = true) : memory_(new float[count + line]) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory_);
+    data_ = memory_ + (line - begin / sizeof(float) % line) % line;
+    if (zero) std::memset(data_, 0, count * sizeof(float));
+  }
+  ~Floats() { delete[] memory_; }
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
   float* data() const { return data_; }
 
  private:
-  float* data_;
+  static constexpr uintptr_t line = 16;
+  float *memory_, *data_;
+};
+
+// A number known when the code is compiled, as a value.
+template <int number>
+struct Constant {
+  static constexpr int value = number;
 };
 
 // --- element types -------------------------------------------------------------------------------------------------
@@ -221,6 +238,25 @@ void unpack(void* to, DType dtype, int64_t stride, const float* from, const floa
       auto* row = target + r * stride;
       const float* in = from + r * columns;
       for (int64_t c = 0; c < columns; ++c) row[c] = Type::store(in[c] * f);
+    }
+  });
+}
+
+void add_and_unpack(void* to, DType dtype, int64_t stride, const float* x, const float* y, const float* weight,
+                    const float* factor, int64_t rows, int64_t columns) {
+  with_dtype(dtype, [&](auto type) {
+    using Type = decltype(type);
+    auto* target = static_cast<typename Type::Bits*>(to);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float f = factor == nullptr ? 1.0f : factor[r];
+      auto* row = target + r * stride;
+      const float* in = x + r * columns;
+      if (y == nullptr || weight[r] == 0.0f) {
+        for (int64_t c = 0; c < columns; ++c) row[c] = Type::store(in[c] * f);
+      } else {
+        const float w = weight[r], *other = y + r * columns;
+        for (int64_t c = 0; c < columns; ++c) row[c] = Type::store((in[c] + w * other[c]) * f);
+      }
     }
   });
 }
@@ -438,44 +474,24 @@ void add_state_term(float* y, const float* x, const float* weight, const float* 
 
 // --- states --------------------------------------------------------------------------------------------------------
 
-void scan(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-          const double* keep, int64_t count, int64_t size) {
-  for (int64_t r = 0; r < count; ++r) {
-    float* to = slot + r * slot_stride;
-    const float* add = update + r * update_stride;
-    const float g = static_cast<float>(keep[r]);
-    for (int64_t c = 0; c < size; ++c) {
-      to[c] = state[c];
-      state[c] = g * state[c] + add[c];
-    }
+void advance(float* to, const float* from, float keep, const float* add, int64_t size) {
+  if (from == nullptr) {
+    std::memcpy(to, add, sizeof(float) * size);
+  } else {
+    for (int64_t x = 0; x < size; ++x) to[x] = keep * from[x] + add[x];
   }
 }
 
-void scan_back(float* state, float* slot, int64_t slot_stride, const float* update, int64_t update_stride,
-               const double* keep, const float* start, int64_t start_stride, double* through, int64_t count,
-               int64_t size) {
-  for (int64_t r = count - 1; r >= 0; --r) {
-    float* to = slot + r * slot_stride;
-    const float *add = update + r * update_stride, *from = start + r * start_stride;
-    const float g = static_cast<float>(keep[r]);
-    if (g != 0.0f) through[r] += static_cast<double>(g) * dot(from, state, size);
-    for (int64_t c = 0; c < size; ++c) {
-      to[c] = state[c];
-      state[c] = g * state[c] + add[c];
-    }
-  }
-}
-
-void guarded_product(float* y, const float* p, int64_t p_stride, const float* z, bool upper, int64_t rows,
-                     int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = y + r * columns;
-    std::memset(out, 0, sizeof(float) * columns);
-    for (int64_t j = upper ? r : 0; j < (upper ? rows : r + 1); ++j) {
-      // With `upper`, the weight of j in r is p[j][r].
-      const float weight = upper ? p[j * p_stride + r] : p[r * p_stride + j];
-      if (weight == 0.0f) continue;
-      for (int64_t c = 0; c < columns; ++c) out[c] += weight * z[j * columns + c];
+void add_not_finite(float* out, const float* a, int64_t a_row, int64_t a_k, const float* z, int64_t rows,
+                    int64_t columns, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const float value = z[k * columns + c];
+      if (absolute(value) < infinity) continue;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float weight = a[r * a_row + k * a_k];
+        if (weight != 0.0f) out[r * columns + c] += weight * value;
+      }
     }
   }
 }
@@ -563,9 +579,11 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
   });
 }
 
+#include "cpu/vector_math.inl"
+
 #include "cpu/conv.inl"
 #include "cpu/linear.inl"
-#include "cpu/slstm.inl"
+#include "cpu/gemm.inl"
 
 }  // namespace
 
@@ -573,6 +591,7 @@ extern const VectorKernels vector_kernels;
 const VectorKernels vector_kernels = {
     .pack = pack,
     .unpack = unpack,
+    .add_and_unpack = add_and_unpack,
     .end_weights = end_weights,
     .start_weights = start_weights,
     .weight_rows = weight_rows,
@@ -583,13 +602,12 @@ const VectorKernels vector_kernels = {
     .backward_tile = backward_tile,
     .row_dots = row_dots,
     .add_state_term = add_state_term,
-    .scan = scan,
-    .scan_back = scan_back,
-    .guarded_product = guarded_product,
+    .advance = advance,
+    .dot = dot,
+    .add_not_finite = add_not_finite,
     .step = step,
-    .product = product,
-    .slstm_cell = slstm_cell,
-    .slstm_cell_backward = slstm_cell_backward,
+    .gemm = gemm,
+    .transpose = transpose,
     .conv_token = conv_token,
     .add_product = add_product,
     .linear_rows_x = linear_rows_x,
@@ -601,5 +619,6 @@ const VectorKernels vector_kernels = {
 // These use functions of the one above.
 #include "cpu/cross_entropy.inl"
 #include "cpu/float8_cast.inl"
+#include "cpu/slstm.inl"
 
 }  // namespace flash_xlstm::cpu::FLASH_XLSTM_ISA

@@ -2,6 +2,7 @@
 
 #include "ops/kernel_for.h"
 #include "ops/launch.h"
+#include "ops/reused_memory.h"
 #include "params/slstm.h"
 
 namespace flash_xlstm {
@@ -82,7 +83,8 @@ Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTe
   check_common(checked, x, "x", R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip);
 
   Tensor h = new_empty(x, {p.batch, p.seq, p.heads, p.dim}, x.scalar_type());
-  Tensor kept = new_empty(x, {keep ? p.batch : 0, p.seq, p.heads, slstm_kept, p.dim}, ScalarType::Float);
+  const std::vector<int64_t> kept_shape{keep ? p.batch : 0, p.seq, p.heads, slstm_kept, p.dim};
+  Tensor kept = x.is_cpu() ? reused_empty(kept_shape) : new_empty(x, kept_shape, ScalarType::Float);
   const std::vector<int64_t> state_shape{return_final_state ? p.rows : 0, p.heads, p.dim};
   Tensor last[4];
   for (Tensor& t : last) t = new_empty(x, state_shape, ScalarType::Float);

@@ -250,3 +250,11 @@ def test_learning_rates_rise_and_fall(subject):
     rates = [subject("precision").learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[4] == 2.0 == max(rates) and rates[:5] == sorted(rates[:5])
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(0.2, rel=0.01)
+
+
+def test_cpu(tmp_path):
+    options = "--slstm 2x8x1x16 --mlstm 1x128x2x16x16 --threads 1 2 --seconds 0".split()
+    rows = run(tmp_path, "cpu", *options)["results"]
+    assert len(rows) == 2 * 2 * 2 * 2  # ops, dtypes, passes, threads
+    assert all(row["share"] > 0 and row["calls_each"] >= 7 for row in rows)
+    assert {row["what"] for row in rows if "vs_lstm" in row} == {"slstm"}

@@ -123,6 +123,12 @@ def test_long_sequence(make_problem, assert_float32_exact):
     assert_float32_exact(make_problem(2500, 32, 16, batch=1, gates="small"), ops.mlstm)
 
 
+def test_more_states_than_the_backward_keeps(make_problem, assert_float32_exact):
+    # On the CPU it keeps 64 MiB of them: 1,024 of these.
+    problem = make_problem(2100, 128, 128, batch=1, heads=1, gates="small", chunk_size=1)
+    assert_float32_exact(problem, ops.mlstm)
+
+
 def test_without_final_state(make_problem):
     problem = make_problem(70, 16, 24)
     with_state = problem(ops.mlstm, ("h",))

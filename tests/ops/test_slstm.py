@@ -845,6 +845,42 @@ def test_random_problems(fuzz, make_problem):
     run()
 
 
+# --- on the CPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(50, 9, 1, 24), (7, 12, 3, 40), (30, 5, 2, 330)], ids=str)
+def test_equal_for_every_number_of_threads(make_problem, sizes):
+    """Blocks of rows, which depend on the number of threads, change no bit."""
+    problem = make_problem(*sizes)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(problem(ops.slstm))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(t, other[name]) for name, t in results[0].items())
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 100, 100, 101, 640, 1600]], ids=["rows", "packed"])
+def test_arrays_larger_than_the_caches(make_problem, cu_seqlens):
+    """These are stored past the caches, and what the forward kept goes into memory that is used again."""
+    problem = make_problem(*((40, 40) if cu_seqlens is None else (1, 1600)), 3, 64, cu_seqlens=cu_seqlens)
+    assert_float32_exact(problem)
+    first = problem(ops.slstm)
+    inputs = [problem.inputs[name].detach().requires_grad_() for name in "xRb"]
+    changed = [inputs[0].detach() * 2, *inputs[1:]]
+    h, other = ops.slstm(*inputs), ops.slstm(*changed)  # both keep until both backwards
+    del h
+    again = ops.slstm(*inputs)
+    want = torch.autograd.grad(reference.slstm(*(t.double() for t in changed)).sum(), changed[1:], retain_graph=True)
+    got = torch.autograd.grad(other.sum(), changed[1:])
+    torch.autograd.grad(again.sum(), inputs)
+    assert all(relative_error(g, w) < 1e-5 for g, w in zip(got, want, strict=True))
+    assert all(torch.equal(t, first[name]) for name, t in problem(ops.slstm).items())
+
+
 def test_forward_without_gradients_takes_no_longer():
     """A call that the compiler leaves in the loop over units makes it take five times as long."""
     x, weights, bias = torch.randn(16, 64, 4, 4, 64), torch.randn(4, 4, 64, 64) * 0.1, torch.randn(4, 4, 64)

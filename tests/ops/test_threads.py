@@ -13,10 +13,20 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape).requires_grad_()
 
 
-def mlstm() -> list[Tensor]:
-    q, k, v, i, f = randn(2, 300, 3, 24), randn(2, 300, 3, 24), randn(2, 300, 3, 40), randn(2, 300, 3), randn(2, 300, 3)
+def mlstm(lanes: tuple[int, int] = (2, 3), dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    batch, heads = lanes
+    q, k, v = (torch.randn(batch, 300, heads, dim).to(dtype).requires_grad_() for dim in (24, 24, 40))
+    i, f = randn(batch, 300, heads), randn(batch, 300, heads)
     h, last = ops.mlstm(q, k, v, i, f + 2, return_final_state=True)
     return [h, *last, *torch.autograd.grad([h, *last], [q, k, v, i, f], [torch.ones_like(t) for t in (h, *last)])]
+
+
+def mlstm_whole_lanes() -> list[Tensor]:  # two for each of four threads
+    return mlstm((2, 4))
+
+
+def mlstm_bfloat16() -> list[Tensor]:
+    return [*mlstm((1, 3), torch.bfloat16), *mlstm((2, 4), torch.bfloat16)]
 
 
 def mlstm_state() -> list[Tensor]:
@@ -69,7 +79,18 @@ def linear_cross_entropy() -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "run",
-    [mlstm, mlstm_state, mlstm_step, slstm, causal_conv1d, pointwise, linear_rows, linear_cross_entropy],
+    [
+        mlstm,
+        mlstm_whole_lanes,
+        mlstm_bfloat16,
+        mlstm_state,
+        mlstm_step,
+        slstm,
+        causal_conv1d,
+        pointwise,
+        linear_rows,
+        linear_cross_entropy,
+    ],
     ids=lambda run: run.__name__,
 )
 def test_threads_change_nothing(run):

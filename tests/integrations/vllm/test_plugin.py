@@ -85,6 +85,7 @@ def test_block_size_length_and_heads(served):
     assert config.model_config.get_num_attention_heads(config.parallel_config) == 4
     assert type(config.model_config.hf_config).__module__ == "flash_xlstm.models.configuration_xlstm"
     assert configure(served.folder, max_model_len=3_000_000).model_config.max_model_len == 3_000_000
+    assert configure(served.folder, max_model_len=-1).model_config.max_model_len == 131_072
     caching = configure(served.folder, enable_prefix_caching=True, block_size=64)
     assert (caching.cache_config.mamba_cache_mode, caching.cache_config.mamba_block_size) == ("align", 64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from typing import Any
 
@@ -33,8 +34,10 @@ def find_patched() -> dict[str, Any]:
     """The symbols of `PATCHED` in the installed vLLM.
 
     Raises:
-        ImportError: one is absent. The line names it, the installed version and the supported range.
+        ImportError: vLLM or one of them is absent. The line names it, the installed version and the supported range.
     """
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(f'flash_xlstm serves on vLLM {SUPPORTED}; install it with: pip install "flash-xlstm[vllm]"')
     found = {}
     for name, (module, path) in PATCHED.items():
         try:

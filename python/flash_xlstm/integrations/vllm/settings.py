@@ -32,7 +32,7 @@ class xLSTMSettings(MambaModelConfig):
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
-        if model_config.original_max_model_len is None and model_config.max_model_len == LARGEST_LENGTH:
+        if model_config.original_max_model_len in (None, -1) and model_config.max_model_len == LARGEST_LENGTH:
             model_config.max_model_len = DEFAULT_LENGTH
 
     @classmethod

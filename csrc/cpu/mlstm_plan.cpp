@@ -1,0 +1,138 @@
+#include "cpu/mlstm_plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/isa.h"
+#include "cpu/mlstm_pool.h"
+#include "cpu/parallel.h"
+
+namespace flash_xlstm::cpu {
+namespace {
+
+constexpr int64_t max_chunk = 256;
+// Products with the state cost the same for every length, products within a chunk in proportion to it. A large state
+// itself takes time: it is read and written once a chunk. Tiles make products cheap beside that.
+int64_t default_chunk(const MlstmProblem& p, int64_t longest) {
+  const bool large = p.dqk * p.dv >= int64_t{1} << 16;
+  const int64_t most = !large ? 64 : p.dtype == DType::bfloat16 && has_amx() ? 256 : 128;
+  // Chunks of about equal length, in multiples of 32 tokens.
+  return std::min(most, ceil_div(ceil_div(longest, ceil_div(longest, most)), int64_t{32}) * 32);
+}
+
+float load_gate(const Strided& gate, DType dtype, int64_t index) {
+  if (dtype == DType::float32) return static_cast<const float*>(gate.data)[index];
+  float value;
+  vector_kernels().pack(&value, static_cast<const uint16_t*>(gate.data) + index, dtype, 1, 1, 1, 1);
+  return value;
+}
+
+double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
+
+}  // namespace
+
+double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+double cap_gate(double x, double cap) { return cap == 0.0 || std::isinf(x) ? x : cap * std::tanh(x / cap); }
+// 1 - tanh^2 without the difference, which would be all rounding error where tanh is near 1. 0 for an infinite x.
+double cap_gate_slope(double x, double cap) {
+  if (cap == 0.0) return 1.0;
+  const double e = std::exp(-2.0 * std::abs(x / cap));
+  return 4.0 * e / ((1.0 + e) * (1.0 + e));
+}
+
+Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get_num_threads()) {
+  if (!p.normalize) p.eps = 0.0f;  // d = max(|s|, exp(-m)) + eps is then 1, with s and m of 0
+  int64_t longest = 1;
+  for (int64_t s = 0; s < p.num_seqs; ++s) {
+    bounds.push_back(p.cu_seqlens == nullptr ? Range{0, p.seq} : Range{p.cu_seqlens[s], p.cu_seqlens[s + 1]});
+    longest = std::max(longest, bounds[s].end - bounds[s].begin);
+  }
+  length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk(p, longest), max_chunk, longest});
+  for (int64_t s = 0; s < p.num_seqs; ++s) {
+    const auto [start, stop] = bounds[s];
+    const bool out = leaves_out(s);
+    for (int64_t head = 0; head < p.heads; ++head) {
+      lane_begin.push_back(static_cast<int64_t>(items.size()));
+      for (int64_t first = start; first < stop && !out; first += length) {
+        items.push_back({.lane = s * p.heads + head,
+                         .seq = s,
+                         .head = head,
+                         .row = p.cu_seqlens == nullptr ? s : 0,
+                         .first = first,
+                         .tokens = std::min(length, stop - first),
+                         .lane_begin = first == start,
+                         .lane_end = first + length >= stop});
+      }
+    }
+  }
+  lane_begin.push_back(static_cast<int64_t>(items.size()));
+  scan_gates();
+}
+
+float Plan::raw_gate(const Strided& gate, const Item& item, int64_t t) const {
+  return load_gate(gate, p.gate_dtype, gate_index(gate, item, t));
+}
+
+std::vector<Range> Plan::parts() const {
+  const int64_t count = static_cast<int64_t>(items.size());
+  std::vector<Range> result;
+  int64_t begin = 0, longest = 0;
+  for (int64_t lane = 0; lane < lanes(); ++lane) {
+    const int64_t end = lane_begin[lane + 1], number = static_cast<int64_t>(result.size()) + 1;
+    if (end == begin || (end * threads < count * number && lane + 1 < lanes())) continue;
+    result.push_back({.begin = begin, .end = end});
+    longest = std::max(longest, end - begin);
+    begin = end;
+  }
+  if (begin < count) result.push_back({.begin = begin, .end = count});
+  if (8 * longest * threads > 9 * count) return {{.begin = 0, .end = count}};
+  return result;
+}
+
+void Plan::scan_gates() {
+  const int64_t count = static_cast<int64_t>(items.size());
+  for (auto* v : {&row_high, &row_low, &column_high, &column_low, &m}) v->resize(count * length);
+  m_start.resize(count);
+  keep.resize(count);
+  m_last.resize(lanes());
+  log_decay.resize(lanes());
+  reset.resize(count * length);
+  const auto split = [](double x, float& high, float& low) {
+    high = static_cast<float>(x);
+    low = std::isinf(high) ? 0.0f : static_cast<float>(x - high);
+  };
+  parallel(lanes(), [&](int64_t lane) {
+    double stabilizer = initial_m(p, lane), decay = 0.0;
+    for (int64_t x = lane_begin[lane]; x < lane_begin[lane + 1]; ++x) {
+      const Item& item = items[x];
+      m_start[x] = static_cast<float>(stabilizer);
+      double b = 0.0;
+      for (int64_t t = 0; t < length; ++t) {
+        const int64_t at = x * length + t;
+        double input = -std::numeric_limits<double>::infinity(), forget = 0.0;
+        if (t < item.tokens) {
+          input = cap_gate(raw_gate(p.i, item, t), p.gate_soft_cap);
+          if (!stabilized()) input = log_sigmoid(input);
+          forget = log_sigmoid(cap_gate(raw_gate(p.f, item, t), p.gate_soft_cap));
+        }
+        b += forget;
+        const double carried = forget + stabilizer;
+        reset[at] = stabilized() && input >= carried;
+        if (stabilized()) stabilizer = input >= carried ? input : carried;
+        // Every weight is relative to the float32 m. It cancels in the division, except for eps and the floor of d.
+        // So its rounding does not matter, as long as both sides use the same m.
+        m[at] = static_cast<float>(stabilizer);
+        split(b - m[at], row_high[at], row_low[at]);
+        split(input - b, column_high[at], column_low[at]);
+      }
+      keep[x] = std::exp(b - m[x * length + length - 1] + m_start[x]);
+      decay += b;
+    }
+    m_last[lane] = static_cast<float>(stabilizer);
+    log_decay[lane] = static_cast<float>(decay);
+  });
+}
+
+}  // namespace flash_xlstm::cpu
