@@ -21,7 +21,7 @@ def convert_to_float8(model: nn.Module, recipe: str = "rowwise", *, emulate: boo
     Parameters stay the same objects, so that an optimizer may be made before or after; so do the names in a state dict.
     The head, the input and forget gates, subclasses of :class:`torch.nn.Linear`, and layers of which a size is no
     multiple of 16 stay as they are. The number of tokens in a step (batch times seq) must be a multiple of 16 too.
-    Compile the model afterwards: without torch.compile, rounding to float8 takes longer than the products save.
+    Compile the model afterwards: torchao's rounding to float8, without torch.compile, takes longer than products save.
 
     With "rowwise" the 7B's blocks make these products themselves in training, by torchao's scheme. Its layers hold
     the weights, and multiply where a block runs them one by one.
