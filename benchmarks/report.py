@@ -1,4 +1,6 @@
-"""Tables for docs/benchmarks.md: `python benchmarks/report.py RESULTS.json`, of the subjects train and precision."""
+"""Tables for docs/benchmarks.md: `python benchmarks/report.py RESULTS.json ...`. The subjects train and precision have
+tables of their own. Of the others it is the summary, or the rows where there is none, without columns that say nothing.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +77,37 @@ def _precisions(rows: list[dict]) -> str:
     return table(("precision", "held-out loss", "over float32's", "seconds"), lines)
 
 
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{len(value)} values" if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _any_rows(rows: list[dict]) -> str:
+    """A table of rows that have about the same columns; below it what all rows have in common."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    same = [name for name in names if len(rows) > 1 and len({_cell(row.get(name)) for row in rows}) == 1]
+    head = [name for name in names if name not in same]
+    text = table(head, [[_cell(row.get(name)) for name in head] for row in rows])
+    common = ", ".join(f"{name} {_cell(rows[0][name])}" for name in same if name in rows[0])
+    return text + (f"\n\nIn all of them: {common}." if common else "")
+
+
+def _others(document: dict) -> list[str]:
+    rows = [row for row in document["results"] if row.get("what") not in ("rates", "absent", "host")]
+    kinds: dict[tuple, list[dict]] = {}
+    for row in document.get("summary") or rows:
+        kinds.setdefault((row.get("what"), "speedup_over" in row, "claim" in row), []).append(row)
+    absent = [row for row in document["results"] if row.get("what") == "absent"]
+    names = "; ".join(f"{row.get('peer', row.get('model'))}: {row['error']}" for row in absent)
+    return [*map(_any_rows, kinds.values()), *([f"Not measured: {names}."] if names else [])]
+
+
 def report(document: dict) -> list[str]:
     """The tables that the results allow."""
     of = {
-        what: [row for row in document["results"] if row["what"] == what] for what in ("train", "profile", "precision")
+        what: [row for row in document["results"] if row.get("what") == what]
+        for what in ("train", "profile", "precision")
     }
     constant = [row for row in of["train"] if row["case"].startswith("tokens_")]
     steps = [row for row in of["train"] if row not in constant]
@@ -89,13 +118,20 @@ def report(document: dict) -> list[str]:
         (constant, _constant),
         (of["precision"], _precisions),
     ]
-    return [write(rows) for rows, write in found if rows]
+    return [write(rows) for rows, write in found if rows] or _others(document)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    print("\n\n".join(report(json.loads(parser.parse_args().results.read_text()))))
+    parser.add_argument("results", type=Path, nargs="+")
+    parts = []
+    for file in parser.parse_args().results:
+        document = json.loads(file.read_text())
+        facts = document["environment"]
+        where = facts.get("gpu") or facts.get("cpu")
+        parts.append(f"## {document['subject']}\n\n{where}, torch {facts.get('torch')}, {facts.get('date')}")
+        parts += report(document)
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -59,12 +59,16 @@ def commands():
 
 
 def test_commands_parse(monkeypatch, capsys):
+    """Those of the table, and those of `flash-xlstm bench`."""
     pytest.importorskip("transformers")
+    bench = pytest.importorskip("flash_xlstm.cli.bench")
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import run
 
     assert len(commands()) > 20
-    for name, *options in commands():
+    plans = (plan for kind in (bench.FULL, bench.QUICK) for plan in kind.values())
+    planned = [[name, *options.split()] for plan in plans for name, options in plan.items()]
+    for name, *options in [*commands(), *planned]:
         run.parse([name, *options])
     assert {name for name, *_ in commands()} == set(run.SUBJECTS)
     for module in {*run.SUBJECTS, "run", "peers", "graphs", "language_models", "processes", "triton_warmup"}:

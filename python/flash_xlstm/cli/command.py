@@ -76,6 +76,13 @@ Writes OUT/tasks.json, tasks.txt and tasks.png after each model. --small is for 
 for more, and smaller models.
 """
 _TASKS = ("parity", "cycle-navigation", "modular-arithmetic", "even-pairs", "mqar")
+_BENCH_HELP = """
+Measures the ops and models of this package on this machine, beside the other libraries that are installed. Writes to
+OUT for each SUBJECT the rows with the machine's and the versions' names (SUBJECT.json), its pictures and its output
+(SUBJECT.log), and all tables (report.md), which are printed too. An idle machine gives steady figures.
+
+Results, files or folders, are compared by --compare: OLD/*.json are kept from an earlier run.
+"""
 _DATA_HELP = (
     "file, folder of files, or folder that `prepare` made; default: the source of Python's standard library on this "
     "machine, without its tests"
@@ -167,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_demo(commands)
     _add_tasks(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -307,6 +315,25 @@ def _add_tasks(commands: Any) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
     add("--threads", type=_reader(THREADS), metavar="N", help="CPU threads; default: 1 with --small, else one a core")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure this machine: the tables and plots of the docs",
+        description=_BENCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("subjects", nargs="*", metavar="SUBJECT", help="default: those of the docs for this device")
+    add("--out", default="bench", metavar="FOLDER", help="results there are replaced (default: %(default)s)")
+    add("--quick", action="store_true", help="a few small settings, in under a minute")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
+    add("--compare", nargs="+", metavar="RESULTS", help="OLD: with what is measured; OLD NEW: measure nothing")
+    add(
+        "--tolerance", type=_reader(NOT_NEGATIVE_FLOAT), metavar="PERCENT",
+        help="with --compare: exit with status 1 if anything of ours is slower than in OLD by more than this",
+    )  # fmt: skip
 
 
 def _reader(number: Number) -> Callable[[str], Any]:
