@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-dropin test-titan test-vllm test-wheel wheel lint sanitize clean
+.PHONY: demo test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -139,6 +139,15 @@ test-wheel-%:
 	  build/wheel-test/$*/bin/python -m pip install --quiet --no-compile torch==$* "$$wheel[test]"
 	PYTHONPATH= OMP_NUM_THREADS=1 \
 	  build/wheel-test/$*/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# A repository for Hugging Face `kernels` in build/kernels, and its tests with that package.
+kernels: $(venv)/build-tools
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python hub/build.py build/kernels
+
+test-kernels: $(venv)/installed kernels
+	$(pip) --no-deps --target build/kernels/package kernels
+	OMP_NUM_THREADS=1 PYTHONPATH=build/kernels/package KERNEL_REPOSITORY=build/kernels \
+	  $(bin)/python -m pytest $(PYTEST_ARGS) tests/integrations/test_hub_kernel.py
 
 clean:
 	rm -rf $(venv) $(vllm-venv) build demo dist

@@ -161,7 +161,7 @@ Tensor causal_conv1d_step(Tensor x, Tensor weight, OptTensor bias, Tensor state,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   lib.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu, "
       "bool return_final_state) -> (Tensor y, Tensor last)");

@@ -112,7 +112,7 @@ Tensor scaled(Tensor x, Tensor factor, Tensor like) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   lib.def("scaled(Tensor x, Tensor factor, Tensor like) -> Tensor");
   lib.def(
       "cross_entropy_rows(Tensor logits, Tensor labels, Tensor? scale, Tensor(a!)? dlogits, float? soft_cap, "

@@ -56,7 +56,7 @@ Tensors<4> float8_cast(std::vector<Tensor> x, bool by_row, bool by_column) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // The tensors of x lie one below the other. What is not wanted is empty.
   lib.def(
       "float8_cast(Tensor[] x, bool by_row, bool by_column) "

@@ -88,12 +88,17 @@ struct TensorTuple<std::index_sequence<indices...>> {
 template <size_t count>
 using Tensors = typename TensorTuple<std::make_index_sequence<count>>::type;
 
+// The operators' namespace in torch.ops. A Hugging Face kernel has its own, so that several can be loaded.
+#ifndef FLASH_XLSTM_OPS
+#define FLASH_XLSTM_OPS flash_xlstm
+#endif
+
 // Begins the function that registers a file's operators, for CPU and for CUDA. An operator dispatches by its tensors'
 // device. A CPU-only build registers them for CUDA too, and they raise that CUDA kernels were not built.
-#define IMPLEMENT_OPS(lib)                                                \
-  static void implement_ops(torch::stable::detail::StableLibrary& lib);   \
-  STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CPU, on) { implement_ops(on); }  \
-  STABLE_TORCH_LIBRARY_IMPL(flash_xlstm, CUDA, on) { implement_ops(on); } \
+#define IMPLEMENT_OPS(lib)                                                    \
+  static void implement_ops(torch::stable::detail::StableLibrary& lib);       \
+  STABLE_TORCH_LIBRARY_IMPL(FLASH_XLSTM_OPS, CPU, on) { implement_ops(on); }  \
+  STABLE_TORCH_LIBRARY_IMPL(FLASH_XLSTM_OPS, CUDA, on) { implement_ops(on); } \
   static void implement_ops(torch::stable::detail::StableLibrary& lib)
 
 }  // namespace flash_xlstm

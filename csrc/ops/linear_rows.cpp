@@ -194,7 +194,7 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   lib.def("linear_rows(Tensor x, Tensor weight, Tensor? bias, bool constant_weights=False) -> Tensor");
   lib.def(
       "fused_linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual, bool swiglu, "

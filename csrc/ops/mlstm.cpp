@@ -506,7 +506,7 @@ Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Te
                   "kept", kept, &into);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // `c, n, m` are the initial state, all or none. `scale=None` means dqk ** -0.5, `gate_soft_cap=None` means no cap.
   // With `chunk_size=0` the kernel chooses. Returned states are empty where they are not wanted. Without `normalize`
   // there is no s and no n: as results they are empty, as inputs n must be None and s is not read. A backward reads h

@@ -299,7 +299,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // `qkvo`, `gates` and `up` are the weights of layers that read the same input: q, k, v, output gate; input gate,
   // forget gate; gate, up. They are stacked in one tensor, or separate tensors in that order.
   lib.def(

@@ -76,7 +76,7 @@ Tensors<4> mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // The options are those of the mLSTM and of the norm.
   lib.def(
       "mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, int heads, int qk_dim, "

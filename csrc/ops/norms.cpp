@@ -192,7 +192,7 @@ Tensors<3> plain_gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   lib.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   lib.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
   lib.def(

@@ -194,7 +194,7 @@ Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // `keep`: whether to keep what the backward needs; else `kept` is empty. `recurrent_grad_clip` may be infinite.
   lib.def(
       "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "

@@ -115,7 +115,7 @@ Tensors<2> swiglu_joined_backward(Tensor dout, Tensor z, bool remake) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   lib.def("swiglu(Tensor x, Tensor y) -> Tensor");
   lib.def("swiglu_backward(Tensor dout, Tensor x, Tensor y) -> (Tensor dx, Tensor dy)");
   // The same where x and y lie side by side in z, as a joined projection leaves them. Their gradients lie side by side
