@@ -26,7 +26,7 @@ from flash_xlstm.training.device import choose_device
 FULL = {
     "cuda": {
         "mlstm": f"--workers {min(16, os.cpu_count() or 1)}",
-        "slstm": "--peers flash_xlstm flashrnn_triton_fused plain_pytorch",
+        "slstm": "--workers 2",
         "step": "", "pointwise": "", "linear_rows": "", "loss": "", "decode": "", "prefill": "",
         "train": "--cases eager compiled --steps 8 --profile",
     },
