@@ -144,10 +144,17 @@ test-wheel-%:
 kernels: $(venv)/build-tools
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python hub/build.py build/kernels
 
-test-kernels: $(venv)/installed kernels
-	$(pip) --no-deps --target build/kernels/package kernels
-	OMP_NUM_THREADS=1 PYTHONPATH=build/kernels/package KERNEL_REPOSITORY=build/kernels \
-	  $(bin)/python -m pytest $(PYTEST_ARGS) tests/integrations/test_hub_kernel.py
+test-kernels: build/kernels/venv/installed kernels
+	OMP_NUM_THREADS=1 KERNEL_REPOSITORY=build/kernels \
+	  build/kernels/venv/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_hub_kernel.py
+
+# `kernels` brings packages of its own: an environment beside the first, whose packages it sees.
+build/kernels/venv/installed: $(venv)/installed
+	$(bin)/python -m venv build/kernels/venv
+	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
+	  > "$$(build/kernels/venv/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	build/kernels/venv/bin/python -m pip install --quiet --no-compile kernels
+	touch $@
 
 clean:
 	rm -rf $(venv) $(vllm-venv) build demo dist
