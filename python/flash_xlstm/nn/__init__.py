@@ -8,7 +8,14 @@ language model. Some class names occur in both: mLSTMBlock and mLSTMLayer of thi
 from typing import Any
 
 from flash_xlstm.nn import _moved
-from flash_xlstm.nn.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
+from flash_xlstm.nn.block_stack import (
+    BiMLSTM,
+    BiSLSTM,
+    xLSTMBlockStack,
+    xLSTMBlockStackConfig,
+    xLSTMLMModel,
+    xLSTMLMModelConfig,
+)
 from flash_xlstm.nn.linear import linear
 from flash_xlstm.nn.xlstm_7b import (
     FeedForward,
@@ -22,6 +29,8 @@ from flash_xlstm.nn.xlstm_7b import (
 )
 
 __all__ = [
+    "BiMLSTM",
+    "BiSLSTM",
     "FeedForward",
     "FusableProjections",
     "MultiHeadLayerNorm",

@@ -30,6 +30,19 @@ def check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
     require((offsets[0] == 0) & (offsets[-1] == tokens) & (offsets.diff() >= 0).all(), what, wait=False)
 
 
+def check_packed(x: Tensor, cu_seqlens: Tensor) -> None:
+    """Checks the offsets of sequences that are packed into x, (1, seq, ...), as :func:`check_offsets`."""
+    if x.shape[0] != 1:
+        raise ValueError(f"x has batch {x.shape[0]}; with cu_seqlens it must be 1")
+    check_offsets("cu_seqlens", cu_seqlens, x.shape[1])
+
+
+def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(tokens,): the number of the packed sequence that each token is of."""
+    places = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long(), places, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+
+
 def check_padding(padding: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> None:
     """Checks that `padding` is (batch, seq) bool beside x (batch, seq, ...) and, unless None, beside no offsets."""
     if not isinstance(padding, Tensor):
@@ -57,8 +70,8 @@ def tokens_between(padding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def closed(i: Tensor, f: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The pre-activations of the input and forget gates, (batch, seq, ...), such that padding leaves the state alone. The
-    kernels' soft cap keeps infinities. Gradients are 0 there. Raises as :func:`check_padding`."""
+    """The pre-activations of the input and forget gates, (batch, seq, heads), such that padding leaves the state alone.
+    The kernels' soft cap keeps infinities. Gradients are 0 there. Raises as :func:`check_padding`."""
     if padding is None:
         return i, f
     check_padding(padding, i)

@@ -14,7 +14,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
 from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
-from flash_xlstm.nn.packing import check_padding, refuse_step, tokens_between
+from flash_xlstm.nn.packing import check_padding, refuse_step, sequence_of_tokens, tokens_between
 from flash_xlstm.nn.state import fitting
 
 
@@ -244,8 +244,7 @@ class CausalConv1d(nn.Module):
         """Packed sequences as `conv` takes them: kernel_size - 1 inputs, of `state` or zeros, before each."""
         before, places = self.kernel_size - 1, torch.arange(x.shape[1], device=x.device)
         rows, starts = cu_seqlens.shape[0] - 1, cu_seqlens.long()
-        row = torch.searchsorted(starts[1:], places, right=True).clamp(max=rows - 1)  # which sequence a token is of
-        tokens = places + before * (row + 1)
+        tokens = places + before * (sequence_of_tokens(starts, x.shape[1]) + 1)
         inputs = x.new_zeros(x.shape[1] + rows * before, self.channels).index_copy(0, tokens, x[0])
         around = torch.arange(before, device=x.device) + before * torch.arange(rows, device=x.device)[:, None]
         if state is not None:

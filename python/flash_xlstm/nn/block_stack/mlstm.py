@@ -54,8 +54,8 @@ class mLSTMCell(nn.Module):
         padding: Tensor | None = None,
     ) -> tuple[Tensor, MlstmState | None]:
         """`state` may be of any float dtype. `inplace` is for one token without gradients. It updates float32 tensors
-        of `state` (c also in bfloat16, all in float64 if x is float64), and copies of others. `cu_seqlens` and `padding`
-        are as in :meth:`xLSTMBlockStack.forward`."""
+        of `state` (c also in bfloat16, all in float64 if x is float64), and copies of others. `cu_seqlens` and
+        `padding` are as in :meth:`xLSTMBlockStack.forward`."""
         refuse_step(inplace, cu_seqlens)
         check_sequence("q", q, self.features, step=inplace)
         check_sequence("k", k, self.features, step=inplace)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_xlstm.nn.block_stack.bidirectional import BiMLSTM, BiSLSTM
 from flash_xlstm.nn.block_stack.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
 from flash_xlstm.nn.block_stack.layers import GatedFeedForward, LayerNorm, check_sequence
 from flash_xlstm.nn.block_stack.mlstm import LayerState, mLSTMLayer
 from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
-from flash_xlstm.nn.packing import check_offsets, check_padding
+from flash_xlstm.nn.packing import check_packed, check_padding
 
 StackState = dict[str, LayerState]
 
@@ -20,10 +21,14 @@ StackState = dict[str, LayerState]
 class xLSTMBlock(nn.Module):
     """``x += xlstm(norm(x))``, then ``x += ffn(norm(x))`` if there is a feed-forward layer.
 
+    Args:
+        xlstm: the layer around the cell. A bidirectional one must have `merge` "sum".
+        ffn: the feed-forward layer, or None.
+
     Shape: (batch, seq, embedding_dim) in and out.
     """
 
-    def __init__(self, xlstm: mLSTMLayer | sLSTMLayer, ffn: GatedFeedForward | None = None) -> None:
+    def __init__(self, xlstm: mLSTMLayer | sLSTMLayer | BiMLSTM | BiSLSTM, ffn: GatedFeedForward | None = None) -> None:
         super().__init__()
         self.embedding_dim = width = xlstm.config.embedding_dim
         self.xlstm_norm = LayerNorm(width)
@@ -33,7 +38,7 @@ class xLSTMBlock(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
-        """Reads a sequence. `state`, `inplace`, `cu_seqlens`, `padding` and results are as in the layer's ``forward``."""
+        """Reads a sequence. `state`, `inplace`, `cu_seqlens`, `padding` and results are as in the layer's forward."""
         check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm checks the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
@@ -135,9 +140,7 @@ class xLSTMBlockStack(nn.Module):
         options: dict[str, Any] = {"inplace": True} if inplace else {}
         if cu_seqlens is not None:
             check_sequence("x", x, self.config.embedding_dim, step=inplace)
-            if x.shape[0] != 1:
-                raise ValueError(f"x has batch {x.shape[0]}; with cu_seqlens it must be 1")
-            check_offsets("cu_seqlens", cu_seqlens, x.shape[1])
+            check_packed(x, cu_seqlens)
             options["cu_seqlens"] = cu_seqlens
         if padding is not None:
             check_sequence("x", x, self.config.embedding_dim, step=inplace)
