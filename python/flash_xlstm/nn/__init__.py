@@ -17,6 +17,7 @@ from flash_xlstm.nn.block_stack import (
     xLSTMLMModelConfig,
 )
 from flash_xlstm.nn.linear import linear
+from flash_xlstm.nn.state import detach_state, reset_rows
 from flash_xlstm.nn.xlstm_7b import (
     FeedForward,
     FusableProjections,
@@ -37,9 +38,11 @@ __all__ = [
     "RMSNorm",
     "check_weight_mode",
     "convert_weight_mode",
+    "detach_state",
     "linear",
     "mLSTMBlock",
     "mLSTMLayer",
+    "reset_rows",
     "xLSTMBlockStack",
     "xLSTMBlockStackConfig",
     "xLSTMLMModel",
