@@ -126,13 +126,15 @@ def test_gates_and_norm_in_one():
     assert (forward, count(result.sum().backward)[0]) == MLSTM
 
 
-def test_the_start_of_a_backward():
-    from flash_xlstm.ops.mlstm import _mlstm_forward, mlstm_initial_backward
+def test_a_backward_in_two_parts():
+    from flash_xlstm.ops.mlstm import _mlstm_forward, mlstm_initial_backward, mlstm_remaining_backward
 
     given = [*gates(BATCH, SEQ, HEADS), *state(), None]
     h, kept = _mlstm_forward(*given, None, 1e-6, None, 0)
-    run = lambda: mlstm_initial_backward(h, None, None, *given, h, kept, None, 1e-6, None, 0)  # noqa: E731
-    assert count(run)[0] == ROWS * product(DQK, 1, DV)  # q^T dh
+    options = *given, h, kept, None, 1e-6, None, 0
+    first, (*_, begun) = count(lambda: mlstm_initial_backward(h, None, None, *options))
+    assert first == ROWS * product(DQK, 1, DV)  # q^T dh
+    assert first + count(lambda: mlstm_remaining_backward(h, None, None, None, *options, begun))[0] == MLSTM[1]
 
 
 def test_every_op_with_products_has_a_formula():

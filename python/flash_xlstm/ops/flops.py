@@ -52,9 +52,15 @@ def _(dh, dc_last, dn_last, q: _Shape, k: _Shape, v: _Shape, *args: Any, **kwarg
     return _mlstm(q, v, True)
 
 
+# The next two are parts of one backward.
 @register_flop_formula(_operators.mlstm_initial_backward)
 def _(dh, dc_last, dn_last, q: _Shape, k: _Shape, v: _Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(q) * v[3]  # q^T dh
+
+
+@register_flop_formula(_operators.mlstm_remaining_backward)
+def _(dh, dc_last, dn_last, dm_last, q: _Shape, k: _Shape, v: _Shape, *args: Any, **kwargs: Any) -> int:
+    return _mlstm(q, v, True) - 2 * math.prod(q) * v[3]
 
 
 def _gated(z: _Shape, heads: int, qk_dim: int, backward: bool) -> int:
