@@ -211,6 +211,11 @@ def test_vmap_is_one_call(op, packed):
     assert len(calls.counter) == 2 and set(calls.counter.values()) == {1}
 
 
+def test_vmap_over_nothing_is_refused():
+    with pytest.raises(ValueError, match="vmap maps over 0 entries of an argument of flash_xlstm::soft_cap"):
+        torch.func.vmap(lambda x: ops.soft_cap(x, 2.0))(torch.zeros(0, 3))
+
+
 def test_jacobian():
     form, shapes = DIFFERENTIABLE["mlstm"]
     q, *others = tensors(*shapes)

@@ -107,8 +107,10 @@ def _parted(t: Tensor, dim: Any, count: int) -> Tensor:
 def _rule(op: Any, ways: list[tuple[_Dims, _Dims]]) -> Any:
     def run(info: Any, mapped: tuple[int | None, ...], *args: Any) -> Any:
         count = info.batch_size
+        if count == 0:
+            raise ValueError(f"vmap maps over 0 entries of an argument of {op._schema.name}; it must be at least 1")
         for dims, result_dims in ways:
-            if count and _fits(dims, args, mapped):
+            if _fits(dims, args, mapped):
                 tensors = len(dims)
                 given = [
                     _joined(arg, at, dim, count) if isinstance(arg, Tensor) else arg
