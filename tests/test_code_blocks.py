@@ -1,7 +1,8 @@
 """Every code block of README, CONTRIBUTING and docs is run or checked, by its language.
 
-- ``python``: the blocks of a page run one after the other, in one namespace and an empty folder. A block behind the line
-  ``<!-- not run: REASON -->`` is compiled, and the names and arguments that it takes from this package are looked up.
+- ``python``: the blocks of a page run one after the other, in one namespace and an empty folder. A block behind the
+  line ``<!-- not run: REASON -->`` is compiled, and the names and arguments that it takes from this package are looked
+  up.
 - ``sh``, and lines of ``console`` that begin with ``$``: commands of this repository must parse, with their flags.
 - ``mermaid``: what arrows join must have been declared.
 - ``text``: no code.
@@ -84,7 +85,9 @@ def names(blocks: list[Block]) -> list[str]:
 
 def test_every_block_has_a_language():
     known = {"python", "sh", "console", "text", "mermaid"}
-    assert not [f"{block.page.name}:{block.line}: {block.language!r}" for block in BLOCKS if block.language not in known]
+    assert not [
+        f"{block.page.name}:{block.line}: {block.language!r}" for block in BLOCKS if block.language not in known
+    ]
     assert len(of("python")) > 10 and len(of("sh")) > 5 and len(of("console")) > 1
 
 
