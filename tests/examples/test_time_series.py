@@ -46,12 +46,13 @@ def test_forecasts_line_up_and_do_not_look_ahead(example):
 
 
 def test_runs_on_a_series_that_is_made_here(example, tmp_path, monkeypatch, capsys):
-    """Without statsmodels, whose series the example reads: twenty-five years that rise, with a season."""
+    """Without statsmodels, whose series the example reads: twenty-five years that rise, with a season and noise."""
     t = torch.arange(300.0)
-    values = 300 + t / 8 + torch.sin(t * torch.pi / 6)
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    values = 300 + t / 4 + torch.sin(t * torch.pi / 6) + noise / 5
     months = [datetime.date(1970 + n // 12, n % 12 + 1, 1) for n in range(300)]
     monkeypatch.setattr(example, "load_series", lambda: (months, values))
-    monkeypatch.setattr("sys.argv", ["time_series.py", "--out", str(tmp_path), "--steps", "5"])
+    monkeypatch.setattr("sys.argv", ["time_series.py", "--out", str(tmp_path), "--steps", "20"])
     assert example.main() == 0  # better than the seasonal naive forecast
     assert "mean absolute error" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "forecast.png"}
