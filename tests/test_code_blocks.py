@@ -273,9 +273,10 @@ def test_commands_parse(parse_benchmark):
 # --- drawings
 
 NODE = r'\w+(?:\[/?"[^"]*"/?\]|\("[^"]*"\)|\{\{"[^"]*"\}\})?'
+NODES = rf"{NODE}(?: & {NODE})*"
 STATEMENT = re.compile(
-    rf'flowchart (?:LR|TB)|direction (?:LR|TB)|subgraph \w+\["[^"]*"\]|end|{NODE}'
-    rf'|{NODE}(?: & {NODE})* (?:-->|-\.->|==>)(?:\|"[^"]*"\|)? {NODE}(?: & {NODE})*'
+    r'flowchart (?:LR|TB)|direction (?:LR|TB)|subgraph \w+\["[^"]*"\]|end'
+    rf'|{NODES}|{NODES}(?: (?:-->|-\.->)(?:\|"[^"]*"\|)? {NODES})+'
 )
 
 
@@ -289,7 +290,7 @@ def test_drawings_join_what_they_declare(block):
         depth += line.startswith("subgraph ") - (line == "end")
         assert depth >= 0
     assert depth == 0
-    declared = set(re.findall(r'(\w+)(?=[\[({]+/?")', block.code))
+    declared = set(re.findall(r'(\w+)(?=[\[(]/?")', block.code))
     bare = re.sub(r'"[^"]*"', "", block.code)
     used = {word for line in bare.splitlines() if ">" in line for word in re.findall(r"\w+", line)}
     assert used and not used - declared
