@@ -53,3 +53,54 @@ def test_prefix_caching(load_example, tmp_path, capsys):
     answers = example.answer(model, tmp_path / "state", questions, 8)
     for question, given in zip(questions, answers, strict=True):
         assert torch.equal(given, example.answer_anew(model, prefix, question, 8))
+
+
+def test_classification(load_example, tmp_path, capsys):
+    """It learns, beside padding that does not reach the logits."""
+    load_example("classification").main(["--steps", "60", "--batch", "16", "--width", "32", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert float(re.search(r"([\d.]+)% of 256", out)[1]) > 45  # chance is 25
+    assert float(re.search(r"logits by (\S+)", out)[1]) < 1e-4
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_classification_without_the_mask_depends_on_padding(load_example):
+    """The mask is what keeps padding out: the check that the example prints can fail."""
+    import torch
+
+    example = load_example("classification")
+    torch.manual_seed(0)
+    config = example.xLSTMConfig(
+        vocab_size=41, hidden_size=32, num_hidden_layers=1, num_heads=2, num_labels=4, pad_token_id=0
+    )
+    model = example.xLSTMForSequenceClassification(config).eval()
+    ids, mask, classes = example.batch_of(4, torch.Generator().manual_seed(0))
+    assert example.effect_of_padding(model, ids, mask) < 1e-5
+    left = [
+        torch.cat([torch.zeros(40 - n, dtype=torch.int64), row[:n]]) for row, n in zip(ids, mask.sum(1), strict=True)
+    ]
+    ids = torch.stack(left)
+    with torch.no_grad():
+        masked, unmasked = (model(ids, attention_mask=m).logits for m in ((ids != 0).long(), None))
+    assert (masked - unmasked).abs().max() > 1e-4
+    assert set(classes.tolist()) <= set(range(4))
+
+
+def test_tagging(load_example, capsys):
+    """Reading from the left alone tells nothing about the next mark."""
+    assert load_example("tagging").main(["--steps", "40", "--batch", "16", "--width", "16"]) == 0
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of the tags", capsys.readouterr().out)]
+    assert shares[0] < 65 and shares[1] > 80
+
+
+def test_tags_are_the_next_mark(load_example):
+    import torch
+
+    example = load_example("tagging")
+    ids, padding, tags = example.batch_of(3, torch.Generator().manual_seed(0))
+    for row, gone, mine in zip(ids.tolist(), padding.tolist(), tags.tolist(), strict=True):
+        for t, tag in enumerate(mine):
+            if gone[t] or row[t] < 2:
+                assert tag == -100
+            else:
+                assert tag == next(x for x in row[t:] if x < 2)
