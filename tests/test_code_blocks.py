@@ -254,7 +254,7 @@ def parse_benchmark():
                 del sys.modules[name]
 
 
-def test_commands_parse(parse_benchmark):
+def test_commands_have_the_flags_that_the_text_gives_them(parse_benchmark):
     others: dict[str, Counter] = {}
     failed = []
     for block in SHELL + INLINE:

@@ -1,4 +1,5 @@
-"""README and docs: links lead somewhere, and benchmarks.md names every results file with a command that parses."""
+"""README and docs: links lead somewhere, the reference has every op, and benchmarks.md names every results file with a
+command that parses."""
 
 from __future__ import annotations
 
@@ -31,6 +32,25 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def test_the_reference_has_every_op():
+    import importlib
+
+    from flash_xlstm import ops
+
+    text = (ROOT / "docs" / "reference.md").read_text()
+    paths = re.findall(r"<!-- docstring: ([\w.]+)", text)
+    assert len(paths) == len(set(paths)) == text.count("<!-- docstring")
+    found = []
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        if module == "flash_xlstm.models" or module.startswith("flash_xlstm.models."):
+            pytest.importorskip("transformers")
+        found.append(getattr(importlib.import_module(module), name))
+    assert all(value.__doc__ for value in found)
+    public = [getattr(ops, name) for name in ops.__all__ if not name.endswith("State")]
+    assert {value for value in found if value.__module__.startswith("flash_xlstm.ops.")} == set(public)
 
 
 def test_paths_in_the_text_exist():
