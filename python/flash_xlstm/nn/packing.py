@@ -9,10 +9,19 @@ from torch import Tensor
 def require(holds: Tensor, message: str, wait: bool = True) -> None:
     """Raises a ValueError unless `holds`, one bool, is true. Under a compiler, and on CUDA with `wait` false,
     the device raises a RuntimeError instead. A meta tensor is not checked."""
+    if torch._C._are_functorch_transforms_active():
+        holds = unwrapped(holds).all()
     if torch.compiler.is_compiling() or (holds.is_cuda and not wait):
         torch._assert_async(holds, message)
     elif not holds.is_meta and not holds:
         raise ValueError(message)
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """The values of `t` under transforms of torch.func: with vmap, those of all that it maps over."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def check_offsets(name: str, offsets: Tensor, tokens: int) -> None:
