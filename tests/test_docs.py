@@ -75,7 +75,8 @@ def commands():
     found = [
         command for row in rows if row.startswith("| [") for command in re.findall(r"`([^`]+)`", row.split("|")[2])
     ]
-    return [command.split() for command in found if not command.startswith(("--", "python ", "flash-xlstm "))]
+    others = ("--", "python ", "flash-xlstm ", "torchrun ")
+    return [command.split() for command in found if not command.startswith(others)]
 
 
 def test_commands_parse(monkeypatch, capsys):
