@@ -9,8 +9,8 @@ heads as rows and its input's product included. Other peers, where they are inst
 `--slow`, because it takes seconds), the mLSTM of transformers and of mlstm_kernels ("chunkwise--native_autograd"),
 PyTorch's functions for the other ops, and transformers' xLSTM for the model. `vs_PEER` is their time over ours.
 
-Calls take turns, and a row's ratios are medians over the turns, so that other load on the machine affects both sides. On
-one thread times are of the thread's own CPU clock. `--quick` takes about two minutes: one size of each, one thread.
+Calls take turns, and a row's ratios are medians over the turns, so that other load on the machine affects both sides.
+On one thread times are of the thread's own CPU clock. `--quick` takes a few minutes: one size of each, one thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SLSTM = ("1x64x4x128", "16x64x4x64", "16x64x4x256", "128x64x4x128")
 MLSTM = ("1x2048x4x128x128", "32x64x4x64x128", "1x1024x8x256x512")
 CHUNK = 64  # of the CPU's mLSTM
 PASSES = ("forward", "forward+backward")
-ROWS, COLUMNS, VOCABULARY, BATCH, HEADS, DIM = 2048, 512, 8192, 8, 4, 128  # of the other ops
+ROWS, COLUMNS, VOCABULARY, BATCH, HEADS, DIM = 1024, 512, 4096, 8, 4, 128  # of the other ops
 OTHERS = (*pointwise.OPS, "linear_cross_entropy", "mlstm_step", "slstm_step", "causal_conv1d_step", "linear_rows")
 Calls = dict[str, Callable[[], object]]
 
@@ -143,7 +143,7 @@ def mlstm_calls(rows: int, tokens: int, heads: int, dqk: int, dv: int, dtype: to
     peers: dict[str, Callable] = {}
     if modeling := _installed("transformers.models.xlstm.modeling_xlstm"):
         peers["transformers"] = modeling.mlstm_chunkwise_native_autograd
-    if kernels := _installed("mlstm_kernels.torch"):
+    if (kernels := _installed("mlstm_kernels.torch")) and _installed("einops"):  # which it needs
         peers["mlstm_kernels"] = kernels.get_mlstm_kernel("chunkwise--native_autograd")
     for name, kernel in peers.items():
         theirs = [t.detach().transpose(1, 2).contiguous() for t in leaves]
@@ -152,8 +152,9 @@ def mlstm_calls(rows: int, tokens: int, heads: int, dqk: int, dv: int, dtype: to
 
 
 def _conv_token(state: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    state.copy_(torch.cat([state[:, 1:], x[:, None]], 1))
-    return F.silu((state * weight.T).sum(1))
+    taps = torch.cat([state, x[:, None]], 1)
+    state.copy_(taps[:, 1:])
+    return F.silu((taps * weight.T).sum(1))
 
 
 def other_calls(op: str, dtype: torch.dtype, backward: bool) -> Calls | None:
@@ -174,9 +175,9 @@ def other_calls(op: str, dtype: torch.dtype, backward: bool) -> Calls | None:
     elif op == "linear_rows":
         pair, leaves = (ops.linear_rows, F.linear), [new(1, COLUMNS), new(4 * COLUMNS, COLUMNS)]
     elif op == "causal_conv1d_step":
-        state = new(BATCH, pointwise.KERNEL, COLUMNS)
+        state = new(BATCH, pointwise.KERNEL - 1, COLUMNS)
         pair = (
-            lambda x, w: ops.causal_conv1d_step(x, w, state, activation="silu"),
+            lambda x, w: ops.causal_conv1d_step(x, w, None, state, activation="silu"),
             lambda x, w: _conv_token(state, x, w),
         )
         leaves = [new(BATCH, COLUMNS), new(COLUMNS, pointwise.KERNEL)]

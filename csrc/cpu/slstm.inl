@@ -518,7 +518,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
   Bits* dx_all = static_cast<Bits*>(params.dx) + head * dim;
 
-  const void** ahead = new const void*[count * (2 + ceil_div((slstm_kept + 2) * dim, int64_t{16}))];
+  const void** ahead = new const void*[count * (4 + ceil_div((slstm_kept + 2) * dim, int64_t{16}))];  // four arrays
   const auto dh_of = [&](const Row& row, int64_t t) {
     return static_cast<const Bits*>(params.dh) + row.batch * params.dh_batch + (row.start + t) * params.dh_seq +
            head * params.dh_head;
