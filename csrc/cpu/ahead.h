@@ -1,5 +1,6 @@
-// Memory that will be read or written soon. A product prefetches some of it, a few lines at a time, while it multiplies.
-// Rows of one head lie apart from one another and are slow to reach: too few requests are on their way at a time.
+// Memory that will be read or written soon. A product prefetches some of it, a few lines at a time, while it
+// multiplies. Rows of one head lie apart from one another and are slow to reach: too few requests are on their way at a
+// time.
 #pragma once
 
 #include <cstdint>

@@ -311,8 +311,8 @@ IN_LOOPS void interleave(Vector& low, Vector& high, const Vector& a, const Vecto
 #endif
 }
 
-// Rows become columns: each pass interleaves rows that are half a block apart, and as many as the size has bits transpose
-// the block.
+// Rows become columns: each pass interleaves rows that are half a block apart, and as many passes as the size has bits
+// transpose the block.
 IN_LOOPS void transpose(Vector (&tile)[vector_lanes]) {
   constexpr int passes = vector_lanes == 16 ? 4 : vector_lanes == 8 ? 3 : 2;
   for (int pass = 0; pass < passes; ++pass) {
