@@ -573,7 +573,7 @@ def test_backward_in_two_parts(make_problem, device, dtype, offsets, f):
     dc, dn, _, _, dq, begun = torch.ops.flash_xlstm.mlstm_initial_backward(dh, None, None, *rest)
     *_, want_dc, want_dn, _ = torch.ops.flash_xlstm.mlstm_backward(dh, None, None, None, *rest)
     for actual, expected in ((dc, want_dc), (dn, want_dn)):  # sums of 3,000 terms, in another order
-        assert (actual - expected).norm() <= 1e-6 * expected.norm()
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
     found = list(torch.ops.flash_xlstm.mlstm_remaining_backward(dh, *into, *rest, begun))
     if begun.numel() > 0:
         assert found[0].numel() == 0
