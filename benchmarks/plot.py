@@ -269,7 +269,7 @@ def plot(document: dict, folder: Path, stem: str) -> list[Path]:
     timed = [r for r in document["results"] if "time_ms" in r]
     rows, decode, prefill = ([r for r in timed if r.get("what") == what] for what in ("mlstm", "decode", "prefill"))
     written = []
-    shares = document["results"] if document.get("subject") == "cpu" else []
+    shares = [r for r in document["results"] if "share" in r and document.get("subject") == "cpu"]
     if shares:
         written.append(plot_cpu(shares, document["environment"].get("cpu", "CPU"), folder / f"{stem}.png"))
     if decode:

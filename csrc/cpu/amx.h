@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cpu/ahead.h"
 #include "cpu/vector_kernels.h"
 
 namespace flash_xlstm::cpu::amx {
@@ -23,35 +24,6 @@ constexpr int64_t packed_size(int64_t size, int64_t depth, int parts) {
 // Only where has_amx() of isa.h says so. Between the two, this thread's tiles have the shape that `multiply` needs.
 void begin();
 void end();
-
-// Memory that will be read soon. A product prefetches some of it with each block that it makes. Rows of one head lie
-// apart from one another and are slow to read: too few reads are on their way at a time.
-class Ahead {
- public:
-  void clear() { count_ = at_ = 0; }
-  void add(const void* data, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
-    if (count_ < max_arrays) arrays_[count_++] = {static_cast<const char*>(data), stride_bytes, rows, row_bytes, 0, 0};
-  }
-  __attribute__((always_inline)) void prefetch(int64_t lines) {
-    for (; lines > 0 && at_ < count_; --lines) {
-      Array& a = arrays_[at_];
-      __builtin_prefetch(a.data + a.row * a.stride + a.byte, 0, 2);
-      a.byte += 64;
-      if (a.byte < a.row_bytes) continue;
-      a.byte = 0;
-      if (++a.row == a.rows) ++at_;
-    }
-  }
-
- private:
-  static constexpr int max_arrays = 4;
-  struct Array {
-    const char* data;
-    int64_t stride, rows, row_bytes, row, byte;
-  };
-  Array arrays_[max_arrays];
-  int count_ = 0, at_ = 0;
-};
 
 // from (rows x depth), or with `transposed` (depth x rows); rows of `from` are contiguous, from_row apart.
 void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,

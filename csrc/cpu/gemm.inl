@@ -29,7 +29,7 @@ inline Depths depths_of(const Gemm& g, int64_t row, int64_t rows) {
 
 template <int rows>
 IN_LOOPS void gemm_block(float* out, int64_t out_row, const float* from, float keep, const float* a, int64_t a_row,
-                         int64_t a_k, const float* b, int64_t b_row, int64_t depth) {
+                         int64_t a_k, const float* b, int64_t b_row, int64_t depth, Ahead* ahead) {
   if (from != nullptr) {  // large, and seldom in a cache
     for (int r = 0; r < rows; ++r) {
       for (int64_t x = 0; x < block_columns; x += 16) {
@@ -39,12 +39,16 @@ IN_LOOPS void gemm_block(float* out, int64_t out_row, const float* from, float k
     }
   }
   Vector sums[rows][block_vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, a += a_k, b += b_row) {
-    Vector values[block_vectors];
-    for (int v = 0; v < block_vectors; ++v) load_vector(values[v], b + v * vector_lanes);
-    for (int r = 0; r < rows; ++r) {
-      const float x = a[r * a_row];
-      for (int v = 0; v < block_vectors; ++v) sums[r][v] += x * values[v];
+  constexpr int64_t piece = 8;
+  for (int64_t k = 0; k < depth;) {
+    if (ahead != nullptr) ahead->prefetch(2);
+    for (const int64_t stop = k + piece < depth ? k + piece : depth; k < stop; ++k, a += a_k, b += b_row) {
+      Vector values[block_vectors];
+      for (int v = 0; v < block_vectors; ++v) load_vector(values[v], b + v * vector_lanes);
+      for (int r = 0; r < rows; ++r) {
+        const float x = a[r * a_row];
+        for (int v = 0; v < block_vectors; ++v) sums[r][v] += x * values[v];
+      }
     }
   }
   for (int r = 0; r < rows; ++r) {
@@ -67,7 +71,7 @@ IN_LOOPS void gemm_at(const Gemm& g, int64_t row, int64_t column) {
   const int64_t at = row * g.out_row + column;
   gemm_block<rows>(g.out + at, g.out_row, g.from == nullptr ? nullptr : g.from + at, g.keep,
                    g.a + row * g.a_row + k.begin * g.a_k, g.a_row, g.a_k, g.b + k.begin * g.b_row + column, g.b_row,
-                   k.end - k.begin);
+                   k.end - k.begin, g.ahead);
 }
 
 // Columns [begin, end), whole blocks. Down the columns, so that b's part of a block stays in the first cache; but along
@@ -120,41 +124,16 @@ void gemm(const Gemm& g) {
   copy(g.out + column, g.out_row, out, block_columns, g.rows);
 }
 
-// Low halves of a and b, element by element in turn; and the high halves.
-inline void interleave(Vector& low, Vector& high, const Vector& a, const Vector& b) {
-#if defined(__clang__)
-  for (int x = 0; x < vector_lanes; ++x) {
-    low[x] = (x % 2 == 0 ? a : b)[x / 2];
-    high[x] = (x % 2 == 0 ? a : b)[(vector_lanes + x) / 2];
-  }
-#else
-  typedef int Places __attribute__((vector_size(vector_bytes)));
-  Places of_low, of_high;
-  for (int x = 0; x < vector_lanes; ++x) {
-    of_low[x] = x / 2 + x % 2 * vector_lanes;
-    of_high[x] = (vector_lanes + x) / 2 + x % 2 * vector_lanes;
-  }
-  low = __builtin_shuffle(a, b, of_low), high = __builtin_shuffle(a, b, of_high);
-#endif
-}
-
 // to (columns x rows) = from (rows x columns) transposed.
 void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t columns) {
   constexpr int size = vector_lanes;
   const int64_t whole_rows = rows / size * size, whole_columns = columns / size * size;
   for (int64_t r = 0; r < whole_rows; r += size) {
     for (int64_t c = 0; c < whole_columns; c += size) {
-      Vector block[2][size];
-      for (int x = 0; x < size; ++x) load_vector(block[0][x], from + (r + x) * from_row + c);
-      // Each pass interleaves rows that are half a block apart. As many as the size has bits transpose the block.
-      constexpr int passes = size == 16 ? 4 : size == 8 ? 3 : 2;
-      for (int pass = 0; pass < passes; ++pass) {
-        for (int x = 0; x < size / 2; ++x) {
-          interleave(block[1 - pass % 2][2 * x], block[1 - pass % 2][2 * x + 1], block[pass % 2][x],
-                     block[pass % 2][x + size / 2]);
-        }
-      }
-      for (int x = 0; x < size; ++x) std::memcpy(to + (c + x) * to_row + r, &block[passes % 2][x], sizeof(Vector));
+      Vector block[size];
+      for (int x = 0; x < size; ++x) load_vector(block[x], from + (r + x) * from_row + c);
+      transpose(block);
+      for (int x = 0; x < size; ++x) store_vector(to + (c + x) * to_row + r, block[x]);
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -77,6 +77,7 @@ class Backward {
     std::vector<double> saved_n((segments - 1) * p.dqk);
     const auto walk = [&](int64_t begin, int64_t end) {
       for (int64_t x = begin; x < end; x += batch_) {
+        ahead_.clear();
         fetch_keys_and_values(std::min(x + batch_, end - 1));
         states_.walk(x, std::min(x + batch_, end), nullptr, nullptr);
       }
@@ -96,11 +97,18 @@ class Backward {
       walk(begin, end);
       for (int64_t last = end; last > begin; last -= batch_) {
         const int64_t first = std::max(begin, last - batch_);
+        ahead_.clear();
+        const Item& item = plan_.items[first];
+        plan_.fetch_output(ahead_, params_.dq, item, p.dqk);
+        plan_.fetch_output(ahead_, params_.dk, item, p.dqk);
+        plan_.fetch_output(ahead_, params_.dv, item, p.dv);
         if (first > begin) {
           const Item& next = plan_.items[first - 1];
           fetch_keys_and_values(first - 1);
           plan_.fetch(ahead_, p.q, next, p.dqk);
           if (params_.dh.data != nullptr) plan_.fetch(ahead_, params_.dh, next, p.dv);
+          const int64_t bytes = state * static_cast<int64_t>(sizeof(float));
+          if (const float* const c = states_.c(first - 1); c != nullptr) ahead_.add(c, bytes, 1, bytes);
         }
         walk_back(first, last);
       }
@@ -108,7 +116,6 @@ class Backward {
   }
 
   void fetch_keys_and_values(int64_t index) {
-    ahead_.clear();
     plan_.fetch(ahead_, plan_.p.k, plan_.items[index], plan_.p.dqk);
     plan_.fetch(ahead_, plan_.p.v, plan_.items[index], plan_.p.dv);
   }
@@ -309,7 +316,7 @@ class Backward {
   GateSums& sums_;
   Range range_;
   int64_t workers_, batch_, segment_;
-  amx::Ahead ahead_;
+  Ahead ahead_;
   Products products_;
   States states_;
   Scratch scratch_;

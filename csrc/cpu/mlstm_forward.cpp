@@ -48,6 +48,7 @@ class Forward {
     for (int64_t begin = range_.begin; begin < range_.end; begin += batch_) {
       const int64_t end = std::min(begin + batch_, range_.end);
       ahead_.clear();
+      plan_.fetch_output(ahead_, params_.h, plan_.items[begin], plan_.p.dv);
       if (end < range_.end) {
         const Item& next = plan_.items[end];
         plan_.fetch(ahead_, plan_.p.k, next, plan_.p.dqk);
@@ -107,7 +108,7 @@ class Forward {
   const MlstmForward& params_;
   Range range_;
   int64_t workers_, batch_;
-  amx::Ahead ahead_;
+  Ahead ahead_;
   Products products_;
   States states_;
   Scratch scratch_;

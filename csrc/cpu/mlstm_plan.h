@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/amx.h"
+#include "cpu/ahead.h"
 #include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 #include "params/mlstm.h"
@@ -69,10 +69,14 @@ struct Plan {
     return static_cast<char*>(t) + offset * element_bytes(p.dtype);
   }
 
-  // Prefetches an item's rows of such a tensor.
-  void fetch(amx::Ahead& ahead, const Strided& t, const Item& item, int64_t dim) const {
+  // Prefetches an item's rows of such tensors.
+  void fetch(Ahead& ahead, const Strided& t, const Item& item, int64_t dim) const {
     const int64_t bytes = element_bytes(p.dtype);
     ahead.add(rows(t, item), t.seq * bytes, item.tokens, dim * bytes);
+  }
+  void fetch_output(Ahead& ahead, void* t, const Item& item, int64_t dim) const {
+    const int64_t bytes = element_bytes(p.dtype);
+    if (t != nullptr) ahead.add(output_rows(t, item, dim), p.heads * dim * bytes, item.tokens, dim * bytes);
   }
 
   // Whole lanes, in a part of about equal size for each thread; or all in one, if the parts would be too unequal.

@@ -30,8 +30,8 @@ struct Right {
 
 class Products {
  public:
-  // `ahead`: what tiles prefetch, for a single worker.
-  explicit Products(DType dtype, amx::Ahead* ahead = nullptr)
+  // `ahead`: what products prefetch, for a single worker.
+  explicit Products(DType dtype, Ahead* ahead = nullptr)
       : tiles_(dtype == DType::bfloat16 && has_amx()), ahead_(ahead) {}
 
   // Floats of room that an operand needs.
@@ -88,7 +88,8 @@ class Products {
                              .rows = rows,
                              .columns = columns,
                              .depth = depth,
-                             .part = part});
+                             .part = part,
+                             .ahead = ahead_});
     }
   }
 
@@ -106,7 +107,7 @@ class Products {
 
  private:
   bool tiles_;
-  amx::Ahead* ahead_;
+  Ahead* ahead_;
 };
 
 }  // namespace flash_xlstm::cpu

@@ -21,7 +21,7 @@ constexpr int tile_rows = 3;  // 12 of 16
 constexpr int paired_rows = tile_rows / 2;  // up to so many rows take two panels at once: four sums a row are too few
 
 // Cache lines to prefetch while a product runs, a few at a time: a core has room for about 16 requests to memory.
-struct Ahead {
+struct Lines {
   const void* const* lines = nullptr;
   int64_t count = 0;
 };
@@ -34,7 +34,7 @@ struct Product {
   const float* m;  // panels of (depth, columns), contiguous, m_panel apart
   int64_t m_panel, depth;
   bool add;
-  Ahead ahead = {};
+  Lines ahead = {};
 };
 
 template <int rows, int panels, int vectors>
@@ -122,7 +122,7 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
   const int64_t vectors = ceil_div(columns, int64_t{vector_lanes});
   const int64_t calls =
       ceil_div(vectors, int64_t{panel_vectors}) * ceil_div(whole.depth, piece) * ceil_div(rows, int64_t{tile_rows});
-  Ahead ahead = whole.ahead;
+  Lines ahead = whole.ahead;
   for (int64_t v = 0; v < vectors;) {
     const int64_t left = vectors - v, wide = left < panel_vectors ? left : panel_vectors;
     const int64_t panels = rows <= paired_rows && left >= 2 * panel_vectors ? 2 : 1;
@@ -233,9 +233,7 @@ struct Weights {
   Vectors<rows> keep, take;
 };
 template <int rows>
-IN_LOOPS Weights<rows> weights_of(const Vectors<rows>& margin, const Vectors<rows>& n_before) {
-  const Masks<rows> reset = (n_before == 0.0f) | (margin >= 0.0f);
-  const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
+IN_LOOPS Weights<rows> weights_of(const Masks<rows>& reset, const Vectors<rows>& weight) {
   return {.reset = reset, .keep = choose(reset, weight, 1.0f), .take = choose(reset, 1.0f, weight)};
 }
 
@@ -252,7 +250,9 @@ IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vector
   const Vectors<rows> y = exponential(-absolute(f));
   const Vectors<rows> carried = (at_most(f, 0.0f) - logarithm_1p(y)) + u.m;
   const Vectors<rows> margin = i - carried;
-  const Weights<rows> w = weights_of(margin, u.n);
+  const Masks<rows> reset = (u.n == 0.0f) | (margin >= 0.0f);
+  const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
+  const Weights<rows> w = weights_of(reset, weight);
   const Vectors<rows> z = hyperbolic_tangent(gates[2]), one_over_o = 1.0f + exponential(-gates[3]);
   const Vectors<rows> c = choose(padding, u.c, w.keep * u.c + w.take * z),
                       n = choose(padding, u.n, w.keep * u.n + w.take);
@@ -261,7 +261,7 @@ IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vector
   u.n = n;
   u.m = choose(padding, u.m, choose(w.reset, i, carried));
   if constexpr (keeps) {
-    kept[kept_margin] = margin;
+    kept[kept_margin] = choose(reset, -absolute(weight), absolute(weight));  // saves the backward its exp
     kept[kept_z] = z;
     kept[kept_o] = 1.0f / one_over_o;
     kept[kept_forget] = choose(padding, -1.0f, reciprocal(1.0f + y) * choose(f >= 0.0f, y, 1.0f));
@@ -518,10 +518,13 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
   Bits* dx_all = static_cast<Bits*>(params.dx) + head * dim;
 
-  const void** ahead = new const void*[count * (ceil_div(slstm_kept * dim, int64_t{16}) + ceil_div(dim, int64_t{16}))];
+  const void** ahead = new const void*[count * (4 + ceil_div((slstm_kept + 2) * dim, int64_t{16}))];  // four arrays
   const auto dh_of = [&](const Row& row, int64_t t) {
     return static_cast<const Bits*>(params.dh) + row.batch * params.dh_batch + (row.start + t) * params.dh_seq +
            head * params.dh_head;
+  };
+  const auto h_before = [&](const Row& row, int64_t t) {
+    return static_cast<const Bits*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim;
   };
 
   // c and n before token t of a row.
@@ -543,7 +546,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     constexpr int some = decltype(count_tag)::value;
     using Values = Vectors<some>;
     const float *kept[some], *c_before[some], *n_before[some];
-    const Bits* dh_from[some];
+    const Bits* dh_from[some] = {};
     Bits* dx_to[some];
     for (int x = 0; x < some; ++x) {
       const Row& row = rows[r + x];
@@ -575,7 +578,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       }
       const Values dc_t = state(dc), dn_t = state(dn), excess_t = state(excess);
       const Masks<some> padding = forget < 0.0f;
-      const Weights<some> w = weights_of(margin, n_0);
+      const Weights<some> w = weights_of(is_negative(margin), absolute(margin));
       const Values inverse = 1.0f / n, ratio = c * inverse, through = dh_t * o * inverse;
       const Values dc_all = dc_t + through, dn_all = dn_t - through * ratio;
       const Values into_take = (dc_all * z + dn_all) * w.take, into_keep = (dc_all * c_0 + dn_all * n_0) * w.keep;
@@ -600,10 +603,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
     const Row& row = rows[r];
     if (t >= row.length) std::memset(dx + r * dx_stride, 0, wide * sizeof(float));
-    const Bits* h = nullptr;
-    if (t > 0 && t < row.length) {
-      h = static_cast<const Bits*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim;
-    }
+    const Bits* h = t > 0 && t < row.length ? h_before(row, t) : nullptr;
     const float* initial =
         t == 0 && row.length > 0 && p.h0 != nullptr ? p.h0 + ((first + r) * heads + head) * dim : nullptr;
     for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
@@ -641,14 +641,19 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     dx = dx_slots.data() + slot * count * dx_stride;
     for_active(rows, t, 0, count, [&](auto some, int64_t r) { cells(some, t, r); });
     for (int64_t r = 0; r < count; ++r) take_h(slot * count + r, t, r);
-    int64_t lines = 0;  // of the token before: all that the forward kept, and dh
+    int64_t lines = 0;  // what the token before needs and this one did not: c and n at its start, h there, the others
     for (int64_t r = 0; r < count; ++r) {
       if (t == 0 || t > rows[r].length) continue;
+      static_assert(kept_c == slstm_kept - 2 && kept_n == slstm_kept - 1);
       const float* kept = before(r, t, kept_margin);
-      for (int64_t x = 0; x < slstm_kept * dim; x += 16) ahead[lines++] = kept + x;
+      for (int64_t x = 0; x < (slstm_kept - 2) * dim; x += 16) ahead[lines++] = kept + x;
       for (int64_t x = 0; x < dim && params.dh != nullptr; x += 64 / sizeof(Bits)) {
         ahead[lines++] = dh_of(rows[r], t - 1) + x;
       }
+      if (t == 1) continue;
+      const float* c = before(r, t - 1, kept_c);
+      for (int64_t x = 0; x < 2 * dim; x += 16) ahead[lines++] = c + x;
+      for (int64_t x = 0; x < dim; x += 64 / sizeof(Bits)) ahead[lines++] = h_before(rows[r], t - 1) + x;
     }
     product(count, dim,
             {.out = recurrent.row(0),

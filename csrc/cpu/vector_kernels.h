@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/ahead.h"
 #include "params/linear.h"
 #include "params/mlstm.h"
 
@@ -36,6 +37,7 @@ struct Gemm {
   int64_t b_row;
   int64_t rows, columns, depth;
   Part part = Part::all;
+  Ahead* ahead = nullptr;
 };
 
 struct VectorKernels {

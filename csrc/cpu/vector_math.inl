@@ -109,6 +109,11 @@ VECTORS_FUNCTION choose(const Masks<count>& mask, float a, const Vectors<count>&
 VECTORS_FUNCTION absolute(const Vectors<count>& a) {
   return each<count>([&](int x) IN_LAMBDA { return (Vector)((Words)a.v[x] & 0x7fffffffu); });
 }
+// The sign bit, of -0 and NaN too.
+template <int count>
+IN_LOOPS Masks<count> is_negative(const Vectors<count>& a) {
+  return each_mask<count>([&](int x) IN_LAMBDA { return (Integers)((Integers)a.v[x] < 0); });
+}
 
 // NaN for NaN, as all of these.
 VECTORS_FUNCTION at_least(const Vectors<count>& a, float least) {
@@ -288,11 +293,33 @@ inline bool streams(const void* data, int64_t bytes, int64_t dim) {
   return bytes > int64_t{1} << 20 && dim % vector_lanes == 0 && reinterpret_cast<uintptr_t>(data) % vector_bytes == 0;
 }
 
-// Rows become columns.
-IN_LOOPS void transpose(Vector (&tile)[vector_lanes]) {
-  float values[vector_lanes][vector_lanes];
-  std::memcpy(&values, &tile, sizeof(values));
+// Low halves of a and b, element by element in turn; and the high halves.
+IN_LOOPS void interleave(Vector& low, Vector& high, const Vector& a, const Vector& b) {
+#if defined(__clang__)
   for (int x = 0; x < vector_lanes; ++x) {
-    for (int y = 0; y < vector_lanes; ++y) tile[x][y] = values[y][x];
+    low[x] = (x % 2 == 0 ? a : b)[x / 2];
+    high[x] = (x % 2 == 0 ? a : b)[(vector_lanes + x) / 2];
+  }
+#else
+  typedef int Places __attribute__((vector_size(vector_bytes)));
+  Places of_low, of_high;
+  for (int x = 0; x < vector_lanes; ++x) {
+    of_low[x] = x / 2 + x % 2 * vector_lanes;
+    of_high[x] = (vector_lanes + x) / 2 + x % 2 * vector_lanes;
+  }
+  low = __builtin_shuffle(a, b, of_low), high = __builtin_shuffle(a, b, of_high);
+#endif
+}
+
+// Rows become columns: each pass interleaves rows that are half a block apart, and as many passes as the size has bits
+// transpose the block.
+IN_LOOPS void transpose(Vector (&tile)[vector_lanes]) {
+  constexpr int passes = vector_lanes == 16 ? 4 : vector_lanes == 8 ? 3 : 2;
+  for (int pass = 0; pass < passes; ++pass) {
+    Vector next[vector_lanes];
+    for (int x = 0; x < vector_lanes / 2; ++x) {
+      interleave(next[2 * x], next[2 * x + 1], tile[x], tile[x + vector_lanes / 2]);
+    }
+    for (int x = 0; x < vector_lanes; ++x) tile[x] = next[x];
   }
 }

@@ -10,7 +10,8 @@
 namespace flash_xlstm {
 
 // What the forward keeps of a token for the backward, float32, (batch, seq, heads, slstm_kept, dim). `margin` is
-// i - (logsigmoid(f) + m_{t-1}). m took the input gate's branch where margin >= 0 or n_{t-1} is 0. `forget` is
+// i - (logsigmoid(f) + m_{t-1}). m took the input gate's branch where margin >= 0 or n_{t-1} is 0. The CPU keeps the
+// weight that follows in its place: minus that of the past in that branch, else that of the input. `forget` is
 // sigmoid(-f), or -1 for a unit that is padding.
 enum SlstmKept : int { kept_margin, kept_z, kept_o, kept_forget, kept_c, kept_n, slstm_kept };
 
