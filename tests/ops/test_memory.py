@@ -11,8 +11,8 @@ import torch
 from flash_xlstm import ops
 
 _ON_THE_CPU = """
+import ctypes
 import resource
-import sys
 
 import torch
 
@@ -29,14 +29,8 @@ def mlstm(size):
     return torch.autograd.grad(h.sum() + last[0].sum(), (q, k, v, i, f))
 
 
-def mlstm_without_gradients(size):
-    with torch.no_grad():
-        q, gates = torch.randn(1, size, 2, 32), torch.randn(1, size, 2)
-        return ops.mlstm(q, q, q, gates, gates),
-
-
 def slstm(size):
-    x, R, b = torch.randn(1, size // 4, 4, 2, 16), torch.randn(4, 2, 16, 16) / 8, torch.randn(4, 2, 16)
+    x, R, b = torch.randn(1, size, 4, 2, 16), torch.randn(4, 2, 16, 16) / 8, torch.randn(4, 2, 16)
     given = [t.requires_grad_() for t in (x, R, b)]
     return torch.autograd.grad(ops.slstm(*given).sum(), given)
 
@@ -52,7 +46,7 @@ def norm(size):
 
 
 def loss(size):
-    hidden, weight = torch.randn(size // 8, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True)
+    hidden, weight = torch.randn(size, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True)
     labels = torch.arange(len(hidden)) % 500
     return torch.autograd.grad(ops.linear_cross_entropy(hidden, weight, labels), (hidden, weight))
 
@@ -77,25 +71,24 @@ def used():
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-failed = 0
-for form in (mlstm, mlstm_without_gradients, slstm, conv, norm, loss, model):
+failed, texts = 0, set()
+for form in (mlstm, slstm, conv, norm, loss, model):
     expected = small(form)
-    for megabytes in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+    for megabytes in (1, 4, 8, 12, 24, 48, 96):
+        ctypes.CDLL(None).malloc_trim(0)
         resource.setrlimit(resource.RLIMIT_AS, (used() + megabytes * 2**20, resource.RLIM_INFINITY))
         try:
-            form(32 * 1024)
+            form(16 * 1024)
         except (RuntimeError, MemoryError) as error:
-            text = str(error)
-            assert isinstance(error, MemoryError) or "memory" in text or "bad_alloc" in text, text
+            texts.add(str(error))
             failed += 1
-            del error
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         for a, b in zip(small(form), expected, strict=True):
             assert torch.equal(a, b), (form, megabytes)
-    print(form.__name__, "failed", failed, file=sys.stderr)
-    assert failed >= 3, (form, failed)  # in several places
+    assert failed, form
     failed = 0
+assert any("flash_xlstm: DefaultCPUAllocator: can't allocate memory" in text for text in texts)
 print("went on")
 """
 
