@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from flash_xlstm.reference import conv, mlstm, pointwise, slstm
+from flash_xlstm.reference import conv, pointwise
+from flash_xlstm.reference.mlstm import mlstm_parallel
 from flash_xlstm.reference.mlstm_sig import mlstm_sig_parallel
+from flash_xlstm.reference.slstm import slstm, slstm_step
 
 _Result = Any
 
@@ -83,7 +85,7 @@ def _mlstm(
     q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state=False
 ) -> _Result:  # fmt: skip
     _whole(cu_seqlens)
-    h, last = mlstm.mlstm_parallel(
+    h, last = mlstm_parallel(
         q, k, v, i, f, initial_state=_state(c, n, m), scale=scale, eps=eps, gate_soft_cap=gate_soft_cap,
         return_final_state=True,
     )  # fmt: skip
@@ -119,12 +121,12 @@ def _mlstm_sig(
 
 def _slstm(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state) -> _Result:
     _whole(cu_seqlens)
-    h, last = slstm.slstm(x, R, b, initial_state=_state(h0, c0, n0, m0), return_final_state=True)
+    h, last = slstm(x, R, b, initial_state=_state(h0, c0, n0, m0), return_final_state=True)
     return h, None, *last
 
 
 def _slstm_step(x, R, b, h, c, n, m) -> Tensor:
-    return slstm.slstm_step(x, R, b, (h, c, n, m))
+    return slstm_step(x, R, b, (h, c, n, m))
 
 
 def _conv(x, weight, bias, state, cu_seqlens, silu, return_final_state) -> _Result:
