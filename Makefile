@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-dropin test-titan test-vllm lint sanitize compute-sanitizer clean
+.PHONY: demo test test-dropin test-titan test-vllm test-onnx lint sanitize compute-sanitizer clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -78,6 +78,17 @@ sanitize: $(venv)/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
+
+# Programs in onnxruntime: an environment beside the first, whose packages it sees.
+test-onnx: build/onnx/installed
+	OMP_NUM_THREADS=1 build/onnx/bin/python -m pytest $(PYTEST_ARGS) -k onnx tests/models/test_deploy.py
+
+build/onnx/installed: $(venv)/installed
+	$(bin)/python -m venv build/onnx
+	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
+	  > "$$(build/onnx/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	build/onnx/bin/python -m pip install --quiet --no-compile onnx onnxscript onnxruntime
+	touch $@
 
 # compute-sanitizer's four tools over every CUDA kernel; on a machine with a GPU. FAMILIES= names some of them.
 compute-sanitizer: $(venv)/installed
