@@ -23,6 +23,7 @@ HUB_ARGUMENTS = (
 )  # fmt: skip
 
 _BLOCK = re.compile(r"(?:backbone\.)?blocks\.(\d{1,9})\.")
+_OWN = re.compile(r"(?:backbone\.)?(?:blocks|embeddings|out_norm)\.|lm_head\.")
 _FILE = re.compile(r"[^/\\]+\.safetensors")
 
 
@@ -97,7 +98,7 @@ def _header(file: str, quantized: bool) -> list[str]:
         names = list(tensors.keys())
         for name in names if not quantized else ():
             dtype = tensors.get_slice(name).get_dtype()
-            if not dtype.startswith(("F", "BF")):
+            if _OWN.match(name) and not dtype.startswith(("F", "BF")):
                 raise ValueError(f"{file} holds {name} as {dtype}; it must be a floating-point weight")
     return names
 

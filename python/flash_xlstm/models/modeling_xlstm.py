@@ -168,6 +168,10 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
         self._torch_checkpoint = function
 
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        del self._torch_checkpoint
+
     def _checkpoint(self, run: Callable[..., Any], *args: Any) -> Any:
         options = getattr(self._torch_checkpoint, "keywords", None)
         x = args[0] if args else run.keywords["x"]  # type: ignore[attr-defined]  # transformers' partial
