@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-dropin test-titan test-vllm test-onnx lint sanitize compute-sanitizer clean
+.PHONY: demo test test-dropin test-titan test-vllm test-deploy lint sanitize compute-sanitizer clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -79,9 +79,9 @@ sanitize: $(venv)/installed
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
 
-# Programs in onnxruntime: an environment beside the first, whose packages it sees.
-test-onnx: build/onnx/installed
-	OMP_NUM_THREADS=1 build/onnx/bin/python -m pytest $(PYTEST_ARGS) -k onnx tests/models/test_deploy.py
+# Programs in onnxruntime and by Inductor's compilers: an environment beside the first, whose packages it sees.
+test-deploy: build/onnx/installed
+	OMP_NUM_THREADS=1 FLASH_XLSTM_TEST_COMPILERS=1 build/onnx/bin/python -m pytest $(PYTEST_ARGS) tests/models/test_deploy.py
 
 build/onnx/installed: $(venv)/installed
 	$(bin)/python -m venv build/onnx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,12 @@ def tensor_model(make_ours):
         return model, tuple(states)
 
     return make
+
+
+def needs_compilers(device):
+    """Inductor's compilations on the CPU take minutes, which CI has not."""
+    if device == "cpu" and "FLASH_XLSTM_TEST_COMPILERS" not in os.environ:
+        pytest.skip("takes minutes: make test-deploy")
 
 
 def programs(model, ids, states):
@@ -148,8 +155,8 @@ def test_decomposed_programs_of_the_block_stack(tokens):
 @pytest.fixture
 def onnx(tmp_path):
     """``onnx(program)``: a function of tensors that onnxruntime computes."""
-    pytest.importorskip("onnxscript", reason="ONNX's packages are not installed: make test-onnx")
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX's packages are not installed: make test-onnx")
+    pytest.importorskip("onnxscript", reason="ONNX's packages are not installed: make test-deploy")
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX's packages are not installed: make test-deploy")
 
     def make(program):
         path = tmp_path / "model.onnx"
@@ -204,6 +211,7 @@ assert "transformers" not in sys.modules and "torch._dynamo" not in sys.modules
 
 @pytest.mark.slow
 def test_aotinductor_in_a_fresh_process(tensor_model, tokens, tmp_path, device):
+    needs_compilers(device)
     model, states = tensor_model(device)
     ids, other = tokens(2, 9).to(device), tokens(2, 30, seed=1).to(device)
     files = [tmp_path / "prompt.pt2", tmp_path / "step.pt2"]
@@ -228,6 +236,7 @@ MODES = ["default", "reduce-overhead", pytest.param("max-autotune", marks=pytest
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_modes(make_ours, tokens, device, mode):
     """Logits and gradients, and tokens read one by one from a cache."""
+    needs_compilers(device)
     torch._dynamo.reset()
     model: xLSTMForCausalLM = make_ours(hidden_size=64, num_hidden_layers=1).to(device)
     ids = tokens(2, 9).to(device)
