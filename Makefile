@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo test test-dropin test-titan test-vllm test-deploy lint sanitize compute-sanitizer clean
+.PHONY: demo docs test test-dropin test-titan test-vllm test-deploy lint sanitize compute-sanitizer clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -58,6 +58,15 @@ $(venv)/installed: $(venv)/build-tools $(sources)
 $(venv)/installed-cpu: $(venv)/build-tools $(sources)
 	rm -f $(venv)/installed
 	FLASH_XLSTM_CUDA=0 $(pip) --no-build-isolation -C build-dir=build/cpu '.[test]'
+	touch $@
+
+# The documentation site, build/site. It needs the extra `docs` alone: docstrings are read from the sources.
+docs: build/docs/installed
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
+
+build/docs/installed: pyproject.toml
+	$(PYTHON) -m venv build/docs
+	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d , | xargs build/docs/bin/python -m pip install --quiet --no-compile
 	touch $@
 
 # torchtitan has requirements of its own: an environment beside the first, whose packages it sees.

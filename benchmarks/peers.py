@@ -31,17 +31,11 @@ class Point:
         """Tokens times heads."""
         return self.batch * self.seq * self.heads
 
-    def flops(self, backward: bool, chunk: int = 128) -> float:
-        """Operations of the products at chunks of 128 tokens, nothing computed twice; a multiply-add is two.
-
-        Forward, multiply-adds a token and head: ``chunk (dqk + dv)`` for q k^T and w v, ``2 dqk dv`` for q c and k^T v.
-        Backward: ``chunk (3 dqk + 2 dv)`` for q k^T again, dh v^T, dw k, dw^T q, w^T dh; ``4 dqk dv`` for the parts of
-        dq, dk, dv from other chunks and for q^T dh.
-        """
-        per_row = chunk * (self.dqk + self.dv) + 2 * self.dqk * self.dv
-        if backward:
-            per_row += chunk * (3 * self.dqk + 2 * self.dv) + 4 * self.dqk * self.dv
-        return 2.0 * self.rows * per_row
+    def flops(self, backward: bool) -> float:
+        """Operations of the products at chunks of 128 tokens, nothing computed twice; a multiply-add is two."""
+        count = importlib.import_module("flash_xlstm.ops.flops").mlstm_flops
+        sizes = self.batch, self.seq, self.heads, self.dqk, self.dv
+        return float(count(*sizes) + (count(*sizes, backward=True) if backward else 0))
 
     def bytes_moved(self, backward: bool, item: int) -> float:
         """q, k, v, i, f read and h written; backward also reads q, k, v, i, f, dh and writes dq, dk, dv, di, df. Gates

@@ -4,6 +4,7 @@ Every precision starts from the same weights and reads the same batches in the s
 Python installation's own standard library (sorted files, one in 20 held out), or of `--text`.
 
 - float32: products in float32 (no TF32), the reference.
+- float32_again: the same with a learning rate higher by 1e-6 of itself: how far runs lie apart that differ by rounding.
 - bfloat16_autocast: float32 weights, `torch.autocast`.
 - bfloat16: weights, gradients and AdamW's moments in bfloat16, nothing in float32 beside them.
 - float16_scaled: float32 weights, `torch.autocast`, `torch.amp.GradScaler`.
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from run import measured, pair
 
-PRECISIONS = ("float32", "bfloat16_autocast", "bfloat16", "float16_scaled", "float8")
+PRECISIONS = ("float32", "float32_again", "bfloat16_autocast", "bfloat16", "float16_scaled", "float8")
 AUTOCAST = {"bfloat16_autocast": torch.bfloat16, "float16_scaled": torch.float16, "float8": torch.bfloat16}
 MOST_BYTES = 2**26
 
@@ -130,11 +131,12 @@ def _train(row: dict, texts: tuple[bytes, bytes], args: argparse.Namespace) -> N
         with autocast():
             return model(input_ids=ids, labels=ids, use_cache=False).loss
 
+    highest = args.learning_rate * (1 + 1e-6 * (precision == "float32_again"))
     losses = torch.zeros(args.steps, device=device)
     model.train()
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
+            group["lr"] = learning_rate(step, args.steps, highest)
         loss = loss_of(batch_of(step))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

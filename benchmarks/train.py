@@ -6,7 +6,8 @@ the input embeddings left out; `share` is that over 989. `products_ms` is every 
 one CUDA graph right after the steps; `step_over_products` is the step in multiples of it. `peak_gib` is the most that
 was allocated in a warm step, weights and optimizer included. `kept_bytes` is what a forward pass leaves allocated, over
 tokens and blocks; `block_bytes` that without what surrounds the blocks, of models that are not compiled.
-Cases `tokens_SEQ` take as many tokens a step at every length. Peers run in processes of their own.
+Cases `tokens_SEQ` take as many tokens a step at every length. Case `packed` has the tokens of `eager` in one row of
+documents, of 1 to `seq` tokens each. Peers run in processes of their own.
 With `--profile`, rows `profile` and `kernel` say where the GPU's time of a step goes.
 """
 
@@ -54,6 +55,7 @@ class Case:
     float8: str | None = None
     model: str = "flash_xlstm"
     seq: int | None = None  # at the tokens of the size
+    packed: bool = False
 
     @property
     def weights(self) -> tuple:
@@ -67,6 +69,7 @@ CASES = {
     "compiled": Case(compiled=True),
     "checkpointed": Case(checkpointed=True),
     "checkpointed_compiled": Case(checkpointed=True, compiled=True),
+    "packed": Case(packed=True),
     "eager_fused": Case(weight_mode="fused"),
     "compiled_fused": Case(weight_mode="fused", compiled=True),
     "7b_compiled": Case("7b_8_blocks", compiled=True),
@@ -119,6 +122,20 @@ class Prepared:
 
 def _hugging_face_loss(forward: Callable[..., Any], ids: Tensor) -> Tensor:
     return forward(input_ids=ids, labels=ids, use_cache=False).loss  # transformers' own fails with one
+
+
+def _packed_loss(ids: Tensor, longest: int) -> Callable[[Callable[..., Any], Tensor], Tensor]:
+    """The loss of documents in one row, of 1 to `longest` tokens, as transformers' flattening collator gives them."""
+    tokens = ids.numel()
+    lengths = torch.randint(1, longest + 1, (tokens,), generator=torch.Generator().manual_seed(0))
+    ends = lengths.cumsum(0)
+    offsets = F.pad(torch.cat([ends[ends < tokens], torch.tensor([tokens])]), (1, 0)).int().to(ids.device)
+
+    def loss_of(forward: Callable[..., Any], ids: Tensor) -> Tensor:
+        row = ids.view(1, -1)
+        return forward(input_ids=row, labels=row, use_cache=False, cu_seq_lens_q=offsets).loss
+
+    return loss_of
 
 
 def _logits_loss(forward: Callable[..., Any], ids: Tensor) -> Tensor:
@@ -281,9 +298,10 @@ def _measure(row: dict, rows: list[dict], prepared: Prepared, case: Case, args: 
     if case.compiled:
         forward = torch.compile(module, fullgraph=True)
     losses: list[Tensor] = []
+    loss_of = _packed_loss(ids, seq) if case.packed else prepared.loss_of
 
     def step() -> None:
-        loss = prepared.loss_of(forward, ids)
+        loss = loss_of(forward, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -309,7 +327,7 @@ def _measure(row: dict, rows: list[dict], prepared: Prepared, case: Case, args: 
         step()
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["resting_gib"] = torch.cuda.memory_allocated() / 2**30
-        kept, in_blocks = _kept_bytes(prepared, lambda: prepared.loss_of(forward, ids), not case.compiled)
+        kept, in_blocks = _kept_bytes(prepared, lambda: loss_of(forward, ids), not case.compiled)
         row["kept_bytes"] = kept / tokens / blocks
         if in_blocks is not None:
             row["block_bytes"] = in_blocks / tokens / blocks

@@ -1,4 +1,5 @@
-"""README and docs: links lead somewhere, and benchmarks.md names every results file with a command that parses."""
+"""README and docs: links lead somewhere, the reference has every op, and benchmarks.md names every results file with a
+command that parses."""
 
 from __future__ import annotations
 
@@ -33,6 +34,25 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+def test_the_reference_has_every_op():
+    import importlib
+
+    from flash_xlstm import ops
+
+    text = (ROOT / "docs" / "reference.md").read_text()
+    paths = re.findall(r"<!-- docstring: ([\w.]+)", text)
+    assert len(paths) == len(set(paths)) == text.count("<!-- docstring")
+    found = []
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        if module == "flash_xlstm.models" or module.startswith("flash_xlstm.models."):
+            pytest.importorskip("transformers")
+        found.append(getattr(importlib.import_module(module), name))
+    assert all(value.__doc__ for value in found)
+    public = [getattr(ops, name) for name in ops.__all__ if not name.endswith("State")]
+    assert {value for value in found if value.__module__.startswith("flash_xlstm.ops.")} == set(public)
+
+
 def test_paths_in_the_text_exist():
     text = "".join(page.read_text() for page in PAGES)
     paths = re.findall(r"`((?:csrc|python|tests|benchmarks|examples|docs)/[\w./]+)`", text)
@@ -55,7 +75,8 @@ def commands():
     found = [
         command for row in rows if row.startswith("| [") for command in re.findall(r"`([^`]+)`", row.split("|")[2])
     ]
-    return [command.split() for command in found if not command.startswith(("--", "python ", "flash-xlstm "))]
+    others = ("--", "python ", "flash-xlstm ", "torchrun ")
+    return [command.split() for command in found if not command.startswith(others)]
 
 
 def test_commands_parse(monkeypatch, capsys):

@@ -95,6 +95,7 @@ def test_import_is_light():
         "import flash_xlstm; assert flash_xlstm.__version__ == flash_xlstm.build_info()['version']",
         "from flash_xlstm import __version__, build_info, nn, ops, reference",
         "from flash_xlstm.ops import mlstm; import torch; torch.ops.flash_xlstm.mlstm",
+        "from flash_xlstm import distributed; distributed.fsdp; assert callable(distributed.parallelize)",
         "import flash_xlstm; assert not hasattr(flash_xlstm, 'nonsense')",
         "import flash_xlstm; assert {'ops', 'nn', 'build_info', '__name__'} <= set(dir(flash_xlstm))",
     ],

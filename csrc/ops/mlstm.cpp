@@ -220,19 +220,44 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   return y;
 }
 
-// The gradients that a backward makes.
-enum class Of { all, state_alone, initial_state_alone };
+// The gradients that a backward makes. rest: all, with what a call of initial_state_alone has begun.
+enum class Of { all, state_alone, initial_state_alone, rest };
+
+#ifdef FLASH_XLSTM_WITH_CUDA
+bool begins_backward(const Tensor& q, const MlstmBackward& params) {
+  if (!q.is_cuda()) return false;
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  return cuda::mlstm_begins_backward(params);
+}
+
+// A part of a backward. The first makes `workspace`, the second takes it.
+template <typename F>
+void run_part(const char* op, const Tensor& q, const MlstmBackward& params, Tensor& workspace, F&& prepare) {
+  on_cuda(op, q, [&](cudaStream_t stream) {
+    prepare();
+    const int64_t bytes = cuda::mlstm_backward_workspace_bytes(params);
+    if (!params.is_begun) {
+      workspace = new_empty(q, {bytes}, ScalarType::Byte);
+    } else if (workspace.numel() != bytes) {
+      value_error("begun has ", workspace.numel(), " bytes; it must be what mlstm_initial_backward returned, ", bytes);
+    }
+    return cuda::mlstm_backward(params, workspace.data_ptr(), stream);
+  });
+}
+#endif
 
 // The gradients of q, k, v, i, f, c, n and m. Those of states that there are not are empty. `kept` is what the forward
 // returned. With `into`, dq, dk and dv go there: the kernels write them, or they are copied.
 // Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
 // Of::initial_state_alone: dk and dv are empty; in the places of di and df are open_e and is_open, (num_seqs, heads)
-// float32.
+// float32. `begun` becomes the kernels' workspace, for Of::rest, whose dq is empty. Where the kernels do not go in two
+// parts, `begun` is empty, this call's dq means nothing, and Of::rest makes all.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
                     const OptTensor& kept, const MlstmInto* into = nullptr, Of of = Of::all,
-                    const OptTensor& dlog_decay = std::nullopt) {
+                    const OptTensor& dlog_decay = std::nullopt, Tensor* begun = nullptr) {
+  if (of == Of::rest && begun->numel() == 0) of = Of::all;
   const bool state_only = of == Of::state_alone, all_but_initial = of != Of::initial_state_alone;
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
@@ -285,7 +310,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     if (into != nullptr && writes_apart(q, params, to)) return to;
     return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
-  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only);
+  Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only && of != Of::rest);
   Tensor dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);
   Tensor dv = gradient(into == nullptr ? q : into->dv, v, all_but_initial);
   const auto of_gates = [&](const OptTensor& to) {
@@ -306,16 +331,23 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   } else {
     params.open_e = float_data(di), params.is_open = float_data(df);
   }
-  if (!state_only) params.dq = dq.data_ptr(), params.dq_token = dq.stride(1);
+  params.is_begun = of == Of::rest;
+  if (!state_only && !params.is_begun) params.dq = dq.data_ptr(), params.dq_token = dq.stride(1);
   params.dc0 = float_data(dc, has_c);
   params.dn0 = float_data(dn, has_n);
   params.dm0 = float_data(dm, has_m);
-  if (p.batch > 0 && p.heads > 0) {
-    run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, [&] {
-      const cuda::MlstmCopies copies = cuda::mlstm_copies(params);
-      copy_inputs(checked, params.p, copies, q, k, v);
-      if (copies.dh) copy_input(checked, params.dh, *dh);
-    });
+  const auto prepare = [&] {
+    const cuda::MlstmCopies copies = cuda::mlstm_copies(params);
+    copy_inputs(checked, params.p, copies, q, k, v);
+    if (copies.dh) copy_input(checked, params.dh, *dh);
+  };
+  bool in_parts = false;
+#ifdef FLASH_XLSTM_WITH_CUDA
+  in_parts = p.batch > 0 && p.heads > 0 && (params.is_begun || (!all_but_initial && begins_backward(q, params)));
+  if (in_parts) run_part(op, q, params, *begun, prepare);
+#endif
+  if (p.batch > 0 && p.heads > 0 && !in_parts) {
+    run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, prepare);
   }
   if (into != nullptr) {
     const auto copy = [&](Tensor to, const Tensor& from) {
@@ -439,14 +471,26 @@ Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor 
   return {dk, dv, di, df};
 }
 
-Tensors<4> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
+Tensors<6> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
                                   Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
                                   Tensor kept, std::optional<double> scale, double eps,
                                   std::optional<double> gate_soft_cap, int64_t chunk_size) {
+  Tensor begun = new_empty(q, {0}, ScalarType::Byte);
   auto [dq, dk, dv, open_e, is_open, dc, dn, dm] = backward(
       "mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
-      {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::initial_state_alone);
-  return {dc, dn, open_e, is_open};
+      {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::initial_state_alone,
+      std::nullopt, &begun);
+  return {dc, dn, open_e, is_open, dq, begun};
+}
+
+Tensors<8> mlstm_remaining_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q,
+                                    Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                                    OptTensor cu_seqlens, OptTensor h, Tensor kept, std::optional<double> scale,
+                                    double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                                    Tensor begun) {
+  return backward("mlstm_remaining_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
+                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::rest,
+                  std::nullopt, &begun);
 }
 
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
@@ -544,11 +588,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_xlstm, lib) {
       "Tensor k, Tensor v, Tensor i, Tensor f, Tensor? cu_seqlens, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor dk, Tensor dv, Tensor di, Tensor df)");
   // Of the gradients those of the initial c and n alone; for each sequence and head, what eps gives to the initial m
-  // (the sum of e before the first token whose m took the input gate's branch), and 1 where there is no such token.
+  // (the sum of e before the first token whose m took the input gate's branch), and 1 where there is no such token. Where
+  // the kernels go in two parts, dq too, and `begun`, what the second needs; else this is empty, and dq means nothing.
   lib.def(
       "mlstm_initial_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor q, Tensor k, Tensor v, Tensor i, "
       "Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
-      "float? gate_soft_cap, int chunk_size) -> (Tensor dc, Tensor dn, Tensor open_e, Tensor is_open)");
+      "float? gate_soft_cap, int chunk_size) -> (Tensor dc, Tensor dn, Tensor open_e, Tensor is_open, Tensor dq, "
+      "Tensor begun)");
+  // mlstm_backward behind that, with the same arguments but for the gradients of the final state. dq is empty where
+  // `begun` is not.
+  lib.def(
+      "mlstm_remaining_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor q, Tensor k, "
+      "Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, Tensor begun) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(
       "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
@@ -569,6 +622,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
   lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
   lib.impl("mlstm_initial_backward", TORCH_BOX(&mlstm_initial_backward));
+  lib.impl("mlstm_remaining_backward", TORCH_BOX(&mlstm_remaining_backward));
   lib.impl("mlstm_sig", TORCH_BOX(&mlstm_sig));
   lib.impl("mlstm_sig_backward", TORCH_BOX(&mlstm_sig_backward));
 }

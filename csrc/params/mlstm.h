@@ -83,9 +83,12 @@ struct MlstmBackward {
   float* dn0 = nullptr;
   float* dm0 = nullptr;
   // dk == nullptr: of the gradients only dc0 and dn0 are wanted, and for each (num_seqs, heads) the sum of e over the
-  // tokens before the first reset and 1 where there is none, else 0. dq is then scratch.
+  // tokens before the first reset and 1 where there is none, else 0. dq is made too where mlstm_begins_backward, else it
+  // is scratch.
   float* open_e = nullptr;
   float* is_open = nullptr;
+  // The workspace is that of such a call with the same inputs, but for the gradients of the final state, and dq is made.
+  bool is_begun = false;
 };
 
 // One token for every row; the state is read and written in place.
@@ -116,6 +119,8 @@ struct MlstmCopies {
 };
 MlstmCopies mlstm_copies(const MlstmForward& params);
 MlstmCopies mlstm_copies(const MlstmBackward& params);
+// Whether a backward of the initial state alone makes dq and leaves its workspace to a second call, which makes the rest.
+bool mlstm_begins_backward(const MlstmBackward& params);
 // Whether the kernels that serve the problem write dq, dk and dv that are not contiguous.
 bool mlstm_writes_apart(const MlstmBackward& params);
 

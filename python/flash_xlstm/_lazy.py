@@ -22,9 +22,11 @@ def attach(package: str, names: Mapping[str, str | None]) -> tuple[Callable[[str
         home = names[name]
         if home is None:
             return importlib.import_module(f"{package}.{name}")
-        value = getattr(importlib.import_module(home), name)
-        setattr(sys.modules[package], name, value)  # later lookups bypass this function
-        return value
+        module = importlib.import_module(home)
+        for other, its_home in names.items():
+            if its_home == home:  # later lookups bypass this function; a name of the module's own would find the module
+                setattr(sys.modules[package], other, getattr(module, other))
+        return getattr(module, name)
 
     def dir_() -> list[str]:
         return sorted({*vars(sys.modules[package]), *names})

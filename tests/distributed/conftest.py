@@ -16,10 +16,10 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 @pytest.fixture
 def on_ranks(tmp_path):
     """``on_ranks(world, function, *args)``: what ``function(*args)`` of this file returns on each of `world` processes
-    that gloo joins."""
+    that gloo joins. `on_gpus`: the function uses GPUs."""
     import ranks
 
-    def run(world, function, *args):
-        return ranks.run(world, tmp_path, Path(inspect.getfile(function)).stem, function.__name__, args)
+    def run(world, function, *args, on_gpus=False):
+        return ranks.run(world, tmp_path, Path(inspect.getfile(function)).stem, function.__name__, args, on_gpus)
 
     return run

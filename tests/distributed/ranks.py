@@ -1,4 +1,5 @@
-"""Processes that gloo joins, forked off one that has imported what they need."""
+"""Processes that gloo joins, forked off one that has imported what they need; with GPUs, which a fork cannot use, new
+ones."""
 
 from __future__ import annotations
 
@@ -14,16 +15,17 @@ from torch import distributed as dist
 
 SECONDS = 120
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed.tensor", "flash_xlstm.models", "ranks"])
+_forked = multiprocessing.get_context("forkserver")
+_forked.set_forkserver_preload(["torch", "torch.distributed.tensor", "flash_xlstm.models", "ranks"])
 
 
-def run(world, folder, module, function, args):
+def run(world, folder, module, function, args, on_gpus=False):
     """Results by rank. A rank's error is raised here; none may take longer than SECONDS."""
     store = folder / f"store-{time.monotonic_ns()}"
-    pipes = [_processes.Pipe(duplex=False) for _ in range(world)]
+    processes = multiprocessing.get_context("spawn") if on_gpus else _forked
+    pipes = [processes.Pipe(duplex=False) for _ in range(world)]
     started = [
-        _processes.Process(target=_rank, args=(rank, world, str(store), send, module, function, args), daemon=True)
+        processes.Process(target=_rank, args=(rank, world, str(store), send, module, function, args), daemon=True)
         for rank, (_, send) in enumerate(pipes)
     ]
     for process, (_, send) in zip(started, pipes, strict=True):

@@ -538,5 +538,5 @@ def test_on_gpus(on_ranks, dtype):
     inputs = {name: t.to(dtype).float() if name in "qkv" else t for name, t in inputs.items()}
     avoid_kinks(inputs, weights)
     expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64)
-    for name, t in joined(on_ranks(2, on_this_gpu, inputs, weights, pieces, dtype)).items():
+    for name, t in joined(on_ranks(2, on_this_gpu, inputs, weights, pieces, dtype, on_gpus=True)).items():
         assert error(t, expected[name]) < (1e-5 if dtype == torch.float32 else 1e-2), name

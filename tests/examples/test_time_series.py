@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+import datetime
 
 import pytest
 import torch
@@ -12,17 +10,9 @@ for _package in ("matplotlib", "tqdm"):
 
 
 @pytest.fixture(scope="module")
-def example():
-    path = Path(__file__).parents[2] / "examples" / "time_series.py"
-    spec = importlib.util.spec_from_file_location("time_series_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses need their module in sys.modules
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
+def example(load_example):
     torch.set_num_threads(1)  # as the example does
-    yield module
-    torch.set_num_threads(threads)
-    del sys.modules[spec.name]
+    return load_example("time_series")
 
 
 def test_beats_the_seasonal_naive_forecast(example):
@@ -53,3 +43,16 @@ def test_forecasts_line_up_and_do_not_look_ahead(example):
     values[270:] += torch.randn(30)
     after = example.evaluate(model, scaling, values, 48)["slstm"]
     assert torch.equal(before[:7], after[:7]) and not torch.equal(before[20], after[20])
+
+
+def test_runs_on_a_series_that_is_made_here(example, tmp_path, monkeypatch, capsys):
+    """Without statsmodels, whose series the example reads: twenty-five years that rise, with a season and noise."""
+    t = torch.arange(300.0)
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    values = 300 + t / 4 + torch.sin(t * torch.pi / 6) + noise / 5
+    months = [datetime.date(1970 + n // 12, n % 12 + 1, 1) for n in range(300)]
+    monkeypatch.setattr(example, "load_series", lambda: (months, values))
+    monkeypatch.setattr("sys.argv", ["time_series.py", "--out", str(tmp_path), "--steps", "20"])
+    assert example.main() == 0  # better than the seasonal naive forecast
+    assert "mean absolute error" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "forecast.png"}

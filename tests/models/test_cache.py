@@ -167,3 +167,53 @@ def test_foreign_caches_are_refused(config, name):
     for foreign in (DynamicCache(), StockCache(config, 1), [(torch.zeros(1),) * 3], {0: None}):
         with pytest.raises(TypeError, match=rf"{name} is a .*; it must be a flash_xlstm.models.xLSTMCache or None"):
             one_cache(**{name: foreign})
+
+
+@pytest.mark.parametrize("rows", [[2, 0], (0, 2), torch.tensor([0, 2]), torch.tensor([True, False, True])], ids=repr)
+@pytest.mark.parametrize("grad", [False, True])
+def test_reset_of_rows(config, rows, grad):
+    cache = _fill(xLSTMCache(config, 3))
+    cache.set_seq_length(7)
+    cache.unread = torch.tensor([2, 1, 0])
+    cache.rnn_state[1][0][0] = torch.nan
+    before = {layer: tuple(t.clone() for t in state) for layer, state in cache.rnn_state.items()}
+    addresses = [t.data_ptr() for state in cache.rnn_state.values() for t in state]
+    with torch.set_grad_enabled(grad):
+        cache.reset(rows)
+    for layer, state in cache.rnn_state.items():
+        for t, old in zip(state, before[layer], strict=True):
+            assert torch.equal(t[1], old[1]) and not t[[0, 2]].any()
+    assert cache.get_seq_length() == 7 and cache.unread.tolist() == [0, 1, 0]
+    assert (addresses == [t.data_ptr() for state in cache.rnn_state.values() for t in state]) == (not grad)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([3], ValueError, "rows holds 3; they must be from 0 to 2"),
+        ([-1, 0], ValueError, "rows holds -1; they must be from 0 to 2"),
+        ([True, False], ValueError, r"rows has shape \(2,\); it must be 1-D, and \(3,\) if it is bool"),
+        (torch.zeros(1, 1, dtype=torch.long), ValueError, r"rows has shape \(1, 1\)"),
+        ([0.0], TypeError, "rows has dtype float32; it must be numbers of rows, or bool"),
+    ],
+)
+def test_wrong_rows_are_refused(config, rows, error, message):
+    cache = _fixed(config)
+    cache.batch_select_indices(torch.tensor([0, 1, 1]))
+    before = cache.clone()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
+            cache.reset(rows)
+    cache.reset([])
+    assert _same(cache, before)
+
+
+def test_detach(config):
+    cache = _fixed(config)
+    weight = torch.ones((), requires_grad=True)
+    cache.update([tuple(weight * t for t in state) for state in cache.rnn_state.values()], 1)
+    before = cache.clone()
+    addresses = [t.data_ptr() for state in cache.rnn_state.values() for t in state]
+    assert cache.detach() is cache and _same(cache, before) and cache.get_seq_length() == 8
+    assert not any(t.requires_grad for state in cache.rnn_state.values() for t in state)
+    assert addresses == [t.data_ptr() for state in cache.rnn_state.values() for t in state]

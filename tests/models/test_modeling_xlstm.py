@@ -887,3 +887,39 @@ def test_cuda_compiled_training(make_ours, tokens):
     for name, p in model.named_parameters():
         error = (p.grad - gradients[name]).norm()
         assert error < 1e-4 * gradients[name].norm() + 1e-6 * scale, name
+
+
+# --- pieces of long sequences ---
+
+
+def test_truncated_backpropagation(make_ours, tokens, rel):
+    """Pieces with ``detach`` between them, and the same with the states between them as plain numbers."""
+    model, ids = make_ours().train(), tokens(2, 24)
+
+    def gradients(between):
+        model.zero_grad()
+        cache = xLSTMCache(model.config, 2)
+        for piece in ids.split(8, 1):
+            model(piece, labels=piece, cache_params=cache, use_cache=True).loss.backward()
+            cache = between(cache)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    def numbers(cache):
+        new = xLSTMCache(model.config, 2)
+        with torch.no_grad():
+            return new.copy_(cache)
+
+    assert torch.equal(gradients(lambda cache: cache.detach()), gradients(numbers))
+    with pytest.raises(RuntimeError, match="a second time"):
+        gradients(lambda cache: cache)
+
+
+@torch.no_grad()
+def test_a_row_begins_anew(make_ours, tokens, rel):
+    model, cache = make_ours(), None
+    a, b = tokens(3, 9), tokens(3, 5, seed=1)
+    cache = model(a, use_cache=True).cache_params
+    whole = model(torch.cat([a, b], 1)).logits[:, 9:]
+    cache.reset([1])
+    logits = model(b, cache_params=cache).logits
+    assert rel(logits[[0, 2]], whole[[0, 2]]) < 1e-5 and rel(logits[1], model(b[1:2]).logits[0]) < 1e-5

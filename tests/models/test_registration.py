@@ -36,6 +36,24 @@ def test_auto_classes_use_ours(make_ours, make_stock, tmp_path):
         assert type(AutoModel.from_pretrained(path)) is models.xLSTMModel
         assert type(AutoModelForCausalLM.from_config(config)) is models.xLSTMForCausalLM
         print(model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False))
+
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+        from transformers.modeling_layers import GenericForSequenceClassification
+
+        for auto, head in (
+            (AutoModelForSequenceClassification, models.xLSTMForSequenceClassification),
+            (AutoModelForTokenClassification, models.xLSTMForTokenClassification),
+        ):
+            classifier = auto.from_pretrained(path, num_labels=3)
+            assert type(classifier) is head, type(classifier)
+            assert classifier.backbone.embeddings.weight.equal(model.backbone.embeddings.weight)
+
+        class Plain(GenericForSequenceClassification, models.xLSTMPreTrainedModel):
+            base_model_prefix = "backbone"
+
+        plain = Plain.from_pretrained(path, num_labels=3, pad_token_id=0)
+        assert type(plain.backbone) is models.xLSTMModel
+        assert plain(torch.tensor([[5, 6, 0], [7, 8, 9]])).logits.shape == (2, 3)
         """,
         str(tmp_path),
     )

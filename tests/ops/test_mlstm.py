@@ -515,11 +515,17 @@ def test_opcheck_of_the_backward(device, variant, final_state):
 def test_opcheck_of_the_initial_backward(device, variant):
     arguments = operator_inputs(device, **variant, requires_grad=False)
     h, kept, *last = torch.ops.flash_xlstm.mlstm(*arguments, None, 1e-6, 2.0, 0, True)
-    for into in ((None, None), [torch.ones_like(t) for t in last[:2]]):
+    rest = (*arguments, h, kept, None, 1e-6, 2.0, 0)
+    for into in ((None, None, None), [torch.ones_like(t) for t in last]):
+        initial = (torch.ones_like(h), *into[:2], *rest)
+        # Neither compiled nor traced: what `begun` holds is the device's.
         torch.library.opcheck(
             torch.ops.flash_xlstm.mlstm_initial_backward,
-            (torch.ones_like(h), *into, *arguments, h, kept, None, 1e-6, 2.0, 0),
+            initial,
+            test_utils=("test_schema", "test_autograd_registration"),
         )
+        *_, begun = torch.ops.flash_xlstm.mlstm_initial_backward(*initial)
+        torch.library.opcheck(torch.ops.flash_xlstm.mlstm_remaining_backward, (torch.ones_like(h), *into, *rest, begun))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -533,7 +539,7 @@ def test_gradients_of_the_initial_state_alone(make_problem, dtype, offsets, star
     inputs = [problem.inputs[x] for x in "qkvifcnm"] + [problem.options.get("cu_seqlens")]
     h, kept, *last = torch.ops.flash_xlstm.mlstm(*inputs, None, 0.1, None, 0, True)
     dh, into = problem.cotangents["h"], [problem.cotangents["last c"], problem.cotangents["last n"]]
-    dc, dn, into_m, is_open = torch.ops.flash_xlstm.mlstm_initial_backward(
+    dc, dn, into_m, is_open, *_ = torch.ops.flash_xlstm.mlstm_initial_backward(
         dh, *into, *inputs, h, kept, None, 0.1, None, 0
     )
     inner = lambda state, c, n: (state[0] * c).flatten(2).sum(-1) + (state[1] * n).sum(-1)  # noqa: E731
@@ -551,6 +557,33 @@ def test_gradients_of_the_initial_state_alone(make_problem, dtype, offsets, star
     else:
         lengths = torch.tensor([200, 200]) if offsets is None else torch.tensor(offsets).diff()
         assert not is_open[lengths > 50].any() and is_open[lengths == 0].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offsets", [None, (0, 0, 1400, 1401, 3000)], ids=str)
+@pytest.mark.parametrize("f", [4.0, 20.0])  # with 4 the ends remember a part of their sequences, with 20 all of them
+def test_backward_in_two_parts(make_problem, device, dtype, offsets, f):
+    problem = make_problem(3000, 128, 64, batch=2 if offsets is None else 1, dtype=dtype, cu_seqlens=offsets)
+    problem.inputs["f"] = problem.inputs["f"] + f
+    inputs = [problem.inputs[x] for x in "qkvifcnm"] + [problem.options.get("cu_seqlens")]
+    h, kept, *_ = torch.ops.flash_xlstm.mlstm(*inputs, None, 1e-6, None, 0, True)
+    rest = (*inputs, h, kept, None, 1e-6, None, 0)
+    dh, into = problem.cotangents["h"], [problem.cotangents[f"last {x}"] for x in "cnm"]
+    # The first part is of other gradients of the final state.
+    dc, dn, _, _, dq, begun = torch.ops.flash_xlstm.mlstm_initial_backward(dh, None, None, *rest)
+    *_, want_dc, want_dn, _ = torch.ops.flash_xlstm.mlstm_backward(dh, None, None, None, *rest)
+    for actual, expected in ((dc, want_dc), (dn, want_dn)):  # sums of 3,000 terms, in another order
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    found = list(torch.ops.flash_xlstm.mlstm_remaining_backward(dh, *into, *rest, begun))
+    if begun.numel() > 0:
+        assert found[0].numel() == 0
+        found[0] = dq
+    for actual, expected in zip(found, torch.ops.flash_xlstm.mlstm_backward(dh, *into, *rest), strict=True):
+        assert torch.equal(actual, expected)
+    if device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() == (9, 0):
+        assert begun.numel() > 0
+        with pytest.raises(ValueError, match=r"begun has \d+ bytes; it must be what"):
+            torch.ops.flash_xlstm.mlstm_remaining_backward(dh, *into, *rest, begun[1:])
 
 
 def test_opcheck_of_strided_inputs(device):

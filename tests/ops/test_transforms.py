@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_xlstm import ops
-
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch, by operator, once
 
 BATCH, SEQ, HEADS, DQK, DV, DIM, CHANNELS = 2, 5, 2, 4, 6, 3, 5
 
@@ -33,6 +34,7 @@ STATE = [(BATCH, HEADS, DQK, DV), (BATCH, HEADS, DQK), (BATCH, HEADS)]
 SLSTM = [(4, HEADS, DIM, DIM), (4, HEADS, DIM)]
 SLSTM_STATE = [(BATCH, HEADS, DIM)] * 4
 CONV = [(CHANNELS, 4), (CHANNELS,)]
+SLOTS = torch.tensor([1, 0], dtype=torch.int32)
 LABELS = torch.tensor([0, 4, -100, 2])
 # A function of tensors, and their shapes.
 DIFFERENTIABLE = {
@@ -61,6 +63,7 @@ STEPS = {
 }
 PLAIN = {
     "linear_rows": (ops.linear_rows, [(2, 8), (3, 8)]),
+    "mlstm_prefill": (lambda *t: ops.mlstm_prefill(*t[:5], t[5:], state_indices=SLOTS), [*MLSTM, *STATE]),
     "fused_linear_rows": (lambda x, w: ops.fused_linear_rows(x, [w]), [(2, 8), (3, 8)]),
 }
 ALL = {**DIFFERENTIABLE, **STEPS, **PLAIN}
@@ -126,6 +129,104 @@ def test_grad_and_vmap(op):
             assert torch.allclose(actual[place], want, rtol=1e-5, atol=1e-6)
 
 
+OFFSETS = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+PACKED_STATE = [(3, HEADS, DQK, DV), (3, HEADS, DQK), (3, HEADS)]
+ONE = [(1, *shape[1:]) for shape in MLSTM]
+PACKED = {
+    "mlstm": (
+        lambda *t: ops.mlstm(*t[:5], initial_state=t[5:], cu_seqlens=OFFSETS, return_final_state=True),
+        [*ONE, *PACKED_STATE],
+    ),
+    "mlstm_sig": (
+        lambda *t: ops.mlstm_sig(*t[:5], initial_state=t[5:], cu_seqlens=OFFSETS, return_final_state=True),
+        [*ONE, *PACKED_STATE[:2]],
+    ),
+    "mlstm_state": (lambda *t: ops.mlstm_state(*t, cu_seqlens=OFFSETS), ONE[1:]),
+    "slstm": (
+        lambda *t: ops.slstm(*t[:3], initial_state=t[3:], cu_seqlens=OFFSETS, return_final_state=True),
+        [(1, SEQ, 4, HEADS, DIM), *SLSTM, *[(3, HEADS, DIM)] * 4],
+    ),
+    "causal_conv1d": (
+        lambda *t: ops.causal_conv1d(*t[:3], initial_state=t[3], cu_seqlens=OFFSETS, return_final_state=True),
+        [(1, SEQ, CHANNELS), *CONV, (3, 3, CHANNELS)],
+    ),
+}  # fmt: skip
+
+
+def flat(results):
+    return [results] if isinstance(results, torch.Tensor) else [t for part in results for t in flat(part)]
+
+
+@pytest.mark.parametrize(("op", "packed"), [*((op, False) for op in DIFFERENTIABLE), *((op, True) for op in PACKED)])
+def test_vmap_over_some_arguments(op, packed):
+    """Over one argument, over all others, over two levels: as one call for each."""
+    form, shapes = (PACKED if packed else DIFFERENTIABLE)[op]
+    loss = lambda *t: sum(part.square().sum() for part in flat(form(*t)))  # noqa: E731
+    everything = lambda *t: (flat(form(*t)), torch.func.grad(loss, tuple(range(len(t))))(*t))  # noqa: E731
+    given = tensors(*shapes)
+    for which, shape in enumerate(shapes):
+        for only in (True, False):
+            mapped = [(place == which) == only for place in range(len(shapes))]
+            if not any(mapped):
+                continue
+            args = [
+                torch.stack([t, randn(*t.shape, seed=9)], -1) if m else t for t, m in zip(given, mapped, strict=True)
+            ]
+            got = torch.func.vmap(everything, tuple(-1 if m else None for m in mapped))(*args)
+            for n in range(2):
+                want = everything(*(t[..., n].contiguous() if m else t for t, m in zip(args, mapped, strict=True)))
+                for a, b in zip(flat(got), flat(want), strict=True):
+                    assert torch.allclose(a[n], b, rtol=1e-4, atol=1e-5), (shape, only)
+    twice = [torch.stack([torch.stack([t, 0.5 * t]), torch.stack([0.7 * t, 0.1 * t])]) for t in given]
+    values = torch.func.vmap(torch.func.vmap(lambda *t: flat(form(*t))))(*twice)
+    for a in range(2):
+        for b in range(2):
+            for value, want in zip(values, flat(form(*(t[a, b] for t in twice))), strict=True):
+                assert torch.allclose(value[a, b], want, rtol=1e-5, atol=1e-6)
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of this package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counter = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "flash_xlstm":
+            self.counter[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "packed"),
+    [*((op, packed) for op in PACKED for packed in (False, True)), ("soft_cap", False), ("swiglu", False)],
+)
+def test_vmap_is_one_call(op, packed):
+    form, shapes = (PACKED if packed else DIFFERENTIABLE)[op]
+    loss = lambda *t: flat(form(*t))[0].square().sum()  # noqa: E731
+    batched = [torch.stack([t, t, t]) for t in tensors(*shapes)]
+    with Calls() as calls:
+        torch.func.vmap(torch.func.grad(loss, tuple(range(len(shapes)))))(*batched)
+    assert len(calls.counter) == 2 and set(calls.counter.values()) == {1}
+
+
+def test_vmap_over_nothing_is_refused():
+    with pytest.raises(ValueError, match="vmap maps over 0 entries of an argument of flash_xlstm::soft_cap"):
+        torch.func.vmap(lambda x: ops.soft_cap(x, 2.0))(torch.zeros(0, 3))
+
+
+def test_jacobian():
+    form, shapes = DIFFERENTIABLE["mlstm"]
+    q, *others = tensors(*shapes)
+    jacobian = torch.func.jacrev(lambda q: form(q, *others).sum((0, 2)))(q)
+    for t in range(SEQ):
+        assert not jacobian[t][:, :, torch.arange(SEQ) != t].any() and jacobian[t, :, :, t].any()
+        leaf = q.clone().requires_grad_()
+        form(leaf, *others).sum((0, 2))[t, 0].backward()
+        assert torch.allclose(jacobian[t, 0], leaf.grad, atol=1e-6)
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_second_derivatives_are_refused(op):
     form, shapes = DIFFERENTIABLE[op]
@@ -134,9 +235,9 @@ def test_second_derivatives_are_refused(op):
         torch.func.jacrev(torch.func.grad(lambda x: first(form(x, *others)).sum()))(x)
 
 
-@pytest.mark.parametrize("op", STEPS)
+@pytest.mark.parametrize("op", [*STEPS, "mlstm_prefill"])
 def test_steps_are_refused_under_vmap(op):
-    form, shapes = STEPS[op]
+    form, shapes = ALL[op]
     with torch.no_grad(), pytest.raises(RuntimeError, match="writes its state in place"):
         torch.func.vmap(form)(*(torch.stack([t, t]) for t in tensors(*shapes)))
 

@@ -20,6 +20,7 @@ struct Path {
   bool (*serves_backward)(const MlstmBackward& params);
   bool (*reads)(const Strided& t, const MlstmProblem& p);  // whether it can read an input with its strides
   bool writes_apart;                                       // whether it writes dq, dk and dv that are not contiguous
+  bool begins_backward;                                    // see mlstm_begins_backward
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
   cudaError_t (*forward)(const MlstmForward& params, void* workspace, cudaStream_t stream);
   int64_t (*backward_workspace_bytes)(const MlstmBackward& params);
@@ -34,6 +35,7 @@ constexpr Path paths[] = {
      .serves_backward = [](const MlstmBackward&) { return false; },
      .reads = hopper::reads,
      .writes_apart = false,
+     .begins_backward = false,
      .forward_workspace_bytes = fused::forward_workspace_bytes,
      .forward = fused::forward,
      .backward_workspace_bytes = nullptr,
@@ -44,6 +46,7 @@ constexpr Path paths[] = {
      .serves_backward = [](const MlstmBackward& params) { return hopper::serves(params.p); },
      .reads = hopper::reads,
      .writes_apart = true,
+     .begins_backward = true,
      .forward_workspace_bytes = hopper::forward_workspace_bytes,
      .forward = hopper::forward,
      .backward_workspace_bytes = hopper::backward_workspace_bytes,
@@ -55,6 +58,7 @@ constexpr Path paths[] = {
      .serves_backward = [](const MlstmBackward&) { return true; },
      .reads = [](const Strided&, const MlstmProblem&) { return true; },
      .writes_apart = false,
+     .begins_backward = false,
      .forward_workspace_bytes = portable::forward_workspace_bytes,
      .forward = portable::forward,
      .backward_workspace_bytes = portable::backward_workspace_bytes,
@@ -94,6 +98,7 @@ const Path& path_with_copies(const Params& params) {
 
 MlstmCopies mlstm_copies(const MlstmForward& params) { return copies(path_with_copies(params), params); }
 MlstmCopies mlstm_copies(const MlstmBackward& params) { return copies(path_with_copies(params), params); }
+bool mlstm_begins_backward(const MlstmBackward& params) { return path_with_copies(params).begins_backward; }
 bool mlstm_writes_apart(const MlstmBackward& params) { return path_with_copies(params).writes_apart; }
 
 int64_t mlstm_forward_workspace_bytes(const MlstmForward& params) {

@@ -22,7 +22,7 @@ from flash_xlstm import ops
 from flash_xlstm.models import packing
 from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
-from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward
+from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward, mlstm_remaining_backward
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 # torch 2.13 renamed them.
@@ -355,19 +355,24 @@ class _Mlstm(torch.autograd.Function):
         begin = torch.full_like(decay, float(begins))
         own = torch.cat((piece_c.flatten(2), piece_n, torch.stack((piece_m, decay, begin), -1)), -1)
         gathered = own.new_empty(size, *own.shape)
-        if own.numel() > 0:
-            _all_gather(gathered.flatten(), own.flatten(), group=group)
+        exchange = _start(_all_gather, gathered, own, group)
 
         def state_before(upto):
-            weights, top = _weights(gathered[:upto, ..., -3:])
-            states = _times(gathered[:upto, ..., :-3], weights).sum(0)
+            if upto == 1:  # its weight is 1
+                states, top = gathered[0, ..., :-3], gathered[0, ..., -3]
+            else:
+                weights, top = _weights(gathered[:upto, ..., -3:])
+                states = _times(gathered[:upto, ..., :-3], weights).sum(0)
             found_c, found_n = states.split([piece_c.shape[2] * piece_c.shape[3], piece_c.shape[2]], -1)
-            return found_c.reshape(piece_c.shape), found_n.contiguous(), top
+            return found_c.reshape(piece_c.shape), found_n.contiguous(), top.contiguous()
 
         state = c, n, m
         if rank > 0:
-            state = tuple(torch.cat((a, b[a.shape[0] :])) for a, b in zip(state_before(rank), state, strict=True))
+            exchange.wait()
+            state = tuple(_in_front(a, b) for a, b in zip(state_before(rank), state, strict=True))
         h, kept, *last = torch.ops.flash_xlstm.mlstm(q, k, v, i, f, *state, cu_seqlens, *options, True)
+        if rank == 0:  # the first rank needs nothing of the others for its h
+            exchange.wait()
         whole = state_before(size) if wants_last and cu_seqlens is None else ()
         ctx.group, ctx.wants_last, ctx.options = group, wants_last, options
         ctx.save_for_backward(
@@ -384,7 +389,8 @@ class _Mlstm(torch.autograd.Function):
         c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
         rows, batch = c.shape[0], scalars.shape[1]
         own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
-        dc, dn, into_m, is_open = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
+        # The first part makes what the ranks before need, the second goes on with what those behind sent.
+        dc, dn, into_m, is_open, dq, begun = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
         if own[2] is not None:
             into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
         sent = _sent(scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
@@ -392,19 +398,38 @@ class _Mlstm(torch.autograd.Function):
             dc, dn, dm = into_last
             sent += _sent(scalars, size, dc, dn, dm - _inner(whole, dc, dn))
         got = torch.empty_like(sent[0])
-        if got.numel() > 0:
-            _reduce_scatter(got.flatten(), sent.flatten(), group=ctx.group)
-        if rank < size - 1 or whole:
+        exchange = _start(_reduce_scatter, got, sent, ctx.group)
+        is_read = rank < size - 1 or bool(whole)
+        if is_read:
+            exchange.wait()
             dc, dn, dm = got.split([c.shape[2] * c.shape[3], c.shape[2], 1], -1)
             dc, dn = dc.reshape(batch, *c.shape[1:]), dn.contiguous()
             dm = dm[..., 0] + _inner([t[-batch:] for t in last], dc, dn)
             more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm))
             own = tuple(a if b is None else a + b for a, b in zip(more, own, strict=True))
-        dq, dk, dv, di, df, *state = torch.ops.flash_xlstm.mlstm_backward(dh, *own, *inputs, *ctx.options)
+        whole_dq, dk, dv, di, df, *state = mlstm_remaining_backward(dh, *own, *inputs, *ctx.options, begun)
+        dq = dq if begun.numel() > 0 else whole_dq
+        if not is_read:
+            exchange.wait()
         if rank > 0:  # of the sequence that goes on nothing was read
             for t in state:
                 t[:batch] = 0.0
         return None, None, None, None, None, None, *state, dq, dk, dv, di, df
+
+
+class _Nothing:
+    def wait(self) -> None:
+        pass
+
+
+def _start(exchange: Any, into: Tensor, of: Tensor, group: Group) -> Any:
+    """Starts a collective. Its `wait` makes what comes behind wait for it."""
+    return exchange(into.flatten(), of.flatten(), group=group, async_op=True) if of.numel() > 0 else _Nothing()
+
+
+def _in_front(a: Tensor, b: Tensor) -> Tensor:
+    """The rows of b, the first ones replaced by those of a."""
+    return a if a.shape == b.shape else torch.cat((a, b[a.shape[0] :]))
 
 
 def _pad_rows(t: Tensor, count: int) -> Tensor:
@@ -420,7 +445,9 @@ def _sent(scalars: Tensor, rank: int, dc: Tensor, dn: Tensor, into_m: Tensor) ->
     """What the gradients of the state before `rank` are at the end of each rank's piece, (ranks, batch, heads, ...)."""
     into = torch.cat((dc.flatten(2), dn, into_m[..., None]), -1)
     sent = into.new_zeros(scalars.shape[0], *into.shape)
-    if rank == 0:
+    if rank <= 1:
+        if rank == 1:
+            sent[0] = into  # its weight is 1
         return sent
     m, decay, begin = scalars[:rank].double().unbind(-1)
     ends, is_open = [m[0]], [torch.zeros_like(m[0])]  # m at the pieces' ends; whether no token of a piece made it

@@ -12,6 +12,7 @@ except ImportError as error:
     ) from error
 
 from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.models.classification import xLSTMForSequenceClassification, xLSTMForTokenClassification
 from flash_xlstm.models.configuration_xlstm import xLSTMConfig
 from flash_xlstm.models.modeling_xlstm import (
     xLSTMCausalLMOutput,
@@ -32,6 +33,8 @@ __all__ = [
     "xLSTMCausalLMOutput",
     "xLSTMConfig",
     "xLSTMForCausalLM",
+    "xLSTMForSequenceClassification",
+    "xLSTMForTokenClassification",
     "xLSTMLMModel",
     "xLSTMLMModelConfig",
     "xLSTMModel",

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flash_xlstm.models.configuration_xlstm import xLSTMConfig
+from flash_xlstm.nn.state import checked_rows, fresh_rows
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -160,11 +161,30 @@ class xLSTMCache:
         self._seq_length += num_tokens
         self.unread = None
 
-    def reset(self) -> None:
-        """Returns to the state before the first token."""
-        self._apply(torch.zeros_like)
-        self._seq_length = 0
-        self.unread = None
+    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Returns to the state before the first token: all rows, or some, as where a sequence of a batch has ended.
+
+        Args:
+            rows: numbers of rows of the states, or (batch,) bool, True at those rows. The other rows stay as they are,
+                and so does the number of tokens seen, which all rows share: position_ids go on counting. Without
+                gradients the rows are written in place.
+
+        Raises:
+            TypeError, ValueError: `rows` is not as above. Nothing has changed.
+        """
+        if rows is None:
+            self._apply(torch.zeros_like)
+            self._seq_length = 0
+            self.unread = None
+            return
+        rows = checked_rows(rows, self.rnn_state[0][0])
+        self._apply(lambda t: fresh_rows(t, rows, inplace=not (torch.is_grad_enabled() or _frozen(t))))
+
+    def detach(self) -> xLSTMCache:
+        """Cuts the states from their history, for truncated backpropagation through time: the gradients of what is read
+        next end here. Returns this cache, whose tensors keep their memory."""
+        self._apply(torch.Tensor.detach)
+        return self
 
     def clone(self) -> xLSTMCache:
         """A copy that shares no memory with this cache."""

@@ -269,7 +269,8 @@ class xLSTMConfig(PreTrainedConfig):
         "num_blocks": "num_hidden_layers",
         "final_logit_softcapping": "output_logit_soft_cap",
     }
-    keys_to_ignore_at_inference = ["cache_params"]  # noqa: RUF012
+    # The cache, by its name here, and by those in the outputs of transformers' own classes.
+    keys_to_ignore_at_inference = ["cache_params", "cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

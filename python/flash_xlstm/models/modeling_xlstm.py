@@ -190,6 +190,9 @@ class xLSTMPreTrainedModel(PreTrainedModel):
     config_class = xLSTMConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    # Read by the Trainer, which then divides a loss by the number of accumulated batches: transformers' generic heads
+    # pass num_items_in_batch on to the model instead of using it.
+    accepts_loss_kwargs = False
     _no_split_modules = ["xLSTMBlock"]  # noqa: RUF012
     _is_stateful = True
     # With a model on several devices, accelerate must not move the cache. Each state is on the device of its block.
@@ -352,6 +355,8 @@ class xLSTMPreTrainedModel(PreTrainedModel):
 class xLSTMModel(xLSTMPreTrainedModel):
     """The xLSTM without a head: embeddings, mLSTM blocks and output norm."""
 
+    caches_by_default = True  # False: `use_cache` of the configuration is not looked at
+
     def __init__(self, config: xLSTMConfig) -> None:
         super().__init__(config)
         config = self.config
@@ -484,7 +489,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         available = self.config.mode == "inference" or self.config.return_last_states
         if use_cache is None:
             training = self.training and torch.is_grad_enabled()
-            use_cache = cache is not None or (available and self.config.use_cache and not training and not packed)
+            wanted = available and self.config.use_cache and self.caches_by_default
+            use_cache = cache is not None or (wanted and not training and not packed)
         if use_cache and packed:
             raise ValueError("use_cache is True; it must be False where rows hold several documents")
         if use_cache and not available:
@@ -572,6 +578,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
 class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
     """The xLSTM with a language-modelling head."""
 
+    accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: xLSTMConfig) -> None:

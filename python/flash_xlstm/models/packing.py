@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_xlstm.nn.packing import check_offsets, require
+from flash_xlstm.nn.packing import check_offsets, require, unwrapped
 
 _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 _LENGTHS = ("max_length_q", "max_length_k")
@@ -118,7 +118,7 @@ def _may_number_documents(mask: Tensor, alone: bool) -> bool:
     if not alone:
         return True
     # The values are read only where that is free.
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((mask > 1).any())
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool((unwrapped(mask) > 1).any())
 
 
 def _given_offsets(given: dict[str, Any], tokens: int, device: torch.device) -> Tensor | None:

@@ -7,14 +7,26 @@ from types import ModuleType
 
 import transformers
 import transformers.models.xlstm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from flash_xlstm.models.classification import xLSTMForSequenceClassification, xLSTMForTokenClassification
 from flash_xlstm.models.configuration_xlstm import xLSTMConfig
 from flash_xlstm.models.modeling_xlstm import xLSTMForCausalLM, xLSTMModel, xLSTMPreTrainedModel
 
-_CLASSES = (xLSTMConfig, xLSTMPreTrainedModel, xLSTMModel, xLSTMForCausalLM)
-_AUTO_CLASSES = ((AutoModel, xLSTMModel), (AutoModelForCausalLM, xLSTMForCausalLM))
+_AUTO_CLASSES = (
+    (AutoModel, xLSTMModel),
+    (AutoModelForCausalLM, xLSTMForCausalLM),
+    (AutoModelForSequenceClassification, xLSTMForSequenceClassification),
+    (AutoModelForTokenClassification, xLSTMForTokenClassification),
+)
+_CLASSES = (xLSTMConfig, xLSTMPreTrainedModel, *(model for _, model in _AUTO_CLASSES))
 
 
 _NAMESPACES = ("transformers", "transformers.models.xlstm")  # not its submodule, whose classes refer to each other
@@ -30,8 +42,9 @@ def _namespaces() -> list[ModuleType]:
 def register() -> None:
     """Makes transformers use this package's classes for model type ``xlstm``.
 
-    ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` build them. ``transformers.xLSTMForCausalLM`` and the
-    related names refer to them, for loaders that look up a checkpoint's class by name. The registration lasts until
+    ``AutoConfig``, ``AutoModel``, ``AutoModelForCausalLM``, ``AutoModelForSequenceClassification`` and
+    ``AutoModelForTokenClassification`` build them. ``transformers.xLSTMForCausalLM`` and the related names refer to
+    them, for loaders that look up a checkpoint's class by name. The registration lasts until
     :func:`unregister` or the end of the process; repeated calls are harmless. Names imported and models built before do
     not change. transformers' own classes remain in ``transformers.models.xlstm.modeling_xlstm``; ours do not derive
     from them.

@@ -8,8 +8,16 @@ language model. Some class names occur in both: mLSTMBlock and mLSTMLayer of thi
 from typing import Any
 
 from flash_xlstm.nn import _moved
-from flash_xlstm.nn.block_stack import xLSTMBlockStack, xLSTMBlockStackConfig, xLSTMLMModel, xLSTMLMModelConfig
+from flash_xlstm.nn.block_stack import (
+    BiMLSTM,
+    BiSLSTM,
+    xLSTMBlockStack,
+    xLSTMBlockStackConfig,
+    xLSTMLMModel,
+    xLSTMLMModelConfig,
+)
 from flash_xlstm.nn.linear import linear
+from flash_xlstm.nn.state import detach_state, reset_rows
 from flash_xlstm.nn.xlstm_7b import (
     FeedForward,
     FusableProjections,
@@ -22,15 +30,19 @@ from flash_xlstm.nn.xlstm_7b import (
 )
 
 __all__ = [
+    "BiMLSTM",
+    "BiSLSTM",
     "FeedForward",
     "FusableProjections",
     "MultiHeadLayerNorm",
     "RMSNorm",
     "check_weight_mode",
     "convert_weight_mode",
+    "detach_state",
     "linear",
     "mLSTMBlock",
     "mLSTMLayer",
+    "reset_rows",
     "xLSTMBlockStack",
     "xLSTMBlockStackConfig",
     "xLSTMLMModel",

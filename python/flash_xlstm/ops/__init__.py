@@ -1,6 +1,6 @@
 """Torch ops of the xLSTM. Each is backed by operators of the namespace ``torch.ops.flash_xlstm``."""
 
-from flash_xlstm.ops import pointwise
+from flash_xlstm.ops import _vmap, flops, pointwise  # noqa: F401  (_vmap and flops register rules and formulas)
 from flash_xlstm.ops.conv import causal_conv1d, causal_conv1d_step
 from flash_xlstm.ops.dispatch import kernel_for
 from flash_xlstm.ops.linear import fused_linear_rows, linear_rows

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from flash_xlstm.ops import _common, _errors
 
@@ -348,13 +346,3 @@ def _backward(ctx, dloss, *_):
 _linear_cross_entropy = _common.differentiable("linear_cross_entropy", _setup_context, _backward)
 _linear_cross_entropy_backward = _common.no_double_backward("linear_cross_entropy_backward")
 _linear_cross_entropies_backward = _common.no_double_backward("linear_cross_entropies_backward")
-
-
-@register_flop_formula(torch.ops.flash_xlstm.linear_cross_entropy)
-def _(hidden, weight, labels, *options_and_flags, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(hidden) * weight[0] * (1 + sum(options_and_flags[-2:]))
-
-
-@register_flop_formula(torch.ops.flash_xlstm.linear_cross_entropies_backward)
-def _(dloss, hidden, weight, labels, *options_and_flags, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(hidden) * weight[0] * (1 + sum(options_and_flags[-2:]))

@@ -256,7 +256,18 @@ def _(
 
 @_common.register_fake("mlstm_initial_backward")
 def _(dh, dc_last, dn_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size):
-    return tuple(q.new_empty(t.shape, dtype=torch.float32) for t in (c, n, m, m))
+    made = (q.new_empty(t.shape, dtype=torch.float32) for t in (c, n, m, m))
+    begun = torch.library.get_ctx().new_dynamic_size()
+    return *made, q.new_empty(q.shape), q.new_empty((begun,), dtype=torch.uint8)
+
+
+@_common.register_fake("mlstm_remaining_backward")
+def _(
+    dh, dc_last, dn_last, dm_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size,
+    begun,
+):  # fmt: skip
+    dq, *others = _common.fake_gradients(q, k, v, i, f, c, n, m)
+    return dq if begun.numel() == 0 else q.new_empty((0,)), *others
 
 
 @_common.register_fake("mlstm_step")
@@ -322,3 +333,4 @@ _mlstm_step = _common.writing("mlstm_step", 5, 6, 7)
 _mlstm_prefill = _common.writing("mlstm_prefill", 5, 6, 7)
 _mlstm_backward = _common.no_double_backward("mlstm_backward")
 mlstm_initial_backward = _common.no_double_backward("mlstm_initial_backward")
+mlstm_remaining_backward = _common.no_double_backward("mlstm_remaining_backward")

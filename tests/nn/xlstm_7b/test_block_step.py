@@ -233,7 +233,11 @@ def test_counters_of_operations_see_the_products(calls):
         block(tokens(rows, torch.float32), make_state(rows), None, True, True)
     assert calls == [None]
     products = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-    assert counter.get_total_flops() == 2 * rows * products
+    c = make_state(rows)[0]
+    assert counter.get_total_flops() == 2 * rows * products + 4 * c.numel()
+    with mock.patch("flash_xlstm.nn.linear.nothing_looks_on", return_value=True), FlopCounterMode(display=False) as one:
+        block(tokens(rows, torch.float32), make_state(rows), None, True, True)
+    assert [*one.get_flop_counts()["Global"].values()] == [counter.get_total_flops()]
 
 
 @torch.no_grad()

@@ -195,3 +195,20 @@ def test_errors():
         mLSTMLayer(8, 4, step_kernel="fast")
     with pytest.raises(ValueError, match="weight_mode is 'both'"):
         mLSTMLayer(8, 4, weight_mode="both")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("padding", "error", "message"),
+    [
+        (torch.zeros(2, 9, dtype=torch.long), TypeError, "padding has dtype int64; it must be bool, True at padding"),
+        (torch.zeros(2, 1).bool(), ValueError, r"padding has shape \(2, 1\); it must be that of x, \(2, 9\)"),
+        ([[False] * 9] * 2, TypeError, "padding is a list; it must be a tensor"),
+        (torch.zeros(2, 9, device="meta").bool(), ValueError, "padding is on meta; it must be on the device of x, cpu"),
+    ],
+)
+def test_wrong_padding_is_refused(padding, error, message, grad):
+    layer = _layer()
+    for part in (layer, mLSTMBlock(24, layer, FeedForward(24, 32))):
+        with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
+            part(_x(2, 9), padding=padding)

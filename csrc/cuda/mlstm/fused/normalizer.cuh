@@ -12,39 +12,36 @@ namespace flash_xlstm::cuda::fused {
 
 constexpr int n_lanes = 8, n_columns = 64 / n_lanes, n_row_groups = 32 / n_lanes;
 
-__device__ __forceinline__ uint4 load_16(const unsigned char* from) {
+__device__ __forceinline__ uint4 load_16(uint32_t from) {
   uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address(from)));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from));
   return x;
 }
 
 // sum += w_j k_j over the lane's rows, then over all rows. masked: what has weight 0 is left out.
 template <bool masked>
 __device__ __forceinline__ void add_rows(float (&sum)[n_columns], const float* w, const unsigned char* panel) {
-  const int piece = lane() % n_lanes, group = lane() / n_lanes;
-  constexpr int rows = chunk_tokens / n_row_groups;  // of a lane, side by side
-#pragma unroll 2
-  for (int x = 0; x < rows; x += 4) {
+  const uint32_t piece = lane() % n_lanes * 16, group = lane() / n_lanes;
+  constexpr int rows = chunk_tokens / n_row_groups, in_flight = 2;  // rows of a lane, side by side
+#pragma unroll 1
+  for (int x = 0; x < rows; x += in_flight) {
     const int row = group * rows + x;
-    const float4 weights = *reinterpret_cast<const float4*>(w + row);
-    const float of_row[4] = {weights.x, weights.y, weights.z, weights.w};
+    uint4 raw[in_flight];
 #pragma unroll
-    for (int y = 0; y < 4; y += 2) {  // two loads in flight: more do not fit the registers
-      uint4 two[2];
-      two[0] = load_16(panel + swizzled(row + y, piece));
-      two[1] = load_16(panel + swizzled(row + y + 1, piece));
+    for (int y = 0; y < in_flight; ++y) {
+      raw[y] = load_16(address(panel) + (row + y) * 128 + (piece ^ ((x % 8 + y) * 16)));  // swizzled
+    }
+    const float2 weights = *reinterpret_cast<const float2*>(w + row);
+    __syncwarp();  // ptxas sinks no load past it
+    const float of_row[in_flight] = {weights.x, weights.y};
 #pragma unroll
-      for (int z = 0; z < 2; ++z) {
-        const float weight = of_row[y + z];
-        uint32_t raw[4] = {two[z].x, two[z].y, two[z].z, two[z].w};
+    for (int y = 0; y < in_flight; ++y) {
+      uint32_t four[4] = {raw[y].x, raw[y].y, raw[y].z, raw[y].w};
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (masked && weight == 0.0f) raw[c] = 0;
-          const float2 k = unpack<bf16>(raw[c]);
-          sum[c * 2] = fmaf(weight, k.x, sum[c * 2]), sum[c * 2 + 1] = fmaf(weight, k.y, sum[c * 2 + 1]);
-        }
+      for (int c = 0; c < 4; ++c) {
+        if (masked && of_row[y] == 0.0f) four[c] = 0;
+        const float2 k = unpack<bf16>(four[c]);
+        sum[c * 2] = fmaf(of_row[y], k.x, sum[c * 2]), sum[c * 2 + 1] = fmaf(of_row[y], k.y, sum[c * 2 + 1]);
       }
     }
   }

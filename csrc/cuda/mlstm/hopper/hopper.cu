@@ -3,6 +3,7 @@
 //     Without h: the gate scan and the final state, which keeps no other.
 //   Backward: gate scan and states again; dq with u, delta and e; the states' gradients in place of the states; dk and
 //     dv; the gates' gradients. Without dh: no dq, and zeros in the place of what its kernel leaves to the others.
+//     In two parts: the first ends with dq and the gradient of the initial state alone, the second goes on from there.
 // The states are made again because keeping them would take two thirds of the memory of q, k, v and h together (at dqk
 // 256, dv 512).
 #include "cuda/common/device.h"
@@ -47,7 +48,7 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float*
   }
   const Segments segments = choose_segments(p, processor_count());
   w.segments = segments.count;
-  w.num_flags = static_cast<int>(segments.flags) * (backward ? 2 : 1);
+  w.num_flags = static_cast<int>(segments.flags) * (backward ? 3 : 1);
   carver.take(w.segment_ends, segments.floats);
   carver.take(w.segment_flags, w.num_flags);
   if (pass == Pass::h && has_small_tiles(p)) {
@@ -210,14 +211,19 @@ cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t s
   // Zeros, a row's for every token: inv_d and what lies behind it up to k_dk have at least 2,560 bytes.
   if (!has_dh) params.dh = w.p.q = Strided{.data = w.inv_d};
   w.ends_empty = params.dc_last == nullptr && params.dn_last == nullptr;
-  RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, nullptr, stream));
   Maps maps;
-  RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
-  RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, nullptr, stream));
-  if (has_dh) {
-    RETURN_IF_FAILED(output_dq(w, maps, params, stream));
+  if (params.is_begun) {
+    RETURN_IF_FAILED(cudaFree(nullptr));  // makes the context current, as a launch does
+    RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
   } else {
-    RETURN_IF_FAILED(no_dq(w, params, stream));
+    RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, nullptr, stream));
+    RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
+    RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, nullptr, stream));
+    if (has_dh) {
+      RETURN_IF_FAILED(output_dq(w, maps, params, stream));
+    } else {
+      RETURN_IF_FAILED(no_dq(w, params, stream));
+    }
   }
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
   if (params.dk == nullptr) return sum_open_tokens(w, params, stream);

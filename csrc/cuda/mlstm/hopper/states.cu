@@ -25,6 +25,9 @@
 // thousand. This drops a NaN there too, which g = 0 would keep. The run that ends where segment s begins belongs to
 // block s or an earlier one, so a block waits only for blocks that started before it.
 //
+// Where the end state alone is wanted, all steps are shared in the first pass, and the last segment's block combines all
+// runs. So of a long sequence only what its end remembers is read.
+//
 // Forward, the initial and the final state may be the same slot of a pool. Segment 0 reads it before two of its passes,
 // the last segment writes it. So the last segment first waits for a flag: segment 0 has read the slot.
 //
@@ -75,6 +78,7 @@ struct StateArgs {
   int* flags;
   float* log;         // float16: the scale of what is kept
   const float* log0;  // backward: of what was kept before
+  bool alone;         // no slot is written: the state at the walk's end is all that is wanted
 };
 
 // The weights of a chunk's tokens, for one step.
@@ -176,19 +180,21 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int count = static_cast<int>(end - begin);
   const auto chunk_at = [&](int step) { return backward ? end - 1 - step : begin + step; };
   // Steps of this segment. Segments past the sequence's end return, but the first also writes an empty one's final
-  // state.
-  const int per_segment = ceil_div(count, w.segments);
-  const int first_step = segment * per_segment, last_step = min(first_step + per_segment, count);
-  if (segment > 0 && first_step >= count) return;
+  // state. Of an end state alone no step is left for the second pass.
+  const bool in_runs = args.alone && w.segments > 1 && count > 0;
+  const int per_segment = in_runs ? count : ceil_div(count, w.segments);
+  const int first_step = in_runs ? count : segment * per_segment, last_step = min(first_step + per_segment, count);
+  if (segment > 0 && first_step >= count && !in_runs) return;
   if constexpr (!backward) {
     if (is_left_out(w.p, seq)) {
       if (tile_k == 0) fill_h<tile_dv, T>(args, seq, head, col0, begin + first_step, begin + last_step);
       return;
     }
   }
-  const bool is_last = last_step == count;
+  const bool is_last = in_runs ? segment == w.segments - 1 : last_step == count;
   // Steps of a block's piece in the first pass.
-  const int last_segment = count > 0 ? (count - 1) / per_segment : 0, before_last = last_segment * per_segment;
+  const int last_segment = in_runs ? w.segments - 1 : count > 0 ? (count - 1) / per_segment : 0;
+  const int before_last = in_runs ? count : last_segment * per_segment;
   const int piece = (before_last + last_segment) / (last_segment + 1);
   // Steps of run `part` (0 or 1) of block `owner`'s piece; may be empty.
   const auto run_of = [&](int owner, int part, int& begin, int& end) {
@@ -337,7 +343,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       Chunk chunk;
       l.locate(chunk_at(step), chunk);
       const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-      if (backward && writes && reads_state(step)) {
+      if (backward && writes && !args.alone && reads_state(step)) {
         for (int g = 0; g < groups; ++g) {
           auto& s = next_stage(Shared::y_boxes * box_bytes);
           for (int b = 0; b < Shared::y_boxes; ++b) {
@@ -496,7 +502,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   };
   int turn = 0, weights_parity = 0;  // of the weights
   for (int pass = 0; pass < 3; ++pass) {
-    const bool writes = pass == 2, keeps = writes && (backward || w.c != nullptr);
+    const bool writes = pass == 2, keeps = writes && !args.alone;
+    if (writes && in_runs && !is_last) break;
     run_begin = first_step, run_end = last_step;
     bool forgets = false;
     if (!writes) {
@@ -525,7 +532,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       const float* const weight = weights.product;
       keep_all *= keep;
 
-      if (backward && writes) {
+      if (backward && keeps) {
         float inner = 0.0f;
         for (int g = 0; g < (reads_state(step) ? groups : 0); ++g) {
           ptx::mbarrier_wait(&sh.full[stage], parity);
@@ -779,12 +786,14 @@ cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float
                  .h = h,
                  .turns = turns,
                  .flags = turns + 1,
-                 .log = w.state_log};
+                 .log = w.state_log,
+                 .alone = w.c == nullptr};
   return launch<false>(args, stream);
 }
 
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
-  int* const turns = w.segment_flags + w.num_flags / 2;
+  const bool alone = params.dk == nullptr;
+  int* const turns = w.segment_flags + w.num_flags / 3 * (alone ? 1 : 2);
   StateArgs args{.w = w,
                  .x = maps.q,
                  .y = maps.dh,
@@ -796,7 +805,8 @@ cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward
                  .turns = turns,
                  .flags = turns + 1,
                  .log = w.grad_log,
-                 .log0 = w.state_log};
+                 .log0 = w.state_log,
+                 .alone = alone};
   return launch<true>(args, stream);
 }
 

@@ -78,7 +78,7 @@ struct Work {
   int segments;
   float* segment_ends;  // the blocks' shares of the state at the ends of runs
   // [0]: how many blocks have started. Then flags: a share is written; the pool's state is read. Zeroed by scan_gates;
-  // the backward has one set for each direction.
+  // the backward has three sets: the states', those of their gradients' end alone, their gradients'.
   int* segment_flags;
   int num_flags;
   // Forward of small tiles, whose outputs run beside the states: [N] flags that an item's c and n_parts are written,
@@ -172,10 +172,11 @@ cudaError_t sum_open_tokens(const Work& w, const MlstmBackward& params, cudaStre
 // c, n (and n_parts if not null) at every chunk's start; the final state where not null. `h` of sequences that have no
 // slot of the pool.
 cudaError_t forward_states(const Work& w, const Maps& maps, float* c_last, float* n_last, void* h, cudaStream_t stream);
-// Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null.
+// Replaces every c, n by the gradient of the state at the chunk's end; fills through; dc0, dn0 where not null. Without
+// dk: dc0 and dn0 alone, and c, n and through stay as they are.
 cudaError_t backward_states(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 int state_tiles(const MlstmProblem& p);
-// How many segments to cut sequences into, the floats of segment_ends, and the ints of segment_flags for one direction.
+// How many segments to cut sequences into, the floats of segment_ends, and the ints of a set of segment_flags.
 struct Segments {
   int count;
   int64_t floats, flags;

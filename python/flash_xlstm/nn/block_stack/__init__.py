@@ -4,6 +4,7 @@ Names, configurations and parameters are those of NX-AI's package ``xlstm``. It 
 :mod:`flash_xlstm.nn.xlstm_7b` has the different blocks of the xLSTM 7B.
 """
 
+from flash_xlstm.nn.block_stack.bidirectional import BiMLSTM, BiSLSTM
 from flash_xlstm.nn.block_stack.configuration import (
     FeedForwardConfig,
     mLSTMBlockConfig,
@@ -20,6 +21,8 @@ from flash_xlstm.nn.block_stack.slstm import sLSTMCell, sLSTMLayer
 from flash_xlstm.nn.block_stack.stack import StackState, mLSTMBlock, sLSTMBlock, xLSTMBlock, xLSTMBlockStack
 
 __all__ = [
+    "BiMLSTM",
+    "BiSLSTM",
     "CausalConv1d",
     "FeedForwardConfig",
     "GatedFeedForward",

@@ -42,9 +42,10 @@ class xLSTMLMModel(nn.Module):
         *,
         inplace: bool = False,
         cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StackState]:
-        """Logits of a sequence; `state`, `return_last_state`, `inplace` and `cu_seqlens` as in
-        :meth:`xLSTMBlockStack.forward`.
+        """Logits of a sequence; `state`, `return_last_state`, `inplace`, `cu_seqlens` and `padding` as in
+        :meth:`xLSTMBlockStack.forward`. idx at padding is any token.
 
         Raises:
             ValueError: idx is not (batch, seq), or as :meth:`xLSTMBlockStack.forward`.
@@ -55,12 +56,16 @@ class xLSTMLMModel(nn.Module):
         options: dict[str, Any] = {"inplace": True} if inplace else {}
         if cu_seqlens is not None:
             options["cu_seqlens"] = cu_seqlens
+        if padding is not None:
+            options["padding"] = padding
         if not return_last_state:
             return self.lm_head(self.xlstm_block_stack(x, state, **options))
         x, after = self.xlstm_block_stack(x, state, return_last_state=True, **options)
         return self.lm_head(x), after
 
-    def step(self, idx: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
+    def step(
+        self, idx: Tensor, state: StackState | None = None, *, padding: Tensor | None = None
+    ) -> tuple[Tensor, StackState]:
         """Reads one token of each row, idx (batch, 1). Returns logits and the state; see :meth:`xLSTMBlockStack.step`.
 
         Raises:
@@ -71,7 +76,8 @@ class xLSTMLMModel(nn.Module):
                 f"idx has shape {tuple(idx.shape)}; a step takes one token of each row, (batch, 1); for several call "
                 "forward with return_last_state=True"
             )
-        return self(idx, state, return_last_state=True, inplace=not torch.is_grad_enabled())
+        options: dict[str, Any] = {"inplace": not torch.is_grad_enabled(), "padding": padding}
+        return self(idx, state, return_last_state=True, **options)
 
     def reset_parameters(self) -> None:
         self.xlstm_block_stack.reset_parameters()

@@ -14,7 +14,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
 from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
-from flash_xlstm.nn.packing import refuse_step
+from flash_xlstm.nn.packing import check_padding, refuse_step, sequence_of_tokens, tokens_between
 from flash_xlstm.nn.state import fitting
 
 
@@ -173,14 +173,17 @@ class CausalConv1d(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
         cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`inplace` is for one token without gradients. It updates `state`, or a copy of it if its dtype is not that of
-        x."""
+        x. `cu_seqlens` and `padding` are as in :meth:`xLSTMBlockStack.forward`."""
         refuse_step(inplace, cu_seqlens)
         check_sequence("x", x, self.channels, step=inplace)
         conv = self.conv
         if conv is None:
             return F.silu(x), None
+        if padding is not None:
+            return self._beside_padding(x, state, return_state, inplace, cu_seqlens, padding)
         (state,) = fitting((state,), x, (x.dtype,), written=inplace)
         compiled = self.kernel_size <= LIMITS["conv_max_kernel"] and x.dtype != torch.float64
         if cu_seqlens is not None and not (compiled and _only_holds_parameters(conv)):
@@ -196,6 +199,32 @@ class CausalConv1d(nn.Module):
             return_final_state=return_state,
         )  # fmt: skip
         return y if return_state else (y, None)
+
+    def _beside_padding(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        return_state: bool,
+        inplace: bool,
+        cu_seqlens: Tensor | None,
+        padding: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same of rows with padding, where 0 stands for what is before the first token, or `state`."""
+        check_padding(padding, x, cu_seqlens)
+        first, count = tokens_between(padding)
+        x = x.masked_fill(padding[..., None], 0.0)
+        if state is None and not (return_state or inplace):
+            return self(x)
+        (state,) = fitting((state,), x, (x.dtype,), written=inplace)
+        before = self.kernel_size - 1
+        around = torch.arange(before, device=x.device)
+        inputs = F.pad(x, (0, 0, before, 0))
+        at = lambda place: (place + around)[..., None].expand(-1, -1, self.channels)  # noqa: E731
+        if state is not None:
+            inputs = inputs.scatter(1, at(first), state)
+        y, _ = self(inputs[:, before:], inputs[:, :before])
+        last = inputs.gather(1, at(first + count))
+        return y, state.copy_(last) if inplace and state is not None else last
 
     def _by_the_module(
         self, conv: nn.Module, x: Tensor, state: Tensor | None, return_state: bool, inplace: bool
@@ -215,8 +244,7 @@ class CausalConv1d(nn.Module):
         """Packed sequences as `conv` takes them: kernel_size - 1 inputs, of `state` or zeros, before each."""
         before, places = self.kernel_size - 1, torch.arange(x.shape[1], device=x.device)
         rows, starts = cu_seqlens.shape[0] - 1, cu_seqlens.long()
-        row = torch.searchsorted(starts[1:], places, right=True).clamp(max=rows - 1)  # which sequence a token is of
-        tokens = places + before * (row + 1)
+        tokens = places + before * (sequence_of_tokens(starts, x.shape[1]) + 1)
         inputs = x.new_zeros(x.shape[1] + rows * before, self.channels).index_copy(0, tokens, x[0])
         around = torch.arange(before, device=x.device) + before * torch.arange(rows, device=x.device)[:, None]
         if state is not None:

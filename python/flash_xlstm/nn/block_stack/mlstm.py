@@ -19,7 +19,7 @@ from flash_xlstm.nn.block_stack.layers import (
     wang_init,
     zero_bias,
 )
-from flash_xlstm.nn.packing import refuse_step
+from flash_xlstm.nn.packing import check_padding, closed, refuse_step
 from flash_xlstm.nn.state import fitting_state
 from flash_xlstm.ops import MlstmState
 
@@ -51,15 +51,19 @@ class mLSTMCell(nn.Module):
         return_state: bool = False,
         inplace: bool = False,
         cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, MlstmState | None]:
         """`state` may be of any float dtype. `inplace` is for one token without gradients. It updates float32 tensors
-        of `state` (c also in bfloat16, all in float64 if x is float64), and copies of others."""
+        of `state` (c also in bfloat16, all in float64 if x is float64), and copies of others. `cu_seqlens` and
+        `padding` are as in :meth:`xLSTMBlockStack.forward`."""
         refuse_step(inplace, cu_seqlens)
         check_sequence("q", q, self.features, step=inplace)
         check_sequence("k", k, self.features, step=inplace)
         check_sequence("v", v, self.features, step=inplace)
         gate_input = torch.cat([q, k, v], dim=-1)
-        i, f = self.igate(gate_input), self.fgate(gate_input)
+        if padding is not None:
+            check_padding(padding, q, cu_seqlens)
+        i, f = closed(self.igate(gate_input), self.fgate(gate_input), padding)
         q, k, v = (t.unflatten(-1, (self.num_heads, self.features // self.num_heads)) for t in (q, k, v))
         wide = q.dtype == torch.float64
         if state is not None:
@@ -130,6 +134,7 @@ class mLSTMLayer(nn.Module):
         *,
         inplace: bool = False,
         cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
@@ -141,7 +146,7 @@ class mLSTMLayer(nn.Module):
                 dtype.
             return_last_state: also return both after it.
             inplace: update the given states; for one token without gradients (:meth:`step`).
-            cu_seqlens: offsets of packed sequences, as in :meth:`xLSTMBlockStack.forward`.
+            cu_seqlens, padding: packed sequences, or padding, as in :meth:`xLSTMBlockStack.forward`.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"mlstm_state": ..., "conv_state":
@@ -149,7 +154,9 @@ class mLSTMLayer(nn.Module):
         """
         check_sequence("x", x, self.config.embedding_dim, step=inplace)
         inner, z = self.proj_up(x).chunk(2, dim=-1)
-        options: dict[str, Any] = {"return_state": return_last_state, "inplace": inplace, "cu_seqlens": cu_seqlens}
+        options: dict[str, Any] = {
+            "return_state": return_last_state, "inplace": inplace, "cu_seqlens": cu_seqlens, "padding": padding,
+        }  # fmt: skip
         conv, conv_state = self.conv1d(inner, conv_state, **options)
         q, k, v = self.q_proj(conv), self.k_proj(conv), self.v_proj(inner)
         h, mlstm_state = self.mlstm_cell(q, k, v, mlstm_state, **options)
@@ -157,18 +164,24 @@ class mLSTMLayer(nn.Module):
         return (y, {"mlstm_state": mlstm_state, "conv_state": conv_state}) if return_last_state else y
 
     def step(
-        self, x: Tensor, mlstm_state: MlstmState | None = None, conv_state: Tensor | None = None
+        self,
+        x: Tensor,
+        mlstm_state: MlstmState | None = None,
+        conv_state: Tensor | None = None,
+        *,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Reads one token, (batch, 1, embedding_dim). Returns the output and the states after it. Without gradients the
         given states are updated in place, unless they have to be cast (:class:`xLSTMBlockStack`). With gradients
-        enabled they are unchanged, and new ones are returned.
+        enabled they are unchanged, and new ones are returned. Rows where `padding` (batch, 1) is True keep theirs.
 
         Raises:
             ValueError: x holds several tokens, or has another width.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
         # A call, which honours hooks, another forward and offloaded parameters.
-        return self(x, mlstm_state, conv_state, return_last_state=True, inplace=not torch.is_grad_enabled())
+        options: dict[str, Any] = {"inplace": not torch.is_grad_enabled(), "padding": padding}
+        return self(x, mlstm_state, conv_state, return_last_state=True, **options)
 
     def reset_parameters(self) -> None:
         """Initializes as NX-AI's package does, which does not reset the convolution."""

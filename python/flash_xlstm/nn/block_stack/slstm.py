@@ -12,7 +12,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm.nn.block_stack.configuration import sLSTMLayerConfig
 from flash_xlstm.nn.block_stack.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, check_sequence
 from flash_xlstm.nn.block_stack.mlstm import LayerState
-from flash_xlstm.nn.packing import refuse_step
+from flash_xlstm.nn.packing import check_padding, closed, refuse_step
 from flash_xlstm.nn.state import fitting
 from flash_xlstm.ops import SlstmState
 from flash_xlstm.ops._common import unpack_state
@@ -178,6 +178,7 @@ class sLSTMLayer(nn.Module):
         *,
         inplace: bool = False,
         cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """A sequence.
 
@@ -189,7 +190,7 @@ class sLSTMLayer(nn.Module):
                 default: fresh.
             return_last_state: also return both after it.
             inplace: update the given states; for one token without gradients (:meth:`step`).
-            cu_seqlens: offsets of packed sequences, as in :meth:`xLSTMBlockStack.forward`.
+            cu_seqlens, padding: packed sequences, or padding, as in :meth:`xLSTMBlockStack.forward`.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"conv_state": ..., "slstm_state":
@@ -198,27 +199,36 @@ class sLSTMLayer(nn.Module):
         check_sequence("x", x, self.config.embedding_dim, step=inplace)
         options: dict[str, Any] = {"return_state": return_last_state, "inplace": inplace, "cu_seqlens": cu_seqlens}
         conv = x
+        if padding is not None:
+            check_padding(padding, x, cu_seqlens)
         if self.config.conv1d_kernel_size:
-            conv, conv_state = self.conv1d(x, conv_state, **options)
+            conv, conv_state = self.conv1d(x, conv_state, padding=padding, **options)
         # In NX-AI's package and checkpoints `fgate` projects to the recurrence's input gate, and `igate` to its forget
         # gate.
-        gates = torch.cat([self.fgate(conv), self.igate(conv), self.zgate(x), self.ogate(x)], dim=-1)
+        i, f = closed(self.fgate(conv), self.igate(conv), padding)
+        gates = torch.cat([i, f, self.zgate(x), self.ogate(x)], dim=-1)
         h, slstm_state = self.slstm_cell(gates, slstm_state, **options)
         y = self.group_norm(self.dropout(h))
         return (y, {"conv_state": conv_state, "slstm_state": slstm_state}) if return_last_state else y
 
     def step(
-        self, x: Tensor, conv_state: Tensor | None = None, slstm_state: SlstmState | None = None
+        self,
+        x: Tensor,
+        conv_state: Tensor | None = None,
+        slstm_state: SlstmState | None = None,
+        *,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, LayerState]:
         """Reads one token, (batch, 1, embedding_dim). Returns the output and the states after it. Without gradients the
         given states are updated in place, unless they have to be cast (:class:`xLSTMBlockStack`). With gradients
-        enabled they are unchanged, and new ones are returned.
+        enabled they are unchanged, and new ones are returned. Rows where `padding` (batch, 1) is True keep theirs.
 
         Raises:
             ValueError: x holds several tokens, or has another width.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
-        return self(x, conv_state, slstm_state, return_last_state=True, inplace=not torch.is_grad_enabled())
+        options: dict[str, Any] = {"inplace": not torch.is_grad_enabled(), "padding": padding}
+        return self(x, conv_state, slstm_state, return_last_state=True, **options)
 
     def reset_parameters(self) -> None:
         """Initializes as NX-AI's package does, which does not reset the convolution."""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flash_xlstm.nn.block_stack.bidirectional import BiMLSTM, BiSLSTM
 from flash_xlstm.nn.block_stack.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
 from flash_xlstm.nn.block_stack.layers import GatedFeedForward, LayerNorm, check_sequence
 from flash_xlstm.nn.block_stack.mlstm import LayerState, mLSTMLayer
 from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
-from flash_xlstm.nn.packing import check_offsets
+from flash_xlstm.nn.packing import check_packed, check_padding
 
 StackState = dict[str, LayerState]
 
@@ -20,10 +21,14 @@ StackState = dict[str, LayerState]
 class xLSTMBlock(nn.Module):
     """``x += xlstm(norm(x))``, then ``x += ffn(norm(x))`` if there is a feed-forward layer.
 
+    Args:
+        xlstm: the layer around the cell. A bidirectional one must have `merge` "sum".
+        ffn: the feed-forward layer, or None.
+
     Shape: (batch, seq, embedding_dim) in and out.
     """
 
-    def __init__(self, xlstm: mLSTMLayer | sLSTMLayer, ffn: GatedFeedForward | None = None) -> None:
+    def __init__(self, xlstm: mLSTMLayer | sLSTMLayer | BiMLSTM | BiSLSTM, ffn: GatedFeedForward | None = None) -> None:
         super().__init__()
         self.embedding_dim = width = xlstm.config.embedding_dim
         self.xlstm_norm = LayerNorm(width)
@@ -33,7 +38,7 @@ class xLSTMBlock(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Tensor, return_last_state: bool = False, **state: Any) -> Tensor | tuple[Tensor, LayerState]:
-        """Reads a sequence. `state`, `inplace`, `cu_seqlens` and results are as in the layer's ``forward``."""
+        """Reads a sequence. `state`, `inplace`, `cu_seqlens`, `padding` and results are as in the layer's forward."""
         check_sequence("x", x, self.embedding_dim, step=state.get("inplace", False))  # the norm checks the width
         if not return_last_state:
             return self._feed_forward(x + self.xlstm(self.xlstm_norm(x), **state))
@@ -41,7 +46,7 @@ class xLSTMBlock(nn.Module):
         return self._feed_forward(x + y), after
 
     def step(self, x: Tensor, **state: Any) -> tuple[Tensor, LayerState]:
-        """Reads one token. `state`, results and errors are as in the layer's ``step``."""
+        """Reads one token. `state`, `padding`, results and errors are as in the layer's ``step``."""
         check_sequence("x", x, self.embedding_dim, step=True)
         options = {} if torch.is_grad_enabled() else {"inplace": True}
         return self(x, return_last_state=True, **options, **state)
@@ -105,6 +110,7 @@ class xLSTMBlockStack(nn.Module):
         *,
         inplace: bool = False,
         cu_seqlens: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, StackState]:
         """A sequence.
 
@@ -116,24 +122,30 @@ class xLSTMBlockStack(nn.Module):
             cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`. Batch
                 must be 1. Sequences do not see each other, as if each were a row of its own. States have num_seqs in
                 place of batch. A module that replaces a block must take it.
+            padding: (batch, seq) bool, True at tokens that are not there: on the left and right of a row's tokens, not
+                between them, and not beside `cu_seqlens`. Tokens, states and gradients are those of the row without
+                padding. The output at padding is finite and has no meaning. A module that replaces a block must take
+                it.
 
         Returns:
             (batch, seq, embedding_dim); with `return_last_state`, a pair of it and ``{"block_0": ..., ...}``. The given
             state is unchanged unless `inplace`.
 
         Raises:
-            TypeError, ValueError: x or `cu_seqlens` is not as above. On CUDA nothing waits for the values of
-                `cu_seqlens`: the device raises for wrong ones.
+            TypeError, ValueError: x, `cu_seqlens` or `padding` is not as above. On CUDA nothing waits for the values of
+                `cu_seqlens` and `padding`: the device raises for wrong ones.
         """
         before, after = state or {}, {}
         # Any module that takes x alone may replace a block.
         options: dict[str, Any] = {"inplace": True} if inplace else {}
         if cu_seqlens is not None:
             check_sequence("x", x, self.config.embedding_dim, step=inplace)
-            if x.shape[0] != 1:
-                raise ValueError(f"x has batch {x.shape[0]}; with cu_seqlens it must be 1")
-            check_offsets("cu_seqlens", cu_seqlens, x.shape[1])
+            check_packed(x, cu_seqlens)
             options["cu_seqlens"] = cu_seqlens
+        if padding is not None:
+            check_sequence("x", x, self.config.embedding_dim, step=inplace)
+            check_padding(padding, x, cu_seqlens)
+            options["padding"] = padding
         for index, block in enumerate(self.blocks):
             name = f"block_{index}"
             if return_last_state:
@@ -143,8 +155,11 @@ class xLSTMBlockStack(nn.Module):
         x = self.post_blocks_norm(x)
         return (x, after) if return_last_state else x
 
-    def step(self, x: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """Reads one token, (batch, 1, embedding_dim). Returns the output and the state after it.
+    def step(
+        self, x: Tensor, state: StackState | None = None, *, padding: Tensor | None = None
+    ) -> tuple[Tensor, StackState]:
+        """Reads one token, (batch, 1, embedding_dim). Returns the output and the state after it. Rows where `padding`
+        (batch, 1) is True keep their state.
 
         Without gradients the tensors of `state` are updated in place. Copy them to continue from the same state twice.
         A tensor that does not fit this call is cast, and the copy is updated; continue with the returned state. Fitting
@@ -156,7 +171,8 @@ class xLSTMBlockStack(nn.Module):
             ValueError: x holds several tokens, or has another width. The state is unchanged.
         """
         check_sequence("x", x, self.config.embedding_dim, step=True)
-        return self(x, state, return_last_state=True, inplace=not torch.is_grad_enabled())
+        options: dict[str, Any] = {"inplace": not torch.is_grad_enabled(), "padding": padding}
+        return self(x, state, return_last_state=True, **options)
 
     def reset_parameters(self) -> None:
         for block in self.blocks:

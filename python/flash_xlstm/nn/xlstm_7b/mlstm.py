@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.linear import gradients_are_looked_at, linear, nothing_looks_on, unchanged
-from flash_xlstm.nn.packing import refuse_step
+from flash_xlstm.nn.packing import closed, refuse_step
 from flash_xlstm.nn.state import State, fitting_state, has_slots
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, op_weight
 from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
@@ -136,6 +136,7 @@ class mLSTMLayer(FusableProjections):
                 must then be 1, and states have num_seqs in place of batch.
 
         Raises:
+            TypeError, ValueError: `padding` is not as above.
             ValueError: `state_indices` is given for anything but one token in place, or `cu_seqlens` for one token in
                 place.
 
@@ -208,10 +209,7 @@ class mLSTMLayer(FusableProjections):
         i, f = self._project(x, "ifgate_preact")
         if i.dtype not in (dtype, torch.float64):
             i, f = i.float(), f.float()
-        if padding is not None:  # the kernels' soft cap keeps infinities
-            i = i.masked_fill(padding[..., None], -torch.inf)
-            f = f.masked_fill(padding[..., None], torch.inf)
-        return i, f
+        return closed(i, f, padding)
 
     def _sequence(
         self,

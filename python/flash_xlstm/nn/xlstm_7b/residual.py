@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from flash_xlstm.nn.linear import gradients_are_looked_at, nothing_looks_on, own_parameters, torch_own, unchanged
+from flash_xlstm.nn.packing import closed
 from flash_xlstm.nn.xlstm_7b.feedforward import FeedForward
 from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
@@ -297,10 +298,7 @@ def _projected(normed: Tensor, parts: Any, gates: Any, biases: Any, float8: Floa
 def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tuple[int, int]) -> Any:
     """z as (batch, seq, features), and i and f as (batch, seq, heads)."""
     i, f = pre.view(*shape[:2], -1).split(sizes[0], -1)
-    if padding is not None:  # the kernels' soft cap keeps infinities, and the gradients there are 0
-        i = i.masked_fill(padding[..., None], -torch.inf)
-        f = f.masked_fill(padding[..., None], torch.inf)
-    return z.view(*shape[:2], -1), i, f
+    return z.view(*shape[:2], -1), *closed(i, f, padding)
 
 
 class _FeedForward(torch.autograd.Function):
