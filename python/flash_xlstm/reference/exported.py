@@ -101,8 +101,8 @@ def _mlstm_step(
 ) -> Tensor:  # fmt: skip
     if state_indices is not None:
         raise ValueError("the program reads slots of a pool (state_indices), which has no plain form for export")
-    token = (t[:, None] for t in (q, k, v, i, f))
-    h, _, *last = _mlstm(*token, c, n, m, None, scale, eps, gate_soft_cap, 0)
+    q, k, v, i, f = (t[:, None] for t in (q, k, v, i, f))
+    h, _, *last = _mlstm(q, k, v, i, f, c, n, m, None, scale, eps, gate_soft_cap, 0)
     for old, new in zip((c, n, m), last, strict=True):
         old.copy_(new)
     return h[:, 0]
