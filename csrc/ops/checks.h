@@ -283,7 +283,12 @@ inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                device_index, &handle) != AOTI_TORCH_SUCCESS;
-  if (failed) throw std::runtime_error("flash_xlstm: torch could not allocate a tensor; its message is above");
+  // In torch's words, by which other libraries know that a smaller batch may fit.
+  if (failed) {
+    throw std::runtime_error(device_type == aoti_torch_device_type_cpu()
+                                 ? "flash_xlstm: DefaultCPUAllocator: can't allocate memory; torch's message is above"
+                                 : "flash_xlstm: CUDA out of memory. torch's message is above");
+  }
   return Tensor(handle);
 }
 

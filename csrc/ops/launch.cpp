@@ -35,7 +35,7 @@ Scratch::Scratch(int64_t bytes) {
   using Allocate = int32_t (*)(uint64_t, void**);
   static const Allocate allocate = torch_cuda_function<Allocate>("aoti_torch_cuda_caching_allocator_raw_alloc");
   if (!allocate || allocate(static_cast<uint64_t>(bytes), &data_) != 0) {
-    throw std::runtime_error("flash_xlstm: torch could not allocate CUDA memory; its message is above");
+    throw std::runtime_error("flash_xlstm: CUDA out of memory. torch's message is above");
   }
 }
 

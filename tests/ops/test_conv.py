@@ -448,3 +448,25 @@ def test_random_problems(fuzz, make_problem):
         assert_exact(problem)
 
     run()
+
+
+def test_steps_of_random_problems(fuzz, make_problem):
+    @fuzz(100)
+    @given(
+        st.tuples(*(st.integers(1, most) for most in (4, 6, 70, 8))), st.booleans(), st.booleans(),
+        st.sampled_from([None, "silu"]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        st.integers(0, 1000),
+    )  # fmt: skip
+    def run(sizes, bias, wide, activation, dtype, seed):
+        problem = make_problem(*sizes, bias=bias, wide=wide, dtype=dtype, seed=seed)
+        x, weight, bias, state = (problem.inputs.get(name) for name in ("x", "weight", "bias", "state"))
+        state = state.contiguous()
+        doubles = [None if t is None else t.double() for t in (weight, bias, state)]
+        want = reference.causal_conv1d(x.double(), *doubles[:2], activation=activation, initial_state=doubles[2])
+        for t in range(sizes[1]):
+            y = ops.causal_conv1d_step(x[:, t], weight, bias, state, activation=activation)
+            assert torch.allclose(y.double(), want[:, t], rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        joined = torch.cat([doubles[2], x.double()], 1)
+        assert torch.equal(state.double(), joined[:, joined.shape[1] - state.shape[1] :])
+
+    run()

@@ -304,3 +304,31 @@ def test_random_problems(fuzz, place, dtype):
         assert_exact(*arguments(place, dtype, rows, size_in * (8 if place == "cuda" else 1), size_out, bias))
 
     run()
+
+
+@EVERY
+def test_fused_random_problems(fuzz, place, dtype):
+    @fuzz(35)
+    @hypothesis.given(
+        st.integers(1, MOST), st.integers(1, 30), st.lists(st.integers(1, 60), min_size=1, max_size=4), st.booleans(),
+        st.booleans(),
+    )  # fmt: skip
+    def run(rows, size_in, sizes_out, bias, residual):
+        size_in *= 8 if place == "cuda" else 1
+        x = normal(place, rows, size_in, dtype=dtype)
+        weights = [normal(place, size, size_in, dtype=dtype, seed=1 + n) for n, size in enumerate(sizes_out)]
+        biases = [normal(place, size, dtype=dtype, seed=9) if bias else None for size in sizes_out]
+        options = {}
+        if residual and len(weights) == 1:
+            options["residual"] = normal(place, rows, sizes_out[0], dtype=dtype, seed=10)
+        for n, y in enumerate(ops.fused_linear_rows(x, weights, biases, **options)):
+            product = x.double() @ weights[n].double().t() + (biases[n].double() if bias else 0)
+            exact = product + options["residual"].double() if options else product
+            scale = x.double().abs() @ weights[n].double().abs().t()
+            assert y.shape == exact.shape
+            roundings = ROUNDING[dtype] * (
+                exact.abs() + (1.01 * product.abs() if options else 0)
+            )  # on the CPU it has two
+            assert ((y.double() - exact).abs() <= roundings + 3e-6 * scale).all()
+
+    run()

@@ -6,9 +6,11 @@ import itertools
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -436,3 +438,22 @@ def test_labels_out_of_range_end_in_an_error(label):
     done = subprocess.run([sys.executable, "-c", OUT_OF_RANGE.format(label=label)], capture_output=True, text=True)
     assert done.returncode != 0 and "a loss" not in done.stdout
     assert "labels are out of range" in done.stdout + done.stderr
+
+
+def test_random_problems(fuzz, device):
+    @fuzz(100)
+    @hypothesis.given(
+        st.lists(st.integers(4, 9), min_size=2, max_size=3), st.integers(4, 40), st.integers(2, 300),
+        st.sampled_from(DTYPES), st.sampled_from(["mean", "sum", "none"]), st.sampled_from([None, 3.0, 30.0]),
+        st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 1e-2]), st.booleans(), st.integers(0, 1000),
+    )  # fmt: skip
+    def run(shape, dim, vocabulary, dtype, reduction, cap, smoothing, z_loss, strided, seed):
+        hidden, weight, labels = problem(dtype, device, *shape, dim=dim, vocabulary=vocabulary, seed=seed)
+        if strided:
+            hidden, weight = torch.stack([hidden, hidden], -1)[..., 0], weight.t().contiguous().t()
+        check(
+            hidden, weight, labels, reduction=reduction, soft_cap=cap, label_smoothing=smoothing, z_loss=z_loss,
+            bound=max(1e-5, 2 * BOUNDS[dtype]),
+        )  # fmt: skip
+
+    run()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
 
@@ -218,3 +220,29 @@ def test_errors(case):
     arguments = {**{name: torch.zeros(shape) for name, shape in SHAPES.items()}, **changed}
     with pytest.raises(kind, match=f"^{text}"):
         ops.mlstm_state(**arguments)
+
+
+def test_random_problems(fuzz, device):
+    @fuzz(100)
+    @hypothesis.given(
+        st.tuples(*(st.integers(1, most) for most in (140, 40, 40, 3, 3))), st.lists(st.integers(0, 140), max_size=3),
+        st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]), st.booleans(),
+        st.sampled_from([None, 15.0]), st.integers(0, 1000),
+    )  # fmt: skip
+    def run(sizes, cuts, dtype, same, cap, seed):
+        seq, dqk, dv, batch, heads = sizes
+        options = {"gate_soft_cap": cap}
+        if cuts:
+            offsets = [0, *sorted(min(cut, seq) for cut in cuts), seq]
+            options["cu_seqlens"], batch = torch.tensor(offsets, dtype=torch.int32, device=device), 1
+        inputs = make(
+            device, seq, dqk, dv, batch=batch, heads=heads, dtype=dtype, gate_dtype=dtype if same else None, seed=seed
+        )
+        wide = [torch.stack([t, t], -1)[..., 0] for t in inputs[2:]]  # gates of any strides
+        for name, (actual, expected) in compare([*inputs[:2], *wide], **options).items():
+            bound = 1e-5 if dtype == torch.float32 or name in ("n", "m", "log_decay") else 1e-2
+            assert actual.shape == expected.shape
+            # A gate's gradient may be a small difference of large sums.
+            assert error(actual, expected) <= bound or (actual - expected).norm() <= bound * dqk * dv, name
+
+    run()

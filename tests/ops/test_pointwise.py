@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.utils
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -588,14 +589,16 @@ def test_random_problems(fuzz, device):
     @fuzz(350)
     @given(
         st.sampled_from(list(ROW_OPS)), st.sampled_from(list(TOLERANCE)), st.integers(1, 30), st.integers(2, 300),
-        st.booleans(),
+        st.booleans(), st.sampled_from([None, 0, 1, 8]),
     )  # fmt: skip
-    def run(op, dtype, rows, dim, float_weight):
+    def run(op, dtype, rows, dim, float_weight, offset):
         if op == "gated_head_norm":  # with few values dh may be 0 up to rounding: test_values_that_nearly_agree
             dim += 30
         inputs = ROW_OPS[op][2](
             device, dtype, rows=rows, dim=dim, weight_dtype=torch.float32 if float_weight else dtype
         )
+        if offset is not None:  # of wider tensors, which begin there
+            inputs = [F.pad(t, (offset, 3), value=torch.nan)[..., offset:-3] for t in inputs]
         assert_matches(op, inputs)
 
     run()

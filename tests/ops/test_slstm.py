@@ -845,6 +845,29 @@ def test_random_problems(fuzz, make_problem):
     run()
 
 
+def test_steps_of_random_problems(fuzz, make_problem):
+    @fuzz(100)
+    @given(
+        st.tuples(*(st.integers(1, most) for most in (5, 3, 3, 40))), st.sampled_from(LAYOUTS), st.booleans(),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 1000),
+    )  # fmt: skip
+    def run(sizes, layout, float_weight, dtype, seed):
+        problem = make_problem(
+            *sizes, layout=layout, dtype=dtype, weight_dtype=torch.float32 if float_weight else dtype, seed=seed
+        )
+        x, R, b, *state = problem.inputs.values()
+        exact, plain = tuple(t.double() for t in state), tuple(t.clone() for t in state)
+        for t in range(sizes[1]):
+            h = ops.slstm_step(x[:, t], R, b, tuple(state))
+            want = reference.slstm_step(x[:, t].double(), R.double(), b.double(), exact)
+            other = reference.slstm_step(x[:, t], R.to(dtype), b.to(dtype), plain)
+        rounding = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+        for got, good, theirs in zip((h, *state), (want, *exact), (other, *plain), strict=True):
+            assert relative_error(got, good) <= 4 * max(rounding, relative_error(theirs, good))
+
+    run()
+
+
 # --- on the CPU -------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``flash-xlstm info | prepare | train | generate | demo | tasks | bench``.
+"""The command line: ``flash-xlstm info | prepare | train | generate | demo | tasks | bench | convert``.
 
 This package imports only the standard library. :func:`main` imports torch, which takes seconds, and handles Ctrl-C
 meanwhile.

@@ -13,8 +13,6 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from flash_xlstm.cli import interrupt_ends_imports
 from flash_xlstm.cli.errors import CommandError, Interrupted
 from flash_xlstm.training.errors import TrainingError, reason
@@ -75,6 +73,17 @@ are replayed from CUDA graphs.
 Writes OUT/tasks.json, tasks.txt and tasks.png after each model. --small is for CPUs: parity only, unless --tasks asks
 for more, and smaller models.
 """
+_CONVERT_HELP = """
+Converts a checkpoint's folder:
+
+  xlstm_large (config.yaml, model.safetensors or model_0.safetensors, ...)   to a Hugging Face folder
+  a Hugging Face folder of an xLSTM, in either weight mode                   to xlstm_large
+  xlstm's language model (config.yaml, safetensors or a file of torch.save)  to config.json and safetensors
+  such a folder                                                             back
+
+Weights keep their bits. They pass through memory in small pieces, so that a model of any size takes little of it; what
+was written is read again and compared. TARGET appears whole or not at all.
+"""
 _TASKS = ("parity", "cycle-navigation", "modular-arithmetic", "even-pairs", "mqar")
 _BENCH_HELP = """
 Measures the ops and models of this package on this machine, beside the other libraries that are installed. Writes to
@@ -116,7 +125,7 @@ def run(argv: Sequence[str] | None) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, OSError):
             text = reason(error)
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        elif isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
             text = "not enough memory"
             if args.command == "train":
                 text += "; try a smaller --batch-size (and --accumulate more of them)"
@@ -175,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_tasks(commands)
     _add_bench(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -333,6 +343,22 @@ def _add_bench(commands: Any) -> None:
     add(
         "--tolerance", type=_reader(NOT_NEGATIVE_FLOAT), metavar="PERCENT",
         help="with --compare: exit with status 1 if anything of ours is slower than in OLD by more than this",
+    )  # fmt: skip
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert checkpoints of NX-AI's packages from and to Hugging Face folders",
+        description=_CONVERT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", help="folder of a checkpoint; its format decides TARGET's")
+    add("target", help="folder to make")
+    add(
+        "--max-shard-size", type=_reader(POSITIVE_INT), default=5 * 10**9, metavar="N",
+        help="bytes of a file of weights (default: %(default)s)",
     )  # fmt: skip
 
 

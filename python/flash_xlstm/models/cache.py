@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -21,6 +22,8 @@ from flash_xlstm.nn.state import checked_rows, fresh_rows
 State = tuple[Tensor, Tensor, Tensor]
 
 _FORMAT = "flash_xlstm cache 1"
+# Of the tensors in its files, by safetensors' names.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class xLSTMCache:
@@ -115,7 +118,7 @@ class xLSTMCache:
         """Sets the number of tokens seen."""
         self._seq_length = length
 
-    def check(self, config: xLSTMConfig, batch_size: int) -> None:
+    def check(self, config: xLSTMConfig | _Shape, batch_size: int) -> None:
         """Checks that the cache fits a model and a batch.
 
         Raises:
@@ -251,21 +254,22 @@ class xLSTMCache:
                 facts = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
                 if facts.get("format") != _FORMAT:
                     raise ValueError(f"{path} holds no xLSTM cache that this version reads")
-                states = [
-                    (file.get_tensor(f"{layer}.c"), file.get_tensor(f"{layer}.n"), file.get_tensor(f"{layer}.m"))
-                    for layer in range(facts["layers"])
-                ]
-                unread = file.get_tensor("unread") if "unread" in file.keys() else None
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+                for name, least in (("layers", 1), ("seq_length", 0)):
+                    if type(facts.get(name)) is not int or facts[name] < least:
+                        raise ValueError(f"{path} holds no xLSTM cache: {name} is {facts.get(name)!r}")
+                # Shapes and dtypes are checked on the meta device, before anything is read.
+                meta = {name: _on_meta(file.get_slice(name)) for name in file.keys()}
+                what = "the cache of another model" if config is not None else "no xLSTM cache"
+                try:
+                    skeleton = _assembled(meta, facts)
+                    skeleton.check(_Shape.of(skeleton) if config is None else config, skeleton.batch_size)
+                except ValueError as error:
+                    raise ValueError(f"{path} holds {what}: {error}") from error
+                return _assembled({name: file.get_tensor(name) for name in meta}, facts)
+        except (SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} holds no xLSTM cache: {error}") from error
-        cache = cls.from_states(states, states[0][0].dtype, facts["seq_length"])
-        cache.unread = unread
-        if config is not None:
-            try:
-                cache.check(config, cache.batch_size)
-            except ValueError as error:
-                raise ValueError(f"{path} holds the cache of another model: {error}") from error
-        return cache
+        except RuntimeError as error:  # of mmap
+            raise OSError(f"{path} cannot be read: {error}") from error
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes a copy of row ``beam_idx[b]``, as beam search needs; beam_idx (batch,) integers."""
@@ -301,6 +305,48 @@ class xLSTMCache:
             f"xLSTMCache(layers={len(self.rnn_state)}, c={tuple(c.shape)}, dtype={self.dtype}, "
             f"device={c.device}, seq_length={self._seq_length})"
         )
+
+
+@dataclasses.dataclass
+class _Shape:
+    """The sizes of a cache, under a configuration's names."""
+
+    num_hidden_layers: int
+    num_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+
+    @classmethod
+    def of(cls, cache: xLSTMCache) -> _Shape:
+        c = cache.rnn_state[0][0]
+        if c.dim() != 4:
+            raise ValueError(f"c has {c.dim()} dimensions; it must have 4")
+        return cls(len(cache.rnn_state), *c.shape[1:])
+
+
+def _on_meta(part: Any) -> Tensor:
+    """A tensor without data, of a tensor's shape and dtype in a safetensors file."""
+    return torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.int64), device="meta")
+
+
+def _assembled(tensors: dict[str, Tensor], facts: dict[str, Any]) -> xLSTMCache:
+    """The cache of a file.
+
+    Raises:
+        KeyError: a state is missing.
+        ValueError: a tensor is none of a cache's.
+    """
+    states = [(tensors[f"{n}.c"], tensors[f"{n}.n"], tensors[f"{n}.m"]) for n in range(facts["layers"])]
+    c, unread = states[0][0], tensors.get("unread")
+    if len(tensors) != 3 * len(states) + (unread is not None):
+        raise ValueError("the file holds tensors beside the states of its layers")
+    if c.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError("c must be floating-point")
+    if unread is not None and (unread.dtype != torch.int64 or unread.shape != c.shape[:1]):
+        raise ValueError("unread must be a whole number for each row")
+    cache = xLSTMCache.from_states(states, c.dtype, facts["seq_length"])
+    cache.unread = unread
+    return cache
 
 
 def one_cache(**named: Any) -> xLSTMCache | None:

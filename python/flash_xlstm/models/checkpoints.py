@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -18,6 +22,10 @@ HUB_ARGUMENTS = (
     "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder",
 )  # fmt: skip
 
+_BLOCK = re.compile(r"(?:backbone\.)?blocks\.(\d{1,9})\.")
+_OWN = re.compile(r"(?:backbone\.)?(?:blocks|embeddings|out_norm)\.|lm_head\.")
+_FILE = re.compile(r"[^/\\]+\.safetensors")
+
 
 def weight_modes(config_class: Any, path: Any, config: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
     """The weight mode of a checkpoint, and the weight mode that its model gets.
@@ -27,19 +35,32 @@ def weight_modes(config_class: Any, path: Any, config: Any, kwargs: dict[str, An
         path: a folder, or a name on the hub; None where ``kwargs["state_dict"]`` holds the weights.
         config: a configuration or its path; None for the one at `path`.
         kwargs: the other arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: a file is damaged, or the folder's configuration has more blocks than its weights. Only headers have
+            been read.
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    wanted = getattr(config, "weight_mode", None)
+    wanted, read, blocks = getattr(config, "weight_mode", None), config, None
     if wanted is None:
         try:
             read = config_class.from_pretrained(path if config is None else config, **hub)
         except OSError:  # an adapter's folder, or none: from_pretrained handles these
             return "single", "single"
         wanted = kwargs.get("weight_mode", read.weight_mode)
+        if config is None and not kwargs.keys() & {"num_hidden_layers", "num_blocks"}:
+            blocks = read.num_hidden_layers
     if kwargs.get("state_dict") is not None:
         names: Iterable[str] = kwargs["state_dict"]
     else:
-        names = _weight_names(path, kwargs.get("variant"), hub)
+        given = kwargs.get("quantization_config") or getattr(read, "quantization_config", None)
+        names = _weight_names(path, kwargs.get("variant"), hub, quantized=given is not None)
+        found = max((int(match[1]) + 1 for match in map(_BLOCK.match, names) if match), default=None)
+        if blocks is not None and found is not None and blocks > found:
+            raise ValueError(
+                f"num_hidden_layers is {blocks} in {path} (config.json, or the default without one); it must be "
+                f"{found}, as many blocks as its weights have (give num_hidden_layers to add new ones)"
+            )
     return _mode_of(names) or wanted, wanted
 
 
@@ -52,15 +73,47 @@ def _mode_of(names: Iterable[str]) -> str | None:
     return None
 
 
-def _weight_names(path: Any, variant: str | None, hub: dict[str, Any]) -> list[str]:
-    """Names of the tensors in a safetensors checkpoint; empty where none is found."""
+def _weight_names(path: Any, variant: str | None, hub: dict[str, Any], quantized: bool = True) -> list[str]:
+    """Names of the tensors in a safetensors checkpoint; empty where none is found. Reads the headers of local files.
+
+    Raises:
+        ValueError: a file is damaged or holds what is no weight, or the index names what is no file beside it.
+    """
     found = _weight_file(path, variant, hub)
     if found is None:
         return []
-    if found.endswith(".json"):
-        return list(_weight_map(found))
-    with safe_open(found, framework="pt") as tensors:
-        return list(tensors.keys())
+    if not found.endswith(".json"):
+        return _header(found, quantized)
+    named = weight_map(found)
+    for file in sorted(set(named.values())) if os.path.isdir(path) else ():
+        _header(os.fspath(Path(found).parent / file), quantized)
+    return list(named)
+
+
+def _header(file: str, quantized: bool) -> list[str]:
+    """The names in a safetensors file."""
+    if not os.path.isfile(file):
+        raise ValueError(f"{file} is missing; the checkpoint's index names it")
+    with readable(file), safe_open(file, framework="pt") as tensors:
+        names = list(tensors.keys())
+        for name in names if not quantized else ():
+            dtype = tensors.get_slice(name).get_dtype()
+            if _OWN.match(name) and not dtype.startswith(("F", "BF")):
+                raise ValueError(f"{file} holds {name} as {dtype}; it must be a floating-point weight")
+    return names
+
+
+@contextlib.contextmanager
+def readable(path: Any) -> Iterator[None]:
+    """Errors of damaged weights become a ValueError that names `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} holds no whole safetensors file: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds a pickle with more than tensors, which is not run; save its weights as safetensors"
+        ) from error
 
 
 def _weight_file(path: Any, variant: str | None, hub: dict[str, Any]) -> str | None:
@@ -78,9 +131,20 @@ def _weight_file(path: Any, variant: str | None, hub: dict[str, Any]) -> str | N
     return None
 
 
-def _weight_map(index: str) -> dict[str, str]:
-    with open(index, encoding="utf-8") as file:
-        return json.load(file)["weight_map"]
+def weight_map(index: str) -> dict[str, str]:
+    """The file of each tensor, from a checkpoint's index.
+
+    Raises:
+        ValueError: it is no index, or names what is no file beside it.
+    """
+    try:
+        with open(index, encoding="utf-8") as file:
+            named = json.load(file)["weight_map"]
+        if not named or not all(isinstance(name, str) and _FILE.fullmatch(name) for name in named.values()):
+            raise ValueError("weight_map must hold names of safetensors files beside it")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of a checkpoint: {type(error).__name__}: {error}") from error
+    return named
 
 
 def _index_name(variant: str) -> str:
@@ -110,7 +174,7 @@ def converted_state_dict(model: nn.Module, path: Any, kwargs: dict[str, Any], mo
         assert file is not None  # which gives the mode
         files = {file}
         if file.endswith(".json"):
-            files = {os.fspath(cached_file(path, name, **hub)) for name in _weight_map(file).values()}
+            files = {os.fspath(cached_file(path, name, **hub)) for name in weight_map(file).values()}
         state_dict = {}
         for file in sorted(files):
             state_dict.update(load_file(file))

@@ -456,12 +456,22 @@ class xLSTMConfig(PreTrainedConfig):
             raise ValueError(f"{name} is {_shown(value)}; it must be a number greater than 0, finite as float32")
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As ``PreTrainedConfig.get_config_dict``."""
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError as error:
+            raise ValueError(f"the configuration of {pretrained_model_name_or_path} is nested too deeply") from error
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As ``PreTrainedConfig.from_dict``.
 
         Raises:
             ValueError, TypeError: a name or a value that an xLSTM's configuration cannot have.
         """
+        if not isinstance(config_dict, dict):
+            raise TypeError(f"the configuration is {_shown(config_dict)}; it must be a mapping of names to values")
         _check_names(cls, kwargs)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result

@@ -168,6 +168,10 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
         self._torch_checkpoint = function
 
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        del self._torch_checkpoint
+
     def _checkpoint(self, run: Callable[..., Any], *args: Any) -> Any:
         options = getattr(self._torch_checkpoint, "keywords", None)
         x = args[0] if args else run.keywords["x"]  # type: ignore[attr-defined]  # transformers' partial
@@ -269,7 +273,8 @@ class xLSTMPreTrainedModel(PreTrainedModel):
         converted: after it is loaded, or before if the model is to be quantized.
 
         Raises:
-            ValueError: the checkpoint is quantized and in the other weight mode.
+            ValueError: the checkpoint is quantized and in the other weight mode; or a file is damaged, holds what is no
+                weight, or does not fit the folder's configuration, before anything is allocated.
         """
         found, wanted = checkpoints.weight_modes(cls.config_class, pretrained_model_name_or_path, config, kwargs)
         if found != wanted:
@@ -287,7 +292,8 @@ class xLSTMPreTrainedModel(PreTrainedModel):
                 config.weight_mode = found
             else:
                 kwargs = {**kwargs, "weight_mode": found}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        with checkpoints.readable(pretrained_model_name_or_path):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if found != wanted:
             model.set_weight_mode(wanted)

@@ -31,7 +31,8 @@ def explain(error: Exception, function: Callable[..., Any], given: dict[str, Any
         given: the arguments by name, from ``locals()``.
 
     Returns:
-        A TypeError or ValueError that names the argument if its type or value is wrong; otherwise `error`.
+        A TypeError or ValueError that names the argument if its type or value is wrong; torch.OutOfMemoryError where a
+        GPU's memory did not suffice; otherwise `error`.
     """
     for name, hint in typing.get_type_hints(function).items():
         if name in given:
@@ -41,6 +42,8 @@ def explain(error: Exception, function: Callable[..., Any], given: dict[str, Any
         kind, message = _C.argument_error()
         if message and message in str(error):
             return _KINDS[kind](message)
+        if "CUDA out of memory" in str(error):
+            return torch.OutOfMemoryError(str(error))
     return error
 
 

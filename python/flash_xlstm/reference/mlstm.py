@@ -143,6 +143,11 @@ def chunkwise(q, k, v, i, f, initial_state, options: Options, chunk_size: int):
     return torch.cat(hidden, 2).transpose(1, 2), state
 
 
+def parallel(q, k, v, i, f, initial_state, options: Options):
+    h, state = _chunk(*_prepare(q, k, v, i, f, initial_state, options))
+    return h.transpose(1, 2), state
+
+
 def mlstm_recurrent(
     q,
     k,
@@ -179,7 +184,7 @@ def mlstm_parallel(
 ):
     """The mLSTM as one chunk, quadratic in seq. Arguments and results as :func:`mlstm_recurrent`."""
     options = Options(scale, eps, gate_soft_cap)
-    return run(chunkwise, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options, q.shape[1])
+    return run(parallel, q, k, v, i, f, cu_seqlens, return_final_state, initial_state, options)
 
 
 def mlstm_chunkwise(
