@@ -244,10 +244,10 @@ def group_of(group: Group) -> dist.ProcessGroup:
 
 
 def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
+    piece = _piece(k, v, i, f, options, is_read=wants_last or rank < size - 1)  # first: the others wait for it
     state, dtype = _initial(k, v, initial_state, k.shape[0])
-    piece = _piece(k, v, i, f, options, is_read=wants_last or rank < size - 1)
     if rank == 0:
-        piece = _after(state, piece)
+        piece = _after(state, piece) if initial_state is not None else _after_nothing(piece)
     found = _Mlstm.apply(group, wants_last, rank == 0, options, None, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
@@ -336,6 +336,15 @@ def _after(state: MlstmState, piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return c, kept[..., None] * n + added[..., None] * piece_n, last, torch.zeros_like(decay)
 
 
+@torch.no_grad()
+def _after_nothing(piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """:func:`_after` with the state of zeros, m among them, in fewer passes."""
+    piece_c, piece_n, piece_m, decay = piece
+    last = torch.maximum(decay, piece_m)
+    added = torch.exp(piece_m - last)
+    return added[..., None, None] * piece_c, added[..., None] * piece_n, last, decay
+
+
 class _Mlstm(torch.autograd.Function):
     """h, and with `wants_last` the final state: with cu_seqlens of each sequence here, else of the whole.
 
@@ -355,7 +364,9 @@ class _Mlstm(torch.autograd.Function):
         begin = torch.full_like(decay, float(begins))
         own = torch.cat((piece_c.flatten(2), piece_n, torch.stack((piece_m, decay, begin), -1)), -1)
         gathered = own.new_empty(size, *own.shape)
-        exchange = _start(_all_gather, gathered, own, group)
+        # Waited for on the first rank too: the mlstm's blocks would take every SM before the exchange has one.
+        if own.numel() > 0:
+            _all_gather(gathered.flatten(), own.flatten(), group=group)
 
         def state_before(upto):
             if upto == 1:  # its weight is 1
@@ -368,11 +379,8 @@ class _Mlstm(torch.autograd.Function):
 
         state = c, n, m
         if rank > 0:
-            exchange.wait()
             state = tuple(_in_front(a, b) for a, b in zip(state_before(rank), state, strict=True))
         h, kept, *last = torch.ops.flash_xlstm.mlstm(q, k, v, i, f, *state, cu_seqlens, *options, True)
-        if rank == 0:  # the first rank needs nothing of the others for its h
-            exchange.wait()
         whole = state_before(size) if wants_last and cu_seqlens is None else ()
         ctx.group, ctx.wants_last, ctx.options = group, wants_last, options
         ctx.save_for_backward(
@@ -398,10 +406,9 @@ class _Mlstm(torch.autograd.Function):
             dc, dn, dm = into_last
             sent += _sent(scalars, size, dc, dn, dm - _inner(whole, dc, dn))
         got = torch.empty_like(sent[0])
-        exchange = _start(_reduce_scatter, got, sent, ctx.group)
-        is_read = rank < size - 1 or bool(whole)
-        if is_read:
-            exchange.wait()
+        if got.numel() > 0:
+            _reduce_scatter(got.flatten(), sent.flatten(), group=ctx.group)
+        if rank < size - 1 or whole:
             dc, dn, dm = got.split([c.shape[2] * c.shape[3], c.shape[2], 1], -1)
             dc, dn = dc.reshape(batch, *c.shape[1:]), dn.contiguous()
             dm = dm[..., 0] + _inner([t[-batch:] for t in last], dc, dn)
@@ -409,22 +416,10 @@ class _Mlstm(torch.autograd.Function):
             own = tuple(a if b is None else a + b for a, b in zip(more, own, strict=True))
         whole_dq, dk, dv, di, df, *state = mlstm_remaining_backward(dh, *own, *inputs, *ctx.options, begun)
         dq = dq if begun.numel() > 0 else whole_dq
-        if not is_read:
-            exchange.wait()
         if rank > 0:  # of the sequence that goes on nothing was read
             for t in state:
                 t[:batch] = 0.0
         return None, None, None, None, None, None, *state, dq, dk, dv, di, df
-
-
-class _Nothing:
-    def wait(self) -> None:
-        pass
-
-
-def _start(exchange: Any, into: Tensor, of: Tensor, group: Group) -> Any:
-    """Starts a collective. Its `wait` makes what comes behind wait for it."""
-    return exchange(into.flatten(), of.flatten(), group=group, async_op=True) if of.numel() > 0 else _Nothing()
 
 
 def _in_front(a: Tensor, b: Tensor) -> Tensor:
