@@ -66,6 +66,7 @@ def test_a_missing_extra_is_named(command, package):
 def test_an_interrupt_while_modules_are_imported(module, tmp_path):
     code = f"""
 import contextlib, importlib.metadata, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell in the background ignores it
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
