@@ -3,12 +3,13 @@
 - CONTRIBUTING.md and CHANGELOG.md, which lie above this folder, become pages.
 - Files outside this folder that a page links, sources and results, are copied into the site; folders become lists.
 - A line ``<!-- docstring: flash_xlstm.ops.mlstm.mlstm -->`` is replaced by that docstring; "with members" behind the
-  name adds those of the class's public members.
+  name adds those of the class's public members. ``docstrings`` takes all that a module has in ``__all__``.
 - Links, anchors and pictures of the built pages are checked. External links are listed in external_links.txt.
 """
 
 from __future__ import annotations
 
+import ast
 import logging
 import posixpath
 import re
@@ -28,6 +29,7 @@ ABOVE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PICTURES_AND_DATA = (".png", ".svg", ".json")  # shown by browsers; other files get the suffix .txt
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 DOCSTRING = re.compile(r"^<!-- docstring: ([\w.]+)( with members)? -->$", re.M)
+DOCSTRINGS = re.compile(r"^<!-- docstrings: ([\w.]+) -->$", re.M)
 MEMBERS = "\n    options:\n      members:\n      show_if_no_docstring: false\n"
 
 
@@ -83,6 +85,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def _every(match: re.Match[str]) -> str:
+    source = (ROOT / "python" / match[1].replace(".", "/")).with_suffix(".py").read_text()
+    names = re.search(r"^__all__ = (\[.*?\])", source, re.M | re.S)
+    assert names, match[0]
+    return "\n\n".join(f"<!-- docstring: {match[1]}.{name} -->" for name in ast.literal_eval(names[1]))
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     uri = page.file.src_uri
     at = "" if uri.startswith("source/") else uri  # a listing's links are written as if it lay in docs
@@ -95,7 +104,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         there = posixpath.relpath(site_path(path), posixpath.dirname(uri) or ".")
         return f"{match[1]}{there}{hash_}{anchor}{match[3]}"
 
-    markdown = LINK.sub(rewrite, markdown)
+    markdown = DOCSTRINGS.sub(_every, LINK.sub(rewrite, markdown))
     return DOCSTRING.sub(lambda match: f"\n::: {match[1]}{MEMBERS if match[2] else ''}\n", markdown)
 
 
