@@ -253,8 +253,9 @@ def test_learning_rates_rise_and_fall(subject):
 
 
 def test_cpu(tmp_path):
-    options = "--slstm 2x8x1x16 --mlstm 1x128x2x16x16 --others --no-model --threads 1 2 --seconds 0".split()
+    options = "--slstm 2x8x1x16 --mlstm 1x128x2x16x16 --others --no-model --threads 1 2 --seconds 0"
+    options = [*options.split(), "--dtypes", "float32"]
     rows = run(tmp_path, "cpu", *options)["results"]
-    assert len(rows) == 2 * 2 * 2 * 2  # ops, dtypes, passes, threads
+    assert len(rows) == 2 * 2 * 2  # ops, passes, threads
     assert all(row["share"] > 0 and row["calls_each"] >= 5 for row in rows)
     assert {row["what"] for row in rows if "vs_lstm" in row} == {"slstm"}
