@@ -18,7 +18,8 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 # machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 
-.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 test-deploy compute-sanitizer clean
+.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 \
+  test-deploy compute-sanitizer clean
 
 demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 	$(bin)/flash-xlstm demo
@@ -88,7 +89,8 @@ sanitize: $(venv)/installed
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
 
-# The CPU's sources compiled for ARM64, by PyPI's ziglang (clang and a C library for every target). Nothing is linked or run.
+# The CPU's sources compiled for ARM64, by PyPI's ziglang (clang and a C library for every target). Nothing is linked or
+# run.
 zig := build/arm64/zig
 arm64: $(venv)/build-tools
 	test -d $(zig) || $(pip) --no-deps --target $(zig) ziglang==0.17.1
@@ -101,6 +103,7 @@ arm64: $(venv)/build-tools
 	    -fno-math-errno -fno-trapping-math -ffp-contract=fast -Icsrc -isystem "$$include" -c "$$source" \
 	    -o "build/arm64/$$(basename "$$source" .cpp).o" || exit 1; \
 	done
+
 # Programs in onnxruntime and by Inductor's compilers: an environment beside the first, whose packages it sees.
 test-deploy: build/onnx/installed
 	OMP_NUM_THREADS=1 FLASH_XLSTM_TEST_COMPILERS=1 build/onnx/bin/python -m pytest $(PYTEST_ARGS) tests/models/test_deploy.py

@@ -364,7 +364,7 @@ class _Mlstm(torch.autograd.Function):
         begin = torch.full_like(decay, float(begins))
         own = torch.cat((piece_c.flatten(2), piece_n, torch.stack((piece_m, decay, begin), -1)), -1)
         gathered = own.new_empty(size, *own.shape)
-        # Waited for on the first rank too: the mlstm's blocks would take every SM before the exchange has one.
+        # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
         if own.numel() > 0:
             _all_gather(gathered.flatten(), own.flatten(), group=group)
 

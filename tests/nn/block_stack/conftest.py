@@ -56,3 +56,32 @@ def randomize():
 @pytest.fixture
 def ids():
     return torch.randint(23, (3, 19), generator=torch.Generator().manual_seed(1))
+
+
+def _rel(actual, expected):
+    expected = expected.detach().double().cpu()
+    return float((actual.detach().double().cpu() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+@pytest.fixture(scope="session")
+def rel():
+    return _rel
+
+
+@pytest.fixture(scope="session")
+def check():
+    """That logits and gradients by name are as near to float64 as those of separate rows are, to a factor of 3."""
+
+    def run(actual, separate, exact):
+        assert _rel(actual[0], exact[0]) < 3 * _rel(separate[0], exact[0]) + 1e-6
+        floor = 1e-7 * float(torch.stack([g.norm() for g in exact[1].values()]).norm())
+        for name, wanted in exact[1].items():
+            error, usual = (float((run[1][name].cpu().double() - wanted).norm()) for run in (actual, separate))
+            assert error < 3 * usual + floor, name
+
+    return run
+
+
+@pytest.fixture
+def make():
+    return lambda **options: _randomize(block_stack.xLSTMLMModel(_config(**options)))

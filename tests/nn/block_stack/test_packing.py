@@ -20,11 +20,6 @@ def tokens(count, seed=0):
     return torch.randint(23, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-def rel(actual, expected):
-    expected = expected.detach().double().cpu()
-    return float((actual.detach().double().cpu() - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
 def gradients(model, logits, ids):
     model.zero_grad()
     F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()).backward()
@@ -41,29 +36,13 @@ def together(model, ids, lengths):
     return logits, gradients(model, logits, ids)
 
 
-def check(actual, separate, exact):
-    """That packed sequences are as near to float64 as separate ones are, to a factor of 3."""
-    assert rel(actual[0], exact[0]) < 3 * rel(separate[0], exact[0]) + 1e-6
-    floor = 1e-7 * float(torch.stack([g.norm() for g in exact[1].values()]).norm())
-    for name, wanted in exact[1].items():
-        error, usual = (float((run[1][name].cpu().double() - wanted).norm()) for run in (actual, separate))
-        assert error < 3 * usual + floor, name
-
-
-@pytest.fixture
-def make(make_config, randomize):
-    from flash_xlstm.nn.block_stack import xLSTMLMModel
-
-    return lambda **options: randomize(xLSTMLMModel(make_config(**options)))
-
-
 def kernel_size(size):
     return {"mlstm": {"conv1d_kernel_size": size}, "slstm": {"conv1d_kernel_size": size}}
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 9])  # 9 is beyond the op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_packed_sequences_come_out_as_alone(make, size, dtype, device):
+def test_packed_sequences_come_out_as_alone(make, size, dtype, device, check):
     model = make(**kernel_size(size))
     ids = tokens(sum(LENGTHS))
     exact = alone(copy.deepcopy(model).double(), ids, LENGTHS)
@@ -72,7 +51,7 @@ def test_packed_sequences_come_out_as_alone(make, size, dtype, device):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_lengths(make, seed, device):
+def test_random_lengths(make, seed, device, check):
     draw = random.Random(seed)
     lengths = [draw.choice([1, 2, 3, draw.randint(1, 40)]) for _ in range(draw.randint(1, 9))]
     model, ids = make(), tokens(sum(lengths), seed)
@@ -81,7 +60,7 @@ def test_random_lengths(make, seed, device):
     check(together(model, ids, lengths), alone(model, ids, lengths), exact)
 
 
-def test_bfloat16(make, device):
+def test_bfloat16(make, device, check):
     model, ids = make().bfloat16(), tokens(sum(LENGTHS))
     exact = alone(copy.deepcopy(model).double(), ids, LENGTHS)
     model, ids = model.to(device), ids.to(device)
@@ -95,7 +74,7 @@ def flat(state):
 
 @pytest.mark.parametrize("changed", [False, True], ids=["", "convolution with a hook"])
 @pytest.mark.parametrize("size", [1, 4])
-def test_states_are_of_sequences(make, size, changed):
+def test_states_are_of_sequences(make, size, changed, rel):
     """Sequences in two parts, the second from the states behind the first; one has no token in it."""
     model = make(**kernel_size(size))
     if changed:
@@ -117,7 +96,7 @@ def test_states_are_of_sequences(make, size, changed):
         assert rel(packed, torch.cat(separate)) < 5e-6
 
 
-def test_a_changed_convolution_does_not_look_over_a_boundary(make):
+def test_a_changed_convolution_does_not_look_over_a_boundary(make, check):
     model, ids = make(), tokens(sum(LENGTHS))
     for module in model.modules():
         if isinstance(module, torch.nn.Conv1d):
@@ -126,7 +105,7 @@ def test_a_changed_convolution_does_not_look_over_a_boundary(make):
     check(together(model, ids, LENGTHS), exact, exact)
 
 
-def test_compiles_whole(make):
+def test_compiles_whole(make, rel):
     model = make(num_blocks=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

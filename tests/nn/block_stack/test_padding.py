@@ -28,11 +28,6 @@ def padded(rows, side, seq=SEQ):
     return ids, padding
 
 
-def rel(actual, expected):
-    expected = expected.detach().double().cpu()
-    return float((actual.detach().double().cpu() - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
 def gradients(model, logits, rows):
     model.zero_grad()
     F.cross_entropy(logits.float(), torch.cat(rows).to(logits.device)).backward()
@@ -51,22 +46,6 @@ def together(model, rows, side, run=None):
     return logits[~padding], gradients(model, logits[~padding], rows)
 
 
-def check(actual, separate, exact):
-    """That padded rows are as near to float64 as separate ones are, to a factor of 3."""
-    assert rel(actual[0], exact[0]) < 3 * rel(separate[0], exact[0]) + 1e-6
-    floor = 1e-7 * float(torch.stack([g.norm() for g in exact[1].values()]).norm())
-    for name, wanted in exact[1].items():
-        error, usual = (float((run[1][name].cpu().double() - wanted).norm()) for run in (actual, separate))
-        assert error < 3 * usual + floor, name
-
-
-@pytest.fixture
-def make(make_config, randomize):
-    from flash_xlstm.nn.block_stack import xLSTMLMModel
-
-    return lambda **options: randomize(xLSTMLMModel(make_config(**options)))
-
-
 @pytest.fixture
 def rows():
     return [tokens(length, seed) for seed, length in enumerate(LENGTHS)]
@@ -78,7 +57,7 @@ def kernel_size(size):
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("size", [0, 1, 4, 9])  # 9 is beyond the op
-def test_rows_come_out_as_alone(make, rows, side, size, device):
+def test_rows_come_out_as_alone(make, rows, side, size, device, check):
     model = make(**kernel_size(size))
     exact = alone(copy.deepcopy(model).double(), rows)
     check(together(copy.deepcopy(model).double(), rows, side), exact, exact)
@@ -86,7 +65,7 @@ def test_rows_come_out_as_alone(make, rows, side, size, device):
     check(together(model, rows, side), alone(model, rows), exact)
 
 
-def test_bfloat16(make, rows, device):
+def test_bfloat16(make, rows, device, check):
     model = make().bfloat16()
     exact = alone(copy.deepcopy(model).double(), rows)
     model, rows = model.to(device), [row.to(device) for row in rows]
@@ -101,7 +80,7 @@ def flat(state):
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("changed", [False, True], ids=["", "convolution with a hook"])
 @pytest.mark.parametrize("size", [1, 4])
-def test_states_pass_by_padding(make, rows, side, changed, size):
+def test_states_pass_by_padding(make, rows, side, changed, size, rel):
     """Rows in two parts, the second from the states behind the first, then a token of some of the rows."""
     model = make(**kernel_size(size))
     if changed:
@@ -137,7 +116,7 @@ def test_a_step_with_gradients(make):
         assert torch.equal(old, same) and torch.equal(old[0], new[0]) and not torch.equal(old[1], new[1])
 
 
-def test_compiles_whole(make, rows):
+def test_compiles_whole(make, rows, rel):
     model = make(num_blocks=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
