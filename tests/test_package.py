@@ -104,6 +104,15 @@ def test_names_are_there_at_first_use(code):
     run(code)
 
 
+def test_no_submodule_hides_a_function():
+    run("""
+import importlib, pkgutil, flash_xlstm.distributed as package
+for module in pkgutil.iter_modules(package.__path__):
+    importlib.import_module(f"{package.__name__}.{module.name}")
+assert all(callable(getattr(package, name)) for name in package.__all__)
+""")
+
+
 def test_ops_are_compiled_at_their_first_use():
     run("""
 import torch, flash_xlstm

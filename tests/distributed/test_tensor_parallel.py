@@ -97,7 +97,7 @@ def _pipelined():
     from torch._inductor.fx_passes import micro_pipeline_tp, post_grad
     from torch.distributed import _symmetric_memory
 
-    parallel, found, asked = importlib.import_module("flash_xlstm.distributed.parallelize"), [], []
+    parallel, found, asked = importlib.import_module("flash_xlstm.distributed.parallel"), [], []
     parallel._check_async = lambda *_: None
     _symmetric_memory.enable_symm_mem_for_group = asked.append
     dist.is_nccl_available = lambda: True

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from flash_xlstm.distributed.data import mean_labels as mean_labels
     from flash_xlstm.distributed.loss import vocabulary_parallel_cross_entropy as vocabulary_parallel_cross_entropy
     from flash_xlstm.distributed.mesh import cpu_group as cpu_group
-    from flash_xlstm.distributed.parallelize import fsdp as fsdp
-    from flash_xlstm.distributed.parallelize import parallelize as parallelize
+    from flash_xlstm.distributed.parallel import fsdp as fsdp
+    from flash_xlstm.distributed.parallel import parallelize as parallelize
     from flash_xlstm.distributed.tensor import tensor_parallel as tensor_parallel
     from flash_xlstm.distributed.tensor import tensor_parallel_plan as tensor_parallel_plan
 
@@ -34,7 +34,7 @@ _HOMES = {
     "data": ("mean_labels",),
     "loss": ("vocabulary_parallel_cross_entropy",),
     "mesh": ("cpu_group",),
-    "parallelize": ("fsdp", "parallelize"),
+    "parallel": ("fsdp", "parallelize"),
     "tensor": ("tensor_parallel", "tensor_parallel_plan"),
 }
 _NAMES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
