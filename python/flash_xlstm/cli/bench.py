@@ -45,9 +45,9 @@ QUICK = {
         "decode": f"{_MODEL} --batches 1 16 --new-tokens 16",
     },
     "cpu": {
-        "cpu": "--slstm 16x64x4x64 --mlstm 1x1024x4x64x128 --dtypes float32 --threads 1 --seconds 0.5",
+        "cpu": "--slstm 16x64x4x64 --mlstm 1x1024x4x64x128 --dtypes float32 --threads 1 --seconds 0.2 --no-model",
         "step": "--batches 1 --peers flash_xlstm --seconds-each 0.2",
-        "decode": "--size tiny --models flash_xlstm transformers --dtype float32 --new-tokens 8 --seconds-each 0.5",
+        "decode": "--size tiny --models flash_xlstm transformers --dtype float32 --new-tokens 4 --seconds-each 0.3",
     },
 }
 
