@@ -14,14 +14,15 @@ pip := $(bin)/python -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
-# Without a GPU the demo needs no CUDA kernels, which take most of a build. `make test` and wheels build all that the
-# machine's compilers can; FLASH_XLSTM_CUDA=1 makes the demo do so too.
+# Without a GPU nothing but `make test`, wheels and kernels needs CUDA code, which takes most of a build: these build all
+# that the machine's compilers can. FLASH_XLSTM_CUDA=1 makes the others do so too.
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
+built := $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 
 .PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 \
   test-deploy compute-sanitizer clean
 
-demo: $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
+demo: $(built)
 	$(bin)/flash-xlstm demo
 
 test: lint
@@ -30,11 +31,11 @@ test: lint
 # The tests of flash_xlstm.integrations.accelerate and of the block stack beside other libraries' packages. Those lie in a
 # folder of their own, because transformers takes the package xlstm where it finds it.
 dropin := build/dropin
-test-dropin: $(dropin)/installed
+test-dropin: $(built) $(dropin)/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=$(dropin) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
 	  $(addprefix tests/integrations/test_,accelerate.py convert.py flashrnn.py mlstm_kernels.py) tests/nn/block_stack
 
-$(dropin)/installed: $(venv)/installed Makefile
+$(dropin)/installed: Makefile | $(built)
 	rm -rf $(dropin)
 	$(pip) --no-deps --target $(dropin) mlstm_kernels==2.0.6 xlstm==2.0.6 flashrnn==1.0.8 tirex-2==0.4.0 tirex-ts==1.4.2 \
 	  einops narwhals scikit-learn scipy joblib cloudpickle threadpoolctl
@@ -74,7 +75,7 @@ build/docs/installed: pyproject.toml
 test-titan: build/titan/installed
 	OMP_NUM_THREADS=1 build/titan/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_torchtitan.py
 
-build/titan/installed: $(venv)/installed
+build/titan/installed: $(built)
 	$(bin)/python -m venv build/titan
 	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
 	  > "$$(build/titan/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
@@ -82,7 +83,7 @@ build/titan/installed: $(venv)/installed
 	touch $@
 
 # The ops' tests on the CPU under the address and undefined-behaviour sanitizers, with an install of its own.
-sanitize: $(venv)/installed
+sanitize: $(built)
 	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
 	  -C build-dir=build/sanitize .
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
@@ -108,7 +109,7 @@ arm64: $(venv)/build-tools
 test-deploy: build/onnx/installed
 	OMP_NUM_THREADS=1 FLASH_XLSTM_TEST_COMPILERS=1 build/onnx/bin/python -m pytest $(PYTEST_ARGS) tests/models/test_deploy.py
 
-build/onnx/installed: $(venv)/installed
+build/onnx/installed: $(built)
 	$(bin)/python -m venv build/onnx
 	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
 	  > "$$(build/onnx/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
@@ -138,14 +139,14 @@ $(vllm-venv)/installed: $(vllm-venv)/build-tools $(sources)
 	FLASH_XLSTM_CUDA=0 $(vllm-pip) --no-build-isolation -C build-dir=build/vllm '.[hf]'
 	touch $@
 
-# The sdist, and a wheel for each Python found, in dist/. All share one build folder: the kernels are compiled once, the
-# module _C for each Python. FLASH_XLSTM_CUDA=0 makes wheels without CUDA instead, in dist/cpu, with cpu in their names.
-# auditwheel gives each the oldest manylinux tag that it fits; WHEEL_PLATFORM=manylinux_2_28_x86_64 asks for one, and
-# fails without it.
+# The sdist, and a wheel for each Python found, in dist/; without nvcc it fails. All share one build folder: the kernels
+# are compiled once, the module _C for each Python. FLASH_XLSTM_CUDA=0 makes wheels without CUDA instead, in dist/cpu,
+# with cpu in their names. auditwheel gives each the oldest manylinux tag that it fits; WHEEL_PLATFORM=manylinux_2_28_x86_64
+# asks for one, and fails without it. pyenv shows the Pythons of PYENV_VERSION, as 3.11.7:3.10.13:3.12.1:3.13.0.
 executable := -c 'import sys; print(sys.executable)' 2>/dev/null
 WHEEL_PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) $(executable)))
 WHEEL_PLATFORM ?= auto
-WHEEL_MIB := 60
+WHEEL_MB := 60
 wheel-kind := $(if $(filter 0,$(FLASH_XLSTM_CUDA)),-cpu)
 wheel-build := build/wheel$(wheel-kind)
 wheels := dist$(if $(wheel-kind),/cpu)
@@ -158,16 +159,23 @@ wheel: $(venv)/build-tools
 	$(if $(wheel-kind),,$(bin)/python -m build --no-isolation --sdist --outdir dist)
 	for python in $(WHEEL_PYTHONS); do \
 	  rm -f $(wheel-build)/CMakeCache.txt; \
-	  PATH="$(CURDIR)/$(bin):$$PATH" PYTHONPATH=$(site) $$python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  echo "wheel for $$python"; \
+	  FLASH_XLSTM_CUDA=$(if $(wheel-kind),0,1) PATH="$(CURDIR)/$(bin):$$PATH" PYTHONPATH=$(site) \
+	    $$python -m pip wheel --quiet --no-build-isolation --no-deps \
 	    $(if $(filter 0,$(FLASH_XLSTM_CUDA)),-C wheel.build-tag=0cpu) -C build-dir=$(wheel-build) \
 	    --wheel-dir $(wheel-build)/raw . || exit 1; \
 	done
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/auditwheel repair --plat $(WHEEL_PLATFORM) --exclude libtorch_cpu.so \
 	  --wheel-dir $(wheels) $(wheel-build)/raw/*.whl
-	@ls -l $(wheels)
-	@! find $(wheels) -name '*.whl' -size +$(WHEEL_MIB)M | grep . || { echo 'larger than $(WHEEL_MIB) MiB'; exit 1; }
+	@for wheel in $(wheels)/*.whl; do \
+	  size=$$(stat --format %s "$$wheel"); \
+	  echo "$$wheel: $$((size / 1000000)) MB of $(WHEEL_MB) at most"; \
+	  test $$size -le $(WHEEL_MB)000000 || exit 1; \
+	done
+	@echo 'manylinux_X_Y: they need glibc X.Y or newer, as this machine has. .github/workflows/wheels.yml builds manylinux_2_28.'
 
-# The wheel for this Python, installed with nothing compiled, under each torch: all tests that need no GPU.
+# The wheel for this Python, installed with nothing compiled, under each torch: all tests that need no GPU. A limit that
+# pip's configuration sets on torch is lifted, unless PIP_CONSTRAINT is in the environment.
 WHEEL_TORCHES ?= 2.11.0 2.13.0 2.15.0
 test-wheel: $(addprefix test-wheel-,$(WHEEL_TORCHES))
 
@@ -175,8 +183,10 @@ test-wheel-%:
 	rm -rf build/wheel-test/$*
 	$(PYTHON) -m venv build/wheel-test/$*
 	tag=$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); \
-	wheel=$$(ls $(wheels)/flash_xlstm-*-$$tag-$$tag-*.whl | tail -1) && test -n "$$wheel" && \
-	  build/wheel-test/$*/bin/python -m pip install --quiet --no-compile torch==$* "$$wheel[test]"
+	wheel=$$(ls $(wheels)/flash_xlstm-*-$$tag-$$tag-*.whl | tail -1); \
+	  test -n "$$wheel" || { echo "no wheel for $$tag in $(wheels): make wheel"; exit 1; }; \
+	  PIP_CONSTRAINT=$${PIP_CONSTRAINT-/dev/null} \
+	    build/wheel-test/$*/bin/python -m pip install --quiet --no-compile torch==$* "$$wheel[test]"
 	PYTHONPATH= OMP_NUM_THREADS=1 \
 	  build/wheel-test/$*/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
@@ -184,12 +194,13 @@ test-wheel-%:
 kernels: $(venv)/build-tools
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python hub/build.py build/kernels
 
+test-kernels: export FLASH_XLSTM_CUDA := $(or $(FLASH_XLSTM_CUDA),$(if $(gpu),auto,0))
 test-kernels: build/kernels/venv/installed kernels
 	OMP_NUM_THREADS=1 KERNEL_REPOSITORY=build/kernels \
 	  build/kernels/venv/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_hub_kernel.py
 
 # `kernels` brings packages of its own: an environment beside the first, whose packages it sees.
-build/kernels/venv/installed: $(venv)/installed
+build/kernels/venv/installed: $(built)
 	$(bin)/python -m venv build/kernels/venv
 	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
 	  > "$$(build/kernels/venv/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
