@@ -104,6 +104,7 @@ arm64: $(venv)/build-tools
 	    -fno-math-errno -fno-trapping-math -ffp-contract=fast -Icsrc -isystem "$$include" -c "$$source" \
 	    -o "build/arm64/$$(basename "$$source" .cpp).o" || exit 1; \
 	done
+	@echo 'all of them compile for ARM64'
 
 # Programs in onnxruntime and by Inductor's compilers: an environment beside the first, whose packages it sees.
 test-deploy: build/onnx/installed
