@@ -54,7 +54,7 @@ def programs(model, ids, states):
     shapes = {"input_ids": {1: SEQ}, "states": tuple(None for _ in states)}
     return (
         torch.export.export(model, (ids, *states), dynamic_shapes=shapes),
-        torch.export.export(model, (ids[:, :1], *states)),
+        torch.export.export(model, (ids[:, :1].contiguous(), *states)),
     )
 
 
@@ -202,7 +202,7 @@ prompt, step = (torch._inductor.aoti_load_package(path) for path in sys.argv[2:4
 logits, *states = prompt(given["ids"], *given["states"])
 outputs = [(logits, *states)]
 for t in range(3):
-    logits, *states = step(given["ids"][:, t : t + 1], *states)
+    logits, *states = step(given["ids"][:, t : t + 1].contiguous(), *states)
     outputs.append((logits, *states))
 torch.save(outputs, sys.argv[4])
 assert "transformers" not in sys.modules
