@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 SANITIZE_ARGS ?= -k "not compile"
+SANITIZE_TESTS ?= tests/ops
 # Number of pytest processes. Each has one thread, because most of a test's time is serial.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 
@@ -82,13 +83,15 @@ build/titan/installed: $(built)
 	build/titan/bin/python -m pip install --quiet --no-compile 'flash-xlstm[torchtitan]'
 	touch $@
 
-# The ops' tests on the CPU under the address and undefined-behaviour sanitizers, with an install of its own.
+# The ops' tests, or those of SANITIZE_TESTS, on the CPU under the address and undefined-behaviour sanitizers, with an
+# install of its own.
 sanitize: $(built)
 	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
 	  -C build-dir=build/sanitize .
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) tests/ops
+	  $(bin)/python -m pytest -p no:cacheprovider --numprocesses $(JOBS) --dist worksteal $(SANITIZE_ARGS) \
+	    $(SANITIZE_TESTS)
 
 # The CPU's sources compiled for ARM64, by PyPI's ziglang (clang and a C library for every target). Nothing is linked or
 # run.
