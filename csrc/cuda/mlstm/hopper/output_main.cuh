@@ -6,8 +6,8 @@
 
 namespace flash_xlstm::cuda::hopper {
 
-// dq: the state's terms of all column tiles, the tile's own last, then both blocks of q k^T and dh v^T. From them u, from
-// u the rows' 1 / d_t and delta. Then P of both blocks.
+// dq: the state's terms of all column tiles, the tile's own last, then both blocks of q k^T and dh v^T. From them u, and
+// from u 1 / d_t and delta. Then P of both blocks.
 template <int tile_n, typename T, typename Shared>
 __device__ __forceinline__ void make_dq_scores(const ThreadPlace<Output::dq, tile_n, false>& me,
                                                LoadedGates<Output::dq, tile_n>& gates,

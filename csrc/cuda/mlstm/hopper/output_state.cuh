@@ -34,8 +34,8 @@ __device__ __forceinline__ void state_product(const ThreadPlace<output, tile_n, 
   if constexpr (is_h) ptx::hold(q_n);
 }
 
-// Calls f(column group, row 0 or 1, two neighbours of q's or k's row) for this thread's part of a stage that has `panels`
-// panels of them and begins with column group `first`.
+// Calls f(column group, row 0 or 1, two neighbours of q's or k's row) for this thread's part of a stage, which has
+// `panels` panels and begins with column group `first`.
 template <typename T, int panels, typename Place, typename F>
 __device__ __forceinline__ void for_dots_of_stage(const Place& me, const unsigned char* stage, int first, F&& f) {
   const unsigned char* const from = stage + me.row(0) * 128 + me.pos * 4;
