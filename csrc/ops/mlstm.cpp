@@ -357,9 +357,12 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   };
   bool in_parts = false;
 #ifdef FLASH_XLSTM_WITH_CUDA
-  in_parts = p.batch > 0 && p.heads > 0 && (params.is_begun || (!all_but_initial && begins_backward(q, params)));
+  in_parts = (params.is_begun || !all_but_initial) && p.batch > 0 && p.heads > 0 && begins_backward(q, params);
   if (in_parts) run_part(op, q, params, *begun, prepare);
 #endif
+  if (params.is_begun && !in_parts) {
+    value_error("begun has ", begun->numel(), " bytes; it must be empty, as mlstm_initial_backward returned it");
+  }
   if (p.batch > 0 && p.heads > 0 && !in_parts) {
     run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, prepare);
   }

@@ -235,6 +235,10 @@ def test_precisions(subject, tmp_path):
     assert path.stat().st_size > 10_000
 
 
+def test_every_precision_has_a_label(subject):
+    assert set(subject("plot").PRECISIONS) == set(subject("precision").PRECISIONS)
+
+
 def test_text_is_held_out_by_files(subject, tmp_path):
     files = []
     for name in range(41):

@@ -248,12 +248,13 @@ def group_of(group: Group) -> dist.ProcessGroup:
 def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
     is_read = wants_last or rank < size - 1
     piece = _piece(k, v, i, f, options, is_read, rank == 0 and initial_state is None)  # first: the others wait for it
-    state = dtype = None
-    if rank == 0 or initial_state is not None:
-        state, dtype = _initial(k, v, initial_state, k.shape[0])
-    if rank == 0 and initial_state is not None:
+    if initial_state is None:
+        found = _Mlstm.apply(group, wants_last, options, None, piece, None, None, None, q, k, v, i, f)
+        return (found[0], found[1:]) if wants_last else found
+    state, dtype = _initial(k, v, initial_state, k.shape[0])
+    if rank == 0:
         piece = _after(state, piece)
-    found = _Mlstm.apply(group, wants_last, options, None, piece, *(state or (None,) * 3), q, k, v, i, f)
+    found = _Mlstm.apply(group, wants_last, options, None, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
@@ -327,21 +328,19 @@ def _initial(k: Tensor, v: Tensor, given: MlstmState | None, rows: int) -> tuple
 @torch.no_grad()
 def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...], is_read: bool, begins: bool) -> Tensor:
     """What :func:`_parts` splits, of this rank's tokens: behind a state without weight; with `begins` behind one of
-    zeros, m among them. Zeros where no rank reads it."""
+    zeros, m among them. Where no rank reads it, anything."""
     if is_read:
         return mlstm_piece(k, v, i, f, *options[2:], begins)
-    return k.new_zeros(piece_floats(k.shape[0], *k.shape[2:], v.shape[-1]), dtype=torch.float32)
+    batch, _, heads, dqk = k.shape
+    return k.new_empty(piece_floats(batch, heads, dqk, v.shape[-1]), dtype=torch.float32)
 
 
 def _parts(piece: Tensor, c_shape: Sequence[int]) -> list[Tensor]:
     """Views of c, n, m and log decay of one piece, (floats,), or of several, (pieces, floats)."""
-    parts, at = [], 0
-    for dims in (4, 3, 2, 2):
-        shape = c_shape[:dims]
-        end = at + math.prod(shape)
-        parts.append(piece[..., at:end].view(*piece.shape[:-1], *shape))
-        at = end
-    return parts
+    shapes = [c_shape[:dims] for dims in (4, 3, 2, 2)]
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = piece.split([*sizes, piece.shape[-1] - sum(sizes)], -1)
+    return [part.view(*piece.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
 @torch.no_grad()
@@ -377,28 +376,32 @@ class _Mlstm(torch.autograd.Function):
         # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
         if piece.numel() > 0:
             _all_gather(gathered.view(-1), piece, group=group)
+        # Up to the mlstm's first kernel the GPU waits for the host, so that what can come behind it does.
         shape = k.shape[0], *k.shape[2:], v.shape[-1]
-        pieces = _parts(gathered, shape)
 
         def state_before(upto):
             if upto == 1:  # its weight is 1
-                return tuple(t[0] for t in pieces[:3])
-            weights, top = _weights(*(t[:upto] for t in pieces[2:]))
-            c, n = (t[:upto] for t in pieces[:2])
+                return tuple(_parts(gathered[0], shape)[:3])
+            c, n, m, decay = _parts(gathered[:upto], shape)
+            weights, top = _weights(m, decay)
             return _times(c, weights[..., None, None]).sum(0), _times(n, weights[..., None]).sum(0), top
 
         state = c, n, m
         if rank > 0:
             before = state_before(rank)
             state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
-        h, kept, *last = torch.ops.flash_xlstm.mlstm(q, k, v, i, f, *state, cu_seqlens, *options, True)
+        elif c is None:
+            state, _ = _initial(k, v, None, shape[0])
+        with torch._C._AutoDispatchBelowAutograd():
+            h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
+                q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1
+            )
         whole = state_before(size) if wants_last and cu_seqlens is None else ()
         ctx.group, ctx.wants_last, ctx.options, ctx.has_state = group, wants_last, options, c is not None
         if rank == 1 and size > 2:  # do not keep the other pieces
             state = tuple(t.clone() for t in state)
-        ctx.save_for_backward(
-            q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, torch.stack(pieces[2:]), *last, *whole
-        )  # fmt: skip
+        scalars = torch.stack(_parts(gathered, shape)[2:])
+        ctx.save_for_backward(q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, scalars, *last, *whole)
         return (h, *(whole or last)) if wants_last else h
 
     @staticmethod
@@ -415,7 +418,7 @@ class _Mlstm(torch.autograd.Function):
         dc, dn, into_m, is_open, dq, begun = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
         if own[2] is not None:
             into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
-        sent = dc.new_zeros(size, piece_floats(*shape))
+        sent = torch.zeros(size, piece_floats(*shape), dtype=torch.float32, device=dc.device)
         _send(sent, scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
         if whole:  # as if a rank behind the last read the final state
             dc, dn, dm = into_last
@@ -426,7 +429,7 @@ class _Mlstm(torch.autograd.Function):
         if rank < size - 1 or whole:
             dc, dn, dm, _ = _parts(got, shape)
             dm = dm + _inner([t[-batch:] for t in last], dc, dn)
-            more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm))
+            more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm)) if rows > batch else (dc, dn, dm)
             own = tuple(a if b is None else a + b for a, b in zip(more, own, strict=True))
         whole_dq, dk, dv, di, df, *state = mlstm_remaining_backward(dh, *own, *inputs, *ctx.options, begun)
         dq = dq if begun.numel() > 0 else whole_dq
