@@ -40,7 +40,7 @@
 // The second half of a chunk is turned into fragments while the first half's products run. A step holds a chunk's two
 // stages to its end; the rest of the ring prefetches (four stages at 64 x 64). Small states (dv up to 128) are bound by
 // the latency of a step, not by bandwidth, so two blocks share an SM where they fit. Forward at 64 x 64 in bfloat16,
-// the outputs' kernel runs beside this one (outputs.cuh): an output waits for the flag of its state.
+// the outputs' kernel runs beside this one (output_small.cuh): an output waits for the flag of its state.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
