@@ -493,6 +493,7 @@ def test_slots_that_overlap(device, name):
     check_error(ops.mlstm_step, device, {"state": state}, ValueError, "stride 0 between slots", f"state {name}")
 
 
+@pytest.mark.slow
 def test_errors_under_compile(device):
     for name, wrong in {**ERRORS, **(CPU_ERRORS if device == "cpu" else {})}.items():
         torch._dynamo.reset()
