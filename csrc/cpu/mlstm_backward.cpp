@@ -284,8 +284,7 @@ class Backward {
       if (dc_end != nullptr) {
         multiply(worker, dc_k_[worker], k, Lies::as_it_is, dc_end, Lies::as_it_is, length, p.dv, p.dqk);
         dc_k = dc_k_[worker];
-        const Left dc_left =
-            products_.left(left_room_[worker], dc_end, Lies::as_it_is, p.dqk, p.dv, Rounding::to_two);
+        const Left dc_left = products_.left(left_room_[worker], dc_end, Lies::as_it_is, p.dqk, p.dv, Rounding::to_two);
         products_.multiply(of_c_transposed_[worker], dc_left, v_transposed_[x], p.dqk, length, p.dv);
         kernels.transpose(of_c, p.dqk, of_c_transposed_[worker], length, p.dqk, length);
       } else {
@@ -330,12 +329,13 @@ class Backward {
   Products products_;
   States states_;
   Scratch scratch_;
-  Arrays<float> dc_slots_, dn_slots_;           // of an item: at its number modulo batch + 1
+  Arrays<float> dc_slots_, dn_slots_;                     // of an item: at its number modulo batch + 1
   Arrays<float> dk_, dv_, n_start_, dn_update_, v_room_;  // of the batch's items
-  std::vector<Right> v_transposed_;                      // the same
+  std::vector<Right> v_transposed_;                       // the same
   // of workers
   Arrays<float> q_, weighted_q_, of_c_, of_c_transposed_, dq_, dh_, clean_, dc_k_, qk_, gv_, x_, w_;
-  Arrays<float> weight_, start_over_d_, start_delta_, inv_d_, delta_, s_, across_, across_n_, left_room_, right_room_, dh_room_;
+  Arrays<float> weight_, start_over_d_, start_delta_, inv_d_, delta_, s_, across_, across_n_, left_room_, right_room_,
+      dh_room_;
 };
 
 }  // namespace

@@ -79,8 +79,7 @@ class Forward {
     products_.multiply(qk_[worker], q_left, k_right, length, length, p.dqk, Part::lower_out);
     kernels.forward_tile(w, length, qk_[worker], gates, p.scale, products_.ahead());
     if (p.normalize) {
-      kernels.normalizer(states_.n(index), s, q, k, gates, p.scale, p.dqk, gate_weights_[worker],
-                         products_.ahead());
+      kernels.normalizer(states_.n(index), s, q, k, gates, p.scale, p.dqk, gate_weights_[worker], products_.ahead());
     } else {
       std::fill_n(s, length, 0.0f);
     }
