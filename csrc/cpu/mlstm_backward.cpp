@@ -195,7 +195,8 @@ class Backward {
       }
     }
     kernels.backward_tile(x_tile, w_tile, qk_[worker], gv_[worker], gates, p.scale, p.eps, inv_d, s, across, across_n,
-                          delta, &sums_.e[global], &sums_.within[global], &sums_.column[global], products_.ahead());
+                          delta, &sums_.e[global], &sums_.within[global], &sums_.column[global],
+                          products_.ahead_between());
     for (int64_t t = 0; t < length; ++t) start_delta[t] = weight[t] * delta[t];
     if (float* const to = dc_start(index); to != nullptr) {
       kernels.weighted_sum(dn_update_[x], q, start_delta, length, p.dqk);

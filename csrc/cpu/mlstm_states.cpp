@@ -79,7 +79,7 @@ void States::add_chunk(int64_t x, int64_t index, int64_t worker, float* c_next) 
   std::fill_n(n_update_[x], p.dqk, 0.0);
   if (p.normalize) {
     kernels.normalizer(n_update_[x], nullptr, nullptr, k[x], gates, p.scale, p.dqk, gate_weights_[worker],
-                       products_.ahead());
+                       products_.ahead_between());
   }
   // In the backward, sums of c's and of k's gradients must agree with c.
   const Left left =

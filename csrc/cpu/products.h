@@ -105,7 +105,8 @@ class Products {
     parallel(workers, work);
   }
 
-  Ahead* ahead() const { return ahead_; }
+  // What to fetch between products too. Those in float32 take long enough for all of it.
+  Ahead* ahead_between() const { return tiles_ ? ahead_ : nullptr; }
 
  private:
   bool tiles_;

@@ -379,6 +379,17 @@ void load_bias(float* to, const void* bias, DType dtype, int64_t heads, int64_t 
   });
 }
 
+// The four gates of up to vector_lanes units of x, of any dtype. A call, so that cells are compiled for float32 only.
+__attribute__((noinline)) void load_gates(float* to, const void* from, DType dtype, int64_t stride, int64_t count) {
+  with_dtype(dtype, [&](auto type) {
+    using Type = decltype(type);
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const auto* units = static_cast<const typename Type::Bits*>(from) + gate * stride;
+      store_vector(to + gate * vector_lanes, load_lanes<Type>(units, count));
+    }
+  });
+}
+
 // --- forward -------------------------------------------------------------------------------------------------------
 
 template <bool keeps>
@@ -393,8 +404,6 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
   const int64_t padded = h.padded, x_seq = params.x_seq, x_gate = params.x_gate;
   const Floats bias(4 * padded);
   load_bias(bias.data(), p.bias, p.bias_dtype, heads, dim, head);
-  const Floats x_token(is_float ? 0 : count * 4 * dim, false);  // as floats
-  const int64_t gate_stride = is_float ? x_gate : dim;
   const float *panels = weights.of(head), *h_now = h.row(0);
   float* h_after = h_next.row(0);
   alignas(64) float recurrent[tile_rows * 2 * panel_columns];
@@ -416,9 +425,12 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
     constexpr int some = decltype(count_tag)::value;
     const int64_t at = r * padded + unit, left = dim - unit;
     Vectors<some> gates[4], kept[slstm_kept];
+    alignas(64) float converted[panel_columns];
     for (int x = 0; x < some; ++x) {
-      const float* from = is_float ? reinterpret_cast<const float*>(x_of(rows[r + x], t)) + unit
-                                   : x_token.data() + (r + x) * 4 * dim + unit;
+      const char* const here = x_of(rows[r + x], t) + unit * bytes;
+      const float* from = is_float ? reinterpret_cast<const float*>(here) : converted;
+      const int64_t gate_stride = is_float ? x_gate : vector_lanes;
+      if (!is_float) load_gates(converted, here, p.dtype, x_gate, left);
       for (int gate = 0; gate < 4; ++gate) {
         const int64_t place = gate * vector_lanes;
         gates[gate].v[x] =
@@ -450,19 +462,19 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
   };
 
   const int64_t groups = weights.groups;
+  // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
+  const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
   for (int64_t t = 0; t < rows.longest; ++t) {
-    for (int64_t r = 0; !is_float && r < count; ++r) {
-      if (t < rows[r].length) pack(x_token.data() + r * 4 * dim, x_of(rows[r], t), p.dtype, x_gate, 4, dim, 4);
-    }
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
     for (int64_t done = 0; done < groups;) {
       const int64_t pair = count <= paired_rows && done + 2 <= groups ? 2 : 1;
       const int64_t group = forth ? done : groups - done - pair;
-      int64_t offsets[2 * 4], offset_count = 0;  // a share of the next token's cache lines, side by side
-      for (int64_t place = 4 * group; place < 4 * (group + pair); ++place) {
-        const int64_t unit = place % groups * vector_lanes;
-        if (unit * bytes % 64 == 0) offsets[offset_count++] = (place / groups * x_gate + unit) * bytes;
+      int64_t offsets[2 * 4], offset_count = 0;  // the next token's cache lines, in the order in which it reads them
+      const int64_t next = groups - group - pair;
+      for (int64_t place = 4 * next; place < 4 * (next + pair); ++place) {
+        const int64_t gate = place / run % 4, unit = (place / (4 * run) * run + place % run) * vector_lanes;
+        if (unit * bytes % 64 == 0) offsets[offset_count++] = (gate * x_gate + unit) * bytes;
       }
       for_tiles(count, [&](int64_t row, int64_t tile) {
         int64_t lines = 0;
