@@ -176,6 +176,7 @@ PRECISIONS = {
     "float32": "float32",
     "bfloat16_autocast": "bfloat16, float32 weights",
     "bfloat16": "bfloat16 throughout",
+    "float32_again": "float32, other roundings",
     "float16_scaled": "float16, loss scaling",
     "float8": "float8",
 }

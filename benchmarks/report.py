@@ -36,10 +36,10 @@ def _steps(rows: list[dict]) -> str:
     )
     lines = []
     for row in rows:
-        shape = f"{row['batch']} x {row['seq']:,}"
-        if "error" in row:
-            lines.append((row["case"], shape, row["error"], *[""] * 6))
+        if "error" in row:  # a peer's process that ended early says no shape
+            lines.append((row["case"], "", row["error"][:120], *[""] * 6))
             continue
+        shape = f"{row['batch']} x {row['seq']:,}"
         lines.append((
             row["case"], shape, _number(row["time_ms"], 1), _number(row.get("peak_gib"), 1),
             _number(row["tokens_per_s"]), _number(row["tflops"]), f"{100 * row['share']:.1f}%",

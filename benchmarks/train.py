@@ -156,7 +156,13 @@ def _transformers(sizes: tuple, case: Case) -> tuple[nn.Module, Callable]:
         raise RuntimeError("transformers runs the xlstm package, which this process has imported")
     vocabulary, width, blocks, heads = sizes
     config = peer.xLSTMConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=blocks, num_heads=heads)
-    return peer.xLSTMForCausalLM(config), _hugging_face_loss
+
+    def loss(forward: Callable[..., Any], ids: Tensor) -> Tensor:
+        # Its mLSTM multiplies float32 by bfloat16 where all weights are bfloat16; autocast casts both.
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            return _hugging_face_loss(forward, ids)
+
+    return peer.xLSTMForCausalLM(config), loss
 
 
 def _xlstm_large(sizes: tuple, case: Case) -> tuple[nn.Module, Callable]:
@@ -166,7 +172,16 @@ def _xlstm_large(sizes: tuple, case: Case) -> tuple[nn.Module, Callable]:
     config = package.xLSTMLargeConfig(
         embedding_dim=width, num_heads=heads, num_blocks=blocks, vocab_size=vocabulary, **options
     )
-    return package.xLSTMLarge(config), _logits_loss
+    model = package.xLSTMLarge(config)
+    for module in model.modules():
+        if type(module).__name__ == "mLSTMBackend":
+            module.register_forward_pre_hook(_float32_gates, with_kwargs=True)
+    return model, _logits_loss
+
+
+def _float32_gates(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Triton 3.6 ends the process in an assertion where this kernel's gates have 16 bits."""
+    return args, {**kwargs, "i": kwargs["i"].float(), "f": kwargs["f"].float()}
 
 
 MODELS = {"flash_xlstm": _ours, "transformers": _transformers, "xlstm_large": _xlstm_large}

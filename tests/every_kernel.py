@@ -12,6 +12,7 @@ import torch
 from flash_xlstm import ops
 
 BF16 = torch.bfloat16
+operators = torch.ops.flash_xlstm
 # batch, seq, heads, dqk, dv, dtype, offsets: the Hopper kernels' column tiles, tails, packing and segments;
 # the fused forward; portable.
 PROBLEMS = [
@@ -98,9 +99,24 @@ def run(batch, seq, heads, dqk, dv, dtype, offsets, normalize=None, gate_soft_ca
     if normalize is None:
         outputs = ops.mlstm_state(k, v, i, f, gate_soft_cap=gate_soft_cap, cu_seqlens=cu_seqlens)
         torch.autograd.grad(outputs, (k, v, i, f), [torch.randn_like(t) for t in outputs])
+        in_two_parts(q, k, v, i, f, *state, cu_seqlens, gate_soft_cap)
         for c_dtype in (torch.float32, BF16):
             prefill(q, k, v, i, f, state, cu_seqlens, c_dtype, gate_soft_cap)
     torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def in_two_parts(*inputs):
+    """The backward as context parallel runs it, and the states that it exchanges."""
+    *inputs, gate_soft_cap = inputs
+    options = None, 1e-6, gate_soft_cap, 0
+    h, kept, *last = operators.mlstm(*inputs, *options, True)
+    dh, rest = torch.randn_like(h), (*inputs, h, kept, *options)
+    *_, begun = operators.mlstm_initial_backward(dh, *last[:2], *rest)
+    operators.mlstm_remaining_backward(dh, *last, *rest, begun)
+    if inputs[-1] is None:
+        for from_zero in (False, True):
+            operators.mlstm_piece(*inputs[1:5], gate_soft_cap, 0, from_zero)
 
 
 @torch.no_grad()

@@ -182,9 +182,15 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 
 struct ForwardOutputs {
   OptTensor h, kept, c_last, n_last, m_last, log_decay;  // only those that exist and are wanted
+  OptTensor piece;                                        // c_last, n_last, m_last and log_decay in one
 };
 
-enum class Wanted { h, h_and_kept, h_kept_and_state, state_and_decay };
+enum class Wanted { h, h_and_kept, h_kept_and_state, state_and_decay, piece };
+
+// c, n, m and log decay one after the other; a multiple of 16 bytes, so that a row of several is aligned too.
+int64_t piece_floats(const MlstmProblem& p) {
+  return (p.num_seqs * p.heads * (p.dqk * p.dv + p.dqk + 2) + 3) / 4 * 4;
+}
 
 // Allocates only what is wanted: every tensor costs the host a microsecond. `kept` is what the backward needs: s and m
 // as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads).
@@ -196,15 +202,16 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
     return wanted ? OptTensor(new_empty(q, sizes, ScalarType::Float)) : std::nullopt;
   };
   const bool has_n = options.has_n(), has_m = options.has_m();
-  const bool h = wanted != Wanted::state_and_decay, keep = h && wanted != Wanted::h;
-  const bool state = wanted == Wanted::h_kept_and_state || !h;
+  const bool piece = wanted == Wanted::piece, h = wanted != Wanted::state_and_decay && !piece;
+  const bool keep = h && wanted != Wanted::h, state = wanted == Wanted::h_kept_and_state || (!h && !piece);
   ForwardOutputs y{
       .h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
       .kept = has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
       .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
       .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
       .m_last = make(state && has_m, {p.num_seqs, p.heads}),
-      .log_decay = make(!h, {p.num_seqs, p.heads})};
+      .log_decay = make(!h && !piece, {p.num_seqs, p.heads}),
+      .piece = make(piece, {piece_floats(p)})};
   MlstmForward params{};
   params.p = p;
   if (h) params.h = y.h->data_ptr();
@@ -214,6 +221,13 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
   params.log_decay = float_data(y.log_decay);
+  if (piece) {
+    const int64_t rows = p.num_seqs * p.heads;
+    params.c_last = float_data(y.piece);
+    params.n_last = params.c_last + rows * p.dqk * p.dv;
+    params.m_last = params.n_last + rows * p.dqk;
+    params.log_decay = params.m_last + rows;
+  }
   if (p.batch > 0 && p.heads > 0) {
     run<cpu::mlstm_forward, cuda::mlstm_forward, cuda::mlstm_forward_workspace_bytes>(
         op, q, params, [&] { copy_inputs(checked, params.p, cuda::mlstm_copies(params), q, k, v); });
@@ -344,9 +358,12 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   };
   bool in_parts = false;
 #ifdef FLASH_XLSTM_WITH_CUDA
-  in_parts = p.batch > 0 && p.heads > 0 && (params.is_begun || (!all_but_initial && begins_backward(q, params)));
+  in_parts = (params.is_begun || !all_but_initial) && p.batch > 0 && p.heads > 0 && begins_backward(q, params);
   if (in_parts) run_part(op, q, params, *begun, prepare);
 #endif
+  if (params.is_begun && !in_parts) {
+    value_error("begun has ", begun->numel(), " bytes; it must be empty, as mlstm_initial_backward returned it");
+  }
   if (p.batch > 0 && p.heads > 0 && !in_parts) {
     run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, prepare);
   }
@@ -460,6 +477,13 @@ Tensors<4> mlstm_state(Tensor k, Tensor v, Tensor i, Tensor f, OptTensor cu_seql
   const ForwardOutputs y = forward("mlstm_state", k, k, v, i, f, state_options(cu_seqlens, gate_soft_cap, chunk_size),
                                    Wanted::state_and_decay);
   return {*y.c_last, *y.n_last, *y.m_last, *y.log_decay};
+}
+
+Tensor mlstm_piece(Tensor k, Tensor v, Tensor i, Tensor f, std::optional<double> gate_soft_cap, int64_t chunk_size,
+                   bool from_zero) {
+  Options options = state_options(std::nullopt, gate_soft_cap, chunk_size);
+  if (from_zero) options.first_m = 0.0f;
+  return *forward("mlstm_piece", k, k, v, i, f, options, Wanted::piece).piece;
 }
 
 Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, OptTensor dlog_decay, Tensor k,
@@ -584,6 +608,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   lib.def(
       "mlstm_state(Tensor k, Tensor v, Tensor i, Tensor f, Tensor? cu_seqlens, float? gate_soft_cap, int chunk_size) "
       "-> (Tensor c, Tensor n, Tensor m, Tensor log_decay)");
+  // The same in one tensor, for an exchange between ranks: c, n, m, log_decay one after the other, and up to three
+  // floats that mean nothing. from_zero: it begins with c, n and m of 0.
+  lib.def(
+      "mlstm_piece(Tensor k, Tensor v, Tensor i, Tensor f, float? gate_soft_cap, int chunk_size, bool from_zero) "
+      "-> Tensor");
   lib.def(
       "mlstm_state_backward(Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor? dlog_decay, "
       "Tensor k, Tensor v, Tensor i, Tensor f, Tensor? cu_seqlens, float? gate_soft_cap, int chunk_size) "
@@ -621,6 +650,7 @@ IMPLEMENT_OPS(lib) {
   lib.impl("mlstm_prefill", TORCH_BOX(&mlstm_prefill));
   lib.impl("mlstm_backward", TORCH_BOX(&mlstm_backward));
   lib.impl("mlstm_state", TORCH_BOX(&mlstm_state));
+  lib.impl("mlstm_piece", TORCH_BOX(&mlstm_piece));
   lib.impl("mlstm_state_backward", TORCH_BOX(&mlstm_state_backward));
   lib.impl("mlstm_initial_backward", TORCH_BOX(&mlstm_initial_backward));
   lib.impl("mlstm_remaining_backward", TORCH_BOX(&mlstm_remaining_backward));

@@ -41,6 +41,7 @@ def test_forget_gates(tmp_path):
     assert all(row["time_ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_repeated_runs(tmp_path):
     options = "--runs 2 --settings small --dtype float32 --seconds-each 0.001 --peers flash_xlstm --device cpu".split()
     rows = run(tmp_path, "mlstm_repeated", *options)["results"]
@@ -90,6 +91,7 @@ def test_pictures_are_named_after_their_results(subject, tmp_path):
             assert (FOLDER / "results" / path.name).exists()
 
 
+@pytest.mark.slow
 def test_every_pointwise_op_is_measured_both_ways(subject, tmp_path):
     options = "--rows 16 --columns 64 --dtype float32 --seconds-each 0.001 --device cpu".split()
     rows = [row for row in run(tmp_path, "pointwise", *options)["results"] if row.get("peer") == "flash_xlstm"]
@@ -99,6 +101,7 @@ def test_every_pointwise_op_is_measured_both_ways(subject, tmp_path):
     assert all("chain_time_us" in row for row in rows), rows
 
 
+@pytest.mark.slow
 def test_losses_beside_peers(tmp_path):
     options = "--tokens 40 --dim 16 --vocabulary 100 --dtype float32 --seconds-each 0.001 --device cpu".split()
     rows = [row for row in run(tmp_path, "loss", *options)["results"] if row["what"] == "loss"]
@@ -165,6 +168,7 @@ def test_a_peer_that_is_not_installed_is_a_row(subject, tmp_path):
     assert row["case"] == "xlstm_large" and "No module named 'xlstm'" in row["error"]
 
 
+@pytest.mark.slow
 def test_dropin(tmp_path):
     pytest.importorskip("transformers")
     options = "--models transformers tirex2 --size tiny --device cpu --threads 1 --seconds 0.01".split()
@@ -235,6 +239,10 @@ def test_precisions(subject, tmp_path):
     assert path.stat().st_size > 10_000
 
 
+def test_every_precision_has_a_label(subject):
+    assert set(subject("plot").PRECISIONS) == set(subject("precision").PRECISIONS)
+
+
 def test_text_is_held_out_by_files(subject, tmp_path):
     files = []
     for name in range(41):
@@ -252,6 +260,7 @@ def test_learning_rates_rise_and_fall(subject):
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(0.2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_cpu(tmp_path):
     options = "--slstm 2x8x1x16 --mlstm 1x128x2x16x16 --others --no-model --threads 1 2 --seconds 0"
     options = [*options.split(), "--dtypes", "float32"]

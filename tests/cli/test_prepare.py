@@ -98,6 +98,7 @@ sys.exit(main(sys.argv[1:]))
     assert not partial.exists() and shards.verify(out).train.tokens == 90
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(prepared, train, start, resume, weights, tmp_path):
     options = ["--data", str(prepared), "--steps", 20, "--save-every", 2, "--accumulate", 2]
     assert train(*options, out="whole")[0] == 0

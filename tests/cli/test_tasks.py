@@ -27,6 +27,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_the_slstm_learns_parity_and_the_mlstm_does_not(run, capsys):
     code, folder = run("--models", "0:1", "1:0", "--steps", "400")
     assert code == 0

@@ -496,6 +496,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, resume, monkeypatch, error
     assert resume()[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [200_000, 1_500_000], ids=["weights", "state"])
 def test_a_disk_that_fills_up_while_writing(start, tmp_path, leftovers, size):
     """A limit on the size of files really cuts off a file in the middle of a write."""

@@ -38,7 +38,6 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["dp_shard=2"])
 def test_killed_in_mid_run(tmp_path, mesh):
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -84,7 +84,6 @@ def test_four_ranks(on_ranks):
     on_ranks(4, _same, ((4,), ("tp",)), {}, {})
 
 
-@pytest.mark.slow
 def test_compiled(on_ranks):
     on_ranks(2, _same, ALONE, {"compile": "aot_eager"}, {})
 
@@ -132,7 +131,6 @@ def _pipelined():
     return [dict(graph) for graph in found]
 
 
-@pytest.mark.slow
 def test_asynchronous(on_ranks):
     """All gathers and scatters of the forward, and the gathers of the backward, go with products. A scatter of the
     backward sums gradients of several."""

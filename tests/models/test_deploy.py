@@ -218,7 +218,9 @@ def test_aotinductor_in_a_fresh_process(tensor_model, tokens, tmp_path, device):
     for program, path in zip(programs(model, ids, states), files, strict=True):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     torch.save({"ids": other, "states": states}, tmp_path / "given")
-    subprocess.run([sys.executable, "-c", _FRESH, tmp_path / "given", *files, tmp_path / "out"], check=True)
+    command = [sys.executable, "-c", _FRESH, tmp_path / "given", *files, tmp_path / "out"]
+    fresh = subprocess.run(command, capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
     outputs = torch.load(tmp_path / "out")
     expected = model(other, *states)
     same(outputs[0], expected, 1e-4 if device == "cuda" else 1e-5)

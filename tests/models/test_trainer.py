@@ -90,6 +90,7 @@ def test_packed_training_is_that_of_separate_rows(make_ours, make_trainer, flatt
     assert losses(trainer)[0] > losses(trainer)[-1]
 
 
+@pytest.mark.slow
 def test_compiled_packed_training(make_ours, make_trainer):
     models = [make_ours(), make_ours()]
     make_trainer(models[0]).train()

@@ -584,6 +584,9 @@ def test_backward_in_two_parts(make_problem, device, dtype, offsets, f):
         assert begun.numel() > 0
         with pytest.raises(ValueError, match=r"begun has \d+ bytes; it must be what"):
             torch.ops.flash_xlstm.mlstm_remaining_backward(dh, *into, *rest, begun[1:])
+    else:
+        with pytest.raises(ValueError, match="begun has 8 bytes; it must be empty"):
+            torch.ops.flash_xlstm.mlstm_remaining_backward(dh, *into, *rest, begun.new_zeros(8))
 
 
 def test_opcheck_of_strided_inputs(device):

@@ -496,6 +496,7 @@ def test_errors(device, wrong):
     check_error(ops.mlstm_sig, device, *{**ERRORS, **WRAPPED_ERRORS}[wrong])
 
 
+@pytest.mark.slow
 def test_errors_under_compile(device):
     for name, wrong in ERRORS.items():
         torch._dynamo.reset()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from flash_xlstm import ops, reference
+from flash_xlstm.ops.mlstm_state import mlstm_piece
 
 NAMES = ("c", "n", "m", "log_decay")
 SEQS = (1, 2, 64, 65, 300)
@@ -246,3 +247,21 @@ def test_random_problems(fuzz, device):
             assert error(actual, expected) <= bound or (actual - expected).norm() <= bound * dqk * dv, name
 
     run()
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize("dims", [(16, 32), (3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_one_tensor(device, dtype, dims, from_zero):
+    """What ranks exchange. Behind a state of zeros it is what ops.mlstm ends with."""
+    k, v, i, f = make(device, 70, *dims, dtype=dtype)
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_piece, (k, v, i, f, 2.0, 0, from_zero))
+    piece = mlstm_piece(k, v, i, f, 2.0, 0, from_zero)
+    expected = ops.mlstm_state(k, v, i, f, gate_soft_cap=2.0)
+    if from_zero:
+        expected = *ops.mlstm(k, k, v, i, f, gate_soft_cap=2.0, return_final_state=True)[1], expected[3]
+    assert piece.numel() % 4 == 0
+    for t in expected:
+        found, piece = piece[: t.numel()].view(t.shape), piece[t.numel() :]
+        torch.testing.assert_close(found, t, rtol=1e-6, atol=1e-6)
+    assert piece.numel() < 4

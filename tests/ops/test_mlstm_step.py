@@ -493,6 +493,7 @@ def test_slots_that_overlap(device, name):
     check_error(ops.mlstm_step, device, {"state": state}, ValueError, "stride 0 between slots", f"state {name}")
 
 
+@pytest.mark.slow
 def test_errors_under_compile(device):
     for name, wrong in {**ERRORS, **(CPU_ERRORS if device == "cpu" else {})}.items():
         torch._dynamo.reset()
@@ -582,9 +583,17 @@ def test_random_problems(fuzz, device):
         wide = {name: t.double() for name, t in drawn.items()}
         used = [row for row in range(batch) if where[row] >= 0]
         rows = tuple(t[[where[row] for row in used]].contiguous() for t in exact)
+        given = clone(rows, torch.float64)
         expected = reference.mlstm_step(**{name: t[used] for name, t in wide.items()}, state=rows, **options)
         assert not h[sorted(left_out)].any()
-        assert close(h[used], expected, 2 * tolerance(dtype))
+        # q c and q n are sums whose terms may cancel: four times what a rounding of q changes is allowed.
+        signs = 1 - 2 * torch.randint(0, 2, wide["q"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+        moved = {**wide, "q": wide["q"] * (1 + signs * torch.finfo(dtype).eps / 2)}
+        rounded = reference.mlstm_step(
+            **{name: t[used] for name, t in moved.items()}, state=clone(given, torch.float64), **options
+        )
+        off = (h[used].double() - expected).norm()
+        assert off <= max(2 * tolerance(dtype) * expected.norm(), 4 * (rounded - expected).norm())
         for t, want, new in zip(state, exact, rows, strict=True):
             want[[where[row] for row in used]] = new
             assert close(t, want, 1e-5)

@@ -44,6 +44,7 @@ def test_tensorboard_has_the_history(settings, options):
                 assert scalars[name][row["step"]] == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_that_were_not_saved_are_hidden(settings, options, monkeypatch):
     pytest.importorskip("tensorboard")
     trainer = training.start(settings, {**options, "save_every": 2})

@@ -78,6 +78,7 @@ def test_gradients_are_those_of_the_plain_layers_but_for_rounding(torchao, mode,
     assert 1e-3 < distance(rounded, gradients) < 0.3  # rounded to three bits, in every layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpointing_and_compile_change_nothing(torchao, mode):
     model = small(mode)

@@ -52,6 +52,7 @@ def test_flops_of_a_token(tied):
     assert mfu.flops_per_token(model) == 6 * (blocks + 32 + 100 * 32)  # the output norm and the head
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_share_of_the_peak(text, tmp_path, monkeypatch):
     settings = {"data": text, "hidden_size": 32, "layers": 1, "heads": 1, "sequence_length": 16, "batch_size": 2}
     settings |= {"steps": 4, "warmup": 1}

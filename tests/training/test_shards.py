@@ -509,6 +509,7 @@ def test_a_resumed_run_ends_with_the_same_weights(settings, options, tmp_path, p
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_resuming_with_other_data_is_refused(settings, options, folder, tmp_path):
     trainer = training.start(settings, options)
     trainer.run(_Stop(trainer, 1))
@@ -533,6 +534,7 @@ def test_what_prepared_data_decide_is_not_given_again(settings, options, make_to
         training.start({**settings, "sequence_length": 10**6}, {**options, "out": options["out"] / "other"})
 
 
+@pytest.mark.slow
 def test_the_model_of_prepared_data(settings, options, folder, tmp_path, make_tokenizer):
     tokenizer = make_tokenizer(eos="</s>")
     out = tmp_path / "tokens"
@@ -546,6 +548,7 @@ def test_the_model_of_prepared_data(settings, options, folder, tmp_path, make_to
     assert training.resume({"hidden_size": 32, "tokenizer": tokenizer}, options).step == 6
 
 
+@pytest.mark.slow
 def test_a_trainer_of_shards_of_your_own(settings, options, prepared):
     corpus = shards.load_prepared(prepared, 16)
     model = training.start(settings, options).model

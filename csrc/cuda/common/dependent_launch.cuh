@@ -14,7 +14,7 @@
 // norm), or in a captured chain that begins when all work before it has ended (models/decoding.py).
 //
 // The mLSTM's h of small heads waits only at its end. It finds by flags what the kernel before it writes. Everything
-// else it reads was written when that kernel let it start, after its own wait (mlstm/hopper/outputs.cuh).
+// else it reads was written when that kernel let it start, after its own wait (mlstm/hopper/output_small.cuh).
 #pragma once
 
 #include <cuda_runtime.h>

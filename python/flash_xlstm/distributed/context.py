@@ -8,6 +8,7 @@ goes the same way from the last rank to the first, with the gradients of the ran
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from flash_xlstm.models import packing
 from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
 from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward, mlstm_remaining_backward
+from flash_xlstm.ops.mlstm_state import mlstm_piece, piece_floats
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 # torch 2.13 renamed them.
@@ -244,11 +246,15 @@ def group_of(group: Group) -> dist.ProcessGroup:
 
 
 def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
-    piece = _piece(k, v, i, f, options, is_read=wants_last or rank < size - 1)  # first: the others wait for it
+    is_read = wants_last or rank < size - 1
+    piece = _piece(k, v, i, f, options, is_read, rank == 0 and initial_state is None)  # first: the others wait for it
+    if initial_state is None:
+        found = _Mlstm.apply(group, wants_last, options, None, piece, None, None, None, q, k, v, i, f)
+        return (found[0], found[1:]) if wants_last else found
     state, dtype = _initial(k, v, initial_state, k.shape[0])
     if rank == 0:
-        piece = _after(state, piece) if initial_state is not None else _after_nothing(piece)
-    found = _Mlstm.apply(group, wants_last, rank == 0, options, None, piece, *state, q, k, v, i, f)
+        piece = _after(state, piece)
+    found = _Mlstm.apply(group, wants_last, options, None, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
@@ -270,11 +276,14 @@ def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last
     if several and is_read:  # the last sequence alone: the tokens before it are made padding
         before = torch.arange(k.shape[1], device=k.device) < cu_seqlens[-2]
         last_i, last_f = i.masked_fill(before[:, None], -torch.inf), f.masked_fill(before[:, None], torch.inf)
-    piece = _piece(k, v, last_i, last_f, options, is_read)
     begins = several or rank == 0  # here: what came before this rank ends with its first sequence
+    piece = _piece(k, v, last_i, last_f, options, is_read, begins and initial_state is None)
     if begins:
-        piece = _after(tuple(t[-1:] for t in state), piece)
-    found = _Mlstm.apply(group, wants_last, begins, options, cu_seqlens, piece, *state, q, k, v, i, f)
+        if initial_state is not None:
+            piece = _after(tuple(t[-1:] for t in state), piece)
+        with torch.no_grad():
+            _parts(piece, (k.shape[0], *k.shape[2:], v.shape[-1]))[3].fill_(-torch.inf)
+    found = _Mlstm.apply(group, wants_last, options, cu_seqlens, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
@@ -317,39 +326,42 @@ def _initial(k: Tensor, v: Tensor, given: MlstmState | None, rows: int) -> tuple
 
 
 @torch.no_grad()
-def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...], is_read: bool) -> tuple[Tensor, ...]:
-    """c, n, m and log decay of this rank's tokens; zeros where no rank reads them."""
+def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...], is_read: bool, begins: bool) -> Tensor:
+    """What :func:`_parts` splits, of this rank's tokens: behind a state without weight; with `begins` behind one of
+    zeros, m among them. Where no rank reads it, anything."""
     if is_read:
-        return torch.ops.flash_xlstm.mlstm_state(k, v, i, f, None, *options[2:])
+        return mlstm_piece(k, v, i, f, *options[2:], begins)
     batch, _, heads, dqk = k.shape
-    shapes = (batch, heads, dqk, v.shape[-1]), (batch, heads, dqk), (batch, heads), (batch, heads)
-    return tuple(torch.zeros(shape, dtype=torch.float32, device=k.device) for shape in shapes)
+    return k.new_empty(piece_floats(batch, heads, dqk, v.shape[-1]), dtype=torch.float32)
+
+
+def _parts(piece: Tensor, c_shape: Sequence[int]) -> list[Tensor]:
+    """Views of c, n, m and log decay of one piece, (floats,), or of several, (pieces, floats)."""
+    shapes = [c_shape[:dims] for dims in (4, 3, 2, 2)]
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = piece.split([*sizes, piece.shape[-1] - sum(sizes)], -1)
+    return [part.view(*piece.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
 @torch.no_grad()
-def _after(state: MlstmState, piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The state after a piece, in the place of the piece's own. The decay no longer matters."""
-    (c, n, m), (piece_c, piece_n, piece_m, decay) = state, piece
+def _after(state: MlstmState, piece: Tensor) -> Tensor:
+    """The state after a piece, in the place of the piece's own."""
+    c, n, m = state
+    piece_c, piece_n, piece_m, decay = _parts(piece, c.shape)
     last = torch.maximum(decay + m, piece_m)
     kept, added = torch.exp(decay + m - last), torch.exp(piece_m - last)
-    c = kept[..., None, None] * c + added[..., None, None] * piece_c
-    return c, kept[..., None] * n + added[..., None] * piece_n, last, torch.zeros_like(decay)
-
-
-@torch.no_grad()
-def _after_nothing(piece: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """:func:`_after` with the state of zeros, m among them, in fewer passes."""
-    piece_c, piece_n, piece_m, decay = piece
-    last = torch.maximum(decay, piece_m)
-    added = torch.exp(piece_m - last)
-    return added[..., None, None] * piece_c, added[..., None] * piece_n, last, decay
+    piece_c.mul_(added[..., None, None]).add_(kept[..., None, None] * c)
+    piece_n.mul_(added[..., None]).add_(kept[..., None] * n)
+    piece_m.copy_(last)
+    return piece
 
 
 class _Mlstm(torch.autograd.Function):
     """h, and with `wants_last` the final state: with cu_seqlens of each sequence here, else of the whole.
 
-    piece: c, n, m and log decay of this rank's last sequence; with `begins` c, n, m are a state already, which no
-    earlier one changes. c, n, m: of each sequence here; of the first one they are read on the first rank alone.
+    piece: c, n, m and log decay of this rank's last sequence. Where it begins here, c, n, m are a state already, which
+    no earlier one changes, and the log decay is -inf; the first rank's is not read. c, n, m: of each sequence here; of
+    the first one they are read on the first rank alone. Without cu_seqlens they are None elsewhere, or ask for zeros.
 
     Backward: a rank's h has gradients into c and n of the state before it, and through eps into its m, apart from what
     m means to c and n. They go to the ends of all pieces before: those of c and n weighted as these states were, that
@@ -358,34 +370,38 @@ class _Mlstm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group, wants_last, begins, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
+    def forward(ctx, group, wants_last, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        piece_c, piece_n, piece_m, decay = piece
-        begin = torch.full_like(decay, float(begins))
-        own = torch.cat((piece_c.flatten(2), piece_n, torch.stack((piece_m, decay, begin), -1)), -1)
-        gathered = own.new_empty(size, *own.shape)
+        gathered = piece.new_empty(size, piece.shape[0])
         # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
-        if own.numel() > 0:
-            _all_gather(gathered.flatten(), own.flatten(), group=group)
+        if piece.numel() > 0:
+            _all_gather(gathered.view(-1), piece, group=group)
+        # Up to the mlstm's first kernel the GPU waits for the host, so that what can come behind it does.
+        shape = k.shape[0], *k.shape[2:], v.shape[-1]
 
         def state_before(upto):
             if upto == 1:  # its weight is 1
-                states, top = gathered[0, ..., :-3], gathered[0, ..., -3]
-            else:
-                weights, top = _weights(gathered[:upto, ..., -3:])
-                states = _times(gathered[:upto, ..., :-3], weights).sum(0)
-            found_c, found_n = states.split([piece_c.shape[2] * piece_c.shape[3], piece_c.shape[2]], -1)
-            return found_c.reshape(piece_c.shape), found_n.contiguous(), top.contiguous()
+                return tuple(_parts(gathered[0], shape)[:3])
+            c, n, m, decay = _parts(gathered[:upto], shape)
+            weights, top = _weights(m, decay)
+            return _times(c, weights[..., None, None]).sum(0), _times(n, weights[..., None]).sum(0), top
 
         state = c, n, m
         if rank > 0:
-            state = tuple(_in_front(a, b) for a, b in zip(state_before(rank), state, strict=True))
-        h, kept, *last = torch.ops.flash_xlstm.mlstm(q, k, v, i, f, *state, cu_seqlens, *options, True)
+            before = state_before(rank)
+            state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
+        elif c is None:
+            state, _ = _initial(k, v, None, shape[0])
+        with torch._C._AutoDispatchBelowAutograd():
+            h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
+                q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1
+            )
         whole = state_before(size) if wants_last and cu_seqlens is None else ()
-        ctx.group, ctx.wants_last, ctx.options = group, wants_last, options
-        ctx.save_for_backward(
-            q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, gathered[..., -3:].clone(), *last, *whole
-        )  # fmt: skip
+        ctx.group, ctx.wants_last, ctx.options, ctx.has_state = group, wants_last, options, c is not None
+        if rank == 1 and size > 2:  # do not keep the other pieces
+            state = tuple(t.clone() for t in state)
+        scalars = torch.stack(_parts(gathered, shape)[2:])
+        ctx.save_for_backward(q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, scalars, *last, *whole)
         return (h, *(whole or last)) if wants_last else h
 
     @staticmethod
@@ -395,31 +411,34 @@ class _Mlstm(torch.autograd.Function):
         *inputs, scalars = saved[:12]
         last, whole = saved[12:15], saved[15:]
         c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        rows, batch = c.shape[0], scalars.shape[1]
+        rows, shape = c.shape[0], (scalars.shape[2], *c.shape[1:])
+        batch = shape[0]
         own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
         # The first part makes what the ranks before need, the second goes on with what those behind sent.
         dc, dn, into_m, is_open, dq, begun = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
         if own[2] is not None:
             into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
-        sent = _sent(scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
+        sent = torch.zeros(size, piece_floats(*shape), dtype=torch.float32, device=dc.device)
+        _send(sent, scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
         if whole:  # as if a rank behind the last read the final state
             dc, dn, dm = into_last
-            sent += _sent(scalars, size, dc, dn, dm - _inner(whole, dc, dn))
+            _send(sent, scalars, size, dc, dn, dm - _inner(whole, dc, dn))
         got = torch.empty_like(sent[0])
         if got.numel() > 0:
-            _reduce_scatter(got.flatten(), sent.flatten(), group=ctx.group)
+            _reduce_scatter(got, sent.view(-1), group=ctx.group)
         if rank < size - 1 or whole:
-            dc, dn, dm = got.split([c.shape[2] * c.shape[3], c.shape[2], 1], -1)
-            dc, dn = dc.reshape(batch, *c.shape[1:]), dn.contiguous()
-            dm = dm[..., 0] + _inner([t[-batch:] for t in last], dc, dn)
-            more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm))
+            dc, dn, dm, _ = _parts(got, shape)
+            dm = dm + _inner([t[-batch:] for t in last], dc, dn)
+            more = (_pad_rows(t, rows - batch) for t in (dc, dn, dm)) if rows > batch else (dc, dn, dm)
             own = tuple(a if b is None else a + b for a, b in zip(more, own, strict=True))
         whole_dq, dk, dv, di, df, *state = mlstm_remaining_backward(dh, *own, *inputs, *ctx.options, begun)
         dq = dq if begun.numel() > 0 else whole_dq
-        if rank > 0:  # of the sequence that goes on nothing was read
+        if not ctx.has_state:
+            state = [None] * 3
+        elif rank > 0:  # of the sequence that goes on nothing was read
             for t in state:
                 t[:batch] = 0.0
-        return None, None, None, None, None, None, *state, dq, dk, dv, di, df
+        return None, None, None, None, None, *state, dq, dk, dv, di, df
 
 
 def _in_front(a: Tensor, b: Tensor) -> Tensor:
@@ -436,43 +455,38 @@ def _inner(state: Sequence[Tensor], dc: Tensor, dn: Tensor) -> Tensor:
     return (state[0] * dc).flatten(2).sum(-1) + (state[1] * dn).sum(-1)
 
 
-def _sent(scalars: Tensor, rank: int, dc: Tensor, dn: Tensor, into_m: Tensor) -> Tensor:
-    """What the gradients of the state before `rank` are at the end of each rank's piece, (ranks, batch, heads, ...)."""
-    into = torch.cat((dc.flatten(2), dn, into_m[..., None]), -1)
-    sent = into.new_zeros(scalars.shape[0], *into.shape)
-    if rank <= 1:
-        if rank == 1:
-            sent[0] = into  # its weight is 1
-        return sent
-    m, decay, begin = scalars[:rank].double().unbind(-1)
+def _send(sent: Tensor, scalars: Tensor, rank: int, dc: Tensor, dn: Tensor, into_m: Tensor) -> None:
+    """Adds to `sent`, (ranks, floats), what the gradients of the state before `rank` are at each piece's end."""
+    if rank == 0:
+        return
+    to = [t[:rank] for t in _parts(sent, dc.shape)[:3]]
+    if rank == 1:  # its weight is 1
+        for a, b in zip(to, (dc, dn, into_m), strict=True):
+            a[0] += b
+        return
+    m, decay = scalars[:, :rank].double()
     ends, is_open = [m[0]], [torch.zeros_like(m[0])]  # m at the pieces' ends; whether no token of a piece made it
     for r in range(1, rank):
         carried = decay[r] + ends[-1]
-        ends.append(torch.where(begin[r] > 0, m[r], torch.maximum(carried, m[r])))
-        is_open.append(((carried > m[r]) & (begin[r] == 0)).double())
-    weights, _ = _weights(torch.stack((torch.stack(ends), decay, begin), -1))
+        ends.append(torch.maximum(carried, m[r]))
+        is_open.append((carried > m[r]).double())
+    weights, _ = _weights(torch.stack(ends), decay)
     behind = torch.stack([*is_open[1:], torch.ones_like(m[0])])
     goes_on = behind.flip(0).cumprod(0).flip(0)  # whether all pieces between a piece and `rank` are open
-    sent[:rank, ..., :-1] = _times(into[..., :-1], weights)
-    sent[:rank, ..., -1] = torch.where(goes_on == 0, 0.0, into[..., -1])
-    return sent
+    to[0] += _times(dc, weights[..., None, None])
+    to[1] += _times(dn, weights[..., None])
+    to[2] += torch.where(goes_on == 0, 0.0, into_m)
 
 
-def _sum_before(t: Tensor) -> Tensor:
-    """For each piece, the sum over the pieces before it."""
-    return F.pad(t[:-1].cumsum(0), (0, 0) * (t.dim() - 1) + (1, 0))
-
-
-def _weights(scalars: Tensor) -> tuple[Tensor, Tensor]:
-    """Of pieces' (m, log decay, begin), (pieces, batch, heads, 3): the weight of each piece's state in the state after
-    the last, and this state's m."""
-    m, decay, begin = scalars.double().unbind(-1)
-    behind, begins = (_sum_before(t.flip(0)).flip(0) for t in (decay, begin))  # in the pieces after each
-    logs = torch.where(begins > 0, -torch.inf, behind + m)
+def _weights(m: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Of pieces' m and log decay, (pieces, batch, heads): the weight of each piece's state in the state after the last,
+    and this state's m."""
+    behind = F.pad(decay[1:].double().flip(0).cumsum(0).flip(0), (0, 0, 0, 0, 0, 1))  # in the pieces after each
+    logs = behind + m.double()
     top = logs.amax(0).float()  # weights are relative to the float32 m, so that its rounding does not matter
     return torch.exp(logs - top).float(), top
 
 
 def _times(states: Tensor, weights: Tensor) -> Tensor:
     """A weight of 0 takes no part, whatever the state holds."""
-    return torch.where(weights[..., None] == 0, 0.0, states * weights[..., None])
+    return torch.where(weights == 0, 0.0, states * weights)

@@ -80,7 +80,7 @@ def _(
     return _gated(z, heads, qk_dim, True)
 
 
-@register_flop_formula(_operators.mlstm_state)
+@register_flop_formula([_operators.mlstm_state, _operators.mlstm_piece])
 def _(k: _Shape, v: _Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(k) * v[3]  # k^T v
 

@@ -61,6 +61,18 @@ def _(k, v, i, f, cu_seqlens, gate_soft_cap, chunk_size):
     return tuple(k.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
+def piece_floats(batch: int, heads: int, dqk: int, dv: int) -> int:
+    """The floats of :data:`mlstm_piece`'s result."""
+    return -(batch * heads * (dqk * dv + dqk + 2) // -4) * 4
+
+
+@_common.register_fake("mlstm_piece")
+def _(k, v, i, f, gate_soft_cap, chunk_size, from_zero):
+    _common.no_mixed_meta(k, of="k", v=v, i=i, f=f)
+    batch, heads, dqk = (_common.size(k, d) for d in (0, 2, 3))
+    return k.new_empty((piece_floats(batch, heads, dqk, _common.size(v, 3)),), dtype=torch.float32)
+
+
 @_common.register_fake("mlstm_state_backward")
 def _(dc_last, dn_last, dm_last, dlog_decay, k, v, i, f, cu_seqlens, gate_soft_cap, chunk_size):
     return _common.fake_gradients(k, k, v, i, f)[1:]
@@ -78,3 +90,4 @@ def _backward(ctx, dc, dn, dm, dlog_decay):
 
 _mlstm_state = _common.differentiable("mlstm_state", _setup_context, _backward)
 _mlstm_state_backward = _common.no_double_backward("mlstm_state_backward")
+mlstm_piece = _common.without_gradients("mlstm_piece")

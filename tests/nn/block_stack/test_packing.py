@@ -105,6 +105,7 @@ def test_a_changed_convolution_does_not_look_over_a_boundary(make, check):
     check(together(model, ids, LENGTHS), exact, exact)
 
 
+@pytest.mark.slow
 def test_compiles_whole(make, rel):
     model = make(num_blocks=2)
     torch._dynamo.reset()

@@ -327,6 +327,7 @@ def test_bfloat16_and_autocast(model, ids):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_compiles_whole(model, ids):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(ids), model(ids), atol=1e-5)

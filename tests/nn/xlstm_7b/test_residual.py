@@ -381,6 +381,7 @@ def test_the_block_uses_the_halves_only_for_training():
     assert state is not None and torch.allclose(y_state, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inductor_knows_the_operators_before_it_meets_them(monkeypatch):
     """Else torch 2.11 writes the graph before an operator into a log line, which doubles with every half block."""
     from torch._inductor import graph, lowering

@@ -40,7 +40,7 @@
 // The second half of a chunk is turned into fragments while the first half's products run. A step holds a chunk's two
 // stages to its end; the rest of the ring prefetches (four stages at 64 x 64). Small states (dv up to 128) are bound by
 // the latency of a step, not by bandwidth, so two blocks share an SM where they fit. Forward at 64 x 64 in bfloat16,
-// the outputs' kernel runs beside this one (outputs.cuh): an output waits for the flag of its state.
+// the outputs' kernel runs beside this one (output_small.cuh): an output waits for the flag of its state.
 //
 // Shared memory at 2 x 64 x 256: 3 stages of 48 KiB, 64 KiB for the rounded state.
 #include <algorithm>
@@ -95,6 +95,8 @@ constexpr int weighers = 3;  // warps that make Weights, each for every third st
 // the smallest normal number.
 constexpr float forgotten = -160.0f;
 
+constexpr int most_sorted = 256;  // packed sequences: one a thread
+
 template <int groups, int tile_dv, typename T>
 struct StateShared {
   static constexpr bool is_small = tile_dv <= 128;
@@ -118,6 +120,7 @@ struct StateShared {
   uint64_t weights_full[weighers], weights_empty[weighers];
   int run_begin[2];  // first step walked of this block's two runs: earlier ones are forgotten
   int turn;
+  int lengths[most_sorted + 1];  // of packed sequences, in chunks; and the one that is found
 };
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
@@ -136,6 +139,22 @@ __device__ __noinline__ void fill_h(const StateArgs& args, int64_t seq, int head
       if (col < l.dv) static_cast<T*>(args.h)[(token * l.heads + head) * l.dv + col] = value;
     }
   }
+}
+
+// The packed sequence with `nth` longer ones. A block walks a sequence, and blocks start in order: longest first, the
+// SMs end together. (16 documents of 1 to 16 chunks on 4 heads of 256 x 512 are 256 blocks; in any order the last to
+// start may be a long one.) `lengths` is shared.
+__device__ __forceinline__ int64_t nth_longest(const Layout& l, int64_t nth, int* lengths) {
+  const int t = static_cast<int>(threadIdx.x), count = static_cast<int>(l.num_seqs);
+  if (t < count) lengths[t] = static_cast<int>(l.first_chunk[t + 1] - l.first_chunk[t]);
+  __syncthreads();
+  if (t < count) {
+    int before = 0;
+    for (int s = 0; s < count; ++s) before += lengths[s] > lengths[t] || (lengths[s] == lengths[t] && s < t);
+    if (before == nth) lengths[most_sorted] = t;
+  }
+  __syncthreads();
+  return lengths[most_sorted];
 }
 
 template <int groups, int tile_dv, bool backward, typename T>
@@ -173,7 +192,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int tile_k = static_cast<int>(block % args.dqk_tiles);
   block /= args.dqk_tiles;
   const int head = static_cast<int>(block % l.heads);
-  const int64_t seq = block / l.heads;
+  int64_t seq = block / l.heads;
+  if (l.first_chunk != nullptr && w.segments == 1 && l.num_seqs > 1 && l.num_seqs <= most_sorted) {
+    seq = nth_longest(l, seq, sh.lengths);
+  }
   const int row0 = tile_k * groups * box, col0 = tile_v * tile_dv;
   int64_t begin, end;
   l.chunk_range(seq, begin, end);

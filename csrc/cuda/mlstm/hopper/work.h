@@ -190,8 +190,8 @@ cudaError_t output_dq(const Work& w, const Maps& maps, const MlstmBackward& para
 // Also fills k_dk except its last two parts.
 cudaError_t output_dk_dv(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);
 
-// Whether the outputs' tiles are small (outputs.cuh). Not in float16: a row's scale needs the largest weight of both
-// blocks of T, so both would stay in registers.
+// Whether the outputs' tiles are small (output_small.cuh). Not in float16: a row's scale needs the largest weight of
+// both blocks of T, so both would stay in registers.
 inline bool has_small_tiles(const MlstmProblem& p) { return p.dtype == DType::bfloat16 && p.dqk <= box && p.dv <= box; }
 
 // Width of an output's column tile.
