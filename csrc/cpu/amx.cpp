@@ -17,29 +17,18 @@ struct alignas(64) Configuration {
 
 __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// 32 numbers as bfloat16: those of `low` first.
-__m512i round(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-// Numbers, or what rounding them to bfloat16 leaves.
-template <bool rest>
-__m512 load(__mmask16 mask, const float* from) {
-  const __m512 x = _mm512_maskz_loadu_ps(mask, from);
-  if (!rest) return x;
-  const __m512i rounded = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-  return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
-}
-
-// Pairs of neighbours in a row: numbers [0, 32) of it, of which `count` exist.
-template <bool rest>
-__m512i along(const float* row, int64_t count) {
-  return round(load<rest>(first(count), row), load<rest>(first(count - 16), row + 16));
-}
-
-// Pairs of neighbours in 16 columns: number x of the first row, then of the second.
-template <bool rest>
-__m512i across(const float* row, const float* next, __mmask16 columns, __mmask16 columns_of_next, __m512i places) {
-  const __m512i both = round(load<rest>(columns, row), load<rest>(columns_of_next, next));
-  return _mm512_permutexvar_epi16(places, both);
+// 32 numbers as bfloat16: those of `low` first. And what rounding leaves of them, rounded.
+struct Rounded {
+  __m512i one, rest;
+};
+__m512 as_floats(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+template <int parts>
+Rounded round(__m512 low, __m512 high) {
+  const __m512i one = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (parts == 1) return {one, one};
+  const __m512 low_rest = _mm512_sub_ps(low, as_floats(_mm512_castsi512_si256(one)));
+  const __m512 high_rest = _mm512_sub_ps(high, as_floats(_mm512_extracti64x4_epi64(one, 1)));
+  return {one, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest)};
 }
 
 __m512i places_across() {
@@ -63,33 +52,60 @@ void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Tiles of both operands are blocks of 16 x 16 pairs. `put` receives each, by its first row or column and its first
-// depth.
-template <bool rest, typename Put>
-void blocks_along(const float* from, int64_t from_row, int64_t rows, int64_t depth, const Put& put) {
+// Tiles of both operands are blocks of 16 x 16 pairs of neighbours in depth. Writes those of a matrix whose rows, or with
+// `across` whose columns, become the tiles' rows. Blocks of 16 rows lie `stride` apart, the second part's tiles at
+// `rest`.
+struct Tiles {
+  uint16_t *to, *rest;
+  int64_t stride;
+  bool transposed;
+
+  void put(__m512i (&block)[16], uint16_t* part, int64_t row, int64_t k) const {
+    if (transposed) transpose(block);
+    for (int x = 0; x < 16; ++x) _mm512_storeu_si512(part + row * stride + k * 16 + x * 32, block[x]);
+  }
+};
+constexpr int64_t lines_a_block = 3;  // that arrive from L3 in the time of a block
+
+template <int parts>
+void pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t rows, int64_t depth, Ahead* ahead) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t k = 0; k < depth; k += 32) {
-      __m512i block[16];
+      if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
+      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
+      __m512i block[parts][16];
       for (int x = 0; x < 16; ++x) {
-        block[x] = r + x < rows ? along<rest>(from + (r + x) * from_row + k, depth - k) : _mm512_setzero_si512();
+        const float* row = from + (r + x) * from_row + k;
+        const bool is_row = r + x < rows;
+        const Rounded both = round<parts>(_mm512_maskz_loadu_ps(is_row ? low : 0, row),
+                                          _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16));
+        block[0][x] = both.one;
+        if (parts == 2) block[parts - 1][x] = both.rest;
       }
-      put(block, r, k);
+      tiles.put(block[0], tiles.to, r, k);
+      if (parts == 2) tiles.put(block[parts - 1], tiles.rest, r, k);
     }
   }
 }
-template <bool rest, typename Put>
-void blocks_across(const float* from, int64_t from_row, int64_t depth, int64_t columns, const Put& put) {
-  const __m512i places = places_across();
+template <int parts>
+void pack_across(const Tiles& tiles, const float* from, int64_t from_row, int64_t depth, int64_t columns,
+                 Ahead* ahead) {
+  const __m512i places = places_across();  // number x of the first row, then of the second
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 mask = first(columns - c);
     for (int64_t k = 0; k < depth; k += 32) {
-      __m512i block[16];
+      if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
+      __m512i block[parts][16];
       for (int x = 0; x < 16; ++x) {
         const float* row = from + (k + 2 * x) * from_row + c;
         const __mmask16 here = k + 2 * x < depth ? mask : 0, next = k + 2 * x + 1 < depth ? mask : 0;
-        block[x] = across<rest>(row, row + from_row, here, next, places);
+        const Rounded both =
+            round<parts>(_mm512_maskz_loadu_ps(here, row), _mm512_maskz_loadu_ps(next, row + from_row));
+        block[0][x] = _mm512_permutexvar_epi16(places, both.one);
+        if (parts == 2) block[parts - 1][x] = _mm512_permutexvar_epi16(places, both.rest);
       }
-      put(block, c, k);
+      tiles.put(block[0], tiles.to, c, k);
+      if (parts == 2) tiles.put(block[parts - 1], tiles.rest, c, k);
     }
   }
 }
@@ -103,35 +119,22 @@ void begin() {
 void end() { _tile_release(); }
 
 void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
-               int parts) {
-  const int64_t part_depth = padded(depth, tile_depth), stride = parts * part_depth;
-  const auto put_at = [&](uint16_t* place) {
-    return [=](__m512i(&block)[16], int64_t r, int64_t k) {
-      if (transposed) transpose(block);
-      for (int x = 0; x < 16; ++x) _mm512_storeu_si512(place + r * stride + k * 16 + x * 32, block[x]);
-    };
-  };
-  const auto put = put_at(to), put_rest = put_at(to + part_depth * 16);
-  if (transposed) {
-    blocks_across<false>(from, from_row, depth, rows, put);
-    if (parts == 2) blocks_across<true>(from, from_row, depth, rows, put_rest);
-  } else {
-    blocks_along<false>(from, from_row, rows, depth, put);
-    if (parts == 2) blocks_along<true>(from, from_row, rows, depth, put_rest);
+               int parts, Ahead* ahead) {
+  const int64_t part_depth = padded(depth, tile_depth);
+  const Tiles tiles{to, to + part_depth * 16, parts * part_depth, transposed};
+  if (parts == 2) {
+    if (transposed) return pack_across<2>(tiles, from, from_row, depth, rows, ahead);
+    return pack_along<2>(tiles, from, from_row, rows, depth, ahead);
   }
+  if (transposed) return pack_across<1>(tiles, from, from_row, depth, rows, ahead);
+  pack_along<1>(tiles, from, from_row, rows, depth, ahead);
 }
 
-void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns) {
-  const int64_t stride = padded(depth, tile_depth);
-  const auto put = [&](__m512i(&block)[16], int64_t c, int64_t k) {
-    if (transposed) transpose(block);
-    for (int x = 0; x < 16; ++x) _mm512_storeu_si512(to + c * stride + k * 16 + x * 32, block[x]);
-  };
-  if (transposed) {
-    blocks_along<false>(from, from_row, columns, depth, put);
-  } else {
-    blocks_across<false>(from, from_row, depth, columns, put);
-  }
+void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
+                Ahead* ahead) {
+  const Tiles tiles{to, nullptr, padded(depth, tile_depth), transposed};
+  if (transposed) return pack_along<1>(tiles, from, from_row, columns, depth, ahead);
+  pack_across<1>(tiles, from, from_row, depth, columns, ahead);
 }
 
 namespace {
@@ -176,7 +179,7 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
   // Two by two tiles from row r and column c on.
   const auto block = [&](int64_t r, int64_t c) {
     const bool second_row = rows - r > 16, second_column = columns - c > 16;
-    if (ahead != nullptr) ahead->prefetch(parts * depth / 8);
+    if (ahead != nullptr) ahead->prefetch(parts * depth / 16);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -223,8 +226,8 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
 namespace flash_xlstm::cpu::amx {
 void begin() {}
 void end() {}
-void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int) {}
-void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) {}
+void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int, Ahead*) {}
+void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, Ahead*) {}
 void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
               Ahead*) {}
 }  // namespace flash_xlstm::cpu::amx

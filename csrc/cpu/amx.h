@@ -26,13 +26,15 @@ void begin();
 void end();
 
 // from (rows x depth), or with `transposed` (depth x rows); rows of `from` are contiguous, from_row apart.
+// `ahead` may be null, here and below.
 void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
-               int parts);
+               int parts, Ahead* ahead);
 // from (depth x columns), or with `transposed` (columns x depth).
-void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns);
+void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
+                Ahead* ahead);
 
 // out = keep from + a b with packed operands, a in `parts` parts. from == nullptr: out = a b. out and from are
-// contiguous. `ahead` may be null.
+// contiguous.
 void multiply(float* out, const float* from, float keep, const uint16_t* a, int parts, const uint16_t* b, int64_t rows,
               int64_t columns, int64_t depth, Part part, Ahead* ahead);
 

@@ -57,6 +57,9 @@ class Backward {
                                    products_.left_room(length, length), products_.left_room(p.dqk, length),
                                    products_.left_room(p.dqk, p.dv)});
     scratch_.reserve(left_room_, left, workers);
+    scratch_.reserve(dh_room_, products_.right_room(length, p.dv, Lies::as_it_is), workers);
+    scratch_.reserve(v_room_, products_.right_room(p.dv, length, Lies::transposed), batch_);
+    v_transposed_.resize(batch_);
     const auto right = [&](int64_t depth, int64_t columns) {
       return products_.right_room(depth, columns, Lies::as_it_is);
     };
@@ -154,15 +157,17 @@ class Backward {
     float *x_tile = x_[worker], *w_tile = w_[worker], *delta = delta_[worker], *start_over_d = start_over_d_[worker];
     float *start_delta = start_delta_[worker], *across = across_[worker], *across_n = across_n_[worker];
     float* const of_c = of_c_[worker];
-    states_.pack(x, index);
+    states_.pack(x, index, false);
     const float *k = states_.k[x], *c = states_.c(index);
 
     const bool q_finite = kernels.pack(q, plan_.rows(p.q, item), p.dtype, p.q.seq, item.tokens, p.dqk, length);
     const bool dh_finite = kernels.pack(dh, plan_.rows(params_.dh, item), p.dtype, params_.dh.seq,
                                         params_.dh.data == nullptr ? 0 : item.tokens, p.dv, length);
     multiply(worker, qk_[worker], q, Lies::as_it_is, k, Lies::transposed, length, length, p.dqk, Part::lower_out);
-    multiply(worker, gv_[worker], dh, Lies::as_it_is, states_.v[x], Lies::transposed, length, length, p.dv,
-             Part::lower_out);
+    v_transposed_[x] = products_.right(v_room_[x], states_.v[x], Lies::transposed, p.dv, length);
+    const Left dh_left = products_.left(left_room_[worker], dh, Lies::as_it_is, length, p.dv);
+    products_.multiply(gv_[worker], dh_left, v_transposed_[x], length, length, p.dv, Part::lower_out);
+    const Right dh_right = products_.right(dh_room_[worker], dh, Lies::as_it_is, length, p.dv);
     for (int64_t t = 0; t < length; ++t) {
       const int64_t token = (item.row * p.seq + item.first + t) * p.heads + item.head;
       s[t] = t < item.tokens && params_.s != nullptr ? params_.s[token] : 0.0f;
@@ -190,18 +195,18 @@ class Backward {
       }
     }
     kernels.backward_tile(x_tile, w_tile, qk_[worker], gv_[worker], gates, p.scale, p.eps, inv_d, s, across, across_n,
-                          delta, &sums_.e[global], &sums_.within[global], &sums_.column[global]);
+                          delta, &sums_.e[global], &sums_.within[global], &sums_.column[global],
+                          products_.ahead_between());
     for (int64_t t = 0; t < length; ++t) start_delta[t] = weight[t] * delta[t];
     if (float* const to = dc_start(index); to != nullptr) {
       kernels.weighted_sum(dn_update_[x], q, start_delta, length, p.dqk);
       kernels.weight_rows(weighted_q_[worker], p.dqk, q, start_over_d, length, p.dqk);
       const Left left = products_.left(left_room_[worker], weighted_q_[worker], Lies::transposed, p.dqk, length,
                                        Rounding::to_two);
-      const Right right = products_.right(right_room_[worker], dh, Lies::as_it_is, length, p.dv);
       if (workers_ == 1) {
-        products_.advance(to, dc(index), static_cast<float>(plan_.keep[index]), left, right, p.dqk, p.dv, length);
+        products_.advance(to, dc(index), static_cast<float>(plan_.keep[index]), left, dh_right, p.dqk, p.dv, length);
       } else {
-        products_.multiply(states_.update[x], left, right, p.dqk, p.dv, length);
+        products_.multiply(states_.update[x], left, dh_right, p.dqk, p.dv, length);
       }
     }
     if (params_.dk == nullptr) return;
@@ -209,7 +214,12 @@ class Backward {
     float *dq = dq_[worker], *dk = dk_[x], *dv = dv_[x];
     multiply_guarded(worker, dq, x_tile, Lies::as_it_is, k, states_.k_finite[x], p.dqk, Part::lower_a);
     multiply_guarded(worker, dk, x_tile, Lies::transposed, q, q_finite, p.dqk, Part::upper_a);
-    multiply_guarded(worker, dv, w_tile, Lies::transposed, dh, dh_finite, p.dv, Part::upper_a);
+    if (dh_finite) {
+      const Left w_left = products_.left(left_room_[worker], w_tile, Lies::transposed, length, length);
+      products_.multiply(dv, w_left, dh_right, length, p.dv, length, Part::upper_a);
+    } else {
+      multiply_guarded(worker, dv, w_tile, Lies::transposed, dh, false, p.dv, Part::upper_a);
+    }
     if (c != nullptr) {
       kernels.add_state_term(dq, of_c, start_over_d, start_delta, n, q, &sums_.q_dq[global], length, p.dqk);
     }
@@ -275,8 +285,8 @@ class Backward {
       if (dc_end != nullptr) {
         multiply(worker, dc_k_[worker], k, Lies::as_it_is, dc_end, Lies::as_it_is, length, p.dv, p.dqk);
         dc_k = dc_k_[worker];
-        multiply(worker, of_c_transposed_[worker], dc_end, Lies::as_it_is, states_.v[x], Lies::transposed, p.dqk,
-                 length, p.dv, Part::all, Rounding::to_two);
+        const Left dc_left = products_.left(left_room_[worker], dc_end, Lies::as_it_is, p.dqk, p.dv, Rounding::to_two);
+        products_.multiply(of_c_transposed_[worker], dc_left, v_transposed_[x], p.dqk, length, p.dv);
         kernels.transpose(of_c, p.dqk, of_c_transposed_[worker], length, p.dqk, length);
       } else {
         std::fill_n(of_c, length * p.dqk, 0.0f);
@@ -320,11 +330,13 @@ class Backward {
   Products products_;
   States states_;
   Scratch scratch_;
-  Arrays<float> dc_slots_, dn_slots_;           // of an item: at its number modulo batch + 1
-  Arrays<float> dk_, dv_, n_start_, dn_update_;  // of the batch's items
+  Arrays<float> dc_slots_, dn_slots_;                     // of an item: at its number modulo batch + 1
+  Arrays<float> dk_, dv_, n_start_, dn_update_, v_room_;  // of the batch's items
+  std::vector<Right> v_transposed_;                       // the same
   // of workers
   Arrays<float> q_, weighted_q_, of_c_, of_c_transposed_, dq_, dh_, clean_, dc_k_, qk_, gv_, x_, w_;
-  Arrays<float> weight_, start_over_d_, start_delta_, inv_d_, delta_, s_, across_, across_n_, left_room_, right_room_;
+  Arrays<float> weight_, start_over_d_, start_delta_, inv_d_, delta_, s_, across_, across_n_, left_room_, right_room_,
+      dh_room_;
 };
 
 }  // namespace

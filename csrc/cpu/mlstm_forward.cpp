@@ -77,9 +77,10 @@ class Forward {
     const Left q_left = products_.left(q_room_[worker], q, Lies::as_it_is, length, p.dqk);
     const Right k_right = products_.right(k_room_[worker], k, Lies::transposed, p.dqk, length);
     products_.multiply(qk_[worker], q_left, k_right, length, length, p.dqk, Part::lower_out);
-    kernels.forward_tile(w, length, qk_[worker], gates, p.scale);
+    kernels.forward_tile(w, length, qk_[worker], gates, p.scale, products_.ahead_between());
     if (p.normalize) {
-      kernels.normalizer(states_.n(index), s, q, k, gates, p.scale, p.dqk, gate_weights_[worker]);
+      kernels.normalizer(states_.n(index), s, q, k, gates, p.scale, p.dqk, gate_weights_[worker],
+                         products_.ahead_between());
     } else {
       std::fill_n(s, length, 0.0f);
     }

@@ -55,13 +55,14 @@ const float* States::c(int64_t index) const {
   return plan_.p.c0 + item.lane * plan_.p.dqk * plan_.p.dv;
 }
 
-void States::pack(int64_t x, int64_t index) {
+void States::pack(int64_t x, int64_t index, bool v_as_right) {
   const MlstmProblem& p = plan_.p;
   const Item& item = plan_.items[index];
   const VectorKernels& kernels = vector_kernels();
   const int64_t length = plan_.length;
   k_finite[x] = kernels.pack(k[x], plan_.rows(p.k, item), p.dtype, p.k.seq, item.tokens, p.dqk, length);
   v_finite[x] = kernels.pack(v[x], plan_.rows(p.v, item), p.dtype, p.v.seq, item.tokens, p.dv, length);
+  if (!v_as_right) return;
   if (!v_finite[x]) copy_finite(v_clean_[x], v[x], length * p.dv);
   v_right[x] = products_.right(v_room_[x], v_finite[x] ? v[x] : v_clean_[x], Lies::as_it_is, length, p.dv);
 }
@@ -77,7 +78,8 @@ void States::add_chunk(int64_t x, int64_t index, int64_t worker, float* c_next) 
   kernels.weight_rows(weighted_k, p.dqk, k[x], weight, length, p.dqk);
   std::fill_n(n_update_[x], p.dqk, 0.0);
   if (p.normalize) {
-    kernels.normalizer(n_update_[x], nullptr, nullptr, k[x], gates, p.scale, p.dqk, gate_weights_[worker]);
+    kernels.normalizer(n_update_[x], nullptr, nullptr, k[x], gates, p.scale, p.dqk, gate_weights_[worker],
+                       products_.ahead_between());
   }
   // In the backward, sums of c's and of k's gradients must agree with c.
   const Left left =
@@ -103,7 +105,7 @@ void States::walk(int64_t begin, int64_t end, float* c_last, float* n_last) {
   products_.share(count, workers_, [&](int64_t x, int64_t worker) {
     const Item& item = plan_.items[begin + x];
     if (item.lane_begin && is_pooled(p) && c(begin + x) != nullptr) read_pool(c_slot(begin + x), p, item.lane);
-    pack(x, begin + x);
+    pack(x, begin + x, true);
     if (c_next(x) != nullptr) add_chunk(x, begin + x, worker, c_next(x));
   });
   const int64_t blocks = ceil_div(state, state_block);

@@ -35,8 +35,8 @@ class States {
   // Packs items [begin, end), a batch, and makes the states at the starts of [begin + 1, end + 1) from that at the
   // start of `begin`. Final states are written where not null, (lanes, dqk, dv) and (lanes, dqk), or to the pool.
   void walk(int64_t begin, int64_t end, float* c_last, float* n_last);
-  // k and v of an item as the batch's item x.
-  void pack(int64_t x, int64_t item);
+  // k and v of an item as the batch's item x, and v as a right operand where wanted.
+  void pack(int64_t x, int64_t item, bool v_as_right);
 
   // The state at the start of an item; c == nullptr stands for zeros.
   const float* c(int64_t item) const;

@@ -48,7 +48,7 @@ class Products {
     const int parts = rounding == Rounding::to_two ? 2 : 1;
     if (!tiles_) return {.data = from, .row = transposed ? 1 : depth, .k = transposed ? rows : 1, .parts = parts};
     auto* packed = reinterpret_cast<uint16_t*>(room);
-    amx::pack_left(packed, from, transposed ? rows : depth, transposed, rows, depth, parts);
+    amx::pack_left(packed, from, transposed ? rows : depth, transposed, rows, depth, parts, ahead_);
     return {.data = packed, .row = 0, .k = 0, .parts = parts};
   }
   // A contiguous matrix (depth x columns), or transposed (columns x depth).
@@ -56,7 +56,7 @@ class Products {
     const bool transposed = lies == Lies::transposed;
     if (tiles_) {
       auto* packed = reinterpret_cast<uint16_t*>(room);
-      amx::pack_right(packed, from, transposed ? depth : columns, transposed, depth, columns);
+      amx::pack_right(packed, from, transposed ? depth : columns, transposed, depth, columns, ahead_);
       return {.data = packed, .row = 0};
     }
     if (!transposed) return {.data = from, .row = columns};
@@ -104,6 +104,9 @@ class Products {
     if (workers == 1) return work(0);
     parallel(workers, work);
   }
+
+  // What to fetch between products too. Those in float32 take long enough for all of it.
+  Ahead* ahead_between() const { return tiles_ ? ahead_ : nullptr; }
 
  private:
   bool tiles_;

@@ -52,7 +52,7 @@ void product_tile(const Product& p) {
   const int64_t lines = p.ahead.count, at_once = ceil_div(lines * piece, p.depth + 1);
   for (int64_t k = 0, line = 0; k < p.depth;) {
     for (const int64_t stop = line + at_once; line < stop && line < lines; ++line)
-      __builtin_prefetch(p.ahead.lines[line]);
+      __builtin_prefetch(p.ahead.lines[line], 0, 2);
     for (const int64_t stop = k + piece < p.depth ? k + piece : p.depth; k < stop; ++k, a += a_k, m += columns) {
       for (int panel = 0; panel < panels; ++panel) {
         for (int v = 0; v < vectors; ++v) {
@@ -379,22 +379,31 @@ void load_bias(float* to, const void* bias, DType dtype, int64_t heads, int64_t 
   });
 }
 
+// The four gates of up to vector_lanes units of x, of any dtype. A call, so that cells are compiled for float32 only.
+__attribute__((noinline)) void load_gates(float* to, const void* from, DType dtype, int64_t stride, int64_t count) {
+  with_dtype(dtype, [&](auto type) {
+    using Type = decltype(type);
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      const auto* units = static_cast<const typename Type::Bits*>(from) + gate * stride;
+      store_vector(to + gate * vector_lanes, load_lanes<Type>(units, count));
+    }
+  });
+}
+
 // --- forward -------------------------------------------------------------------------------------------------------
 
-template <typename Type, bool keeps>
+template <bool keeps>
 void forward_block(const SlstmForward& params, const ForwardWeights& weights, int64_t head, int64_t first,
                    int64_t count) {
-  using Bits = typename Type::Bits;
   const SlstmProblem& p = params.p;
-  const int64_t dim = p.dim, heads = p.heads;
+  const int64_t dim = p.dim, heads = p.heads, bytes = element_bytes(p.dtype);
+  const bool is_float = p.dtype == DType::float32;
   const BlockRows rows(p, first, count);
   const BlockState h(p, head, first, count, p.h0), c(p, head, first, count, p.c0), n(p, head, first, count, p.n0),
       m(p, head, first, count, p.m0), h_next(p, head, first, count, p.h0);
   const int64_t padded = h.padded, x_seq = params.x_seq, x_gate = params.x_gate;
   const Floats bias(4 * padded);
   load_bias(bias.data(), p.bias, p.bias_dtype, heads, dim, head);
-  const Bits* x = static_cast<const Bits*>(params.x) + head * params.x_head;
-  Bits* out = static_cast<Bits*>(params.h) + head * dim;
   const float *panels = weights.of(head), *h_now = h.row(0);
   float* h_after = h_next.row(0);
   alignas(64) float recurrent[tile_rows * 2 * panel_columns];
@@ -403,19 +412,29 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
   const bool stream_h = streams(params.h, elements * 4, dim);
   const bool stream_kept = streams(params.kept, elements * slstm_kept * 4, dim);
 
-  const auto x_of = [&](const Row& row, int64_t t) { return x + row.batch * params.x_batch + (row.start + t) * x_seq; };
+  const auto x_of = [&](const Row& row, int64_t t) {
+    const int64_t at = row.batch * params.x_batch + (row.start + t) * x_seq + head * params.x_head;
+    return static_cast<const char*>(params.x) + at * bytes;
+  };
+  const auto h_of = [&](const Row& row, int64_t t) {
+    return static_cast<char*>(params.h) + (((row.batch * p.seq + row.start + t) * heads + head) * dim) * bytes;
+  };
   // `count_tag` rows from row r, whose products lie product_stride apart.
   const auto cells = [&](auto count_tag, int64_t t, int64_t r, int64_t unit, const float* product,
                          int64_t product_stride) {
     constexpr int some = decltype(count_tag)::value;
     const int64_t at = r * padded + unit, left = dim - unit;
     Vectors<some> gates[4], kept[slstm_kept];
+    alignas(64) float converted[panel_columns];
     for (int x = 0; x < some; ++x) {
-      const Bits* from = x_of(rows[r + x], t) + unit;
+      const char* const here = x_of(rows[r + x], t) + unit * bytes;
+      const float* from = is_float ? reinterpret_cast<const float*>(here) : converted;
+      const int64_t gate_stride = is_float ? x_gate : vector_lanes;
+      if (!is_float) load_gates(converted, here, p.dtype, x_gate, left);
       for (int gate = 0; gate < 4; ++gate) {
         const int64_t place = gate * vector_lanes;
         gates[gate].v[x] =
-            load_lanes<Type>(from + gate * x_gate, left) +
+            load_lanes<Float32>(from + gate * gate_stride, left) +
             (load_vector(product + x * product_stride + place) + load_vector(bias.data() + unit * 4 + place));
       }
     }
@@ -429,31 +448,39 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
       store_vector(c.row(r + x) + unit, u.c.v[x]);
       store_vector(n.row(r + x) + unit, u.n.v[x]);
       store_vector(m.row(r + x) + unit, u.m.v[x]);
-      const int64_t token = rows[r + x].batch * p.seq + rows[r + x].start + t;
-      stream_lanes<Type>(out + token * heads * dim + unit, u.h.v[x], left, stream_h);
+      if (is_float) {
+        stream_lanes(reinterpret_cast<float*>(h_of(rows[r + x], t)) + unit, u.h.v[x], left, stream_h);
+      }
       if constexpr (keeps) {
+        const int64_t token = rows[r + x].batch * p.seq + rows[r + x].start + t;
         float* to = params.kept + (token * heads + head) * slstm_kept * dim + unit;
         for (int which = 0; which < slstm_kept; ++which) {
-          stream_lanes<Float32>(to + which * dim, kept[which].v[x], left, stream_kept);
+          stream_lanes(to + which * dim, kept[which].v[x], left, stream_kept);
         }
       }
     }
   };
 
   const int64_t groups = weights.groups;
+  // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
+  const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
   for (int64_t t = 0; t < rows.longest; ++t) {
-    for (int64_t group = 0; group < groups;) {
-      const int64_t pair = count <= paired_rows && group + 2 <= groups ? 2 : 1;
-      int64_t offsets[2 * 4];  // a share of the next token's cache lines, side by side
-      for (int64_t line = 0; line < 4 * pair; ++line) {
-        const int64_t place = 4 * group + line;
-        offsets[line] = place / groups * x_gate + place % groups * vector_lanes;
+    // Back and forth, as the panels last used lie in L1.
+    const bool forth = t % 2 == 0;
+    for (int64_t done = 0; done < groups;) {
+      const int64_t pair = count <= paired_rows && done + 2 <= groups ? 2 : 1;
+      const int64_t group = forth ? done : groups - done - pair;
+      int64_t offsets[2 * 4], offset_count = 0;  // the next token's cache lines, in the order in which it reads them
+      const int64_t next = groups - group - pair;
+      for (int64_t place = 4 * next; place < 4 * (next + pair); ++place) {
+        const int64_t gate = place / run % 4, unit = (place / (4 * run) * run + place % run) * vector_lanes;
+        if (unit * bytes % 64 == 0) offsets[offset_count++] = (gate * x_gate + unit) * bytes;
       }
       for_tiles(count, [&](int64_t row, int64_t tile) {
         int64_t lines = 0;
         for (int64_t r = row; r < row + tile && t + 1 < rows[r].length; ++r) {
-          const Bits* from = x_of(rows[r], t + 1);
-          for (int64_t line = 0; line < 4 * pair; ++line) ahead[lines++] = from + offsets[line];
+          const char* from = x_of(rows[r], t + 1);
+          for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = from + offsets[line];
         }
         const Product product{.out = recurrent,
                               .out_stride = pair * panel_columns,
@@ -477,10 +504,14 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
           });
         }
       });
-      group += pair;
+      done += pair;
     }
     for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
-      if (t >= rows[r].length) std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
+      if (t >= rows[r].length) {
+        std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
+      } else if (!is_float) {
+        unpack(h_of(rows[r], t), p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
+      }
     }
     float* const before = const_cast<float*>(h_now);
     h_now = h_after;
@@ -497,12 +528,11 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
 
 VECTORS_FUNCTION clipped(const Vectors<count>& x, float clip) { return at_least(at_most(x, clip), -clip); }
 
-template <typename Type>
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
                     int64_t count, float* share, bool& begun) {
-  using Bits = typename Type::Bits;
   const SlstmProblem& p = params.p;
-  const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim;
+  const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim, bytes = element_bytes(p.dtype);
+  const bool is_float = p.dtype == DType::float32;
   const float clip = params.clip;
   const BlockRows rows(p, first, count);
   const BlockState dh(p, head, first, count, params.dh_last), dc(p, head, first, count, params.dc_last),
@@ -516,15 +546,18 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const Floats dx_slots(depth * dx_stride), h_slots(depth * padded), zeros(padded);
   float* dx = dx_slots.data();
   const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
-  Bits* dx_all = static_cast<Bits*>(params.dx) + head * dim;
+  const Floats converted(is_float ? 0 : (count + 1) * dim, false);  // dh of a token, and h of a row
 
   const void** ahead = new const void*[count * (4 + ceil_div((slstm_kept + 2) * dim, int64_t{16}))];  // four arrays
   const auto dh_of = [&](const Row& row, int64_t t) {
-    return static_cast<const Bits*>(params.dh) + row.batch * params.dh_batch + (row.start + t) * params.dh_seq +
-           head * params.dh_head;
+    const int64_t at = row.batch * params.dh_batch + (row.start + t) * params.dh_seq + head * params.dh_head;
+    return static_cast<const char*>(params.dh) + at * bytes;
+  };
+  const auto dx_of = [&](const Row& row, int64_t t) {
+    return static_cast<char*>(params.dx) + ((row.batch * p.seq + row.start + t) * 4 * heads + head) * dim * bytes;
   };
   const auto h_before = [&](const Row& row, int64_t t) {
-    return static_cast<const Bits*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim;
+    return static_cast<const char*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim * bytes;
   };
 
   // c and n before token t of a row.
@@ -546,17 +579,18 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     constexpr int some = decltype(count_tag)::value;
     using Values = Vectors<some>;
     const float *kept[some], *c_before[some], *n_before[some];
-    const Bits* dh_from[some] = {};
-    Bits* dx_to[some];
+    const float* dh_from[some] = {};
+    float* dx_to[some];
     for (int x = 0; x < some; ++x) {
       const Row& row = rows[r + x];
       const int64_t token = row.batch * p.seq + row.start + t;
       kept[x] = params.kept + (token * heads + head) * slstm_kept * dim;
       c_before[x] = before(r + x, t, kept_c);
       n_before[x] = before(r + x, t, kept_n);
-      dx_to[x] = dx_all + token * 4 * heads * dim;
+      dx_to[x] = reinterpret_cast<float*>(dx_of(row, t));
       if (params.dh == nullptr) continue;
-      dh_from[x] = dh_of(row, t);
+      dh_from[x] =
+          is_float ? reinterpret_cast<const float*>(dh_of(row, t)) : converted.data() + (r + x) * dim;
     }
     for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
       const int64_t at = r * padded + unit, left = dim - unit;
@@ -574,7 +608,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       const Values c_0 = load(c_before, 0), n_0 = load(n_before, 0);
       Values dh_t = state(dh) + clipped(state(recurrent), clip);
       if (params.dh != nullptr) {
-        dh_t = dh_t + each<some>([&](int x) { return load_lanes<Type>(dh_from[x] + unit, left); });
+        dh_t = dh_t + load(dh_from, 0);
       }
       const Values dc_t = state(dc), dn_t = state(dn), excess_t = state(excess);
       const Masks<some> padding = forget < 0.0f;
@@ -589,7 +623,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
         const Values value = choose(padding, 0.0f, gates[gate]);
         for (int x = 0; x < some; ++x) {
           store_lanes<Float32>(dx + (r + x) * dx_stride + gate * dim + unit, value.v[x], left);
-          stream_lanes<Type>(dx_to[x] + gate * heads * dim + unit, value.v[x], left, stream);
+          if (is_float) stream_lanes(dx_to[x] + gate * heads * dim + unit, value.v[x], left, stream);
         }
       }
       store(dh, choose(padding, dh_t, 0.0f));
@@ -603,15 +637,20 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
     const Row& row = rows[r];
     if (t >= row.length) std::memset(dx + r * dx_stride, 0, wide * sizeof(float));
-    const Bits* h = t > 0 && t < row.length ? h_before(row, t) : nullptr;
-    const float* initial =
-        t == 0 && row.length > 0 && p.h0 != nullptr ? p.h0 + ((first + r) * heads + head) * dim : nullptr;
+    const float* h = nullptr;
+    if (t == 0 && row.length > 0 && p.h0 != nullptr) {
+      h = p.h0 + ((first + r) * heads + head) * dim;
+    } else if (t > 0 && t < row.length) {
+      h = reinterpret_cast<const float*>(h_before(row, t));
+      if (!is_float) {
+        pack(converted.data() + count * dim, h, p.dtype, dim, 1, dim, 1);
+        h = converted.data() + count * dim;
+      }
+    }
     for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
       const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
       const int64_t columns = left < panel_columns ? left : panel_columns;
-      const Vector value = h != nullptr         ? load_lanes<Type>(h + unit, dim - unit)
-                           : initial != nullptr ? load_lanes<Float32>(initial + unit, dim - unit)
-                                                : Vector{};
+      const Vector value = h == nullptr ? Vector{} : load_lanes<Float32>(h + unit, dim - unit);
       store_vector(h_slots.data() + panel * depth * panel_columns + k * columns + unit % panel_columns, value);
     }
   };
@@ -639,7 +678,13 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
     if (slot == slots) slot = 0;
     dx = dx_slots.data() + slot * count * dx_stride;
+    for (int64_t r = 0; !is_float && params.dh != nullptr && r < count; ++r) {
+      if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
+    }
     for_active(rows, t, 0, count, [&](auto some, int64_t r) { cells(some, t, r); });
+    for (int64_t r = 0; !is_float && r < count; ++r) {
+      if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
+    }
     for (int64_t r = 0; r < count; ++r) take_h(slot * count + r, t, r);
     int64_t lines = 0;  // what the token before needs and this one did not: c and n at its start, h there, the others
     for (int64_t r = 0; r < count; ++r) {
@@ -647,13 +692,13 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       static_assert(kept_c == slstm_kept - 2 && kept_n == slstm_kept - 1);
       const float* kept = before(r, t, kept_margin);
       for (int64_t x = 0; x < (slstm_kept - 2) * dim; x += 16) ahead[lines++] = kept + x;
-      for (int64_t x = 0; x < dim && params.dh != nullptr; x += 64 / sizeof(Bits)) {
+      for (int64_t x = 0; x < dim * bytes && params.dh != nullptr; x += 64) {
         ahead[lines++] = dh_of(rows[r], t - 1) + x;
       }
       if (t == 1) continue;
       const float* c = before(r, t - 1, kept_c);
       for (int64_t x = 0; x < 2 * dim; x += 16) ahead[lines++] = c + x;
-      for (int64_t x = 0; x < dim; x += 64 / sizeof(Bits)) ahead[lines++] = h_before(rows[r], t - 1) + x;
+      for (int64_t x = 0; x < dim * bytes; x += 64) ahead[lines++] = h_before(rows[r], t - 1) + x;
     }
     product(count, dim,
             {.out = recurrent.row(0),
@@ -713,15 +758,12 @@ CPU_KERNEL(slstm_forward, SlstmForward) {
   wants_huge_pages(p.h, elements * element_bytes(p.p.dtype));
   const ForwardWeights weights(p.p);
   const Blocks blocks(p.p);
-  with_dtype(p.p.dtype, [&](auto type) {
-    using Type = decltype(type);
-    blocks.run(p.p, [&](int64_t head, int64_t first, int64_t count) {
-      if (p.kept == nullptr) {
-        forward_block<Type, false>(p, weights, head, first, count);
-      } else {
-        forward_block<Type, true>(p, weights, head, first, count);
-      }
-    });
+  blocks.run(p.p, [&](int64_t head, int64_t first, int64_t count) {
+    if (p.kept == nullptr) {
+      forward_block<false>(p, weights, head, first, count);
+    } else {
+      forward_block<true>(p, weights, head, first, count);
+    }
   });
 }
 
@@ -737,20 +779,18 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
   const int64_t groups = blocks < most_groups ? blocks : most_groups;
   const Floats shares(heads * groups * share_floats(dim), false);
   const BackwardWeights weights(problem);
-  with_dtype(problem.dtype, [&](auto type) {
-    parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t head = task / groups, group = task % groups;
-        float* share = shares.data() + task * share_floats(dim);
-        bool begun = false;
-        for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-          const int64_t first = block * each, left = rows - first;
-          if (left <= 0) continue;
-          backward_block<decltype(type)>(p, weights, head, first, left < each ? left : each, share, begun);
-        }
-        if (!begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
+  parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / groups, group = task % groups;
+      float* share = shares.data() + task * share_floats(dim);
+      bool begun = false;
+      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+        const int64_t first = block * each, left = rows - first;
+        if (left <= 0) continue;
+        backward_block(p, weights, head, first, left < each ? left : each, share, begun);
       }
-    });
+      if (!begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
+    }
   });
   parallel(heads * 4 * dim, 1 + (int64_t{1} << 14) / (dim * (groups + 1)), [&](int64_t begin, int64_t end) {
     const Floats sum(dim);

@@ -65,14 +65,15 @@ struct VectorKernels {
   void (*weighted_sum)(float* sum, const float* from, const float* weight, int64_t rows, int64_t columns);
 
   // Takes n, in float64, through the chunk's tokens. s_t = scale q_t . n_t where q is given. s is a sum that may cancel
-  // and divides everything; in float64 its error is that of its inputs. `weights` is scratch of 2 length doubles.
+  // and divides everything; in float64 its error is that of its inputs. `weights` is scratch of 2 length doubles. Here
+  // and below `ahead` may be null.
   void (*normalizer)(double* n, float* s, const float* q, const float* k, const ChunkGates& g, double scale,
-                     int64_t dqk, double* weights);
+                     int64_t dqk, double* weights, Ahead* ahead);
   // inv_d = 1 / (max(|s|, exp(-m)) + eps).
   void (*inverse_normalizer)(float* inv_d, const float* s, const float* m, float eps, int64_t count);
 
   // qk = q k^T (length x length) becomes W_tj in rows of w_stride, zero above the diagonal.
-  void (*forward_tile)(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale);
+  void (*forward_tile)(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale, Ahead* ahead);
 
   // In: qk; gv = dh v^T; inv_d; s; and the terms of the state at the chunk's start,
   //   across_t = scale start_t / d_t q_t . (c dh_t) of u, across_n_t = scale start_t / d_t q_t . n of s / d.
@@ -80,7 +81,7 @@ struct VectorKernels {
   //   within_t = sum of x qk over the pairs j < t <= u; column_j = sum of x qk over u >= j.
   void (*backward_tile)(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale,
                         float eps, const float* inv_d, const float* s, const float* across, const float* across_n,
-                        float* delta, float* e, float* within, float* column);
+                        float* delta, float* e, float* within, float* column, Ahead* ahead);
 
   // sums[row] = sum over columns of a * b, rows of b b_stride apart.
   void (*row_dots)(float* sums, const float* a, const float* b, int64_t b_stride, int64_t rows, int64_t columns);

@@ -299,10 +299,13 @@ void weighted_sum(float* sum, const float* from, const float* weight, int64_t ro
   }
 }
 
+// Cache lines that arrive from L3 in the time of a token's row of a tile, or of the normalizer.
+constexpr int64_t lines_a_row = 5;
+
 // --- the normalizer ------------------------------------------------------------------------------------------------
 
 void normalizer(double* n, float* s, const float* q, const float* k, const ChunkGates& g, double scale, int64_t dqk,
-                double* weights) {
+                double* weights, Ahead* ahead) {
   double *keep = weights, *take = weights + g.length;
   const auto row = [&](int64_t t) { return static_cast<double>(g.row_high[t]) + g.row_low[t]; };
   keep[0] = exponential(row(0) + static_cast<double>(g.m_start));
@@ -312,6 +315,7 @@ void normalizer(double* n, float* s, const float* q, const float* k, const Chunk
   }
   constexpr int width = 8;
   for (int64_t t = 0; t < g.length; ++t) {
+    if (ahead != nullptr) ahead->prefetch(lines_a_row);
     const double keep_t = keep[t], take_t = take[t];
     const float* k_row = k + t * dqk;
     if (take_t == 0.0) {
@@ -345,8 +349,9 @@ void inverse_normalizer(float* inv_d, const float* s, const float* m, float eps,
 
 // --- tiles ---------------------------------------------------------------------------------------------------------
 
-void forward_tile(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale) {
+void forward_tile(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale, Ahead* ahead) {
   for (int64_t t = 0; t < g.length; ++t) {
+    if (ahead != nullptr) ahead->prefetch(lines_a_row);
     float* row = w + t * w_stride;
     const float* product = qk + t * g.length;
     decay_row(row, g, t, t + 1);
@@ -380,9 +385,10 @@ inline SumAndSize shifted_dot(const float* a, const float* b, float shift, int64
 
 void backward_tile(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale, float eps,
                    const float* inv_d, const float* s, const float* across, const float* across_n, float* delta,
-                   float* e, float* within, float* column) {
+                   float* e, float* within, float* column, Ahead* ahead) {
   const int64_t length = g.length;
   for (int64_t t = 0; t < length; ++t) {
+    if (ahead != nullptr) ahead->prefetch(2 * lines_a_row);
     float *x_row = x + t * length, *w_row = w + t * length;
     const float *qk_row = qk + t * length, *gv_row = gv + t * length;
     const float factor = scale * inv_d[t];

@@ -274,14 +274,11 @@ IN_LOOPS void store_lanes(typename Type::Bits* to, const Vector& from, int64_t c
 
 // For arrays larger than the caches, which are not read again soon: whole cache lines, without reading them first.
 // Before another thread reads them, end_streams().
-template <typename Type>
-IN_LOOPS void stream_lanes(typename Type::Bits* to, const Vector& from, int64_t count, [[maybe_unused]] bool stream) {
+IN_LOOPS void stream_lanes(float* to, const Vector& from, int64_t count, [[maybe_unused]] bool stream) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(*to) == 4) {
-    if (stream) return _mm512_stream_ps(to, (__m512)from);
-  }
+  if (stream) return _mm512_stream_ps(to, (__m512)from);
 #endif
-  store_lanes<Type>(to, from, count);
+  store_lanes<Float32>(to, from, count);
 }
 IN_LOOPS void end_streams() {
 #if defined(__AVX512F__)

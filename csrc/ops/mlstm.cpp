@@ -7,6 +7,7 @@
 #include "ops/launch.h"
 #include "ops/mlstm.h"
 #include "ops/mlstm_step.h"
+#include "ops/reused_memory.h"
 #include "params/mlstm.h"
 
 namespace flash_xlstm {
@@ -322,7 +323,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   const auto gradient = [&](const Tensor& to, const Tensor& of, bool wanted = true) {
     if (!wanted) return new_empty(q, {0}, q.scalar_type());
     if (into != nullptr && writes_apart(q, params, to)) return to;
-    return new_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
+    return reused_empty(q, {p.batch, p.seq, p.heads, of.size(3)}, q.scalar_type());
   };
   Tensor dq = gradient(into == nullptr ? q : into->dq, q, !state_only && of != Of::rest);
   Tensor dk = gradient(into == nullptr ? q : into->dk, k, all_but_initial);

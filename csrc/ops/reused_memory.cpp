@@ -67,18 +67,17 @@ Held& held() {
 
 }  // namespace
 
-Tensor reused_empty(const std::vector<int64_t>& sizes) {
+Tensor reused_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  size_t bytes = element_bytes(to_dtype(dtype));
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (!like.is_cpu() || bytes < least_bytes) return new_empty(like, sizes, dtype);
   std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1;
   for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  size_t bytes = static_cast<size_t>(elements) * sizeof(float);
-  if (bytes < least_bytes) {
-    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, cpu);
-  }
   bytes = (bytes + huge_page - 1) / huge_page * huge_page;
   void* data = held().take(bytes);
-  return torch::stable::from_blob(data, sizes, strides, cpu, ScalarType::Float,
+  return torch::stable::from_blob(data, sizes, strides, cpu, dtype,
                                   [bytes](void* freed) { held().give({freed, bytes}); });
 }
 

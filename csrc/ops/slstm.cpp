@@ -84,7 +84,7 @@ Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTe
 
   Tensor h = new_empty(x, {p.batch, p.seq, p.heads, p.dim}, x.scalar_type());
   const std::vector<int64_t> kept_shape{keep ? p.batch : 0, p.seq, p.heads, slstm_kept, p.dim};
-  Tensor kept = x.is_cpu() ? reused_empty(kept_shape) : new_empty(x, kept_shape, ScalarType::Float);
+  Tensor kept = reused_empty(x, kept_shape, ScalarType::Float);
   const std::vector<int64_t> state_shape{return_final_state ? p.rows : 0, p.heads, p.dim};
   Tensor last[4];
   for (Tensor& t : last) t = new_empty(x, state_shape, ScalarType::Float);
@@ -135,7 +135,7 @@ Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, Op
   params.kept = static_cast<const float*>(checked.hold(kept));
   params.clip = static_cast<float>(recurrent_grad_clip);
 
-  Tensor dx = new_empty(h, {p.batch, p.seq, 4, p.heads, p.dim}, h.scalar_type());
+  Tensor dx = reused_empty(h, {p.batch, p.seq, 4, p.heads, p.dim}, h.scalar_type());
   Tensor dR = new_empty(h, {4, p.heads, p.dim, p.dim}, R.scalar_type());
   Tensor db = new_empty(h, {4, p.heads, p.dim}, b.scalar_type());
   const std::vector<int64_t> state_shape{h0 ? p.rows : 0, p.heads, p.dim};
