@@ -153,6 +153,7 @@ def test_mixed_precision(on_ranks, kind):
     on_ranks(_ranks(kind), _mixed, kind)
 
 
+@pytest.mark.slow
 def test_compiled(on_ranks):
     on_ranks(2, _same, "sharded", 1, {"compile": "aot_eager", "checkpointing": True}, {})
 

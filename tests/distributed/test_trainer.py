@@ -132,6 +132,7 @@ def _workers(parent):
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_killed_under_torchrun(on_ranks, tmp_path, data):
     """The command line, of which a process is killed in mid-run: torchrun starts both again, and nothing is lost."""
     data["steps"] = 100
