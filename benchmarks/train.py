@@ -173,15 +173,8 @@ def _xlstm_large(sizes: tuple, case: Case) -> tuple[nn.Module, Callable]:
         embedding_dim=width, num_heads=heads, num_blocks=blocks, vocab_size=vocabulary, **options
     )
     model = package.xLSTMLarge(config)
-    for module in model.modules():
-        if type(module).__name__ == "mLSTMBackend":
-            module.register_forward_pre_hook(_float32_gates, with_kwargs=True)
+    language_models.with_float32_gates(model)
     return model, _logits_loss
-
-
-def _float32_gates(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Triton 3.6 ends the process in an assertion where this kernel's gates have 16 bits."""
-    return args, {**kwargs, "i": kwargs["i"].float(), "f": kwargs["f"].float()}
 
 
 MODELS = {"flash_xlstm": _ours, "transformers": _transformers, "xlstm_large": _xlstm_large}

@@ -1,4 +1,4 @@
-"""TiRex-2's cells on the CPU, as shipped and with our ops: `python benchmarks/tirex.py [--out FILE]`.
+"""TiRex-2's cells on the CPU, as shipped and with our ops: `python benchmarks/tirex_cells.py [--out FILE]`.
 
 A cell is PyPI's tirex-2 (with flashrnn and mlstm_kernels, installed by hand): width 512, 4 heads, its projections and
 norm included. As shipped on a CPU, the sLSTM is flashrnn's "vanilla" and the mLSTM mlstm_kernels' chunkwise native one.
