@@ -451,11 +451,12 @@ _nodes_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple] = weakref.WeakKey
 def _nodes(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """The group of this rank's node, of consecutive ranks, and that of the ranks at its place in all nodes; or the
     whole group and None, where they are few or no number of 2 to `_NODE` ranks divides them."""
+    size = dist.get_world_size(group)
+    count = next((n for n in range(_NODE, 1, -1) if size % n == 0), 1)
+    if size <= _NODE or count == 1:
+        return group, None
     if group not in _nodes_of:
         ranks = dist.get_process_group_ranks(group)
-        count = next((n for n in range(_NODE, 1, -1) if len(ranks) % n == 0), 1)
-        if len(ranks) <= _NODE or count == 1:
-            return group, None
         at = dist.get_rank(group)
         first, place = at // count * count, at % count
         _nodes_of[group] = tuple(
