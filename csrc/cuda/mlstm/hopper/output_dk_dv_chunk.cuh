@@ -86,6 +86,15 @@ __device__ __forceinline__ void arrive_once(uint64_t* barrier) {  // of a warp
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
+__device__ __forceinline__ void load_with_hint(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y,
+                                               int z, int w, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
+      "%5, %6}], [%2], %7;" ::"r"(ptx::shared_address(shared)),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
+      : "memory");
+}
+
 __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShared& sh, ChunkRing& ring,
                                               const Tile& tile, int parity) {
   const Work& w = args.w;
@@ -96,32 +105,38 @@ __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShare
     ptx::mbarrier_arrive_expect(&sh.full[ring.stage()], 2 * ab_bytes);
     return sh.stage[ring.stage()];
   };
-  const auto load_box = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col, int from) {
-    ptx::tma_load(to, &map, full, col, tile.head, from, tile.row);
+  const auto load_box = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col, int from,
+                            uint64_t hint = ptx::evict_first) {
+    load_with_hint(to, &map, full, col, tile.head, from, tile.row, hint);
   };
-  const auto load_rows = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col) {  // 128 tokens x 64
-    load_box(to, map, full, col, token);
-    load_box(to + box_bytes, map, full, col, token + box);
+  const auto load_rows = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col,
+                             uint64_t hint = ptx::evict_first) {  // 128 tokens x 64
+    load_box(to, map, full, col, token, hint);
+    load_box(to + box_bytes, map, full, col, token + box, hint);
   };
   ptx::mbarrier_wait(&sh.empty_k, parity ^ 1);
   ptx::mbarrier_arrive_expect(&sh.full_k, ChunkShared::panels_k * ab_bytes);
   for (int y = 0; y < ChunkShared::panels_k; ++y) load_rows(sh.k[y], maps.k, &sh.full_k, y * box);
   for (int half = 0; half < 2; ++half) {
     unsigned char* to = begin_stage();
-    for (int y = 0; y < 2; ++y) load_rows(to + y * ab_bytes, maps.q, &sh.full[ring.stage()], (half * 2 + y) * box);
+    for (int y = 0; y < 2; ++y) {
+      load_rows(to + y * ab_bytes, maps.q, &sh.full[ring.stage()], (half * 2 + y) * box, ptx::evict_last);  // read twice
+    }
     ++ring.used;
   }
   const int dv = static_cast<int>(w.p.dv);
   for (int x = 0; x * box < dv; ++x) {
-    unsigned char* to = begin_stage();
+    unsigned char* to;
+    if (tile.has_state) {
+      to = begin_stage();
+      for (int y = 0; y < ChunkShared::panels_k; ++y) {
+        ptx::tma_load(to + y * box_bytes, &maps.c, &sh.full[ring.stage()], 0, w.block_index(y, x) * box, tile.item);
+      }
+      ++ring.used;
+    }
+    to = begin_stage();
     load_rows(to, maps.v, &sh.full[ring.stage()], x * box);
     load_rows(to + ab_bytes, maps.dh, &sh.full[ring.stage()], x * box);
-    ++ring.used;
-    if (!tile.has_state) continue;
-    to = begin_stage();
-    for (int y = 0; y < ChunkShared::panels_k; ++y) {
-      ptx::tma_load(to + y * box_bytes, &maps.c, &sh.full[ring.stage()], 0, w.block_index(y, x) * box, tile.item);
-    }
     ++ring.used;
   }
   for (int half = 0; half < 2; ++half) {
@@ -335,9 +350,14 @@ __device__ __forceinline__ void weigh_chunk(ChunkShared& sh, bool is_dk, int row
         float& x = t[c * 4 + r * 2 + y];
         const float d =
             fast_exp2(log_difference(y ? make_float2(logs.z, logs.w) : make_float2(logs.x, logs.y), row_log[r]));
-        float value = fmaf(x, y ? inv_d.y : inv_d.x, y ? delta.y : delta.x) * d;
-        if (masked && to_diagonal + r * 8 - c * 8 - y > 0) value = 0.0f;
-        x = value;
+        // In place: the compiler would keep masks and results in registers of their own.
+        asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(x) : "f"(y ? inv_d.y : inv_d.x), "f"(y ? delta.y : delta.x));
+        ptx::mul_in_place(x, d);
+        if constexpr (masked) {
+          asm volatile("{\n.reg .pred p;\nsetp.gt.s32 p, %1, %2;\n@p mov.b32 %0, 0;\n}\n"
+                       : "+f"(x)
+                       : "r"(to_diagonal), "r"(c * 8 + y - r * 8));
+        }
       }
     if (c % 2 == 1) ptx::keep_order();
   }
@@ -463,10 +483,10 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
 #pragma unroll 1
         for (int left = dv; left > 0; left -= box) {
           wait_for_stage(sh, ring);
-          const uint32_t v = uniform_place(sh, ring.stage());
+          const uint32_t c = uniform_place(sh, ring.stage());
           ++ring.used;
           wait_for_stage(sh, ring);
-          const uint32_t c = uniform_place(sh, ring.stage());
+          const uint32_t v = uniform_place(sh, ring.stage());
           ptx::wgmma_fence();
 #pragma unroll
           for (int kk = 0; kk < ChunkShared::panels_k * box / 16; ++kk) {
@@ -474,24 +494,27 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
                                                        transposed_at(c + kk * 128), kk > 0);
           }
           ptx::wgmma_commit();
+#pragma unroll
+          for (int kk = 0; kk < box / 16; ++kk) {
+            ptx::Wgmma<T, 256>::template a_shared<false>(dk, rows_at(v + group_rows + kk * 2), rows_at(c + kk * 2), true);
+          }
+          ptx::wgmma_commit();
           add_scores(v, v + ab);
           ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();
+          ptx::wgmma_wait<2>();
           ptx::hold(out);
           if (left <= box) arrive_once(&sh.empty_k);
           // v . (k dc): the state's share of k . dk.
-          {
-            const uint32_t v_row = (v + group_rows) * 16 + (warp % 4 * 16 + lane % 16) * 128;
+          const uint32_t v_row = (v + group_rows) * 16 + (warp % 4 * 16 + lane % 16) * 128;
 #pragma unroll
-            for (int y = 0; y < 4; ++y) {
-              uint32_t two[4];
-              ldmatrix_x4(two, v_row + (((y * 2 + lane / 16) ^ (lane % 8)) * 16));
+          for (int y = 0; y < 4; ++y) {
+            uint32_t two[4];
+            ldmatrix_x4(two, v_row + (((y * 2 + lane / 16) ^ (lane % 8)) * 16));
 #pragma unroll
-              for (int z = 0; z < 4; ++z) {
-                const float2 pair = unpack<T>(two[z]);
-                ptx::fma_in_place(across[z % 2], pair.x, out[y * 8 + z * 2]);
-                ptx::fma_in_place(across[z % 2], pair.y, out[y * 8 + z * 2 + 1]);
-              }
+            for (int z = 0; z < 4; ++z) {
+              const float2 pair = unpack<T>(two[z]);
+              ptx::fma_in_place(across[z % 2], pair.x, out[y * 8 + z * 2]);
+              ptx::fma_in_place(across[z % 2], pair.y, out[y * 8 + z * 2 + 1]);
             }
           }
 #pragma unroll
@@ -500,18 +523,13 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
           ptx::wgmma_fence();
           add_inside(v + ab, true);
           ptx::wgmma_commit();
-#pragma unroll
-          for (int kk = 0; kk < box / 16; ++kk) {
-            ptx::Wgmma<T, 256>::template a_shared<false>(dk, rows_at(v + group_rows + kk * 2), rows_at(c + kk * 2), true);
-          }
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();
-          ptx::hold(out);
-          write(left);
-          ptx::wgmma_wait<0>();
+          ptx::wgmma_wait<2>();  // dc has been read
           release(sh, (ring.used - 1) % ChunkShared::num_stages);
+          ptx::wgmma_wait<0>();
+          ptx::hold(out);
           release(sh, ring.stage());
           ++ring.used;
+          write(left);
         }
       } else {
         arrive_once(&sh.empty_k);
