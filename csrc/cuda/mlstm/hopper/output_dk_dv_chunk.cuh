@@ -393,46 +393,73 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
   const auto group_barrier = [&] { ptx::named_barrier(1 + group, 128); };
   ChunkRing ring;
   float dk[128], t_diagonal[32], t_half[16];
-
-  for (int parity = 0;; parity ^= 1) {
-    ptx::mbarrier_wait(&sh.full_gates, parity);
-    const ChunkTile& tile = sh.tile[parity];
-    if (__shfl_sync(all_lanes, tile.tile.item, 0) < 0) break;
-    // T1
+  uint32_t odd_dv = 0;
+  const auto add_scores = [&](uint32_t a, uint32_t b) {  // of a panel
+#pragma unroll
+    for (int kk = 0; kk < box / 16; ++kk) {
+      ptx::Wgmma<T, 64>::template a_shared<false>(t_diagonal, rows_at(a + group_rows + kk * 2),
+                                                  rows_at(b + group_rows + kk * 2), true);
+      ptx::Wgmma<T, 32>::template a_shared<false>(t_half, rows_at(a + kk * 2), rows_at(b + half_rows + kk * 2), true);
+    }
+  };
+  const auto clear_dk = [&] {
 #pragma unroll
     for (int x = 0; x < 128; ++x) dk[x] = 0.0f;
+  };
+  const auto clear_scores = [&] {
 #pragma unroll
     for (int x = 0; x < 32; ++x) t_diagonal[x] = 0.0f;
 #pragma unroll
     for (int x = 0; x < 16; ++x) t_half[x] = 0.0f;
     ptx::hold(t_diagonal);
     ptx::hold(t_half);
-    const auto add_scores = [&](uint32_t a, uint32_t b) {  // of a panel
-#pragma unroll
-      for (int kk = 0; kk < box / 16; ++kk) {
-        ptx::Wgmma<T, 64>::template a_shared<false>(t_diagonal, rows_at(a + group_rows + kk * 2),
-                                                    rows_at(b + group_rows + kk * 2), true);
-        ptx::Wgmma<T, 32>::template a_shared<false>(t_half, rows_at(a + kk * 2), rows_at(b + half_rows + kk * 2), true);
-      }
-    };
-    ptx::mbarrier_wait(&sh.full_k, parity);
-#pragma unroll 1
-    for (int x = 0; x < 2; ++x) {
-      wait_for_stage(sh, ring);
-      const uint32_t q = uniform_place(sh, ring.stage()), k = k_place + x * 2 * ab;
-      ptx::wgmma_fence();
-      add_scores(k, q);
-      add_scores(k + ab, q + ab);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      release(sh, ring.stage());
-      ++ring.used;
-    }
+  };
+
+  clear_dk();
+  bool has_last = false;
+  for (int parity = 0;; parity ^= 1, has_last = true) {
+    ptx::mbarrier_wait(&sh.full_gates, parity);
+    const ChunkTile &tile = sh.tile[parity], &last = sh.tile[parity ^ 1];
+    const bool has_tile = __shfl_sync(all_lanes, tile.tile.item, 0) >= 0;
+    // T1, while the last tile's dk is written. Not behind branches, where the compiler would serialize products: behind
+    // the last tile T1 is made of what there is, before the first one no rows are written.
+    clear_scores();
+    if (has_tile) ptx::mbarrier_wait(&sh.full_k, parity);
+    if (has_tile) wait_for_stage(sh, ring);
+    const uint32_t q = uniform_place(sh, ring.stage());
+    ++ring.used;
+    if (has_tile) wait_for_stage(sh, ring);
+    const uint32_t q_late = uniform_place(sh, ring.stage());
+    ptx::wgmma_fence();
+    add_scores(k_place, q);
+    add_scores(k_place + ab, q + ab);
+    add_scores(k_place + 2 * ab, q_late);
+    add_scores(k_place + 3 * ab, q_late + ab);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();  // or the compiler would wait for T1 before dk is read
+    ptx::hold(dk);
+    uint32_t odd_dk = 0;
+    store_rows<T>(sh, warp, dk, static_cast<T*>(last.dk) + (warp * 16 + lane / 4) * args.out_token + lane % 4 * 8,
+                  args.out_token, has_last ? last.tile.length - warp * 16 : 0, dqk, odd_dk);
+    ptx::wgmma_wait<0>();
     ptx::hold(t_diagonal);
     ptx::hold(t_half);
+    if (__any_sync(all_lanes, (odd_dv & 0x7fff7fffu) != 0)) {
+      __syncwarp();
+      mend_rows<Output::dv, 1024, T>(args, last.tile, warp * 16, float2{}, float2{});
+    }
+    if (__any_sync(all_lanes, (odd_dk & 0x7fff7fffu) != 0)) {
+      __syncwarp();
+      mend_rows<Output::dk, 256, T>(args, last.tile, warp * 16, float2{}, float2{});
+    }
+    if (!has_tile) break;
+    release(sh, (ring.used - 1) % ChunkShared::num_stages);
+    release(sh, ring.stage());
+    ++ring.used;
+    clear_dk();
+    odd_dv = 0;
 
     const bool has_state = __shfl_sync(all_lanes, tile.tile.has_state ? 1 : 0, 0) != 0;
-    uint32_t odd_dv = 0;
 #pragma unroll 1
     for (int is_dk = 0; is_dk < 2; ++is_dk) {
       weigh_chunk<true, 8>(sh, is_dk != 0, group * box + row_in_block, group * box + pos * 2, to_diagonal, t_diagonal);
@@ -449,10 +476,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
       if (is_dk) break;
 
       // The panels.
-#pragma unroll
-      for (int x = 0; x < 32; ++x) t_diagonal[x] = 0.0f;
-#pragma unroll
-      for (int x = 0; x < 16; ++x) t_half[x] = 0.0f;
+      clear_scores();
       float out[32], factor[2], across[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -612,18 +636,6 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
     release(sh, late);
     release(sh, early);
     if (group == 0) arrive_once(&sh.p_free);
-    uint32_t odd_dk = 0;
-    store_rows<T>(sh, warp, dk,
-                  static_cast<T*>(tile.dk) + (warp * 16 + lane / 4) * args.out_token + lane % 4 * 8, args.out_token,
-                  tile.tile.length - warp * 16, dqk, odd_dk);
-    if (__any_sync(all_lanes, (odd_dv & 0x7fff7fffu) != 0)) {
-      __syncwarp();
-      mend_rows<Output::dv, 1024, T>(args, tile.tile, warp * 16, float2{}, float2{});
-    }
-    if (__any_sync(all_lanes, (odd_dk & 0x7fff7fffu) != 0)) {
-      __syncwarp();
-      mend_rows<Output::dk, 256, T>(args, tile.tile, warp * 16, float2{}, float2{});
-    }
   }
 }
 
