@@ -7,15 +7,17 @@
 //
 // A tile's stages, 32 KiB each, four in the ring:
 //   q, columns 0-127; q, columns 128-255
-//   for each x: v_x and dh_x, then dc_x (not where it is zero)
+//   for each x: dc_x (not where it is zero), then v_x and dh_x
 //   q, tokens 64-127; q, tokens 0-63
-// k stays in a place of its own until the sums k . dk are made.
+// k has a place of its own, which is free once the last k dc_x is made: the sums k . dk are made of v_x . (k dc_x) and
+// k . dn.
 //
-// Two warpgroups of 64 rows each. A thread's accumulators are 128 of dk, 32 of dv_x and 48 of T2: the 64 x 64 block on
-// the diagonal, and half of the full block, which belongs to the rows of group 0. Group 1 makes its columns 96-127 and
-// leaves P2 of them in shared memory. All of P is there: registers are too few.
+// Two warpgroups of 64 rows each. A thread's accumulators are 128 of dk, 32 of dv_x and 48 of T (T1, then T2): the 64 x
+// 64 block on the diagonal, and half of the full block, which belongs to the rows of group 0. Group 1 makes its columns
+// 96-127 and leaves P of them in shared memory. All of P is there: registers are too few. Three more warps bring the
+// gates.
 //
-// Shared memory: ring 128 KiB, k 64, P 24 (P1, then P2: three blocks of 64 x 64), rows on their way out 8, gates 2.
+// Shared memory: ring 128 KiB, k 64, P 24 (P1, then P2: three blocks of 64 x 64), rows on their way out 8, gates 3.
 // A tile at dv 512: 25,600 clocks of the tensor pipes; 704 KiB in, 192 out.
 #pragma once
 
@@ -42,7 +44,7 @@ struct ChunkShared {
   float col_inv_d[chunk_tokens];
   ChunkTile tile[2];
   uint64_t full[num_stages], empty[num_stages];
-  uint64_t full_k, empty_k, full_gates, empty_gates, full_late, empty_late;
+  uint64_t full_k, empty_k, full_tile, full_gates, empty_gates, full_late, empty_late;
   uint64_t p_half, p_free;  // group 1 has written its half of P's full block; group 0 has read the block
 
   // What is wanted behind the panels, in the place of the first two warps' rows.
@@ -170,7 +172,7 @@ __device__ __forceinline__ void load_tile(const OutputArgs& args, ChunkShared& s
     to.dk = out_row<Output::dk, T>(args, tile, token, static_cast<int>(w.p.dqk));
     to.dv = out_row<Output::dv, T>(args, tile, token, static_cast<int>(w.p.dv));
   }
-  arrive_once(&sh.full_gates);
+  arrive_once(&sh.full_tile);
 }
 
 // second: 1 / d, dn, k . dn of the chunk's second half. Else beta, delta, k . dn of its first half.
@@ -386,8 +388,8 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
   const int dv = static_cast<int>(args.w.p.dv), dqk = static_cast<int>(args.w.p.dqk);
   // Places in shared memory are in units of 16 bytes.
   constexpr int ab = ab_bytes / 16, box_place = box_bytes / 16;
-  const int group_rows = group * box_place;                       // to the group's rows
-  const int half_rows = box_place + group * (32 * 128 / 16);      // to the columns of T's half of the full block
+  const int group_rows = group * box_place;                   // to the group's rows
+  const int half_rows = box_place + group * (32 * 128 / 16);  // to the columns of T's half of the full block
   const uint32_t k_place = ptx::shared_address(sh.k[0]) >> 4;
   const uint32_t diagonal_p = ptx::shared_address(sh.p[0]) >> 4, full_p = diagonal_p + box_place + group_rows;
   const auto group_barrier = [&] { ptx::named_barrier(1 + group, 128); };
@@ -418,7 +420,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
   clear_dk();
   bool has_last = false;
   for (int parity = 0;; parity ^= 1, has_last = true) {
-    ptx::mbarrier_wait(&sh.full_gates, parity);
+    ptx::mbarrier_wait(&sh.full_tile, parity);
     const ChunkTile &tile = sh.tile[parity], &last = sh.tile[parity ^ 1];
     const bool has_tile = __shfl_sync(all_lanes, tile.tile.item, 0) >= 0;
     // T1, while the last tile's dk is written. Not behind branches, where the compiler would serialize products: behind
@@ -458,6 +460,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
     ++ring.used;
     clear_dk();
     odd_dv = 0;
+    ptx::mbarrier_wait(&sh.full_gates, parity);
 
     const bool has_state = __shfl_sync(all_lanes, tile.tile.has_state ? 1 : 0, 0) != 0;
 #pragma unroll 1
@@ -652,7 +655,8 @@ __global__ void __launch_bounds__(output_threads, 1) dk_dv_chunk_kernel(const __
     }
     ptx::mbarrier_init(&sh.full_k, 1);
     ptx::mbarrier_init(&sh.empty_k, consumer_warps + 2);
-    ptx::mbarrier_init(&sh.full_gates, 3);
+    ptx::mbarrier_init(&sh.full_tile, 1);
+    ptx::mbarrier_init(&sh.full_gates, 2);
     ptx::mbarrier_init(&sh.empty_gates, consumer_warps);
     ptx::mbarrier_init(&sh.full_late, 2);
     ptx::mbarrier_init(&sh.empty_late, 2);
@@ -692,17 +696,16 @@ __global__ void __launch_bounds__(output_threads, 1) dk_dv_chunk_kernel(const __
       for_tiles([&](const Tile& tile, int parity) { produce_chunk(args, sh, ring, tile, parity); });
       return;
     }
-    int end;
     if (warp == consumer_warps + 1) {
-      end = for_tiles([&](const Tile& tile, int parity) { load_tile<T>(args, sh, tile, parity); });
+      const int end = for_tiles([&](const Tile& tile, int parity) { load_tile<T>(args, sh, tile, parity); });
+      ptx::mbarrier_wait(&sh.empty_gates, end ^ 1);
+      if (threadIdx.x % 32 == 0) sh.tile[end].tile.item = -1;
+      arrive_once(&sh.full_tile);
     } else if (warp == consumer_warps + 2) {
-      end = for_tiles([&](const Tile& tile, int parity) { load_chunk_gates<false, T>(args, sh, tile, parity); });
+      for_tiles([&](const Tile& tile, int parity) { load_chunk_gates<false, T>(args, sh, tile, parity); });
     } else {
-      end = for_tiles([&](const Tile& tile, int parity) { load_chunk_gates<true, T>(args, sh, tile, parity); });
+      for_tiles([&](const Tile& tile, int parity) { load_chunk_gates<true, T>(args, sh, tile, parity); });
     }
-    ptx::mbarrier_wait(&sh.empty_gates, end ^ 1);
-    if (warp == consumer_warps + 1 && threadIdx.x % 32 == 0) sh.tile[end].tile.item = -1;
-    arrive_once(&sh.full_gates);
   } else {
     ptx::more_registers<240>();
     consume_chunks<T>(args, sh, warp / 4);
