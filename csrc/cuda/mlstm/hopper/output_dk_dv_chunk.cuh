@@ -315,8 +315,8 @@ __device__ __forceinline__ float2 pair_if(bool wanted, uint32_t shared) {
   return two;
 }
 
-// T becomes P, in place. 8 `groups` columns from `begin` on, rows `row` and row + 8. is_dk: P2, else P1. to_diagonal: as
-// in Scores.
+// T becomes P, in place. 8 `groups` columns from `begin` on, rows `row` and row + 8. is_dk: P2, else P1. to_diagonal:
+// as in Scores.
 template <bool masked, int groups>
 __device__ __forceinline__ void weigh_chunk(ChunkShared& sh, bool is_dk, int row, int begin, int to_diagonal,
                                             float (&t)[groups * 4]) {
@@ -361,8 +361,8 @@ __device__ __forceinline__ void put_p(unsigned char* block, int first, const flo
   }
 }
 
-// The consumers' way. Both groups run the same instructions, which should fit the instruction caches: P1 and P2 are made
-// by the same ones too.
+// The consumers' way. Both groups run the same instructions, which should fit the instruction caches: P1 and P2 are
+// made by the same ones too.
 template <typename T>
 __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShared& sh, const int group) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, pos = lane % 4;
