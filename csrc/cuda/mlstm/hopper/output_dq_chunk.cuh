@@ -70,9 +70,7 @@ __device__ __forceinline__ void produce_dq(const OutputArgs& args, DqShared& sh,
     return sh.stage[ring.stage()];
   };
   const auto load_box = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col, int from,
-                            uint64_t hint) {
-    load_with_hint(to, &map, full, col, tile.head, from, tile.row, hint);
-  };
+                            uint64_t hint) { load_with_hint(to, &map, full, col, tile.head, from, tile.row, hint); };
   const auto load_rows = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col,
                              uint64_t hint = ptx::evict_first) {  // 128 tokens x 64
     load_box(to, map, full, col, token, hint);
@@ -178,8 +176,8 @@ __device__ __forceinline__ void load_dq_late(const OutputArgs& args, DqShared& s
 // Writes the warp's 16 rows, 64 columns at a time through shared memory, 16 bytes a lane. `to`: of the row lane / 8, at
 // column lane % 8 * 8. rows, columns: how many there are. token: elements from a row to the next.
 template <typename T>
-__device__ __forceinline__ void store_dq_rows(uint32_t part, const float (&out)[2][64], T* to, int64_t token,
-                                              int rows, int columns, uint32_t& odd) {
+__device__ __forceinline__ void store_dq_rows(uint32_t part, const float (&out)[2][64], T* to, int64_t token, int rows,
+                                              int columns, uint32_t& odd) {
   const int lane = lane_again();
   // The 16-byte pieces of neighbouring rows lie in different banks.
   const uint32_t in = part + (lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16;
@@ -224,13 +222,13 @@ __device__ __forceinline__ void consume_dq(const OutputArgs& args, DqShared& sh,
   float4* const weights = reinterpret_cast<float4*>(own) + lane;  // D T1; 32 further on for every 8 columns
   DqRing ring;
   float out[2][64], t[64];  // out: of columns 0-127, 128-255
-  const auto take = [&] {  // the next stage, once it is full
+  const auto take = [&] {   // the next stage, once it is full
     ptx::mbarrier_wait(&sh.full[ring.stage()], ring.parity());
     const int stage = ring.stage();
     ring.advance();
     return stage;
   };
-  const auto clear = [](float(&x)[64]) {
+  const auto clear = [](float (&x)[64]) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) x[i] = 0.0f;
     ptx::hold(x);
@@ -249,7 +247,7 @@ __device__ __forceinline__ void consume_dq(const OutputArgs& args, DqShared& sh,
       ptx::Wgmma<T, 128>::template a_shared<false>(t, rows_at(a + group_rows + kk * 2), rows_at(b + kk * 2), true);
     }
   };
-  const auto add_state = [&](float(&half)[64], uint32_t dh, uint32_t c) {
+  const auto add_state = [&](float (&half)[64], uint32_t dh, uint32_t c) {
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
       ptx::Wgmma<T, 128>::template a_shared<false>(half, rows_at(dh + group_rows + kk * 2), rows_at(c + kk * 2), true);
@@ -285,8 +283,8 @@ __device__ __forceinline__ void consume_dq(const OutputArgs& args, DqShared& sh,
     hold_out();
     uint32_t odd = 0;
     store_dq_rows<T>(ptx::shared_address(own), out,
-                     static_cast<T*>(last.out) + (warp * 16 + lane / 8) * args.out_token + lane % 8 * 8,
-                     args.out_token, has_last ? last.tile.length - warp * 16 : 0, dqk, odd);
+                     static_cast<T*>(last.out) + (warp * 16 + lane / 8) * args.out_token + lane % 8 * 8, args.out_token,
+                     has_last ? last.tile.length - warp * 16 : 0, dqk, odd);
     ptx::wgmma_wait<0>();
     ptx::hold(t);
     if (__any_sync(all_lanes, (odd & 0x7fff7fffu) != 0) && has_last) {
@@ -342,8 +340,8 @@ __device__ __forceinline__ void consume_dq(const OutputArgs& args, DqShared& sh,
 #pragma unroll 1
       for (int left = dv; left > 0; left -= box) {
         const int of_v = take(), of_c = take(), of_late_c = take(), of_dh = take();
-        const uint32_t v = uniform_place(sh, of_v), c = uniform_place(sh, of_c),
-                       late_c = uniform_place(sh, of_late_c), dh = uniform_place(sh, of_dh);
+        const uint32_t v = uniform_place(sh, of_v), c = uniform_place(sh, of_c), late_c = uniform_place(sh, of_late_c),
+                       dh = uniform_place(sh, of_dh);
         ptx::wgmma_fence();
         add_t(dh, v);
         ptx::wgmma_commit();
@@ -429,8 +427,8 @@ __device__ __forceinline__ void consume_dq(const OutputArgs& args, DqShared& sh,
       if (pos == 0) {
         w.inv_d[at + r * 8] = normalizer.x, w.delta[at + r * 8] = of_s;
         w.e[at + r * 8] = w.p.input_gate == InputGate::exponential ? -of_u * w.p.eps * normalizer.x : 0.0f;
-        w.q_dq[at + r * 8] = (of_c[r] == 0.0f ? 0.0f : of_c[r] * dot) +
-                             (of_n[r] == 0.0f ? 0.0f : of_n[r] * gates.q_n[row + r * 8]);
+        w.q_dq[at + r * 8] =
+            (of_c[r] == 0.0f ? 0.0f : of_c[r] * dot) + (of_n[r] == 0.0f ? 0.0f : of_n[r] * gates.q_n[row + r * 8]);
       }
     }
     if (has_state) {
@@ -598,8 +596,7 @@ __global__ void __launch_bounds__(output_threads, 1) dq_chunk_kernel(const __gri
     });
   };
   if (warp == consumer_warps + 1) {
-    const int end =
-        for_tiles([&](const Tile& tile, int parity) { load_dq_gates<T>(args, sh, tile, parity, phase); });
+    const int end = for_tiles([&](const Tile& tile, int parity) { load_dq_gates<T>(args, sh, tile, parity, phase); });
     ptx::mbarrier_wait(&sh.empty_gates[end], phase ^ 1);
     if (threadIdx.x % 32 == 0) sh.gates[end].tile.item = -1;
     arrive_once(&sh.full_gates[end]);
