@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.integrations import _cells
+from flash_xlstm.integrations import _cells, _tirex2
 from flash_xlstm.integrations.flashrnn import kernel_dtype_of
 from flash_xlstm.integrations.mlstm_kernels import check_common, check_config, mLSTMBackend, run_backend
 from flash_xlstm.nn.block_stack.slstm import _NOTHING, _weights_of_op
@@ -55,6 +55,9 @@ def accelerate(model: Any) -> Accelerated:
             original, cell = found
             _check(name, module, original, cell)
             changes += [_Change(name, module, attribute, new) for attribute, new in cell.patches.items()]
+        layer = _layer(module)
+        if layer is not None:
+            changes.append(_Change(name, module, "forward", layer))
     if not changes:
         raise ValueError(f"{type(model).__name__} has no cell that accelerate knows. It knows {', '.join(_CELLS)}")
     for change in changes:
@@ -145,6 +148,14 @@ def _known(kind: type) -> tuple[type, _Cell] | None:
         if cell is not None:
             return base, cell
     return None
+
+
+def _layer(module: nn.Module) -> _Patch | None:
+    """The forward of a known layer, if it has its class's own forward, and no subclass's."""
+    kind = type(module)
+    layer = _LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    own = "forward" in vars(kind) or True
+    return layer if own and "forward" not in module.__dict__ else None
 
 
 def _check(name: str, module: nn.Module, original: type, cell: _Cell) -> None:
@@ -379,4 +390,10 @@ _CELLS = {
         _method(_Tirex2Slstm, "slstm_flashrnn"), _check_tirex2
     ),
     "tirex.models.slstm.cell.sLSTMCell": _Cell(_method(_TirexSlstmCell), _check_tirex),
+}
+
+# Layers around cells, whose products, norms and gates are done beside the cell's op.
+_LAYERS = {
+    _tirex2.SLSTM: _Patch(_tirex2.Slstm.forward),
+    _tirex2.MLSTM: _Patch(_tirex2.Mlstm.forward),
 }

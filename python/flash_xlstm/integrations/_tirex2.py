@@ -1,0 +1,234 @@
+"""TiRex-2's layers as a whole, from projections to norm: the forwards that `accelerate` gives them.
+
+Nothing is copied or transposed between a layer's products and its op: products are written where the op reads them.
+Soft caps, norm and output gate of the mLSTM are parts of ops. A call that has anything else to run, a hook or another
+class of layer for example, takes the layer's own forward (:func:`_parameters`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from flash_xlstm import ops
+from flash_xlstm.integrations.flashrnn import kernel_dtype_of
+from flash_xlstm.nn.linear import _FORWARD, _LINEAR, gradients_are_looked_at, nothing_looks_on, own_parameters, unchanged
+from flash_xlstm.ops._common import needs_gradients
+from flash_xlstm.ops.mlstm_gated import mlstm_gated, mlstm_gated_backward
+
+SLSTM = "tirex2.model.component.flashrnn_slstm.sLSTMFlashRNNLayer"
+MLSTM = "tirex2.model.component.mlstm_block.mLSTMLayer"
+_HEADWISE = "tirex2.model.component.flashrnn_slstm.LinearHeadwiseExpand"
+_NORM = "tirex2.model.component.norm.MultiHeadLayerNorm"
+_PROJECTION = "torch.nn.modules.linear.Linear"
+_GATES = ("fgate", "igate", "zgate", "ogate")  # in the order of the op's i, f, z, o
+_PROJECTIONS = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact", "out_proj")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Without gradients a CPU takes the rows of a batch in pieces of at least so many tokens. A piece's arrays stay in the
+# cache, and the allocator gives the same memory to each piece. Larger arrays it maps anew, which zeroes page by page.
+_TOKENS = 1024
+_SLSTM_ROWS = 32  # a token of all rows reads R once
+
+
+class Slstm:
+    """TiRex-2's ``sLSTMFlashRNNLayer``."""
+
+    def forward(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
+        """x (batch, seq, width). Neither this nor the original reads `kwargs`."""
+        found = _parameters(self, SLSTM, x, dict.fromkeys(_GATES, _HEADWISE) | {"group_norm": _NORM})
+        if found is None or not _is_plain_slstm(self, x, found):
+            return type(self).forward(self, x, **kwargs)
+        *gates, weight = found
+        dim = self.config.head_dim
+        R, b = self.get_R().permute(2, 0, 3, 1), self.get_bias().transpose(0, 1)
+        dtype, eps = kernel_dtype_of(self.config, x.dtype), self.group_norm.eps
+        R, b = (t if t.dtype in (dtype, torch.float32) else t.float() for t in (R, b))
+        if needs_gradients((x, *found, R, b)):
+            h = self.dropout(ops.slstm(_GateProducts.apply(x, *gates).to(dtype), R, b))
+            return F.layer_norm(h, (dim,), eps=eps).flatten(2) * weight
+        out = x.new_empty(x.shape, dtype=torch.promote_types(dtype, weight.dtype))
+        for piece, to in _pieces(x, out, _SLSTM_ROWS):
+            h = self.dropout(ops.slstm(_gate_products(piece, gates).to(dtype), R, b))
+            torch.mul(F.layer_norm(h, (dim,), eps=eps).flatten(2), weight, out=to)
+        return out
+
+
+class Mlstm:
+    """TiRex-2's ``mLSTMLayer``."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x (batch, seq, width)."""
+        kinds = dict.fromkeys(_PROJECTIONS, _PROJECTION) | {"multihead_norm": _NORM}
+        found = _parameters(self, MLSTM, x, kinds, biases=("igate_preact", "fgate_preact"))
+        if found is None or not _is_plain_mlstm(self, found):
+            return type(self).forward(self, x)
+        q, k, v, o, i, i_bias, f, f_bias, out_proj, weight = found
+        config, heads = self.config, self.config.num_heads
+        options = heads, self.mlstm_backend.config.eps, config.gate_soft_cap, self.multihead_norm.eps
+        if needs_gradients((x, *found)):
+            return F.linear(_MlstmCell.apply(x, options, q, k, v, o, i, i_bias, f, f_bias, weight), out_proj)
+        _, eps, cap, norm_eps = options
+        gates, bias = torch.cat([i, f]), torch.cat([i_bias, f_bias])
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for piece, to in _pieces(x, out, 1):
+            heads_of = (F.linear(piece, t).unflatten(-1, (heads, -1)) for t in (q, k, v))
+            h = ops.mlstm(*heads_of, *F.linear(piece, gates, bias).chunk(2, -1), eps=eps, gate_soft_cap=cap)
+            h = ops.gated_head_norm(h, F.linear(piece, o), weight, norm_eps)
+            torch.mm(h.flatten(0, 1), out_proj.t(), out=to.flatten(0, 1))
+        return out
+
+
+def _parameters(
+    layer: Any, kind: str, x: Tensor, parts: dict[str, str], biases: tuple[str, ...] = ()
+) -> list[Tensor] | None:
+    """The weights of the submodules `parts`, whose classes are given by name, each of `biases` with its bias. None if
+    a call of `layer` may run more than its class's forward on them: a subclass, a hook, a parametrization, other or no
+    biases, autocast, a compiler, a transform, a mode."""
+    if (
+        type(x) is not Tensor
+        or x.dim() != 3
+        or x.numel() == 0
+        or not (x.is_cpu or x.is_cuda)
+        or x.dtype not in _DTYPES
+        or torch.compiler.is_compiling()
+        or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or nn.Linear.forward is not _FORWARD
+        or F.linear is not _LINEAR
+        or not nothing_looks_on()
+        or not _is(layer, kind)
+    ):
+        return None
+    modules = layer._modules
+    if gradients_are_looked_at(*(m for m in modules.values() if m is not None)):
+        return None
+    found = []
+    for name, wanted in parts.items():
+        part = modules.get(name)
+        own = own_parameters(part, type(part), x) if _is(part, wanted) else None
+        if own is None or (own[1] is not None) != (name in biases):
+            return None
+        found += own if name in biases else own[:1]
+    return found
+
+
+def _is(module: Any, kind: str) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" == kind
+
+
+def _is_plain_slstm(layer: Any, x: Tensor, found: list[Tensor]) -> bool:
+    heads, dim = layer.config.num_heads, layer.config.head_dim
+    block = (heads, dim, dim)
+    return (
+        x.shape[2] == heads * dim
+        and found[0].shape == found[1].shape == found[2].shape == found[3].shape == block
+        and found[4].shape == x.shape[2:]
+        and unchanged(layer.dropout, nn.Dropout)
+    )
+
+
+def _is_plain_mlstm(layer: Any, found: list[Tensor]) -> bool:
+    backend = layer._modules.get("mlstm_backend")
+    own = vars(backend) if backend is not None else {}
+    config, forward = own.get("config"), own.get("forward")
+    return (
+        # The op in place, and nothing else around it.
+        getattr(forward, "__module__", None) == "flash_xlstm.integrations.mlstm_kernels"
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("_compiled_call_impl"))
+        and "train" in config.mode
+        and not config.return_last_states
+        and "siging" not in config.chunkwise_kernel
+        and unchanged(layer.ogate_act_fn, nn.Sigmoid)
+        and found[-1].shape == (layer.v_dim,)
+    )
+
+
+def _pieces(x: Tensor, out: Tensor, least_rows: int) -> list[tuple[Tensor, Tensor]]:
+    """x and `out` in pieces of their rows, of about one size."""
+    batch, seq = x.shape[:2]
+    each = max(least_rows, -(-_TOKENS // seq))
+    if not x.is_cpu or batch <= each:
+        return [(x, out)]
+    each = -(-batch // (batch // each))
+    return list(zip(x.split(each), out.split(each), strict=True))
+
+
+def _gate_products(x: Tensor, weights: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The pre-activations (batch, seq, gates, heads, dim) of x (batch, seq, heads * in), by a weight (heads, dim, in)
+    for each gate."""
+    heads, dim, _ = weights[0].shape
+    rows = x.reshape(-1, heads, weights[0].shape[2]).transpose(0, 1)
+    out = x.new_empty((*x.shape[:2], len(weights), heads, dim))
+    of_gates = out.flatten(0, 1).permute(1, 2, 0, 3).unbind()
+    for to, weight in zip(of_gates, weights, strict=True):
+        torch.bmm(rows, weight.transpose(1, 2), out=to)
+    return out
+
+
+class _GateProducts(torch.autograd.Function):
+    """:func:`_gate_products` of x and the weights. The gradients of x are summed by the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return _gate_products(x, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        heads, _, size = weights[0].shape
+        of_gates = dy.flatten(0, 1).permute(1, 2, 0, 3).unbind()  # (heads, tokens, dim) each
+        rows = x.reshape(-1, heads, size).transpose(0, 1)
+        dx, sizes = None, (*x.shape[:2], heads, size)
+        if ctx.needs_input_grad[0]:
+            dx = x.new_empty(sizes)
+            to = dx.flatten(0, 1).transpose(0, 1)
+            for gate, (d, weight) in enumerate(zip(of_gates, weights, strict=True)):
+                torch.baddbmm(to, d, weight, beta=min(gate, 1), out=to)
+            dx = dx.flatten(2)
+        dweights = (
+            torch.bmm(d.transpose(1, 2), rows) if wanted else None
+            for d, wanted in zip(of_gates, ctx.needs_input_grad[1:], strict=True)
+        )
+        return dx, *dweights
+
+
+class _MlstmCell(torch.autograd.Function):
+    """The mLSTM layer up to its output projection."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: tuple, *parameters: Tensor) -> Tensor:
+        q, k, v, o, i, i_bias, f, f_bias, weight = parameters
+        rows, sizes = x.reshape(-1, x.shape[2]), [t.shape[0] for t in (q, k, v, o)]
+        z = x.new_empty((*x.shape[:2], sum(sizes)))
+        for part, to in zip((q, k, v, o), z.flatten(0, 1).split(sizes, 1), strict=True):
+            torch.mm(rows, part.t(), out=to)
+        gates = F.linear(x, torch.cat([i, f]), torch.cat([i_bias, f_bias]))
+        heads, eps, cap, norm_eps = options
+        ctx.options = heads, q.shape[0], None, eps, cap, 0, norm_eps
+        y, h, kept = mlstm_gated(z, *gates.chunk(2, -1), weight, None, *ctx.options)
+        ctx.save_for_backward(x, z, gates, h, kept, q, k, v, o, i, f, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, z, gates, h, kept, *weights, weight = ctx.saved_tensors
+        want_x, _, *wanted = ctx.needs_input_grad
+        dz, _, _, dnorm = mlstm_gated_backward(
+            dy, z, *gates.chunk(2, -1), weight, None, h, kept, *ctx.options, wanted[-1], True
+        )
+        dz, sizes = dz.flatten(0, 1), [t.shape[0] for t in weights]  # q, k, v, o, i, f
+        dx = torch.mm(dz, torch.cat(weights)).view(x.shape) if want_x else None
+        dq, dk, dv, do, di, df = torch.mm(dz.t(), x.reshape(-1, x.shape[2])).split(sizes)
+        di_bias, df_bias = dz[:, -2 * sizes[-1] :].sum(0).split(sizes[-1])
+        gradients = dq, dk, dv, do, di, di_bias, df, df_bias, dnorm
+        return dx, None, *(d if want else None for d, want in zip(gradients, wanted, strict=True))
