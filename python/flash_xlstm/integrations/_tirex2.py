@@ -17,7 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from flash_xlstm import ops
 from flash_xlstm.integrations.flashrnn import kernel_dtype_of
-from flash_xlstm.nn.linear import _FORWARD, _LINEAR, gradients_are_looked_at, nothing_looks_on, own_parameters, unchanged
+from flash_xlstm.nn.linear import (
+    _FORWARD,
+    _LINEAR,
+    gradients_are_looked_at,
+    nothing_looks_on,
+    own_parameters,
+    unchanged,
+)
 from flash_xlstm.ops._common import needs_gradients
 from flash_xlstm.ops.mlstm_gated import mlstm_gated, mlstm_gated_backward
 
@@ -41,7 +48,7 @@ class Slstm:
 
     def forward(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
         """x (batch, seq, width). Neither this nor the original reads `kwargs`."""
-        found = _parameters(self, SLSTM, x, dict.fromkeys(_GATES, _HEADWISE) | {"group_norm": _NORM})
+        found = _parameters(self, x, dict.fromkeys(_GATES, _HEADWISE) | {"group_norm": _NORM})
         if found is None or not _is_plain_slstm(self, x, found):
             return type(self).forward(self, x, **kwargs)
         *gates, weight = found
@@ -65,7 +72,7 @@ class Mlstm:
     def forward(self: Any, x: Tensor) -> Tensor:
         """x (batch, seq, width)."""
         kinds = dict.fromkeys(_PROJECTIONS, _PROJECTION) | {"multihead_norm": _NORM}
-        found = _parameters(self, MLSTM, x, kinds, biases=("igate_preact", "fgate_preact"))
+        found = _parameters(self, x, kinds, biases=("igate_preact", "fgate_preact"))
         if found is None or not _is_plain_mlstm(self, found):
             return type(self).forward(self, x)
         q, k, v, o, i, i_bias, f, f_bias, out_proj, weight = found
@@ -84,32 +91,29 @@ class Mlstm:
         return out
 
 
-def _parameters(
-    layer: Any, kind: str, x: Tensor, parts: dict[str, str], biases: tuple[str, ...] = ()
-) -> list[Tensor] | None:
+def _parameters(layer: Any, x: Tensor, parts: dict[str, str], biases: tuple[str, ...] = ()) -> list[Tensor] | None:
     """The weights of the submodules `parts`, whose classes are given by name, each of `biases` with its bias. None if
-    a call of `layer` may run more than its class's forward on them: a subclass, a hook, a parametrization, other or no
-    biases, autocast, a compiler, a transform, a mode."""
+    a call of `layer` may run more than products with them: another class, a hook, a parametrization, autocast, a
+    compiler, a transform, a mode; or where other parts have a bias."""
     if (
-        type(x) is not Tensor
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
         or x.dim() != 3
         or x.numel() == 0
         or not (x.is_cpu or x.is_cuda)
         or x.dtype not in _DTYPES
-        or torch.compiler.is_compiling()
         or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or nn.Linear.forward is not _FORWARD
         or F.linear is not _LINEAR
         or not nothing_looks_on()
-        or not _is(layer, kind)
     ):
         return None
     modules = layer._modules
     if gradients_are_looked_at(*(m for m in modules.values() if m is not None)):
         return None
-    found = []
+    found: list[Any] = []
     for name, wanted in parts.items():
         part = modules.get(name)
         own = own_parameters(part, type(part), x) if _is(part, wanted) else None
@@ -125,9 +129,11 @@ def _is(module: Any, kind: str) -> bool:
 
 def _is_plain_slstm(layer: Any, x: Tensor, found: list[Tensor]) -> bool:
     heads, dim = layer.config.num_heads, layer.config.head_dim
-    block = (heads, dim, dim)
+    block, own = (heads, dim, dim), vars(layer)
     return (
-        x.shape[2] == heads * dim
+        getattr(own.get("slstm_flashrnn"), "__module__", None) == "flash_xlstm.integrations.drop_in"  # the op in place
+        and own.keys().isdisjoint(("recurrence", "get_R", "get_bias"))
+        and x.shape[2] == heads * dim
         and found[0].shape == found[1].shape == found[2].shape == found[3].shape == block
         and found[4].shape == x.shape[2:]
         and unchanged(layer.dropout, nn.Dropout)
@@ -136,11 +142,11 @@ def _is_plain_slstm(layer: Any, x: Tensor, found: list[Tensor]) -> bool:
 
 def _is_plain_mlstm(layer: Any, found: list[Tensor]) -> bool:
     backend = layer._modules.get("mlstm_backend")
-    own = vars(backend) if backend is not None else {}
-    config, forward = own.get("config"), own.get("forward")
+    own: dict[str, Any] = vars(backend) if backend is not None else {}
+    config: Any = own.get("config")
     return (
         # The op in place, and nothing else around it.
-        getattr(forward, "__module__", None) == "flash_xlstm.integrations.mlstm_kernels"
+        getattr(own.get("forward"), "__module__", None) == "flash_xlstm.integrations.mlstm_kernels"
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("_compiled_call_impl"))
         and "train" in config.mode
         and not config.return_last_states
@@ -228,7 +234,8 @@ class _MlstmCell(torch.autograd.Function):
         )
         dz, sizes = dz.flatten(0, 1), [t.shape[0] for t in weights]  # q, k, v, o, i, f
         dx = torch.mm(dz, torch.cat(weights)).view(x.shape) if want_x else None
+        if not any(wanted):
+            return dx, *[None] * 10
         dq, dk, dv, do, di, df = torch.mm(dz.t(), x.reshape(-1, x.shape[2])).split(sizes)
         di_bias, df_bias = dz[:, -2 * sizes[-1] :].sum(0).split(sizes[-1])
-        gradients = dq, dk, dv, do, di, di_bias, df, df_bias, dnorm
-        return dx, None, *(d if want else None for d, want in zip(gradients, wanted, strict=True))
+        return dx, None, dq, dk, dv, do, di, di_bias, df, df_bias, dnorm

@@ -151,11 +151,12 @@ def _known(kind: type) -> tuple[type, _Cell] | None:
 
 
 def _layer(module: nn.Module) -> _Patch | None:
-    """The forward of a known layer, if it has its class's own forward, and no subclass's."""
+    """The forward of a layer that is known as a whole: one of exactly that class, with its class's own forward."""
     kind = type(module)
     layer = _LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
-    own = "forward" in vars(kind) or True
-    return layer if own and "forward" not in module.__dict__ else None
+    if layer is None or "forward" in module.__dict__ or kind.forward.__module__ != kind.__module__:
+        return None
+    return layer
 
 
 def _check(name: str, module: nn.Module, original: type, cell: _Cell) -> None:
