@@ -26,7 +26,7 @@ def accelerate(model: Any) -> Accelerated:
     - transformers' ``xLSTMForCausalLM``, with and without the package ``xlstm``;
     - NX-AI's ``xlstm_large`` and everything else around ``mlstm_kernels.torch.backend_module.mLSTMBackend``;
     - NX-AI's ``xlstm`` block stack: ``mLSTMCell``, and ``sLSTMCell`` with both backends;
-    - TiRex-2 (its mLSTM and sLSTM layers) and TiRex (its ``sLSTMCell``).
+    - TiRex-2 (its mLSTM and sLSTM layers, from projections to norm) and TiRex (its ``sLSTMCell``).
 
     Results are the original's within rounding: outputs, states and gradients, in training and inference, eagerly and
     under :func:`torch.compile` (accelerate first, then compile). CPU and CUDA; float32, bfloat16 and float16. A copy of
