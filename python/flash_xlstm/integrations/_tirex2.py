@@ -39,7 +39,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Without gradients a CPU takes the rows of a batch in pieces of at least so many tokens. A piece's arrays stay in the
 # cache, and the allocator gives the same memory to each piece. Larger arrays it maps anew, which zeroes page by page.
-_TOKENS = 1024
+_TOKENS = 2048
 _SLSTM_ROWS = 32  # a token of all rows reads R once
 
 
