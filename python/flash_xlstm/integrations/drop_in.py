@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.integrations import _cells, _tirex2
+from flash_xlstm.integrations import _cells, _tirex
 from flash_xlstm.integrations.flashrnn import kernel_dtype_of
 from flash_xlstm.integrations.mlstm_kernels import check_common, check_config, mLSTMBackend, run_backend
 from flash_xlstm.nn.block_stack.slstm import _NOTHING, _weights_of_op
@@ -26,7 +26,7 @@ def accelerate(model: Any) -> Accelerated:
     - transformers' ``xLSTMForCausalLM``, with and without the package ``xlstm``;
     - NX-AI's ``xlstm_large`` and everything else around ``mlstm_kernels.torch.backend_module.mLSTMBackend``;
     - NX-AI's ``xlstm`` block stack: ``mLSTMCell``, and ``sLSTMCell`` with both backends;
-    - TiRex-2 (its mLSTM and sLSTM layers, from projections to norm) and TiRex (its ``sLSTMCell``).
+    - TiRex-2 and TiRex: their mLSTM and sLSTM layers, from projections to norm.
 
     Results are the original's within rounding: outputs, states and gradients, in training and inference, eagerly and
     under :func:`torch.compile` (accelerate first, then compile). CPU and CUDA; float32, bfloat16 and float16. A copy of
@@ -395,6 +395,7 @@ _CELLS = {
 
 # Layers around cells, whose products, norms and gates are done beside the cell's op.
 _LAYERS = {
-    _tirex2.SLSTM: _Patch(_tirex2.Slstm.forward),
-    _tirex2.MLSTM: _Patch(_tirex2.Mlstm.forward),
+    _tirex.SLSTM: _Patch(_tirex.Slstm.forward),
+    _tirex.MLSTM: _Patch(_tirex.Mlstm.forward),
+    _tirex.TIREX_SLSTM: _Patch(_tirex.TirexSlstm.forward),
 }

@@ -1,4 +1,4 @@
-"""TiRex-2's layers as a whole, from projections to norm: the forwards that `accelerate` gives them.
+"""TiRex-2's and TiRex's layers as a whole, from projections to norm: the forwards that `accelerate` gives them.
 
 Nothing is copied or transposed between a layer's products and its op: products are written where the op reads them.
 Soft caps, norm and output gate of the mLSTM are parts of ops. A call that has anything else to run, a hook or another
@@ -7,6 +7,7 @@ class of layer for example, takes the layer's own forward (:func:`_parameters`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from flash_xlstm import ops
 from flash_xlstm.integrations.flashrnn import kernel_dtype_of
+from flash_xlstm.nn.block_stack.slstm import _weights_of_op
 from flash_xlstm.nn.linear import (
     _FORWARD,
     _LINEAR,
@@ -30,8 +32,12 @@ from flash_xlstm.ops.mlstm_gated import mlstm_gated, mlstm_gated_backward
 
 SLSTM = "tirex2.model.component.flashrnn_slstm.sLSTMFlashRNNLayer"
 MLSTM = "tirex2.model.component.mlstm_block.mLSTMLayer"
+TIREX_SLSTM = "tirex.models.slstm.layer.sLSTMLayer"
 _HEADWISE = "tirex2.model.component.flashrnn_slstm.LinearHeadwiseExpand"
 _NORM = "tirex2.model.component.norm.MultiHeadLayerNorm"
+_TIREX_HEADWISE, _TIREX_NORM = (
+    f"tirex.models.slstm.layer.{name}" for name in ("LinearHeadwiseExpand", "MultiHeadLayerNorm")
+)
 _PROJECTION = "torch.nn.modules.linear.Linear"
 _GATES = ("fgate", "igate", "zgate", "ogate")  # in the order of the op's i, f, z, o
 _PROJECTIONS = ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact", "out_proj")
@@ -52,18 +58,51 @@ class Slstm:
         if found is None or not _is_plain_slstm(self, x, found):
             return type(self).forward(self, x, **kwargs)
         *gates, weight = found
-        dim = self.config.head_dim
         R, b = self.get_R().permute(2, 0, 3, 1), self.get_bias().transpose(0, 1)
-        dtype, eps = kernel_dtype_of(self.config, x.dtype), self.group_norm.eps
-        R, b = (t if t.dtype in (dtype, torch.float32) else t.float() for t in (R, b))
-        if needs_gradients((x, *found, R, b)):
-            h = self.dropout(ops.slstm(_GateProducts.apply(x, *gates).to(dtype), R, b))
-            return F.layer_norm(h, (dim,), eps=eps).flatten(2) * weight
-        out = x.new_empty(x.shape, dtype=torch.promote_types(dtype, weight.dtype))
-        for piece, to in _pieces(x, out, _SLSTM_ROWS):
-            h = self.dropout(ops.slstm(_gate_products(piece, gates).to(dtype), R, b))
-            torch.mul(F.layer_norm(h, (dim,), eps=eps).flatten(2), weight, out=to)
-        return out
+        dtype = kernel_dtype_of(self.config, x.dtype)
+        return _slstm(x, gates, R, b, weight, self.group_norm.eps, dtype, dtype, self.dropout)
+
+
+class TirexSlstm:
+    """TiRex's ``sLSTMLayer``."""
+
+    def forward(self: Any, x: Tensor, slstm_state: Tensor | None = None) -> Tensor:
+        """x (batch, seq, width). The norm's factor is ``1 + weight``. As in the original, the recurrence reads its
+        input in bfloat16."""
+        found = _parameters(self, x, dict.fromkeys(_GATES, _TIREX_HEADWISE) | {"group_norm": _TIREX_NORM})
+        if found is None or slstm_state is not None or not _is_plain_tirex(self, x, found):
+            return type(self).forward(self, x, slstm_state)
+        *gates, weight = found
+        heads, dim = self.config.num_heads, self.config.head_dim
+        R, b = _weights_of_op("cuda", self.slstm_cell._recurrent_kernel_, self.slstm_cell._bias_, heads, dim)
+        return _slstm(x, gates, R, b, 1.0 + weight, 1e-5, torch.bfloat16, x.dtype)
+
+
+def _slstm(
+    x: Tensor,
+    gates: list[Tensor],
+    R: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    eps: float,
+    op_dtype: torch.dtype,
+    dtype: torch.dtype,
+    dropout: Callable[[Tensor], Tensor] = lambda h: h,
+) -> Tensor:
+    """The norm of the sLSTM's output, whose op reads in `op_dtype`, in `dtype`."""
+    R, b = (t if t.dtype in (op_dtype, torch.float32) else t.float() for t in (R, b))
+
+    def normed(gates: Tensor) -> Tensor:
+        h: Any = ops.slstm(gates.to(op_dtype), R, b)
+        h = dropout(h.to(dtype))
+        return F.layer_norm(h, h.shape[-1:], eps=eps).flatten(2)
+
+    if needs_gradients((x, *gates, R, b, weight)):
+        return normed(_GateProducts.apply(x, *gates)) * weight
+    out = x.new_empty(x.shape, dtype=torch.promote_types(dtype, weight.dtype))
+    for piece, to in _pieces(x, out, _SLSTM_ROWS):
+        torch.mul(normed(_gate_products(piece, gates)), weight, out=to)
+    return out
 
 
 class Mlstm:
@@ -128,32 +167,48 @@ def _is(module: Any, kind: str) -> bool:
 
 
 def _is_plain_slstm(layer: Any, x: Tensor, found: list[Tensor]) -> bool:
-    heads, dim = layer.config.num_heads, layer.config.head_dim
-    block, own = (heads, dim, dim), vars(layer)
+    own = vars(layer)
     return (
-        getattr(own.get("slstm_flashrnn"), "__module__", None) == "flash_xlstm.integrations.drop_in"  # the op in place
+        _is_ours(own.get("slstm_flashrnn"))
         and own.keys().isdisjoint(("recurrence", "get_R", "get_bias"))
-        and x.shape[2] == heads * dim
-        and found[0].shape == found[1].shape == found[2].shape == found[3].shape == block
-        and found[4].shape == x.shape[2:]
+        and _are_gates(found, x, layer.config)
         and unchanged(layer.dropout, nn.Dropout)
     )
 
 
+def _is_plain_tirex(layer: Any, x: Tensor, found: list[Tensor]) -> bool:
+    return _holds_our_op(layer._modules.get("slstm_cell")) and _are_gates(found, x, layer.config)
+
+
+def _are_gates(found: list[Tensor], x: Tensor, config: Any) -> bool:
+    """Whether the weights of four gates and a norm are those of a layer from the width of x to the same."""
+    heads, dim = config.num_heads, config.head_dim
+    *gates, norm = (tuple(t.shape) for t in found)
+    return gates == [(heads, dim, dim)] * 4 and norm == (heads * dim,) == tuple(x.shape[2:])
+
+
 def _is_plain_mlstm(layer: Any, found: list[Tensor]) -> bool:
     backend = layer._modules.get("mlstm_backend")
-    own: dict[str, Any] = vars(backend) if backend is not None else {}
-    config: Any = own.get("config")
     return (
-        # The op in place, and nothing else around it.
-        getattr(own.get("forward"), "__module__", None) == "flash_xlstm.integrations.mlstm_kernels"
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("_compiled_call_impl"))
-        and "train" in config.mode
-        and not config.return_last_states
-        and "siging" not in config.chunkwise_kernel
+        _holds_our_op(backend)
+        and "train" in backend.config.mode
+        and not backend.config.return_last_states
+        and "siging" not in backend.config.chunkwise_kernel
         and unchanged(layer.ogate_act_fn, nn.Sigmoid)
         and found[-1].shape == (layer.v_dim,)
     )
+
+
+def _holds_our_op(module: Any) -> bool:
+    """Whether a call of `module` runs the op that `accelerate` put there, and nothing else."""
+    own: dict[str, Any] = {} if module is None else vars(module)
+    return _is_ours(own.get("forward")) and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("_compiled_call_impl")
+    )
+
+
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "__module__", "").startswith("flash_xlstm.integrations.")
 
 
 def _pieces(x: Tensor, out: Tensor, least_rows: int) -> list[tuple[Tensor, Tensor]]:
