@@ -1,9 +1,23 @@
 // dk and dv for one type of q. Each type has a file of its own, so that they compile in parallel.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "cuda/mlstm/hopper/outputs.cuh"
 
 namespace flash_xlstm::cuda::hopper {
+
+// output_dk_dv_chunk.cu
+cudaError_t output_dk_dv_chunk(const OutputArgs& args, cudaStream_t stream);
+
+// Whether one tile makes dk and dv of a chunk.
+inline bool has_chunk_tiles(const MlstmProblem& p) {
+  const char* const form = std::getenv("FLASH_XLSTM_DKDV");  // the experiment's: old, or all that fits
+  if (form != nullptr && std::strcmp(form, "old") == 0) return false;
+  if (form != nullptr && std::strcmp(form, "all") == 0) return column_tile(p.dqk) == 256 && p.dqk <= 256;
+  return p.dqk == 256 && p.dv == 512;
+}
 
 template <typename T>
 cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
@@ -20,6 +34,7 @@ cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const MlstmBackward
 #define CASE(k, v) \
   if (tile_dqk == k && tile_dv == v) return launch_outputs<DkAndDv<k, v, T>>(args, tiles, stream)
   if constexpr (std::is_same_v<T, bf16>) {
+    if (has_chunk_tiles(w.p)) return output_dk_dv_chunk(args, stream);
     if (has_small_tiles(w.p)) return launch_outputs<Small<1, Output::dk, Output::dv>>(args, 1, stream);
   } else {
     CASE(64, 64);
