@@ -218,7 +218,9 @@ void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin
         const Vectors<1> w = lanes_of(weight, c), opened = lanes_of<Type>(given, c, width) * s.open;
         const Vectors<1> share = opened * lanes_of(x, c);
         store_lanes_of<Type>(dgate, c, width, share * w * s.shut);
-        if (dweight != nullptr) store_lanes_of<Float32>(dweight, c, width, lanes_of<Float32>(dweight, c, width) + share);
+        if (dweight != nullptr) {
+          store_lanes_of<Float32>(dweight, c, width, lanes_of<Float32>(dweight, c, width) + share);
+        }
         store_vector(dy + c, (opened * w).v[0]);
       }
       for (int64_t head = 0; head < p.heads; ++head) {

@@ -157,10 +157,14 @@ template <typename Type>
 IN_LOOPS void load_tile(Vector (&tile)[vector_lanes], const typename Type::Bits* from, int64_t line, int64_t lane,
                         int64_t lines, int64_t lanes) {
   if (lane == 1) {
-    for (int64_t x = 0; x < vector_lanes; ++x) tile[x] = x < lines ? load_lanes<Type>(from + x * line, lanes) : Vector{};
+    for (int64_t x = 0; x < vector_lanes; ++x) {
+      tile[x] = x < lines ? load_lanes<Type>(from + x * line, lanes) : Vector{};
+    }
     return;
   }
-  for (int64_t x = 0; x < vector_lanes; ++x) tile[x] = x < lanes ? load_lanes<Type>(from + x * lane, lines) : Vector{};
+  for (int64_t x = 0; x < vector_lanes; ++x) {
+    tile[x] = x < lanes ? load_lanes<Type>(from + x * lane, lines) : Vector{};
+  }
   transpose(tile);
 }
 

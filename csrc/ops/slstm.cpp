@@ -69,7 +69,7 @@ void check_common(CheckedProblem& checked, const Tensor& first, const char* firs
   p.dtype = to_dtype(first.scalar_type());
   p.weight_dtype = to_dtype(R.scalar_type());
   p.bias_dtype = to_dtype(b.scalar_type());
-  // The CPU packs R from either order of `out` and `in`. A copy of the other costs a single short row a good part of its time.
+  // The CPU packs R from either order of `out` and `in`: a copy would cost a single short row a good part of its time.
   const bool as_it_is = R.is_cpu() && (R.stride(2) == 1 || R.stride(3) == 1);
   p.weights = as_it_is ? checked.held.emplace_back(R).data_ptr() : checked.hold(R);
   const Tensor& held = checked.held.back();
