@@ -24,6 +24,7 @@
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/mlstm/hopper/output_epilogue.cuh"
 #include "cuda/mlstm/hopper/output_state.cuh"
+#include "cuda/ptx/stmatrix.cuh"
 
 namespace flash_xlstm::cuda::hopper {
 
@@ -88,15 +89,6 @@ __device__ __forceinline__ void arrive_once(uint64_t* barrier) {  // of a warp
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
-__device__ __forceinline__ void load_with_hint(void* shared, const CUtensorMap* map, uint64_t* barrier, int x, int y,
-                                               int z, int w, uint64_t hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
-      "%5, %6}], [%2], %7;" ::"r"(ptx::shared_address(shared)),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(ptx::shared_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(hint)
-      : "memory");
-}
-
 __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShared& sh, ChunkRing& ring,
                                               const Tile& tile, int parity) {
   const Work& w = args.w;
@@ -109,7 +101,7 @@ __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShare
   };
   const auto load_box = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col, int from,
                             uint64_t hint = ptx::evict_first) {
-    load_with_hint(to, &map, full, col, tile.head, from, tile.row, hint);
+    ptx::tma_load(to, &map, full, col, tile.head, from, tile.row, hint);
   };
   const auto load_rows = [&](unsigned char* to, const CUtensorMap& map, uint64_t* full, int col,
                              uint64_t hint = ptx::evict_first) {  // 128 tokens x 64
@@ -122,7 +114,8 @@ __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShare
   for (int half = 0; half < 2; ++half) {
     unsigned char* to = begin_stage();
     for (int y = 0; y < 2; ++y) {
-      load_rows(to + y * ab_bytes, maps.q, &sh.full[ring.stage()], (half * 2 + y) * box, ptx::evict_last);  // read twice
+      load_rows(to + y * ab_bytes, maps.q, &sh.full[ring.stage()], (half * 2 + y) * box,
+                ptx::evict_last);  // read twice
     }
     ++ring.used;
   }
@@ -144,7 +137,8 @@ __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShare
   for (int half = 0; half < 2; ++half) {
     unsigned char* to = begin_stage();
     for (int y = 0; y < ChunkShared::panels_k; ++y) {
-      load_box(to + y * box_bytes, maps.q, &sh.full[ring.stage()], y * box, token + Roles<Output::dk>::half_begin(half));
+      load_box(to + y * box_bytes, maps.q, &sh.full[ring.stage()], y * box,
+               token + Roles<Output::dk>::half_begin(half));
     }
     ++ring.used;
   }
@@ -257,7 +251,7 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
   arrive_once(&sh.full_late);
 }
 
-// By addresses within shared memory.
+// By an address within shared memory.
 __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -266,18 +260,6 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
                : "memory");
   return x;
 }
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
-}
-
 __device__ __forceinline__ void store_if(bool wanted, void* to, const uint4& x) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
@@ -311,7 +293,7 @@ __device__ __forceinline__ void store_rows(const ChunkShared& sh, int warp, cons
         two[z] = pack<T>(out[i], out[i + 1]);
         note_odd<T>(odd, two[z]);
       }
-      stmatrix_x4(in ^ (y * 32), two[0], two[1], two[2], two[3]);
+      ptx::stmatrix_x4(in ^ (y * 32), two[0], two[1], two[2], two[3]);
     }
     __syncwarp();
 #pragma unroll
@@ -333,8 +315,8 @@ __device__ __forceinline__ float2 pair_if(bool wanted, uint32_t shared) {
   return two;
 }
 
-// T becomes P, in place. 8 `groups` columns from `begin` on, rows `row` and row + 8. is_dk: P2, else P1. to_diagonal: as
-// in Scores.
+// T becomes P, in place. 8 `groups` columns from `begin` on, rows `row` and row + 8. is_dk: P2, else P1. to_diagonal:
+// as in Scores.
 template <bool masked, int groups>
 __device__ __forceinline__ void weigh_chunk(ChunkShared& sh, bool is_dk, int row, int begin, int to_diagonal,
                                             float (&t)[groups * 4]) {
@@ -379,8 +361,8 @@ __device__ __forceinline__ void put_p(unsigned char* block, int first, const flo
   }
 }
 
-// The consumers' way. Both groups run the same instructions, which should fit the instruction caches: P1 and P2 are made
-// by the same ones too.
+// The consumers' way. Both groups run the same instructions, which should fit the instruction caches: P1 and P2 are
+// made by the same ones too.
 template <typename T>
 __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShared& sh, const int group) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, pos = lane % 4;
@@ -491,14 +473,13 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
 #pragma unroll
         for (int kk = 0; kk < box / 16; ++kk) {
           ptx::Wgmma<T, 64>::template a_shared<true>(out, rows_at(full_p + kk * 2),
-                                                     transposed_at(dh + box_place + kk * 128),
-                                                     adds || kk > 0);
+                                                     transposed_at(dh + box_place + kk * 128), adds || kk > 0);
         }
         if (group == 0) {
 #pragma unroll
           for (int kk = 0; kk < box / 16; ++kk) {
-            ptx::Wgmma<T, 64>::template a_shared<true>(out, rows_at(diagonal_p + kk * 2),
-                                                       transposed_at(dh + kk * 128), true);
+            ptx::Wgmma<T, 64>::template a_shared<true>(out, rows_at(diagonal_p + kk * 2), transposed_at(dh + kk * 128),
+                                                       true);
           }
         }
       };
@@ -523,7 +504,8 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
           ptx::wgmma_commit();
 #pragma unroll
           for (int kk = 0; kk < box / 16; ++kk) {
-            ptx::Wgmma<T, 256>::template a_shared<false>(dk, rows_at(v + group_rows + kk * 2), rows_at(c + kk * 2), true);
+            ptx::Wgmma<T, 256>::template a_shared<false>(dk, rows_at(v + group_rows + kk * 2), rows_at(c + kk * 2),
+                                                         true);
           }
           ptx::wgmma_commit();
           add_scores(v, v + ab);
@@ -536,7 +518,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
 #pragma unroll
           for (int y = 0; y < 4; ++y) {
             uint32_t two[4];
-            ldmatrix_x4(two, v_row + (((y * 2 + lane / 16) ^ (lane % 8)) * 16));
+            ptx::ldmatrix_x4<false>(two, v_row + (((y * 2 + lane / 16) ^ (lane % 8)) * 16));
 #pragma unroll
             for (int z = 0; z < 4; ++z) {
               const float2 pair = unpack<T>(two[z]);
@@ -618,8 +600,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
     const auto add_inside = [&](uint32_t p, uint32_t q) {
 #pragma unroll
       for (int kk = 0; kk < box / 16; ++kk) {
-        ptx::Wgmma<T, 256>::template a_shared<true>(
-            dk, rows_at(p + kk * 2), transposed_at(q + kk * 128), true);
+        ptx::Wgmma<T, 256>::template a_shared<true>(dk, rows_at(p + kk * 2), transposed_at(q + kk * 128), true);
       }
     };
     wait_for_stage(sh, ring);
