@@ -667,6 +667,14 @@ def test_other_calls_take_the_layers_own_forward(kind, layers, agree):
         agree(other(x), layer(x))
 
 
+def test_dropout_in_a_layer(layers, agree):
+    layer, x = copy.deepcopy(layers["s"]), _series()
+    layer.dropout.p = 1.0
+    with accelerate(layer), _whole_layers(True):
+        assert not layer(x).any() and not torch.no_grad()(layer)(x).any()
+        agree(layer.eval()(x), layers["s"](x))
+
+
 def test_a_layer_with_other_settings_keeps_its_forward(layers, agree):
     layer, x, calls = layers["s"], _series(), []
     accelerate(layer)

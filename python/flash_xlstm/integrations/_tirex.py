@@ -60,7 +60,8 @@ class Slstm:
         *gates, weight = found
         R, b = self.get_R().permute(2, 0, 3, 1), self.get_bias().transpose(0, 1)
         dtype = kernel_dtype_of(self.config, x.dtype)
-        return _slstm(x, gates, R, b, weight, self.group_norm.eps, dtype, dtype, self.dropout)
+        dropout = self.dropout if self.dropout.p and self.dropout.training else None
+        return _slstm(x, gates, R, b, weight, self.group_norm.eps, dtype, dtype, dropout)
 
 
 class TirexSlstm:
@@ -87,14 +88,14 @@ def _slstm(
     eps: float,
     op_dtype: torch.dtype,
     dtype: torch.dtype,
-    dropout: Callable[[Tensor], Tensor] = lambda h: h,
+    dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The norm of the sLSTM's output, whose op reads in `op_dtype`, in `dtype`."""
     R, b = (t if t.dtype in (op_dtype, torch.float32) else t.float() for t in (R, b))
 
     def normed(gates: Tensor) -> Tensor:
         h: Any = ops.slstm(gates.to(op_dtype), R, b)
-        h = dropout(h.to(dtype))
+        h = h.to(dtype) if dropout is None else dropout(h.to(dtype))
         return F.layer_norm(h, h.shape[-1:], eps=eps).flatten(2)
 
     if needs_gradients((x, *gates, R, b, weight)):
@@ -226,7 +227,10 @@ def _gate_products(x: Tensor, weights: list[Tensor] | tuple[Tensor, ...]) -> Ten
     for each gate."""
     heads, dim, _ = weights[0].shape
     rows = x.reshape(-1, heads, weights[0].shape[2]).transpose(0, 1)
-    out = x.new_empty((*x.shape[:2], len(weights), heads, dim))
+    if x.is_cpu:  # one product of all heads, where strides between them would take one for each
+        out = x.new_empty((len(weights), heads, *x.shape[:2], dim)).permute(2, 3, 0, 1, 4)
+    else:  # contiguous, for which the op has its fastest kernels
+        out = x.new_empty((*x.shape[:2], len(weights), heads, dim))
     of_gates = out.flatten(0, 1).permute(1, 2, 0, 3).unbind()
     for to, weight in zip(of_gates, weights, strict=True):
         torch.bmm(rows, weight.transpose(1, 2), out=to)
