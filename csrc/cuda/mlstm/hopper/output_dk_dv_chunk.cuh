@@ -22,7 +22,9 @@
 #pragma once
 
 #include "cuda/common/dependent_launch.cuh"
-#include "cuda/mlstm/hopper/output_chunk.cuh"
+#include "cuda/mlstm/hopper/output_epilogue.cuh"
+#include "cuda/mlstm/hopper/output_state.cuh"
+#include "cuda/ptx/stmatrix.cuh"
 
 namespace flash_xlstm::cuda::hopper {
 
@@ -63,6 +65,30 @@ struct ChunkRing {
 __device__ __forceinline__ void wait_for_stage(ChunkShared& sh, const ChunkRing& ring) {
   ptx::mbarrier_wait(&sh.full[ring.stage()], ring.parity());
 }
+// Of this thread, not to be kept in a register.
+__device__ __forceinline__ int lane_again() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// Of a stage, in units of 16 bytes, for descriptors. By a shuffle, so that the compiler knows it to be warp-uniform.
+__device__ __forceinline__ uint32_t uniform_place(const ChunkShared& sh, int stage) {
+  return __shfl_sync(all_lanes, stage_address(sh, stage) >> 4, 0);
+}
+// wgmma_descriptor of a place in units of 16 bytes, in 32 bits: it never reaches bit 16.
+__device__ __forceinline__ uint64_t rows_at(uint32_t place) {
+  return uint64_t{0x40000040} << 32 | (place + (1u << 16));
+}
+__device__ __forceinline__ uint64_t transposed_at(uint32_t place) {
+  return uint64_t{0x40000040} << 32 | (place + (static_cast<uint32_t>(box_bytes / 16) << 16));
+}
+
+__device__ __forceinline__ void arrive_once(uint64_t* barrier) {  // of a warp
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+}
+
 __device__ __forceinline__ void produce_chunk(const OutputArgs& args, ChunkShared& sh, ChunkRing& ring,
                                               const Tile& tile, int parity) {
   const Work& w = args.w;
@@ -167,6 +193,8 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
   }
   arrive_once(&sh.full_gates);
 
+  // A lane has eight columns of dn and of each row of k. Four rows at a time; of row 4 x + lane / 8 the lane x % 8 of
+  // eight keeps the sum.
   float dn[8], sums[2] = {0.0f, 0.0f}, delta[second ? 1 : 4];
   const int columns = static_cast<int>(w.p.dqk);
 #pragma unroll
@@ -178,7 +206,36 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
     for (int x = 0; x < 4; ++x) delta[x] = w.p.scale * w.delta[item + x * 32 + lane];
   }
   ptx::mbarrier_wait(&sh.full_k, parity);
-  if (tile.has_state) add_row_dots<T>(sh.k[lane / 8] + (second ? box_bytes : 0), dn, sums);
+  if (tile.has_state) {
+    const unsigned char* const k = sh.k[lane / 8] + (second ? box_bytes : 0);
+#pragma unroll 1
+    for (int x = 0; x < 16; ++x) {
+      float four[4];
+#pragma unroll
+      for (int y = 0; y < 4; ++y) {
+        const int row = x * 4 + y;
+        const uint4 eight = *reinterpret_cast<const uint4*>(k + row * 128 + ((lane ^ row) % 8) * 16);
+        const float2 a = unpack<T>(eight.x), b = unpack<T>(eight.y), c = unpack<T>(eight.z), d = unpack<T>(eight.w);
+        four[y] = fmaf(a.y, dn[1], a.x * dn[0]);
+        four[y] = fmaf(b.y, dn[3], fmaf(b.x, dn[2], four[y]));
+        four[y] = fmaf(c.y, dn[5], fmaf(c.x, dn[4], four[y]));
+        four[y] = fmaf(d.y, dn[7], fmaf(d.x, dn[6], four[y]));
+      }
+      float two[2];
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        const float kept = lane & 16 ? four[y + 2] : four[y], given = lane & 16 ? four[y] : four[y + 2];
+        two[y] = kept + __shfl_xor_sync(all_lanes, given, 16);
+      }
+      const float kept = lane & 8 ? two[1] : two[0], given = lane & 8 ? two[0] : two[1];
+      float sum = kept + __shfl_xor_sync(all_lanes, given, 8);
+      sum += __shfl_xor_sync(all_lanes, sum, 4);
+      sum += __shfl_xor_sync(all_lanes, sum, 2);
+      sum += __shfl_xor_sync(all_lanes, sum, 1);
+      if (x == lane % 8) sums[0] = sum;
+      if (x == lane % 8 + 8) sums[1] = sum;
+    }
+  }
   arrive_once(&sh.empty_k);
   ptx::mbarrier_wait(&sh.empty_late, parity);
   ChunkShared::Late& late = sh.late();
@@ -192,6 +249,23 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
     for (int x = 0; x < 4; ++x) late.delta[x * 32 + lane] = delta[x];
   }
   arrive_once(&sh.full_late);
+}
+
+// By an address within shared memory.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_if(bool wanted, void* to, const uint4& x) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "@p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(to),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
 // Writes 16 rows a warp, 32 columns at a time through shared memory, 16 bytes a lane. `to`: of the row lane / 4, at
@@ -241,8 +315,8 @@ __device__ __forceinline__ float2 pair_if(bool wanted, uint32_t shared) {
   return two;
 }
 
-// T becomes P, in place. 8 `groups` columns from `begin` on, rows `row` and row + 8. is_dk: P2, else P1. to_diagonal: as
-// in Scores.
+// T becomes P, in place. 8 `groups` columns from `begin` on, rows `row` and row + 8. is_dk: P2, else P1. to_diagonal:
+// as in Scores.
 template <bool masked, int groups>
 __device__ __forceinline__ void weigh_chunk(ChunkShared& sh, bool is_dk, int row, int begin, int to_diagonal,
                                             float (&t)[groups * 4]) {
@@ -287,8 +361,8 @@ __device__ __forceinline__ void put_p(unsigned char* block, int first, const flo
   }
 }
 
-// The consumers' way. Both groups run the same instructions, which should fit the instruction caches: P1 and P2 are made
-// by the same ones too.
+// The consumers' way. Both groups run the same instructions, which should fit the instruction caches: P1 and P2 are
+// made by the same ones too.
 template <typename T>
 __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShared& sh, const int group) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, pos = lane % 4;
@@ -554,6 +628,7 @@ __global__ void __launch_bounds__(output_threads, 1) dk_dv_chunk_kernel(const __
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   ChunkShared& sh = *reinterpret_cast<ChunkShared*>(shared_bytes);
   if (ptx::shared_address(shared_bytes) % 1024 != 0) asm volatile("trap;");  // so addresses are constants
+  const Layout& l = args.w.layout;
   if (threadIdx.x == 0) {
     for (int s = 0; s < ChunkShared::num_stages; ++s) {
       ptx::mbarrier_init(&sh.full[s], 1);
@@ -574,7 +649,25 @@ __global__ void __launch_bounds__(output_threads, 1) dk_dv_chunk_kernel(const __
   let_next_kernel_start();
   wait_for_earlier_kernels();
 
-  const auto for_tiles = [&](auto&& f) { return for_chunk_tiles<false>(args.w, f); };
+  // Tiles of one chunk's heads go to neighbouring blocks.
+  const auto for_tiles = [&](auto&& f) {
+    const int heads = static_cast<int>(l.heads), count = static_cast<int>(l.max_chunks) * heads;
+    int parity = 0;
+    for (int index = blockIdx.x; index < count; index += gridDim.x, parity ^= 1) {
+      const int chunk_index = index / heads;
+      Chunk chunk;
+      if (!l.locate(chunk_index, chunk)) break;
+      const Tile tile{.row = static_cast<int>(chunk.row),
+                      .first = static_cast<int>(chunk.first),
+                      .length = chunk.length,
+                      .item = index,
+                      .head = index - chunk_index * heads,
+                      .index = 0,
+                      .has_state = !(chunk.is_last && args.w.ends_empty)};
+      f(tile, parity);
+    }
+    return parity;
+  };
   const int warp = __shfl_sync(all_lanes, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp >= consumer_warps) {
     ptx::fewer_registers<24>();
