@@ -2,9 +2,9 @@
 
 Random weights, the same in both. On a CPU calls alternate, so that other load on the machine affects both; the
 originals compute with their plain PyTorch code. On CUDA they compute with their own kernels, which need a compiler or
-Triton, and the language models run under bfloat16 autocast. `ratio` is the original's median time over the accelerated
-model's; `difference` the largest difference of the outputs over the largest output. A library that is not installed is
-a row with an error.
+Triton, and the language models run under bfloat16 autocast; the gates of mlstm_kernels' calls are cast to float32.
+`ratio` is the original's median time over the accelerated model's; `difference` the largest difference of the outputs
+over the largest output. A library that is not installed is a row with an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import language_models
 from flash_xlstm.integrations import accelerate
 from run import alternating_times_ms, measured, median_time_ms
 
@@ -180,6 +181,8 @@ def _pair(name: str, size: Size, device: torch.device) -> tuple[list[nn.Module],
         model, runs = MODELS[name](size, device)
         _randomize(model)
         models.append(model.to(device).eval())
+    if device.type == "cuda":
+        language_models.with_float32_gates(models[0])
     accelerate(models[1])
     return models, runs
 

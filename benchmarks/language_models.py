@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MODELS = ("flash_xlstm", "transformers", "xlstm_large")
 # vocabulary, width, blocks, heads
@@ -32,6 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def with_float32_gates(model: nn.Module) -> None:
+    """Casts what mlstm_kernels' backends in `model` get as gates: where those of triton_xl_chunk have 16 bits, Triton
+    3.6 ends the process in an assertion."""
+
+    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "i": kwargs["i"].float(), "f": kwargs["f"].float()}
+
+    for module in model.modules():
+        if type(module).__name__ == "mLSTMBackend":
+            module.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 @dataclass

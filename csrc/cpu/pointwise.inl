@@ -140,20 +140,45 @@ inline float normalize(float* x, int64_t count, float eps, DType dtype) {
   return inverse;
 }
 
+// sigmoid(x) and sigmoid(-x), of one exponential.
+struct Sigmoids {
+  Vectors<1> open, shut;
+};
+IN_LOOPS Sigmoids sigmoids(const Vectors<1>& x) {
+  const Vectors<1> e = exponential(-absolute(x)), near = reciprocal(1.0f + e), far = e * near;
+  const Masks<1> negative = is_negative(x);
+  return {.open = choose(negative, far, near), .shut = choose(negative, near, far)};
+}
+
+// Elements [c, c + vector_lanes) of a row of `count`.
+template <typename Type>
+IN_LOOPS Vectors<1> lanes_of(const void* row, int64_t c, int64_t count) {
+  return {load_lanes<Type>(static_cast<const typename Type::Bits*>(row) + c, count - c)};
+}
+IN_LOOPS Vectors<1> lanes_of(const float* scratch, int64_t c) { return {load_vector(scratch + c)}; }
+template <typename Type>
+IN_LOOPS void store_lanes_of(void* row, int64_t c, int64_t count, const Vectors<1>& x) {
+  store_lanes<Type>(static_cast<typename Type::Bits*>(row) + c, x.v[0], count - c);
+}
+int64_t with_room(int64_t count) { return count + vector_lanes; }
+
+// Rows of scratch have room for a whole register at their end. The heads of a token are normalized one after the other,
+// so that the chains of their sums overlap; what follows is one loop over all of them.
 void gated_head_norm_rows(const GatedHeadNorm& p, int64_t begin, int64_t end, float* scratch) {
-  float *x = scratch, *gate = x + p.dim, *weight = gate + p.dim;
   const int64_t width = p.heads * p.dim;
+  float *weight = scratch, *x = weight + with_room(width);
+  load_weight(weight, p.weight, p.weight_dtype, 0, width);
   with_dtype(p.dtype, [&](auto type) {
     using Type = decltype(type);
+    using Bits = typename Type::Bits;
     for (int64_t token = begin; token < end; ++token) {
-      for (int64_t head = 0; head < p.heads; ++head) {
-        const int64_t column = head * p.dim, offset = token * width + column;
-        load_weight(weight, p.weight, p.weight_dtype, column, p.dim);
-        load_row<Type>(x, p.h, offset, p.dim);
-        load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
-        normalize(x, p.dim, p.eps, p.dtype);
-        auto* y = static_cast<typename Type::Bits*>(p.y) + offset;
-        for (int64_t c = 0; c < p.dim; ++c) y[c] = Type::store(x[c] * weight[c] / (1.0f + exponential(-gate[c])));
+      load_row<Type>(x, p.h, token * width, width);
+      for (int64_t head = 0; head < p.heads; ++head) normalize(x + head * p.dim, p.dim, p.eps, p.dtype);
+      const Bits* gate = static_cast<const Bits*>(p.gate) + token * p.gate_stride;
+      Bits* y = static_cast<Bits*>(p.y) + token * width;
+      for (int64_t c = 0; c < width; c += vector_lanes) {
+        const Vectors<1> open = sigmoids(lanes_of<Type>(gate, c, width)).open;
+        store_lanes_of<Type>(y, c, width, lanes_of(x, c) * lanes_of(weight, c) * open);
       }
     }
   });
@@ -163,7 +188,7 @@ void gated_head_norm_rows(const GatedHeadNorm& p, int64_t begin, int64_t end, fl
 
 CPU_KERNEL(gated_head_norm, GatedHeadNorm) {
   parallel(p.tokens, grain_of_rows(p.heads * p.dim), [&](int64_t begin, int64_t end) {
-    const Floats scratch(3 * p.dim);
+    const Floats scratch(2 * with_room(p.heads * p.dim));
     gated_head_norm_rows(p, begin, end, scratch.data());
   });
 }
@@ -173,34 +198,39 @@ namespace {
 void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin, int64_t end, float* dweight,
                                    float* scratch) {
   const GatedHeadNorm& p = b.p;
-  float *x = scratch, *gate = x + p.dim, *dy = gate + p.dim, *weight = dy + p.dim;
   const int64_t width = p.heads * p.dim;
+  float *weight = scratch, *x = weight + with_room(width), *dy = x + with_room(width), *inverse = dy + with_room(width);
+  load_weight(weight, p.weight, p.weight_dtype, 0, width);
   const float count = static_cast<float>(p.dim);
   with_dtype(p.dtype, [&](auto type) {
     using Type = decltype(type);
     using Bits = typename Type::Bits;
     for (int64_t token = begin; token < end; ++token) {
+      load_row<Type>(x, p.h, token * width, width);
       for (int64_t head = 0; head < p.heads; ++head) {
-        const int64_t column = head * p.dim, offset = token * width + column;
-        load_weight(weight, p.weight, p.weight_dtype, column, p.dim);
-        load_row<Type>(x, p.h, offset, p.dim);
-        load_row<Type>(gate, p.gate, token * p.gate_stride + column, p.dim);
-        load_row<Type>(dy, b.dy, offset, p.dim);
-        const float inverse = normalize(x, p.dim, p.eps, p.dtype);
-        Bits* dgate = static_cast<Bits*>(b.dgate) + token * b.dgate_stride + column;
-        for (int64_t c = 0; c < p.dim; ++c) {
-          const float open = 1.0f / (1.0f + exponential(-gate[c])), shut = 1.0f / (1.0f + exponential(gate[c]));
-          dgate[c] = Type::store(dy[c] * x[c] * weight[c] * open * shut);
-          dy[c] *= open;
-          if (dweight != nullptr) dweight[column + c] += dy[c] * x[c];
-          dy[c] *= weight[c];
+        inverse[head] = normalize(x + head * p.dim, p.dim, p.eps, p.dtype);
+      }
+      const Bits* gate = static_cast<const Bits*>(p.gate) + token * p.gate_stride;
+      const Bits* given = static_cast<const Bits*>(b.dy) + token * width;
+      Bits* dgate = static_cast<Bits*>(b.dgate) + token * b.dgate_stride;
+      for (int64_t c = 0; c < width; c += vector_lanes) {
+        const Sigmoids s = sigmoids(lanes_of<Type>(gate, c, width));
+        const Vectors<1> w = lanes_of(weight, c), opened = lanes_of<Type>(given, c, width) * s.open;
+        const Vectors<1> share = opened * lanes_of(x, c);
+        store_lanes_of<Type>(dgate, c, width, share * w * s.shut);
+        if (dweight != nullptr) {
+          store_lanes_of<Float32>(dweight, c, width, lanes_of<Float32>(dweight, c, width) + share);
         }
+        store_vector(dy + c, (opened * w).v[0]);
+      }
+      for (int64_t head = 0; head < p.heads; ++head) {
         // dy loses its mean before the sum along x. The sum's rounding error is then that of what the mean leaves.
-        const float mean = sum_of(dy, p.dim) / count;
-        for (int64_t c = 0; c < p.dim; ++c) dy[c] -= mean;
-        const float along = dot(dy, x, p.dim) / count;
-        Bits* dh = static_cast<Bits*>(b.dh) + offset;
-        for (int64_t c = 0; c < p.dim; ++c) dh[c] = Type::store(inverse * (dy[c] - x[c] * along));
+        float *of_head = dy + head * p.dim, *normed = x + head * p.dim;
+        const float mean = sum_of(of_head, p.dim) / count;
+        for (int64_t c = 0; c < p.dim; ++c) of_head[c] -= mean;
+        const float along = dot(of_head, normed, p.dim) / count, factor = inverse[head];
+        Bits* dh = static_cast<Bits*>(b.dh) + token * width + head * p.dim;
+        for (int64_t c = 0; c < p.dim; ++c) dh[c] = Type::store(factor * (of_head[c] - normed[c] * along));
       }
     }
   });
@@ -211,7 +241,7 @@ void gated_head_norm_backward_rows(const GatedHeadNormBackward& b, int64_t begin
 CPU_KERNEL(gated_head_norm_backward, GatedHeadNormBackward) {
   const int64_t columns = p.p.heads * p.p.dim;
   in_parts(p.p.tokens, columns, p.dweight, p.p.weight_dtype, [&](int64_t begin, int64_t end, float* dweight) {
-    const Floats scratch(4 * p.p.dim);
+    const Floats scratch(3 * with_room(columns) + p.p.heads);
     gated_head_norm_backward_rows(p, begin, end, dweight, scratch.data());
   });
 }

@@ -151,6 +151,23 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
 
 // --- R -------------------------------------------------------------------------------------------------------------
 
+// tile[x] is vector_lanes values at from + x * line, with stride `lane`, of which `lanes` are there. There are `lines` of
+// them. One of the strides is 1.
+template <typename Type>
+IN_LOOPS void load_tile(Vector (&tile)[vector_lanes], const typename Type::Bits* from, int64_t line, int64_t lane,
+                        int64_t lines, int64_t lanes) {
+  if (lane == 1) {
+    for (int64_t x = 0; x < vector_lanes; ++x) {
+      tile[x] = x < lines ? load_lanes<Type>(from + x * line, lanes) : Vector{};
+    }
+    return;
+  }
+  for (int64_t x = 0; x < vector_lanes; ++x) {
+    tile[x] = x < lanes ? load_lanes<Type>(from + x * lane, lines) : Vector{};
+  }
+  transpose(tile);
+}
+
 // In the forward, a panel has the four gates of vector_lanes units, and `dim` rows.
 struct ForwardWeights {
   explicit ForwardWeights(const SlstmProblem& p)
@@ -171,14 +188,11 @@ struct ForwardWeights {
     const int64_t dim = p.dim, first = group * vector_lanes;
     const int64_t units = dim - first < vector_lanes ? dim - first : vector_lanes;
     for (int64_t gate = 0; gate < 4; ++gate) {
-      const auto* rows = from + ((gate * p.heads + head) * dim + first) * dim;
+      const auto* rows = from + gate * p.weights_gate + head * p.weights_head + first * p.weights_out;
       for (int64_t k = 0; k < dim; k += vector_lanes) {
         const int64_t count = dim - k < vector_lanes ? dim - k : vector_lanes;
         Vector tile[vector_lanes];
-        for (int64_t u = 0; u < vector_lanes; ++u) {
-          tile[u] = u < units ? load_lanes<Type>(rows + u * dim + k, count) : Vector{};
-        }
-        transpose(tile);
+        load_tile<Type>(tile, rows + k * p.weights_in, p.weights_in, p.weights_out, count, units);
         for (int64_t x = 0; x < count; ++x) store_vector(to + (k + x) * panel_columns + gate * vector_lanes, tile[x]);
       }
     }
@@ -206,13 +220,18 @@ struct BackwardWeights {
   template <typename Type>
   void pack(const SlstmProblem& p, int64_t head, int64_t gate) const {
     const int64_t dim = p.dim;
-    const auto* from = static_cast<const typename Type::Bits*>(p.weights) + (gate * p.heads + head) * dim * dim;
+    const auto* from =
+        static_cast<const typename Type::Bits*>(p.weights) + gate * p.weights_gate + head * p.weights_head;
     for (int64_t first = 0; first < dim; first += panel_columns) {
       const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
       float* to = values.data() + head * depth * columns + first * depth + gate * dim * wide;
-      for (int64_t out = 0; out < dim; ++out) {
+      for (int64_t out = 0; out < dim; out += vector_lanes) {
+        const int64_t count = dim - out < vector_lanes ? dim - out : vector_lanes;
         for (int64_t x = 0; x < wide; x += vector_lanes) {
-          store_vector(to + out * wide + x, load_lanes<Type>(from + out * dim + first + x, dim - first - x));
+          const auto* place = from + out * p.weights_out + (first + x) * p.weights_in;
+          Vector tile[vector_lanes];
+          load_tile<Type>(tile, place, p.weights_out, p.weights_in, count, dim - first - x);
+          for (int64_t y = 0; y < count; ++y) store_vector(to + (out + y) * wide + x, tile[y]);
         }
       }
     }

@@ -188,9 +188,12 @@ constexpr int lanes = 16;
 struct LaneSum {
   float lane[lanes] = {};
   float total() const {
-    float sum = 0.0f;
-    for (int x = 0; x < lanes; ++x) sum += lane[x];
-    return sum;
+    float sum[lanes];
+    std::memcpy(sum, lane, sizeof(sum));
+    for (int half = lanes / 2; half > 0; half /= 2) {  // a chain of 4 additions instead of 16
+      for (int x = 0; x < half; ++x) sum[x] += sum[x + half];
+    }
+    return sum[0];
   }
 };
 

@@ -69,7 +69,12 @@ void check_common(CheckedProblem& checked, const Tensor& first, const char* firs
   p.dtype = to_dtype(first.scalar_type());
   p.weight_dtype = to_dtype(R.scalar_type());
   p.bias_dtype = to_dtype(b.scalar_type());
-  p.weights = checked.hold(R);
+  // The CPU packs R from either order of `out` and `in`: a copy would cost a single short row a good part of its time.
+  const bool as_it_is = R.is_cpu() && (R.stride(2) == 1 || R.stride(3) == 1);
+  p.weights = as_it_is ? checked.held.emplace_back(R).data_ptr() : checked.hold(R);
+  const Tensor& held = checked.held.back();
+  p.weights_gate = held.stride(0), p.weights_head = held.stride(1);
+  p.weights_out = held.stride(2), p.weights_in = held.stride(3);
   p.bias = checked.hold(b);
 }
 

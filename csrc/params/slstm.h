@@ -31,8 +31,10 @@ struct SlstmProblem {
   DType weight_dtype = DType::float32;  // of R and dR
   DType bias_dtype = DType::float32;    // of b and db
   int64_t batch = 0, seq = 0, heads = 0, dim = 0;
-  int64_t rows = 0;                     // batch, or the number of packed sequences
-  const void* weights = nullptr;        // R (4, heads, out, in) contiguous
+  int64_t rows = 0;               // batch, or the number of packed sequences
+  const void* weights = nullptr;  // R (4, heads, out, in)
+  // Its strides in elements. On CUDA it is contiguous, elsewhere one of the last two is 1.
+  int64_t weights_gate = 0, weights_head = 0, weights_out = 0, weights_in = 0;
   const void* bias = nullptr;           // b (4, heads, dim) contiguous
   const int32_t* cu_seqlens = nullptr;  // (rows + 1), on the kernel's device; nullptr: not packed
   // Initial state, (rows, heads, dim) contiguous float32; all or none, none means zeros.

@@ -169,6 +169,33 @@ def test_no_token_makes_m_anew(on_ranks, pieces):
         assert (expected["dm"] - inner).abs().max() > 1e-3  # what eps gives
 
 
+def in_nodes(count, function, *args):
+    """A rank's result where nodes have at most `count` ranks."""
+    context._NODE = count
+    return function(*args)
+
+
+IN_NODES = [((20, 1, 40, 33), 2), ((9, 30, 1, 17, 40, 26), 2), ((9, 30, 1, 17, 40, 26), 3)]
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(("pieces", "count"), IN_NODES, ids=str)
+def test_nodes(on_ranks, pieces, count, state):
+    """With a state no token makes m anew."""
+    options = {"eps": 0.1} if state else {"gate_soft_cap": 15.0}
+    inputs, weights = draw(sum(pieces), gates="small" if state else "spread", state=state, seed=7)
+    if state:
+        inputs["f"] += 4
+        inputs["m"] += 5
+    else:
+        avoid_kinks(inputs, weights, **options)
+    for through_state in (False, True) if state else (True,):
+        expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, through_state, **options)
+        alone = one_process(ops.mlstm, inputs, weights, torch.float32, through_state, **options)
+        arguments = count, on_this_rank, inputs, weights, pieces, through_state, options
+        assert_as_exact(joined(on_ranks(len(pieces), in_nodes, *arguments)), alone, expected)
+
+
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +284,18 @@ def test_documents_across_ranks(on_ranks, pieces, offsets, empty_first, state, g
     alone = one_process(ops.mlstm, inputs, weights, torch.float32, **packed)
     arguments = (inputs, weights, pieces, offsets, empty_first, options)
     assert_as_exact(join_packed(on_ranks(len(pieces), packed_on_this_rank, *arguments)), alone, expected)
+
+
+@pytest.mark.parametrize("offsets", [(0, 123), (0, 30, 31, 123), (0, 9, 57, 123)], ids=str)
+def test_documents_across_nodes(on_ranks, offsets):
+    pieces, rows = IN_NODES[1][0], len(offsets) - 1
+    packed = {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32)}
+    inputs, weights = draw(sum(pieces), batch=1, state=True, seed=rows, rows=rows)
+    avoid_kinks(inputs, weights, **packed)
+    expected = one_process(reference.mlstm_chunkwise, inputs, weights, torch.float64, **packed)
+    alone = one_process(ops.mlstm, inputs, weights, torch.float32, **packed)
+    arguments = 2, packed_on_this_rank, inputs, weights, pieces, offsets, False, {}
+    assert_as_exact(join_packed(on_ranks(len(pieces), in_nodes, *arguments)), alone, expected)
 
 
 def test_random_pieces_and_documents(on_ranks):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flash_xlstm import reference
-from flash_xlstm.integrations import accelerate
+from flash_xlstm.integrations import _tirex, accelerate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the packages
 IDS = torch.randint(64, (2, 37), generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ MODELS = {
     "xlstm_large, fused": (lambda: large_model(weight_mode="fused"), lambda m, device="cpu": m(IDS.to(device))[0], 2),
     "xlstm_large, train": (lambda: large_model(mode="train"), lambda m, device="cpu": m(IDS[:, :32].to(device))[0], 2),
     "xlstm": (block_stack_model, lambda m, device="cpu": m(IDS.to(device)), 2),
-    "tirex2": (tirex2_model, run_tirex2, 2),
+    "tirex2": (tirex2_model, run_tirex2, 3),  # an mLSTM layer and its backend, an sLSTM layer
 }
 
 
@@ -162,6 +162,8 @@ def test_outputs_and_gradients(name, make, agree):
         assert gradients.keys() == ours.keys() and (gradients or "padding" in name)
         for key, gradient in gradients.items():
             agree(ours[key], gradient, key, bound=1e-4)
+        with torch.no_grad():
+            agree(run(model), before, "output without gradients")
     assert [dict(module.__dict__) for module in model.modules()] == entries
     after, again = _gradients(model, run)
     assert torch.equal(after, before) and all(torch.equal(again[key], gradients[key]) for key in gradients)
@@ -256,7 +258,7 @@ def test_a_wrapped_model(make, agree):
     ]
     before = wrapper.forecast(series, prediction_length=20)
     with accelerate(wrapper) as accelerated:
-        assert len(accelerated.changed) == 2
+        assert len(accelerated.changed) == 3
         agree(wrapper.forecast(series, prediction_length=20)[0], before[0])
         assert "forward" in model.stack[0].time_mixer.fwd_cell.mlstm_backend.__dict__
 
@@ -484,9 +486,11 @@ def make_tirex(randomize):
 def test_tirex_trains(make_tirex):
     model = make_tirex
     before, gradients = _gradients(model, run_tirex)
-    with accelerate(model) as accelerated:
-        assert len(accelerated.changed) == 2
+    with accelerate(model) as accelerated, _whole_layers(True):
+        assert len(accelerated.changed) == 4  # layers and their cells
         y, ours = _gradients(model, run_tirex)
+        with torch.no_grad():
+            assert (run_tirex(model) - y).norm() <= 1e-6 * y.norm()
     assert (y - before).norm() < 2e-2 * before.norm() and gradients.keys() == ours.keys()
     for name, gradient in gradients.items():
         assert (ours[name] - gradient).norm() < 5e-2 * gradient.norm(), name
@@ -508,6 +512,193 @@ def test_states_of_tirex2(make, agree):
             agree(our_state["slstm_state"], state["slstm_state"], t)
 
 
+# TiRex-2's layers as a whole
+
+
+@pytest.fixture
+def layers(make):
+    """The mLSTM and the sLSTM layer."""
+    return {name: block.time_mixer.fwd_cell for name, block in zip("ms", make("tirex2")[0].stack, strict=True)}
+
+
+def _series(rows=5, dtype=torch.float32):
+    return torch.randn(rows, 64, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@contextlib.contextmanager
+def _whole_layers(expected):
+    """Whether calls within take a whole layer: all, or none."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        find = _tirex._parameters
+
+        def spy(*args, **kwargs):
+            taken.append(find(*args, **kwargs))
+            return taken[-1]
+
+        patch.setattr(_tirex, "_parameters", spy)
+        yield
+    assert taken and all((t is not None) == expected for t in taken)
+
+
+@pytest.mark.parametrize("kind", "ms")
+def test_rows_in_pieces(kind, layers, agree, monkeypatch):
+    layer, x = layers[kind], _series(7).requires_grad_()
+    monkeypatch.setattr(_tirex, "_SLSTM_ROWS", 2)
+    monkeypatch.setattr(_tirex, "_TOKENS", 128)
+    assert [len(piece) for piece, _ in _tirex._pieces(x, x, 2)] == [3, 3, 1]
+    with torch.no_grad():
+        expected = layer(x)
+        with accelerate(layer), _whole_layers(True):
+            y, strided = layer(x), layer(x.mT.contiguous().mT)
+            agree(y, expected)
+            assert torch.equal(strided, y)
+            assert torch.equal(layer(x[3:6]), y[3:6])
+
+
+@pytest.mark.parametrize("kind", "ms")
+def test_only_some_gradients_of_a_layer(kind, layers, agree):
+    layer = layers[kind]
+    names = [name for name, _ in layer.named_parameters()]
+    for wanted in ({"x"}, {names[0]}, {names[-1], "x"}, {"igate.weight", "igate_preact.bias"}, set(names[1:])):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(name in wanted)
+        x = _series().requires_grad_("x" in wanted)
+        before, gradients = _gradients(layer, lambda layer, x=x: layer(x))
+        dx, x.grad = x.grad, None
+        with accelerate(layer), _whole_layers(True):
+            y, ours = _gradients(layer, lambda layer, x=x: layer(x))
+        agree(y, before)
+        assert ours.keys() == gradients.keys() == wanted & set(names)
+        for key, gradient in gradients.items():
+            agree(ours[key], gradient, key, bound=1e-4)
+        assert (dx is None) == (x.grad is None)
+        if dx is not None:
+            agree(x.grad, dx, "x", bound=1e-4)
+
+
+@pytest.mark.parametrize("kind", "ms")
+def test_a_layer_in_16_bits_is_at_least_as_near_to_float32(kind, layers):
+    layer, x = layers[kind].bfloat16(), _series(dtype=torch.bfloat16)
+    exact = copy.deepcopy(layer).float()(x.float())
+    theirs = layer(x)
+    with accelerate(layer), _whole_layers(True):
+        ours, without = layer(x), torch.no_grad()(layer)(x)
+    for mine in (ours, without):
+        assert mine.dtype == theirs.dtype
+        assert (mine - exact).norm() <= 1.1 * (theirs - exact).norm() <= 0.1 * exact.norm()
+
+
+PARTS = {
+    "m": ["", "q", "ogate_preact", "igate_preact", "out_proj", "multihead_norm", "mlstm_backend", "ogate_act_fn"],
+    "s": ["", "fgate", "ogate", "group_norm", "dropout"],
+    "tirex": ["", "zgate", "group_norm", "slstm_cell"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # the backend's inputs are keywords
+@pytest.mark.parametrize("how", ["forward hook", "backward hook", "parametrization", "subclass", "forward"])
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_a_layer_has_beside_its_weights_still_runs(kind, how, layers, make_tirex, agree, monkeypatch):
+    monkeypatch.setattr(_tirex, "_SLSTM_ROWS", 1)
+    monkeypatch.setattr(_tirex, "_TOKENS", 64)
+    original = make_tirex.blocks[0].slstm_layer if kind == "tirex" else layers[kind]
+    x, parts = _series(), PARTS[kind][how != "parametrization" :]
+    for name in parts:
+        layer, calls = copy.deepcopy(original), []
+        accelerate(layer)
+        part = layer.get_submodule(name)
+        if how == "forward hook":
+            part.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        elif how == "backward hook":
+            part.register_full_backward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        elif how == "parametrization":
+            weight = next((weight for weight, _ in part.named_parameters(recurse=False)), None)
+            if weight is None:
+                continue
+            torch.nn.utils.parametrize.register_parametrization(part, weight, _Counted(calls))
+        elif how == "subclass":
+            part.__class__ = type("Other", (type(part),), {"forward": _counting(type(part).forward, calls)})
+            part.__dict__.pop("forward", None)
+        else:
+            own = part.forward
+            part.forward = lambda *args, own=own, calls=calls, **kwargs: calls.append(1) or own(*args, **kwargs)
+        layer(x.requires_grad_()).sum().backward()
+        assert calls, name
+        with torch.no_grad():
+            agree(layer(x), original(x), name, bound=2e-2 if kind == "tirex" else 1e-5)
+        assert how != "forward hook" or len(calls) == 2, name  # with all rows at once
+
+
+class _Counted(nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, p):
+        self.calls.append(1)
+        return p
+
+
+def _counting(forward, calls):
+    return lambda self, *args, **kwargs: calls.append(1) or forward(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", "ms")
+def test_other_calls_take_the_layers_own_forward(kind, layers, agree):
+    layer, x = layers[kind], _series()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with accelerate(layer), _whole_layers(False):
+            agree(layer(x), expected, "autocast", bound=0.1)
+    with accelerate(layer), _whole_layers(False):
+        weights = {name: p.detach() for name, p in layer.named_parameters()}
+        jacobian = torch.func.grad(lambda w: torch.func.functional_call(layer, w, (x,)).sum())(weights)
+        dx = torch.func.grad(lambda x: layer(x).sum())(x)
+    layer(x.requires_grad_()).sum().backward()
+    for name, p in layer.named_parameters():
+        agree(jacobian[name], p.grad, name, bound=1e-4)
+    agree(dx, x.grad, bound=1e-4)
+    other = copy.deepcopy(layer)
+    other.__class__ = type("Other", (type(other),), {})
+    with accelerate(other) as accelerated:
+        assert ("" in accelerated.changed) == (kind == "s")  # its op alone
+        assert "forward" not in other.__dict__
+        agree(other(x), layer(x))
+
+
+def test_dropout_in_a_layer(layers, agree):
+    layer, x = copy.deepcopy(layers["s"]), _series()
+    layer.dropout.p = 1.0
+    with accelerate(layer), _whole_layers(True):
+        assert not layer(x).any() and not torch.no_grad()(layer)(x).any()
+        agree(layer.eval()(x), layers["s"](x))
+
+
+def test_a_layer_with_other_settings_keeps_its_forward(layers, agree):
+    layer, x, calls = layers["s"], _series(), []
+    accelerate(layer)
+    op = layer.slstm_flashrnn
+    layer.slstm_flashrnn = lambda *args: calls.append(1) or op(*args)
+    layer(x)
+    assert calls
+    layer = layers["m"]
+    for name in ("q", "out_proj"):
+        twin = copy.deepcopy(layer)
+        part = twin.get_submodule(name)
+        part.bias = nn.Parameter(torch.randn(part.out_features))
+        expected = twin(x)
+        with accelerate(twin), _whole_layers(False):
+            agree(twin(x), expected, name)
+    layer.config.gate_soft_cap = None
+    expected = layer(x)
+    with accelerate(layer), _whole_layers(True):
+        agree(layer(x), expected, "no cap")
+        layer.mlstm_backend.config.return_last_states = True
+        with pytest.raises(AttributeError):  # as in the original, which expects a tensor
+            layer(x)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", MODELS)
 def test_on_cuda(name, make, agree):
@@ -517,6 +708,8 @@ def test_on_cuda(name, make, agree):
     before, gradients = _gradients(model, lambda m: run(m, "cuda"))
     with accelerate(model):
         y, ours = _gradients(model, lambda m: run(m, "cuda"))
+        with torch.no_grad():
+            agree(run(model, "cuda"), before, "output without gradients", bound=1e-4)
     agree(y, before, "output", bound=1e-4)
     for key, gradient in gradients.items():
         agree(ours[key], gradient, key, bound=1e-3)

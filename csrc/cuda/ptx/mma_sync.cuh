@@ -27,18 +27,22 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 template <bool transposed>
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
   if constexpr (transposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(shared))
+                 : "r"(shared)
                  : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(shared))
+                 : "r"(shared)
                  : "memory");
   }
+}
+template <bool transposed>
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
+  ldmatrix_x4<transposed>(r, shared_address(shared));
 }
 
 // d (16 x 8, float32) += a (16 x 16) b (16 x 8), bfloat16.

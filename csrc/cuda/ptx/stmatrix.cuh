@@ -10,10 +10,14 @@ __device__ __forceinline__ void stmatrix_x1(void* shared, uint32_t a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(shared_address(shared)), "r"(a) : "memory");
 }
 
-__device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(a),
-               "r"(b), "r"(c), "r"(d)
+// By an address within shared memory.
+__device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c),
+               "r"(d)
                : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4(void* shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  stmatrix_x4(shared_address(shared), a, b, c, d);
 }
 
 // Transposes an 8 x 8 matrix. Lane l holds elements 2 (l % 4) and the next of row l / 4, before and after.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -30,6 +31,8 @@ Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# More ranks than these exchange in two steps: within nodes of at most as many, then between nodes.
+_NODE = 8
 
 
 # Compiled, a rank's backward might repeat a collective that another rank's does not: the ranks' graphs differ.
@@ -372,23 +375,23 @@ class _Mlstm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, wants_last, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        gathered = piece.new_empty(size, piece.shape[0])
-        # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
-        if piece.numel() > 0:
-            _all_gather(gathered.view(-1), piece, group=group)
-        # Up to the mlstm's first kernel the GPU waits for the host, so that what can come behind it does.
         shape = k.shape[0], *k.shape[2:], v.shape[-1]
-
-        def state_before(upto):
-            if upto == 1:  # its weight is 1
-                return tuple(_parts(gathered[0], shape)[:3])
-            c, n, m, decay = _parts(gathered[:upto], shape)
-            weights, top = _weights(m, decay)
-            return _times(c, weights[..., None, None]).sum(0), _times(n, weights[..., None]).sum(0), top
+        node, between = _nodes(group)
+        # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
+        pieces = _gathered(piece, node)
+        # Up to the mlstm's first kernel the GPU waits for the host, so that what can come behind it does.
+        place = rank if between is None else dist.get_rank(node)
+        if between is None:
+            nodes, ahead = None, pieces[:place]
+        else:
+            c_of, n_of, m_of, decay = _parts(pieces, shape)
+            sums = *_state_after((c_of, n_of, m_of, decay)), decay.sum(0)
+            nodes = _gathered(torch.cat([t.flatten() for t in sums]), between, piece.shape[0])
+            ahead = torch.cat((nodes[: dist.get_rank(between)], pieces[:place]))
 
         state = c, n, m
         if rank > 0:
-            before = state_before(rank)
+            before = _state_after(_parts(ahead, shape))
             state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
         elif c is None:
             state, _ = _initial(k, v, None, shape[0])
@@ -396,20 +399,24 @@ class _Mlstm(torch.autograd.Function):
             h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
                 q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1
             )
-        whole = state_before(size) if wants_last and cu_seqlens is None else ()
+        whole: tuple[Tensor, ...] = ()
+        if wants_last and cu_seqlens is None:
+            whole = _state_after(_parts(pieces if nodes is None else nodes, shape))
         ctx.group, ctx.wants_last, ctx.options, ctx.has_state = group, wants_last, options, c is not None
-        if rank == 1 and size > 2:  # do not keep the other pieces
+        if ahead.shape[0] == 1 and size > 2:  # do not keep the other pieces
             state = tuple(t.clone() for t in state)
-        scalars = torch.stack(_parts(gathered, shape)[2:])
-        ctx.save_for_backward(q, k, v, i, f, *state, cu_seqlens, _common.kept_h(q, h), kept, scalars, *last, *whole)
+        scalars = torch.stack(_parts(pieces, shape)[2:])
+        of_nodes = None if nodes is None else torch.stack(_parts(nodes, shape)[2:])
+        kept_tensors = _common.kept_h(q, h), kept, scalars, of_nodes
+        ctx.save_for_backward(q, k, v, i, f, *state, cu_seqlens, *kept_tensors, *last, *whole)
         return (h, *(whole or last)) if wants_last else h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh, *into_last):
         saved = ctx.saved_tensors  # once: checkpointing makes them again
-        *inputs, scalars = saved[:12]
-        last, whole = saved[12:15], saved[15:]
+        *inputs, scalars, of_nodes = saved[:13]
+        last, whole = saved[13:16], saved[16:]
         c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
         rows, shape = c.shape[0], (scalars.shape[2], *c.shape[1:])
         batch = shape[0]
@@ -418,14 +425,11 @@ class _Mlstm(torch.autograd.Function):
         dc, dn, into_m, is_open, dq, begun = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
         if own[2] is not None:
             into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
-        sent = torch.zeros(size, piece_floats(*shape), dtype=torch.float32, device=dc.device)
-        _send(sent, scalars, rank, dc[:batch], dn[:batch], into_m[:batch])
+        sent = [(dc[:batch], dn[:batch], into_m[:batch])]
         if whole:  # as if a rank behind the last read the final state
             dc, dn, dm = into_last
-            _send(sent, scalars, size, dc, dn, dm - _inner(whole, dc, dn))
-        got = torch.empty_like(sent[0])
-        if got.numel() > 0:
-            _reduce_scatter(got, sent.view(-1), group=ctx.group)
+            sent.append((dc, dn, dm - _inner(whole, dc, dn)))
+        got = (_received if of_nodes is None else _received_in_nodes)(ctx.group, shape, scalars, of_nodes, sent)
         if rank < size - 1 or whole:
             dc, dn, dm, _ = _parts(got, shape)
             dm = dm + _inner([t[-batch:] for t in last], dc, dn)
@@ -439,6 +443,99 @@ class _Mlstm(torch.autograd.Function):
             for t in state:
                 t[:batch] = 0.0
         return None, None, None, None, None, *state, dq, dk, dv, di, df
+
+
+_nodes_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple] = weakref.WeakKeyDictionary()
+
+
+def _nodes(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+    """The group of this rank's node, of consecutive ranks, and that of the ranks at its place in all nodes; or the
+    whole group and None, where they are few or no number of 2 to `_NODE` ranks divides them."""
+    size = dist.get_world_size(group)
+    count = next((n for n in range(_NODE, 1, -1) if size % n == 0), 1)
+    if size <= _NODE or count == 1:
+        return group, None
+    if group not in _nodes_of:
+        ranks = dist.get_process_group_ranks(group)
+        at = dist.get_rank(group)
+        first, place = at // count * count, at % count
+        _nodes_of[group] = tuple(
+            dist.new_group(members, use_local_synchronization=True)
+            for members in (ranks[first : first + count], ranks[place::count])
+        )
+    return _nodes_of[group]
+
+
+def _gathered(own: Tensor, group: dist.ProcessGroup, floats: int | None = None) -> Tensor:
+    """`own` of every rank, (ranks, floats); `floats` more than it has are left open."""
+    floats = own.numel() if floats is None else floats
+    every = own.new_empty(dist.get_world_size(group), floats)
+    if floats > 0:
+        own = own if own.numel() == floats else F.pad(own.flatten(), (0, floats - own.numel()))
+        _all_gather(every.view(-1), own.reshape(-1), group=group)
+    return every
+
+
+def _state_after(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """c, n and m behind the last of some pieces, whose :func:`_parts` are given."""
+    c, n, m, decay = pieces
+    if m.shape[0] == 1:  # its weight is 1
+        return c[0], n[0], m[0]
+    weights, top = _weights(m, decay)
+    return _times(c, weights[..., None, None]).sum(0), _times(n, weights[..., None]).sum(0), top
+
+
+def _received(group, shape, scalars, of_nodes, sent) -> Tensor:
+    """The gradient of this rank's final state from all ranks behind it."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    to_all = torch.zeros(size, piece_floats(*shape), dtype=torch.float32, device=scalars.device)
+    for upto, of_state in zip((rank, size), sent, strict=False):
+        if upto == 1:  # its weight is 1
+            for a, b in zip(_parts(to_all[0], shape), of_state, strict=False):
+                a += b
+        elif upto > 1:
+            _add(_parts(to_all[:upto], shape), of_state, *_shares(scalars, upto))
+    got = torch.empty_like(to_all[0])
+    if got.numel() > 0:
+        _reduce_scatter(got, to_all.view(-1), group=group)
+    return got
+
+
+def _received_in_nodes(group, shape, scalars, of_nodes, sent) -> Tensor:
+    """The same in two steps. A node's ranks gather what they would send. Each sums from it what its own final state
+    gets, and what the state before the node gets; the nodes gather the latter."""
+    node, between = _nodes(group)
+    place, ranks = dist.get_rank(node), dist.get_world_size(node)
+    number, nodes = dist.get_rank(between), dist.get_world_size(between)
+    floats = piece_floats(*shape)
+    own = torch.cat([F.pad(torch.cat([t.flatten() for t in x]), (0, floats))[:floats] for x in sent])
+    every = _gathered(own, node).view(ranks, len(sent), floats)
+    front = int(number > 0)  # the state before the node is a piece in front of its own
+    if front:
+        before = _weights(*of_nodes[:, :number])[1]
+        scalars = torch.cat((torch.stack((before, torch.zeros_like(before)))[:, None], scalars), 1)
+
+    got, at_end = torch.zeros(2, floats, dtype=torch.float32, device=scalars.device)
+    to_front = torch.zeros_like(every[0])
+    for r in range(ranks):
+        of_state = _parts(every[r, 0], shape)[:3]
+        shares = _shares(scalars, r + front) if r + front > 0 else ()
+        if front:
+            _add(_parts(to_front[0], shape), of_state, *(t[0] for t in shares))
+        if place < r:
+            _add(_parts(got, shape), of_state, *(t[place + front] for t in shares))
+    to_front[1:] = every[:, 1:].sum(0)
+    of_all = _gathered(to_front.flatten(), between).view(nodes, len(sent), floats)
+
+    # What the state behind the node gets, and of that this rank's.
+    behind = [(other, of_all[other, 0]) for other in range(number + 1, nodes)]
+    behind += [(nodes, x) for x in of_all[:, 1:].sum(0)]
+    for upto, of_state in behind:
+        _add(_parts(at_end, shape), _parts(of_state, shape)[:3], *(t[number] for t in _shares(of_nodes, upto)))
+    if behind:
+        shares = _shares(scalars, ranks + front)
+        _add(_parts(got, shape), _parts(at_end, shape)[:3], *(t[place + front] for t in shares))
+    return got
 
 
 def _in_front(a: Tensor, b: Tensor) -> Tensor:
@@ -455,27 +552,28 @@ def _inner(state: Sequence[Tensor], dc: Tensor, dn: Tensor) -> Tensor:
     return (state[0] * dc).flatten(2).sum(-1) + (state[1] * dn).sum(-1)
 
 
-def _send(sent: Tensor, scalars: Tensor, rank: int, dc: Tensor, dn: Tensor, into_m: Tensor) -> None:
-    """Adds to `sent`, (ranks, floats), what the gradients of the state before `rank` are at each piece's end."""
-    if rank == 0:
-        return
-    to = [t[:rank] for t in _parts(sent, dc.shape)[:3]]
-    if rank == 1:  # its weight is 1
-        for a, b in zip(to, (dc, dn, into_m), strict=True):
-            a[0] += b
-        return
-    m, decay = scalars[:, :rank].double()
-    ends, is_open = [m[0]], [torch.zeros_like(m[0])]  # m at the pieces' ends; whether no token of a piece made it
-    for r in range(1, rank):
+def _add(to: Sequence[Tensor], of_state: Sequence[Tensor], weights: Tensor, goes_on: Tensor) -> None:
+    """Adds a state's gradients dc, dn, into_m to those at the ends of pieces before it, by their :func:`_shares`."""
+    dc, dn, into_m = of_state
+    to[0].add_(_times(dc, weights[..., None, None]))
+    to[1].add_(_times(dn, weights[..., None]))
+    to[2].add_(torch.where(goes_on == 0, 0.0, into_m))
+
+
+def _shares(scalars: Tensor, upto: int) -> tuple[Tensor, Tensor]:
+    """Of the state before piece `upto`, for each piece before it, by their m and log decay: the weight of c and n at
+    the piece's end in it, and whether all pieces between are open: no token of theirs makes m anew."""
+    m, decay = scalars[:, :upto].double()
+    if upto == 1:
+        return torch.ones_like(m, dtype=torch.float32), torch.ones_like(m)
+    ends, is_open = [m[0]], [torch.zeros_like(m[0])]  # m at the pieces' ends
+    for r in range(1, upto):
         carried = decay[r] + ends[-1]
         ends.append(torch.maximum(carried, m[r]))
         is_open.append((carried > m[r]).double())
     weights, _ = _weights(torch.stack(ends), decay)
     behind = torch.stack([*is_open[1:], torch.ones_like(m[0])])
-    goes_on = behind.flip(0).cumprod(0).flip(0)  # whether all pieces between a piece and `rank` are open
-    to[0] += _times(dc, weights[..., None, None])
-    to[1] += _times(dn, weights[..., None])
-    to[2] += torch.where(goes_on == 0, 0.0, into_m)
+    return weights, behind.flip(0).cumprod(0).flip(0)
 
 
 def _weights(m: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:

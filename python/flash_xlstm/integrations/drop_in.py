@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.integrations import _cells
+from flash_xlstm.integrations import _cells, _tirex
 from flash_xlstm.integrations.flashrnn import kernel_dtype_of
 from flash_xlstm.integrations.mlstm_kernels import check_common, check_config, mLSTMBackend, run_backend
 from flash_xlstm.nn.block_stack.slstm import _NOTHING, _weights_of_op
@@ -26,7 +26,7 @@ def accelerate(model: Any) -> Accelerated:
     - transformers' ``xLSTMForCausalLM``, with and without the package ``xlstm``;
     - NX-AI's ``xlstm_large`` and everything else around ``mlstm_kernels.torch.backend_module.mLSTMBackend``;
     - NX-AI's ``xlstm`` block stack: ``mLSTMCell``, and ``sLSTMCell`` with both backends;
-    - TiRex-2 (its mLSTM and sLSTM layers) and TiRex (its ``sLSTMCell``).
+    - TiRex-2 and TiRex: their mLSTM and sLSTM layers, from projections to norm.
 
     Results are the original's within rounding: outputs, states and gradients, in training and inference, eagerly and
     under :func:`torch.compile` (accelerate first, then compile). CPU and CUDA; float32, bfloat16 and float16. A copy of
@@ -55,6 +55,9 @@ def accelerate(model: Any) -> Accelerated:
             original, cell = found
             _check(name, module, original, cell)
             changes += [_Change(name, module, attribute, new) for attribute, new in cell.patches.items()]
+        layer = _layer(module)
+        if layer is not None:
+            changes.append(_Change(name, module, "forward", layer))
     if not changes:
         raise ValueError(f"{type(model).__name__} has no cell that accelerate knows. It knows {', '.join(_CELLS)}")
     for change in changes:
@@ -145,6 +148,15 @@ def _known(kind: type) -> tuple[type, _Cell] | None:
         if cell is not None:
             return base, cell
     return None
+
+
+def _layer(module: nn.Module) -> _Patch | None:
+    """The forward of a layer that is known as a whole: one of exactly that class, with its class's own forward."""
+    kind = type(module)
+    layer = _LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if layer is None or "forward" in module.__dict__ or kind.forward.__module__ != kind.__module__:
+        return None
+    return layer
 
 
 def _check(name: str, module: nn.Module, original: type, cell: _Cell) -> None:
@@ -379,4 +391,11 @@ _CELLS = {
         _method(_Tirex2Slstm, "slstm_flashrnn"), _check_tirex2
     ),
     "tirex.models.slstm.cell.sLSTMCell": _Cell(_method(_TirexSlstmCell), _check_tirex),
+}
+
+# Layers around cells, whose products, norms and gates are done beside the cell's op.
+_LAYERS = {
+    _tirex.SLSTM: _Patch(_tirex.Slstm.forward),
+    _tirex.MLSTM: _Patch(_tirex.Mlstm.forward),
+    _tirex.TIREX_SLSTM: _Patch(_tirex.TirexSlstm.forward),
 }

@@ -5,6 +5,9 @@
 
 namespace flash_xlstm::cuda::hopper {
 
+// output_dk_dv_chunk.cu
+cudaError_t output_dk_dv_chunk(const OutputArgs& args, cudaStream_t stream);
+
 template <typename T>
 cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream) {
   const int tile_dqk = column_tile(w.p.dqk), tile_dv = column_tile(w.p.dv);
@@ -20,6 +23,7 @@ cudaError_t output_dk_dv_of(const Work& w, const Maps& maps, const MlstmBackward
 #define CASE(k, v) \
   if (tile_dqk == k && tile_dv == v) return launch_outputs<DkAndDv<k, v, T>>(args, tiles, stream)
   if constexpr (std::is_same_v<T, bf16>) {
+    if (has_chunk_tiles(w.p)) return output_dk_dv_chunk(args, stream);
     if (has_small_tiles(w.p)) return launch_outputs<Small<1, Output::dk, Output::dv>>(args, 1, stream);
   } else {
     CASE(64, 64);

@@ -28,11 +28,11 @@ struct Gates {
     }
   }
 
-  // Calls f(pair of columns c, row r, y of the pair, D) for the 64 columns from `begin` on.
-  template <typename F>
+  // Calls f(pair of columns c, row r, y of the pair, D) for the 64 (8 `groups`) columns from `begin` on.
+  template <int groups = 8, typename F>
   __device__ __forceinline__ void for_decays(int pos, int begin, F&& f) const {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
+    for (int c = 0; c < groups; ++c) {
       const float4 logs = *reinterpret_cast<const float4*>(col_logs + begin + c * 8 + pos * 2);
 #pragma unroll
       for (int r = 0; r < 2; ++r)

@@ -45,6 +45,8 @@
 //   output_epilogue.cuh  factors, sums for the gates' gradients, rows to memory
 //   output_mend.cuh      what is not finite
 //   output_small.cuh     the form of heads up to 64 x 64
+//   output_dq_chunk.cuh, output_dk_dv_chunk.cuh  dq, and dk with dv, of a whole chunk in one tile: kernels of their own;
+//                        output_chunk.cuh has what they share
 // This file has the kernel, which deals tiles out to blocks, and its launch.
 #pragma once
 

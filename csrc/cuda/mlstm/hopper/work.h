@@ -194,6 +194,12 @@ cudaError_t output_dk_dv(const Work& w, const Maps& maps, const MlstmBackward& p
 // both blocks of T, so both would stay in registers.
 inline bool has_small_tiles(const MlstmProblem& p) { return p.dtype == DType::bfloat16 && p.dqk <= box && p.dv <= box; }
 
+// Whether dq, and dk with dv, of a chunk are one tile each (output_dq_chunk.cuh, output_dk_dv_chunk.cuh). Both are ahead
+// of column tiles at 256 x 256, 256 x 512 and 256 x 1024 (docs/experiments.md).
+inline bool has_chunk_tiles(const MlstmProblem& p) {
+  return p.dtype == DType::bfloat16 && p.dqk > 128 && p.dqk <= 256 && p.dv >= 256;
+}
+
 // Width of an output's column tile.
 inline int column_tile(int64_t columns) { return columns <= 64 ? 64 : columns <= 128 ? 128 : 256; }
 
