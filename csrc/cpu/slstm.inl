@@ -489,8 +489,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   };
   Places places[most_rows];
   // `count_tag` rows from row r, whose products lie product_stride apart.
-  const auto cells = [&](auto count_tag, int64_t t, int64_t r, int64_t unit, const float* product,
-                         int64_t product_stride) {
+  const auto cells = [&](auto count_tag, int64_t r, int64_t unit, const float* product, int64_t product_stride) {
     constexpr int some = decltype(count_tag)::value;
     const int64_t at = r * padded + unit, left = dim - unit;
     Vectors<some> gates[4], kept[kept_c];
@@ -587,7 +586,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
         }
         for (int64_t g = 0; g < pair; ++g) {
           for_active(rows, t, row, row + tile, [&](auto some, int64_t r) {
-            cells(some, t, r, (group + g) * vector_lanes, recurrent + ((r - row) * pair + g) * panel_columns,
+            cells(some, r, (group + g) * vector_lanes, recurrent + ((r - row) * pair + g) * panel_columns,
                   pair * panel_columns);
           });
         }
