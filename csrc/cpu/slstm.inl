@@ -1,8 +1,8 @@
-// The sLSTM on the CPU, a part of vector_kernels.inl. R is packed once a call. A task takes one head and a block of
-// rows and walks the tokens. A product of the block with a panel of R (the four gates of one register of units) stays
-// in registers, and the cell follows at once, while R's panel stays in L1 for the block's other rows. With one row, the
-// bandwidth for R bounds it. The weights' gradients are one product over all tokens afterwards; they use dx and h as
-// rounded to their dtype.
+// The sLSTM on the CPU, a part of vector_kernels.inl. R is packed once a call. A task takes a block of rows of a head
+// or some and walks the tokens. A product of the block with a panel of R (the four gates of one register of units)
+// stays in registers, and the cell follows at once, while R's panel stays in L1 for the block's other rows. With one
+// row, the bandwidth for R bounds it. The weights' gradients are one product over all tokens afterwards; they use dx
+// and h as rounded to their dtype.
 //
 // An element's products are summed in one order, whatever the block and the tile it lies in, so results do not depend
 // on the number of threads.
@@ -245,15 +245,13 @@ struct BackwardWeights {
 
 // --- the cell ------------------------------------------------------------------------------------------------------
 
-// exp(log_keep) and exp(log_take), of which one is 1.
+// c and n after a token. Every copy of this code rounds alike: the c and n that the backward makes again are the
+// forward's.
 template <int rows>
-struct Weights {
-  Masks<rows> reset;
-  Vectors<rows> keep, take;
-};
-template <int rows>
-IN_LOOPS Weights<rows> weights_of(const Masks<rows>& reset, const Vectors<rows>& weight) {
-  return {.reset = reset, .keep = choose(reset, weight, 1.0f), .take = choose(reset, 1.0f, weight)};
+IN_LOOPS void advance(const Masks<rows>& reset, const Vectors<rows>& weight, const Vectors<rows>& z, Vectors<rows>& c,
+                      Vectors<rows>& n) {
+  c = multiply_add(weight, choose(reset, c, z), choose(reset, z, c));
+  n = multiply_add(weight, choose(reset, n, 1.0f), choose(reset, 1.0f, n));
 }
 
 template <int rows>
@@ -263,7 +261,7 @@ struct Units {
 
 // One token of vector_lanes units of several rows. `gates` are the pre-activations.
 template <bool keeps, int rows>
-IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vectors<rows> (&kept)[slstm_kept]) {
+IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vectors<rows> (&kept)[kept_c]) {
   const Vectors<rows> i = gates[0], f = gates[1];
   const Masks<rows> padding = (i == -infinity) & (f == infinity);
   const Vectors<rows> y = exponential(-absolute(f));
@@ -271,21 +269,19 @@ IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vector
   const Vectors<rows> margin = i - carried;
   const Masks<rows> reset = (u.n == 0.0f) | (margin >= 0.0f);
   const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
-  const Weights<rows> w = weights_of(reset, weight);
   const Vectors<rows> z = hyperbolic_tangent(gates[2]), one_over_o = 1.0f + exponential(-gates[3]);
-  const Vectors<rows> c = choose(padding, u.c, w.keep * u.c + w.take * z),
-                      n = choose(padding, u.n, w.keep * u.n + w.take);
+  Vectors<rows> c = u.c, n = u.n;
+  advance(reset, weight, z, c, n);
+  c = choose(padding, u.c, c), n = choose(padding, u.n, n);
   u.h = choose(padding, u.h, c / (n * one_over_o));
   u.c = c;
   u.n = n;
-  u.m = choose(padding, u.m, choose(w.reset, i, carried));
+  u.m = choose(padding, u.m, choose(reset, i, carried));
   if constexpr (keeps) {
     kept[kept_margin] = choose(reset, -absolute(weight), absolute(weight));  // saves the backward its exp
     kept[kept_z] = z;
     kept[kept_o] = 1.0f / one_over_o;
     kept[kept_forget] = choose(padding, -1.0f, reciprocal(1.0f + y) * choose(f >= 0.0f, y, 1.0f));
-    kept[kept_c] = c;
-    kept[kept_n] = n;
   }
 }
 
@@ -294,7 +290,24 @@ inline int64_t padded_dim(int64_t dim) { return ceil_div(dim, int64_t{vector_lan
 // --- rows ----------------------------------------------------------------------------------------------------------
 
 // Blocks of 24 rows hide that each reads R from L2; where R does not fit L2, more rows share the reads.
-inline int64_t most_block_rows(int64_t dim) { return dim > 320 ? 96 : 24; }
+constexpr int64_t most_rows = 96;
+inline int64_t most_block_rows(int64_t dim) { return dim > 320 ? most_rows : 24; }
+
+// Some heads of a block of rows. All heads of a token lie in a page of memory or two, and the address of a page that
+// was not used lately takes longer to look up than its lines to read. So heads whose R fits L2 walk tokens in turns.
+struct Block {
+  int64_t head, heads, first, rows;
+
+  // Tokens of a turn: enough that x is several times as large as R, which is read again in the next turn.
+  int64_t tokens(int64_t dim, int64_t longest) const { return heads == 1 ? longest : ceil_div(4 * dim, rows); }
+};
+
+// The most of the heads, a divisor of them, whose R takes up to 1 MiB.
+inline int64_t heads_together(const SlstmProblem& p) {
+  int64_t most = 1;
+  for (int64_t x = 2; x <= p.heads && x * p.dim * p.dim <= int64_t{1} << 16; ++x) most = p.heads % x == 0 ? x : most;
+  return most;
+}
 
 // The rows of each head in `parts` blocks of up to `each`, such that the blocks of all heads make every thread busy.
 struct Blocks {
@@ -313,18 +326,22 @@ struct Blocks {
     parts = parts < useful ? parts : useful;
     each = ceil_div(p.rows, parts);
     parts = ceil_div(p.rows, each);
+    const int64_t fit = heads_together(p);
+    for (int64_t x = 2; x <= fit; ++x) {
+      if (fit % x == 0 && p.heads / x * parts % threads == 0) together = x;
+    }
   }
-  // Calls f(head, first row, rows) for each block.
+  // Calls f(block) for each block.
   template <typename F>
   void run(const SlstmProblem& p, const F& f) const {
-    parallel(p.heads * parts, 1, [&](int64_t begin, int64_t end) {
+    parallel(p.heads / together * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task % parts * each;
-        f(task / parts, first, p.rows - first < each ? p.rows - first : each);
+        const int64_t first = task % parts * each, left = p.rows - first;
+        f(Block{.head = task / parts * together, .heads = together, .first = first, .rows = left < each ? left : each});
       }
     });
   }
-  int64_t parts = 0, each = 0;
+  int64_t parts = 0, each = 0, together = 1;
 };
 
 // The rows of one block: where their tokens lie.
@@ -359,30 +376,39 @@ void for_active(const BlockRows& rows, int64_t t, int64_t first, int64_t end, co
   }
 }
 
-// One array of a block's state: `count` rows of `padded` floats, loaded from and stored to (rows, heads, dim). nullptr:
-// loads zeros, stores nothing.
+// One array of a block's state: a row of `padded` floats for each head and row, loaded from and stored to (rows, heads,
+// dim). nullptr: loads zeros, stores nothing.
 struct BlockState {
-  BlockState(const SlstmProblem& p, int64_t head, int64_t first, int64_t count, const float* from)
-      : dim(p.dim),
-        heads(p.heads),
-        padded(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
-        offset((first * p.heads + head) * p.dim),
-        count(count),
-        values(count * padded) {
-    for (int64_t r = 0; from != nullptr && r < count; ++r) {
-      std::memcpy(row(r), from + offset + r * heads * dim, dim * sizeof(float));
+  BlockState(const SlstmProblem& p, const Block& block, const float* from)
+      : p(p), block(block), padded(padded_dim(p.dim)), values(block.heads * block.rows * padded) {
+    for (int64_t x = 0; from != nullptr && x < block.heads * block.rows; ++x) {
+      std::memcpy(values.data() + x * padded, from + offset(x), p.dim * sizeof(float));
     }
   }
   void store(float* to) const {
-    for (int64_t r = 0; to != nullptr && r < count; ++r) {
-      std::memcpy(to + offset + r * heads * dim, row(r), dim * sizeof(float));
+    for (int64_t x = 0; to != nullptr && x < block.heads * block.rows; ++x) {
+      std::memcpy(to + offset(x), values.data() + x * padded, p.dim * sizeof(float));
     }
   }
-  float* row(int64_t r) const { return values.data() + r * padded; }
+  // The block's rows of its head `head`.
+  float* of(int64_t head) const { return values.data() + head * block.rows * padded; }
 
-  int64_t dim, heads, padded, offset, count;
+  const SlstmProblem& p;
+  Block block;
+  int64_t padded;
   Floats values;
+
+ private:
+  int64_t offset(int64_t x) const {
+    return ((block.first + x % block.rows) * p.heads + block.head + x / block.rows) * p.dim;
+  }
 };
+
+// What is kept of a row of the batch.
+template <typename T>
+T* kept_of(const SlstmProblem& p, T* kept, const Row& row, int64_t head) {
+  return kept + (row.batch * p.heads + head) * slstm_kept_arrays(p.seq) * p.dim;
+}
 
 // b of one head, as a panel: the four gates of vector_lanes units, and so on.
 void load_bias(float* to, const void* bias, DType dtype, int64_t heads, int64_t dim, int64_t head) {
@@ -411,94 +437,136 @@ __attribute__((noinline)) void load_gates(float* to, const void* from, DType dty
 
 // --- forward -------------------------------------------------------------------------------------------------------
 
+// A block's state, and what its heads share.
+struct ForwardBlock {
+  ForwardBlock(const SlstmForward& params, const Block& block)
+      : params(params),
+        block(block),
+        rows(params.p, block.first, block.rows),
+        h{{params.p, block, params.p.h0}, {params.p, block, params.p.h0}},
+        c(params.p, block, params.p.c0),
+        n(params.p, block, params.p.n0),
+        m(params.p, block, params.p.m0),
+        bias(block.heads * 4 * c.padded) {
+    for (int64_t x = 0; x < block.heads; ++x) {
+      load_bias(bias.data() + x * 4 * c.padded, params.p.bias, params.p.bias_dtype, params.p.heads, params.p.dim,
+                block.head + x);
+    }
+  }
+  const SlstmForward& params;
+  const Block block;
+  const BlockRows rows;
+  const BlockState h[2], c, n, m;  // token t reads h[t % 2] and writes the other
+  const Floats bias;
+};
+
+// Tokens [begin, end) of the block's head `place`. After them token `next` of head `next_head` is walked.
 template <bool keeps>
-void forward_block(const SlstmForward& params, const ForwardWeights& weights, int64_t head, int64_t first,
-                   int64_t count) {
+void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int64_t place, int64_t begin, int64_t end,
+                    int64_t next, int64_t next_head) {
+  const SlstmForward& params = all.params;
   const SlstmProblem& p = params.p;
-  const int64_t dim = p.dim, heads = p.heads, bytes = element_bytes(p.dtype);
+  const BlockRows& rows = all.rows;
+  const int64_t dim = p.dim, heads = p.heads, bytes = element_bytes(p.dtype), count = all.block.rows;
+  const int64_t head = all.block.head + place, padded = all.c.padded, x_seq = params.x_seq, x_gate = params.x_gate;
   const bool is_float = p.dtype == DType::float32;
-  const BlockRows rows(p, first, count);
-  const BlockState h(p, head, first, count, p.h0), c(p, head, first, count, p.c0), n(p, head, first, count, p.n0),
-      m(p, head, first, count, p.m0), h_next(p, head, first, count, p.h0);
-  const int64_t padded = h.padded, x_seq = params.x_seq, x_gate = params.x_gate;
-  const Floats bias(4 * padded);
-  load_bias(bias.data(), p.bias, p.bias_dtype, heads, dim, head);
-  const float *panels = weights.of(head), *h_now = h.row(0);
-  float* h_after = h_next.row(0);
+  const float *const panels = weights.of(head), *const bias = all.bias.data() + place * 4 * padded;
+  float *const c = all.c.of(place), *const n = all.n.of(place), *const m = all.m.of(place);
+  const float* h_now = all.h[begin % 2].of(place);
+  float* h_after = all.h[1 - begin % 2].of(place);
   alignas(64) float recurrent[tile_rows * 2 * panel_columns];
   const void* ahead[tile_rows * 2 * 4];
   const int64_t elements = p.batch * p.seq * heads * dim;
   const bool stream_h = streams(params.h, elements * 4, dim);
-  const bool stream_kept = streams(params.kept, elements * slstm_kept * 4, dim);
+  const bool stream_kept = streams(params.kept, elements * kept_c * 4, dim);
 
-  const auto x_of = [&](const Row& row, int64_t t) {
-    const int64_t at = row.batch * params.x_batch + (row.start + t) * x_seq + head * params.x_head;
-    return static_cast<const char*>(params.x) + at * bytes;
+  // Where a token's x, h and kept lie.
+  struct Places {
+    const char* x;
+    char* h;
+    float* kept;
+    bool first;  // of two tokens, before which c and n are kept
   };
-  const auto h_of = [&](const Row& row, int64_t t) {
-    return static_cast<char*>(params.h) + (((row.batch * p.seq + row.start + t) * heads + head) * dim) * bytes;
-  };
+  Places places[most_rows];
   // `count_tag` rows from row r, whose products lie product_stride apart.
-  const auto cells = [&](auto count_tag, int64_t t, int64_t r, int64_t unit, const float* product,
-                         int64_t product_stride) {
+  const auto cells = [&](auto count_tag, int64_t r, int64_t unit, const float* product, int64_t product_stride) {
     constexpr int some = decltype(count_tag)::value;
     const int64_t at = r * padded + unit, left = dim - unit;
-    Vectors<some> gates[4], kept[slstm_kept];
-    alignas(64) float converted[panel_columns];
+    Vectors<some> gates[4], kept[kept_c];
+    alignas(64) float converted[some][panel_columns];
+    const float* from[some];
     for (int x = 0; x < some; ++x) {
-      const char* const here = x_of(rows[r + x], t) + unit * bytes;
-      const float* from = is_float ? reinterpret_cast<const float*>(here) : converted;
-      const int64_t gate_stride = is_float ? x_gate : vector_lanes;
-      if (!is_float) load_gates(converted, here, p.dtype, x_gate, left);
+      const char* const here = places[r + x].x + unit * bytes;
+      from[x] = is_float ? reinterpret_cast<const float*>(here) : converted[x];
+      if (!is_float) load_gates(converted[x], here, p.dtype, x_gate, left);
+    }
+    const int64_t gate_stride = is_float ? x_gate : vector_lanes;
+    in_turn<some>([&](int x) IN_LAMBDA {
       for (int gate = 0; gate < 4; ++gate) {
         const int64_t place = gate * vector_lanes;
-        gates[gate].v[x] =
-            load_lanes<Float32>(from + gate * gate_stride, left) +
-            (load_vector(product + x * product_stride + place) + load_vector(bias.data() + unit * 4 + place));
+        gates[gate].v[x] = load_lanes<Float32>(from[x] + gate * gate_stride, left) +
+                           (load_vector(product + x * product_stride + place) + load_vector(bias + unit * 4 + place));
       }
-    }
+    });
     const auto load = [&](const float* state) {
       return each<some>([&](int x) { return load_vector(state + at + x * padded); });
     };
-    Units<some> u{.h = load(h_now), .c = load(c.row(0)), .n = load(n.row(0)), .m = load(m.row(0))};
+    Units<some> u{.h = load(h_now), .c = load(c), .n = load(n), .m = load(m)};
+    if (keeps) {
+      in_turn<some>([&](int x) IN_LAMBDA {
+        float* to = places[r + x].kept + unit;
+        if (!places[r + x].first) return;
+        stream_lanes(to - 2 * dim, u.c.v[x], left, stream_kept);
+        stream_lanes(to - dim, u.n.v[x], left, stream_kept);
+      });
+    }
     slstm_cell<keeps>(gates, u, kept);
-    for (int x = 0; x < some; ++x) {
+    in_turn<some>([&](int x) IN_LAMBDA {
       store_vector(h_after + at + x * padded, u.h.v[x]);
-      store_vector(c.row(r + x) + unit, u.c.v[x]);
-      store_vector(n.row(r + x) + unit, u.n.v[x]);
-      store_vector(m.row(r + x) + unit, u.m.v[x]);
-      if (is_float) {
-        stream_lanes(reinterpret_cast<float*>(h_of(rows[r + x], t)) + unit, u.h.v[x], left, stream_h);
-      }
+      store_vector(c + at + x * padded, u.c.v[x]);
+      store_vector(n + at + x * padded, u.n.v[x]);
+      store_vector(m + at + x * padded, u.m.v[x]);
+      if (is_float) stream_lanes(reinterpret_cast<float*>(places[r + x].h) + unit, u.h.v[x], left, stream_h);
       if constexpr (keeps) {
-        const int64_t token = rows[r + x].batch * p.seq + rows[r + x].start + t;
-        float* to = params.kept + (token * heads + head) * slstm_kept * dim + unit;
-        for (int which = 0; which < slstm_kept; ++which) {
-          stream_lanes(to + which * dim, kept[which].v[x], left, stream_kept);
+        for (int which = 0; which < kept_c; ++which) {
+          stream_lanes(places[r + x].kept + which * dim + unit, kept[which].v[x], left, stream_kept);
         }
       }
-    }
+    });
   };
 
   const int64_t groups = weights.groups;
   // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
   const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
-  for (int64_t t = 0; t < rows.longest; ++t) {
+  // Where L1 has room for one panel, but not for two, the one at the turn is alone, and the next token finds it there.
+  const bool turns = weights.panel > 5 << 10 && weights.panel <= 10 << 10;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t after = t + 1 < end ? t + 1 : next, after_head = t + 1 < end ? head : next_head;
+    const int64_t to_after = ((after - t) * x_seq + (after_head - head) * params.x_head) * bytes;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t batch = rows[r].batch, token = rows[r].start + t;
+      places[r] = {.x = static_cast<const char*>(params.x) +
+                        (batch * params.x_batch + token * x_seq + head * params.x_head) * bytes,
+                   .h = static_cast<char*>(params.h) + ((batch * p.seq + token) * heads + head) * dim * bytes,
+                   .kept = keeps ? kept_of(p, params.kept, rows[r], head) + slstm_kept_at(token) * dim : nullptr,
+                   .first = token % 2 == 0};
+    }
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
     for (int64_t done = 0; done < groups;) {
-      const int64_t pair = count <= paired_rows && done + 2 <= groups ? 2 : 1;
+      const bool end = turns && (done == 0 || done + 1 == groups);
+      const int64_t pair = count <= paired_rows && done + 2 <= groups && !end ? 2 : 1;
       const int64_t group = forth ? done : groups - done - pair;
       int64_t offsets[2 * 4], offset_count = 0;  // the next token's cache lines, in the order in which it reads them
-      const int64_t next = groups - group - pair;
-      for (int64_t place = 4 * next; place < 4 * (next + pair); ++place) {
+      const int64_t last = groups - group - pair;
+      for (int64_t place = 4 * last; place < 4 * (last + pair); ++place) {
         const int64_t gate = place / run % 4, unit = (place / (4 * run) * run + place % run) * vector_lanes;
         if (unit * bytes % 64 == 0) offsets[offset_count++] = (gate * x_gate + unit) * bytes;
       }
       for_tiles(count, [&](int64_t row, int64_t tile) {
         int64_t lines = 0;
-        for (int64_t r = row; r < row + tile && t + 1 < rows[r].length; ++r) {
-          const char* from = x_of(rows[r], t + 1);
+        for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
+          const char* from = places[r].x + to_after;
           for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = from + offsets[line];
         }
         const Product product{.out = recurrent,
@@ -518,7 +586,7 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
         }
         for (int64_t g = 0; g < pair; ++g) {
           for_active(rows, t, row, row + tile, [&](auto some, int64_t r) {
-            cells(some, t, r, (group + g) * vector_lanes, recurrent + ((r - row) * pair + g) * panel_columns,
+            cells(some, r, (group + g) * vector_lanes, recurrent + ((r - row) * pair + g) * panel_columns,
                   pair * panel_columns);
           });
         }
@@ -529,23 +597,177 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, in
       if (t >= rows[r].length) {
         std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
       } else if (!is_float) {
-        unpack(h_of(rows[r], t), p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
+        unpack(places[r].h, p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
       }
     }
     float* const before = const_cast<float*>(h_now);
     h_now = h_after;
     h_after = before;
   }
+}
+
+template <bool keeps>
+void forward_block(const SlstmForward& params, const ForwardWeights& weights, const Block& block) {
+  const ForwardBlock all(params, block);
+  const int64_t longest = all.rows.longest, turn = block.tokens(params.p.dim, longest);
+  for (int64_t begin = 0; begin < longest; begin += turn) {
+    const int64_t end = longest - begin < turn ? longest : begin + turn;
+    for (int64_t x = 0; x < block.heads; ++x) {
+      const bool last = x + 1 == block.heads;
+      forward_tokens<keeps>(all, weights, x, begin, end, last ? end : begin, block.head + (last ? 0 : x + 1));
+    }
+  }
   end_streams();
-  (h_now == h.row(0) ? h : h_next).store(params.h_last);
-  c.store(params.c_last);
-  n.store(params.n_last);
-  m.store(params.m_last);
+  all.h[longest % 2].store(params.h_last);
+  all.c.store(params.c_last);
+  all.n.store(params.n_last);
+  all.m.store(params.m_last);
 }
 
 // --- backward ------------------------------------------------------------------------------------------------------
 
 VECTORS_FUNCTION clipped(const Vectors<count>& x, float clip) { return at_least(at_most(x, clip), -clip); }
+
+// exp(log_keep) and exp(log_take), of which one is 1.
+template <int rows>
+struct Weights {
+  Masks<rows> reset;
+  Vectors<rows> keep, take;
+};
+template <int rows>
+IN_LOOPS Weights<rows> weights_of(const Masks<rows>& reset, const Vectors<rows>& weight) {
+  return {.reset = reset, .keep = choose(reset, weight, 1.0f), .take = choose(reset, 1.0f, weight)};
+}
+
+// Where the arrays of a row's token lie. c and n are those before it, or before the first of two tokens where this is
+// the second.
+struct CellPlaces {
+  const float *kept, *c, *n;
+  const float* dh;  // nullptr: zeros
+  float* dx;        // nullptr: written elsewhere
+  bool second;
+};
+
+template <bool whole>
+IN_LOOPS Vectors<1> load_unit(const float* from, int64_t left) {
+  return {load_lanes<Float32>(from, whole ? vector_lanes : left)};
+}
+
+// c and n after a token from those before it.
+template <bool whole = false>
+IN_LOOPS void walk(const float* kept, int64_t dim, int64_t unit, int64_t left, Vectors<1>& c, Vectors<1>& n) {
+  const auto load = [&](SlstmKept which) IN_LAMBDA { return load_unit<whole>(kept + which * dim + unit, left); };
+  const Vectors<1> margin = load(kept_margin), z = load(kept_z);
+  const Masks<1> padding = load(kept_forget) < 0.0f;
+  const Vectors<1> c_before = c, n_before = n;
+  advance(is_negative(margin), absolute(margin), z, c, n);
+  c = choose(padding, c_before, c), n = choose(padding, n_before, n);
+}
+
+// c and n before a token.
+template <bool whole = false>
+IN_LOOPS void load_before(const CellPlaces& from, int64_t dim, int64_t unit, int64_t left, Vectors<1>& c,
+                          Vectors<1>& n) {
+  c = load_unit<whole>(from.c + unit, left), n = load_unit<whole>(from.n + unit, left);
+  if (from.second) walk<whole>(from.kept - kept_c * dim, dim, unit, left, c, n);
+}
+
+// One token of some rows. Passed by value: the compiler knows that no store changes it.
+struct BackwardCells {
+  const CellPlaces* places;
+  int64_t dim, padded;
+  float *dh, *dc, *dn, *excess;
+  const float* recurrent;
+  float* dx;
+  int64_t dx_stride, dx_gate;
+  float clip;
+  bool stream;
+};
+
+template <bool whole, int rows>
+IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[rows], int64_t unit, int64_t left) {
+  using Values = Vectors<rows>;
+  const auto load = [&](SlstmKept which) IN_LAMBDA {
+    return each<rows>([&](int x)
+                          IN_LAMBDA { return load_unit<whole>(places[x].kept + which * s.dim + unit, left).v[0]; });
+  };
+  const auto state = [&](const float* from) IN_LAMBDA {
+    return each<rows>([&](int x) IN_LAMBDA { return load_vector(from + x * s.padded + unit); });
+  };
+  const auto store = [&](float* to, const Values& values) IN_LAMBDA {
+    in_turn<rows>([&](int x) IN_LAMBDA { store_vector(to + x * s.padded + unit, values.v[x]); });
+  };
+  Values c_0, n_0;
+  in_turn<rows>([&](int x) IN_LAMBDA {
+    Vectors<1> c, n;
+    load_before<whole>(places[x], s.dim, unit, left, c, n);
+    c_0.v[x] = c.v[0], n_0.v[x] = n.v[0];
+  });
+  const Values margin = load(kept_margin), z = load(kept_z), o = load(kept_o), forget = load(kept_forget);
+  Values dh_t = state(s.dh) + clipped(state(s.recurrent), s.clip);
+  if (places[0].dh != nullptr) {
+    dh_t = dh_t + each<rows>([&](int x) IN_LAMBDA { return load_unit<whole>(places[x].dh + unit, left).v[0]; });
+  }
+  const Values dc_t = state(s.dc), dn_t = state(s.dn), excess_t = state(s.excess);
+  const Masks<rows> padding = forget < 0.0f;
+  const Weights<rows> w = weights_of(is_negative(margin), absolute(margin));
+  Values c = c_0, n = n_0;
+  advance(w.reset, absolute(margin), z, c, n);  // of padding these do not count
+  const Values inverse = 1.0f / n, ratio = c * inverse, through = dh_t * o * inverse;
+  const Values dc_all = dc_t + through, dn_all = dn_t - through * ratio;
+  const Values into_take = (dc_all * z + dn_all) * w.take, into_keep = multiply_add(dc_all, c_0, dn_all * n_0) * w.keep;
+  // All before the stores: branches between a product and its sum decide whether the compiler contracts them, and pairs
+  // of rows and single ones have to round alike.
+  const Values gates[4] = {into_take + choose(w.reset, excess_t, 0.0f),
+                           (into_keep + choose(w.reset, 0.0f, excess_t)) * forget, dc_all * w.take * (1.0f - z * z),
+                           dh_t * ratio * o * (1.0f - o)};
+  const auto store_gate = [&](int gate) IN_LAMBDA {
+    const Values value = choose(padding, 0.0f, gates[gate]);
+    in_turn<rows>([&](int x) IN_LAMBDA {
+      store_lanes<Float32>(s.dx + x * s.dx_stride + gate * s.dim + unit, value.v[x], whole ? vector_lanes : left);
+      if (places[x].dx == nullptr) return;
+      stream_lanes(places[x].dx + gate * s.dx_gate + unit, value.v[x], whole ? vector_lanes : left, s.stream);
+    });
+  };
+  store_gate(0);
+  store_gate(1);
+  store_gate(2);
+  store_gate(3);
+  store(s.dh, choose(padding, dh_t, 0.0f));
+  store(s.dc, choose(padding, dc_t, w.keep * dc_all));
+  store(s.dn, choose(padding, dn_t, w.keep * dn_all));
+  store(s.excess, choose(padding, excess_t, choose(w.reset, 0.0f, excess_t)));
+}
+
+// The last units, fewer than a register. One copy of the code for pairs of rows and single ones, because the compiler
+// may contract products and sums in two ways.
+__attribute__((noinline)) void backward_rest(const BackwardCells s, int64_t row, int64_t unit) {
+  const int64_t at = row * s.padded;
+  const CellPlaces places[1] = {s.places[row]};
+  const BackwardCells here{.places = s.places + row,
+                           .dim = s.dim,
+                           .padded = s.padded,
+                           .dh = s.dh + at,
+                           .dc = s.dc + at,
+                           .dn = s.dn + at,
+                           .excess = s.excess + at,
+                           .recurrent = s.recurrent + at,
+                           .dx = s.dx + row * s.dx_stride,
+                           .dx_stride = s.dx_stride,
+                           .dx_gate = s.dx_gate,
+                           .clip = s.clip,
+                           .stream = s.stream};
+  backward_unit<false>(here, places, unit, s.dim - unit);
+}
+
+template <int rows>
+void backward_cells(const BackwardCells s) {
+  CellPlaces places[rows];
+  for (int x = 0; x < rows; ++x) places[x] = s.places[x];
+  int64_t unit = 0;
+  for (; unit + vector_lanes <= s.dim; unit += vector_lanes) backward_unit<true>(s, places, unit, vector_lanes);
+  for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(s, x, unit);
+}
 
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
                     int64_t count, float* share, bool& begun) {
@@ -554,9 +776,9 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const bool is_float = p.dtype == DType::float32;
   const float clip = params.clip;
   const BlockRows rows(p, first, count);
-  const BlockState dh(p, head, first, count, params.dh_last), dc(p, head, first, count, params.dc_last),
-      dn(p, head, first, count, params.dn_last), excess(p, head, first, count, params.dm_last),
-      recurrent(p, head, first, count, nullptr);
+  const Block block{.head = head, .heads = 1, .first = first, .rows = count};
+  const BlockState dh(p, block, params.dh_last), dc(p, block, params.dc_last), dn(p, block, params.dn_last),
+      excess(p, block, params.dm_last), recurrent(p, block, nullptr);
   const int64_t padded = dh.padded;
   // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for.
   constexpr int64_t most_depth = 128;
@@ -567,7 +789,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
   const Floats converted(is_float ? 0 : (count + 1) * dim, false);  // dh of a token, and h of a row
 
-  const void** ahead = new const void*[count * (4 + ceil_div((slstm_kept + 2) * dim, int64_t{16}))];  // four arrays
+  const void** ahead = new const void*[count * (3 + ceil_div(8 * dim, int64_t{16}))];  // three pieces of memory
   const auto dh_of = [&](const Row& row, int64_t t) {
     const int64_t at = row.batch * params.dh_batch + (row.start + t) * params.dh_seq + head * params.dh_head;
     return static_cast<const char*>(params.dh) + at * bytes;
@@ -579,79 +801,41 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     return static_cast<const char*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim * bytes;
   };
 
-  // c and n before token t of a row.
-  const auto before = [&](int64_t r, int64_t t, SlstmKept which) -> const float* {
+  const auto initial = [&](const float* from, int64_t r) {
+    return from == nullptr ? zeros.data() : from + ((first + r) * heads + head) * dim;
+  };
+  CellPlaces places[most_rows];
+  const auto place = [&](int64_t r, int64_t t) {
     const Row& row = rows[r];
-    if (t > 0) {
-      const int64_t token = row.batch * p.seq + row.start + t - 1;
-      return params.kept + ((token * heads + head) * slstm_kept + which) * dim;
-    }
-    const float* initial = which == kept_c ? p.c0 : p.n0;
-    return initial == nullptr ? zeros.data() : initial + ((first + r) * heads + head) * dim;
+    const int64_t token = row.start + t;
+    const float* kept = kept_of(p, params.kept, row, head);
+    const float* pair = kept + slstm_kept_pair(token) * dim;
+    const float* given = is_float ? reinterpret_cast<const float*>(dh_of(row, t)) : converted.data() + r * dim;
+    places[r] = {.kept = kept + slstm_kept_at(token) * dim,
+                 .c = t > 0 ? pair : initial(p.c0, r),
+                 .n = t > 0 ? pair + dim : initial(p.n0, r),
+                 .dh = params.dh == nullptr ? nullptr : given,
+                 .dx = is_float ? reinterpret_cast<float*>(dx_of(row, t)) : nullptr,
+                 .second = token % 2 != 0 && t > 0};
   };
   // excess -= or += dc c + dn n, of the last or the initial state
-  const auto change_excess = [&](int64_t r, int64_t t, float sign) {
-    const float *c = before(r, t, kept_c), *n = before(r, t, kept_n);
-    for (int64_t x = 0; x < dim; ++x) excess.row(r)[x] += sign * (dc.row(r)[x] * c[x] + dn.row(r)[x] * n[x]);
-  };
-  const auto cells = [&](auto count_tag, int64_t t, int64_t r) {
-    constexpr int some = decltype(count_tag)::value;
-    using Values = Vectors<some>;
-    const float *kept[some], *c_before[some], *n_before[some];
-    const float* dh_from[some] = {};
-    float* dx_to[some];
-    for (int x = 0; x < some; ++x) {
-      const Row& row = rows[r + x];
-      const int64_t token = row.batch * p.seq + row.start + t;
-      kept[x] = params.kept + (token * heads + head) * slstm_kept * dim;
-      c_before[x] = before(r + x, t, kept_c);
-      n_before[x] = before(r + x, t, kept_n);
-      dx_to[x] = reinterpret_cast<float*>(dx_of(row, t));
-      if (params.dh == nullptr) continue;
-      dh_from[x] =
-          is_float ? reinterpret_cast<const float*>(dh_of(row, t)) : converted.data() + (r + x) * dim;
-    }
+  const auto change_excess = [&](int64_t r, bool last) {
+    if (last && rows[r].length > 0) place(r, rows[r].length - 1);
     for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
-      const int64_t at = r * padded + unit, left = dim - unit;
-      const auto load = [&](const float* const* from, int64_t offset) {
-        return each<some>([&](int x) { return load_lanes<Float32>(from[x] + offset + unit, left); });
-      };
-      const auto state = [&](const BlockState& s) {
-        return each<some>([&](int x) { return load_vector(s.row(0) + at + x * padded); });
-      };
-      const auto store = [&](const BlockState& s, const Values& values) {
-        for (int x = 0; x < some; ++x) store_vector(s.row(0) + at + x * padded, values.v[x]);
-      };
-      const Values margin = load(kept, kept_margin * dim), z = load(kept, kept_z * dim), o = load(kept, kept_o * dim);
-      const Values forget = load(kept, kept_forget * dim), c = load(kept, kept_c * dim), n = load(kept, kept_n * dim);
-      const Values c_0 = load(c_before, 0), n_0 = load(n_before, 0);
-      Values dh_t = state(dh) + clipped(state(recurrent), clip);
-      if (params.dh != nullptr) {
-        dh_t = dh_t + load(dh_from, 0);
+      Vectors<1> c, n;
+      if (last && rows[r].length > 0) {
+        load_before(places[r], dim, unit, dim - unit, c, n);
+        walk(places[r].kept, dim, unit, dim - unit, c, n);
+      } else {
+        c = {load_lanes<Float32>(initial(p.c0, r) + unit, dim - unit)};
+        n = {load_lanes<Float32>(initial(p.n0, r) + unit, dim - unit)};
       }
-      const Values dc_t = state(dc), dn_t = state(dn), excess_t = state(excess);
-      const Masks<some> padding = forget < 0.0f;
-      const Weights<some> w = weights_of(is_negative(margin), absolute(margin));
-      const Values inverse = 1.0f / n, ratio = c * inverse, through = dh_t * o * inverse;
-      const Values dc_all = dc_t + through, dn_all = dn_t - through * ratio;
-      const Values into_take = (dc_all * z + dn_all) * w.take, into_keep = (dc_all * c_0 + dn_all * n_0) * w.keep;
-      const Values gates[4] = {into_take + choose(w.reset, excess_t, 0.0f),
-                               (into_keep + choose(w.reset, 0.0f, excess_t)) * forget, dc_all * w.take * (1.0f - z * z),
-                               dh_t * ratio * o * (1.0f - o)};
-      for (int gate = 0; gate < 4; ++gate) {
-        const Values value = choose(padding, 0.0f, gates[gate]);
-        for (int x = 0; x < some; ++x) {
-          store_lanes<Float32>(dx + (r + x) * dx_stride + gate * dim + unit, value.v[x], left);
-          if (is_float) stream_lanes(dx_to[x] + gate * heads * dim + unit, value.v[x], left, stream);
-        }
-      }
-      store(dh, choose(padding, dh_t, 0.0f));
-      store(dc, choose(padding, dc_t, w.keep * dc_all));
-      store(dn, choose(padding, dn_t, w.keep * dn_all));
-      store(excess, choose(padding, excess_t, choose(w.reset, 0.0f, excess_t)));
+      const auto state = [&](const BlockState& s) { return s.of(0) + r * padded + unit; };
+      const Vector change = load_vector(state(dc)) * c.v[0] + load_vector(state(dn)) * n.v[0];
+      const Vector before = load_vector(state(excess));
+      store_vector(state(excess), last ? before - change : before + change);
     }
   };
-
   // h before token t of row r as row k of dR's right operand; a row without the token has no share.
   const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
     const Row& row = rows[r];
@@ -693,34 +877,48 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
   };
 
-  for (int64_t r = 0; r < count; ++r) change_excess(r, rows[r].length, -1.0f);
+  for (int64_t r = 0; r < count; ++r) change_excess(r, true);
   for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
     if (slot == slots) slot = 0;
     dx = dx_slots.data() + slot * count * dx_stride;
     for (int64_t r = 0; !is_float && params.dh != nullptr && r < count; ++r) {
       if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
     }
-    for_active(rows, t, 0, count, [&](auto some, int64_t r) { cells(some, t, r); });
+    for (int64_t r = 0; r < count; ++r) place(r, t);
+    for_active(rows, t, 0, count, [&](auto some, int64_t r) {
+      const BackwardCells cells{.places = places + r,
+                                .dim = dim,
+                                .padded = padded,
+                                .dh = dh.of(0) + r * padded,
+                                .dc = dc.of(0) + r * padded,
+                                .dn = dn.of(0) + r * padded,
+                                .excess = excess.of(0) + r * padded,
+                                .recurrent = recurrent.of(0) + r * padded,
+                                .dx = dx + r * dx_stride,
+                                .dx_stride = dx_stride,
+                                .dx_gate = heads * dim,
+                                .clip = clip,
+                                .stream = stream};
+      backward_cells<decltype(some)::value>(cells);
+    });
     for (int64_t r = 0; !is_float && r < count; ++r) {
       if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
     }
     for (int64_t r = 0; r < count; ++r) take_h(slot * count + r, t, r);
-    int64_t lines = 0;  // what the token before needs and this one did not: c and n at its start, h there, the others
+    int64_t lines = 0;  // what the token before needs of dh and h, and half of what is kept of two tokens before it
+    const auto fetch = [&](const void* from, int64_t bytes) {
+      for (int64_t x = 0; x < bytes; x += 64) ahead[lines++] = static_cast<const char*>(from) + x;
+    };
     for (int64_t r = 0; r < count; ++r) {
       if (t == 0 || t > rows[r].length) continue;
-      static_assert(kept_c == slstm_kept - 2 && kept_n == slstm_kept - 1);
-      const float* kept = before(r, t, kept_margin);
-      for (int64_t x = 0; x < (slstm_kept - 2) * dim; x += 16) ahead[lines++] = kept + x;
-      for (int64_t x = 0; x < dim * bytes && params.dh != nullptr; x += 64) {
-        ahead[lines++] = dh_of(rows[r], t - 1) + x;
-      }
-      if (t == 1) continue;
-      const float* c = before(r, t - 1, kept_c);
-      for (int64_t x = 0; x < 2 * dim; x += 16) ahead[lines++] = c + x;
-      for (int64_t x = 0; x < dim * bytes; x += 64) ahead[lines++] = h_before(rows[r], t - 1) + x;
+      if (params.dh != nullptr) fetch(dh_of(rows[r], t - 1), dim * bytes);
+      if (t > 1) fetch(h_before(rows[r], t - 1), dim * bytes);
+      const int64_t token = rows[r].start + t, half = (1 + kept_c) * dim;
+      if (t > 1)
+        fetch(kept_of(p, params.kept, rows[r], head) + slstm_kept_pair(token - 2) * dim + token % 2 * half, 4 * half);
     }
     product(count, dim,
-            {.out = recurrent.row(0),
+            {.out = recurrent.of(0),
              .out_stride = padded,
              .a = dx,
              .a_row = dx_stride,
@@ -737,15 +935,15 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t unit = 0; unit < padded; unit += vector_lanes) {
       const int64_t at = r * padded + unit;
-      const Vectors<1> through{load_vector(recurrent.row(0) + at)};
-      store_vector(dh.row(0) + at, load_vector(dh.row(0) + at) + clipped(through, clip).v[0]);
+      const Vectors<1> through{load_vector(recurrent.of(0) + at)};
+      store_vector(dh.of(0) + at, load_vector(dh.of(0) + at) + clipped(through, clip).v[0]);
     }
   }
   dh.store(params.dh0);
   dc.store(params.dc0);
   dn.store(params.dn0);
   if (params.dm0 == nullptr) return;
-  for (int64_t r = 0; r < count; ++r) change_excess(r, 0, 1.0f);
+  for (int64_t r = 0; r < count; ++r) change_excess(r, false);
   excess.store(params.dm0);
 }
 
@@ -777,11 +975,11 @@ CPU_KERNEL(slstm_forward, SlstmForward) {
   wants_huge_pages(p.h, elements * element_bytes(p.p.dtype));
   const ForwardWeights weights(p.p);
   const Blocks blocks(p.p);
-  blocks.run(p.p, [&](int64_t head, int64_t first, int64_t count) {
+  blocks.run(p.p, [&](const Block& block) {
     if (p.kept == nullptr) {
-      forward_block<false>(p, weights, head, first, count);
+      forward_block<false>(p, weights, block);
     } else {
-      forward_block<true>(p, weights, head, first, count);
+      forward_block<true>(p, weights, block);
     }
   });
 }
@@ -798,10 +996,11 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
   const int64_t groups = blocks < most_groups ? blocks : most_groups;
   const Floats shares(heads * groups * share_floats(dim), false);
   const BackwardWeights weights(problem);
+  // A group's heads one after the other: its pages of dh and h are looked up once.
   parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / groups, group = task % groups;
-      float* share = shares.data() + task * share_floats(dim);
+      const int64_t head = task % heads, group = task / heads;
+      float* share = shares.data() + (head * groups + group) * share_floats(dim);
       bool begun = false;
       for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
         const int64_t first = block * each, left = rows - first;
@@ -852,7 +1051,7 @@ CPU_KERNEL(slstm_step, SlstmStep) {
         load_bias(bias.data(), p.bias, p.bias_dtype, heads, dim, head);
         for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
           const int64_t at = task * dim + unit, left = dim - unit;
-          Vectors<1> gates[4], kept[slstm_kept];
+          Vectors<1> gates[4], kept[kept_c];
           for (int64_t gate = 0; gate < 4; ++gate) {
             gates[gate].v[0] = load_lanes<Type>(x + gate * p.x_gate + unit, left) +
                                (load_vector(recurrent.data() + (task * 4 + gate) * padded + unit) +

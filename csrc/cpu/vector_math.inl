@@ -22,10 +22,16 @@ IN_LOOPS Vector load_vector(const float* from) {
 IN_LOOPS void store_vector(float* to, const Vector& from) { std::memcpy(to, &from, sizeof(from)); }
 
 IN_LOOPS Vector all(float x) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_set1_ps(x);  // of the loop GCC 12 makes 16 instructions where x is not a constant
+#else
   Vector y;
   for (int lane = 0; lane < vector_lanes; ++lane) y[lane] = x;
   return y;
+#endif
 }
+
+#define IN_LAMBDA __attribute__((always_inline))
 
 // Several registers in step. A function of a gate is a chain of 60 dependent instructions: one register at a time fills
 // the scheduler with what has to wait.
@@ -51,6 +57,13 @@ IN_LOOPS Masks<count> each_mask(const F& f) {
   return y;
 }
 
+// f(0) ... f(count - 1), for one register each. In a loop the compiler would keep all of them in memory.
+template <int count, typename F>
+IN_LOOPS void in_turn(const F& f) {
+  if constexpr (count > 1) in_turn<count - 1>(f);
+  f(count - 1);
+}
+
 #define VECTORS_OPERATOR(op)                                                              \
   template <int count>                                                                    \
   IN_LOOPS Vectors<count> operator op(const Vectors<count>& a, const Vectors<count>& b) { \
@@ -74,7 +87,6 @@ IN_LOOPS Masks<count> each_mask(const F& f) {
   IN_LOOPS Masks<count> operator op(const Masks<count>& a, const Masks<count>& b) { \
     return each_mask<count>([&](int x) IN_LAMBDA { return a.v[x] op b.v[x]; });     \
   }
-#define IN_LAMBDA __attribute__((always_inline))
 VECTORS_OPERATOR(+)
 VECTORS_OPERATOR(-)
 VECTORS_OPERATOR(*)
@@ -131,6 +143,20 @@ VECTORS_FUNCTION at_most(const Vectors<count>& a, float most) {
     return (Vector)_mm512_min_ps((__m512)all(most), (__m512)a.v[x]);
 #else
     return a.v[x] > most ? all(most) : a.v[x];
+#endif
+  });
+}
+
+// a b + c, rounded once where the instruction set can. Of a b + c in plain operators the compiler decides for each copy of
+// the code, by what stands around it.
+VECTORS_FUNCTION multiply_add(const Vectors<count>& a, const Vectors<count>& b, const Vectors<count>& c) {
+  return each<count>([&](int x) IN_LAMBDA {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_fmadd_ps((__m512)a.v[x], (__m512)b.v[x], (__m512)c.v[x]);
+#elif defined(__FMA__)
+    return (Vector)_mm256_fmadd_ps((__m256)a.v[x], (__m256)b.v[x], (__m256)c.v[x]);
+#else
+    return a.v[x] * b.v[x] + c.v[x];
 #endif
   });
 }
@@ -268,6 +294,10 @@ IN_LOOPS void store_lanes(typename Type::Bits* to, const Vector& from, int64_t c
   if (__builtin_expect(count >= vector_lanes, 1)) {
     std::memcpy(to, &bits, sizeof(bits));
   } else {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(*to) == 4)
+      return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), (__m512)bits);
+#endif
     for (int64_t lane = 0; lane < count; ++lane) to[lane] = bits[lane];
   }
 }

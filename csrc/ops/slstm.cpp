@@ -78,6 +78,12 @@ void check_common(CheckedProblem& checked, const Tensor& first, const char* firs
   p.bias = checked.hold(b);
 }
 
+std::vector<int64_t> kept_shape(const SlstmProblem& p, bool cpu, bool keep) {
+  const int64_t batch = keep ? p.batch : 0;
+  if (cpu) return {batch, 1, p.heads, slstm_kept_arrays(p.seq), p.dim};
+  return {batch, p.seq, p.heads, slstm_kept, p.dim};
+}
+
 Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
                  OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
   CheckedProblem checked{};
@@ -88,8 +94,7 @@ Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTe
   check_common(checked, x, "x", R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip);
 
   Tensor h = new_empty(x, {p.batch, p.seq, p.heads, p.dim}, x.scalar_type());
-  const std::vector<int64_t> kept_shape{keep ? p.batch : 0, p.seq, p.heads, slstm_kept, p.dim};
-  Tensor kept = reused_empty(x, kept_shape, ScalarType::Float);
+  Tensor kept = reused_empty(x, kept_shape(p, x.is_cpu(), keep), ScalarType::Float);
   const std::vector<int64_t> state_shape{return_final_state ? p.rows : 0, p.heads, p.dim};
   Tensor last[4];
   for (Tensor& t : last) t = new_empty(x, state_shape, ScalarType::Float);
@@ -119,7 +124,7 @@ Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, Op
   check_op_dtype("h", h.scalar_type());
   p.batch = h.size(0), p.seq = h.size(1), p.heads = h.size(2), p.dim = h.size(3);
   check_common(checked, h, "h", R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip);
-  check_shape("kept", kept, {p.batch, p.seq, p.heads, slstm_kept, p.dim}, "(batch, seq, heads, 6, dim)");
+  check_shape("kept", kept, kept_shape(p, h.is_cpu(), true), "the shape that the forward gave it");
   check_dtype("kept", kept, ScalarType::Float);
   check_device("kept", kept, h, "h");
 

@@ -9,11 +9,18 @@
 
 namespace flash_xlstm {
 
-// What the forward keeps of a token for the backward, float32, (batch, seq, heads, slstm_kept, dim). `margin` is
-// i - (logsigmoid(f) + m_{t-1}). m took the input gate's branch where margin >= 0 or n_{t-1} is 0. The CPU keeps the
+// What the forward keeps of a token for the backward, float32; on CUDA (batch, seq, heads, slstm_kept, dim). `margin`
+// is i - (logsigmoid(f) + m_{t-1}). m took the input gate's branch where margin >= 0 or n_{t-1} is 0. The CPU keeps the
 // weight that follows in its place: minus that of the past in that branch, else that of the input. `forget` is
 // sigmoid(-f), or -1 for a unit that is padding.
 enum SlstmKept : int { kept_margin, kept_z, kept_o, kept_forget, kept_c, kept_n, slstm_kept };
+
+// The CPU keeps c and n of every other token, and the backward makes the others again: (batch, 1, heads,
+// slstm_kept_arrays, dim), for two tokens c and n before the first, and then of each the four that come before kept_c.
+constexpr int64_t slstm_kept_arrays(int64_t seq) { return kept_c * seq + 2 * ceil_div(seq, 2); }
+// Where the arrays of two tokens begin, and the four of a token.
+constexpr int64_t slstm_kept_pair(int64_t token) { return token / 2 * (2 + 2 * kept_c); }
+constexpr int64_t slstm_kept_at(int64_t token) { return slstm_kept_pair(token) + 2 + token % 2 * kept_c; }
 
 // A fresh unit, whose n is 0, takes m = i, whatever the log weight of its past is. That log weight is capped at this.
 // Its c and n are 0, so the cap changes no result; it keeps 0 * inf from becoming NaN.

@@ -12,7 +12,7 @@ from flash_xlstm.ops import _common, _errors
 
 SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]
 _PARTS = "h, c, n, m"
-_KEPT = LIMITS["slstm_kept"]  # values a token and unit that the forward keeps for the backward
+_KEPT = LIMITS["slstm_kept"]  # values a token and unit that the forward keeps for the backward; on a CPU see below
 
 
 def slstm(
@@ -131,7 +131,9 @@ def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_fin
     rows = _common.num_seqs(x, cu_seqlens)
     last = (rows if return_final_state else 0, heads, dim)
     new = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
-    kept = new(batch if keep else 0, seq, heads, _KEPT, dim)
+    # params/slstm.h
+    arrays = (1, heads, 4 * seq + 2 * ((seq + 1) // 2)) if x.device.type == "cpu" else (seq, heads, _KEPT)
+    kept = new(batch if keep else 0, *arrays, dim)
     return (x.new_empty((batch, seq, heads, dim)), kept, *(new(*last) for _ in range(4)))
 
 
