@@ -6,8 +6,7 @@ Ours is `flash_xlstm.integrations.accelerate`. Rows "cell" time the whole cell w
 forward and backward, rows "op" the call that our op replaces. `op_in_place_ms` is the cell's own forward around our op,
 and `products_ms` a bare chain of the products of the cell's weights, into memory that is there. Weights are random.
 Calls take turns in random order, the second of two calls is timed, and `ratio` is the median of the shipped times over
-that of ours. `difference` is the
-outputs' relative difference, with gradients that of the input's gradient.
+that of ours. `difference` is the outputs' relative difference, with gradients that of the input's gradient.
 """
 
 from __future__ import annotations
