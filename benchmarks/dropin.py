@@ -2,7 +2,7 @@
 
 Random weights, the same in both. On a CPU calls alternate, so that other load on the machine affects both; the
 originals compute with their plain PyTorch code. On CUDA they compute with their own kernels, which need a compiler or
-Triton, and the language models run under bfloat16 autocast; the gates of mlstm_kernels' calls are cast to float32.
+Triton, and the language models run under bfloat16 autocast; mlstm_kernels' calls get float32 gates.
 `ratio` is the original's median time over the accelerated model's; `difference` the largest difference of the outputs
 over the largest output. A library that is not installed is a row with an error.
 """

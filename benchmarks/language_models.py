@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,15 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def with_float32_gates(model: nn.Module) -> None:
-    """Casts what mlstm_kernels' backends in `model` get as gates: where those of triton_xl_chunk have 16 bits, Triton
-    3.6 ends the process in an assertion."""
+    """Gives mlstm_kernels' backends in `model` gates in float32: where those of triton_xl_chunk have 16 bits, Triton
+    3.6 ends the process in an assertion. Autocast, which would cast them within, is off there."""
 
-    def cast(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "i": kwargs["i"].float(), "f": kwargs["f"].float()}
+    def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gates = {name: kwargs[name].float() for name in ("i", "f")}
+        with torch.autocast("cuda", enabled=False):
+            return forward(*args, **{**kwargs, **gates})
 
     for module in model.modules():
         if type(module).__name__ == "mLSTMBackend":
-            module.register_forward_pre_hook(cast, with_kwargs=True)
+            module.forward = functools.partial(call, module.forward)  # type: ignore[method-assign]
 
 
 @dataclass
