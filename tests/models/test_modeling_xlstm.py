@@ -482,7 +482,7 @@ def test_gradient_checkpointing(make_ours, tokens, reentrant):
         assert torch.equal(block(x=x)[0], block(x)[0])
 
 
-def test_resize_token_embeddings(make_ours, tokens):
+def test_resize_token_embeddings(make_ours, tokens, rel):
     model = make_ours()
     ids = tokens(2, 5)
     with torch.no_grad():
@@ -491,7 +491,8 @@ def test_resize_token_embeddings(make_ours, tokens):
     assert model.config.vocab_size == 70
     output = model(ids, labels=ids + 9)
     assert output.logits.shape == (2, 5, 70)
-    assert torch.allclose(output.logits[..., :61], before, atol=1e-5)
+    # Halves of blocks as one function, for gradients, round in other places. A model's error is about 1e-6 in each form.
+    assert rel(output.logits[..., :61], before) < 1e-5
     output.loss.backward()
 
 
