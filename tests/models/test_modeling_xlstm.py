@@ -491,7 +491,7 @@ def test_resize_token_embeddings(make_ours, tokens, rel):
     assert model.config.vocab_size == 70
     output = model(ids, labels=ids + 9)
     assert output.logits.shape == (2, 5, 70)
-    # Halves of blocks as one function, for gradients, round in other places. A model's error is about 1e-6 in each form.
+    # With gradients halves of blocks are one function, which rounds in other places; each form is about 1e-6 off.
     assert rel(output.logits[..., :61], before) < 1e-5
     output.loss.backward()
 
