@@ -482,17 +482,15 @@ def test_gradient_checkpointing(make_ours, tokens, reentrant):
         assert torch.equal(block(x=x)[0], block(x)[0])
 
 
-def test_resize_token_embeddings(make_ours, tokens, rel):
+def test_resize_token_embeddings(make_ours, tokens):
     model = make_ours()
     ids = tokens(2, 5)
-    with torch.no_grad():
-        before = model(ids).logits
+    before = model(ids, labels=ids).logits.detach()  # in the form of the call below: with a cache it rounds elsewhere
     model.resize_token_embeddings(70)
     assert model.config.vocab_size == 70
     output = model(ids, labels=ids + 9)
     assert output.logits.shape == (2, 5, 70)
-    # With gradients halves of blocks are one function, which rounds in other places; each form is about 1e-6 off.
-    assert rel(output.logits[..., :61], before) < 1e-5
+    assert torch.allclose(output.logits[..., :61], before, atol=1e-5)
     output.loss.backward()
 
 
