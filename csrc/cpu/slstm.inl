@@ -716,8 +716,7 @@ IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[r
   const Values inverse = 1.0f / n, ratio = c * inverse, through = dh_t * o * inverse;
   const Values dc_all = dc_t + through, dn_all = dn_t - through * ratio;
   const Values into_take = (dc_all * z + dn_all) * w.take, into_keep = multiply_add(dc_all, c_0, dn_all * n_0) * w.keep;
-  // All before the stores: branches between a product and its sum decide whether the compiler contracts them, and pairs
-  // of rows and single ones have to round alike.
+  // All before the stores, in one piece: pairs of rows and single ones have to round alike.
   const Values gates[4] = {into_take + choose(w.reset, excess_t, 0.0f),
                            (into_keep + choose(w.reset, 0.0f, excess_t)) * forget, dc_all * w.take * (1.0f - z * z),
                            dh_t * ratio * o * (1.0f - o)};
@@ -739,8 +738,8 @@ IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[r
   store(s.excess, choose(padding, excess_t, choose(w.reset, 0.0f, excess_t)));
 }
 
-// The last units, fewer than a register. One copy of the code for pairs of rows and single ones, because the compiler
-// may contract products and sums in two ways.
+// The last units, fewer than a register. One copy of the code for pairs of rows and single ones, so that both round
+// alike.
 __attribute__((noinline)) void backward_rest(const BackwardCells s, int64_t row, int64_t unit) {
   const int64_t at = row * s.padded;
   const CellPlaces places[1] = {s.places[row]};

@@ -8,7 +8,7 @@ namespace flash_xlstm::cuda::hopper {
 // output_dk_dv_chunk.cu
 cudaError_t output_dk_dv_chunk(const OutputArgs& args, cudaStream_t stream);
 
-// Whether one tile makes dk and dv of a chunk, in bfloat16. Measured ahead at 256 x 256, 256 x 512 and 256 x 1024.
+// Whether one tile makes dk and dv of a chunk, in bfloat16: ahead at dv 256, 512, 1024 (docs/experiments.md).
 inline bool has_chunk_tiles(const MlstmProblem& p) { return p.dqk > 128 && p.dqk <= 256 && p.dv >= 256; }
 
 template <typename T>
