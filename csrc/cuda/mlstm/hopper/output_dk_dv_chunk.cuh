@@ -166,7 +166,7 @@ __device__ __forceinline__ void load_tile(const OutputArgs& args, ChunkShared& s
     to.dk = out_row<Output::dk, T>(args, tile, token, static_cast<int>(w.p.dqk));
     to.dv = out_row<Output::dv, T>(args, tile, token, static_cast<int>(w.p.dv));
   }
-  arrive_once(&sh.full_tile);
+  ptx::mbarrier_arrive(&sh.full_tile);
 }
 
 // second: 1 / d, dn, k . dn of the chunk's second half. Else beta, delta, k . dn of its first half.
@@ -191,7 +191,7 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
 #pragma unroll
     for (int x = 0; x < 4; ++x) sh.row_log[x * 32 + lane] = beta[x];
   }
-  arrive_once(&sh.full_gates);
+  ptx::mbarrier_arrive(&sh.full_gates);
 
   // A lane has eight columns of dn and of each row of k. Four rows at a time; of row 4 x + lane / 8 the lane x % 8 of
   // eight keeps the sum.
@@ -248,7 +248,7 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
 #pragma unroll
     for (int x = 0; x < 4; ++x) late.delta[x * 32 + lane] = delta[x];
   }
-  arrive_once(&sh.full_late);
+  ptx::mbarrier_arrive(&sh.full_late);
 }
 
 // By an address within shared memory.
@@ -449,7 +449,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
     for (int is_dk = 0; is_dk < 2; ++is_dk) {
       weigh_chunk<true, 8>(sh, is_dk != 0, group * box + row_in_block, group * box + pos * 2, to_diagonal, t_diagonal);
       weigh_chunk<false, 4>(sh, is_dk != 0, row_in_block, box + group * 32 + pos * 2, 0, t_half);
-      if (is_dk) arrive_once(&sh.empty_gates);
+      if (is_dk) ptx::mbarrier_arrive(&sh.empty_gates);
       group_barrier();  // all warps' products with the last P are done
       put_p<T, 8>(sh.p[group * 2], 0, t_diagonal);
       if (group == 1) ptx::mbarrier_wait(&sh.p_free, is_dk ^ 1);
@@ -561,7 +561,7 @@ __device__ __forceinline__ void consume_chunks(const OutputArgs& args, ChunkShar
       ptx::hold(dk);
       ptx::hold(t_diagonal);
       ptx::hold(t_half);
-      if (warp < 2) arrive_once(&sh.empty_late);
+      if (warp < 2) ptx::mbarrier_arrive(&sh.empty_late);
       if (group == 0) arrive_once(&sh.p_free);
 
       // dk: dn, the sums for the gates.
@@ -636,11 +636,12 @@ __global__ void __launch_bounds__(output_threads, 1) dk_dv_chunk_kernel(const __
     }
     ptx::mbarrier_init(&sh.full_k, 1);
     ptx::mbarrier_init(&sh.empty_k, consumer_warps + 2);
-    ptx::mbarrier_init(&sh.full_tile, 1);
-    ptx::mbarrier_init(&sh.full_gates, 2);
-    ptx::mbarrier_init(&sh.empty_gates, consumer_warps);
-    ptx::mbarrier_init(&sh.full_late, 2);
-    ptx::mbarrier_init(&sh.empty_late, 2);
+    // Of what ordinary stores write every thread arrives: racecheck tracks threads.
+    ptx::mbarrier_init(&sh.full_tile, 32);
+    ptx::mbarrier_init(&sh.full_gates, 2 * 32);
+    ptx::mbarrier_init(&sh.empty_gates, consumer_warps * 32);
+    ptx::mbarrier_init(&sh.full_late, 2 * 32);
+    ptx::mbarrier_init(&sh.empty_late, 2 * 32);
     ptx::mbarrier_init(&sh.p_half, 4);
     ptx::mbarrier_init(&sh.p_free, 4);
     ptx::fence_barrier_init();
@@ -681,7 +682,7 @@ __global__ void __launch_bounds__(output_threads, 1) dk_dv_chunk_kernel(const __
       const int end = for_tiles([&](const Tile& tile, int parity) { load_tile<T>(args, sh, tile, parity); });
       ptx::mbarrier_wait(&sh.empty_gates, end ^ 1);
       if (threadIdx.x % 32 == 0) sh.tile[end].tile.item = -1;
-      arrive_once(&sh.full_tile);
+      ptx::mbarrier_arrive(&sh.full_tile);
     } else if (warp == consumer_warps + 2) {
       for_tiles([&](const Tile& tile, int parity) { load_chunk_gates<false, T>(args, sh, tile, parity); });
     } else {
