@@ -17,19 +17,35 @@ struct alignas(64) Configuration {
 
 __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// 32 numbers as bfloat16: those of `low` first. And what rounding leaves of them, rounded.
-struct Rounded {
-  __m512i one, rest;
-};
+// 32 numbers, those of `low` first, as `parts` bfloat16 numbers each: a part is what the ones before it leave, rounded.
 __m512 as_floats(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 template <int parts>
-Rounded round(__m512 low, __m512 high) {
-  const __m512i one = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  if (parts == 1) return {one, one};
-  const __m512 low_rest = _mm512_sub_ps(low, as_floats(_mm512_castsi512_si256(one)));
-  const __m512 high_rest = _mm512_sub_ps(high, as_floats(_mm512_extracti64x4_epi64(one, 1)));
-  return {one, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest)};
+void round(__m512i (&to)[parts], __m512 low, __m512 high) {
+  for (int p = 0; p < parts; ++p) {
+    to[p] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    low = _mm512_sub_ps(low, as_floats(_mm512_castsi512_si256(to[p])));
+    high = _mm512_sub_ps(high, as_floats(_mm512_extracti64x4_epi64(to[p], 1)));
+  }
 }
+
+// The least and the largest of the magnitudes seen, as bits. The least is less one, so that 0 is the largest.
+struct Seen {
+  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
+
+  void take(__m512 values) {
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
+    most = _mm512_max_epu32(most, bits);
+  }
+  Range range() const {
+    alignas(64) uint32_t low[16], high[16];
+    _mm512_store_si512(low, least);
+    _mm512_store_si512(high, most);
+    Range all;
+    for (int x = 0; x < 16; ++x) all.add({low[x], high[x]});
+    return all;
+  }
+};
 
 __m512i places_across() {
   alignas(64) uint16_t places[32];
@@ -52,62 +68,80 @@ void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Tiles of both operands are blocks of 16 x 16 pairs of neighbours in depth. Writes those of a matrix whose rows, or with
-// `across` whose columns, become the tiles' rows. Blocks of 16 rows lie `stride` apart, the second part's tiles at
-// `rest`.
+// Tiles of both operands are blocks of 16 x 16 pairs of neighbours in depth. Writes those of a matrix whose rows, or
+// with `across` whose columns, become the tiles' rows. Of each 16 rows the tiles of all depths lie part after part.
 struct Tiles {
-  uint16_t *to, *rest;
-  int64_t stride;
+  uint16_t* to;
+  int64_t depth;  // padded
   bool transposed;
 
-  void put(__m512i (&block)[16], uint16_t* part, int64_t row, int64_t k) const {
-    if (transposed) transpose(block);
-    for (int x = 0; x < 16; ++x) _mm512_storeu_si512(part + row * stride + k * 16 + x * 32, block[x]);
+  template <int parts>
+  void put(__m512i (&blocks)[parts][16], int64_t row, int64_t k) const {
+    for (int p = 0; p < parts; ++p) {
+      if (transposed) transpose(blocks[p]);
+      uint16_t* at = to + row * parts * depth + p * depth * 16 + k * 16;
+      for (int x = 0; x < 16; ++x) _mm512_storeu_si512(at + x * 32, blocks[p][x]);
+    }
   }
 };
 constexpr int64_t lines_a_block = 3;  // that arrive from L3 in the time of a block
 
+// Both say what numbers they saw, of three parts.
 template <int parts>
-void pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t rows, int64_t depth, Ahead* ahead) {
+Range pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t rows, int64_t depth, Ahead* ahead) {
+  Seen seen;
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t k = 0; k < depth; k += 32) {
       if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
       const __mmask16 low = first(depth - k), high = first(depth - k - 16);
-      __m512i block[parts][16];
+      __m512i blocks[parts][16];
       for (int x = 0; x < 16; ++x) {
         const float* row = from + (r + x) * from_row + k;
         const bool is_row = r + x < rows;
-        const Rounded both = round<parts>(_mm512_maskz_loadu_ps(is_row ? low : 0, row),
-                                          _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16));
-        block[0][x] = both.one;
-        if (parts == 2) block[parts - 1][x] = both.rest;
+        const __m512 values[2] = {_mm512_maskz_loadu_ps(is_row ? low : 0, row),
+                                  _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16)};
+        if (parts == 3) seen.take(values[0]), seen.take(values[1]);
+        __m512i rounded[parts];
+        round(rounded, values[0], values[1]);
+        for (int p = 0; p < parts; ++p) blocks[p][x] = rounded[p];
       }
-      tiles.put(block[0], tiles.to, r, k);
-      if (parts == 2) tiles.put(block[parts - 1], tiles.rest, r, k);
+      tiles.put(blocks, r, k);
     }
   }
+  return seen.range();
 }
 template <int parts>
-void pack_across(const Tiles& tiles, const float* from, int64_t from_row, int64_t depth, int64_t columns,
-                 Ahead* ahead) {
+Range pack_across(const Tiles& tiles, const float* from, int64_t from_row, int64_t depth, int64_t columns,
+                  Ahead* ahead) {
   const __m512i places = places_across();  // number x of the first row, then of the second
+  Seen seen;
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 mask = first(columns - c);
     for (int64_t k = 0; k < depth; k += 32) {
       if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
-      __m512i block[parts][16];
+      __m512i blocks[parts][16];
       for (int x = 0; x < 16; ++x) {
         const float* row = from + (k + 2 * x) * from_row + c;
         const __mmask16 here = k + 2 * x < depth ? mask : 0, next = k + 2 * x + 1 < depth ? mask : 0;
-        const Rounded both =
-            round<parts>(_mm512_maskz_loadu_ps(here, row), _mm512_maskz_loadu_ps(next, row + from_row));
-        block[0][x] = _mm512_permutexvar_epi16(places, both.one);
-        if (parts == 2) block[parts - 1][x] = _mm512_permutexvar_epi16(places, both.rest);
+        const __m512 values[2] = {_mm512_maskz_loadu_ps(here, row), _mm512_maskz_loadu_ps(next, row + from_row)};
+        if (parts == 3) seen.take(values[0]), seen.take(values[1]);
+        __m512i rounded[parts];
+        round(rounded, values[0], values[1]);
+        for (int p = 0; p < parts; ++p) blocks[p][x] = _mm512_permutexvar_epi16(places, rounded[p]);
       }
-      tiles.put(block[0], tiles.to, c, k);
-      if (parts == 2) tiles.put(block[parts - 1], tiles.rest, c, k);
+      tiles.put(blocks, c, k);
     }
   }
+  return seen.range();
+}
+
+// Of a matrix with `rows` rows of `depth` numbers that are summed over, or with `across` its transpose.
+template <int parts>
+Range pack(uint16_t* to, const float* from, int64_t from_row, bool across, bool transposed, int64_t rows, int64_t depth,
+           Ahead* ahead) {
+  const Tiles tiles{to, padded(depth, tile_depth), transposed};
+  return across ? pack_across<parts>(tiles, from, from_row, depth, rows, ahead)
+                : pack_along<parts>(tiles, from, from_row, rows, depth, ahead);
 }
 
 }  // namespace
@@ -120,21 +154,23 @@ void end() { _tile_release(); }
 
 void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
                int parts, Ahead* ahead) {
-  const int64_t part_depth = padded(depth, tile_depth);
-  const Tiles tiles{to, to + part_depth * 16, parts * part_depth, transposed};
   if (parts == 2) {
-    if (transposed) return pack_across<2>(tiles, from, from_row, depth, rows, ahead);
-    return pack_along<2>(tiles, from, from_row, rows, depth, ahead);
+    pack<2>(to, from, from_row, transposed, transposed, rows, depth, ahead);
+  } else {
+    pack<1>(to, from, from_row, transposed, transposed, rows, depth, ahead);
   }
-  if (transposed) return pack_across<1>(tiles, from, from_row, depth, rows, ahead);
-  pack_along<1>(tiles, from, from_row, rows, depth, ahead);
 }
-
 void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
                 Ahead* ahead) {
-  const Tiles tiles{to, nullptr, padded(depth, tile_depth), transposed};
-  if (transposed) return pack_along<1>(tiles, from, from_row, columns, depth, ahead);
-  pack_across<1>(tiles, from, from_row, depth, columns, ahead);
+  pack<1>(to, from, from_row, !transposed, transposed, columns, depth, ahead);
+}
+Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows,
+                       int64_t depth) {
+  return pack<3>(to, from, from_row, transposed, transposed, rows, depth, nullptr);
+}
+Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
+                        int64_t columns) {
+  return pack<3>(to, from, from_row, !transposed, transposed, columns, depth, nullptr);
 }
 
 namespace {
@@ -219,6 +255,99 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
   }
 }
 
+// The six products of parts of two row's and two columns' tiles, small ones first. Every block sums in this order.
+#define LOAD(number, from) _tile_loadd(number, (from) + k * 16, 64)
+
+void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
+                     int64_t columns, int64_t depth) {
+  constexpr int64_t most_depth = 128;  // tiles of 32 rows stay in L1, and a sum is of few numbers
+  const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
+  alignas(64) float sums[256];
+  for (int64_t r = 0; r < rows; r += 32) {
+    const bool two_rows = rows - r > 16;
+    for (int64_t begin = 0; begin < depth; begin += most_depth) {
+      const int64_t end = depth - begin < most_depth ? depth : begin + most_depth;
+      const auto tile = [&](int64_t row, int64_t column) {
+        float* to = out + row * out_row + column;
+        return Tile{to, add || begin > 0 ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
+      };
+      for (int64_t c = 0; c < columns; c += two_rows ? 32 : 64) {
+        const int64_t tiles = (columns - c + 15) / 16;
+        const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if (two_rows) {
+          const uint16_t *a1 = a0 + stride, *b1 = tiles > 1 ? b0 + stride : b0;
+          for (int64_t k = begin; k < end; k += 32) {
+#define MULTIPLY           \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(2, 5, 6); \
+  _tile_dpbf16ps(3, 5, 7)
+#define LOAD_LEFT(which)        \
+  LOAD(4, a0 + (which) * part); \
+  LOAD(5, a1 + (which) * part)
+#define LOAD_RIGHT(which)       \
+  LOAD(6, b0 + (which) * part); \
+  LOAD(7, b1 + (which) * part)
+            LOAD_LEFT(0);
+            LOAD_RIGHT(2);
+            MULTIPLY;
+            LOAD_RIGHT(1);
+            MULTIPLY;
+            LOAD_LEFT(1);
+            MULTIPLY;
+            LOAD_RIGHT(0);
+            MULTIPLY;
+            LOAD_LEFT(2);
+            MULTIPLY;
+            LOAD_LEFT(0);
+            MULTIPLY;
+          }
+          STORE_TILE(0, tile(r, c));
+          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
+          STORE_TILE(2, tile(r + 16, c));
+          if (tiles > 1) STORE_TILE(3, tile(r + 16, c + 16));
+        } else {  // four columns' tiles, two at a time: a product takes as long as three others
+          const uint16_t *b1 = tiles > 1 ? b0 + stride : b0, *b2 = tiles > 2 ? b0 + 2 * stride : b0,
+                         *b3 = tiles > 3 ? b0 + 3 * stride : b0;
+          for (int64_t k = begin; k < end; k += 32) {
+#define MULTIPLY_TWO(x, y, left) \
+  _tile_dpbf16ps(x, left, 6);    \
+  _tile_dpbf16ps(y, left, 7)
+#define LOAD_TWO(x, y, which)     \
+  LOAD(6, b##x + (which) * part); \
+  LOAD(7, b##y + (which) * part)
+#define MULTIPLY_PARTS(x, y) \
+  LOAD(4, a0);               \
+  LOAD_TWO(x, y, 2);         \
+  MULTIPLY_TWO(x, y, 4);     \
+  LOAD_TWO(x, y, 1);         \
+  MULTIPLY_TWO(x, y, 4);     \
+  LOAD(5, a0 + part);        \
+  MULTIPLY_TWO(x, y, 5);     \
+  LOAD_TWO(x, y, 0);         \
+  MULTIPLY_TWO(x, y, 5);     \
+  LOAD(5, a0 + 2 * part);    \
+  MULTIPLY_TWO(x, y, 5);     \
+  MULTIPLY_TWO(x, y, 4)
+            MULTIPLY_PARTS(0, 1);
+            if (tiles > 2) {
+              MULTIPLY_PARTS(2, 3);
+            }
+          }
+          STORE_TILE(0, tile(r, c));
+          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
+          if (tiles > 2) STORE_TILE(2, tile(r, c + 32));
+          if (tiles > 3) STORE_TILE(3, tile(r, c + 48));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace flash_xlstm::cpu::amx
 
 #else
@@ -230,5 +359,8 @@ void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int, Ah
 void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, Ahead*) {}
 void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
               Ahead*) {}
+Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
+Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
+void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif
