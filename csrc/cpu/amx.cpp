@@ -17,35 +17,19 @@ struct alignas(64) Configuration {
 
 __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// 32 numbers, those of `low` first, as `parts` bfloat16 numbers each: a part is what the ones before it leave, rounded.
+// 32 numbers as bfloat16: those of `low` first. And what rounding leaves of them, rounded.
+struct Rounded {
+  __m512i one, rest;
+};
 __m512 as_floats(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 template <int parts>
-void round(__m512i (&to)[parts], __m512 low, __m512 high) {
-  for (int p = 0; p < parts; ++p) {
-    to[p] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    low = _mm512_sub_ps(low, as_floats(_mm512_castsi512_si256(to[p])));
-    high = _mm512_sub_ps(high, as_floats(_mm512_extracti64x4_epi64(to[p], 1)));
-  }
+Rounded round(__m512 low, __m512 high) {
+  const __m512i one = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (parts == 1) return {one, one};
+  const __m512 low_rest = _mm512_sub_ps(low, as_floats(_mm512_castsi512_si256(one)));
+  const __m512 high_rest = _mm512_sub_ps(high, as_floats(_mm512_extracti64x4_epi64(one, 1)));
+  return {one, (__m512i)_mm512_cvtne2ps_pbh(high_rest, low_rest)};
 }
-
-// The least and the largest of the magnitudes seen, as bits. The least is less one, so that 0 is the largest.
-struct Seen {
-  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
-
-  void take(__m512 values) {
-    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
-    least = _mm512_min_epu32(least, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
-    most = _mm512_max_epu32(most, bits);
-  }
-  Range range() const {
-    alignas(64) uint32_t low[16], high[16];
-    _mm512_store_si512(low, least);
-    _mm512_store_si512(high, most);
-    Range all;
-    for (int x = 0; x < 16; ++x) all.add({low[x], high[x]});
-    return all;
-  }
-};
 
 __m512i places_across() {
   alignas(64) uint16_t places[32];
@@ -68,80 +52,62 @@ void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Tiles of both operands are blocks of 16 x 16 pairs of neighbours in depth. Writes those of a matrix whose rows, or
-// with `across` whose columns, become the tiles' rows. Of each 16 rows the tiles of all depths lie part after part.
+// Tiles of both operands are blocks of 16 x 16 pairs of neighbours in depth. Writes those of a matrix whose rows, or with
+// `across` whose columns, become the tiles' rows. Blocks of 16 rows lie `stride` apart, the second part's tiles at
+// `rest`.
 struct Tiles {
-  uint16_t* to;
-  int64_t depth;  // padded
+  uint16_t *to, *rest;
+  int64_t stride;
   bool transposed;
 
-  template <int parts>
-  void put(__m512i (&blocks)[parts][16], int64_t row, int64_t k) const {
-    for (int p = 0; p < parts; ++p) {
-      if (transposed) transpose(blocks[p]);
-      uint16_t* at = to + row * parts * depth + p * depth * 16 + k * 16;
-      for (int x = 0; x < 16; ++x) _mm512_storeu_si512(at + x * 32, blocks[p][x]);
-    }
+  void put(__m512i (&block)[16], uint16_t* part, int64_t row, int64_t k) const {
+    if (transposed) transpose(block);
+    for (int x = 0; x < 16; ++x) _mm512_storeu_si512(part + row * stride + k * 16 + x * 32, block[x]);
   }
 };
 constexpr int64_t lines_a_block = 3;  // that arrive from L3 in the time of a block
 
-// Both say what numbers they saw, of three parts.
 template <int parts>
-Range pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t rows, int64_t depth, Ahead* ahead) {
-  Seen seen;
+void pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t rows, int64_t depth, Ahead* ahead) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t k = 0; k < depth; k += 32) {
       if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
       const __mmask16 low = first(depth - k), high = first(depth - k - 16);
-      __m512i blocks[parts][16];
+      __m512i block[parts][16];
       for (int x = 0; x < 16; ++x) {
         const float* row = from + (r + x) * from_row + k;
         const bool is_row = r + x < rows;
-        const __m512 values[2] = {_mm512_maskz_loadu_ps(is_row ? low : 0, row),
-                                  _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16)};
-        if (parts == 3) seen.take(values[0]), seen.take(values[1]);
-        __m512i rounded[parts];
-        round(rounded, values[0], values[1]);
-        for (int p = 0; p < parts; ++p) blocks[p][x] = rounded[p];
+        const Rounded both = round<parts>(_mm512_maskz_loadu_ps(is_row ? low : 0, row),
+                                          _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16));
+        block[0][x] = both.one;
+        if (parts == 2) block[parts - 1][x] = both.rest;
       }
-      tiles.put(blocks, r, k);
+      tiles.put(block[0], tiles.to, r, k);
+      if (parts == 2) tiles.put(block[parts - 1], tiles.rest, r, k);
     }
   }
-  return seen.range();
 }
 template <int parts>
-Range pack_across(const Tiles& tiles, const float* from, int64_t from_row, int64_t depth, int64_t columns,
-                  Ahead* ahead) {
+void pack_across(const Tiles& tiles, const float* from, int64_t from_row, int64_t depth, int64_t columns,
+                 Ahead* ahead) {
   const __m512i places = places_across();  // number x of the first row, then of the second
-  Seen seen;
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 mask = first(columns - c);
     for (int64_t k = 0; k < depth; k += 32) {
       if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
-      __m512i blocks[parts][16];
+      __m512i block[parts][16];
       for (int x = 0; x < 16; ++x) {
         const float* row = from + (k + 2 * x) * from_row + c;
         const __mmask16 here = k + 2 * x < depth ? mask : 0, next = k + 2 * x + 1 < depth ? mask : 0;
-        const __m512 values[2] = {_mm512_maskz_loadu_ps(here, row), _mm512_maskz_loadu_ps(next, row + from_row)};
-        if (parts == 3) seen.take(values[0]), seen.take(values[1]);
-        __m512i rounded[parts];
-        round(rounded, values[0], values[1]);
-        for (int p = 0; p < parts; ++p) blocks[p][x] = _mm512_permutexvar_epi16(places, rounded[p]);
+        const Rounded both =
+            round<parts>(_mm512_maskz_loadu_ps(here, row), _mm512_maskz_loadu_ps(next, row + from_row));
+        block[0][x] = _mm512_permutexvar_epi16(places, both.one);
+        if (parts == 2) block[parts - 1][x] = _mm512_permutexvar_epi16(places, both.rest);
       }
-      tiles.put(blocks, c, k);
+      tiles.put(block[0], tiles.to, c, k);
+      if (parts == 2) tiles.put(block[parts - 1], tiles.rest, c, k);
     }
   }
-  return seen.range();
-}
-
-// Of a matrix with `rows` rows of `depth` numbers that are summed over, or with `across` its transpose.
-template <int parts>
-Range pack(uint16_t* to, const float* from, int64_t from_row, bool across, bool transposed, int64_t rows, int64_t depth,
-           Ahead* ahead) {
-  const Tiles tiles{to, padded(depth, tile_depth), transposed};
-  return across ? pack_across<parts>(tiles, from, from_row, depth, rows, ahead)
-                : pack_along<parts>(tiles, from, from_row, rows, depth, ahead);
 }
 
 }  // namespace
@@ -154,23 +120,21 @@ void end() { _tile_release(); }
 
 void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
                int parts, Ahead* ahead) {
+  const int64_t part_depth = padded(depth, tile_depth);
+  const Tiles tiles{to, to + part_depth * 16, parts * part_depth, transposed};
   if (parts == 2) {
-    pack<2>(to, from, from_row, transposed, transposed, rows, depth, ahead);
-  } else {
-    pack<1>(to, from, from_row, transposed, transposed, rows, depth, ahead);
+    if (transposed) return pack_across<2>(tiles, from, from_row, depth, rows, ahead);
+    return pack_along<2>(tiles, from, from_row, rows, depth, ahead);
   }
+  if (transposed) return pack_across<1>(tiles, from, from_row, depth, rows, ahead);
+  pack_along<1>(tiles, from, from_row, rows, depth, ahead);
 }
+
 void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
                 Ahead* ahead) {
-  pack<1>(to, from, from_row, !transposed, transposed, columns, depth, ahead);
-}
-Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows,
-                       int64_t depth) {
-  return pack<3>(to, from, from_row, transposed, transposed, rows, depth, nullptr);
-}
-Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
-                        int64_t columns) {
-  return pack<3>(to, from, from_row, !transposed, transposed, columns, depth, nullptr);
+  const Tiles tiles{to, nullptr, padded(depth, tile_depth), transposed};
+  if (transposed) return pack_along<1>(tiles, from, from_row, columns, depth, ahead);
+  pack_across<1>(tiles, from, from_row, depth, columns, ahead);
 }
 
 namespace {
@@ -253,6 +217,147 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
   for (int64_t r = 0; r < rows; r += 32) {
     for (int64_t c = 0; c < (part == Part::lower_out ? r + 1 : columns); c += 32) block(r, c);
   }
+}
+
+// --- float32 -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// 16 pairs (low, high) of float32 numbers as pairs of bfloat16 numbers, three times: each part is what the ones before it
+// leave, rounded. Pairs of depths that lie 16 apart need no other order; a product may sum its depths in any.
+void split(__m512i (&to)[3], __m512 low, __m512 high) {
+  const __m512i half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  for (int p = 0; p < 3; ++p) {
+    __m512i low_bits = _mm512_castps_si512(low), high_bits = _mm512_castps_si512(high);
+    if (p < 2) {  // nothing is left to round in the third
+      low_bits = _mm512_add_epi32(low_bits, half);
+      high_bits = _mm512_add_epi32(high_bits, half);
+      low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(low_bits, mask)));
+      high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(high_bits, mask)));
+    }
+    to[p] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low_bits, 16), high_bits);
+  }
+}
+
+__m512i magnitudes(__m512 values) {
+  return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
+}
+
+// The range of all numbers.
+struct WholeRange {
+  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
+
+  void see(int64_t, __m512 values) {
+    const __m512i bits = magnitudes(values);
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
+    most = _mm512_max_epu32(most, bits);
+  }
+  Range range() const {
+    alignas(64) uint32_t low[16], high[16];
+    _mm512_store_si512(low, least);
+    _mm512_store_si512(high, most);
+    Range all;
+    for (int x = 0; x < 16; ++x) all.add({low[x], high[x]});
+    return all;
+  }
+};
+// Which rows have numbers outside of a range: a bit each, of 16 rows a number.
+struct RowsOutside {
+  uint16_t* outside;
+  __m512i least, span;
+
+  RowsOutside(uint16_t* outside, const Range& range)
+      : outside(outside),
+        least(_mm512_set1_epi32(static_cast<int>(range.least + 1))),
+        span(_mm512_set1_epi32(static_cast<int>(range.most - (range.least + 1)))) {}
+  void see(int64_t row, __m512 values) {
+    const __m512i bits = magnitudes(values);
+    const __mmask16 some =
+        _mm512_mask_cmpgt_epu32_mask(_mm512_test_epi32_mask(bits, bits), _mm512_sub_epi32(bits, least), span);
+    outside[row / 16] |= static_cast<uint16_t>((some != 0) << row % 16);
+  }
+};
+
+void put(uint16_t* to, int64_t part, __m512 low, __m512 high) {
+  __m512i parts[3];
+  split(parts, low, high);
+  for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * part, parts[p]);
+}
+void transpose(uint16_t* tile) {
+  __m512i rows[16];
+  for (int x = 0; x < 16; ++x) rows[x] = _mm512_loadu_si512(tile + x * 32);
+  transpose(rows);
+  for (int x = 0; x < 16; ++x) _mm512_storeu_si512(tile + x * 32, rows[x]);
+}
+
+// As above, in three parts.
+template <typename Sees>
+void split_along(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
+                 Sees& sees) {
+  const int64_t part = padded(depth, tile_depth) * 16;
+  for (int64_t r = 0; r < rows; r += 16, to += 2 * part) {
+    for (int64_t k = 0; k < depth; k += 32, to += 512) {
+      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
+      for (int64_t x = 0; x < 16; ++x) {
+        const float* row = from + (r + x) * from_row + k;
+        const bool is_row = r + x < rows;
+        const __m512 values[2] = {_mm512_maskz_loadu_ps(is_row ? low : 0, row),
+                                  _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16)};
+        sees.see(r + x, values[0]);
+        sees.see(r + x, values[1]);
+        put(to + x * 32, part, values[0], values[1]);
+      }
+      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+    }
+  }
+}
+template <typename Sees>
+void split_across(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
+                  Sees& sees) {
+  const int64_t part = padded(depth, tile_depth) * 16;
+  for (int64_t c = 0; c < columns; c += 16, to += 2 * part) {
+    const __mmask16 mask = first(columns - c);
+    for (int64_t k = 0; k < depth; k += 32, to += 512) {
+      for (int x = 0; x < 16; ++x) {
+        const float* row = from + (k + x) * from_row + c;
+        const __m512 values[2] = {_mm512_maskz_loadu_ps(k + x < depth ? mask : 0, row),
+                                  _mm512_maskz_loadu_ps(k + x + 16 < depth ? mask : 0, row + 16 * from_row)};
+        sees.see(c, values[0]);
+        sees.see(c, values[1]);
+        put(to + x * 32, part, values[0], values[1]);
+      }
+      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+    }
+  }
+}
+
+}  // namespace
+
+Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows,
+                       int64_t depth) {
+  WholeRange seen;
+  if (transposed) {
+    split_across(to, from, from_row, true, depth, rows, seen);
+  } else {
+    split_along(to, from, from_row, false, rows, depth, seen);
+  }
+  return seen.range();
+}
+Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
+                        int64_t columns) {
+  WholeRange seen;
+  if (transposed) {
+    split_along(to, from, from_row, true, columns, depth, seen);
+  } else {
+    split_across(to, from, from_row, false, depth, columns, seen);
+  }
+  return seen.range();
+}
+void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const float* from, int64_t from_row,
+                      int64_t rows, int64_t depth) {
+  for (int64_t x = 0; x < padded(rows, 16) / 16; ++x) outside[x] = 0;
+  RowsOutside seen(outside, range);
+  split_along(to, from, from_row, false, rows, depth, seen);
 }
 
 // The six products of parts of two row's and two columns' tiles, small ones first. Every block sums in this order.
@@ -361,6 +466,7 @@ void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*
               Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
+void pack_left_floats(uint16_t*, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

@@ -55,20 +55,29 @@ struct Range {
   }
 };
 
-// Whether multiply_floats is as exact as sums in float32 for every operand with these numbers. 0 is an exact number.
+// The other operand's numbers for which multiply_floats is as exact as sums in float32; 0 always is. An empty range,
+// whose least is above its most, where none are.
+__attribute__((always_inline)) inline Range exact_with(const Range& operand) {
+  constexpr int32_t bias = 127, least_part = 103, most = 126, product = 100;  // powers of two
+  const int32_t low = operand.least == ~0u ? 0 : static_cast<int32_t>((operand.least + 1) >> 23) - bias;
+  const int32_t high = operand.most == 0 ? 0 : static_cast<int32_t>(operand.most >> 23) - bias;
+  if (low < -least_part || high > most) return {~0u - 1, 0};
+  const int32_t least = -product - low > -least_part ? -product - low : -least_part;
+  const int32_t largest = product - high < most ? product - high : most;
+  return {(static_cast<uint32_t>(bias + least) << 23) - 1, (static_cast<uint32_t>(bias + largest + 1) << 23) - 1};
+}
 __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range& b) {
-  constexpr uint32_t bias = 127, least_part = 103, most = 126, least_product = 100, most_product = 100;
-  const uint32_t a_low = a.least == ~0u ? bias : (a.least + 1) >> 23,
-                 b_low = b.least == ~0u ? bias : (b.least + 1) >> 23;
-  const uint32_t a_high = a.most >> 23, b_high = b.most >> 23;
-  return a_low >= bias - least_part && b_low >= bias - least_part && a_high <= bias + most && b_high <= bias + most &&
-         a_low + b_low >= 2 * bias - least_product && a_high + b_high <= 2 * bias + most_product;
+  const Range range = exact_with(b);
+  return a.least >= range.least && a.most <= range.most;
 }
 
 // As pack_left and pack_right, with packed_size(size, depth, 3) elements.
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns);
+// Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
+void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const float* from, int64_t from_row,
+                      int64_t rows, int64_t depth);
 
 // out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
 // on what lies beside them. Between begin() and end().
