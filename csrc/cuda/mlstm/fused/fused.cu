@@ -154,7 +154,7 @@ int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {
 
 bool serves(const MlstmForward& params) {
   const MlstmProblem& p = params.p;
-  return params.h != nullptr && p.dtype == DType::bfloat16 && p.dqk == dqk && p.dv == dv && p.pool.indices == nullptr &&
+  return params.h != nullptr && params.kept_states == nullptr && p.dtype == DType::bfloat16 && p.dqk == dqk && p.dv == dv && p.pool.indices == nullptr &&
          hopper::serves(p) && pays(p, clusters_at_once());
 }
 
