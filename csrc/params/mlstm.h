@@ -62,6 +62,9 @@ struct MlstmForward {
   float* n_last = nullptr;
   float* m_last = nullptr;
   float* log_decay = nullptr;  // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
+  // c and n at every chunk's start for the backward, as hopper::Work lays them out; nullptr: not wanted (all or none).
+  void* kept_c = nullptr;
+  float* kept_n = nullptr;
 };
 
 struct MlstmBackward {
