@@ -1,22 +1,22 @@
-// c at the start of every 128 tokens, to memory for the backward, on its way into the product c^T q^T.
+// c at the start of every 128 tokens goes to memory, for the backward, beside the product c^T q^T.
 //
-// A warp's part there, 16 dv x 16 dqk, is transposed by stmatrix into 512 bytes of its own and read back, 16 bytes a
-// lane. Two lanes then have the 32 bytes of a dqk row: whole sectors go out. The sectors of a line come from the four
-// warps of a warpgroup. The loads of a part come behind its product's issue and its stores behind the next one's: no
-// product waits for them.
+// A warp's part of it, 16 dv x 16 dqk, is an operand of that product. stmatrix transposes the operand into 512 bytes of
+// the warp's own, from where it is read back, 16 bytes a lane: two lanes then have the 32 bytes, a whole sector, of a dqk
+// row. The four warps of a warpgroup fill its line. A part is read back once its product is issued and stored once the
+// next one is, so no product waits for it. The first part goes before the wait for q and k.
 //
-// Predicated instructions, not branches: between products in flight there is no other control flow.
+// The instructions are predicated: no branch comes between products in flight.
 #pragma once
 
 #include "cuda/mlstm/fused/shared.cuh"
 
 namespace flash_xlstm::cuda::fused {
 
+// keeps: else it does nothing.
 template <bool keeps>
 class KeptParts {
  public:
-  // Of the state before `item`, the warpgroup's blocks of 64 dqk x 64 dv, laid out as Work::c. wanted: else nothing is
-  // written. warp: of the warpgroup.
+  // Of the state at the item's start, laid out as Work::c. warp: of the warpgroup. wanted: else nothing is written.
   __device__ __forceinline__ KeptParts(const Args& args, Shared& sh, int rank, int group, int warp, int item,
                                        bool wanted)
       : wanted_(wanted) {
@@ -25,11 +25,11 @@ class KeptParts {
     written_ = own + place(lane() / 8, lane() % 8);
     const int row = lane() / 2, half = lane() % 2;
     read_ = own + place(row / 8 * 2 + half, row % 8);
-    to_ = static_cast<uint16_t*>(args.kept_c) + (int64_t{item} * blocks_of_item + rank * state_groups + group) * block +
+    to_ = args.kept_c + (int64_t{item} * blocks_of_item + rank * state_groups + group) * block +
           swizzled(row, warp * 2 + half) / 2;
   }
 
-  // part: as the product's operand, matrices (dqk 0, dv 0), (0, 8), (8, 0), (8, 8), dv by dqk.
+  // part: the operand, matrices of 8 dv x 8 dqk: (dqk 0, dv 0), (0, 8), (8, 0), (8, 8).
   __device__ __forceinline__ void stage(const uint32_t (&part)[4]) const {
     if (!keeps) return;
     asm volatile(
@@ -38,36 +38,40 @@ class KeptParts {
         "r"(written_), "r"(part[0]), "r"(part[1]), "r"(part[2]), "r"(part[3])
         : "memory");
   }
-  __device__ __forceinline__ void read() {
+  // ptxas moves no load or store past __syncwarp.
+  __device__ __forceinline__ void pass_on(int part) {
     if (!keeps) return;
     __syncwarp();
+    if (part > 0) store(part - 1);
+    uint32_t (&to)[4] = held_[part % 2];
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(held_[0]), "=r"(held_[1]), "=r"(held_[2]), "=r"(held_[3])
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(read_)
                  : "memory");
     __syncwarp();
   }
-  // Streaming: the backward reads it much later.
+  // Evicted first: the backward reads it much later.
   __device__ __forceinline__ void store(int part) const {
     if (!keeps) return;
     uint16_t* const to = to_ + part / 4 * (dv / 64) * block + part % 4 * 16 * 64;
+    const uint32_t (&from)[4] = held_[part % 2];
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
         "@p st.global.cs.v4.b32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(int{wanted_}),
-        "l"(to), "r"(held_[0]), "r"(held_[1]), "r"(held_[2]), "r"(held_[3])
+        "l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
         : "memory");
   }
 
  private:
   static constexpr int block = 64 * 64, blocks_of_item = dqk / 64 * (dv / 64);
 
-  // Of a matrix's row in the staging: eight lanes, on either side, meet all banks.
+  // Of a matrix's row among the 512 bytes. The eight lanes that go together meet all banks on either way.
   static __device__ __forceinline__ uint32_t place(int matrix, int row) {
     return matrix * 128 + (row ^ (matrix % 2 * 4)) * 16;
   }
 
   bool wanted_;
-  uint32_t written_, read_, held_[4];
+  uint32_t written_, read_, held_[2][4];
   uint16_t* to_;
 };
 
