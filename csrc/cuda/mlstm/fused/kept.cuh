@@ -1,9 +1,9 @@
 // c at the start of every 128 tokens goes to memory, for the backward, beside the product c^T q^T.
 //
 // A warp's part of it, 16 dv x 16 dqk, is an operand of that product. stmatrix transposes the operand into 512 bytes of
-// the warp's own, from where it is read back, 16 bytes a lane: two lanes then have the 32 bytes, a whole sector, of a dqk
-// row. The four warps of a warpgroup fill its line. A part is read back once its product is issued and stored once the
-// next one is, so no product waits for it. The first part goes before the wait for q and k.
+// the warp's own, from where it is read back, 16 bytes a lane. Two lanes then have 32 bytes of a dqk row, a whole
+// sector; the four warps of a warpgroup fill the line. A part is read back once its product is issued and stored once
+// the next one is, so no product waits for it. The first part goes before the wait for q and k.
 //
 // The instructions are predicated: no branch comes between products in flight.
 #pragma once

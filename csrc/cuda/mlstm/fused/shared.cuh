@@ -62,7 +62,8 @@ struct Shared {
   uint64_t full_v[state_groups][v_stages], full_h[state_groups][v_stages];
   uint64_t full_p[2], empty_p[2];
   uint64_t good_k[2];  // what is not finite in k has no weight of 0
-  alignas(16) unsigned char part[4 * state_groups][512];  // of c on its way to memory, by warps (kept.cuh)
+  // A warp's part of c on its way to memory (kept.cuh).
+  alignas(16) unsigned char part[4 * state_groups][512];
 };
 constexpr int shared_bytes = sizeof(Shared);
 static_assert(shared_bytes <= 232448);
