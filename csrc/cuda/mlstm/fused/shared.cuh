@@ -37,7 +37,7 @@ struct Args {
   int tasks;                      // sequences times heads
   float scale, eps;
   bool normalize;
-  uint16_t* kept_c;               // as Work::c and Work::n; null: not wanted
+  uint16_t* kept_c;  // as Work::c and Work::n; null: not wanted
   float* kept_n;
 };
 
