@@ -2,13 +2,15 @@
 // scan (hopper/gates.cu), then this kernel, which makes h, s and the final c and n.
 //
 // A cluster of four blocks owns one (sequence, head) at a time; block s owns columns 128 s .. of c. Chunks are 64
-// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state never goes
-// to memory, and nothing but the inputs, the gates and h passes through L2.
+// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state stays on the
+// chip, and nothing but the inputs, the gates and h passes through L2. A second form of the kernel also leaves c and n
+// of every second chunk's start in memory, for the backward.
 //
 //   copies.cuh      three warps: TMA of q; of k and gates; of v, and of h on its way out
 //   normalizer.cuh  one warp: n
 //   weights.cuh     one warpgroup: T, s, d, P', a chunk ahead
 //   states.cuh      two warpgroups: c, h
+//   kept.cuh        c on its way to memory
 //
 // Stages (full / empty are the barriers, shared.cuh):
 //   q 2   TMA -> weights, states of all four blocks
@@ -25,6 +27,7 @@
 //   P' out, h out (stmatrix, TMA)                      64 + 256
 //   n                                                  64
 //   together                           2880           2976
+//   c kept: out by stmatrix, back, out                 768
 // L2 to SM: 32 KiB of q and k (a block's quarter, for all) and 16 of v a chunk and block.
 #include <algorithm>
 
@@ -138,9 +141,10 @@ int clusters_at_once() {
 // (sequence, head), in the ratio below. A round is as long as its longest sequence. Packed, that may be nearly all
 // tokens, and only the heads are then sure to run side by side.
 bool pays(const MlstmProblem& p, int clusters, bool keeps) {
-  const int64_t pairs_a_round = keeps ? 21 : 21;  // that the Hopper path makes in the time
+  constexpr int64_t pairs_a_round = 21, pairs_a_keeping_round = 21;  // that the Hopper path makes in the time
   const int64_t pairs = p.heads * (p.cu_seqlens == nullptr ? p.num_seqs : 1);
-  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * pairs_a_round <= pairs;
+  const int64_t of_round = keeps ? pairs_a_keeping_round : pairs_a_round;
+  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * of_round <= pairs;
 }
 
 int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {
