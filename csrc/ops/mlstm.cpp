@@ -195,15 +195,13 @@ int64_t kept_state_floats([[maybe_unused]] const Tensor& q, [[maybe_unused]] con
 
 struct ForwardOutputs {
   OptTensor h, kept, c_last, n_last, m_last, log_decay;  // only those that exist and are wanted
-  OptTensor piece;                                        // c_last, n_last, m_last and log_decay in one
+  OptTensor piece;                                       // c_last, n_last, m_last and log_decay in one
 };
 
 enum class Wanted { h, h_and_kept, h_kept_and_state, state_and_decay, piece };
 
 // c, n, m and log decay one after the other; a multiple of 16 bytes, so that a row of several is aligned too.
-int64_t piece_floats(const MlstmProblem& p) {
-  return (p.num_seqs * p.heads * (p.dqk * p.dv + p.dqk + 2) + 3) / 4 * 4;
-}
+int64_t piece_floats(const MlstmProblem& p) { return (p.num_seqs * p.heads * (p.dqk * p.dv + p.dqk + 2) + 3) / 4 * 4; }
 
 // Allocates only what is wanted: every tensor costs the host a microsecond. `kept` is what the backward needs: s and m
 // as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads). With states it has one dimension, they come
@@ -219,16 +217,15 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   const bool piece = wanted == Wanted::piece, h = wanted != Wanted::state_and_decay && !piece;
   const bool keep = h && wanted != Wanted::h, state = wanted == Wanted::h_kept_and_state || (!h && !piece);
   const int64_t states = keep && keep_states ? kept_state_floats(q, p) : 0, normalizers = p.batch * p.seq * p.heads;
-  ForwardOutputs y{
-      .h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
-      .kept = states > 0 ? make(true, {states + 2 * normalizers})
-              : has_m    ? make(keep, {2, p.batch, p.seq, p.heads})
-                         : make(keep && has_n, {p.batch, p.seq, p.heads}),
-      .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
-      .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
-      .m_last = make(state && has_m, {p.num_seqs, p.heads}),
-      .log_decay = make(!h && !piece, {p.num_seqs, p.heads}),
-      .piece = make(piece, {piece_floats(p)})};
+  ForwardOutputs y{.h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
+                   .kept = states > 0 ? make(true, {states + 2 * normalizers})
+                           : has_m    ? make(keep, {2, p.batch, p.seq, p.heads})
+                                      : make(keep && has_n, {p.batch, p.seq, p.heads}),
+                   .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
+                   .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
+                   .m_last = make(state && has_m, {p.num_seqs, p.heads}),
+                   .log_decay = make(!h && !piece, {p.num_seqs, p.heads}),
+                   .piece = make(piece, {piece_floats(p)})};
   MlstmForward params{};
   params.p = p;
   if (h) params.h = y.h->data_ptr();
@@ -536,18 +533,17 @@ Tensors<6> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_las
                                   Tensor kept, std::optional<double> scale, double eps,
                                   std::optional<double> gate_soft_cap, int64_t chunk_size) {
   Tensor begun = new_empty(q, {0}, ScalarType::Byte);
-  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] = backward(
-      "mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
-      {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::initial_state_alone,
-      std::nullopt, &begun);
+  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
+      backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
+               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
+               Of::initial_state_alone, std::nullopt, &begun);
   return {dc, dn, open_e, is_open, dq, begun};
 }
 
 Tensors<8> mlstm_remaining_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q,
                                     Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
                                     OptTensor cu_seqlens, OptTensor h, Tensor kept, std::optional<double> scale,
-                                    double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
-                                    Tensor begun) {
+                                    double eps, std::optional<double> gate_soft_cap, int64_t chunk_size, Tensor begun) {
   return backward("mlstm_remaining_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
                   {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::rest,
                   std::nullopt, &begun);

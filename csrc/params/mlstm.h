@@ -61,7 +61,7 @@ struct MlstmForward {
   float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
   float* n_last = nullptr;
   float* m_last = nullptr;
-  float* log_decay = nullptr;  // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
+  float* log_decay = nullptr;    // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
   float* kept_states = nullptr;  // see mlstm_kept_floats; nullptr: not wanted
 };
 

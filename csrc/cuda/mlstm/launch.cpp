@@ -13,8 +13,8 @@ namespace flash_xlstm::cuda {
 namespace {
 
 struct Path {
-  std::string (*words)();                                  // what it serves, for people
-  bool (*runs_on)(int major, int minor);                   // devices of this compute capability
+  std::string (*words)();                 // what it serves, for people
+  bool (*runs_on)(int major, int minor);  // devices of this compute capability
   // On the current device, the faster ones before others; layouts: see `reads`.
   bool (*serves_forward)(const MlstmForward& params);
   bool (*serves_backward)(const MlstmBackward& params);

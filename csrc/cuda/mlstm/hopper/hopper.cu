@@ -41,9 +41,8 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, const 
   const int64_t c_items = items * w.blocks_k * w.blocks_v * box * box, n_items = items * p.dqk;
   const bool scaled = p.dtype == DType::float16;
   if (kept != nullptr) {
-    w.c = reinterpret_cast<uint16_t*>(const_cast<float*>(kept));  // the backward only reads it
-    w.n = reinterpret_cast<float*>(w.c + c_items);
-    if (scaled) w.state_log = w.n + n_items;
+    const KeptStates states = kept_states(w, const_cast<float*>(kept));  // the backward only reads them
+    w.c = states.c, w.n = states.n, w.state_log = states.log;
   } else if (keeps) {
     carver.take(w.c, c_items);
     carver.take(w.n, n_items);
@@ -156,6 +155,14 @@ cudaError_t no_dq(const Work& w, const MlstmBackward& params, cudaStream_t strea
 }
 
 }  // namespace
+
+KeptStates kept_states(const Work& w, float* memory) {
+  const MlstmProblem& p = w.p;
+  const int64_t items = w.layout.max_chunks * p.heads;
+  float* const n = memory + items * ceil_div(p.dqk, box) * ceil_div(p.dv, box) * (box * box / 2);
+  return {
+      .c = reinterpret_cast<uint16_t*>(memory), .n = n, .log = p.dtype == DType::float16 ? n + items * p.dqk : nullptr};
+}
 
 void describe(const MlstmProblem& p, Work& w) {
   w.p = p;

@@ -110,6 +110,14 @@ void describe(const MlstmProblem& p, Work& w);
 void carve_table(Carver& carver, Work& w);
 cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim);
 
+// Where a described Work's c, n and state_log lie in memory of its N * kept_floats.
+struct KeptStates {
+  uint16_t* c;
+  float* n;
+  float* log;  // float16 only
+};
+KeptStates kept_states(const Work& w, float* memory);
+
 // Calls f with a value of the problem's 16-bit type.
 template <typename F>
 cudaError_t dispatch_16_bit(DType dtype, F&& f) {
