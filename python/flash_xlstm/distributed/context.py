@@ -24,7 +24,7 @@ from flash_xlstm import ops
 from flash_xlstm.models import packing
 from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
-from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward, mlstm_remaining_backward
+from flash_xlstm.ops.mlstm import MlstmState, keeps_for, mlstm_initial_backward, mlstm_remaining_backward
 from flash_xlstm.ops.mlstm_state import mlstm_piece, piece_floats
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
@@ -53,6 +53,7 @@ def mlstm(
     cu_seqlens: Tensor | None = None,
     continues: bool = True,
     return_final_state: bool = False,
+    keep_states: bool = True,
 ) -> Tensor | tuple[Tensor, MlstmState]:
     """:func:`flash_xlstm.ops.mlstm` over a sequence of which each rank of `group` has a piece, in the order of ranks.
 
@@ -61,7 +62,7 @@ def mlstm(
     between two graphs.
 
     Args:
-        q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size: this rank's piece and the options, as for
+        q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size, keep_states: this rank's piece and the options, as for
             :func:`flash_xlstm.ops.mlstm`.
         group: the ranks that share the sequence: a process group, or a device mesh of one dimension.
         initial_state: ``(c, n, m)`` before the first rank's first token. Only the first rank reads it and has its
@@ -90,16 +91,20 @@ def mlstm(
     if cu_seqlens is None and not continues:
         raise ValueError("continues is False; without cu_seqlens, which tells where sequences begin, it must be True")
     _common.check_flag("return_final_state", return_final_state)
+    _common.check_flag("keep_states", keep_states)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     _check_piece(q, k, v, i, f)
     if size == 1:
         return ops.mlstm(
             q, k, v, i, f, initial_state=initial_state, scale=scale, eps=eps, gate_soft_cap=gate_soft_cap,
             chunk_size=chunk_size, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
+            keep_states=keep_states,
         )  # fmt: skip
     q, k, v = _common.autocast(q, k, v)
     options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
-    common = q, k, v, i, f, initial_state, group, rank, size, options, return_final_state
+    given = tuple(initial_state) if isinstance(initial_state, (tuple, list)) else ()
+    keeps = keep_states and keeps_for((q, k, v, i, f, *given))
+    common = q, k, v, i, f, initial_state, group, rank, size, options, keeps, return_final_state
     return _whole(*common) if cu_seqlens is None else _packed(*common, cu_seqlens, continues)
 
 
@@ -248,23 +253,23 @@ def group_of(group: Group) -> dist.ProcessGroup:
     return group
 
 
-def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
+def _whole(q, k, v, i, f, initial_state, group, rank, size, options, keeps, wants_last):
     is_read = wants_last or rank < size - 1
     piece = _piece(k, v, i, f, options, is_read, rank == 0 and initial_state is None)  # first: the others wait for it
     if initial_state is None:
-        found = _Mlstm.apply(group, wants_last, options, None, piece, None, None, None, q, k, v, i, f)
+        found = _Mlstm.apply(group, wants_last, options, keeps, None, piece, None, None, None, q, k, v, i, f)
         return (found[0], found[1:]) if wants_last else found
     state, dtype = _initial(k, v, initial_state, k.shape[0])
     if rank == 0:
         piece = _after(state, piece)
-    found = _Mlstm.apply(group, wants_last, options, None, piece, *state, q, k, v, i, f)
+    found = _Mlstm.apply(group, wants_last, options, keeps, None, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
     return h, (c.to(dtype), n, m)
 
 
-def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last, cu_seqlens, continues):
+def _packed(q, k, v, i, f, initial_state, group, rank, size, options, keeps, wants_last, cu_seqlens, continues):
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         was = f"of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else f"{cu_seqlens!r:.80}"
         raise ValueError(f"cu_seqlens is {was}; it must be a tensor of at least 2 offsets, (num_seqs + 1,)")
@@ -286,7 +291,7 @@ def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last
             piece = _after(tuple(t[-1:] for t in state), piece)
         with torch.no_grad():
             _parts(piece, (k.shape[0], *k.shape[2:], v.shape[-1]))[3].fill_(-torch.inf)
-    found = _Mlstm.apply(group, wants_last, options, cu_seqlens, piece, *state, q, k, v, i, f)
+    found = _Mlstm.apply(group, wants_last, options, keeps, cu_seqlens, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
@@ -373,7 +378,7 @@ class _Mlstm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group, wants_last, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
+    def forward(ctx, group, wants_last, options, keeps, cu_seqlens, piece, c, n, m, q, k, v, i, f):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         shape = k.shape[0], *k.shape[2:], v.shape[-1]
         node, between = _nodes(group)
@@ -397,7 +402,7 @@ class _Mlstm(torch.autograd.Function):
             state, _ = _initial(k, v, None, shape[0])
         with torch._C._AutoDispatchBelowAutograd():
             h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
-                q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1
+                q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1, keeps
             )
         whole: tuple[Tensor, ...] = ()
         if wants_last and cu_seqlens is None:
@@ -442,7 +447,7 @@ class _Mlstm(torch.autograd.Function):
         elif rank > 0:  # of the sequence that goes on nothing was read
             for t in state:
                 t[:batch] = 0.0
-        return None, None, None, None, None, *state, dq, dk, dv, di, df
+        return None, None, None, None, None, None, *state, dq, dk, dv, di, df
 
 
 _nodes_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple] = weakref.WeakKeyDictionary()
