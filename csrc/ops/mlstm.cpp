@@ -280,7 +280,8 @@ void run_part(const char* op, const Tensor& q, const MlstmBackward& params, Tens
 // returned. With `into`, dq, dk and dv go there: the kernels write them, or they are copied.
 // Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
 // Of::initial_state_alone: dk and dv are empty; in the places of di and df are open_e and is_open, (num_seqs, heads)
-// float32. `begun` becomes the kernels' workspace, for Of::rest, whose dq is empty. Where the kernels do not go in two
+// float32, or without an initial state (0, heads). `begun` becomes the kernels' workspace, for Of::rest, whose dq is
+// empty. Where the kernels do not go in two
 // parts, `begun` is empty, this call's dq means nothing, and Of::rest makes all.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
@@ -352,7 +353,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   const auto of_gates = [&](const OptTensor& to) {
     if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params, *to)) return *to;
     return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
-                           : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
+                           : new_empty(q, {options.c ? p.num_seqs : 0, p.heads}, ScalarType::Float);
   };
   Tensor di = of_gates(into == nullptr ? std::nullopt : into->di);
   Tensor df = of_gates(into == nullptr ? std::nullopt : into->df);
@@ -385,7 +386,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   if (params.is_begun && !in_parts) {
     value_error("begun has ", begun->numel(), " bytes; it must be empty, as mlstm_initial_backward returned it");
   }
-  if (p.batch > 0 && p.heads > 0 && !in_parts) {
+  if (p.batch > 0 && p.heads > 0 && !in_parts && (all_but_initial || has_c)) {
     run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, prepare);
   }
   if (into != nullptr) {
@@ -529,8 +530,8 @@ Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor 
 }
 
 Tensors<6> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
-                                  Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
-                                  Tensor kept, std::optional<double> scale, double eps,
+                                  Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                                  OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                                   std::optional<double> gate_soft_cap, int64_t chunk_size) {
   Tensor begun = new_empty(q, {0}, ScalarType::Byte);
   auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
@@ -541,7 +542,7 @@ Tensors<6> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_las
 }
 
 Tensors<8> mlstm_remaining_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q,
-                                    Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                                    Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                                     OptTensor cu_seqlens, OptTensor h, Tensor kept, std::optional<double> scale,
                                     double eps, std::optional<double> gate_soft_cap, int64_t chunk_size, Tensor begun) {
   return backward("mlstm_remaining_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
@@ -653,16 +654,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // Of the gradients those of the initial c and n alone; for each sequence and head, what eps gives to the initial m
   // (the sum of e before the first token whose m took the input gate's branch), and 1 where there is no such token. Where
   // the kernels go in two parts, dq too, and `begun`, what the second needs; else this is empty, and dq means nothing.
+  // Without an initial state the first four are empty.
   lib.def(
       "mlstm_initial_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor q, Tensor k, Tensor v, Tensor i, "
-      "Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
+      "Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
       "float? gate_soft_cap, int chunk_size) -> (Tensor dc, Tensor dn, Tensor open_e, Tensor is_open, Tensor dq, "
       "Tensor begun)");
   // mlstm_backward behind that, with the same arguments but for the gradients of the final state. dq is empty where
   // `begun` is not.
   lib.def(
       "mlstm_remaining_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor q, Tensor k, "
-      "Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, "
+      "Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, Tensor? h, Tensor kept, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size, Tensor begun) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(

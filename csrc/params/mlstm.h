@@ -85,7 +85,7 @@ struct MlstmBackward {
   float* dm0 = nullptr;
   // dk == nullptr: of the gradients only dc0 and dn0 are wanted, and for each (num_seqs, heads) the sum of e over the
   // tokens before the first reset and 1 where there is none, else 0. dq is made too where mlstm_begins_backward, else it
-  // is scratch.
+  // is scratch. There dc0 may be null: dq alone.
   float* open_e = nullptr;
   float* is_open = nullptr;
   const float* kept_states = nullptr;  // what the forward left there; nullptr: the states are made again

@@ -8,7 +8,6 @@ goes the same way from the last rank to the first, with the gradients of the ran
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -345,10 +344,16 @@ def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...],
 
 def _parts(piece: Tensor, c_shape: Sequence[int]) -> list[Tensor]:
     """Views of c, n, m and log decay of one piece, (floats,), or of several, (pieces, floats)."""
-    shapes = [c_shape[:dims] for dims in (4, 3, 2, 2)]
-    sizes = [math.prod(shape) for shape in shapes]
-    parts = piece.split([*sizes, piece.shape[-1] - sum(sizes)], -1)
-    return [part.view(*piece.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=False)]
+    shapes, sizes = _layout(tuple(c_shape), piece.shape[-1])
+    first = piece.shape[:-1]
+    return [part.view(first + shape) for part, shape in zip(piece.split(sizes, -1), shapes, strict=False)]
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(c_shape: tuple[int, ...], floats: int) -> tuple[list[torch.Size], list[int]]:
+    shapes = [torch.Size(c_shape[:dims]) for dims in (4, 3, 2, 2)]
+    sizes = [shape.numel() for shape in shapes]
+    return shapes, [*sizes, floats - sum(sizes)]
 
 
 @torch.no_grad()
@@ -398,8 +403,6 @@ class _Mlstm(torch.autograd.Function):
         if rank > 0:
             before = _state_after(_parts(ahead, shape))
             state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
-        elif c is None:
-            state, _ = _initial(k, v, None, shape[0])
         with torch._C._AutoDispatchBelowAutograd():
             h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
                 q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1, keeps
@@ -422,13 +425,13 @@ class _Mlstm(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing makes them again
         *inputs, scalars, of_nodes = saved[:13]
         last, whole = saved[13:16], saved[16:]
-        c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        rows, shape = c.shape[0], (scalars.shape[2], *c.shape[1:])
-        batch = shape[0]
+        k, v, c, rank, size = *inputs[1:3], inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
+        batch = scalars.shape[2]
+        rows, shape = batch if c is None else c.shape[0], (batch, *k.shape[2:], v.shape[-1])
         own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
         # The first part makes what the ranks before need, the second goes on with what those behind sent.
         dc, dn, into_m, is_open, dq, begun = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
-        if own[2] is not None:
+        if own[2] is not None and c is not None:
             into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
         sent = [(dc[:batch], dn[:batch], into_m[:batch])]
         if whole:  # as if a rank behind the last read the final state

@@ -286,7 +286,10 @@ def _(
 
 @_common.register_fake("mlstm_initial_backward")
 def _(dh, dc_last, dn_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size):
-    made = (q.new_empty(t.shape, dtype=torch.float32) for t in (c, n, m, m))
+    heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
+    empty = (0, heads, dqk, dv), (0, heads, dqk), (0, heads), (0, heads)
+    shapes = (none if t is None else t.shape for t, none in zip((c, n, m, m), empty, strict=True))
+    made = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     begun = torch.library.get_ctx().new_dynamic_size()
     return *made, q.new_empty(q.shape), q.new_empty((begun,), dtype=torch.uint8)
 

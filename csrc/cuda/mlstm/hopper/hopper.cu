@@ -260,6 +260,7 @@ cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t s
       RETURN_IF_FAILED(no_dq(w, params, stream));
     }
   }
+  if (params.dk == nullptr && params.dc0 == nullptr) return cudaSuccess;  // a first part without an initial state
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
   if (params.dk == nullptr) return sum_open_tokens(w, params, stream);
   if (w.dc != w.c) {
