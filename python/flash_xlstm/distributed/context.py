@@ -409,7 +409,7 @@ class _Mlstm(torch.autograd.Function):
 
         state = c, n, m
         if rank > 0:
-            before = _state_after(_parts(ahead, shape)) if ahead.shape[0] > 1 else _parts(ahead[0], shape)[:3]
+            before: Any = _state_after(_parts(ahead, shape)) if ahead.shape[0] > 1 else _parts(ahead[0], shape)[:3]
             state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
         with torch._C._AutoDispatchBelowAutograd():
             h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
@@ -433,7 +433,8 @@ class _Mlstm(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing makes them again
         *inputs, scalars, of_nodes = saved[:13]
         last, whole = saved[13:16], saved[16:]
-        k, v, c, rank, size = *inputs[1:3], inputs[5], *_place(ctx.group)
+        k, v, c = inputs[1], inputs[2], inputs[5]
+        rank, size = _place(ctx.group)
         batch = scalars.shape[2]
         rows, shape = batch if c is None else c.shape[0], (batch, *k.shape[2:], v.shape[-1])
         own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
