@@ -65,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
             {"linear_cuda_in_multiple", flash_xlstm::linear_in_multiple},
             {"linear_cuda_alignment", flash_xlstm::linear_alignment},
             {"mlstm_max_chunk_size", flash_xlstm::max_chunk_size},
+            {"mlstm_kept_tokens", flash_xlstm::mlstm_kept_tokens},
             {"mlstm_step_cuda_max_dqk", flash_xlstm::cuda::max_step_dqk},
             {"norm_cuda_max_dim", flash_xlstm::max_norm_dim},
             {"conv_max_kernel", flash_xlstm::max_conv_kernel},
@@ -80,6 +81,9 @@ PYBIND11_MODULE(_C, m) {
         return {{"float32", "bfloat16", "float16"}, flash_xlstm::linear_faster_rows};
       },
       py::arg("cuda"), "The dtypes and the most rows for which linear_rows is faster than torch's product.");
+  m.def("mlstm_kept_floats", &flash_xlstm::mlstm_kept_floats_on, py::arg("dtype"), py::arg("dqk"), py::arg("dv"),
+        py::arg("device"),
+        "The floats of the states that a forward can keep for each chunk of mlstm_kept_tokens and head; 0: none.");
   m.def("ops", &flash_xlstm::described_ops, "The functions of flash_xlstm.ops, sorted.");
   m.def("kernel_for", &flash_xlstm::kernel_for, py::arg("op"), py::arg("compute_capability"),
         "The kernel that an op takes on a CUDA device of this compute capability; None: on the CPU.");

@@ -1,6 +1,7 @@
-// Which kernels the ops have, in words.
+// Which kernels the ops have, in words, and what they keep.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
@@ -21,6 +22,9 @@ std::vector<std::string> described_ops();
 // The kernel that an op takes on a CUDA device of this compute capability; without one, on the CPU. Throws
 // std::out_of_range for an unknown op.
 std::string kernel_for(const std::string& op, std::optional<std::pair<int, int>> compute_capability);
+
+// mlstm_kept_floats for a dtype's name and a CUDA device.
+int64_t mlstm_kept_floats_on(const std::string& dtype, int64_t dqk, int64_t dv, int32_t device);
 
 }  // namespace flash_xlstm
 

@@ -180,22 +180,34 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 #endif
 }
 
+// The floats of the states that a forward keeps for the backward; 0: the kernels for the problem keep none.
+int64_t kept_state_floats([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmProblem& p) {
+#ifdef FLASH_XLSTM_WITH_CUDA
+  if (!q.is_cuda()) return 0;
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const int64_t chunks = (p.seq + mlstm_kept_tokens - 1) / mlstm_kept_tokens;
+  return (p.cu_seqlens != nullptr ? chunks + p.num_seqs : chunks * p.batch) * p.heads *
+         cuda::mlstm_kept_floats(p.dtype, p.dqk, p.dv);
+#else
+  return 0;
+#endif
+}
+
 struct ForwardOutputs {
   OptTensor h, kept, c_last, n_last, m_last, log_decay;  // only those that exist and are wanted
-  OptTensor piece;                                        // c_last, n_last, m_last and log_decay in one
+  OptTensor piece;                                       // c_last, n_last, m_last and log_decay in one
 };
 
 enum class Wanted { h, h_and_kept, h_kept_and_state, state_and_decay, piece };
 
 // c, n, m and log decay one after the other; a multiple of 16 bytes, so that a row of several is aligned too.
-int64_t piece_floats(const MlstmProblem& p) {
-  return (p.num_seqs * p.heads * (p.dqk * p.dv + p.dqk + 2) + 3) / 4 * 4;
-}
+int64_t piece_floats(const MlstmProblem& p) { return (p.num_seqs * p.heads * (p.dqk * p.dv + p.dqk + 2) + 3) / 4 * 4; }
 
 // Allocates only what is wanted: every tensor costs the host a microsecond. `kept` is what the backward needs: s and m
-// as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads).
+// as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads). With states it has one dimension, they come
+// first, then s and m.
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                       const Tensor& f, const Options& options, Wanted wanted) {
+                       const Tensor& f, const Options& options, Wanted wanted, bool keep_states = false) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
   const MlstmProblem& p = checked.p;
   const auto make = [&](bool wanted, Sizes sizes) {
@@ -204,19 +216,22 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   const bool has_n = options.has_n(), has_m = options.has_m();
   const bool piece = wanted == Wanted::piece, h = wanted != Wanted::state_and_decay && !piece;
   const bool keep = h && wanted != Wanted::h, state = wanted == Wanted::h_kept_and_state || (!h && !piece);
-  ForwardOutputs y{
-      .h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
-      .kept = has_m ? make(keep, {2, p.batch, p.seq, p.heads}) : make(keep && has_n, {p.batch, p.seq, p.heads}),
-      .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
-      .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
-      .m_last = make(state && has_m, {p.num_seqs, p.heads}),
-      .log_decay = make(!h && !piece, {p.num_seqs, p.heads}),
-      .piece = make(piece, {piece_floats(p)})};
+  const int64_t states = keep && keep_states ? kept_state_floats(q, p) : 0, normalizers = p.batch * p.seq * p.heads;
+  ForwardOutputs y{.h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
+                   .kept = states > 0 ? make(true, {states + 2 * normalizers})
+                           : has_m    ? make(keep, {2, p.batch, p.seq, p.heads})
+                                      : make(keep && has_n, {p.batch, p.seq, p.heads}),
+                   .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
+                   .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
+                   .m_last = make(state && has_m, {p.num_seqs, p.heads}),
+                   .log_decay = make(!h && !piece, {p.num_seqs, p.heads}),
+                   .piece = make(piece, {piece_floats(p)})};
   MlstmForward params{};
   params.p = p;
   if (h) params.h = y.h->data_ptr();
   params.s = float_data(y.kept);
-  if (y.kept && has_m) params.m = params.s + y.kept->numel() / 2;
+  if (states > 0) params.kept_states = params.s, params.s += states;
+  if (y.kept && has_m) params.m = params.s + normalizers;
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
@@ -265,7 +280,8 @@ void run_part(const char* op, const Tensor& q, const MlstmBackward& params, Tens
 // returned. With `into`, dq, dk and dv go there: the kernels write them, or they are copied.
 // Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
 // Of::initial_state_alone: dk and dv are empty; in the places of di and df are open_e and is_open, (num_seqs, heads)
-// float32. `begun` becomes the kernels' workspace, for Of::rest, whose dq is empty. Where the kernels do not go in two
+// float32, or without an initial state (0, heads). `begun` becomes the kernels' workspace, for Of::rest, whose dq is
+// empty. Where the kernels do not go in two
 // parts, `begun` is empty, this call's dq means nothing, and Of::rest makes all.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
@@ -284,17 +300,23 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     check_dtype("h", *h, q.scalar_type(), ", as q");
     params.h = hold_float32(checked, *h);
   }
+  int64_t states = 0;  // floats of kept ones
   if (state_only) {
     // Nothing is kept.
   } else if (options.has_m()) {
-    check_shape(kept_name, *kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
+    if (kept->dim() == 1 && (states = kept_state_floats(q, p)) > 0) {
+      check_shape(kept_name, *kept, {states + 2 * p.batch * p.seq * p.heads}, "(states, s and m,)");
+    } else {
+      check_shape(kept_name, *kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
+    }
   } else if (options.has_n()) {
     check_shape(kept_name, *kept, {p.batch, p.seq, p.heads}, "(batch, seq, heads)");
   }
   if (options.has_n() && !state_only) {
     check_dtype(kept_name, *kept, ScalarType::Float);
     params.s = hold_float32(checked, *kept);
-    if (options.has_m()) params.m = params.s + kept->numel() / 2;
+    if (states > 0) params.kept_states = params.s, params.s += states;
+    if (options.has_m()) params.m = params.s + p.batch * p.seq * p.heads;
   }
   if (dh) {
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
@@ -331,7 +353,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   const auto of_gates = [&](const OptTensor& to) {
     if (to && i.scalar_type() == q.scalar_type() && writes_apart(q, params, *to)) return *to;
     return all_but_initial ? new_empty(q, {p.batch, p.seq, p.heads}, i.scalar_type())
-                           : new_empty(q, {p.num_seqs, p.heads}, ScalarType::Float);
+                           : new_empty(q, {options.c ? p.num_seqs : 0, p.heads}, ScalarType::Float);
   };
   Tensor di = of_gates(into == nullptr ? std::nullopt : into->di);
   Tensor df = of_gates(into == nullptr ? std::nullopt : into->df);
@@ -364,7 +386,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
   if (params.is_begun && !in_parts) {
     value_error("begun has ", begun->numel(), " bytes; it must be empty, as mlstm_initial_backward returned it");
   }
-  if (p.batch > 0 && p.heads > 0 && !in_parts) {
+  if (p.batch > 0 && p.heads > 0 && !in_parts && (all_but_initial || has_c)) {
     run<cpu::mlstm_backward, cuda::mlstm_backward, cuda::mlstm_backward_workspace_bytes>(op, q, params, prepare);
   }
   if (into != nullptr) {
@@ -385,7 +407,7 @@ Tensor or_empty(const OptTensor& t, const Tensor& q, std::vector<int64_t> sizes)
 
 Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                  OptTensor cu_seqlens, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
-                 int64_t chunk_size, bool return_final_state) {
+                 int64_t chunk_size, bool return_final_state, bool keep_states) {
   const Options options{.c = c,
                         .n = n,
                         .m = m,
@@ -394,8 +416,8 @@ Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, 
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  const ForwardOutputs y =
-      forward("mlstm", q, k, v, i, f, options, return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept);
+  const ForwardOutputs y = forward("mlstm", q, k, v, i, f, options,
+                                   return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept, keep_states);
   const int64_t heads = q.size(2), dqk = q.size(3), dv = v.size(3);
   return {*y.h, *y.kept, or_empty(y.c_last, q, {0, heads, dqk, dv}), or_empty(y.n_last, q, {0, heads, dqk}),
           or_empty(y.m_last, q, {0, heads})};
@@ -403,9 +425,20 @@ Tensors<5> mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, 
 
 }  // namespace
 
+int64_t mlstm_kept_floats_on([[maybe_unused]] const std::string& dtype, [[maybe_unused]] int64_t dqk,
+                             [[maybe_unused]] int64_t dv, [[maybe_unused]] int32_t device) {
+#ifdef FLASH_XLSTM_WITH_CUDA
+  torch::stable::accelerator::DeviceGuard guard(device);
+  for (const DType each : {DType::bfloat16, DType::float16}) {
+    if (dtype == (each == DType::bfloat16 ? "bfloat16" : "float16")) return cuda::mlstm_kept_floats(each, dqk, dv);
+  }
+#endif
+  return 0;
+}
+
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
-                         std::optional<double> gate_soft_cap, int64_t chunk_size) {
+                         std::optional<double> gate_soft_cap, int64_t chunk_size, bool keep_states) {
   const Options options{.c = c,
                         .n = n,
                         .m = m,
@@ -414,7 +447,7 @@ Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTe
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, Wanted::h_and_kept);
+  ForwardOutputs y = forward("mlstm_forward", q, k, v, i, f, options, Wanted::h_and_kept, keep_states);
   return {std::move(*y.h), std::move(*y.kept)};
 }
 
@@ -497,22 +530,21 @@ Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor 
 }
 
 Tensors<6> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
-                                  Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, OptTensor cu_seqlens, OptTensor h,
-                                  Tensor kept, std::optional<double> scale, double eps,
+                                  Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m, OptTensor cu_seqlens,
+                                  OptTensor h, Tensor kept, std::optional<double> scale, double eps,
                                   std::optional<double> gate_soft_cap, int64_t chunk_size) {
   Tensor begun = new_empty(q, {0}, ScalarType::Byte);
-  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] = backward(
-      "mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
-      {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::initial_state_alone,
-      std::nullopt, &begun);
+  auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
+      backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
+               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
+               Of::initial_state_alone, std::nullopt, &begun);
   return {dc, dn, open_e, is_open, dq, begun};
 }
 
 Tensors<8> mlstm_remaining_backward(Tensor dh, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, Tensor q,
-                                    Tensor k, Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m,
+                                    Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                                     OptTensor cu_seqlens, OptTensor h, Tensor kept, std::optional<double> scale,
-                                    double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
-                                    Tensor begun) {
+                                    double eps, std::optional<double> gate_soft_cap, int64_t chunk_size, Tensor begun) {
   return backward("mlstm_remaining_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
                   {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::rest,
                   std::nullopt, &begun);
@@ -579,17 +611,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // `c, n, m` are the initial state, all or none. `scale=None` means dqk ** -0.5, `gate_soft_cap=None` means no cap.
   // With `chunk_size=0` the kernel chooses. Returned states are empty where they are not wanted. Without `normalize`
   // there is no s and no n: as results they are empty, as inputs n must be None and s is not read. A backward reads h
-  // only for float32 on CUDA.
+  // only for float32 on CUDA. With keep_states, where the kernels can, `kept` also has the states at the starts of
+  // chunks, which the backward else makes again: (floats of these + 2 * batch * seq * heads,).
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
-      "bool return_final_state=False) -> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
+      "bool return_final_state=False, bool keep_states=False) "
+      "-> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last, Tensor m_last)");
   // Eager calls without a final state take the next two operators: every returned tensor costs the host one or two
   // microseconds. mlstm_forward returns h and what the backward needs, for an autograd.Function. It has no derivative
   // of its own, since torch's search for one would cost as much. mlstm_h returns h alone.
   lib.def(
       "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
-      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size) "
+      "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool keep_states=False) "
       "-> (Tensor h, Tensor kept)");
   lib.def(
       "mlstm_h(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, "
@@ -620,16 +654,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // Of the gradients those of the initial c and n alone; for each sequence and head, what eps gives to the initial m
   // (the sum of e before the first token whose m took the input gate's branch), and 1 where there is no such token. Where
   // the kernels go in two parts, dq too, and `begun`, what the second needs; else this is empty, and dq means nothing.
+  // Without an initial state the first four are empty.
   lib.def(
       "mlstm_initial_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor q, Tensor k, Tensor v, Tensor i, "
-      "Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
+      "Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, Tensor? h, Tensor kept, float? scale, float eps, "
       "float? gate_soft_cap, int chunk_size) -> (Tensor dc, Tensor dn, Tensor open_e, Tensor is_open, Tensor dq, "
       "Tensor begun)");
   // mlstm_backward behind that, with the same arguments but for the gradients of the final state. dq is empty where
   // `begun` is not.
   lib.def(
       "mlstm_remaining_backward(Tensor dh, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, Tensor q, Tensor k, "
-      "Tensor v, Tensor i, Tensor f, Tensor c, Tensor n, Tensor m, Tensor? cu_seqlens, Tensor? h, Tensor kept, "
+      "Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, Tensor? cu_seqlens, Tensor? h, Tensor kept, "
       "float? scale, float eps, float? gate_soft_cap, int chunk_size, Tensor begun) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(

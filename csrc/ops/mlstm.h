@@ -18,7 +18,7 @@ struct MlstmInto {
 // As the operators mlstm_forward and mlstm_backward. The backward has no states. It writes to `into`.
 Tensors<2> mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor m,
                          OptTensor cu_seqlens, std::optional<double> scale, double eps,
-                         std::optional<double> gate_soft_cap, int64_t chunk_size);
+                         std::optional<double> gate_soft_cap, int64_t chunk_size, bool keep_states);
 Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Tensor& q, const Tensor& k,
                                const Tensor& v, const Tensor& i, const Tensor& f, const OptTensor& cu_seqlens,
                                const Tensor& h, const Tensor& kept, std::optional<double> scale, double eps,

@@ -42,10 +42,10 @@ Parts parts_of(const Tensor& z, int64_t heads, int64_t qk_dim) {
 
 Tensors<3> mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, OptTensor cu_seqlens, int64_t heads, int64_t qk_dim,
                        std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
-                       double norm_eps) {
+                       double norm_eps, bool keep_states) {
   const Parts parts = parts_of(z, heads, qk_dim);
   auto [h, kept] = mlstm_forward(parts.q, parts.k, parts.v, i, f, std::nullopt, std::nullopt, std::nullopt, cu_seqlens,
-                                 scale, eps, gate_soft_cap, chunk_size);
+                                 scale, eps, gate_soft_cap, chunk_size, keep_states);
   Tensor y = gated_head_norm(h, parts.gate, weight, norm_eps);
   return {y, h, kept};
 }
@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // The options are those of the mLSTM and of the norm.
   lib.def(
       "mlstm_gated(Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, int heads, int qk_dim, "
-      "float? scale, float eps, float? gate_soft_cap, int chunk_size, float norm_eps) "
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, float norm_eps, bool keep_states=False) "
       "-> (Tensor y, Tensor h, Tensor kept)");
   lib.def(
       "mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor weight, Tensor? cu_seqlens, Tensor h, "

@@ -61,7 +61,8 @@ struct MlstmForward {
   float* c_last = nullptr;  // final state, contiguous float32; nullptr: not wanted (all or none)
   float* n_last = nullptr;
   float* m_last = nullptr;
-  float* log_decay = nullptr;  // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
+  float* log_decay = nullptr;    // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
+  float* kept_states = nullptr;  // see mlstm_kept_floats; nullptr: not wanted
 };
 
 struct MlstmBackward {
@@ -84,9 +85,10 @@ struct MlstmBackward {
   float* dm0 = nullptr;
   // dk == nullptr: of the gradients only dc0 and dn0 are wanted, and for each (num_seqs, heads) the sum of e over the
   // tokens before the first reset and 1 where there is none, else 0. dq is made too where mlstm_begins_backward, else it
-  // is scratch.
+  // is scratch. There dc0 may be null: dq alone.
   float* open_e = nullptr;
   float* is_open = nullptr;
+  const float* kept_states = nullptr;  // what the forward left there; nullptr: the states are made again
   // The workspace is that of such a call with the same inputs, but for the gradients of the final state, and dq is made.
   bool is_begun = false;
 };
@@ -103,6 +105,8 @@ struct MlstmStep {
   bool settled_state = false;  // no kernel that may still run writes the state: it is read before the wait
   bool holds_next = false;     // lets the next kernel start only after all kernels before this one have ended
 };
+
+constexpr int64_t mlstm_kept_tokens = 128;
 
 namespace cpu {
 void mlstm_forward(const MlstmForward& params);
@@ -121,6 +125,10 @@ MlstmCopies mlstm_copies(const MlstmForward& params);
 MlstmCopies mlstm_copies(const MlstmBackward& params);
 // Whether a backward of the initial state alone makes dq and leaves its workspace to a second call, which makes the rest.
 bool mlstm_begins_backward(const MlstmBackward& params);
+// A forward can leave the states at the starts of chunks to the backward, which else makes them again: the floats of a
+// chunk of mlstm_kept_tokens and head, 0 where the kernels for these sizes on the current device keep none. There are
+// ceil(seq / mlstm_kept_tokens) chunks in each row of the batch; packed, num_seqs more than in one row.
+int64_t mlstm_kept_floats(DType dtype, int64_t dqk, int64_t dv);
 // Whether the kernels that serve the problem write dq, dk and dv that are not contiguous.
 bool mlstm_writes_apart(const MlstmBackward& params);
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch  # before _C, which links against torch's libraries
 
 from flash_xlstm import _C
@@ -14,6 +16,16 @@ def few_rows(device_type: str) -> tuple[tuple[torch.dtype, ...], int]:
     """The dtypes and the most rows for which linear_rows is faster than torch's product on ``cpu`` or ``cuda``."""
     dtypes, rows = _C.few_rows(device_type == "cuda")
     return tuple(getattr(torch, name) for name in dtypes), rows
+
+
+@functools.cache
+def kept_floats(dtype: torch.dtype, dqk: int, dv: int, device: torch.device) -> int:
+    """The floats of the mLSTM's states that a forward can keep for the backward, for each chunk of
+    ``LIMITS["mlstm_kept_tokens"]`` and head; 0 where it keeps none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _C.mlstm_kept_floats(str(dtype)[6:], dqk, dv, index)
 
 
 def build_info() -> dict[str, str]:

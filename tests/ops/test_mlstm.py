@@ -64,6 +64,17 @@ def test_16_bit(make_problem, assert_16_bit_exact, case, dtype, gate_dtype):
         assert_16_bit_exact(problem, ops.mlstm, THROUGH[through])
 
 
+# Beyond the bound where products take states and weights as tf32 alone: h, dq, dk, dv, df, dn; last c, dq, dv, dc, dn.
+@pytest.mark.parametrize(
+    ("seq", "seeds"), [(1, (98, 167, 506, 3, 836, 1059, 753, 407)), (2, (471, 308, 477, 948, 681))], ids=["one", "two"]
+)
+def test_float16_results_of_few_terms(make_problem, assert_16_bit_exact, seq, seeds):
+    """Seeds for which the roundings of an operand and of the result add up, or of two operands that nearly cancel."""
+    for seed in seeds:
+        problem = make_problem(seq, 2, 1, batch=1, heads=1, dtype=F16, gate_dtype=F16, seed=seed)
+        assert_16_bit_exact(problem, ops.mlstm, ("h",), small=True)
+
+
 @pytest.mark.parametrize("seq", [1, 65])
 @pytest.mark.parametrize("gates", ["small", "normal"])
 def test_dimensions_of_one(make_problem, assert_float32_exact, seq, gates):

@@ -1,7 +1,9 @@
 // Warp-level products of shared-memory tiles for the portable kernels: one interface for three arithmetics.
 //   bfloat16  bf16 tiles, mma m16n8k16.
-//   float16   float32 tiles, rounded to tf32 when they are read, mma m16n8k8. tf32 has float16's 10 bits, so inputs
-//             stay exact, and float32's exponent range, which states, dc and 1/d need.
+//   float16   float32 tiles, mma m16n8k8. tf32 has float16's 10 bits, so inputs are exact, and float32's exponent
+//             range, which states, dc and 1/d need. A computed operand is cut to tf32. A second mma, in bfloat16,
+//             multiplies what is cut off, so that 2^-18 of a product is lost at most. Rounded to tf32 the operand would
+//             lose as much as the result loses in float16. Two such losses in one term are beyond the tests' bound.
 //   float32   float32 tiles, mma m16n8k8. Each operand is split into two tf32 halves; three mma make a product, without
 //             the one of the two low halves, which is 2^-22 of it. Sums are float32: float32 precision, not TF32.
 #pragma once
@@ -31,6 +33,9 @@ struct Arithmetic<bf16> {
   static constexpr bool split = false;
 };
 
+// Which operand of a product is computed. The other one, or both, are inputs.
+enum class Computed { none, a, b };
+
 // A computed float32 value as a product operand.
 template <typename T>
 __device__ __forceinline__ typename Arithmetic<T>::Element to_operand(float x) {
@@ -43,15 +48,23 @@ struct alignas(2 * sizeof(E)) Pair {
   E x, y;
 };
 
+// float16: what the tf32 mma takes of an operand, and the bfloat16 mma: the rest of a computed one, all of an input.
+template <bool computed>
+__device__ __forceinline__ void split_float16(float x, uint32_t& high, float& rest) {
+  high = computed ? ptx::cut_tf32(x) : __float_as_uint(x);
+  rest = computed ? x - __uint_as_float(high) : x;
+}
+
 // The rows of A that a warp holds for one k step: m_tiles * 16 rows, mma_k columns.
 template <typename T, int m_tiles>
 struct FragmentA {
   uint32_t high[m_tiles][4];
   uint32_t low[Arithmetic<T>::split ? m_tiles : 1][4];
+  uint32_t rest[std::is_same_v<T, half> ? m_tiles : 1][2];  // of a computed A
 };
 
 // across: A lies in shared memory as [k][m], else as [m][k]. `a` points at the warp's first row.
-template <typename T, bool across, int m_tiles>
+template <typename T, bool across, bool computed = false, int m_tiles>
 __device__ __forceinline__ void load_a(FragmentA<T, m_tiles>& f, const typename Arithmetic<T>::Element* a, int pitch,
                                        int k) {
   const int lane = threadIdx.x % 32;
@@ -64,12 +77,21 @@ __device__ __forceinline__ void load_a(FragmentA<T, m_tiles>& f, const typename 
       ptx::ldmatrix_x4<across>(f.high[mt], at);
     } else {
       const int group = lane / 4, pos = lane % 4;
+      float rest[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int m = mt * 16 + group + (r % 2) * 8, kk = k + pos + (r / 2) * 4;
         const float x = across ? a[kk * pitch + m] : a[m * pitch + kk];
-        f.high[mt][r] = ptx::round_tf32(x);
-        if constexpr (Arithmetic<T>::split) f.low[mt][r] = ptx::round_tf32(x - __uint_as_float(f.high[mt][r]));
+        if constexpr (Arithmetic<T>::split) {
+          f.high[mt][r] = ptx::round_tf32(x);
+          f.low[mt][r] = ptx::round_tf32(x - __uint_as_float(f.high[mt][r]));
+        } else {
+          split_float16<computed>(x, f.high[mt][r], rest[r]);
+        }
+      }
+      if constexpr (computed && !Arithmetic<T>::split) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) f.rest[mt][x] = pack<bf16>(rest[x], rest[x + 2]);
       }
     }
   }
@@ -78,7 +100,7 @@ __device__ __forceinline__ void load_a(FragmentA<T, m_tiles>& f, const typename 
 // acc (m_tiles * 16 rows, n_tiles * 8 columns) += A B for one k step.
 // across: B lies in shared memory as [k][n], else as [n][k]. `b` points at the warp's first column.
 // Thread `lane` holds, of each 16 x 8 tile, rows lane / 4 and lane / 4 + 8, columns 2 (lane % 4) and the next.
-template <typename T, bool across, int m_tiles, int n_tiles>
+template <typename T, bool across, Computed computed = Computed::none, int m_tiles, int n_tiles>
 __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], const FragmentA<T, m_tiles>& f,
                                          const typename Arithmetic<T>::Element* b, int pitch, int k) {
   const int lane = threadIdx.x % 32;
@@ -102,12 +124,17 @@ __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], cons
 #pragma unroll
     for (int nt = 0; nt < n_tiles; ++nt) {
       uint32_t high[2], low[2];
+      float rest[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int n = nt * 8 + group, kk = k + pos + r * 4;
         const float x = across ? b[kk * pitch + n] : b[n * pitch + kk];
-        high[r] = ptx::round_tf32(x);
-        if constexpr (Arithmetic<T>::split) low[r] = ptx::round_tf32(x - __uint_as_float(high[r]));
+        if constexpr (Arithmetic<T>::split) {
+          high[r] = ptx::round_tf32(x);
+          low[r] = ptx::round_tf32(x - __uint_as_float(high[r]));
+        } else {
+          split_float16<computed == Computed::b>(x, high[r], rest[r]);
+        }
       }
 #pragma unroll
       for (int mt = 0; mt < m_tiles; ++mt) {
@@ -123,20 +150,33 @@ __device__ __forceinline__ void multiply(float (&acc)[m_tiles][n_tiles][4], cons
           ptx::mma_tf32(acc[mt][nt], f.high[mt], high[0], high[1]);
         }
       }
+      if constexpr (!Arithmetic<T>::split && computed != Computed::none) {
+        // The bfloat16 mma's k of 2 pos and 2 pos + 1 are pos and pos + 4 here, in A and in B.
+#pragma unroll
+        for (int mt = 0; mt < m_tiles; ++mt) {
+          uint32_t rest_a[2];
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const float first = __uint_as_float(f.high[mt][x]), second = __uint_as_float(f.high[mt][x + 2]);
+            rest_a[x] = computed == Computed::a ? f.rest[mt][x] : pack<bf16>(first, second);
+          }
+          ptx::mma_bf16(acc[mt][nt], rest_a, pack<bf16>(rest[0], rest[1]));
+        }
+      }
     }
   }
 }
 
 // acc += A B over k in [k_begin, k_end), multiples of mma_k; layouts as in load_a and multiply.
-template <typename T, bool a_across, bool b_across, int m_tiles, int n_tiles>
+template <typename T, bool a_across, bool b_across, Computed computed = Computed::none, int m_tiles, int n_tiles>
 __device__ __forceinline__ void warp_mma(float (&acc)[m_tiles][n_tiles][4], const typename Arithmetic<T>::Element* a,
                                          int a_pitch, const typename Arithmetic<T>::Element* b, int b_pitch,
                                          int k_begin, int k_end) {
 #pragma unroll 1
   for (int k = k_begin; k < k_end; k += Arithmetic<T>::mma_k) {
     FragmentA<T, m_tiles> f;
-    load_a<T, a_across>(f, a, a_pitch, k);
-    multiply<T, b_across>(acc, f, b, b_pitch, k);
+    load_a<T, a_across, computed == Computed::a>(f, a, a_pitch, k);
+    multiply<T, b_across, computed>(acc, f, b, b_pitch, k);
   }
 }
 

@@ -13,14 +13,15 @@ namespace flash_xlstm::cuda {
 namespace {
 
 struct Path {
-  std::string (*words)();                                  // what it serves, for people
-  bool (*runs_on)(int major, int minor);                   // devices of this compute capability
+  std::string (*words)();                 // what it serves, for people
+  bool (*runs_on)(int major, int minor);  // devices of this compute capability
   // On the current device, the faster ones before others; layouts: see `reads`.
   bool (*serves_forward)(const MlstmForward& params);
   bool (*serves_backward)(const MlstmBackward& params);
   bool (*reads)(const Strided& t, const MlstmProblem& p);  // whether it can read an input with its strides
   bool writes_apart;                                       // whether it writes dq, dk and dv that are not contiguous
   bool begins_backward;                                    // see mlstm_begins_backward
+  int64_t (*kept_floats)(DType dtype, int64_t dqk, int64_t dv);  // see mlstm_kept_floats; of the backward's path
   int64_t (*forward_workspace_bytes)(const MlstmForward& params);
   cudaError_t (*forward)(const MlstmForward& params, void* workspace, cudaStream_t stream);
   int64_t (*backward_workspace_bytes)(const MlstmBackward& params);
@@ -36,6 +37,7 @@ constexpr Path paths[] = {
      .reads = hopper::reads,
      .writes_apart = false,
      .begins_backward = false,
+     .kept_floats = nullptr,
      .forward_workspace_bytes = fused::forward_workspace_bytes,
      .forward = fused::forward,
      .backward_workspace_bytes = nullptr,
@@ -47,6 +49,7 @@ constexpr Path paths[] = {
      .reads = hopper::reads,
      .writes_apart = true,
      .begins_backward = true,
+     .kept_floats = hopper::kept_floats,
      .forward_workspace_bytes = hopper::forward_workspace_bytes,
      .forward = hopper::forward,
      .backward_workspace_bytes = hopper::backward_workspace_bytes,
@@ -59,6 +62,7 @@ constexpr Path paths[] = {
      .reads = [](const Strided&, const MlstmProblem&) { return true; },
      .writes_apart = false,
      .begins_backward = false,
+     .kept_floats = [](DType, int64_t, int64_t) { return int64_t{0}; },
      .forward_workspace_bytes = portable::forward_workspace_bytes,
      .forward = portable::forward,
      .backward_workspace_bytes = portable::backward_workspace_bytes,
@@ -99,6 +103,11 @@ const Path& path_with_copies(const Params& params) {
 MlstmCopies mlstm_copies(const MlstmForward& params) { return copies(path_with_copies(params), params); }
 MlstmCopies mlstm_copies(const MlstmBackward& params) { return copies(path_with_copies(params), params); }
 bool mlstm_begins_backward(const MlstmBackward& params) { return path_with_copies(params).begins_backward; }
+int64_t mlstm_kept_floats(DType dtype, int64_t dqk, int64_t dv) {
+  MlstmBackward params{};
+  params.p.dtype = dtype, params.p.dqk = dqk, params.p.dv = dv;
+  return path_with_copies(params).kept_floats(dtype, dqk, dv);
+}
 bool mlstm_writes_apart(const MlstmBackward& params) { return path_with_copies(params).writes_apart; }
 
 int64_t mlstm_forward_workspace_bytes(const MlstmForward& params) {

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(threads)
     next.store(dx, h, pitch);
     __syncthreads();
     if (t + chunk < stop) next.load(params, starts, gate, head, out, in, t + chunk, stop, vectors);
-    warp_mma<T, true, true, 2, 4>(acc, dx + warp_out, pitch, h + warp_in, pitch, 0, chunk);
+    warp_mma<T, true, true>(acc, dx + warp_out, pitch, h + warp_in, pitch, 0, chunk);
     if (in == 0 && threadIdx.x < tile) {
       for (int k = 0; k < chunk; ++k) bias += to_float(dx[k * pitch + threadIdx.x]);
     }

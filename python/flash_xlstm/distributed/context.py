@@ -24,7 +24,7 @@ from flash_xlstm import ops
 from flash_xlstm.models import packing
 from flash_xlstm.nn import block_stack, mLSTMLayer
 from flash_xlstm.ops import _common
-from flash_xlstm.ops.mlstm import MlstmState, mlstm_initial_backward, mlstm_remaining_backward
+from flash_xlstm.ops.mlstm import MlstmState, keeps_for, mlstm_initial_backward, mlstm_remaining_backward
 from flash_xlstm.ops.mlstm_state import mlstm_piece, piece_floats
 
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh
@@ -53,6 +53,7 @@ def mlstm(
     cu_seqlens: Tensor | None = None,
     continues: bool = True,
     return_final_state: bool = False,
+    keep_states: bool = True,
 ) -> Tensor | tuple[Tensor, MlstmState]:
     """:func:`flash_xlstm.ops.mlstm` over a sequence of which each rank of `group` has a piece, in the order of ranks.
 
@@ -61,7 +62,7 @@ def mlstm(
     between two graphs.
 
     Args:
-        q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size: this rank's piece and the options, as for
+        q, k, v, i, f, scale, eps, gate_soft_cap, chunk_size, keep_states: this rank's piece and the options, as for
             :func:`flash_xlstm.ops.mlstm`.
         group: the ranks that share the sequence: a process group, or a device mesh of one dimension.
         initial_state: ``(c, n, m)`` before the first rank's first token. Only the first rank reads it and has its
@@ -90,16 +91,20 @@ def mlstm(
     if cu_seqlens is None and not continues:
         raise ValueError("continues is False; without cu_seqlens, which tells where sequences begin, it must be True")
     _common.check_flag("return_final_state", return_final_state)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    _common.check_flag("keep_states", keep_states)
+    rank, size = _place(group)
     _check_piece(q, k, v, i, f)
     if size == 1:
         return ops.mlstm(
             q, k, v, i, f, initial_state=initial_state, scale=scale, eps=eps, gate_soft_cap=gate_soft_cap,
             chunk_size=chunk_size, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
+            keep_states=keep_states,
         )  # fmt: skip
     q, k, v = _common.autocast(q, k, v)
     options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
-    common = q, k, v, i, f, initial_state, group, rank, size, options, return_final_state
+    given = tuple(initial_state) if isinstance(initial_state, (tuple, list)) else ()
+    keeps = keep_states and keeps_for((q, k, v, i, f, *given))
+    common = q, k, v, i, f, initial_state, group, rank, size, options, keeps, return_final_state
     return _whole(*common) if cu_seqlens is None else _packed(*common, cu_seqlens, continues)
 
 
@@ -243,28 +248,28 @@ def group_of(group: Group) -> dist.ProcessGroup:
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group is a {type(group).__name__}; it must be a ProcessGroup or a DeviceMesh")
-    if dist.get_rank(group) < 0:
+    if _place(group)[0] < 0:
         raise ValueError("group is one that this process is not in; it must be one of its own")
     return group
 
 
-def _whole(q, k, v, i, f, initial_state, group, rank, size, options, wants_last):
+def _whole(q, k, v, i, f, initial_state, group, rank, size, options, keeps, wants_last):
     is_read = wants_last or rank < size - 1
     piece = _piece(k, v, i, f, options, is_read, rank == 0 and initial_state is None)  # first: the others wait for it
     if initial_state is None:
-        found = _Mlstm.apply(group, wants_last, options, None, piece, None, None, None, q, k, v, i, f)
+        found = _Mlstm.apply(group, wants_last, options, keeps, None, piece, None, None, None, q, k, v, i, f)
         return (found[0], found[1:]) if wants_last else found
     state, dtype = _initial(k, v, initial_state, k.shape[0])
     if rank == 0:
         piece = _after(state, piece)
-    found = _Mlstm.apply(group, wants_last, options, None, piece, *state, q, k, v, i, f)
+    found = _Mlstm.apply(group, wants_last, options, keeps, None, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
     return h, (c.to(dtype), n, m)
 
 
-def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last, cu_seqlens, continues):
+def _packed(q, k, v, i, f, initial_state, group, rank, size, options, keeps, wants_last, cu_seqlens, continues):
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         was = f"of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else f"{cu_seqlens!r:.80}"
         raise ValueError(f"cu_seqlens is {was}; it must be a tensor of at least 2 offsets, (num_seqs + 1,)")
@@ -286,7 +291,7 @@ def _packed(q, k, v, i, f, initial_state, group, rank, size, options, wants_last
             piece = _after(tuple(t[-1:] for t in state), piece)
         with torch.no_grad():
             _parts(piece, (k.shape[0], *k.shape[2:], v.shape[-1]))[3].fill_(-torch.inf)
-    found = _Mlstm.apply(group, wants_last, options, cu_seqlens, piece, *state, q, k, v, i, f)
+    found = _Mlstm.apply(group, wants_last, options, keeps, cu_seqlens, piece, *state, q, k, v, i, f)
     if not wants_last:
         return found
     h, c, n, m = found
@@ -340,10 +345,23 @@ def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...],
 
 def _parts(piece: Tensor, c_shape: Sequence[int]) -> list[Tensor]:
     """Views of c, n, m and log decay of one piece, (floats,), or of several, (pieces, floats)."""
-    shapes = [c_shape[:dims] for dims in (4, 3, 2, 2)]
-    sizes = [math.prod(shape) for shape in shapes]
-    parts = piece.split([*sizes, piece.shape[-1] - sum(sizes)], -1)
-    return [part.view(*piece.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=False)]
+    first = piece.storage_offset()
+    layouts = _layouts(tuple(c_shape), piece.shape, piece.stride())
+    return [piece.as_strided(shape, stride, first + at) for shape, stride, at in layouts]
+
+
+@functools.lru_cache(maxsize=64)
+def _layouts(
+    c_shape: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Shape, stride and offset of each part."""
+    layouts, at = [], 0
+    for dims in (4, 3, 2, 2):
+        sizes = c_shape[:dims]
+        inner = [math.prod(sizes[d + 1 :]) for d in range(dims)]
+        layouts.append(((*shape[:-1], *sizes), (*stride[:-1], *inner), at))
+        at += math.prod(sizes)
+    return layouts
 
 
 @torch.no_grad()
@@ -373,31 +391,29 @@ class _Mlstm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group, wants_last, options, cu_seqlens, piece, c, n, m, q, k, v, i, f):
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    def forward(ctx, group, wants_last, options, keeps, cu_seqlens, piece, c, n, m, q, k, v, i, f):
+        rank, size = _place(group)
         shape = k.shape[0], *k.shape[2:], v.shape[-1]
         node, between = _nodes(group)
         # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
         pieces = _gathered(piece, node)
         # Up to the mlstm's first kernel the GPU waits for the host, so that what can come behind it does.
-        place = rank if between is None else dist.get_rank(node)
+        place = rank if between is None else _place(node)[0]
         if between is None:
             nodes, ahead = None, pieces[:place]
         else:
             c_of, n_of, m_of, decay = _parts(pieces, shape)
             sums = *_state_after((c_of, n_of, m_of, decay)), decay.sum(0)
             nodes = _gathered(torch.cat([t.flatten() for t in sums]), between, piece.shape[0])
-            ahead = torch.cat((nodes[: dist.get_rank(between)], pieces[:place]))
+            ahead = torch.cat((nodes[: _place(between)[0]], pieces[:place]))
 
         state = c, n, m
         if rank > 0:
-            before = _state_after(_parts(ahead, shape))
+            before: Any = _state_after(_parts(ahead, shape)) if ahead.shape[0] > 1 else _parts(ahead[0], shape)[:3]
             state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
-        elif c is None:
-            state, _ = _initial(k, v, None, shape[0])
         with torch._C._AutoDispatchBelowAutograd():
             h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
-                q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1
+                q, k, v, i, f, *state, cu_seqlens, *options, wants_last or rank < size - 1, keeps
             )
         whole: tuple[Tensor, ...] = ()
         if wants_last and cu_seqlens is None:
@@ -417,13 +433,14 @@ class _Mlstm(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing makes them again
         *inputs, scalars, of_nodes = saved[:13]
         last, whole = saved[13:16], saved[16:]
-        c, rank, size = inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        rows, shape = c.shape[0], (scalars.shape[2], *c.shape[1:])
-        batch = shape[0]
+        k, v, c = inputs[1], inputs[2], inputs[5]
+        rank, size = _place(ctx.group)
+        batch = scalars.shape[2]
+        rows, shape = batch if c is None else c.shape[0], (batch, *k.shape[2:], v.shape[-1])
         own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
         # The first part makes what the ranks before need, the second goes on with what those behind sent.
         dc, dn, into_m, is_open, dq, begun = mlstm_initial_backward(dh, *own[:2], *inputs, *ctx.options)
-        if own[2] is not None:
+        if own[2] is not None and c is not None:
             into_m = into_m + is_open * (own[2] - _inner(last, *own[:2]))
         sent = [(dc[:batch], dn[:batch], into_m[:batch])]
         if whole:  # as if a rank behind the last read the final state
@@ -442,7 +459,18 @@ class _Mlstm(torch.autograd.Function):
         elif rank > 0:  # of the sequence that goes on nothing was read
             for t in state:
                 t[:batch] = 0.0
-        return None, None, None, None, None, *state, dq, dk, dv, di, df
+        return None, None, None, None, None, None, *state, dq, dk, dv, di, df
+
+
+_places: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _place(group: dist.ProcessGroup) -> tuple[int, int]:
+    """This process' rank in the group, and how many there are. torch looks both up anew at every question."""
+    found = _places.get(group)
+    if found is None:
+        found = _places[group] = dist.get_rank(group), dist.get_world_size(group)
+    return found
 
 
 _nodes_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple] = weakref.WeakKeyDictionary()
@@ -451,13 +479,12 @@ _nodes_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple] = weakref.WeakKey
 def _nodes(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """The group of this rank's node, of consecutive ranks, and that of the ranks at its place in all nodes; or the
     whole group and None, where they are few or no number of 2 to `_NODE` ranks divides them."""
-    size = dist.get_world_size(group)
+    at, size = _place(group)
     count = next((n for n in range(_NODE, 1, -1) if size % n == 0), 1)
     if size <= _NODE or count == 1:
         return group, None
     if group not in _nodes_of:
         ranks = dist.get_process_group_ranks(group)
-        at = dist.get_rank(group)
         first, place = at // count * count, at % count
         _nodes_of[group] = tuple(
             dist.new_group(members, use_local_synchronization=True)
@@ -469,7 +496,7 @@ def _nodes(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGro
 def _gathered(own: Tensor, group: dist.ProcessGroup, floats: int | None = None) -> Tensor:
     """`own` of every rank, (ranks, floats); `floats` more than it has are left open."""
     floats = own.numel() if floats is None else floats
-    every = own.new_empty(dist.get_world_size(group), floats)
+    every = own.new_empty(_place(group)[1], floats)
     if floats > 0:
         own = own if own.numel() == floats else F.pad(own.flatten(), (0, floats - own.numel()))
         _all_gather(every.view(-1), own.reshape(-1), group=group)
@@ -487,7 +514,7 @@ def _state_after(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _received(group, shape, scalars, of_nodes, sent) -> Tensor:
     """The gradient of this rank's final state from all ranks behind it."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = _place(group)
     to_all = torch.zeros(size, piece_floats(*shape), dtype=torch.float32, device=scalars.device)
     for upto, of_state in zip((rank, size), sent, strict=False):
         if upto == 1:  # its weight is 1
@@ -505,8 +532,7 @@ def _received_in_nodes(group, shape, scalars, of_nodes, sent) -> Tensor:
     """The same in two steps. A node's ranks gather what they would send. Each sums from it what its own final state
     gets, and what the state before the node gets; the nodes gather the latter."""
     node, between = _nodes(group)
-    place, ranks = dist.get_rank(node), dist.get_world_size(node)
-    number, nodes = dist.get_rank(between), dist.get_world_size(between)
+    (place, ranks), (number, nodes) = _place(node), _place(between)
     floats = piece_floats(*shape)
     own = torch.cat([F.pad(torch.cat([t.flatten() for t in x]), (0, floats))[:floats] for x in sent])
     every = _gathered(own, node).view(ranks, len(sent), floats)

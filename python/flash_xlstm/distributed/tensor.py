@@ -179,7 +179,8 @@ def _halves(
     if any(t.dtype != x.dtype for t in (*tensors, ffn_own, *ffn_weights)):
         return None, None
     numbers = (
-        norm.eps, layer.eps, layer.multihead_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size)
+        norm.eps, layer.eps, layer.multihead_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size),
+        layer.keep_states,
     )  # fmt: skip
     sizes = layer.num_heads, layer.qk_dim
     return (

@@ -279,7 +279,7 @@ class _MlstmCell(torch.autograd.Function):
         gates = F.linear(x, torch.cat([i, f]), torch.cat([i_bias, f_bias]))
         heads, eps, cap, norm_eps = options
         ctx.options = heads, q.shape[0], None, eps, cap, 0, norm_eps
-        y, h, kept = mlstm_gated(z, *gates.chunk(2, -1), weight, None, *ctx.options)
+        y, h, kept = mlstm_gated(z, *gates.chunk(2, -1), weight, None, *ctx.options, True)
         ctx.save_for_backward(x, z, gates, h, kept, q, k, v, o, i, f, weight)
         return y
 

@@ -6,6 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from flash_xlstm import _build
 from flash_xlstm.ops import _common, _errors
 
 MlstmState = tuple[Tensor, Tensor, Tensor]
@@ -25,6 +26,7 @@ def mlstm(
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    keep_states: bool = True,
 ) -> Tensor | tuple[Tensor, MlstmState]:
     """The mLSTM over a sequence, with exact gradients.
 
@@ -56,6 +58,9 @@ def mlstm(
             place of batch. On CUDA the host does not read the values. Wrong ones give wrong results, but no access
             outside the tensors.
         return_final_state: also return the state after the last token.
+        keep_states: where the Hopper kernels serve and a gradient is needed, the forward leaves the states at every
+            128th token to the backward: ``dqk * dv / 64`` bytes more for each token and head, two thirds of q, k, v and
+            h together at 256 x 512. False: the backward makes them again.
 
     Returns:
         h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n, m))``. The final c has the
@@ -75,15 +80,19 @@ def mlstm(
         c, state_dtype = _common.float32_c(c)
         inputs = q, k, v, i, f, c, n, m, cu_seqlens
         options = scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size)
+        _common.check_flag("keep_states", keep_states)
         if return_final_state is not False:
             _common.check_flag("return_final_state", return_final_state)
-            h, _, c_last, n_last, m_last = _mlstm(*inputs, *options, True)
+            keeps = keep_states and keeps_for(inputs)
+            h, _, c_last, n_last, m_last = _mlstm(*inputs, *options, True, keeps)
             return h, (c_last.to(state_dtype), n_last, m_last)
         if not is_eager:
-            return _mlstm(*inputs, *options, False)[0]
+            return _mlstm(*inputs, *options, False, keep_states and keeps_for(inputs))[0]
         if forward_ad._current_level >= 0:
             _common.refuse_forward_mode("mlstm", inputs)
-        return _Mlstm.apply(*inputs, options) if _common.needs_gradients(inputs) else _mlstm_h(*inputs, *options)
+        if _common.needs_gradients(inputs):
+            return _Mlstm.apply(*inputs, options, keep_states)
+        return _mlstm_h(*inputs, *options)
     except Exception as error:
         if torch.compiler.is_compiling():
             raise
@@ -222,15 +231,32 @@ def _missing(*state: Tensor | None) -> TypeError:
     return TypeError(f"state {missing} is None; it must be a tensor")
 
 
+def keeps_for(inputs: tuple[Tensor | None, ...]) -> bool:
+    """Whether states are worth keeping: for a backward, which an exported program does not have."""
+    return _common.needs_gradients(inputs) and not torch.compiler.is_exporting()
+
+
+def kept_shape(q: Tensor, dv, cu_seqlens: Tensor | None, keep_states: bool) -> tuple:
+    """The shape of what the forward keeps for the backward: s and m, and behind the states, if it keeps these."""
+    batch, seq, heads, dqk = (_common.size(q, d) for d in range(4))
+    floats = _build.kept_floats(q.dtype, int(dqk), int(dv), q.device) if keep_states else 0
+    if floats == 0:
+        return 2, batch, seq, heads
+    chunks = -(-seq // _build.LIMITS["mlstm_kept_tokens"])
+    chunks = chunks * batch if cu_seqlens is None else chunks + _common.num_seqs(q, cu_seqlens)
+    return (chunks * heads * floats + 2 * batch * seq * heads,)
+
+
 @_common.register_fake("mlstm_forward")
-def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size):
+def _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, keep_states=False):
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens,
         **{"initial_state c": c, "initial_state n": n, "initial_state m": m},
     )  # fmt: skip
     batch, seq, heads = (_common.size(q, d) for d in range(3))
-    kept = q.new_empty((2, batch, seq, heads), dtype=torch.float32)
-    return q.new_empty((batch, seq, heads, _common.size(v, 3))), kept
+    dv = _common.size(v, 3)
+    kept = q.new_empty(kept_shape(q, dv, cu_seqlens, keep_states), dtype=torch.float32)
+    return q.new_empty((batch, seq, heads, dv)), kept
 
 
 @_common.register_fake("mlstm_h")
@@ -239,12 +265,16 @@ def _(*args):
 
 
 @_common.register_fake("mlstm")
-def _(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state=False):
+def _(
+    q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state=False,
+    keep_states=False,
+):  # fmt: skip
     heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
     states = _common.num_seqs(q, cu_seqlens) if return_final_state else 0
     shapes = (states, heads, dqk, dv), (states, heads, dqk), (states, heads)
     last = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return *_fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size), *last
+    made = _fake(q, k, v, i, f, c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, keep_states)
+    return *made, *last
 
 
 @_common.register_fake("mlstm_backward")
@@ -256,7 +286,10 @@ def _(
 
 @_common.register_fake("mlstm_initial_backward")
 def _(dh, dc_last, dn_last, q, k, v, i, f, c, n, m, cu_seqlens, h, kept, scale, eps, gate_soft_cap, chunk_size):
-    made = (q.new_empty(t.shape, dtype=torch.float32) for t in (c, n, m, m))
+    heads, dqk, dv = _common.size(q, 2), _common.size(q, 3), _common.size(v, 3)
+    empty = (0, heads, dqk, dv), (0, heads, dqk), (0, heads), (0, heads)
+    shapes = (none if t is None else t.shape for t, none in zip((c, n, m, m), empty, strict=True))
+    made = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     begun = torch.library.get_ctx().new_dynamic_size()
     return *made, q.new_empty(q.shape), q.new_empty((begun,), dtype=torch.uint8)
 
@@ -288,7 +321,7 @@ def _(q, k, v, i, f, c, n, m, state_indices, cu_seqlens, fresh, scale, eps, gate
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options, ctx.return_final_state = inputs
+    q, k, v, i, f, c, n, m, cu_seqlens, *ctx.options, ctx.return_final_state = inputs[:14]
     h, kept, *_ = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
@@ -298,7 +331,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dh, _dkept, dc_last, dn_last, dm_last):
     if not ctx.return_final_state:
         dc_last = dn_last = dm_last = None
-    return *_gradients(ctx, dh, dc_last, dn_last, dm_last), *[None] * 6
+    return *_gradients(ctx, dh, dc_last, dn_last, dm_last), *[None] * 7
 
 
 def _gradients(ctx, dh, dc_last=None, dn_last=None, dm_last=None):
@@ -316,14 +349,14 @@ class _Mlstm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *inputs, ctx.options = args
-        h, kept = _mlstm_forward(*inputs, *ctx.options)
+        *inputs, ctx.options, keep_states = args
+        h, kept = _mlstm_forward(*inputs, *ctx.options, keep_states)
         ctx.save_for_backward(*inputs, _common.kept_h(inputs[0], h), kept)
         return h
 
     @staticmethod
     def backward(ctx, dh):
-        return *_gradients(ctx, dh), None, None
+        return *_gradients(ctx, dh), None, None, None
 
 
 _mlstm = _common.differentiable("mlstm", _setup_context, _backward)

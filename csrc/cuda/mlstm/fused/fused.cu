@@ -2,13 +2,15 @@
 // scan (hopper/gates.cu), then this kernel, which makes h, s and the final c and n.
 //
 // A cluster of four blocks owns one (sequence, head) at a time; block s owns columns 128 s .. of c. Chunks are 64
-// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state never goes
-// to memory, and nothing but the inputs, the gates and h passes through L2.
+// tokens. q and k are loaded once for the cluster: each block loads a quarter and multicasts it. The state stays on the
+// chip, and nothing but the inputs, the gates and h passes through L2. A second form of the kernel also leaves c and n
+// of every second chunk's start in memory, for the backward.
 //
 //   copies.cuh      three warps: TMA of q; of k and gates; of v, and of h on its way out
 //   normalizer.cuh  one warp: n
 //   weights.cuh     one warpgroup: T, s, d, P', a chunk ahead
 //   states.cuh      two warpgroups: c, h
+//   kept.cuh        c on its way to memory
 //
 // Stages (full / empty are the barriers, shared.cuh):
 //   q 2   TMA -> weights, states of all four blocks
@@ -25,6 +27,7 @@
 //   P' out, h out (stmatrix, TMA)                      64 + 256
 //   n                                                  64
 //   together                           2880           2976
+//   c kept: out by stmatrix, back, out                 768
 // L2 to SM: 32 KiB of q and k (a block's quarter, for all) and 16 of v a chunk and block.
 #include <algorithm>
 
@@ -43,6 +46,7 @@
 namespace flash_xlstm::cuda::fused {
 namespace {
 
+template <bool keeps>
 __global__ void __launch_bounds__(threads, 1) mlstm_fused_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) unsigned char raw[];
   Shared& sh = *reinterpret_cast<Shared*>(raw);
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(threads, 1) mlstm_fused_kernel(const __grid_co
     } else if (warp == v_warp) {
       load_v_and_store_h(args, sh, rank);
     } else {
-      sum_n(args, sh, rank);
+      sum_n<keeps>(args, sh, rank);
     }
     __syncwarp();
     ptx::cluster_barrier();
@@ -99,13 +103,14 @@ __global__ void __launch_bounds__(threads, 1) mlstm_fused_kernel(const __grid_co
     ptx::cluster_barrier();
   } else {
     ptx::more_registers<state_registers>();
-    walk_states(args, sh, rank, group);
+    walk_states<keeps>(args, sh, rank, group);
     __syncwarp();
     ptx::cluster_barrier();
   }
 }
 
-// Clusters that run at once on the current device; 0: none.
+// Clusters that run at once on the current device; 0: none. keeps: the states.
+template <bool keeps>
 int clusters_at_once() {
   static PerDevice known;
   const int value = known.get(1, [](int, int& value) {
@@ -120,8 +125,8 @@ int clusters_at_once() {
     config.numAttrs = 1;
     int count = 0;
     cudaError_t status =
-        cudaFuncSetAttribute(mlstm_fused_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&count, mlstm_fused_kernel, &config);
+        cudaFuncSetAttribute(mlstm_fused_kernel<keeps>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&count, mlstm_fused_kernel<keeps>, &config);
     if (status != cudaSuccess) {
       cudaGetLastError();  // not the next launch's
       count = 0;
@@ -135,10 +140,11 @@ int clusters_at_once() {
 // Whether this path is faster. Both take a time for each chunk: this one for a round of clusters, the Hopper path for a
 // (sequence, head), in the ratio below. A round is as long as its longest sequence. Packed, that may be nearly all
 // tokens, and only the heads are then sure to run side by side.
-bool pays(const MlstmProblem& p, int clusters) {
-  constexpr int64_t pairs_a_round = 21;  // that the Hopper path makes in the time
+bool pays(const MlstmProblem& p, int clusters, bool keeps) {
+  constexpr int64_t pairs_a_round = 21, pairs_a_keeping_round = 21;  // that the Hopper path makes in the time
   const int64_t pairs = p.heads * (p.cu_seqlens == nullptr ? p.num_seqs : 1);
-  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * pairs_a_round <= pairs;
+  const int64_t of_round = keeps ? pairs_a_keeping_round : pairs_a_round;
+  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * of_round <= pairs;
 }
 
 int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {
@@ -154,8 +160,9 @@ int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {
 
 bool serves(const MlstmForward& params) {
   const MlstmProblem& p = params.p;
+  const bool keeps = params.kept_states != nullptr;
   return params.h != nullptr && p.dtype == DType::bfloat16 && p.dqk == dqk && p.dv == dv && p.pool.indices == nullptr &&
-         hopper::serves(p) && pays(p, clusters_at_once());
+         hopper::serves(p) && pays(p, keeps ? clusters_at_once<true>() : clusters_at_once<false>(), keeps);
 }
 
 int64_t forward_workspace_bytes(const MlstmForward& params) {
@@ -183,9 +190,17 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
   args.c0 = p.c0, args.n0 = p.n0, args.c_last = params.c_last, args.n_last = params.n_last;
   args.tasks = static_cast<int>(p.num_seqs * p.heads);
   args.scale = p.scale, args.eps = p.eps, args.normalize = p.normalize;
-  const int clusters = std::min(clusters_at_once(), args.tasks);
-  return launch_early(mlstm_fused_kernel, dim3(static_cast<unsigned>(clusters * blocks)), dim3(threads), shared_bytes,
-                      blocks, stream, args);
+  if (params.kept_states != nullptr) {
+    const hopper::KeptStates kept = hopper::kept_states(w, params.kept_states);
+    args.kept_c = kept.c, args.kept_n = kept.n;
+  }
+  const auto launch = [&](auto kernel, int at_once) {
+    const int clusters = std::min(at_once, args.tasks);
+    return launch_early(kernel, dim3(static_cast<unsigned>(clusters * blocks)), dim3(threads), shared_bytes, blocks,
+                        stream, args);
+  };
+  return args.kept_c != nullptr ? launch(mlstm_fused_kernel<true>, clusters_at_once<true>())
+                                : launch(mlstm_fused_kernel<false>, clusters_at_once<false>());
 }
 
 }  // namespace flash_xlstm::cuda::fused

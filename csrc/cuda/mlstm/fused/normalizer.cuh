@@ -52,7 +52,8 @@ __device__ __forceinline__ void add_rows(float (&sum)[n_columns], const float* w
   }
 }
 
-// One warp. It also copies the states of sequences without tokens.
+// One warp. keeps: n at every 128 tokens' start goes to memory. It also copies the states of sequences without tokens.
+template <bool keeps>
 __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
   const int piece = lane() % n_lanes, group = lane() / n_lanes;
   float n[n_columns];  // the same in all row groups
@@ -61,7 +62,8 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
   for (int task = first_task(); task < args.tasks; task += task_step()) {
 #pragma unroll
     for (int c = 0; c < n_columns; ++c) n[c] = args.n0 != nullptr ? args.n0[at(task) + c] : 0.0f;
-    const int chunks = Task(args, task).chunks();
+    const Task of(args, task);
+    const int chunks = of.chunks(), first_item = of.item(args, 0);
     for (int j = 0; j < chunks; ++j, ++it) {
       const int s = it & 1, parity = (it >> 1) & 1;
       ptx::mbarrier_wait(&sh.empty_k[s], parity ^ 1);
@@ -97,6 +99,11 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
             : "memory");
       }
       ptx::mbarrier_arrive(&sh.full_k[s]);  // every lane for its own stores
+      if (keeps && group == 3 && j % 2 == 0) {
+        const int item = first_item + j / 2 * static_cast<int>(args.layout.heads);
+        float4* const to = reinterpret_cast<float4*>(args.kept_n + int64_t{item} * dqk + rank * 64 + piece * n_columns);
+        __stcs(to, make_float4(n[0], n[1], n[2], n[3])), __stcs(to + 1, make_float4(n[4], n[5], n[6], n[7]));
+      }
       ptx::mbarrier_wait(&sh.full_k[s], parity);
       const GateRecord& gates = sh.gates[s];
       const float keep = gates.keep;

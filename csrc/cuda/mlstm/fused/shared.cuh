@@ -37,6 +37,8 @@ struct Args {
   int tasks;                      // sequences times heads
   float scale, eps;
   bool normalize;
+  uint16_t* kept_c;  // as Work::c and Work::n; null: not wanted
+  float* kept_n;
 };
 
 // By tensor map, although a record is contiguous: racecheck reports false hazards for plain bulk loads.
@@ -60,6 +62,8 @@ struct Shared {
   uint64_t full_v[state_groups][v_stages], full_h[state_groups][v_stages];
   uint64_t full_p[2], empty_p[2];
   uint64_t good_k[2];  // what is not finite in k has no weight of 0
+  // A warp's part of c on its way to memory (kept.cuh).
+  alignas(16) unsigned char part[4 * state_groups][512];
 };
 constexpr int shared_bytes = sizeof(Shared);
 static_assert(shared_bytes <= 232448);

@@ -17,6 +17,7 @@
 // passes through its registers) replaces it by 0 before the last product and adds its share to out by itself.
 #pragma once
 
+#include "cuda/mlstm/fused/kept.cuh"
 #include "cuda/mlstm/fused/products.cuh"
 #include "cuda/mlstm/fused/shared.cuh"
 #include "cuda/ptx/stmatrix.cuh"
@@ -75,7 +76,8 @@ __device__ __forceinline__ constexpr int state_offset(int x) {
   return (x / 64 * 128 + x % 64 / 4 * 8 + x % 2) * dv + x % 4 / 2 * 8;
 }
 
-// group: 0 or 1, the block's half of columns.
+// group: 0 or 1, the block's half of columns. keeps: c at every 128 tokens' start goes to memory.
+template <bool keeps>
 __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int rank, int group) {
   const int pos = lane() % 4, warp = threadIdx.x / 32 % 4;
   float c[2][64], out[32];  // two accumulators: ptxas refuses one of 256 columns where a launch has 128 registers
@@ -107,10 +109,18 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     hold_c();
     pack_part(a[0], 0);
   };
-  begin_task();
+  int item = 0;
+  const auto begin_task_and_item = [&] {
+    begin_task();
+    if (keeps && walk.goes_on(args)) item = Task(args, walk.task).item(args, 0);
+  };
+  begin_task_and_item();
 #pragma unroll 1
   for (int it = 0; walk.goes_on(args); ++it) {
     const bool adds = walk.j > 0 || args.c0 != nullptr;
+    KeptParts<keeps> kept(args, sh, rank, group, warp, item, walk.j % 2 == 0 && adds);
+    kept.stage(a[0]);
+    kept.pass_on(0);
     const int s = it & 1, parity = (it >> 1) & 1, v_stage = it % v_stages;
     const uint32_t q = address(sh.q[s]), k = address(sh.k[s]), p = address(sh.p[s]);
     unsigned char* const v_panel_at = sh.v[v_stage] + group * v_panel;
@@ -126,14 +136,19 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
 #pragma unroll
     for (int x = 0; x < dqk / 16; ++x) {
       if (x >= a_buffers) ptx::wgmma_wait<a_buffers - 1>();
-      if (x > 0) pack_part(a[x % a_buffers], x);
+      if (x > 0) {
+        pack_part(a[x % a_buffers], x);
+        kept.stage(a[x % a_buffers]);
+      }
       ptx::wgmma_fence();
       ptx::Wgmma<bf16, 64>::a_registers<false>(out, a[x % a_buffers],
                                                ptx::wgmma_descriptor(q + x / 4 * q_panel + x % 4 * 32), x > 0);
       ptx::wgmma_commit();
+      if (x > 0) kept.pass_on(x);
     }
 #pragma unroll
     for (int x = 0; x < 128; ++x) ptx::mul_in_place(c[x / 64][x % 64], keep);
+    kept.store(dqk / 16 - 1);
 
     // (w v)^T k
     ptx::mbarrier_wait(&sh.full_v[group][v_stage], it / v_stages & 1);
@@ -219,7 +234,11 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
 #pragma unroll
       for (int x = 0; x < 128; ++x) to[state_offset(x)] = c[x / 64][x % 64];
     }
-    if (walk.advance(args)) begin_task();
+    if (walk.advance(args)) {
+      begin_task_and_item();
+    } else if (keeps && walk.j % 2 == 0) {
+      item += static_cast<int>(args.layout.heads);
+    }
   }
 }
 

@@ -4,8 +4,8 @@
 //   Backward: gate scan and states again; dq with u, delta and e; the states' gradients in place of the states; dk and
 //     dv; the gates' gradients. Without dh: no dq, and zeros in the place of what its kernel leaves to the others.
 //     In two parts: the first ends with dq and the gradient of the initial state alone, the second goes on from there.
-// The states are made again because keeping them would take two thirds of the memory of q, k, v and h together (at dqk
-// 256, dv 512).
+// The backward makes the states again, or finds those that the forward has kept: two thirds of the memory of q, k, v and
+// h together (at dqk 256, dv 512).
 #include "cuda/common/device.h"
 #include "cuda/common/status.h"
 #include "cuda/common/tensor_map.h"
@@ -19,7 +19,8 @@ namespace {
 enum class Pass { h, state, gradients };
 
 // m: scratch for the forward's m_t, which the outputs read, where the caller wants none. nullptr: not needed.
-int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float** m = nullptr) {
+// kept: the states' memory between a forward and a backward; nullptr: they are scratch.
+int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, const float* kept, float** m = nullptr) {
   const bool backward = pass == Pass::gradients, keeps = pass != Pass::state;
   Carver carver(workspace);
   w = Work{};
@@ -37,14 +38,24 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float*
   carver.take(w.alpha_last, items);
   carver.take(w.m_start, items);
   if (m != nullptr) carver.take(*m, p.batch * p.seq * p.heads);
-  if (keeps) {
-    carver.take(w.c, items * w.blocks_k * w.blocks_v * box * box);
-    carver.take(w.n, items * p.dqk);
+  const int64_t c_items = items * w.blocks_k * w.blocks_v * box * box, n_items = items * p.dqk;
+  const bool scaled = p.dtype == DType::float16;
+  if (kept != nullptr) {
+    const KeptStates states = kept_states(w, const_cast<float*>(kept));  // the backward only reads them
+    w.c = states.c, w.n = states.n, w.state_log = states.log;
+  } else if (keeps) {
+    carver.take(w.c, c_items);
+    carver.take(w.n, n_items);
+    if (scaled) carver.take(w.state_log, items);
   }
   if (pass == Pass::h) carver.take(w.n_parts, items * 3 * w.dqk_pitch);
-  if (p.dtype == DType::float16) {
-    carver.take(w.state_log, items);
-    if (backward) carver.take(w.grad_log, items);
+  if (backward) {
+    w.dc = w.c, w.dn = w.n;
+    if (kept != nullptr) {
+      carver.take(w.dc, c_items);
+      carver.take(w.dn, n_items);
+    }
+    if (scaled) carver.take(w.grad_log, items);
   }
   const Segments segments = choose_segments(p, processor_count());
   w.segments = segments.count;
@@ -75,9 +86,27 @@ int64_t carve(const MlstmProblem& p, Pass pass, void* workspace, Work& w, float*
 
 int64_t carve_forward(const MlstmForward& params, void* workspace, Work& w, float*& m) {
   m = params.m;
-  if (params.h == nullptr) return carve(params.p, Pass::state, workspace, w);
+  if (params.h == nullptr) return carve(params.p, Pass::state, workspace, w, nullptr);
   const bool given = params.m != nullptr || params.p.input_gate == InputGate::sigmoid;
-  return carve(params.p, Pass::h, workspace, w, given ? nullptr : &m);
+  return carve(params.p, Pass::h, workspace, w, params.kept_states, given ? nullptr : &m);
+}
+
+uint64_t items_of(const Work& w) { return static_cast<uint64_t>(w.layout.max_chunks * w.p.heads); }
+
+// Of an array with `rows` rows of `row` 16-bit numbers for each item.
+cudaError_t encode_item(CUtensorMap& map, const Work& w, const void* data, uint64_t row, uint64_t rows,
+                        uint32_t box_row) {
+  return encode<3>(map, data, {row, rows, items_of(w)}, {row * 2, row * rows * 2},
+                   {box_row, static_cast<uint32_t>(rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+// The maps of w.c and w.n.
+cudaError_t make_state_maps(const Work& w, Maps& maps) {
+  const uint64_t block_rows = static_cast<uint64_t>(w.blocks_k) * w.blocks_v * box;
+  RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items_of(w)}, {box * 2, block_rows * box * 2},
+                             {box, box, 1}, CU_TENSOR_MAP_SWIZZLE_NONE));
+  if (!has_small_tiles(w.p) || w.dn == nullptr) return cudaSuccess;
+  return encode_item(maps.n, w, w.n, static_cast<uint64_t>(w.p.dqk) * 2, 1, 2 * box);
 }
 
 // Called after the first launch. Encoding needs the device's context to be current in this thread, and a launch makes
@@ -95,27 +124,19 @@ cudaError_t make_maps(const Work& w, const Strided* dh, Maps& maps) {
     RETURN_IF_FAILED(encode_rows(maps.q, p.q, p, p.dqk));
     if (dh != nullptr) RETURN_IF_FAILED(encode_rows(maps.dh, *dh, p, p.dv));
   }
-  const uint64_t items = static_cast<uint64_t>(w.layout.max_chunks * p.heads);
-  const uint64_t block_rows = static_cast<uint64_t>(w.blocks_k) * w.blocks_v * box;
-  RETURN_IF_FAILED(encode<3>(maps.c, w.c, {box, block_rows, items}, {box * 2, block_rows * box * 2}, {box, box, 1},
-                             CU_TENSOR_MAP_SWIZZLE_NONE));
+  RETURN_IF_FAILED(make_state_maps(w, maps));
   if (has_small_tiles(p)) {
-    const auto encode_item = [&](CUtensorMap& map, const void* data, uint64_t row, uint64_t rows, uint32_t box_row) {
-      return encode<3>(map, data, {row, rows, items}, {row * 2, row * rows * 2},
-                       {box_row, static_cast<uint32_t>(rows), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
-    };
-    RETURN_IF_FAILED(encode_item(maps.alpha, w.alpha, 256, 2, 256));
-    RETURN_IF_FAILED(encode_item(maps.beta, w.beta, 256, 2, 256));
+    RETURN_IF_FAILED(encode_item(maps.alpha, w, w.alpha, 256, 2, 256));
+    RETURN_IF_FAILED(encode_item(maps.beta, w, w.beta, 256, 2, 256));
     if (dh != nullptr) {
-      RETURN_IF_FAILED(encode_item(maps.inv_d, w.inv_d, 256, 1, 256));
-      RETURN_IF_FAILED(encode_item(maps.delta, w.delta, 256, 1, 256));
-      RETURN_IF_FAILED(encode_item(maps.n, w.n, static_cast<uint64_t>(p.dqk) * 2, 1, 2 * box));
+      RETURN_IF_FAILED(encode_item(maps.inv_d, w, w.inv_d, 256, 1, 256));
+      RETURN_IF_FAILED(encode_item(maps.delta, w, w.delta, 256, 1, 256));
     }
   }
   if (w.n_parts != nullptr) {
     const uint64_t n_row = static_cast<uint64_t>(w.dqk_pitch * 2);
-    RETURN_IF_FAILED(
-        encode<3>(maps.n_parts, w.n_parts, {static_cast<uint64_t>(p.dqk), 3, items}, {n_row, n_row * 3}, {box, 8, 1}));
+    RETURN_IF_FAILED(encode<3>(maps.n_parts, w.n_parts, {static_cast<uint64_t>(p.dqk), 3, items_of(w)},
+                               {n_row, n_row * 3}, {box, 8, 1}));
   }
   return cudaSuccess;
 }
@@ -134,6 +155,14 @@ cudaError_t no_dq(const Work& w, const MlstmBackward& params, cudaStream_t strea
 }
 
 }  // namespace
+
+KeptStates kept_states(const Work& w, float* memory) {
+  const MlstmProblem& p = w.p;
+  const int64_t items = w.layout.max_chunks * p.heads;
+  float* const n = memory + items * ceil_div(p.dqk, box) * ceil_div(p.dv, box) * (box * box / 2);
+  return {
+      .c = reinterpret_cast<uint16_t*>(memory), .n = n, .log = p.dtype == DType::float16 ? n + items * p.dqk : nullptr};
+}
 
 void describe(const MlstmProblem& p, Work& w) {
   w.p = p;
@@ -181,6 +210,10 @@ bool reads(const Strided& t, const MlstmProblem& p) {
          good(t.head, p.heads);
 }
 
+int64_t kept_floats(DType dtype, int64_t dqk, int64_t dv) {
+  return ceil_div(dqk, box) * ceil_div(dv, box) * (box * box / 2) + dqk + (dtype == DType::float16 ? 1 : 0);
+}
+
 int64_t forward_workspace_bytes(const MlstmForward& params) {
   Work w;
   float* m;
@@ -200,13 +233,13 @@ cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t st
 
 int64_t backward_workspace_bytes(const MlstmBackward& params) {
   Work w;
-  return carve(params.p, Pass::gradients, nullptr, w);
+  return carve(params.p, Pass::gradients, nullptr, w, params.kept_states);
 }
 
 cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t stream) {
   MlstmBackward params = given;
   Work w;
-  carve(params.p, Pass::gradients, workspace, w);
+  carve(params.p, Pass::gradients, workspace, w, params.kept_states);
   const bool has_dh = params.dh.data != nullptr;
   // Zeros, a row's for every token: inv_d and what lies behind it up to k_dk have at least 2,560 bytes.
   if (!has_dh) params.dh = w.p.q = Strided{.data = w.inv_d};
@@ -218,15 +251,22 @@ cudaError_t backward(const MlstmBackward& given, void* workspace, cudaStream_t s
   } else {
     RETURN_IF_FAILED(scan_gates(w, nullptr, nullptr, nullptr, stream));
     RETURN_IF_FAILED(make_maps(w, &params.dh, maps));
-    RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, nullptr, stream));
+    if (params.kept_states == nullptr) {
+      RETURN_IF_FAILED(forward_states(w, maps, nullptr, nullptr, nullptr, stream));
+    }
     if (has_dh) {
       RETURN_IF_FAILED(output_dq(w, maps, params, stream));
     } else {
       RETURN_IF_FAILED(no_dq(w, params, stream));
     }
   }
+  if (params.dk == nullptr && params.dc0 == nullptr) return cudaSuccess;  // a first part without an initial state
   RETURN_IF_FAILED(backward_states(w, maps, params, stream));
   if (params.dk == nullptr) return sum_open_tokens(w, params, stream);
+  if (w.dc != w.c) {
+    w.c = w.dc, w.n = w.dn;
+    RETURN_IF_FAILED(make_state_maps(w, maps));
+  }
   RETURN_IF_FAILED(output_dk_dv(w, maps, params, stream));
   return gate_gradients(w, params, stream);
 }

@@ -20,6 +20,9 @@ bool serves(const MlstmProblem& p);
 // Whether the TMA can follow an input: 16-byte aligned, strides greater than 0 and multiples of 16 bytes.
 bool reads(const Strided& t, const MlstmProblem& p);
 
+// See mlstm_kept_floats.
+int64_t kept_floats(DType dtype, int64_t dqk, int64_t dv);
+
 int64_t forward_workspace_bytes(const MlstmForward& params);
 cudaError_t forward(const MlstmForward& params, void* workspace, cudaStream_t stream);
 

@@ -34,7 +34,7 @@ __device__ __noinline__ void mend_rows(const OutputArgs& args, const Tile& tile,
   };
   const auto state_at = [&](int col, int k) {
     const int row = R::state_rows_are_k ? k : col, column = R::state_rows_are_k ? col : k;
-    const auto* block = reinterpret_cast<const T*>(w.block(tile.item, row / box, column / box));
+    const auto* block = reinterpret_cast<const T*>(w.block(w.c, tile.item, row / box, column / box));
     return to_float(block[row % box * box + ((column % box / 8) ^ (row % 8)) * 8 + column % 8]);
   };
   const float2 m_start = w.m_start[tile.item], alpha_last = w.alpha_last[tile.item];

@@ -591,7 +591,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       const auto write_n = [&](int exponent) {
         for_each_n([&](float& x, int row) {
           if (pos != 0) return;
-          w.n[item * l.dqk + row] = x;
+          (backward ? w.dn : w.n)[item * l.dqk + row] = x;
           if (!backward && w.n_parts != nullptr) {  // as a sum of three 16-bit numbers
             float left = is_half ? x * power_of_two(-exponent) : x;
             for (int part = 0; part < 3; ++part) {
@@ -617,7 +617,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         if (thread == 0 && !is_zero(step)) {
           for (int b = 0; b < Shared::y_boxes; ++b) {
             if (group_row0 < l.dqk && col0 + b * box < l.dv) {
-              ptx::bulk_store(w.block(item, group_row0 / box, col0 / box + b), sh.rounded[group][b], box_bytes);
+              uint16_t* const to = w.block(backward ? w.dc : w.c, item, group_row0 / box, col0 / box + b);
+              ptx::bulk_store(to, sh.rounded[group][b], box_bytes);
             }
           }
           ptx::bulk_store_commit();

@@ -58,9 +58,11 @@ struct Work {
   // overwrites it with the gradient of the state at the chunk's end. A sequence's first state or last gradient that is
   // all zeros is neither written nor read: with 16 chunks this saves a sixteenth of the traffic.
   uint16_t* c;        // of q's type; null: neither c nor n is kept, the forward makes the final state alone
+  uint16_t* dc;       // backward: where the gradient goes, c itself or, where the forward has kept c, other memory
   bool starts_empty;  // no initial state and no pool
   bool ends_empty;    // backward: no gradient of the final c and n
   float* n;           // [N][dqk], likewise, zeros too
+  float* dn;
   uint16_t* n_parts;  // forward: [N][3][dqk_pitch] n as a sum of three numbers of q's type, scaled as c
   // float16: [N] c is kept as 2^-state_log c and its gradient, in the backward, as 2^-grad_log dc. bfloat16: null.
   float *state_log, *grad_log;
@@ -97,8 +99,8 @@ struct Work {
 
   // Index of block (k, v) of an item's state, clamped to the last: what is read beyond it meets zeros or is not stored.
   __device__ int block_index(int k, int v) const { return min(k, blocks_k - 1) * blocks_v + min(v, blocks_v - 1); }
-  __device__ uint16_t* block(int64_t item, int k, int v) const {
-    return c + (item * blocks_k * blocks_v + block_index(k, v)) * (box * box);
+  __device__ uint16_t* block(uint16_t* of, int64_t item, int k, int v) const {
+    return of + (item * blocks_k * blocks_v + block_index(k, v)) * (box * box);
   }
 };
 
@@ -107,6 +109,14 @@ struct Work {
 void describe(const MlstmProblem& p, Work& w);
 void carve_table(Carver& carver, Work& w);
 cudaError_t encode_rows(CUtensorMap& map, const Strided& t, const MlstmProblem& p, int64_t dim);
+
+// Where a described Work's c, n and state_log lie in memory of its N * kept_floats.
+struct KeptStates {
+  uint16_t* c;
+  float* n;
+  float* log;  // float16 only
+};
+KeptStates kept_states(const Work& w, float* memory);
 
 // Calls f with a value of the problem's 16-bit type.
 template <typename F>
@@ -183,7 +193,7 @@ struct Segments {
 };
 Segments choose_segments(const MlstmProblem& p, int processors);
 
-// outputs.cuh
+// outputs.cuh. These of the states read c and n: output_dk_dv their gradients.
 cudaError_t output_h(const Work& w, const Maps& maps, void* h, float* s, const float* m, cudaStream_t stream);
 // Also fills inv_d, delta, e, q_dq and the last two parts of k_dk.
 cudaError_t output_dq(const Work& w, const Maps& maps, const MlstmBackward& params, cudaStream_t stream);

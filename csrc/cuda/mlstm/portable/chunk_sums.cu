@@ -43,6 +43,7 @@ __device__ __forceinline__ void product_tile(float (&acc)[2][4][4], ChunkSumsSha
                                              int warp_col) {
   using Shared = ChunkSumsShared<T>;
   constexpr int tile_k = Shared::tile_k, pitch = Shared::pitch, num_stages = Shared::num_stages;
+  constexpr Computed computed = std::is_same_v<T, G> ? Computed::none : Computed::b;  // inputs, or a state
   const auto fetch = [&](int64_t k, int index) {
     if (k < inner) {
       load_tile<chunk_tokens, tile_k, pitch>(sh.stage[index].a, a, 0, k);
@@ -63,7 +64,8 @@ __device__ __forceinline__ void product_tile(float (&acc)[2][4][4], ChunkSumsSha
     __syncthreads();
     fetch(k + (num_stages - 1) * tile_k, (step + num_stages - 1) % num_stages);
     const auto& stage = sh.stage[step % num_stages];
-    warp_mma<T, false, false>(acc, stage.a + warp_row * pitch, pitch, stage.b + warp_col * pitch, pitch, 0, tile_k);
+    warp_mma<T, false, false, computed>(acc, stage.a + warp_row * pitch, pitch, stage.b + warp_col * pitch, pitch, 0,
+                                        tile_k);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

@@ -12,7 +12,7 @@
 // A block of four warps (two by two) makes 64 rows by tile_n columns of the output.
 //   A loop over the inner dimension of T (dqk or dv), in steps of tile_k, makes T = A B^T and A S at once. They share
 //     the fragments of A. A, B and S come through three cp.async stages. Column tiles of the same rows compute T again.
-//   P is made from T in registers, rounded, and stored to shared memory.
+//   P is made from T in registers and stored to shared memory, in bfloat16 where the inputs are.
 //   The product P Z is added to the scaled A S.
 // Row sums come from the float32 accumulators: s_t of h, and the shares of q . dq and k . dk in the state's term, for
 // the gates' gradients. chunk_sums.cu makes the other shares.
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
       FragmentA<T, 2> rows;
       load_a<T, false>(rows, stage.a + warp_row * Shared::ab_pitch, Shared::ab_pitch, kk);
       multiply<T, false>(product, rows, stage.b + warp_col * Shared::ab_pitch, Shared::ab_pitch, kk);
-      multiply<T, Shared::state_rows_are_k>(out, rows, state_columns, Shared::s_pitch, kk);
+      multiply<T, Shared::state_rows_are_k, Computed::b>(out, rows, state_columns, Shared::s_pitch, kk);
     }
     if constexpr (output == Output::h) {
       constexpr int width = Group<E>::width;
@@ -278,8 +278,8 @@ __global__ void __launch_bounds__(threads_per_block, Arithmetic<T>::split && til
   }
   if (!__syncthreads_or(odd)) {
     const int k_begin = rows_are_t ? 0 : warp_row, k_end = rows_are_t ? warp_row + 32 : chunk_tokens;
-    warp_mma<T, false, true>(out, tail.p + warp_row * Shared::p_pitch, Shared::p_pitch, tail.z + warp_out,
-                             Shared::z_pitch, k_begin, k_end);
+    warp_mma<T, false, true, Computed::a>(out, tail.p + warp_row * Shared::p_pitch, Shared::p_pitch, tail.z + warp_out,
+                                          Shared::z_pitch, k_begin, k_end);
   } else {
     for (int mt = 0; mt < 2; ++mt)
       for (int nt = 0; nt < n_tiles; ++nt)

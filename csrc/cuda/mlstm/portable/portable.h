@@ -8,7 +8,7 @@
 namespace flash_xlstm::cuda::portable {
 
 inline std::string words() {
-  return "portable (mma.sync tensor cores: bfloat16, tf32 for float16, 3x split tf32 for float32)";
+  return "portable (mma.sync tensor cores: bfloat16, tf32 and a bfloat16 rest for float16, 3x split tf32 for float32)";
 }
 
 int64_t forward_workspace_bytes(const MlstmForward& params);

@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(threads_per_block) states_kernel(const __grid_
       for (int nt = 0; nt < 4; ++nt)
 #pragma unroll
         for (int r = 0; r < 4; ++r) acc[mt][nt][r] *= keep;
-    warp_mma<T, true, true>(acc, stage.x + warp_row, Shared::x_pitch, stage.y + warp_col, Shared::y_pitch, 0,
-                            chunk_tokens);
+    warp_mma<T, true, true, Computed::a>(acc, stage.x + warp_row, Shared::x_pitch, stage.y + warp_col, Shared::y_pitch,
+                                         0, chunk_tokens);
   }
 
   if (end < seq_end) {

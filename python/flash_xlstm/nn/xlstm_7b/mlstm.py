@@ -17,6 +17,7 @@ from flash_xlstm.nn.state import State, fitting_state, has_slots
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, op_weight
 from flash_xlstm.nn.xlstm_7b.projections import FusableProjections
 from flash_xlstm.ops import _common
+from flash_xlstm.ops.mlstm import keeps_for
 from flash_xlstm.ops.mlstm_gated import mlstm_gated
 
 KERNELS = ("flash", "chunkwise", "parallel", "recurrent")
@@ -61,6 +62,9 @@ class mLSTMLayer(FusableProjections):
 
     #: The ranks that share each sequence (:func:`flash_xlstm.distributed.context.set_group`), or None.
     context_group: Any = None
+    #: Whether training keeps the kernel's states for the backward where :func:`flash_xlstm.ops.mlstm` can: faster, for
+    #: more memory. Gradient checkpointing keeps none.
+    keep_states: bool = True
 
     def __init__(
         self,
@@ -199,9 +203,11 @@ class mLSTMLayer(FusableProjections):
         self, x: Tensor, z: Tensor, weight: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         """The input of the output projection, from the joined projection z."""
+        i, f = self._gates(x, padding, z.dtype)
         return mlstm_gated(
-            z, *self._gates(x, padding, z.dtype), weight, cu_seqlens, self.num_heads, self.qk_dim, None, self.eps,
+            z, i, f, weight, cu_seqlens, self.num_heads, self.qk_dim, None, self.eps,
             self.gate_soft_cap, _common.chunk_size_or_0(self.chunk_size), self.multihead_norm.eps,
+            self.keep_states and keeps_for((z, i, f)),
         )[0]  # fmt: skip
 
     def _gates(self, x: Tensor, padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -225,6 +231,8 @@ class mLSTMLayer(FusableProjections):
         run = self._mlstm
         if q.dtype == torch.float64 and self.kernel == "flash" and self.context_group is None:
             run = _sequence_kernel("chunkwise", self.chunk_size)
+        elif self.kernel == "flash":
+            run = functools.partial(run, keep_states=self.keep_states)
         out = run(
             q, k, v, i, f, initial_state=None if state is None else fitting_state(state, q),
             eps=self.eps, gate_soft_cap=self.gate_soft_cap, cu_seqlens=cu_seqlens, return_final_state=return_state,

@@ -1,9 +1,9 @@
 """The two halves of a block, ``x + f(norm(x))``, for training. Each is one autograd function.
 
-The forward keeps what costs much to recompute: x, the joined projections, and the h and gated output of the mLSTM. The
-kernels of the gradients also return the norms' outputs and SwiGLU's product. The residual is added in the epilogue of
-the output product. The residual's gradient is added in the kernel of the norm's gradient. Projections are parts of one
-joined tensor. Their gradients are written side by side, as the product of the joined gradient reads them.
+The forward keeps what costs much to recompute: x, the joined projections, and the states, h and gated output of the
+mLSTM. The kernels of the gradients also return the norms' outputs and SwiGLU's product. The residual is added in the
+epilogue of the output product. The residual's gradient is added in the kernel of the norm's gradient. Projections are
+parts of one joined tensor. Their gradients are written side by side, as the product of the joined gradient reads them.
 
 Large products are in float8 where torchao's layers hold the weights (:mod:`flash_xlstm.nn.xlstm_7b.products`).
 
@@ -63,7 +63,8 @@ class MlstmHalf(NamedTuple):
     tensors: tuple[Tensor, ...]  # weights of norm, head norm, out_proj, projections and gates; the gates' biases
     counts: tuple[int, int]  # how many projections and gates there are
     sizes: tuple[int, int]  # heads, qk_dim
-    numbers: tuple[float, float, float, float | None, int]  # eps of norm, mLSTM, head norm; soft cap; chunk size
+    # eps of norm, mLSTM, head norm; soft cap; chunk size; whether states are kept
+    numbers: tuple[float, float, float, float | None, int, bool]
     ranks: Ranks | None = None
     float8: Float8 | None = None  # not with ranks
 
@@ -120,7 +121,14 @@ def mlstm_half(block: Any, x: Tensor) -> MlstmHalf | None:
         (*tensors, *stacked, *(own[0] for own in found), *(own[1] for own in found)),
         (len(projections), len(gates)),
         (layer.num_heads, layer.qk_dim),
-        (norm.eps, layer.eps, head_norm.eps, layer.gate_soft_cap, _common.chunk_size_or_0(layer.chunk_size)),
+        (
+            norm.eps,
+            layer.eps,
+            head_norm.eps,
+            layer.gate_soft_cap,
+            _common.chunk_size_or_0(layer.chunk_size),
+            layer.keep_states,
+        ),
         float8=float8,
     )
 
@@ -212,12 +220,12 @@ class _Mlstm(torch.autograd.Function):
     def forward(ctx, x, padding, cu_seqlens, counts, sizes, numbers, again, ranks, float8, *tensors):
         norm, head, out, *rest = tensors
         parts, gates, biases = _split(rest, counts)
-        eps, mlstm_eps, head_eps, cap, chunk_size = numbers
+        eps, mlstm_eps, head_eps, cap, chunk_size, keep_states = numbers
         normed = _gathered(_operators.rms_norm(x, norm, eps), ranks)
         z, pre = _projected(normed.flatten(0, 1), parts, gates, biases, float8)
         z, i, f = _read(z, pre, padding, normed.shape, sizes)
         y, h, kept = _operators.mlstm_gated(
-            z, i, f, head, cu_seqlens, *sizes, None, mlstm_eps, cap, chunk_size, head_eps
+            z, i, f, head, cu_seqlens, *sizes, None, mlstm_eps, cap, chunk_size, head_eps, keep_states and not again
         )  # fmt: skip
         ctx.save_for_backward(
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
@@ -230,7 +238,7 @@ class _Mlstm(torch.autograd.Function):
     def backward(ctx, dout):
         x, padding, cu_seqlens, h, kept, z, pre, y, norm, head, out, *rest = ctx.saved_tensors
         parts, gates, biases = _split(rest, ctx.counts)
-        eps, mlstm_eps, head_eps, cap, chunk_size = ctx.numbers
+        eps, mlstm_eps, head_eps, cap, chunk_size, _ = ctx.numbers
         ranks, float8 = ctx.ranks, ctx.float8
         wants = ctx.needs_input_grad[9:]
         want_norm, want_head, want_out, *want_rest = wants
