@@ -7,6 +7,12 @@
 
 namespace flash_xlstm::cpu {
 
+// Single cache lines of it. A core has room for about 16 requests to memory.
+struct Lines {
+  const void* const* lines = nullptr;
+  int64_t count = 0;
+};
+
 class Ahead {
  public:
   void clear() { count_ = at_ = 0; }

@@ -223,8 +223,8 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
 
 namespace {
 
-// 16 pairs (low, high) of float32 numbers as pairs of bfloat16 numbers, three times: each part is what the ones before it
-// leave, rounded. Pairs of depths that lie 16 apart need no other order; a product may sum its depths in any.
+// 16 pairs (low, high) of float32 numbers as pairs of bfloat16 numbers, three times: each part is what the ones before
+// leave, rounded. Depths that lie 16 apart make a pair, which takes no permutation; a product may sum in any order.
 void split(__m512i (&to)[3], __m512 low, __m512 high) {
   const __m512i half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int p = 0; p < 3; ++p) {
@@ -243,38 +243,23 @@ __m512i magnitudes(__m512 values) {
   return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
 }
 
-// The range of all numbers.
-struct WholeRange {
+// The least and the largest magnitude seen in each lane.
+struct Magnitudes {
   __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
 
-  void see(int64_t, __m512 values) {
+  void see(__m512 values) {
     const __m512i bits = magnitudes(values);
     least = _mm512_min_epu32(least, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
     most = _mm512_max_epu32(most, bits);
   }
-  Range range() const {
-    alignas(64) uint32_t low[16], high[16];
-    _mm512_store_si512(low, least);
-    _mm512_store_si512(high, most);
-    Range all;
-    for (int x = 0; x < 16; ++x) all.add({low[x], high[x]});
-    return all;
+  bool within(const Range& range) const {
+    const __m512i low = _mm512_set1_epi32(static_cast<int>(range.least)),
+                  high = _mm512_set1_epi32(static_cast<int>(range.most));
+    return (_mm512_cmplt_epu32_mask(least, low) | _mm512_cmpgt_epu32_mask(most, high)) == 0;
   }
-};
-// Which rows have numbers outside of a range: a bit each, of 16 rows a number.
-struct RowsOutside {
-  uint16_t* outside;
-  __m512i least, span;
-
-  RowsOutside(uint16_t* outside, const Range& range)
-      : outside(outside),
-        least(_mm512_set1_epi32(static_cast<int>(range.least + 1))),
-        span(_mm512_set1_epi32(static_cast<int>(range.most - (range.least + 1)))) {}
-  void see(int64_t row, __m512 values) {
-    const __m512i bits = magnitudes(values);
-    const __mmask16 some =
-        _mm512_mask_cmpgt_epu32_mask(_mm512_test_epi32_mask(bits, bits), _mm512_sub_epi32(bits, least), span);
-    outside[row / 16] |= static_cast<uint16_t>((some != 0) << row % 16);
+  void add_to(Seen& seen) const {
+    _mm512_store_si512(seen.least, _mm512_min_epu32(least, _mm512_load_si512(seen.least)));
+    _mm512_store_si512(seen.most, _mm512_max_epu32(most, _mm512_load_si512(seen.most)));
   }
 };
 
@@ -290,166 +275,213 @@ void transpose(uint16_t* tile) {
   for (int x = 0; x < 16; ++x) _mm512_storeu_si512(tile + x * 32, rows[x]);
 }
 
-// As above, in three parts.
-template <typename Sees>
-void split_along(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
-                 Sees& sees) {
+// As above, in three parts. Depths [begin, end), all of them seen.
+void split_along(uint16_t* to, Seen& seen, const float* from, int64_t from_row, bool transposed, int64_t rows,
+                 int64_t depth, int64_t begin, int64_t end, uint16_t* outside, const Range& range) {
   const int64_t part = padded(depth, tile_depth) * 16;
-  for (int64_t r = 0; r < rows; r += 16, to += 2 * part) {
-    for (int64_t k = 0; k < depth; k += 32, to += 512) {
+  for (int64_t r = 0; r < rows; r += 16, to += 3 * part) {
+    for (int64_t k = begin; k < end; k += 32) {
       const __mmask16 low = first(depth - k), high = first(depth - k - 16);
-      for (int64_t x = 0; x < 16; ++x) {
+      const auto load = [&](__m512(&values)[2], int64_t x) {
         const float* row = from + (r + x) * from_row + k;
         const bool is_row = r + x < rows;
-        const __m512 values[2] = {_mm512_maskz_loadu_ps(is_row ? low : 0, row),
-                                  _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16)};
-        sees.see(r + x, values[0]);
-        sees.see(r + x, values[1]);
-        put(to + x * 32, part, values[0], values[1]);
+        values[0] = _mm512_maskz_loadu_ps(is_row ? low : 0, row);
+        values[1] = _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16);
+      };
+      Magnitudes here;
+      __m512 values[2];
+      for (int64_t x = 0; x < 16; ++x) {
+        load(values, x);
+        here.see(values[0]);
+        here.see(values[1]);
+        put(to + k * 16 + x * 32, part, values[0], values[1]);
       }
-      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+      here.add_to(seen);
+      for (int p = 0; p < 3 && transposed; ++p) transpose(to + k * 16 + p * part);
+      if (outside == nullptr || here.within(range)) continue;
+      for (int64_t x = 0; x < 16; ++x) {
+        Magnitudes of_row;
+        load(values, x);
+        of_row.see(values[0]);
+        of_row.see(values[1]);
+        if (!of_row.within(range)) outside[r / 16] |= static_cast<uint16_t>(1u << x);
+      }
     }
   }
 }
-template <typename Sees>
-void split_across(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
-                  Sees& sees) {
+void split_across(uint16_t* to, Seen& seen, const float* from, int64_t from_row, bool transposed, int64_t depth,
+                  int64_t columns) {
   const int64_t part = padded(depth, tile_depth) * 16;
+  Magnitudes all;
   for (int64_t c = 0; c < columns; c += 16, to += 2 * part) {
     const __mmask16 mask = first(columns - c);
     for (int64_t k = 0; k < depth; k += 32, to += 512) {
       for (int x = 0; x < 16; ++x) {
         const float* row = from + (k + x) * from_row + c;
-        const __m512 values[2] = {_mm512_maskz_loadu_ps(k + x < depth ? mask : 0, row),
-                                  _mm512_maskz_loadu_ps(k + x + 16 < depth ? mask : 0, row + 16 * from_row)};
-        sees.see(c, values[0]);
-        sees.see(c, values[1]);
-        put(to + x * 32, part, values[0], values[1]);
+        const __m512 low = _mm512_maskz_loadu_ps(k + x < depth ? mask : 0, row);
+        const __m512 high = _mm512_maskz_loadu_ps(k + x + 16 < depth ? mask : 0, row + 16 * from_row);
+        all.see(low);
+        all.see(high);
+        put(to + x * 32, part, low, high);
       }
       for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
     }
   }
+  all.add_to(seen);
 }
 
 }  // namespace
 
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows,
                        int64_t depth) {
-  WholeRange seen;
+  Seen seen;
   if (transposed) {
-    split_across(to, from, from_row, true, depth, rows, seen);
+    split_across(to, seen, from, from_row, true, depth, rows);
   } else {
-    split_along(to, from, from_row, false, rows, depth, seen);
+    split_along(to, seen, from, from_row, false, rows, depth, 0, depth, nullptr, {});
   }
   return seen.range();
 }
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns) {
-  WholeRange seen;
+  Seen seen;
   if (transposed) {
-    split_along(to, from, from_row, true, columns, depth, seen);
+    split_along(to, seen, from, from_row, true, columns, depth, 0, depth, nullptr, {});
   } else {
-    split_across(to, from, from_row, false, depth, columns, seen);
+    split_across(to, seen, from, from_row, false, depth, columns);
   }
   return seen.range();
 }
-void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const float* from, int64_t from_row,
-                      int64_t rows, int64_t depth) {
-  for (int64_t x = 0; x < padded(rows, 16) / 16; ++x) outside[x] = 0;
-  RowsOutside seen(outside, range);
-  split_along(to, from, from_row, false, rows, depth, seen);
+void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
+                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end) {
+  for (int64_t x = 0; x < padded(rows, 16) / 16 && begin == 0; ++x) outside[x] = 0;
+  split_along(to, seen, from, from_row, false, rows, depth, begin, end, outside, range);
 }
 
-// The six products of parts of two row's and two columns' tiles, small ones first. Every block sums in this order.
-#define LOAD(number, from) _tile_loadd(number, (from) + k * 16, 64)
+void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* first, const uint16_t* second,
+                      int64_t columns, int64_t begin, int64_t end) {
+  const int64_t part = padded(depth, tile_depth) * 16, from_part = padded(columns, tile_depth) * 16;
+  const int64_t last = padded(columns, 16), stop = end < last ? end : last;
+  const __m512i zero = _mm512_setzero_si512();
+  for (int64_t c = begin; c < stop; c += 32) {
+    for (int p = 0; p < 3; ++p) {
+      const int64_t from = p * from_part + c * 16;
+      uint16_t *to_low = to + c / 16 * 3 * part + p * part + k * 16, *to_high = to_low + 3 * part;
+      for (int64_t x = 0; x < 512; x += 32) {
+        const __m512i low = first == nullptr ? zero : _mm512_loadu_si512(first + from + x);
+        const __m512i high = second == nullptr ? zero : _mm512_loadu_si512(second + from + x);
+        _mm512_storeu_si512(to_low + x, _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)));
+        if (c + 16 == last) continue;
+        _mm512_storeu_si512(to_high + x, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+      }
+    }
+  }
+}
+
+// Tile loads take a thread's time, products of tiles take only their own. So a tile of the right operand is loaded once
+// for a row of tiles, and twice for two. Small products first, and in one order for both.
+#define LOAD(number, from) _tile_loadd(number, from, 64)
+#define MULTIPLY_COLUMN(number)                          \
+  do {                                                   \
+    const uint16_t* const right = b + (number) * stride; \
+    LOAD(7, right + 2 * part);                           \
+    _tile_dpbf16ps(number, 4, 7);                        \
+    LOAD(7, right + part);                               \
+    _tile_dpbf16ps(number, 4, 7);                        \
+    _tile_dpbf16ps(number, 5, 7);                        \
+    LOAD(7, right);                                      \
+    _tile_dpbf16ps(number, 5, 7);                        \
+    _tile_dpbf16ps(number, 6, 7);                        \
+    _tile_dpbf16ps(number, 4, 7);                        \
+  } while (false)
+#define LOAD_LEFT(which)       \
+  LOAD(4, a + (which) * part); \
+  LOAD(5, a + stride + (which) * part)
+#define LOAD_RIGHT(which)      \
+  LOAD(6, b + (which) * part); \
+  LOAD(7, (tiles > 1 ? b + stride : b) + (which) * part)
+#define MULTIPLY_TWO_BY_TWO() \
+  _tile_dpbf16ps(0, 4, 6);    \
+  _tile_dpbf16ps(1, 4, 7);    \
+  _tile_dpbf16ps(2, 5, 6);    \
+  _tile_dpbf16ps(3, 5, 7)
+
+bool step(FloatProduct& p) {
+  constexpr int64_t most_depth = 128;  // a sum is of few numbers, and tiles of 32 rows stay in L1
+  const int64_t part = padded(p.depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
+  const int64_t tiles = (p.columns - p.column + 15) / 16;
+  const int64_t end = p.depth - p.piece < most_depth ? p.depth : p.piece + most_depth;
+  const bool two_rows = p.rows - p.row > 16;
+  if (p.k < end) {
+    const uint16_t* const a = p.a + p.row / 16 * stride + p.k * 16;
+    const uint16_t* const b = p.b + p.column / 16 * stride + p.k * 16;
+    if (p.k == p.piece && p.phase == 0) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    int phases = 3;
+    if (two_rows) {
+      if (p.phase == 0) {
+        LOAD_LEFT(0);
+        LOAD_RIGHT(2);
+        MULTIPLY_TWO_BY_TWO();
+        LOAD_RIGHT(1);
+      } else if (p.phase == 1) {
+        LOAD_LEFT(1);
+        MULTIPLY_TWO_BY_TWO();
+        LOAD_RIGHT(0);
+      } else {
+        LOAD_LEFT(2);
+        MULTIPLY_TWO_BY_TWO();
+        LOAD_LEFT(0);
+      }
+      MULTIPLY_TWO_BY_TWO();
+    } else {
+      phases = tiles < 4 ? static_cast<int>(tiles) : 4;
+      if (p.phase == 0) {
+        LOAD(4, a);
+        LOAD(5, a + part);
+        LOAD(6, a + 2 * part);
+        MULTIPLY_COLUMN(0);
+      } else if (p.phase == 1) {
+        MULTIPLY_COLUMN(1);
+      } else if (p.phase == 2) {
+        MULTIPLY_COLUMN(2);
+      } else {
+        MULTIPLY_COLUMN(3);
+      }
+    }
+    if (++p.phase == phases) p.phase = 0, p.k += tile_depth;
+    return true;
+  }
+  alignas(64) float sums[256];
+  const auto tile = [&](int64_t row, int64_t column) {
+    float* to = p.out + (p.row + row) * p.out_row + p.column + column;
+    return Tile{
+        to, p.add || p.piece > 0 ? to : nullptr, 1.0f, p.out_row, p.rows - p.row - row, p.columns - p.column - column};
+  };
+  STORE_TILE(0, tile(0, 0));
+  if (tiles > 1) STORE_TILE(1, tile(0, 16));
+  if (two_rows) {
+    STORE_TILE(2, tile(16, 0));
+    if (tiles > 1) STORE_TILE(3, tile(16, 16));
+  } else {
+    if (tiles > 2) STORE_TILE(2, tile(0, 32));
+    if (tiles > 3) STORE_TILE(3, tile(0, 48));
+  }
+  p.column += two_rows ? 32 : 64;
+  if (p.column >= p.columns) p.column = 0, p.piece += most_depth;
+  if (p.piece >= p.depth) p.piece = 0, p.row += 32;
+  p.k = p.piece;
+  return p.row < p.rows;
+}
 
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth) {
-  constexpr int64_t most_depth = 128;  // tiles of 32 rows stay in L1, and a sum is of few numbers
-  const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
-  alignas(64) float sums[256];
-  for (int64_t r = 0; r < rows; r += 32) {
-    const bool two_rows = rows - r > 16;
-    for (int64_t begin = 0; begin < depth; begin += most_depth) {
-      const int64_t end = depth - begin < most_depth ? depth : begin + most_depth;
-      const auto tile = [&](int64_t row, int64_t column) {
-        float* to = out + row * out_row + column;
-        return Tile{to, add || begin > 0 ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
-      };
-      for (int64_t c = 0; c < columns; c += two_rows ? 32 : 64) {
-        const int64_t tiles = (columns - c + 15) / 16;
-        const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        if (two_rows) {
-          const uint16_t *a1 = a0 + stride, *b1 = tiles > 1 ? b0 + stride : b0;
-          for (int64_t k = begin; k < end; k += 32) {
-#define MULTIPLY           \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(3, 5, 7)
-#define LOAD_LEFT(which)        \
-  LOAD(4, a0 + (which) * part); \
-  LOAD(5, a1 + (which) * part)
-#define LOAD_RIGHT(which)       \
-  LOAD(6, b0 + (which) * part); \
-  LOAD(7, b1 + (which) * part)
-            LOAD_LEFT(0);
-            LOAD_RIGHT(2);
-            MULTIPLY;
-            LOAD_RIGHT(1);
-            MULTIPLY;
-            LOAD_LEFT(1);
-            MULTIPLY;
-            LOAD_RIGHT(0);
-            MULTIPLY;
-            LOAD_LEFT(2);
-            MULTIPLY;
-            LOAD_LEFT(0);
-            MULTIPLY;
-          }
-          STORE_TILE(0, tile(r, c));
-          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
-          STORE_TILE(2, tile(r + 16, c));
-          if (tiles > 1) STORE_TILE(3, tile(r + 16, c + 16));
-        } else {  // four columns' tiles, two at a time: a product takes as long as three others
-          const uint16_t *b1 = tiles > 1 ? b0 + stride : b0, *b2 = tiles > 2 ? b0 + 2 * stride : b0,
-                         *b3 = tiles > 3 ? b0 + 3 * stride : b0;
-          for (int64_t k = begin; k < end; k += 32) {
-#define MULTIPLY_TWO(x, y, left) \
-  _tile_dpbf16ps(x, left, 6);    \
-  _tile_dpbf16ps(y, left, 7)
-#define LOAD_TWO(x, y, which)     \
-  LOAD(6, b##x + (which) * part); \
-  LOAD(7, b##y + (which) * part)
-#define MULTIPLY_PARTS(x, y) \
-  LOAD(4, a0);               \
-  LOAD_TWO(x, y, 2);         \
-  MULTIPLY_TWO(x, y, 4);     \
-  LOAD_TWO(x, y, 1);         \
-  MULTIPLY_TWO(x, y, 4);     \
-  LOAD(5, a0 + part);        \
-  MULTIPLY_TWO(x, y, 5);     \
-  LOAD_TWO(x, y, 0);         \
-  MULTIPLY_TWO(x, y, 5);     \
-  LOAD(5, a0 + 2 * part);    \
-  MULTIPLY_TWO(x, y, 5);     \
-  MULTIPLY_TWO(x, y, 4)
-            MULTIPLY_PARTS(0, 1);
-            if (tiles > 2) {
-              MULTIPLY_PARTS(2, 3);
-            }
-          }
-          STORE_TILE(0, tile(r, c));
-          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
-          if (tiles > 2) STORE_TILE(2, tile(r, c + 32));
-          if (tiles > 3) STORE_TILE(3, tile(r, c + 48));
-        }
-      }
-    }
+  FloatProduct p{out, out_row, add, a, b, rows, columns, depth};
+  while (step(p)) {
   }
 }
 
@@ -466,7 +498,10 @@ void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*
               Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
-void pack_left_floats(uint16_t*, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
+void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t, int64_t,
+                      int64_t) {}
+void turn_left_floats(uint16_t*, int64_t, int64_t, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
+bool step(FloatProduct&) { return false; }
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

@@ -15,9 +15,12 @@ namespace flash_xlstm::cpu::amx {
 
 constexpr int64_t tile_rows = 16, tile_depth = 32;
 
-constexpr int64_t padded(int64_t size, int64_t tile) { return (size + tile - 1) / tile * tile; }
+// Inlined, because code of every instruction set calls it.
+__attribute__((always_inline)) constexpr int64_t padded(int64_t size, int64_t tile) {
+  return (size + tile - 1) / tile * tile;
+}
 // Elements of a packed operand: `size` rows or columns, `depth` deep, in `parts` parts.
-constexpr int64_t packed_size(int64_t size, int64_t depth, int parts) {
+__attribute__((always_inline)) constexpr int64_t packed_size(int64_t size, int64_t depth, int parts) {
   return parts * padded(size, tile_rows) * padded(depth, tile_depth);
 }
 
@@ -55,6 +58,21 @@ struct Range {
   }
 };
 
+// The ranges of lanes, which become one in the end.
+struct Seen {
+  alignas(64) uint32_t least[16], most[16];
+
+  __attribute__((always_inline)) Seen() { clear(); }
+  __attribute__((always_inline)) void clear() {
+    for (int x = 0; x < 16; ++x) least[x] = ~0u, most[x] = 0;
+  }
+  __attribute__((always_inline)) Range range() const {
+    Range all;
+    for (int x = 0; x < 16; ++x) all.add({least[x], most[x]});
+    return all;
+  }
+};
+
 // The other operand's numbers for which multiply_floats is as exact as sums in float32; 0 always is. An empty range,
 // whose least is above its most, where none are.
 __attribute__((always_inline)) inline Range exact_with(const Range& operand) {
@@ -75,13 +93,34 @@ __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range&
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns);
-// Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
-void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const float* from, int64_t from_row,
-                      int64_t rows, int64_t depth);
+// Not transposed, and only depths [begin, end), whole tiles, so that products may begin before all are packed. Bit x of
+// outside[y]: row 16 y + x has numbers outside of the range.
+void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
+                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end);
+// Two left operands of 16 rows as depths [k, k + 32) of a right operand that is `depth` deep and has as many columns as
+// they are deep. Of these [begin, end), multiples of 32. nullptr: zeros.
+void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* first, const uint16_t* second,
+                      int64_t columns, int64_t begin, int64_t end);
 
 // out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
 // on what lies beside them. Between begin() and end().
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth);
+// The same, a few products of tiles at a time. Between two steps a thread may do all but other products, and its core
+// does both at once.
+struct FloatProduct {
+  float* out;
+  int64_t out_row;
+  bool add;
+  const uint16_t *a, *b;
+  int64_t rows, columns, depth;
+  int64_t row = 0, column = 0, piece = 0, k = 0;  // where it stands
+  int phase = 0;
+
+  // Whether no tiles hold sums, so that there may be another product.
+  __attribute__((always_inline)) bool is_between_blocks() const { return k == piece && phase == 0; }
+};
+// Whether there is another step.
+bool step(FloatProduct& p);
 
 }  // namespace flash_xlstm::cpu::amx

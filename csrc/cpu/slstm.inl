@@ -20,12 +20,6 @@ constexpr int tile_rows = 3;  // 12 of 16
 #endif
 constexpr int paired_rows = tile_rows / 2;  // up to so many rows take two panels at once: four sums a row are too few
 
-// Cache lines to prefetch while a product runs, a few at a time: a core has room for about 16 requests to memory.
-struct Lines {
-  const void* const* lines = nullptr;
-  int64_t count = 0;
-};
-
 struct Product {
   float* out;  // row r at r * out_stride: panel after panel
   int64_t out_stride;
@@ -149,6 +143,59 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
   }
 }
 
+// Whether products run on AMX tiles, as three bfloat16 parts (amx.h). It depends on sizes only: tiles must be full
+// enough to beat sums in float32. Rows with numbers that the parts cannot hold are multiplied in float32. Whether a row
+// is, depends on the row and R only: results do not depend on the number of threads here either.
+bool on_tiles(const SlstmProblem& p) {
+  const bool are_full = 4 * p.rows > 3 * amx::padded(p.rows, amx::tile_rows) && p.rows >= amx::tile_rows;
+  return has_amx() && are_full && p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320;
+}
+
+// Packed operands of tiles.
+struct Parts {
+  explicit Parts(int64_t count) : memory(count / 2, false) {}
+  uint16_t* at(int64_t index) const { return reinterpret_cast<uint16_t*>(memory.data()) + index; }
+  Floats memory;
+};
+
+// The left operands of products with `rows` rows on tiles: one, or `slots` of them.
+struct LeftParts {
+  LeftParts(int64_t rows, int64_t depth, const amx::Range& right, int64_t slots = 1)
+      : rows(rows),
+        depth(depth),
+        size(amx::packed_size(rows, depth, 3)),
+        exact(amx::exact_with(right)),
+        parts(slots * size) {}
+  // Depths [begin, end).
+  void pack(const float* from, int64_t from_row, int64_t begin, int64_t end, int64_t slot = 0) {
+    amx::pack_left_floats(parts.at(slot * size), seen, outside, exact, from, from_row, rows, depth, begin, end);
+  }
+  // Rows [begin, end) from row `from` on, all whose numbers tiles cannot hold: f(begin, end).
+  template <typename F>
+  void for_outside(int64_t from, int64_t end, const F& f) const {
+    for (int64_t row = from; row < end; ++row) {
+      const auto is_outside = [&] { return (outside[row / 16] >> row % 16 & 1) != 0; };
+      if (row % 16 == 0 && outside[row / 16] == 0) {
+        row += 15;
+      } else if (is_outside()) {
+        const int64_t begin = row;
+        for (++row; row < end && is_outside();) ++row;
+        f(begin, row);
+      }
+    }
+  }
+  // From row `row` on, of 16.
+  const uint16_t* of(int64_t row, int64_t slot = 0) const {
+    return parts.at(slot * size + amx::packed_size(row, depth, 3));
+  }
+
+  int64_t rows, depth, size;
+  amx::Range exact;
+  Parts parts;
+  amx::Seen seen;
+  uint16_t outside[8];
+};
+
 // --- R -------------------------------------------------------------------------------------------------------------
 
 // tile[x] is vector_lanes values at from + x * line, with stride `lane`, of which `lanes` are there. There are `lines` of
@@ -173,13 +220,24 @@ struct ForwardWeights {
   explicit ForwardWeights(const SlstmProblem& p)
       : groups(ceil_div(p.dim, int64_t{vector_lanes})),
         panel(p.dim * panel_columns),
-        values(p.heads * groups * panel, false) {
+        values(p.heads * groups * panel, false),
+        tiles(on_tiles(p)),
+        panel_parts(tiles ? amx::packed_size(panel_columns, p.dim, 3) : 0),
+        parts(p.heads * groups * panel_parts),
+        ranges(new amx::Range[p.heads * groups]) {
     parallel(p.heads * groups, ceil_div(int64_t{1} << 15, panel), [&](int64_t begin, int64_t end) {
       with_dtype(p.weight_dtype, [&](auto type) {
         for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / groups, item % groups);
       });
+      for (int64_t item = begin; tiles && item < end; ++item) {
+        ranges[item] = amx::pack_right_floats(parts.at(item * panel_parts), values.data() + item * panel, panel_columns,
+                                              false, p.dim, panel_columns);
+      }
     });
   }
+  ~ForwardWeights() { delete[] ranges; }
+  ForwardWeights(const ForwardWeights&) = delete;
+  ForwardWeights& operator=(const ForwardWeights&) = delete;
 
   template <typename Type>
   void pack(const SlstmProblem& p, int64_t head, int64_t group) const {
@@ -199,9 +257,19 @@ struct ForwardWeights {
   }
 
   const float* of(int64_t head) const { return values.data() + head * groups * panel; }
+  const uint16_t* parts_of(int64_t head) const { return parts.at(head * groups * panel_parts); }
+  amx::Range range(int64_t head) const {
+    amx::Range all;
+    for (int64_t group = 0; group < groups; ++group) all.add(ranges[head * groups + group]);
+    return all;
+  }
 
   int64_t groups, panel;
   Floats values;
+  bool tiles;
+  int64_t panel_parts;
+  Parts parts;
+  amx::Range* ranges;
 };
 
 // In the backward, a panel has panel_columns inputs, the last what is left, and a row for each (gate, output).
@@ -209,13 +277,29 @@ struct BackwardWeights {
   explicit BackwardWeights(const SlstmProblem& p)
       : columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
         depth(4 * p.dim),
-        values(p.heads * depth * columns, false) {
+        panels(ceil_div(columns, panel_columns)),
+        values(p.heads * depth * columns, false),
+        tiles(on_tiles(p)),
+        parts(tiles ? p.heads * amx::packed_size(columns, depth, 3) : 0),
+        ranges(new amx::Range[p.heads * panels]) {
     parallel(p.heads * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
       with_dtype(p.weight_dtype, [&](auto type) {
         for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / 4, item % 4);
       });
     });
+    if (!tiles) return;
+    parallel(p.heads * panels, ceil_div(int64_t{1} << 15, depth * panel_columns), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t head = item / panels, first = item % panels * panel_columns;
+        const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
+        uint16_t* to = parts.at(head * amx::packed_size(columns, depth, 3) + amx::packed_size(first, depth, 3));
+        ranges[item] = amx::pack_right_floats(to, of(head) + first * depth, wide, false, depth, wide);
+      }
+    });
   }
+  ~BackwardWeights() { delete[] ranges; }
+  BackwardWeights(const BackwardWeights&) = delete;
+  BackwardWeights& operator=(const BackwardWeights&) = delete;
 
   template <typename Type>
   void pack(const SlstmProblem& p, int64_t head, int64_t gate) const {
@@ -238,9 +322,18 @@ struct BackwardWeights {
   }
 
   const float* of(int64_t head) const { return values.data() + head * depth * columns; }
+  const uint16_t* parts_of(int64_t head) const { return parts.at(head * amx::packed_size(columns, depth, 3)); }
+  amx::Range range(int64_t head) const {
+    amx::Range all;
+    for (int64_t panel = 0; panel < panels; ++panel) all.add(ranges[head * panels + panel]);
+    return all;
+  }
 
-  int64_t columns, depth;
+  int64_t columns, depth, panels;
   Floats values;
+  bool tiles;
+  Parts parts;
+  amx::Range* ranges;
 };
 
 // --- the cell ------------------------------------------------------------------------------------------------------
@@ -291,7 +384,15 @@ inline int64_t padded_dim(int64_t dim) { return ceil_div(dim, int64_t{vector_lan
 
 // Blocks of 24 rows hide that each reads R from L2; where R does not fit L2, more rows share the reads.
 constexpr int64_t most_rows = 96;
-inline int64_t most_block_rows(int64_t dim) { return dim > 320 ? most_rows : 24; }
+inline int64_t most_block_rows(const SlstmProblem& p) { return p.dim > 320 ? most_rows : on_tiles(p) ? 32 : 24; }
+// The fewest rows that are worth a block of their own: half a tile, or `least` without tiles.
+inline int64_t least_block_rows(const SlstmProblem& p, int64_t least) {
+  return on_tiles(p) ? amx::tile_rows / 2 : least;
+}
+// `each` rows a block, in whole tiles where rows fill more than one.
+inline int64_t whole_tiles(const SlstmProblem& p, int64_t each) {
+  return on_tiles(p) && each > amx::tile_rows ? amx::padded(each, amx::tile_rows) : each;
+}
 
 // Some heads of a block of rows. All heads of a token lie in a page of memory or two, and the address of a page that
 // was not used lately takes longer to look up than its lines to read. So heads whose R fits L2 walk tokens in turns.
@@ -313,18 +414,18 @@ inline int64_t heads_together(const SlstmProblem& p) {
 struct Blocks {
   explicit Blocks(const SlstmProblem& p) {
     const int64_t threads = thread_count();
-    const int64_t most = most_block_rows(p.dim);
+    const int64_t most = most_block_rows(p);
     int64_t common = threads;  // their greatest common divisor
     for (int64_t rest = p.heads % threads; rest != 0;) {
       const int64_t next = common % rest;
       common = rest;
       rest = next;
     }
-    const int64_t even = threads / common, useful = ceil_div(p.rows, int64_t{tile_rows});
+    const int64_t even = threads / common, useful = ceil_div(p.rows, least_block_rows(p, tile_rows));
     if (p.rows == 0) return;
     parts = ceil_div(ceil_div(p.rows, most), even) * even;
     parts = parts < useful ? parts : useful;
-    each = ceil_div(p.rows, parts);
+    each = whole_tiles(p, ceil_div(p.rows, parts));
     parts = ceil_div(p.rows, each);
     const int64_t fit = heads_together(p);
     for (int64_t x = 2; x <= fit; ++x) {
@@ -474,8 +575,10 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   float *const c = all.c.of(place), *const n = all.n.of(place), *const m = all.m.of(place);
   const float* h_now = all.h[begin % 2].of(place);
   float* h_after = all.h[1 - begin % 2].of(place);
-  alignas(64) float recurrent[tile_rows * 2 * panel_columns];
-  const void* ahead[tile_rows * 2 * 4];
+  constexpr int64_t most_together = 32;  // rows whose products are made at once
+  constexpr int64_t most_product = most_together * panel_columns;
+  alignas(64) float recurrent[2 * most_product];
+  const void* ahead[most_together * 2 * 4];
   const int64_t elements = p.batch * p.seq * heads * dim;
   const bool stream_h = streams(params.h, elements * 4, dim);
   const bool stream_kept = streams(params.kept, elements * kept_c * 4, dim);
@@ -536,6 +639,19 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   };
 
   const int64_t groups = weights.groups;
+  // Rows whose products are made at once.
+  const int64_t chunks = ceil_div(count, weights.tiles ? most_together : int64_t{tile_rows});
+  const int64_t least = count / chunks, more = count % chunks;
+  LeftParts left_parts(weights.tiles ? count : 0, dim, weights.range(head));
+  // On tiles, the next rows' products are made in steps, while cells are. `unit`: of the token's groups and chunks.
+  const auto tiles_product = [&](float* to, int64_t unit, bool forth) {
+    const int64_t group = forth ? unit / chunks : groups - 1 - unit / chunks, row = unit % chunks * most_together;
+    const int64_t left = count - row < most_together ? count - row : most_together;
+    return amx::FloatProduct{to, panel_columns, false, left_parts.of(row),
+                             weights.parts_of(head) + group * weights.panel_parts,
+                             amx::padded(left, amx::tile_rows), panel_columns, dim};
+  };
+  const int64_t steps = ceil_div(4 * ceil_div(dim, amx::tile_depth) + 1, int64_t{8});  // for two rows' cells
   // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
   const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
   // Where L1 has room for one panel, but not for two, the one at the turn is alone, and the next token finds it there.
@@ -551,11 +667,13 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
                    .kept = keeps ? kept_of(p, params.kept, rows[r], head) + slstm_kept_at(token) * dim : nullptr,
                    .first = token % 2 == 0};
     }
+    if (weights.tiles) left_parts.pack(h_now, padded, 0, dim);
+    float* product = recurrent;
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
     for (int64_t done = 0; done < groups;) {
       const bool end = turns && (done == 0 || done + 1 == groups);
-      const int64_t pair = count <= paired_rows && done + 2 <= groups && !end ? 2 : 1;
+      const int64_t pair = count <= paired_rows && !weights.tiles && done + 2 <= groups && !end ? 2 : 1;
       const int64_t group = forth ? done : groups - done - pair;
       int64_t offsets[2 * 4], offset_count = 0;  // the next token's cache lines, in the order in which it reads them
       const int64_t last = groups - group - pair;
@@ -563,34 +681,69 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
         const int64_t gate = place / run % 4, unit = (place / (4 * run) * run + place % run) * vector_lanes;
         if (unit * bytes % 64 == 0) offsets[offset_count++] = (gate * x_gate + unit) * bytes;
       }
-      for_tiles(count, [&](int64_t row, int64_t tile) {
-        int64_t lines = 0;
-        for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
-          const char* from = places[r].x + to_after;
-          for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = from + offsets[line];
-        }
-        const Product product{.out = recurrent,
-                              .out_stride = pair * panel_columns,
-                              .a = h_now + row * padded,
-                              .a_row = padded,
-                              .a_k = 1,
-                              .m = panels + group * weights.panel,
-                              .m_panel = weights.panel,
-                              .depth = dim,
-                              .add = false,
-                              .ahead = {ahead, lines}};
-        if (pair == 2) {
-          product_rows<2, panel_vectors>(tile, product);
+      for (int64_t chunk = 0, row = 0; chunk < chunks; ++chunk) {
+        const int64_t tile = weights.tiles ? (count - row < most_together ? count - row : most_together)
+                                           : least + (chunk < more);
+        const auto product_of = [&](int64_t first) {
+          return Product{.out = product + (first - row) * pair * panel_columns,
+                         .out_stride = pair * panel_columns,
+                         .a = h_now + first * padded,
+                         .a_row = padded,
+                         .a_k = 1,
+                         .m = panels + group * weights.panel,
+                         .m_panel = weights.panel,
+                         .depth = dim,
+                         .add = false};
+        };
+        amx::FloatProduct tiles_next;
+        bool is_next = false;
+        if (weights.tiles) {
+          const int64_t unit = done * chunks + chunk + 1;
+          is_next = unit < groups * chunks;
+          if (unit == 1) {
+            tiles_next = tiles_product(product, unit - 1, forth);
+            while (amx::step(tiles_next)) {
+            }
+          }
+          if (is_next) tiles_next = tiles_product(recurrent + (product == recurrent ? most_product : 0), unit, forth);
+          left_parts.for_outside(row, row + tile, [&](int64_t from, int64_t to) {
+            for_tiles(to - from, [&](int64_t first, int64_t some) {
+              product_rows<1, panel_vectors>(some, product_of(from + first));
+            });
+          });
         } else {
-          product_rows<1, panel_vectors>(tile, product);
+          int64_t lines = 0;
+          for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
+            const char* from = places[r].x + to_after;
+            for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = from + offsets[line];
+          }
+          Product here = product_of(row);
+          here.ahead = {ahead, lines};
+          if (pair == 2) {
+            product_rows<2, panel_vectors>(tile, here);
+          } else {
+            product_rows<1, panel_vectors>(tile, here);
+          }
         }
         for (int64_t g = 0; g < pair; ++g) {
           for_active(rows, t, row, row + tile, [&](auto some, int64_t r) {
-            cells(some, r, (group + g) * vector_lanes, recurrent + ((r - row) * pair + g) * panel_columns,
+            if (weights.tiles) {
+              for (int x = 0; x < decltype(some)::value && after < rows[r + x].length; ++x) {
+                const char* from = places[r + x].x + to_after;
+                for (int64_t line = 0; line < offset_count; ++line) __builtin_prefetch(from + offsets[line], 0, 2);
+              }
+              for (int64_t x = 0; x < steps && is_next; ++x) is_next = amx::step(tiles_next);
+            }
+            cells(some, r, (group + g) * vector_lanes, product + ((r - row) * pair + g) * panel_columns,
                   pair * panel_columns);
           });
         }
-      });
+        if (weights.tiles) {
+          while (is_next) is_next = amx::step(tiles_next);
+          product = recurrent + (product == recurrent ? most_product : 0);
+        }
+        row += tile;
+      }
       done += pair;
     }
     for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
@@ -610,6 +763,7 @@ template <bool keeps>
 void forward_block(const SlstmForward& params, const ForwardWeights& weights, const Block& block) {
   const ForwardBlock all(params, block);
   const int64_t longest = all.rows.longest, turn = block.tokens(params.p.dim, longest);
+  if (weights.tiles) amx::begin();
   for (int64_t begin = 0; begin < longest; begin += turn) {
     const int64_t end = longest - begin < turn ? longest : begin + turn;
     for (int64_t x = 0; x < block.heads; ++x) {
@@ -618,6 +772,7 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, co
     }
   }
   end_streams();
+  if (weights.tiles) amx::end();
   all.h[longest % 2].store(params.h_last);
   all.c.store(params.c_last);
   all.n.store(params.n_last);
@@ -672,6 +827,23 @@ IN_LOOPS void load_before(const CellPlaces& from, int64_t dim, int64_t unit, int
   if (from.second) walk<whole>(from.kept - kept_c * dim, dim, unit, left, c, n);
 }
 
+// A product that is made while cells are: a few steps for each register of units, and no more than `budget` in a token.
+struct Aside {
+  void run() {
+    for (int64_t x = 0; x < at_once && left && budget > 0; ++x, --budget) left = amx::step(product);
+  }
+  void finish() {
+    while (left) left = amx::step(product);
+  }
+  // Makes the tiles free for another product.
+  void finish_block() {
+    while (left && !product.is_between_blocks()) left = amx::step(product);
+  }
+  amx::FloatProduct product;
+  bool left = false;
+  int64_t at_once = 0, budget_a_token = 0, budget = 0;
+};
+
 // One token of some rows. Passed by value: the compiler knows that no store changes it.
 struct BackwardCells {
   const CellPlaces* places;
@@ -682,6 +854,7 @@ struct BackwardCells {
   int64_t dx_stride, dx_gate;
   float clip;
   bool stream;
+  Aside* aside;
 };
 
 template <bool whole, int rows>
@@ -755,7 +928,8 @@ __attribute__((noinline)) void backward_rest(const BackwardCells s, int64_t row,
                            .dx_stride = s.dx_stride,
                            .dx_gate = s.dx_gate,
                            .clip = s.clip,
-                           .stream = s.stream};
+                           .stream = s.stream,
+                           .aside = nullptr};
   backward_unit<false>(here, places, unit, s.dim - unit);
 }
 
@@ -764,12 +938,16 @@ void backward_cells(const BackwardCells s) {
   CellPlaces places[rows];
   for (int x = 0; x < rows; ++x) places[x] = s.places[x];
   int64_t unit = 0;
-  for (; unit + vector_lanes <= s.dim; unit += vector_lanes) backward_unit<true>(s, places, unit, vector_lanes);
+  for (; unit + vector_lanes <= s.dim; unit += vector_lanes) {
+    if (s.aside != nullptr) s.aside->run();
+    backward_unit<true>(s, places, unit, vector_lanes);
+  }
   for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(s, x, unit);
 }
 
+// tile_share: what products on tiles add to dR, (dim, 4 dim).
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
-                    int64_t count, float* share, bool& begun) {
+                    int64_t count, float* share, bool& begun, float* tile_share) {
   const SlstmProblem& p = params.p;
   const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim, bytes = element_bytes(p.dtype);
   const bool is_float = p.dtype == DType::float32;
@@ -780,8 +958,9 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       excess(p, block, params.dm_last), recurrent(p, block, nullptr);
   const int64_t padded = dh.padded;
   // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for.
-  constexpr int64_t most_depth = 128;
-  const int64_t slots = count < most_depth ? most_depth / count : 1, depth = slots * count;
+  const bool tiles = weights.tiles;
+  const int64_t slot_rows = tiles ? amx::padded(count, amx::tile_rows) : count, most_depth = tiles ? 64 : 128;
+  const int64_t slots = slot_rows < most_depth ? most_depth / slot_rows : 1, depth = slots * slot_rows;
   const int64_t dx_stride = wide + 16;  // spreads an output's floats over L1's sets
   const Floats dx_slots(depth * dx_stride), h_slots(depth * padded), zeros(padded);
   float* dx = dx_slots.data();
@@ -856,30 +1035,78 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       store_vector(h_slots.data() + panel * depth * panel_columns + k * columns + unit % panel_columns, value);
     }
   };
+  LeftParts left_parts(tiles ? count : 0, wide, weights.range(head), slots);
+  // Of these tokens and of those before, whose share is still in the making.
+  const int64_t dx_size = tiles ? amx::packed_size(wide, depth, 3) : 0;
+  const Parts dx_parts(2 * dx_size);
+  uint16_t *dx_now = dx_parts.at(0), *dx_before = dx_parts.at(dx_size);
+  const Parts h_parts(tiles ? amx::packed_size(padded, depth, 3) : 0);
+  Aside aside;
+  // Columns [begin, end) of the last rows of dx, up to `filled`, as a right operand.
+  const auto turn = [&](int64_t filled, int64_t begin, int64_t end) {
+    const auto tile = [&](int64_t k) {
+      return k < filled ? left_parts.of(k % slot_rows, k / slot_rows) : nullptr;
+    };
+    const int64_t k = (filled - 1) / amx::tile_depth * amx::tile_depth;
+    amx::turn_left_floats(dx_now, depth, k, tile(k), tile(k + amx::tile_rows), wide, begin, end);
+  };
+  // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
+  const auto add_on_tiles = [&](int64_t filled) {
+    aside.finish();
+    amx::Range h_range;
+    if (filled % amx::tile_depth != 0) turn(filled, 0, wide);
+    for (int64_t k = amx::padded(filled, amx::tile_depth); k < depth; k += amx::tile_depth) {
+      amx::turn_left_floats(dx_now, depth, k, nullptr, nullptr, wide, 0, wide);
+    }
+    for (int64_t unit = 0; unit < padded; unit += panel_columns) {
+      const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
+      float* h = h_slots.data() + unit * depth;
+      std::memset(h + filled * columns, 0, (depth - filled) * columns * sizeof(float));
+      uint16_t* const to = h_parts.at(amx::packed_size(unit, depth, 3));
+      h_range.add(amx::pack_left_floats(to, h, columns, true, columns, depth));
+    }
+    const bool exact = amx::is_exact(h_range, left_parts.seen.range());
+    left_parts.seen.clear();
+    if (!exact) return false;
+    const int64_t blocks = ceil_div(dim, int64_t{32}) * ceil_div(wide, int64_t{32});
+    aside.product = {tile_share, wide, true, h_parts.at(0), dx_now, dim, wide, depth};
+    aside.left = true;
+    aside.budget_a_token = ceil_div(blocks, slots) * (3 * ceil_div(depth, amx::tile_depth) + 1);
+    aside.at_once = ceil_div(aside.budget_a_token, ceil_div(count, int64_t{2}) * ceil_div(dim, int64_t{vector_lanes}));
+    uint16_t* const before = dx_before;
+    dx_before = dx_now;
+    dx_now = before;
+    return true;
+  };
+  float* const dbias = share + wide * padded;
+  const auto add_dbias = [&](int64_t k) {
+    const float* from = dx_slots.data() + k * dx_stride;
+    for (int64_t x = 0; x < wide; ++x) dbias[x] += from[x];
+  };
   const auto add_share = [&](int64_t filled) {
-    product(wide, dim,
-            {.out = share,
-             .out_stride = padded,
-             .a = dx_slots.data(),
-             .a_row = 1,
-             .a_k = dx_stride,
-             .m = h_slots.data(),
-             .m_panel = depth * panel_columns,
-             .depth = filled,
-             .add = begun});
-    float* dbias = share + wide * padded;
+    if (!tiles || !add_on_tiles(filled)) {
+      product(wide, dim,
+              {.out = share,
+               .out_stride = padded,
+               .a = dx_slots.data(),
+               .a_row = 1,
+               .a_k = dx_stride,
+               .m = h_slots.data(),
+               .m_panel = depth * panel_columns,
+               .depth = filled,
+               .add = begun});
+    }
     if (!begun) std::memset(dbias, 0, wide * sizeof(float));
     begun = true;
-    for (int64_t k = 0; k < filled; ++k) {
-      const float* from = dx_slots.data() + k * dx_stride;
-      for (int64_t x = 0; x < wide; ++x) dbias[x] += from[x];
-    }
+    for (int64_t k = 0; !tiles && k < filled; ++k) add_dbias(k);
   };
 
+  if (tiles) amx::begin();
   for (int64_t r = 0; r < count; ++r) change_excess(r, true);
   for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
     if (slot == slots) slot = 0;
-    dx = dx_slots.data() + slot * count * dx_stride;
+    dx = dx_slots.data() + slot * slot_rows * dx_stride;
+    aside.budget = aside.budget_a_token;
     for (int64_t r = 0; !is_float && params.dh != nullptr && r < count; ++r) {
       if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
     }
@@ -897,13 +1124,14 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                                 .dx_stride = dx_stride,
                                 .dx_gate = heads * dim,
                                 .clip = clip,
-                                .stream = stream};
+                                .stream = stream,
+                                .aside = tiles ? &aside : nullptr};
       backward_cells<decltype(some)::value>(cells);
     });
     for (int64_t r = 0; !is_float && r < count; ++r) {
       if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
     }
-    for (int64_t r = 0; r < count; ++r) take_h(slot * count + r, t, r);
+    for (int64_t r = 0; !tiles && r < count; ++r) take_h(slot * slot_rows + r, t, r);
     int64_t lines = 0;  // what the token before needs of dh and h, and half of what is kept of two tokens before it
     const auto fetch = [&](const void* from, int64_t bytes) {
       for (int64_t x = 0; x < bytes; x += 64) ahead[lines++] = static_cast<const char*>(from) + x;
@@ -916,21 +1144,68 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       if (t > 1)
         fetch(kept_of(p, params.kept, rows[r], head) + slstm_kept_pair(token - 2) * dim + token % 2 * half, 4 * half);
     }
-    product(count, dim,
-            {.out = recurrent.of(0),
-             .out_stride = padded,
-             .a = dx,
-             .a_row = dx_stride,
-             .a_k = 1,
-             .m = weights.of(head),
-             .m_panel = wide * panel_columns,
-             .depth = wide,
-             .add = false,
-             .ahead = {ahead, lines}});
-    if (slot + 1 == slots || t == 0) add_share((slot + 1) * count);
+    const auto multiply = [&](int64_t begin, int64_t end, Lines ahead) {
+      product(end - begin, dim,
+              {.out = recurrent.of(0) + begin * padded,
+               .out_stride = padded,
+               .a = dx + begin * dx_stride,
+               .a_row = dx_stride,
+               .a_k = 1,
+               .m = weights.of(head),
+               .m_panel = wide * panel_columns,
+               .depth = wide,
+               .add = false,
+               .ahead = ahead});
+    };
+    if (tiles) {
+      amx::FloatProduct tiles_product{recurrent.of(0), padded, false, left_parts.of(0, slot), weights.parts_of(head),
+                                      count, padded, wide};
+      const int64_t steps = 4 * ceil_div(padded, panel_columns) * ceil_div(wide, amx::tile_depth);
+      const int64_t at_once = ceil_div(lines, steps);
+      aside.finish_block();
+      // Two tiles ahead: a tile that was just written is slow to load.
+      int64_t packed = 0, line = 0;
+      const auto pack_until = [&](int64_t k) {
+        if (k <= packed || packed >= wide) return;
+        left_parts.pack(dx, dx_stride, packed, k, slot);
+        packed = k;
+      };
+      pack_until(2 * amx::tile_depth);
+      // All that need not wait for the product is done between its steps.
+      const int64_t filled = (slot + 1) * slot_rows, turns = filled % amx::tile_depth == 0 ? wide : 0;
+      const int64_t chores = count + ceil_div(turns, amx::tile_depth), chores_at_once = ceil_div(chores, steps);
+      int64_t chore = 0;
+      const auto do_chores = [&](int64_t stop) {
+        for (; chore < stop && chore < chores; ++chore) {
+          if (chore < count) {
+            take_h(slot * slot_rows + chore, t, chore);
+            add_dbias(slot * slot_rows + chore);
+          } else {
+            const int64_t column = (chore - count) * amx::tile_depth;
+            pack_until(column + amx::tile_depth);
+            turn(filled, column, column + amx::tile_depth);
+          }
+        }
+      };
+      while (amx::step(tiles_product)) {
+        pack_until(tiles_product.k + 2 * amx::tile_depth);
+        do_chores(chore + chores_at_once);
+        for (const int64_t stop = line + at_once; line < stop && line < lines; ++line)
+          __builtin_prefetch(ahead[line], 0, 2);
+      }
+      do_chores(chores);
+      left_parts.for_outside(0, count, [&](int64_t begin, int64_t end) { multiply(begin, end, {}); });
+    } else {
+      multiply(0, count, {ahead, lines});
+    }
+    if (slot + 1 == slots || t == 0) add_share((slot + 1) * slot_rows);
   }
   delete[] ahead;
   end_streams();
+  if (tiles) {
+    aside.finish();
+    amx::end();
+  }
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t unit = 0; unit < padded; unit += vector_lanes) {
       const int64_t at = r * padded + unit;
@@ -989,9 +1264,10 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
   wants_huge_pages(p.dx, problem.batch * problem.seq * 4 * heads * dim * element_bytes(problem.dtype));
   // The partition depends on the sizes only: a group's blocks add up their shares of dR one after the other.
   constexpr int64_t least_tasks = 4, most_groups = 16;
-  const int64_t wanted = ceil_div(rows, most_block_rows(dim)), apart = ceil_div(least_tasks, heads);
-  const int64_t useful = ceil_div(rows, int64_t{6}), split = apart < useful ? apart : useful;
-  const int64_t blocks = wanted > split ? wanted : split, each = blocks > 0 ? ceil_div(rows, blocks) : 0;
+  const int64_t wanted = ceil_div(rows, most_block_rows(problem)), apart = ceil_div(least_tasks, heads);
+  const int64_t useful = ceil_div(rows, least_block_rows(problem, 6)), split = apart < useful ? apart : useful;
+  const int64_t blocks = wanted > split ? wanted : split;
+  const int64_t each = blocks > 0 ? whole_tiles(problem, ceil_div(rows, blocks)) : 0;
   const int64_t groups = blocks < most_groups ? blocks : most_groups;
   const Floats shares(heads * groups * share_floats(dim), false);
   const BackwardWeights weights(problem);
@@ -1000,11 +1276,19 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % heads, group = task / heads;
       float* share = shares.data() + (head * groups + group) * share_floats(dim);
-      bool begun = false;
+      bool begun = weights.tiles;
+      const int64_t padded = padded_dim(dim), wide = 4 * dim;
+      const Floats tile_share(begun ? padded * wide : 0);
+      if (begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
       for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
         const int64_t first = block * each, left = rows - first;
         if (left <= 0) continue;
-        backward_block(p, weights, head, first, left < each ? left : each, share, begun);
+        backward_block(p, weights, head, first, left < each ? left : each, share, begun, tile_share.data());
+      }
+      if (weights.tiles) {
+        const Floats turned(wide * padded, false);
+        transpose(turned.data(), padded, tile_share.data(), wide, padded, wide);
+        for (int64_t x = 0; x < wide * padded; ++x) share[x] += turned.data()[x];
       }
       if (!begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
     }

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/amx.h"
 #include "cpu/isa.h"
 #include "cpu/rows.h"
 #include "cpu/vector_kernels.h"

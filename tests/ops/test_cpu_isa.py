@@ -36,7 +36,7 @@ for dqk, dv in ((16, 24), (37, 300)):
                 assert error <= bound, (form.__name__, dtype, name, float(error))
 
 # dims of no, of one and of several registers and panels, rows of every tile
-for rows, dim in ((1, 5), (2, 16), (3, 40), (7, 72), (26, 33)):
+for rows, dim in ((1, 5), (2, 16), (3, 40), (7, 72), (26, 33), (61, 64)):
     x, R, b = torch.randn(rows, 9, 4, 2, dim), torch.randn(4, 2, dim, dim) * dim**-0.5, torch.randn(4, 2, dim)
     padding = torch.arange(9) < (torch.arange(rows) % 5)[:, None]
     x[:, :, 0][padding], x[:, :, 1][padding] = -torch.inf, torch.inf

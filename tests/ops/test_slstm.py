@@ -26,6 +26,7 @@ SIZES = [
     (9, 12, 1, 33),
     (1, 70, 2, 40),
     (17, 6, 2, 72),
+    (16, 9, 1, 64),
     (2, 9, 1, 136),
 ]
 LAYOUTS = ("contiguous", "heads first", "slice")
@@ -385,6 +386,13 @@ def test_a_unit_alone_may_be_padding(make_problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed(make_problem, offsets, dtype):
     problem = make_problem(1, 30, 2, 24, cu_seqlens=offsets, dtype=dtype)
+    (assert_float32_exact if dtype == torch.float32 else assert_16_bit_exact)(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_rows_of_many_lengths(make_problem, dtype):
+    offsets = [0, *itertools.accumulate(row % 7 for row in range(30))]
+    problem = make_problem(1, offsets[-1], 1, 64, cu_seqlens=offsets, dtype=dtype)
     (assert_float32_exact if dtype == torch.float32 else assert_16_bit_exact)(problem)
 
 
@@ -876,10 +884,11 @@ def test_steps_of_random_problems(fuzz, make_problem):
 # --- on the CPU -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(50, 9, 1, 24), (7, 12, 3, 40), (30, 5, 2, 330)], ids=str)
+@pytest.mark.parametrize("sizes", [(50, 9, 1, 24), (7, 12, 3, 40), (30, 5, 2, 330), (50, 9, 2, 64)], ids=str)
 def test_equal_for_every_number_of_threads(make_problem, sizes):
     """Blocks of rows, which depend on the number of threads, change no bit."""
     problem = make_problem(*sizes)
+    problem.inputs["h0"][1::3] *= 1e-35  # numbers for which AMX tiles have no parts
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5):
@@ -889,6 +898,44 @@ def test_equal_for_every_number_of_threads(make_problem, sizes):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(t, other[name]) for name, t in results[0].items())
+
+
+@pytest.mark.parametrize("what", ["gradients", "states", "infinite", "nan", "large", "R", "all of R", "nan in R"])
+@pytest.mark.parametrize("rows", [16, 29])
+def test_numbers_that_bfloat16_parts_cannot_hold(make_problem, rows, what):
+    """AMX tiles, which 16 rows and more use, give what a call with fewer rows gives, which multiplies in float32."""
+    problem = make_problem(rows, 6, 2, 64)
+    inputs, cotangents = problem.inputs, problem.cotangents
+    if what == "gradients":
+        for t in cotangents.values():
+            t[3] *= 1e-36
+    elif what == "states":  # h is tiny as well where the gate o is closed
+        inputs["h0"][3] *= 1e-38
+        inputs["x"][3, :, 3] = -85.0
+    elif what == "infinite":
+        inputs["h0"][3, 1, 5] = torch.inf
+    elif what == "nan":
+        inputs["x"][3, 2, 2, 1, 3] = torch.nan
+    elif what == "large":
+        inputs["h0"][3] *= 2e38 / inputs["h0"][3].abs().max()
+        inputs["R"] *= 1e-3
+    elif what == "R":
+        inputs["R"][2, 1, 4, 7] = 1e-37
+    elif what == "all of R":
+        inputs["R"] *= 1e-38
+        inputs["h0"] *= 1e30
+    else:
+        inputs["R"][2, 1, 4, 7] = torch.nan
+    whole, parts = problem(ops.slstm), []
+    for part in (slice(0, 14), slice(14, rows)):
+        some = {name: t if name in "Rb" else t[part] for name, t in inputs.items()}
+        parts.append(Problem(some, {name: t[part] for name, t in cotangents.items()}, {})(ops.slstm))
+    for name, t in whole.items():
+        weight = name in ("dR", "db")
+        want = parts[0][name] + parts[1][name] if weight else torch.cat([part[name] for part in parts])
+        for got, row in [(t, want)] if weight else zip(t, want, strict=True):
+            scale = row[row.isfinite()].abs().max().item() if row.isfinite().any() else 1.0
+            torch.testing.assert_close(got, row, rtol=1e-4, atol=2e-5 * scale, equal_nan=True)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 100, 100, 101, 640, 1600]], ids=["rows", "packed"])
