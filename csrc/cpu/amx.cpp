@@ -219,6 +219,240 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
   }
 }
 
+// --- float32 -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// 16 pairs (low, high) of float32 numbers as pairs of bfloat16 numbers, three times: each part is what the ones before it
+// leave, rounded. Pairs of depths that lie 16 apart need no other order; a product may sum its depths in any.
+void split(__m512i (&to)[3], __m512 low, __m512 high) {
+  const __m512i half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  for (int p = 0; p < 3; ++p) {
+    __m512i low_bits = _mm512_castps_si512(low), high_bits = _mm512_castps_si512(high);
+    if (p < 2) {  // nothing is left to round in the third
+      low_bits = _mm512_add_epi32(low_bits, half);
+      high_bits = _mm512_add_epi32(high_bits, half);
+      low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_and_si512(low_bits, mask)));
+      high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_and_si512(high_bits, mask)));
+    }
+    to[p] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low_bits, 16), high_bits);
+  }
+}
+
+__m512i magnitudes(__m512 values) {
+  return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
+}
+
+// The range of all numbers.
+struct WholeRange {
+  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
+
+  void see(int64_t, __m512 values) {
+    const __m512i bits = magnitudes(values);
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(bits, _mm512_set1_epi32(1)));
+    most = _mm512_max_epu32(most, bits);
+  }
+  Range range() const {
+    alignas(64) uint32_t low[16], high[16];
+    _mm512_store_si512(low, least);
+    _mm512_store_si512(high, most);
+    Range all;
+    for (int x = 0; x < 16; ++x) all.add({low[x], high[x]});
+    return all;
+  }
+};
+// Which rows have numbers outside of a range: a bit each, of 16 rows a number.
+struct RowsOutside {
+  uint16_t* outside;
+  __m512i least, span;
+
+  RowsOutside(uint16_t* outside, const Range& range)
+      : outside(outside),
+        least(_mm512_set1_epi32(static_cast<int>(range.least + 1))),
+        span(_mm512_set1_epi32(static_cast<int>(range.most - (range.least + 1)))) {}
+  void see(int64_t row, __m512 values) {
+    const __m512i bits = magnitudes(values);
+    const __mmask16 some =
+        _mm512_mask_cmpgt_epu32_mask(_mm512_test_epi32_mask(bits, bits), _mm512_sub_epi32(bits, least), span);
+    outside[row / 16] |= static_cast<uint16_t>((some != 0) << row % 16);
+  }
+};
+
+void put(uint16_t* to, int64_t part, __m512 low, __m512 high) {
+  __m512i parts[3];
+  split(parts, low, high);
+  for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * part, parts[p]);
+}
+void transpose(uint16_t* tile) {
+  __m512i rows[16];
+  for (int x = 0; x < 16; ++x) rows[x] = _mm512_loadu_si512(tile + x * 32);
+  transpose(rows);
+  for (int x = 0; x < 16; ++x) _mm512_storeu_si512(tile + x * 32, rows[x]);
+}
+
+// As above, in three parts.
+template <typename Sees>
+void split_along(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
+                 Sees& sees) {
+  const int64_t part = padded(depth, tile_depth) * 16;
+  for (int64_t r = 0; r < rows; r += 16, to += 2 * part) {
+    for (int64_t k = 0; k < depth; k += 32, to += 512) {
+      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
+      for (int64_t x = 0; x < 16; ++x) {
+        const float* row = from + (r + x) * from_row + k;
+        const bool is_row = r + x < rows;
+        const __m512 values[2] = {_mm512_maskz_loadu_ps(is_row ? low : 0, row),
+                                  _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16)};
+        sees.see(r + x, values[0]);
+        sees.see(r + x, values[1]);
+        put(to + x * 32, part, values[0], values[1]);
+      }
+      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+    }
+  }
+}
+template <typename Sees>
+void split_across(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
+                  Sees& sees) {
+  const int64_t part = padded(depth, tile_depth) * 16;
+  for (int64_t c = 0; c < columns; c += 16, to += 2 * part) {
+    const __mmask16 mask = first(columns - c);
+    for (int64_t k = 0; k < depth; k += 32, to += 512) {
+      for (int x = 0; x < 16; ++x) {
+        const float* row = from + (k + x) * from_row + c;
+        const __m512 values[2] = {_mm512_maskz_loadu_ps(k + x < depth ? mask : 0, row),
+                                  _mm512_maskz_loadu_ps(k + x + 16 < depth ? mask : 0, row + 16 * from_row)};
+        sees.see(c, values[0]);
+        sees.see(c, values[1]);
+        put(to + x * 32, part, values[0], values[1]);
+      }
+      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+    }
+  }
+}
+
+}  // namespace
+
+Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows,
+                       int64_t depth) {
+  WholeRange seen;
+  if (transposed) {
+    split_across(to, from, from_row, true, depth, rows, seen);
+  } else {
+    split_along(to, from, from_row, false, rows, depth, seen);
+  }
+  return seen.range();
+}
+Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
+                        int64_t columns) {
+  WholeRange seen;
+  if (transposed) {
+    split_along(to, from, from_row, true, columns, depth, seen);
+  } else {
+    split_across(to, from, from_row, false, depth, columns, seen);
+  }
+  return seen.range();
+}
+void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const float* from, int64_t from_row,
+                      int64_t rows, int64_t depth) {
+  for (int64_t x = 0; x < padded(rows, 16) / 16; ++x) outside[x] = 0;
+  RowsOutside seen(outside, range);
+  split_along(to, from, from_row, false, rows, depth, seen);
+}
+
+// The six products of parts of two row's and two columns' tiles, small ones first. Every block sums in this order.
+#define LOAD(number, from) _tile_loadd(number, (from) + k * 16, 64)
+
+void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
+                     int64_t columns, int64_t depth) {
+  constexpr int64_t most_depth = 128;  // tiles of 32 rows stay in L1, and a sum is of few numbers
+  const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
+  alignas(64) float sums[256];
+  for (int64_t r = 0; r < rows; r += 32) {
+    const bool two_rows = rows - r > 16;
+    for (int64_t begin = 0; begin < depth; begin += most_depth) {
+      const int64_t end = depth - begin < most_depth ? depth : begin + most_depth;
+      const auto tile = [&](int64_t row, int64_t column) {
+        float* to = out + row * out_row + column;
+        return Tile{to, add || begin > 0 ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
+      };
+      for (int64_t c = 0; c < columns; c += two_rows ? 32 : 64) {
+        const int64_t tiles = (columns - c + 15) / 16;
+        const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if (two_rows) {
+          const uint16_t *a1 = a0 + stride, *b1 = tiles > 1 ? b0 + stride : b0;
+          for (int64_t k = begin; k < end; k += 32) {
+#define MULTIPLY           \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(2, 5, 6); \
+  _tile_dpbf16ps(3, 5, 7)
+#define LOAD_LEFT(which)        \
+  LOAD(4, a0 + (which) * part); \
+  LOAD(5, a1 + (which) * part)
+#define LOAD_RIGHT(which)       \
+  LOAD(6, b0 + (which) * part); \
+  LOAD(7, b1 + (which) * part)
+            LOAD_LEFT(0);
+            LOAD_RIGHT(2);
+            MULTIPLY;
+            LOAD_RIGHT(1);
+            MULTIPLY;
+            LOAD_LEFT(1);
+            MULTIPLY;
+            LOAD_RIGHT(0);
+            MULTIPLY;
+            LOAD_LEFT(2);
+            MULTIPLY;
+            LOAD_LEFT(0);
+            MULTIPLY;
+          }
+          STORE_TILE(0, tile(r, c));
+          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
+          STORE_TILE(2, tile(r + 16, c));
+          if (tiles > 1) STORE_TILE(3, tile(r + 16, c + 16));
+        } else {  // four columns' tiles, two at a time: a product takes as long as three others
+          const uint16_t *b1 = tiles > 1 ? b0 + stride : b0, *b2 = tiles > 2 ? b0 + 2 * stride : b0,
+                         *b3 = tiles > 3 ? b0 + 3 * stride : b0;
+          for (int64_t k = begin; k < end; k += 32) {
+#define MULTIPLY_TWO(x, y, left) \
+  _tile_dpbf16ps(x, left, 6);    \
+  _tile_dpbf16ps(y, left, 7)
+#define LOAD_TWO(x, y, which)     \
+  LOAD(6, b##x + (which) * part); \
+  LOAD(7, b##y + (which) * part)
+#define MULTIPLY_PARTS(x, y) \
+  LOAD(4, a0);               \
+  LOAD_TWO(x, y, 2);         \
+  MULTIPLY_TWO(x, y, 4);     \
+  LOAD_TWO(x, y, 1);         \
+  MULTIPLY_TWO(x, y, 4);     \
+  LOAD(5, a0 + part);        \
+  MULTIPLY_TWO(x, y, 5);     \
+  LOAD_TWO(x, y, 0);         \
+  MULTIPLY_TWO(x, y, 5);     \
+  LOAD(5, a0 + 2 * part);    \
+  MULTIPLY_TWO(x, y, 5);     \
+  MULTIPLY_TWO(x, y, 4)
+            MULTIPLY_PARTS(0, 1);
+            if (tiles > 2) {
+              MULTIPLY_PARTS(2, 3);
+            }
+          }
+          STORE_TILE(0, tile(r, c));
+          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
+          if (tiles > 2) STORE_TILE(2, tile(r, c + 32));
+          if (tiles > 3) STORE_TILE(3, tile(r, c + 48));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace flash_xlstm::cpu::amx
 
 #else
@@ -230,5 +464,9 @@ void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int, Ah
 void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, Ahead*) {}
 void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
               Ahead*) {}
+Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
+Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
+void pack_left_floats(uint16_t*, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
+void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

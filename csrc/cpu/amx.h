@@ -1,9 +1,9 @@
-// Products of bfloat16 matrices with float32 sums on AMX tiles (amx.cpp, x86 only). Operands are packed from float32,
-// which rounds them to bfloat16: exact for what came as bfloat16. Numbers below float32's normal range count as 0.
-// Operands lie tile by tile, depth first, filled up with zeros to whole tiles. A left operand's tile holds 16 rows, 32
-// deep, row by row; a right operand's 16 columns, 32 deep, with pairs of depths side by side, as the instruction reads
-// them. A left operand of two parts holds behind the tiles of each 16 rows what their rounding left, rounded: together
-// 16 bits and more of each number.
+// Products of bfloat16 matrices with float32 sums on AMX tiles (amx.cpp, x86 only), and of float32 matrices by way of
+// them. Operands are packed from float32, which rounds them to bfloat16: exact for what came as bfloat16. Numbers below
+// float32's normal range count as 0. Operands lie tile by tile, depth first, filled up with zeros to whole tiles. A
+// left operand's tile holds 16 rows, 32 deep, row by row; a right operand's 16 columns, 32 deep, with pairs of depths
+// side by side, as the instruction reads them. A left operand of two parts holds behind the tiles of each 16 rows what
+// their rounding left, rounded: together 16 bits and more of each number.
 #pragma once
 
 #include <cstdint>
@@ -37,5 +37,51 @@ void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transpos
 // contiguous.
 void multiply(float* out, const float* from, float keep, const uint16_t* a, int parts, const uint16_t* b, int64_t rows,
               int64_t columns, int64_t depth, Part part, Ahead* ahead);
+
+// --- float32 -------------------------------------------------------------------------------------------------------
+// A float32 number is the sum of three bfloat16 numbers, each the rounded rest of the ones before. Of the nine products
+// of parts, six are summed, in float32; the others come to less than 2^-24 of the whole. So errors are those of sums in
+// float32 (half of them, measured) where no part and no product of parts leaves float32's normal range: tiles count
+// smaller ones as 0, and a number that is not finite has parts that are NaN. `is_exact` says whether that holds; where
+// it does not, the caller multiplies in float32.
+
+// Bits of the magnitudes of an operand's numbers: the least that is not 0, less one, and the largest.
+struct Range {
+  uint32_t least = ~0u, most = 0;
+
+  __attribute__((always_inline)) void add(const Range& other) {
+    least = other.least < least ? other.least : least;
+    most = other.most > most ? other.most : most;
+  }
+};
+
+// The other operand's numbers for which multiply_floats is as exact as sums in float32; 0 always is. An empty range,
+// whose least is above its most, where none are.
+__attribute__((always_inline)) inline Range exact_with(const Range& operand) {
+  constexpr int32_t bias = 127, least_part = 103, most = 126, product = 100;  // powers of two
+  const int32_t low = operand.least == ~0u ? 0 : static_cast<int32_t>((operand.least + 1) >> 23) - bias;
+  const int32_t high = operand.most == 0 ? 0 : static_cast<int32_t>(operand.most >> 23) - bias;
+  if (low < -least_part || high > most) return {~0u - 1, 0};
+  const int32_t least = -product - low > -least_part ? -product - low : -least_part;
+  const int32_t largest = product - high < most ? product - high : most;
+  return {(static_cast<uint32_t>(bias + least) << 23) - 1, (static_cast<uint32_t>(bias + largest + 1) << 23) - 1};
+}
+__attribute__((always_inline)) inline bool is_exact(const Range& a, const Range& b) {
+  const Range range = exact_with(b);
+  return a.least >= range.least && a.most <= range.most;
+}
+
+// As pack_left and pack_right, with packed_size(size, depth, 3) elements.
+Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
+Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
+                        int64_t columns);
+// Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
+void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const float* from, int64_t from_row,
+                      int64_t rows, int64_t depth);
+
+// out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
+// on what lies beside them. Between begin() and end().
+void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
+                     int64_t columns, int64_t depth);
 
 }  // namespace flash_xlstm::cpu::amx
