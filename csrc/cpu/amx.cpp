@@ -283,50 +283,53 @@ void put(uint16_t* to, int64_t part, __m512 low, __m512 high) {
   split(parts, low, high);
   for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * part, parts[p]);
 }
-void transpose(uint16_t* tile) {
-  __m512i rows[16];
-  for (int x = 0; x < 16; ++x) rows[x] = _mm512_loadu_si512(tile + x * 32);
-  transpose(rows);
-  for (int x = 0; x < 16; ++x) _mm512_storeu_si512(tile + x * 32, rows[x]);
+// A tile of each part from 16 rows of pairs, load(row, 0) and load(row, 1). With `across` the floats are transposed
+// first: two blocks of them, where there are three of pairs.
+template <bool across, typename Sees, typename Load>
+void put_tiles(uint16_t* to, int64_t part, int64_t row, Sees& sees, const Load& load) {
+  __m512i blocks[2][16];
+  for (int half = 0; half < 2 && across; ++half) {
+    for (int x = 0; x < 16; ++x) blocks[half][x] = _mm512_castps_si512(load(x, half));
+    transpose(blocks[half]);
+  }
+  for (int x = 0; x < 16; ++x) {
+    __m512 values[2];
+    for (int half = 0; half < 2; ++half) {
+      values[half] = across ? _mm512_castsi512_ps(blocks[half][x]) : load(x, half);
+      sees.see(row + x, values[half]);
+    }
+    put(to + x * 32, part, values[0], values[1]);
+  }
 }
 
 // As above, in three parts.
-template <typename Sees>
-void split_along(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
-                 Sees& sees) {
+template <bool transposed, typename Sees>
+void split_along(uint16_t* to, const float* from, int64_t from_row, int64_t rows, int64_t depth, Sees& sees) {
   const int64_t part = padded(depth, tile_depth) * 16;
   for (int64_t r = 0; r < rows; r += 16, to += 2 * part) {
     for (int64_t k = 0; k < depth; k += 32, to += 512) {
-      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
-      for (int64_t x = 0; x < 16; ++x) {
-        const float* row = from + (r + x) * from_row + k;
-        const bool is_row = r + x < rows;
-        const __m512 values[2] = {_mm512_maskz_loadu_ps(is_row ? low : 0, row),
-                                  _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16)};
-        sees.see(r + x, values[0]);
-        sees.see(r + x, values[1]);
-        put(to + x * 32, part, values[0], values[1]);
-      }
-      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+      const __mmask16 masks[2] = {first(depth - k), first(depth - k - 16)};
+      put_tiles<transposed>(to, part, r, sees, [&](int64_t x, int half) {
+        const float* at = from + (r + x) * from_row + k + 16 * half;
+        __builtin_prefetch(at + 16 * from_row, 0, 3);
+        return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, at);
+      });
     }
   }
 }
-template <typename Sees>
-void split_across(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
-                  Sees& sees) {
+// Along the rows, so that memory is read in order.
+template <bool transposed, typename Sees>
+void split_across(uint16_t* to, const float* from, int64_t from_row, int64_t depth, int64_t columns, Sees& sees) {
   const int64_t part = padded(depth, tile_depth) * 16;
-  for (int64_t c = 0; c < columns; c += 16, to += 2 * part) {
-    const __mmask16 mask = first(columns - c);
-    for (int64_t k = 0; k < depth; k += 32, to += 512) {
-      for (int x = 0; x < 16; ++x) {
-        const float* row = from + (k + x) * from_row + c;
-        const __m512 values[2] = {_mm512_maskz_loadu_ps(k + x < depth ? mask : 0, row),
-                                  _mm512_maskz_loadu_ps(k + x + 16 < depth ? mask : 0, row + 16 * from_row)};
-        sees.see(c, values[0]);
-        sees.see(c, values[1]);
-        put(to + x * 32, part, values[0], values[1]);
-      }
-      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+  for (int64_t k = 0; k < depth; k += 32, to += 512) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      const __mmask16 mask = first(columns - c);
+      put_tiles<transposed>(to + c / 16 * 3 * part, part, c, sees, [&](int64_t x, int half) {
+        const int64_t row = k + x + 16 * half;
+        const float* at = from + row * from_row + c;
+        __builtin_prefetch(at + 32 * from_row, 0, 3);
+        return _mm512_maskz_loadu_ps(row < depth ? mask : 0, at);
+      });
     }
   }
 }
@@ -337,9 +340,9 @@ Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool t
                        int64_t depth) {
   WholeRange seen;
   if (transposed) {
-    split_across(to, from, from_row, true, depth, rows, seen);
+    split_across<true>(to, from, from_row, depth, rows, seen);
   } else {
-    split_along(to, from, from_row, false, rows, depth, seen);
+    split_along<false>(to, from, from_row, rows, depth, seen);
   }
   return seen.range();
 }
@@ -347,9 +350,9 @@ Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool 
                         int64_t columns) {
   WholeRange seen;
   if (transposed) {
-    split_along(to, from, from_row, true, columns, depth, seen);
+    split_along<true>(to, from, from_row, columns, depth, seen);
   } else {
-    split_across(to, from, from_row, false, depth, columns, seen);
+    split_across<false>(to, from, from_row, depth, columns, seen);
   }
   return seen.range();
 }
@@ -357,98 +360,59 @@ void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const
                       int64_t rows, int64_t depth) {
   for (int64_t x = 0; x < padded(rows, 16) / 16; ++x) outside[x] = 0;
   RowsOutside seen(outside, range);
-  split_along(to, from, from_row, false, rows, depth, seen);
+  split_along<false>(to, from, from_row, rows, depth, seen);
 }
 
-// The six products of parts of two row's and two columns' tiles, small ones first. Every block sums in this order.
-#define LOAD(number, from) _tile_loadd(number, (from) + k * 16, 64)
+#define LOAD(number, from) _tile_loadd(number, from, 64)
+// Products of two rows' and two columns' tiles, with new tiles of the left or of the right operand. A load lies between
+// products that do not wait for it.
+#define MULTIPLY_LEFT(which)    \
+  LOAD(4, a0 + (which) * part); \
+  _tile_dpbf16ps(0, 4, 6);      \
+  _tile_dpbf16ps(1, 4, 7);      \
+  LOAD(5, a1 + (which) * part); \
+  _tile_dpbf16ps(2, 5, 6);      \
+  _tile_dpbf16ps(3, 5, 7)
+#define MULTIPLY_RIGHT(which)   \
+  LOAD(6, b0 + (which) * part); \
+  _tile_dpbf16ps(0, 4, 6);      \
+  _tile_dpbf16ps(2, 5, 6);      \
+  LOAD(7, b1 + (which) * part); \
+  _tile_dpbf16ps(1, 4, 7);      \
+  _tile_dpbf16ps(3, 5, 7)
 
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth) {
-  constexpr int64_t most_depth = 128;  // tiles of 32 rows stay in L1, and a sum is of few numbers
   const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
   alignas(64) float sums[256];
   for (int64_t r = 0; r < rows; r += 32) {
-    const bool two_rows = rows - r > 16;
-    for (int64_t begin = 0; begin < depth; begin += most_depth) {
-      const int64_t end = depth - begin < most_depth ? depth : begin + most_depth;
+    for (int64_t c = 0; c < columns; c += 32) {
+      const bool two_rows = rows - r > 16, two_columns = columns - c > 16;
+      const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
+      const uint16_t *a1 = two_rows ? a0 + stride : a0, *b1 = two_columns ? b0 + stride : b0;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      // The six products of parts, small ones first.
+      for (int64_t k = 0; k < part; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
+        LOAD(6, b0 + 2 * part);
+        LOAD(7, b1 + 2 * part);
+        MULTIPLY_LEFT(0);
+        MULTIPLY_RIGHT(1);
+        MULTIPLY_LEFT(1);
+        MULTIPLY_RIGHT(0);
+        MULTIPLY_LEFT(2);
+        MULTIPLY_LEFT(0);
+      }
       const auto tile = [&](int64_t row, int64_t column) {
         float* to = out + row * out_row + column;
-        return Tile{to, add || begin > 0 ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
+        return Tile{to, add ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
       };
-      for (int64_t c = 0; c < columns; c += two_rows ? 32 : 64) {
-        const int64_t tiles = (columns - c + 15) / 16;
-        const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        if (two_rows) {
-          const uint16_t *a1 = a0 + stride, *b1 = tiles > 1 ? b0 + stride : b0;
-          for (int64_t k = begin; k < end; k += 32) {
-#define MULTIPLY           \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(3, 5, 7)
-#define LOAD_LEFT(which)        \
-  LOAD(4, a0 + (which) * part); \
-  LOAD(5, a1 + (which) * part)
-#define LOAD_RIGHT(which)       \
-  LOAD(6, b0 + (which) * part); \
-  LOAD(7, b1 + (which) * part)
-            LOAD_LEFT(0);
-            LOAD_RIGHT(2);
-            MULTIPLY;
-            LOAD_RIGHT(1);
-            MULTIPLY;
-            LOAD_LEFT(1);
-            MULTIPLY;
-            LOAD_RIGHT(0);
-            MULTIPLY;
-            LOAD_LEFT(2);
-            MULTIPLY;
-            LOAD_LEFT(0);
-            MULTIPLY;
-          }
-          STORE_TILE(0, tile(r, c));
-          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
-          STORE_TILE(2, tile(r + 16, c));
-          if (tiles > 1) STORE_TILE(3, tile(r + 16, c + 16));
-        } else {  // four columns' tiles, two at a time: a product takes as long as three others
-          const uint16_t *b1 = tiles > 1 ? b0 + stride : b0, *b2 = tiles > 2 ? b0 + 2 * stride : b0,
-                         *b3 = tiles > 3 ? b0 + 3 * stride : b0;
-          for (int64_t k = begin; k < end; k += 32) {
-#define MULTIPLY_TWO(x, y, left) \
-  _tile_dpbf16ps(x, left, 6);    \
-  _tile_dpbf16ps(y, left, 7)
-#define LOAD_TWO(x, y, which)     \
-  LOAD(6, b##x + (which) * part); \
-  LOAD(7, b##y + (which) * part)
-#define MULTIPLY_PARTS(x, y) \
-  LOAD(4, a0);               \
-  LOAD_TWO(x, y, 2);         \
-  MULTIPLY_TWO(x, y, 4);     \
-  LOAD_TWO(x, y, 1);         \
-  MULTIPLY_TWO(x, y, 4);     \
-  LOAD(5, a0 + part);        \
-  MULTIPLY_TWO(x, y, 5);     \
-  LOAD_TWO(x, y, 0);         \
-  MULTIPLY_TWO(x, y, 5);     \
-  LOAD(5, a0 + 2 * part);    \
-  MULTIPLY_TWO(x, y, 5);     \
-  MULTIPLY_TWO(x, y, 4)
-            MULTIPLY_PARTS(0, 1);
-            if (tiles > 2) {
-              MULTIPLY_PARTS(2, 3);
-            }
-          }
-          STORE_TILE(0, tile(r, c));
-          if (tiles > 1) STORE_TILE(1, tile(r, c + 16));
-          if (tiles > 2) STORE_TILE(2, tile(r, c + 32));
-          if (tiles > 3) STORE_TILE(3, tile(r, c + 48));
-        }
-      }
+      STORE_TILE(0, tile(r, c));
+      if (two_columns) STORE_TILE(1, tile(r, c + 16));
+      if (two_rows) STORE_TILE(2, tile(r + 16, c));
+      if (two_rows && two_columns) STORE_TILE(3, tile(r + 16, c + 16));
     }
   }
 }

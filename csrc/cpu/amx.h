@@ -41,7 +41,7 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
 // --- float32 -------------------------------------------------------------------------------------------------------
 // A float32 number is the sum of three bfloat16 numbers, each the rounded rest of the ones before. Of the nine products
 // of parts, six are summed, in float32; the others come to less than 2^-24 of the whole. So errors are those of sums in
-// float32 (half of them, measured) where no part and no product of parts leaves float32's normal range: tiles count
+// float32 (0.6 of them at a depth of 512, measured) where no part and no product of parts leaves float32's normal range: tiles count
 // smaller ones as 0, and a number that is not finite has parts that are NaN. `is_exact` says whether that holds; where
 // it does not, the caller multiplies in float32.
 
@@ -80,7 +80,7 @@ void pack_left_floats(uint16_t* to, uint16_t* outside, const Range& range, const
                       int64_t rows, int64_t depth);
 
 // out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
-// on what lies beside them. Between begin() and end().
+// on what lies beside them. For depths up to 512: a sum in one go is then of few numbers. Between begin() and end().
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth);
 
