@@ -257,6 +257,11 @@ struct Magnitudes {
                   high = _mm512_set1_epi32(static_cast<int>(range.most));
     return (_mm512_cmplt_epu32_mask(least, low) | _mm512_cmpgt_epu32_mask(most, high)) == 0;
   }
+  Range range() const {
+    Seen seen;
+    add_to(seen);
+    return seen.range();
+  }
   void add_to(Seen& seen) const {
     _mm512_store_si512(seen.least, _mm512_min_epu32(least, _mm512_load_si512(seen.least)));
     _mm512_store_si512(seen.most, _mm512_max_epu32(most, _mm512_load_si512(seen.most)));
@@ -268,94 +273,101 @@ void put(uint16_t* to, int64_t part, __m512 low, __m512 high) {
   split(parts, low, high);
   for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * part, parts[p]);
 }
-void transpose(uint16_t* tile) {
-  __m512i rows[16];
-  for (int x = 0; x < 16; ++x) rows[x] = _mm512_loadu_si512(tile + x * 32);
-  transpose(rows);
-  for (int x = 0; x < 16; ++x) _mm512_storeu_si512(tile + x * 32, rows[x]);
+// A tile of each part from 16 rows of pairs, load(row, 0) and load(row, 1). With `across` the floats are transposed
+// first: two blocks of them, where there are three of pairs.
+template <bool across, typename Load>
+void put_tiles(uint16_t* to, int64_t part, Magnitudes& seen, const Load& load) {
+  __m512i blocks[2][16];
+  for (int half = 0; half < 2 && across; ++half) {
+    for (int x = 0; x < 16; ++x) blocks[half][x] = _mm512_castps_si512(load(x, half));
+    transpose(blocks[half]);
+  }
+  for (int x = 0; x < 16; ++x) {
+    __m512 values[2];
+    for (int half = 0; half < 2; ++half) {
+      values[half] = across ? _mm512_castsi512_ps(blocks[half][x]) : load(x, half);
+      seen.see(values[half]);
+    }
+    put(to + x * 32, part, values[0], values[1]);
+  }
 }
 
-// As above, in three parts. Depths [begin, end), all of them seen.
-void split_along(uint16_t* to, Seen& seen, const float* from, int64_t from_row, bool transposed, int64_t rows,
-                 int64_t depth, int64_t begin, int64_t end, uint16_t* outside, const Range& range) {
+// As above, in three parts.
+template <bool transposed>
+void split_along(uint16_t* to, const float* from, int64_t from_row, int64_t rows, int64_t depth, Magnitudes& seen) {
   const int64_t part = padded(depth, tile_depth) * 16;
-  for (int64_t r = 0; r < rows; r += 16, to += 3 * part) {
-    for (int64_t k = begin; k < end; k += 32) {
-      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
-      const auto load = [&](__m512(&values)[2], int64_t x) {
-        const float* row = from + (r + x) * from_row + k;
-        const bool is_row = r + x < rows;
-        values[0] = _mm512_maskz_loadu_ps(is_row ? low : 0, row);
-        values[1] = _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16);
-      };
-      Magnitudes here;
-      __m512 values[2];
-      for (int64_t x = 0; x < 16; ++x) {
-        load(values, x);
-        here.see(values[0]);
-        here.see(values[1]);
-        put(to + k * 16 + x * 32, part, values[0], values[1]);
-      }
-      here.add_to(seen);
-      for (int p = 0; p < 3 && transposed; ++p) transpose(to + k * 16 + p * part);
-      if (outside == nullptr || here.within(range)) continue;
-      for (int64_t x = 0; x < 16; ++x) {
-        Magnitudes of_row;
-        load(values, x);
-        of_row.see(values[0]);
-        of_row.see(values[1]);
-        if (!of_row.within(range)) outside[r / 16] |= static_cast<uint16_t>(1u << x);
-      }
+  for (int64_t r = 0; r < rows; r += 16, to += 2 * part) {
+    for (int64_t k = 0; k < depth; k += 32, to += 512) {
+      const __mmask16 masks[2] = {first(depth - k), first(depth - k - 16)};
+      put_tiles<transposed>(to, part, seen, [&](int64_t x, int half) {
+        const float* at = from + (r + x) * from_row + k + 16 * half;
+        __builtin_prefetch(at + 16 * from_row, 0, 3);
+        return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, at);
+      });
     }
   }
 }
-void split_across(uint16_t* to, Seen& seen, const float* from, int64_t from_row, bool transposed, int64_t depth,
-                  int64_t columns) {
+// Along the rows, so that memory is read in order.
+template <bool transposed>
+void split_across(uint16_t* to, const float* from, int64_t from_row, int64_t depth, int64_t columns, Magnitudes& seen) {
   const int64_t part = padded(depth, tile_depth) * 16;
-  Magnitudes all;
-  for (int64_t c = 0; c < columns; c += 16, to += 2 * part) {
-    const __mmask16 mask = first(columns - c);
-    for (int64_t k = 0; k < depth; k += 32, to += 512) {
-      for (int x = 0; x < 16; ++x) {
-        const float* row = from + (k + x) * from_row + c;
-        const __m512 low = _mm512_maskz_loadu_ps(k + x < depth ? mask : 0, row);
-        const __m512 high = _mm512_maskz_loadu_ps(k + x + 16 < depth ? mask : 0, row + 16 * from_row);
-        all.see(low);
-        all.see(high);
-        put(to + x * 32, part, low, high);
-      }
-      for (int p = 0; p < 3 && transposed; ++p) transpose(to + p * part);
+  for (int64_t k = 0; k < depth; k += 32, to += 512) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      const __mmask16 mask = first(columns - c);
+      put_tiles<transposed>(to + c / 16 * 3 * part, part, seen, [&](int64_t x, int half) {
+        const int64_t row = k + x + 16 * half;
+        const float* at = from + row * from_row + c;
+        __builtin_prefetch(at + 32 * from_row, 0, 3);
+        return _mm512_maskz_loadu_ps(row < depth ? mask : 0, at);
+      });
     }
   }
-  all.add_to(seen);
 }
 
 }  // namespace
 
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows,
                        int64_t depth) {
-  Seen seen;
+  Magnitudes seen;
   if (transposed) {
-    split_across(to, seen, from, from_row, true, depth, rows);
+    split_across<true>(to, from, from_row, depth, rows, seen);
   } else {
-    split_along(to, seen, from, from_row, false, rows, depth, 0, depth, nullptr, {});
+    split_along<false>(to, from, from_row, rows, depth, seen);
   }
   return seen.range();
 }
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns) {
-  Seen seen;
+  Magnitudes seen;
   if (transposed) {
-    split_along(to, seen, from, from_row, true, columns, depth, 0, depth, nullptr, {});
+    split_along<true>(to, from, from_row, columns, depth, seen);
   } else {
-    split_across(to, seen, from, from_row, false, depth, columns);
+    split_across<false>(to, from, from_row, depth, columns, seen);
   }
   return seen.range();
 }
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
                       int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end) {
-  for (int64_t x = 0; x < padded(rows, 16) / 16 && begin == 0; ++x) outside[x] = 0;
-  split_along(to, seen, from, from_row, false, rows, depth, begin, end, outside, range);
+  const int64_t part = padded(depth, tile_depth) * 16;
+  for (int64_t r = 0; r < rows; r += 16, to += 3 * part, ++outside) {
+    if (begin == 0) *outside = 0;
+    for (int64_t k = begin; k < end; k += 32) {
+      const __mmask16 masks[2] = {first(depth - k), first(depth - k - 16)};
+      const auto load = [&](int64_t x, int half) {
+        return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, from + (r + x) * from_row + k + 16 * half);
+      };
+      Magnitudes here;
+      put_tiles<false>(to + k * 16, part, here, load);
+      here.add_to(seen);
+      if (here.within(range)) continue;
+      for (int64_t x = 0; x < 16; ++x) {
+        Magnitudes of_row;
+        of_row.see(load(x, 0));
+        of_row.see(load(x, 1));
+        if (!of_row.within(range)) *outside |= static_cast<uint16_t>(1u << x);
+      }
+    }
+  }
 }
 
 void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* first, const uint16_t* second,
@@ -378,9 +390,62 @@ void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* fi
   }
 }
 
-// Tile loads take a thread's time, products of tiles take only their own. So a tile of the right operand is loaded once
-// for a row of tiles, and twice for two. Small products first, and in one order for both.
 #define LOAD(number, from) _tile_loadd(number, from, 64)
+// Products of two rows' and two columns' tiles, with new tiles of the left or of the right operand. A load lies between
+// products that do not wait for it.
+#define MULTIPLY_LEFT(which)    \
+  LOAD(4, a0 + (which) * part); \
+  _tile_dpbf16ps(0, 4, 6);      \
+  _tile_dpbf16ps(1, 4, 7);      \
+  LOAD(5, a1 + (which) * part); \
+  _tile_dpbf16ps(2, 5, 6);      \
+  _tile_dpbf16ps(3, 5, 7)
+#define MULTIPLY_RIGHT(which)   \
+  LOAD(6, b0 + (which) * part); \
+  _tile_dpbf16ps(0, 4, 6);      \
+  _tile_dpbf16ps(2, 5, 6);      \
+  LOAD(7, b1 + (which) * part); \
+  _tile_dpbf16ps(1, 4, 7);      \
+  _tile_dpbf16ps(3, 5, 7)
+
+void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
+                     int64_t columns, int64_t depth) {
+  const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
+  alignas(64) float sums[256];
+  for (int64_t r = 0; r < rows; r += 32) {
+    for (int64_t c = 0; c < columns; c += 32) {
+      const bool two_rows = rows - r > 16, two_columns = columns - c > 16;
+      const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
+      const uint16_t *a1 = two_rows ? a0 + stride : a0, *b1 = two_columns ? b0 + stride : b0;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      // The six products of parts, small ones first.
+      for (int64_t k = 0; k < part; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
+        LOAD(6, b0 + 2 * part);
+        LOAD(7, b1 + 2 * part);
+        MULTIPLY_LEFT(0);
+        MULTIPLY_RIGHT(1);
+        MULTIPLY_LEFT(1);
+        MULTIPLY_RIGHT(0);
+        MULTIPLY_LEFT(2);
+        MULTIPLY_LEFT(0);
+      }
+      const auto tile = [&](int64_t row, int64_t column) {
+        float* to = out + row * out_row + column;
+        return Tile{to, add ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
+      };
+      STORE_TILE(0, tile(r, c));
+      if (two_columns) STORE_TILE(1, tile(r, c + 16));
+      if (two_rows) STORE_TILE(2, tile(r + 16, c));
+      if (two_rows && two_columns) STORE_TILE(3, tile(r + 16, c + 16));
+    }
+  }
+}
+
+// Beside other work a tile's load takes a thread's time, and a product only its own. So a tile of the right operand is
+// loaded once for one row of tiles, and twice for two. Small products first, and in one order for both.
 #define MULTIPLY_COLUMN(number)                          \
   do {                                                   \
     const uint16_t* const right = b + (number) * stride; \
@@ -407,7 +472,7 @@ void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* fi
   _tile_dpbf16ps(3, 5, 7)
 
 bool step(FloatProduct& p) {
-  constexpr int64_t most_depth = 128;  // a sum is of few numbers, and tiles of 32 rows stay in L1
+  constexpr int64_t most_depth = 128;
   const int64_t part = padded(p.depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
   const int64_t tiles = (p.columns - p.column + 15) / 16;
   const int64_t end = p.depth - p.piece < most_depth ? p.depth : p.piece + most_depth;
@@ -476,13 +541,6 @@ bool step(FloatProduct& p) {
   if (p.piece >= p.depth) p.piece = 0, p.row += 32;
   p.k = p.piece;
   return p.row < p.rows;
-}
-
-void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
-                     int64_t columns, int64_t depth) {
-  FloatProduct p{out, out_row, add, a, b, rows, columns, depth};
-  while (step(p)) {
-  }
 }
 
 }  // namespace flash_xlstm::cpu::amx
