@@ -8,6 +8,7 @@ goes the same way from the last rank to the first, with the gradients of the ran
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -91,7 +92,7 @@ def mlstm(
         raise ValueError("continues is False; without cu_seqlens, which tells where sequences begin, it must be True")
     _common.check_flag("return_final_state", return_final_state)
     _common.check_flag("keep_states", keep_states)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = _place(group)
     _check_piece(q, k, v, i, f)
     if size == 1:
         return ops.mlstm(
@@ -247,7 +248,7 @@ def group_of(group: Group) -> dist.ProcessGroup:
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group is a {type(group).__name__}; it must be a ProcessGroup or a DeviceMesh")
-    if dist.get_rank(group) < 0:
+    if _place(group)[0] < 0:
         raise ValueError("group is one that this process is not in; it must be one of its own")
     return group
 
@@ -344,16 +345,23 @@ def _piece(k: Tensor, v: Tensor, i: Tensor, f: Tensor, options: tuple[Any, ...],
 
 def _parts(piece: Tensor, c_shape: Sequence[int]) -> list[Tensor]:
     """Views of c, n, m and log decay of one piece, (floats,), or of several, (pieces, floats)."""
-    shapes, sizes = _layout(tuple(c_shape), piece.shape[-1])
-    first = piece.shape[:-1]
-    return [part.view(first + shape) for part, shape in zip(piece.split(sizes, -1), shapes, strict=False)]
+    first = piece.storage_offset()
+    layouts = _layouts(tuple(c_shape), piece.shape, piece.stride())
+    return [piece.as_strided(shape, stride, first + at) for shape, stride, at in layouts]
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(c_shape: tuple[int, ...], floats: int) -> tuple[list[torch.Size], list[int]]:
-    shapes = [torch.Size(c_shape[:dims]) for dims in (4, 3, 2, 2)]
-    sizes = [shape.numel() for shape in shapes]
-    return shapes, [*sizes, floats - sum(sizes)]
+def _layouts(
+    c_shape: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Shape, stride and offset of each part."""
+    layouts, at = [], 0
+    for dims in (4, 3, 2, 2):
+        sizes = c_shape[:dims]
+        inner = [math.prod(sizes[d + 1 :]) for d in range(dims)]
+        layouts.append(((*shape[:-1], *sizes), (*stride[:-1], *inner), at))
+        at += math.prod(sizes)
+    return layouts
 
 
 @torch.no_grad()
@@ -384,24 +392,24 @@ class _Mlstm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, group, wants_last, options, keeps, cu_seqlens, piece, c, n, m, q, k, v, i, f):
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        rank, size = _place(group)
         shape = k.shape[0], *k.shape[2:], v.shape[-1]
         node, between = _nodes(group)
         # Waited for on the first rank too: to go on beside it gains nothing (docs/experiments.md).
         pieces = _gathered(piece, node)
         # Up to the mlstm's first kernel the GPU waits for the host, so that what can come behind it does.
-        place = rank if between is None else dist.get_rank(node)
+        place = rank if between is None else _place(node)[0]
         if between is None:
             nodes, ahead = None, pieces[:place]
         else:
             c_of, n_of, m_of, decay = _parts(pieces, shape)
             sums = *_state_after((c_of, n_of, m_of, decay)), decay.sum(0)
             nodes = _gathered(torch.cat([t.flatten() for t in sums]), between, piece.shape[0])
-            ahead = torch.cat((nodes[: dist.get_rank(between)], pieces[:place]))
+            ahead = torch.cat((nodes[: _place(between)[0]], pieces[:place]))
 
         state = c, n, m
         if rank > 0:
-            before = _state_after(_parts(ahead, shape))
+            before: Any = _state_after(_parts(ahead, shape)) if ahead.shape[0] > 1 else _parts(ahead[0], shape)[:3]
             state = before if c is None else tuple(_in_front(a, b) for a, b in zip(before, state, strict=True))
         with torch._C._AutoDispatchBelowAutograd():
             h, kept, *last = torch.ops.flash_xlstm.mlstm.default(
@@ -425,7 +433,8 @@ class _Mlstm(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing makes them again
         *inputs, scalars, of_nodes = saved[:13]
         last, whole = saved[13:16], saved[16:]
-        k, v, c, rank, size = *inputs[1:3], inputs[5], dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
+        k, v, c = inputs[1], inputs[2], inputs[5]
+        rank, size = _place(ctx.group)
         batch = scalars.shape[2]
         rows, shape = batch if c is None else c.shape[0], (batch, *k.shape[2:], v.shape[-1])
         own: tuple[Any, ...] = into_last if into_last and not whole else (None, None, None)
@@ -453,19 +462,29 @@ class _Mlstm(torch.autograd.Function):
         return None, None, None, None, None, None, *state, dq, dk, dv, di, df
 
 
+_places: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _place(group: dist.ProcessGroup) -> tuple[int, int]:
+    """This process' rank in the group, and how many there are. torch looks both up anew at every question."""
+    found = _places.get(group)
+    if found is None:
+        found = _places[group] = dist.get_rank(group), dist.get_world_size(group)
+    return found
+
+
 _nodes_of: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple] = weakref.WeakKeyDictionary()
 
 
 def _nodes(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """The group of this rank's node, of consecutive ranks, and that of the ranks at its place in all nodes; or the
     whole group and None, where they are few or no number of 2 to `_NODE` ranks divides them."""
-    size = dist.get_world_size(group)
+    at, size = _place(group)
     count = next((n for n in range(_NODE, 1, -1) if size % n == 0), 1)
     if size <= _NODE or count == 1:
         return group, None
     if group not in _nodes_of:
         ranks = dist.get_process_group_ranks(group)
-        at = dist.get_rank(group)
         first, place = at // count * count, at % count
         _nodes_of[group] = tuple(
             dist.new_group(members, use_local_synchronization=True)
@@ -477,7 +496,7 @@ def _nodes(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, dist.ProcessGro
 def _gathered(own: Tensor, group: dist.ProcessGroup, floats: int | None = None) -> Tensor:
     """`own` of every rank, (ranks, floats); `floats` more than it has are left open."""
     floats = own.numel() if floats is None else floats
-    every = own.new_empty(dist.get_world_size(group), floats)
+    every = own.new_empty(_place(group)[1], floats)
     if floats > 0:
         own = own if own.numel() == floats else F.pad(own.flatten(), (0, floats - own.numel()))
         _all_gather(every.view(-1), own.reshape(-1), group=group)
@@ -495,7 +514,7 @@ def _state_after(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _received(group, shape, scalars, of_nodes, sent) -> Tensor:
     """The gradient of this rank's final state from all ranks behind it."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = _place(group)
     to_all = torch.zeros(size, piece_floats(*shape), dtype=torch.float32, device=scalars.device)
     for upto, of_state in zip((rank, size), sent, strict=False):
         if upto == 1:  # its weight is 1
@@ -513,8 +532,7 @@ def _received_in_nodes(group, shape, scalars, of_nodes, sent) -> Tensor:
     """The same in two steps. A node's ranks gather what they would send. Each sums from it what its own final state
     gets, and what the state before the node gets; the nodes gather the latter."""
     node, between = _nodes(group)
-    place, ranks = dist.get_rank(node), dist.get_world_size(node)
-    number, nodes = dist.get_rank(between), dist.get_world_size(between)
+    (place, ranks), (number, nodes) = _place(node), _place(between)
     floats = piece_floats(*shape)
     own = torch.cat([F.pad(torch.cat([t.flatten() for t in x]), (0, floats))[:floats] for x in sent])
     every = _gathered(own, node).view(ranks, len(sent), floats)
