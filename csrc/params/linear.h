@@ -1,4 +1,4 @@
-// Products with few rows.
+// Products with few rows, and float32 products of many rows on the CPU.
 #pragma once
 
 #include <string>
@@ -49,7 +49,30 @@ struct FusedLinearRows {
   bool holds_next = false;        // lets the next kernel start only after all kernels before this one have ended
 };
 
+// out = a b for several b with one a, float32. a (rows x depth), b (depth x columns) and out (rows x columns) have
+// contiguous rows, `row` apart; a and b may be transposed instead.
+struct FloatProducts {
+  struct Matrix {
+    const float* data = nullptr;
+    int64_t row = 0;
+    bool transposed = false;
+  };
+  struct Part {
+    Matrix b;
+    int64_t columns = 0;
+    float* out = nullptr;
+    int64_t out_row = 0;
+  };
+  int64_t rows = 0, depth = 0;
+  Matrix a;
+  const Part* parts = nullptr;
+  int64_t count = 0;
+};
+
 namespace cpu {
+// On AMX tiles. false, with anything in the outs, where this machine has none or they would not be exact (amx.h).
+bool float_products(const FloatProducts& p);
+
 // `count` products of the same x.
 void linear_rows(const LinearRows* products, int64_t count);
 }  // namespace cpu

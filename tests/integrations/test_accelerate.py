@@ -15,6 +15,7 @@ from torch import nn
 
 from flash_xlstm import reference
 from flash_xlstm.integrations import _tirex, accelerate
+from flash_xlstm.ops import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the packages
 IDS = torch.randint(64, (2, 37), generator=torch.Generator().manual_seed(0))
@@ -587,6 +588,35 @@ def test_a_layer_in_16_bits_is_at_least_as_near_to_float32(kind, layers):
     for mine in (ours, without):
         assert mine.dtype == theirs.dtype
         assert (mine - exact).norm() <= 1.1 * (theirs - exact).norm() <= 0.1 * exact.norm()
+
+
+def test_a_layer_is_at_least_as_near_to_float64(layers, monkeypatch):
+    """With its products on AMX tiles, where this machine has them."""
+    layer, x, taken = layers["m"], _series(9).requires_grad_(), []
+    products = linear._float_products
+    monkeypatch.setattr(linear, "_float_products", lambda *args: taken.append(products(*args)) or taken[-1])
+
+    def results(layer, x):
+        y, gradients = _gradients(layer, lambda layer: layer(x))
+        return {"y": y, "x": x.grad, **gradients}
+
+    theirs = results(layer, x)
+    exact = results(copy.deepcopy(layer).double(), x.detach().double().requires_grad_())
+    twin = copy.deepcopy(layer)
+    accelerate(twin)
+    ours = results(twin, x.detach().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(twin(x), ours["y"])
+    for name in exact.keys() - {"igate_preact.bias"}:  # a sum that cancels
+        near, nearer = ((t[name] - exact[name]).norm() for t in (theirs, ours))
+        assert nearer <= (1.0 if linear._TILES else 1.5) * near, name
+    assert taken == ([True] * 7 if linear._TILES else [])
+    x = x.detach()
+    x[4, 3, 2] = torch.inf
+    with torch.no_grad():
+        got = twin(x)
+        monkeypatch.setattr(linear, "_TILES", False)
+        assert torch.equal(got.nan_to_num(7.0), twin(x).nan_to_num(7.0)) and got.isnan().any()
 
 
 PARTS = {

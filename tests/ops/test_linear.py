@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flash_xlstm import ops
 from flash_xlstm._build import LIMITS
+from flash_xlstm.ops import linear
 
 # The supported dtypes of each device.
 BF16 = torch.bfloat16
@@ -332,3 +333,88 @@ def test_fused_random_problems(fuzz, place, dtype):
             assert ((y.double() - exact).abs() <= roundings + 3e-6 * scale).all()
 
     run()
+
+
+# products of many rows
+
+
+def mm(a, bs, outs):
+    """linear.mm, which must have taken the tiles where this machine has them."""
+    taken = linear._float_products(a, bs, outs)
+    assert taken or not linear._TILES
+    if taken:
+        products = [out.clone() for out in outs]
+        linear.mm(a, bs, outs)
+        assert all(map(torch.equal, products, outs)), "two runs differ"
+    return taken
+
+
+# Rows for one and for several blocks, depths of a part of a tile and of two stretches, columns of several panels.
+@pytest.mark.parametrize(("rows", "depth"), [(64, 512), (70, 40), (256, 33), (257, 512), (450, 1100), (3000, 64)])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_tiles_are_at_least_as_exact_as_float32(rows, depth, scale):
+    for a_lies, b_lies in ((0, 1), (1, 0)):
+        a = normal("cpu", *((depth, rows) if a_lies else (rows, depth)), seed=3) * scale
+        a = a.t() if a_lies else a
+        bs, outs = [], []
+        for columns in (8, 300, 1):
+            b = normal("cpu", *((columns, depth) if b_lies else (depth, columns)), seed=columns)
+            bs.append(b.t() if b_lies else b)
+            outs.append(torch.full((rows, columns + 3), torch.nan)[:, :columns])
+        if not mm(a, bs, outs):
+            pytest.skip("this machine has no AMX tiles")
+        for b, out in zip(bs, outs, strict=True):
+            exact = a.double() @ b.double()
+            if b.shape[1] > 1:  # a single column torch sums in parts
+                assert (out - exact).norm() <= (a @ b - exact).norm()
+            assert ((out - exact).abs() <= 2e-6 * (a.double().abs() @ b.double().abs())).all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 3e38, 1e-36, 1e-41])
+@pytest.mark.parametrize("where", ["a", "b"])
+@pytest.mark.parametrize("rows", [70, 300])
+def test_what_tiles_cannot_hold_is_as_with_torch(rows, where, value):
+    a, b, other = normal("cpu", rows, 96), normal("cpu", 96, 40, seed=1), normal("cpu", 96, 50, seed=2)
+    (a if where == "a" else other)[-1, 7] = value
+    outs = [torch.zeros(rows, 40), torch.zeros(rows, 50)]
+    assert not linear._float_products(a, [b, other], outs)
+    linear.mm(a, [b, other], outs)
+    for got, right in zip(outs, (b, other), strict=True):
+        assert torch.equal(got.nan_to_num(7.0), (a @ right).nan_to_num(7.0))
+
+
+def test_other_products_of_many_rows_are_torchs():
+    for a, b in (
+        (normal("cpu", 100, 64, dtype=BF16), normal("cpu", 64, 9, dtype=BF16)),
+        (normal("cpu", 3, 64), normal("cpu", 64, 9)),
+        (normal("cpu", 100, 0), normal("cpu", 0, 9)),
+    ):
+        out = torch.full((a.shape[0], 9), torch.nan, dtype=a.dtype)
+        linear.mm(a, [b], [out])
+        assert torch.equal(out, a @ b)
+
+
+def test_products_of_strided_matrices():
+    a, b, out = normal("cpu", 100, 64, 2)[:, :, 1], normal("cpu", 64, 40, 2)[:, :, 1], torch.empty(100, 40)
+    mm(a, [b], [out])
+    linear.mm(a, [b], [out])
+    torch.testing.assert_close(out, a @ b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"a": torch.zeros(64)}, ValueError, r"a has shape \(64,\); it must be \(rows, depth\)"),
+        ({"a": torch.zeros(64, 8).double()}, TypeError, "a has dtype float64; it must be float32"),
+        ({"bs": [torch.zeros(9, 5)]}, ValueError, r"bs\[0\] has shape \(9, 5\); it must be \(depth, columns\)"),
+        ({"bs": [torch.zeros(8, 5).half()]}, TypeError, r"bs\[0\] has dtype float16"),
+        ({"outs": []}, ValueError, "outs has 0 tensors; it must have as many as bs, 1"),
+        ({"outs": [torch.zeros(64, 4)]}, ValueError, r"outs\[0\] has shape \(64, 4\)"),
+        ({"outs": [torch.zeros(63, 5)]}, ValueError, r"outs\[0\] has shape \(63, 5\)"),
+        ({"outs": [torch.zeros(5, 64).t()]}, ValueError, r"outs\[0\] has stride 64 in its last dimension"),
+    ],
+)
+def test_bad_products_name_the_argument(changes, error, text):
+    given = {"a": torch.zeros(64, 8), "bs": [torch.zeros(8, 5)], "outs": [torch.zeros(64, 5)]} | changes
+    with pytest.raises(error, match=text):
+        linear._float_products(*given.values())

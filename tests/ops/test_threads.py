@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_xlstm import ops
+from flash_xlstm.ops import linear
 
 
 def randn(*shape: int) -> Tensor:
@@ -71,6 +72,16 @@ def linear_rows() -> list[Tensor]:
         return [ops.linear_rows(randn(2, 1000), randn(333, 1000), randn(333))]
 
 
+def mm() -> list[Tensor]:
+    with torch.no_grad():
+        outs = []
+        for rows in (100, 500):
+            a, bs = torch.randn(rows, 600), [torch.randn(600, 90), torch.randn(300, 600).t()]
+            outs += [torch.empty(rows, b.shape[1]) for b in bs]
+            linear.mm(a, bs, outs[-2:])
+        return outs if linear._TILES else []  # torch's own products need not agree
+
+
 def linear_cross_entropy() -> list[Tensor]:
     hidden, weight, labels = randn(90, 32), randn(1000, 32), torch.randint(1000, (90,))
     loss = ops.linear_cross_entropy(hidden, weight, labels, soft_cap=5.0, label_smoothing=0.1)
@@ -89,6 +100,7 @@ def linear_cross_entropy() -> list[Tensor]:
         causal_conv1d,
         pointwise,
         linear_rows,
+        mm,
         linear_cross_entropy,
     ],
     ids=lambda run: run.__name__,

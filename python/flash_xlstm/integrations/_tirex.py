@@ -28,6 +28,7 @@ from flash_xlstm.nn.linear import (
     unchanged,
 )
 from flash_xlstm.ops._common import needs_gradients
+from flash_xlstm.ops.linear import mm
 from flash_xlstm.ops.mlstm_gated import mlstm_gated, mlstm_gated_backward
 
 SLSTM = "tirex2.model.component.flashrnn_slstm.sLSTMFlashRNNLayer"
@@ -116,18 +117,20 @@ class Mlstm:
         if found is None or not _is_plain_mlstm(self, found):
             return type(self).forward(self, x)
         q, k, v, o, i, i_bias, f, f_bias, out_proj, weight = found
-        config, heads = self.config, self.config.num_heads
-        options = heads, self.mlstm_backend.config.eps, config.gate_soft_cap, self.multihead_norm.eps
+        heads, cap = self.config.num_heads, self.config.gate_soft_cap
+        eps, norm_eps = self.mlstm_backend.config.eps, self.multihead_norm.eps
+        options = heads, q.shape[0], None, eps, cap, 0, norm_eps  # of mlstm_gated
         if needs_gradients((x, *found)):
-            return F.linear(_MlstmCell.apply(x, options, q, k, v, o, i, i_bias, f, f_bias, weight), out_proj)
-        _, eps, cap, norm_eps = options
+            return _MlstmCell.apply(x, options, q, k, v, o, i, i_bias, f, f_bias, weight, out_proj)
         gates, bias = torch.cat([i, f]), torch.cat([i_bias, f_bias])
+        if not x.is_cpu:
+            heads_of = (F.linear(x, t).unflatten(-1, (heads, -1)) for t in (q, k, v))
+            h = ops.mlstm(*heads_of, *F.linear(x, gates, bias).chunk(2, -1), eps=eps, gate_soft_cap=cap)
+            return F.linear(ops.gated_head_norm(h, F.linear(x, o), weight, norm_eps), out_proj)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for piece, to in _pieces(x, out, 1):
-            heads_of = (F.linear(piece, t).unflatten(-1, (heads, -1)) for t in (q, k, v))
-            h = ops.mlstm(*heads_of, *F.linear(piece, gates, bias).chunk(2, -1), eps=eps, gate_soft_cap=cap)
-            h = ops.gated_head_norm(h, F.linear(piece, o), weight, norm_eps)
-            torch.mm(h.flatten(0, 1), out_proj.t(), out=to.flatten(0, 1))
+            y, *_ = _gated(piece, options, (q, k, v, o), gates, bias, weight, False)
+            mm(y.flatten(0, 1), [out_proj.t()], [to.flatten(0, 1)])
         return out
 
 
@@ -266,35 +269,69 @@ class _GateProducts(torch.autograd.Function):
         return dx, *dweights
 
 
+def _gated(
+    x: Tensor,
+    options: tuple,
+    projections: tuple[Tensor, ...],
+    gates: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    keep_states: bool,
+) -> tuple[Tensor, ...]:
+    """The mLSTM layer of x up to its output projection. `projections` are the weights of q, k, v and o; `gates` and
+    `bias` those of i and f. Returns y, and what the backward needs: z, the gates, h and what the op keeps."""
+    rows, sizes = x.reshape(-1, x.shape[2]), [t.shape[0] for t in projections]
+    z = x.new_empty((*x.shape[:2], sum(sizes)))
+    weights, parts = [t.t() for t in projections], list(z.flatten(0, 1).split(sizes, 1))
+    if x.is_cpu and x.dtype == torch.float32:  # with the others, as a product of few columns takes long
+        pre = x.new_empty((*x.shape[:2], gates.shape[0]))
+        mm(rows, [*weights, gates.t()], [*parts, pre.flatten(0, 1)])
+        pre += bias
+    else:
+        mm(rows, weights, parts)
+        pre = F.linear(x, gates, bias)
+    y, h, kept = mlstm_gated(z, *pre.chunk(2, -1), weight, None, *options, keep_states)
+    return y, z, pre, h, kept
+
+
 class _MlstmCell(torch.autograd.Function):
-    """The mLSTM layer up to its output projection."""
+    """The mLSTM layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: tuple, *parameters: Tensor) -> Tensor:
-        q, k, v, o, i, i_bias, f, f_bias, weight = parameters
-        rows, sizes = x.reshape(-1, x.shape[2]), [t.shape[0] for t in (q, k, v, o)]
-        z = x.new_empty((*x.shape[:2], sum(sizes)))
-        for part, to in zip((q, k, v, o), z.flatten(0, 1).split(sizes, 1), strict=True):
-            torch.mm(rows, part.t(), out=to)
-        gates = F.linear(x, torch.cat([i, f]), torch.cat([i_bias, f_bias]))
-        heads, eps, cap, norm_eps = options
-        ctx.options = heads, q.shape[0], None, eps, cap, 0, norm_eps
-        y, h, kept = mlstm_gated(z, *gates.chunk(2, -1), weight, None, *ctx.options, True)
-        ctx.save_for_backward(x, z, gates, h, kept, q, k, v, o, i, f, weight)
-        return y
+        q, k, v, o, i, i_bias, f, f_bias, weight, out_proj = parameters
+        gates, bias = torch.cat([i, f]), torch.cat([i_bias, f_bias])
+        y, *kept = _gated(x, options, (q, k, v, o), gates, bias, weight, True)
+        ctx.options = options
+        ctx.save_for_backward(x, y, *kept, q, k, v, o, i, f, weight, out_proj)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        mm(y.flatten(0, 1), [out_proj.t()], [out.flatten(0, 1)])
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, z, gates, h, kept, *weights, weight = ctx.saved_tensors
-        want_x, _, *wanted = ctx.needs_input_grad
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        x, y, z, gates, h, kept, *weights, weight, out_proj = ctx.saved_tensors
+        want_x, _, *wanted, want_norm, want_out = ctx.needs_input_grad
+        dout, y = dout.reshape(-1, dout.shape[2]), y.flatten(0, 1)
+        d_out_proj = _product(dout.t(), y) if want_out else None
+        if not (want_x or want_norm or any(wanted)):
+            return *[None] * 11, d_out_proj
+        dy = _product(dout, out_proj).view(*x.shape[:2], -1)
         dz, _, _, dnorm = mlstm_gated_backward(
-            dy, z, *gates.chunk(2, -1), weight, None, h, kept, *ctx.options, wanted[-1], True
+            dy, z, *gates.chunk(2, -1), weight, None, h, kept, *ctx.options, want_norm, True
         )
         dz, sizes = dz.flatten(0, 1), [t.shape[0] for t in weights]  # q, k, v, o, i, f
-        dx = torch.mm(dz, torch.cat(weights)).view(x.shape) if want_x else None
+        dx = _product(dz, torch.cat(weights)).view(x.shape) if want_x else None
+        dnorm = dnorm if want_norm else None
         if not any(wanted):
-            return dx, *[None] * 10
-        dq, dk, dv, do, di, df = torch.mm(dz.t(), x.reshape(-1, x.shape[2])).split(sizes)
+            return dx, *[None] * 9, dnorm, d_out_proj
+        dq, dk, dv, do, di, df = _product(dz.t(), x.reshape(-1, x.shape[2])).split(sizes)
         di_bias, df_bias = dz[:, -2 * sizes[-1] :].sum(0).split(sizes[-1])
-        return dx, None, dq, dk, dv, do, di, di_bias, df, df_bias, dnorm
+        return dx, None, dq, dk, dv, do, di, di_bias, df, df_bias, dnorm, d_out_proj
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_empty((a.shape[0], b.shape[1]))
+    mm(a, [b], [out])
+    return out

@@ -148,6 +148,11 @@ def _(x: _Shape, weights: list[_Shape], *args: Any, **kwargs: Any) -> int:
     return _rows(x, *weights)
 
 
+@register_flop_formula(_operators.float_products)
+def _(a: _Shape, bs: list[_Shape], *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * sum(map(math.prod, bs))
+
+
 @register_flop_formula(_operators.linear_cross_entropy)
 def _(hidden: _Shape, weight: _Shape, labels, *options_and_flags: Any, **kwargs: Any) -> int:
     return _rows(hidden, weight) * (1 + sum(options_and_flags[-2:]))  # the gradients that it makes along

@@ -1,4 +1,4 @@
-"""Products of few rows with a weight matrix, bound by the time to read the weights."""
+"""Products of few rows with a weight matrix, bound by the time to read the weights, and of many rows in float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from flash_xlstm import _build
 from flash_xlstm.ops import _common, _errors
+
+_TILES = _build.build_info()["cpu_isa"] == "AVX-512 and AMX"
+_LEAST_ROWS = 64  # with fewer, packing b takes too long a part
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, constant_weights: bool = False) -> Tensor:
@@ -79,6 +83,15 @@ def fused_linear_rows(
         raise _errors.explain(error, fused_linear_rows, locals()) from None
 
 
+def mm(a: Tensor, bs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """``torch.mm(a, b, out=out)`` for each of `bs` and `outs`, which no input may overlap. On a CPU with AMX tiles
+    float32 products are made of bfloat16 ones, and are at least as exact. Call it where no gradients are recorded."""
+    tiles = _TILES and a.dtype == torch.float32 and a.is_cpu and a.shape[0] >= _LEAST_ROWS
+    if not (tiles and _common.is_eager() and _float_products(a, bs, outs)):  # numbers that tiles do not hold, as inf
+        for b, out in zip(bs, outs, strict=True):
+            torch.mm(a, b, out=out)
+
+
 def _no_gradient(name: str, *given: Tensor | None) -> None:
     if forward_ad._current_level >= 0:
         _common.refuse_forward_mode(name, given)
@@ -100,3 +113,12 @@ def _(x, weights, biases, residual, swiglu, constant_weights=False) -> list[Tens
     given = {f"weights[{n}]": t for n, t in enumerate(weights)} | {f"biases[{n}]": t for n, t in enumerate(biases)}
     _common.no_mixed_meta(x, of="x", residual=residual, **given)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in (weights[:1] if swiglu else weights)]
+
+
+# (a, bs, outs) -> whether outs[x] = a bs[x]. If not, they may hold anything, and another product must write them.
+_float_products = _common.without_gradients("float_products")
+
+
+@_common.register_fake("float_products")
+def _(a, bs, outs) -> bool:
+    return False
