@@ -281,8 +281,8 @@ void run_part(const char* op, const Tensor& q, const MlstmBackward& params, Tens
 // Of::state_alone: from the end state and its decay alone. There is no q then, but k in its place, no dh, h and kept.
 // Of::initial_state_alone: dk and dv are empty; in the places of di and df are open_e and is_open, (num_seqs, heads)
 // float32, or without an initial state (0, heads). `begun` becomes the kernels' workspace, for Of::rest, whose dq is
-// empty. Where the kernels do not go in two
-// parts, `begun` is empty, this call's dq means nothing, and Of::rest makes all.
+// empty. Where the kernels do not go in two parts, `begun` is empty, this call's dq means nothing, and Of::rest makes
+// all.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                     const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,

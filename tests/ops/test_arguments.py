@@ -58,7 +58,9 @@ GOOD = {
     "causal_conv1d_step": lambda: {
         "x": randn(BATCH, CHANNELS), "weight": randn(CHANNELS, 4), "bias": None, "state": randn(BATCH, 3, CHANNELS),
     },
-    "mlstm": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state(), "chunk_size": 3},
+    "mlstm": lambda: {
+        **mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state(), "chunk_size": 3, "keep_states": False,
+    },
     "mlstm_step": lambda: {**mlstm_arguments(BATCH), "state": mlstm_state(), "gate_soft_cap": 15.0},
     "mlstm_prefill": lambda: {
         **mlstm_arguments(BATCH, SEQ), "state": mlstm_state(), "gate_soft_cap": 15.0,
@@ -205,3 +207,10 @@ def test_sizes_past_63_bits():
             torch.full((1,), -1, dtype=torch.int32), torch.zeros(4), weights, weights, [torch.zeros(4)], torch.zeros(4),
             torch.zeros(4, 4), torch.zeros(4), weights, torch.zeros(4, 4), 1e-6, 1e-6, 1e-6, 1e-6, None,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_keep_states_is_a_flag(value):
+    """Also where no gradient is needed, so that nothing is kept."""
+    with pytest.raises(TypeError, match=r"keep_states is .*; it must be True or False"):
+        ops.mlstm(**mlstm_arguments(BATCH, SEQ), keep_states=value)
