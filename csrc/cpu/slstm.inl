@@ -357,12 +357,13 @@ template <bool keeps, int rows>
 IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vectors<rows> (&kept)[kept_c]) {
   const Vectors<rows> i = gates[0], f = gates[1];
   const Masks<rows> padding = (i == -infinity) & (f == infinity);
-  const Vectors<rows> y = exponential(-absolute(f));
+  Vectors<rows> z, exp_o;
+  const Vectors<rows> y = exp_tanh_exp(-absolute(f), gates[2], -gates[3], z, exp_o);
   const Vectors<rows> carried = (at_most(f, 0.0f) - logarithm_1p(y)) + u.m;
   const Vectors<rows> margin = i - carried;
   const Masks<rows> reset = (u.n == 0.0f) | (margin >= 0.0f);
   const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
-  const Vectors<rows> z = hyperbolic_tangent(gates[2]), one_over_o = 1.0f + exponential(-gates[3]);
+  const Vectors<rows> one_over_o = 1.0f + exp_o;
   Vectors<rows> c = u.c, n = u.n;
   advance(reset, weight, z, c, n);
   c = choose(padding, u.c, c), n = choose(padding, u.n, n);

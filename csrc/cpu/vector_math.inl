@@ -209,19 +209,40 @@ IN_LOOPS void split_exponential(const Vectors<count>& x, Vectors<count>& n, Vect
 }
 
 // exp to about one unit in the last place. 0 below -104, inf above 88.8, NaN for NaN.
-VECTORS_FUNCTION exponential(const Vectors<count>& x) {
-  Vectors<count> n, tail;
-  split_exponential(at_most(at_least(x, -104.0f), 89.0f), n, tail);
+VECTORS_FUNCTION to_split(const Vectors<count>& x) { return at_most(at_least(x, -104.0f), 89.0f); }
+VECTORS_FUNCTION exponential(const Vectors<count>& n, const Vectors<count>& tail) {
   return times_power(tail + 1.0f, n);
 }
-
-// e^2x - 1 over e^2x + 1. The numerator is exact near 0, where n is 0.
-VECTORS_FUNCTION hyperbolic_tangent(const Vectors<count>& x) {
+VECTORS_FUNCTION exponential(const Vectors<count>& x) {
   Vectors<count> n, tail;
-  split_exponential(at_most(at_least(x + x, -20.0f), 20.0f), n, tail);
+  split_exponential(to_split(x), n, tail);
+  return exponential(n, tail);
+}
+
+// tanh by e^2x - 1 over e^2x + 1. The numerator is exact near 0, where n is 0.
+VECTORS_FUNCTION twice_to_split(const Vectors<count>& x) { return at_most(at_least(x + x, -20.0f), 20.0f); }
+VECTORS_FUNCTION hyperbolic_tangent(const Vectors<count>& n, const Vectors<count>& tail) {
   const Vectors<count> power = times_power(each<count>([](int) IN_LAMBDA { return all(1.0f); }), n);
   const Vectors<count> minus_one = power * tail + (power - 1.0f);
   return minus_one * reciprocal(minus_one + 2.0f);
+}
+
+// exp(a), tanh(b) and exp(c). With registers for it, all chains of dependent instructions go in step.
+VECTORS_FUNCTION exp_tanh_exp(const Vectors<count>& a, const Vectors<count>& b, const Vectors<count>& c,
+                              Vectors<count>& tanh_b, Vectors<count>& exp_c) {
+  constexpr int in_step = vector_bytes == 64 ? 3 : 1;
+  const Vectors<count> x[3] = {to_split(a), twice_to_split(b), to_split(c)};
+  Vectors<count> n[3], tail[3];
+  in_turn<3 / in_step>([&](int first) IN_LAMBDA {
+    Vectors<in_step * count> all_n, all_tail;
+    const auto all_x = each<in_step * count>([&](int i) IN_LAMBDA { return x[first + i / count].v[i % count]; });
+    split_exponential(all_x, all_n, all_tail);
+    in_turn<in_step * count>([&](int i) IN_LAMBDA {
+      n[first + i / count].v[i % count] = all_n.v[i], tail[first + i / count].v[i % count] = all_tail.v[i];
+    });
+  });
+  tanh_b = hyperbolic_tangent(n[1], tail[1]), exp_c = exponential(n[2], tail[2]);
+  return exponential(n[0], tail[0]);
 }
 
 // log(1 + y) for y from 0 to 1, to two units in the last place.
