@@ -292,6 +292,31 @@ void put_tiles(uint16_t* to, int64_t part, Magnitudes& seen, const Load& load) {
   }
 }
 
+// A tile of each part from 16 rows, and what these are of 32 columns of a right operand: half of its tiles' rows.
+template <typename Load>
+void put_turned(uint16_t* to, int64_t part, uint16_t* low_to, uint16_t* high_to, int64_t turned_part, Magnitudes& seen,
+                const Load& load) {
+  for (int x = 0; x < 8; ++x) {
+    __m512i parts[2][3];
+    for (int row = 0; row < 2; ++row) {
+      const __m512 low = load(x + 8 * row, 0), high = load(x + 8 * row, 1);
+      seen.see(low);
+      seen.see(high);
+      split(parts[row], low, high);
+    }
+    for (int p = 0; p < 3; ++p) {
+      const __m512i one = parts[0][p], other = parts[1][p];
+      _mm512_storeu_si512(to + p * part + x * 32, one);
+      _mm512_storeu_si512(to + p * part + (x + 8) * 32, other);
+      _mm512_storeu_si512(low_to + p * turned_part + x * 32,
+                          _mm512_mask_blend_epi16(0xaaaaaaaa, one, _mm512_slli_epi32(other, 16)));
+      if (high_to == nullptr) continue;
+      _mm512_storeu_si512(high_to + p * turned_part + x * 32,
+                          _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(one, 16), other));
+    }
+  }
+}
+
 // As above, in three parts.
 template <bool transposed>
 void split_along(uint16_t* to, const float* from, int64_t from_row, int64_t rows, int64_t depth, Magnitudes& seen) {
@@ -347,8 +372,8 @@ Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool 
   return seen.range();
 }
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
-                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end) {
-  const int64_t part = padded(depth, tile_depth) * 16;
+                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end, const Turned& turned) {
+  const int64_t part = padded(depth, tile_depth) * 16, turned_part = padded(turned.depth, tile_depth) * 16;
   for (int64_t r = 0; r < rows; r += 16, to += 3 * part, ++outside) {
     if (begin == 0) *outside = 0;
     for (int64_t k = begin; k < end; k += 32) {
@@ -357,7 +382,13 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
         return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, from + (r + x) * from_row + k + 16 * half);
       };
       Magnitudes here;
-      put_tiles<false>(to + k * 16, part, here, load);
+      if (turned.to == nullptr) {
+        put_tiles<false>(to + k * 16, part, here, load);
+      } else {
+        uint16_t* const low_to = turned.to + k / 16 * 3 * turned_part + (turned.row + r) / 16 * 256;
+        uint16_t* const high_to = k + 16 < depth ? low_to + 3 * turned_part : nullptr;
+        put_turned(to + k * 16, part, low_to, high_to, turned_part, here, load);
+      }
       here.add_to(seen);
       if (here.within(range)) continue;
       for (int64_t x = 0; x < 16; ++x) {
@@ -365,26 +396,6 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
         of_row.see(load(x, 0));
         of_row.see(load(x, 1));
         if (!of_row.within(range)) *outside |= static_cast<uint16_t>(1u << x);
-      }
-    }
-  }
-}
-
-void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* first, const uint16_t* second,
-                      int64_t columns, int64_t begin, int64_t end) {
-  const int64_t part = padded(depth, tile_depth) * 16, from_part = padded(columns, tile_depth) * 16;
-  const int64_t last = padded(columns, 16), stop = end < last ? end : last;
-  const __m512i zero = _mm512_setzero_si512();
-  for (int64_t c = begin; c < stop; c += 32) {
-    for (int p = 0; p < 3; ++p) {
-      const int64_t from = p * from_part + c * 16;
-      uint16_t *to_low = to + c / 16 * 3 * part + p * part + k * 16, *to_high = to_low + 3 * part;
-      for (int64_t x = 0; x < 512; x += 32) {
-        const __m512i low = first == nullptr ? zero : _mm512_loadu_si512(first + from + x);
-        const __m512i high = second == nullptr ? zero : _mm512_loadu_si512(second + from + x);
-        _mm512_storeu_si512(to_low + x, _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)));
-        if (c + 16 == last) continue;
-        _mm512_storeu_si512(to_high + x, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
       }
     }
   }
@@ -557,8 +568,7 @@ void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t, int64_t,
-                      int64_t) {}
-void turn_left_floats(uint16_t*, int64_t, int64_t, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
+                      int64_t, const Turned&) {}
 bool step(FloatProduct&) { return false; }
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
 }  // namespace flash_xlstm::cpu::amx

@@ -93,14 +93,22 @@ __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range&
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns);
+// A right operand, `depth` deep, of rows that are packed as a left operand too: the first of them is its row `row`, and
+// row x is its depth depth_of(x).
+struct Turned {
+  uint16_t* to = nullptr;      // nullptr: none
+  int64_t depth = 0, row = 0;  // multiples of 16
+
+  // Pairs of depths, 16 apart, are the rows of a tile. Eight pairs come from 16 rows: no tile waits for other rows.
+  static __attribute__((always_inline)) constexpr int64_t depth_of(int64_t row) {
+    return row / 32 * 32 + row / 16 % 2 * 8 + row / 8 % 2 * 16 + row % 8;
+  }
+};
 // Not transposed, and only depths [begin, end), whole tiles, so that products may begin before all are packed. Bit x of
 // outside[y]: row 16 y + x has numbers outside of the range.
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
-                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end);
-// Two left operands of 16 rows as depths [k, k + 32) of a right operand that is `depth` deep and has as many columns as
-// they are deep. Of these [begin, end), multiples of 32. nullptr: zeros.
-void turn_left_floats(uint16_t* to, int64_t depth, int64_t k, const uint16_t* first, const uint16_t* second,
-                      int64_t columns, int64_t begin, int64_t end);
+                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end,
+                      const Turned& turned = {});
 
 // out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
 // on what lies beside them. For depths up to 512: a sum in one go is then of few numbers. Between begin() and end().

@@ -158,17 +158,13 @@ struct Parts {
   Floats memory;
 };
 
-// The left operands of products with `rows` rows on tiles: one, or `slots` of them.
+// The left operand of products with `rows` rows on tiles.
 struct LeftParts {
-  LeftParts(int64_t rows, int64_t depth, const amx::Range& right, int64_t slots = 1)
-      : rows(rows),
-        depth(depth),
-        size(amx::packed_size(rows, depth, 3)),
-        exact(amx::exact_with(right)),
-        parts(slots * size) {}
+  LeftParts(int64_t rows, int64_t depth, const amx::Range& right)
+      : rows(rows), depth(depth), exact(amx::exact_with(right)), parts(amx::packed_size(rows, depth, 3)) {}
   // Depths [begin, end).
-  void pack(const float* from, int64_t from_row, int64_t begin, int64_t end, int64_t slot = 0) {
-    amx::pack_left_floats(parts.at(slot * size), seen, outside, exact, from, from_row, rows, depth, begin, end);
+  void pack(const float* from, int64_t from_row, int64_t begin, int64_t end, const amx::Turned& turned = {}) {
+    amx::pack_left_floats(parts.at(0), seen, outside, exact, from, from_row, rows, depth, begin, end, turned);
   }
   // Rows [begin, end) from row `from` on, all whose numbers tiles cannot hold: f(begin, end).
   template <typename F>
@@ -185,11 +181,9 @@ struct LeftParts {
     }
   }
   // From row `row` on, of 16.
-  const uint16_t* of(int64_t row, int64_t slot = 0) const {
-    return parts.at(slot * size + amx::packed_size(row, depth, 3));
-  }
+  const uint16_t* of(int64_t row) const { return parts.at(amx::packed_size(row, depth, 3)); }
 
-  int64_t rows, depth, size;
+  int64_t rows, depth;
   amx::Range exact;
   Parts parts;
   amx::Seen seen;
@@ -1033,36 +1027,30 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
       const int64_t columns = left < panel_columns ? left : panel_columns;
       const Vector value = h == nullptr ? Vector{} : load_lanes<Float32>(h + unit, dim - unit);
-      store_vector(h_slots.data() + panel * depth * panel_columns + k * columns + unit % panel_columns, value);
+      const int64_t at = tiles ? amx::Turned::depth_of(k) : k;
+      store_vector(h_slots.data() + panel * depth * panel_columns + at * columns + unit % panel_columns, value);
     }
   };
-  LeftParts left_parts(tiles ? count : 0, wide, weights.range(head), slots);
+  LeftParts left_parts(tiles ? count : 0, wide, weights.range(head));
   // Of these tokens and of those before, whose share is still in the making.
   const int64_t dx_size = tiles ? amx::packed_size(wide, depth, 3) : 0;
   const Parts dx_parts(2 * dx_size);
   uint16_t *dx_now = dx_parts.at(0), *dx_before = dx_parts.at(dx_size);
   const Parts h_parts(tiles ? amx::packed_size(padded, depth, 3) : 0);
   Aside aside;
-  // Columns [begin, end) of the last rows of dx, up to `filled`, as a right operand.
-  const auto turn = [&](int64_t filled, int64_t begin, int64_t end) {
-    const auto tile = [&](int64_t k) {
-      return k < filled ? left_parts.of(k % slot_rows, k / slot_rows) : nullptr;
-    };
-    const int64_t k = (filled - 1) / amx::tile_depth * amx::tile_depth;
-    amx::turn_left_floats(dx_now, depth, k, tile(k), tile(k + amx::tile_rows), wide, begin, end);
-  };
   // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
   const auto add_on_tiles = [&](int64_t filled) {
     aside.finish();
     amx::Range h_range;
-    if (filled % amx::tile_depth != 0) turn(filled, 0, wide);
-    for (int64_t k = amx::padded(filled, amx::tile_depth); k < depth; k += amx::tile_depth) {
-      amx::turn_left_floats(dx_now, depth, k, nullptr, nullptr, wide, 0, wide);
+    for (int64_t at = 0; filled < depth && at < dx_size; at += depth * amx::tile_rows) {
+      std::memset(dx_now + at + filled * amx::tile_rows, 0, (depth - filled) * amx::tile_rows * sizeof(*dx_now));
     }
     for (int64_t unit = 0; unit < padded; unit += panel_columns) {
       const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
       float* h = h_slots.data() + unit * depth;
-      std::memset(h + filled * columns, 0, (depth - filled) * columns * sizeof(float));
+      for (int64_t k = filled; k < depth; k += 8) {
+        std::memset(h + amx::Turned::depth_of(k) * columns, 0, 8 * columns * sizeof(float));
+      }
       uint16_t* const to = h_parts.at(amx::packed_size(unit, depth, 3));
       h_range.add(amx::pack_left_floats(to, h, columns, true, columns, depth));
     }
@@ -1079,6 +1067,16 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     dx_now = before;
     return true;
   };
+  // h as products in float32 read it: its rows are dx's.
+  const auto order_h = [&](float* to) {
+    for (int64_t unit = 0; unit < padded; unit += panel_columns) {
+      const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
+      for (int64_t k = 0; k < depth; ++k) {
+        const float* const from = h_slots.data() + unit * depth + amx::Turned::depth_of(k) * columns;
+        std::memcpy(to + unit * depth + k * columns, from, columns * sizeof(float));
+      }
+    }
+  };
   float* const dbias = share + wide * padded;
   const auto add_dbias = [&](int64_t k) {
     const float* from = dx_slots.data() + k * dx_stride;
@@ -1086,13 +1084,15 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   };
   const auto add_share = [&](int64_t filled) {
     if (!tiles || !add_on_tiles(filled)) {
+      const Floats ordered(tiles ? depth * padded : 0, false);
+      if (tiles) order_h(ordered.data());
       product(wide, dim,
               {.out = share,
                .out_stride = padded,
                .a = dx_slots.data(),
                .a_row = 1,
                .a_k = dx_stride,
-               .m = h_slots.data(),
+               .m = tiles ? ordered.data() : h_slots.data(),
                .m_panel = depth * panel_columns,
                .depth = filled,
                .add = begun});
@@ -1159,8 +1159,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                .ahead = ahead});
     };
     if (tiles) {
-      amx::FloatProduct tiles_product{recurrent.of(0), padded, false, left_parts.of(0, slot), weights.parts_of(head),
-                                      count, padded, wide};
+      amx::FloatProduct tiles_product{recurrent.of(0),        padded, false,  left_parts.of(0),
+                                      weights.parts_of(head), count,  padded, wide};
       const int64_t steps = 4 * ceil_div(padded, panel_columns) * ceil_div(wide, amx::tile_depth);
       const int64_t at_once = ceil_div(lines, steps);
       aside.finish_block();
@@ -1168,33 +1168,26 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       int64_t packed = 0, line = 0;
       const auto pack_until = [&](int64_t k) {
         if (k <= packed || packed >= wide) return;
-        left_parts.pack(dx, dx_stride, packed, k, slot);
+        left_parts.pack(dx, dx_stride, packed, k, {.to = dx_now, .depth = depth, .row = slot * slot_rows});
         packed = k;
       };
       pack_until(2 * amx::tile_depth);
       // All that need not wait for the product is done between its steps.
-      const int64_t filled = (slot + 1) * slot_rows, turns = filled % amx::tile_depth == 0 ? wide : 0;
-      const int64_t chores = count + ceil_div(turns, amx::tile_depth), chores_at_once = ceil_div(chores, steps);
-      int64_t chore = 0;
-      const auto do_chores = [&](int64_t stop) {
-        for (; chore < stop && chore < chores; ++chore) {
-          if (chore < count) {
-            take_h(slot * slot_rows + chore, t, chore);
-            add_dbias(slot * slot_rows + chore);
-          } else {
-            const int64_t column = (chore - count) * amx::tile_depth;
-            pack_until(column + amx::tile_depth);
-            turn(filled, column, column + amx::tile_depth);
-          }
+      const int64_t rows_at_once = ceil_div(count, steps);
+      int64_t row = 0;
+      const auto take_rows = [&](int64_t end) {
+        for (; row < end && row < count; ++row) {
+          take_h(slot * slot_rows + row, t, row);
+          add_dbias(slot * slot_rows + row);
         }
       };
       while (amx::step(tiles_product)) {
         pack_until(tiles_product.k + 2 * amx::tile_depth);
-        do_chores(chore + chores_at_once);
+        take_rows(row + rows_at_once);
         for (const int64_t stop = line + at_once; line < stop && line < lines; ++line)
           __builtin_prefetch(ahead[line], 0, 2);
       }
-      do_chores(chores);
+      take_rows(count);
       left_parts.for_outside(0, count, [&](int64_t begin, int64_t end) { multiply(begin, end, {}); });
     } else {
       multiply(0, count, {ahead, lines});
