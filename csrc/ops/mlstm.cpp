@@ -526,10 +526,9 @@ Tensor mlstm_piece(Tensor k, Tensor v, Tensor i, Tensor f, std::optional<double>
 Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, OptTensor dlog_decay, Tensor k,
                                 Tensor v, Tensor i, Tensor f, OptTensor cu_seqlens, std::optional<double> gate_soft_cap,
                                 int64_t chunk_size) {
-  auto [dq, dk, dv, di, df, dc, dn, dm] =
-      backward("mlstm_state_backward", std::nullopt, dc_last, dn_last, dm_last, k, k, v, i, f,
-               state_options(cu_seqlens, gate_soft_cap, chunk_size), std::nullopt, std::nullopt, nullptr,
-               Of::state_alone, dlog_decay);
+  auto [dq, dk, dv, di, df, dc, dn, dm] = backward("mlstm_state_backward", std::nullopt, dc_last, dn_last, dm_last, k,
+                                                   k, v, i, f, state_options(cu_seqlens, gate_soft_cap, chunk_size),
+                                                   std::nullopt, std::nullopt, nullptr, Of::state_alone, dlog_decay);
   return {dk, dv, di, df};
 }
 

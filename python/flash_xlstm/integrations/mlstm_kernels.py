@@ -12,8 +12,8 @@ Every name of a kernel gives this package's op, on CPU and CUDA. The names diffe
   gradient through the normalizer, which is right only in front of a head-wise norm.
 - ``chunk_size``, block sizes, numbers of warps and stages, and ``stable_fgate`` are accepted. They change no result,
   and the kernels have their own.
-- ``recompute_states_in_bw`` is ``keep_states=not recompute_states_in_bw`` of the op, where it is given. Left out, states
-  are kept, which is faster; the other package's kernels then make them again.
+- ``recompute_states_in_bw``, where it is given, is ``keep_states=not recompute_states_in_bw`` of the op. Left out,
+  states are kept, which is faster; the other package's kernels then make them again.
 - Returned states are float32, or of the dtype that the caller asks for.
 - h may be a strided view: (batch, heads, seq, dim) over memory of (batch, seq, heads, dim).
 """
