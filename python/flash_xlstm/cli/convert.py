@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 
 from tqdm import tqdm
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(" ".join(str(error).split())) from error
     print(
         f"{made.tensors} tensors, {made.nbytes:,} bytes, from the format {made.source} to {made.target} in "
-        f"{len(made.files)} {'file' if len(made.files) == 1 else 'files'}; {args.target} was read again and is the same"
+        f"{len(made.files)} {'file' if len(made.files) == 1 else 'files'}; {args.target} was read again and is the same\n"
+        f"memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB at most"
     )
     return 0
