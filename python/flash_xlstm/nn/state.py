@@ -52,7 +52,7 @@ def checked_rows(rows: Tensor | Sequence[int], t: Tensor) -> Tensor:
     try:
         given = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=None if len(rows) else torch.int64)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"rows is {rows!r}; it must be a sequence of numbers of rows, or of bool for each row") from None
+        raise TypeError(f"rows is {rows!r}; it must be a sequence of numbers of rows or of bool") from None
     batch, bools = t.shape[0], given.dtype == torch.bool
     if given.dtype.is_floating_point or given.dtype.is_complex:
         raise TypeError(f"rows has dtype {str(given.dtype)[6:]}; it must be numbers of rows, or bool for each row")
