@@ -15,6 +15,7 @@ from torch import nn
 
 from flash_xlstm import reference
 from flash_xlstm.integrations import _tirex, accelerate, undo
+from flash_xlstm.nn import RMSNorm
 from flash_xlstm.ops import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the packages
@@ -251,6 +252,8 @@ def test_copies(name, make, agree):
 def test_nothing_to_accelerate():
     with pytest.raises(ValueError, match=r"Linear has no cell .*\.xLSTMBackend, mlstm_kernels\."):
         accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Sequential is made of this package's layers; it has nothing to accelerate"):
+        accelerate(nn.Sequential(RMSNorm(2)))
     for function in (accelerate, undo):
         with pytest.raises(TypeError, match="model is of type int"):
             function(3)

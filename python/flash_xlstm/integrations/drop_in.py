@@ -58,6 +58,8 @@ def accelerate(model: Any) -> Accelerated:
         if layer is not None:
             changes.append(_Change(name, module, "forward", layer))
     if not changes:
+        if any(type(module).__module__.startswith("flash_xlstm.") for _, module in model.named_modules()):
+            raise ValueError(f"{type(model).__name__} is made of this package's layers; it has nothing to accelerate")
         raise ValueError(f"{type(model).__name__} has no cell that accelerate knows. It knows {', '.join(_CELLS)}")
     for change in changes:
         change.make()
