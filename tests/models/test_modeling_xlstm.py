@@ -827,6 +827,8 @@ def test_errors(make_ours, tokens):
         model(ids, inputs_embeds=torch.zeros(2, 4, 128))
     with pytest.raises(ValueError, match=r"input_ids has shape \(4,\); it must be \(batch, seq\)"):
         model(ids[0])
+    with pytest.raises(TypeError, match="input_ids has dtype float32; it must be int64 or int32"):
+        model(ids.float())
     with pytest.raises(ValueError, match=r"inputs_embeds has shape \(4, 128\); it must be \(batch, seq, hidden_size\)"):
         model(inputs_embeds=torch.zeros(4, 128))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):

@@ -433,7 +433,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
           only tell padding. Give the numbers as ``seq_idx`` too.
 
         Raises:
-            TypeError: an argument that the model does not know, or a cache of another model.
+            TypeError: an argument that the model does not know, ids that are no integers, or a cache of another model.
             ValueError: arguments that contradict each other or do not fit, or packed documents with a cache or with
                 `use_cache`. With ``cu_seq_lens_q`` on CUDA, the device raises for wrong values.
         """
@@ -449,6 +449,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         )
         if inputs.dim() != sizes.count(",") + 1:
             raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it must be ({sizes})")
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids has dtype {str(input_ids.dtype)[6:]}; it must be int64 or int32")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
