@@ -30,6 +30,8 @@ struct Options {
   // Whether the state has an n and an m.
   bool has_n() const { return normalize; }
   bool has_m() const { return input_gate == InputGate::exponential; }
+  // What the backward needs of a token and head besides states: s and m, s, or nothing.
+  int64_t scalars() const { return int64_t{has_n()} + int64_t{has_m()}; }
 };
 
 // A problem, and the tensors that it points to.
@@ -180,16 +182,16 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 #endif
 }
 
-// The floats of the states that a forward keeps for the backward; 0: the kernels for the problem keep none.
+// The floats of the states that a forward keeps for the backward; -1: the kernels for the problem keep none.
 int64_t kept_state_floats([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmProblem& p) {
 #ifdef FLASH_XLSTM_WITH_CUDA
-  if (!q.is_cuda()) return 0;
+  if (!q.is_cuda()) return -1;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const int64_t floats = cuda::mlstm_kept_floats(p.dtype, p.dqk, p.dv);
   const int64_t chunks = (p.seq + mlstm_kept_tokens - 1) / mlstm_kept_tokens;
-  return (p.cu_seqlens != nullptr ? chunks + p.num_seqs : chunks * p.batch) * p.heads *
-         cuda::mlstm_kept_floats(p.dtype, p.dqk, p.dv);
+  return floats == 0 ? -1 : (p.cu_seqlens != nullptr ? chunks + p.num_seqs : chunks * p.batch) * p.heads * floats;
 #else
-  return 0;
+  return -1;
 #endif
 }
 
@@ -205,7 +207,7 @@ int64_t piece_floats(const MlstmProblem& p) { return (p.num_seqs * p.heads * (p.
 
 // Allocates only what is wanted: every tensor costs the host a microsecond. `kept` is what the backward needs: s and m
 // as one tensor (2, batch, seq, heads), or s alone as (batch, seq, heads). With states it has one dimension, they come
-// first, then s and m.
+// first, then s and m, as far as there are any.
 ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                        const Tensor& f, const Options& options, Wanted wanted, bool keep_states = false) {
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
@@ -216,11 +218,11 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   const bool has_n = options.has_n(), has_m = options.has_m();
   const bool piece = wanted == Wanted::piece, h = wanted != Wanted::state_and_decay && !piece;
   const bool keep = h && wanted != Wanted::h, state = wanted == Wanted::h_kept_and_state || (!h && !piece);
-  const int64_t states = keep && keep_states ? kept_state_floats(q, p) : 0, normalizers = p.batch * p.seq * p.heads;
+  const int64_t states = keep && keep_states ? kept_state_floats(q, p) : -1, normalizers = p.batch * p.seq * p.heads;
   ForwardOutputs y{.h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
-                   .kept = states > 0 ? make(true, {states + 2 * normalizers})
-                           : has_m    ? make(keep, {2, p.batch, p.seq, p.heads})
-                                      : make(keep && has_n, {p.batch, p.seq, p.heads}),
+                   .kept = states >= 0 ? make(true, {states + options.scalars() * normalizers})
+                           : has_m     ? make(keep, {2, p.batch, p.seq, p.heads})
+                                       : make(keep && has_n, {p.batch, p.seq, p.heads}),
                    .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
                    .n_last = make(state && has_n, {p.num_seqs, p.heads, p.dqk}),
                    .m_last = make(state && has_m, {p.num_seqs, p.heads}),
@@ -229,9 +231,12 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   MlstmForward params{};
   params.p = p;
   if (h) params.h = y.h->data_ptr();
-  params.s = float_data(y.kept);
-  if (states > 0) params.kept_states = params.s, params.s += states;
-  if (y.kept && has_m) params.m = params.s + normalizers;
+  if (y.kept) {
+    float* kept = float_data(*y.kept);
+    if (states > 0) params.kept_states = kept, kept += states;
+    if (has_n) params.s = kept;
+    if (has_m) params.m = kept + normalizers;
+  }
   params.c_last = float_data(y.c_last);
   params.n_last = float_data(y.n_last);
   params.m_last = float_data(y.m_last);
@@ -285,9 +290,9 @@ void run_part(const char* op, const Tensor& q, const MlstmBackward& params, Tens
 // all.
 Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, const OptTensor& dn_last,
                     const OptTensor& dm_last, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
-                    const Tensor& f, const Options& options, const OptTensor& h, const char* kept_name,
-                    const OptTensor& kept, const MlstmInto* into = nullptr, Of of = Of::all,
-                    const OptTensor& dlog_decay = std::nullopt, Tensor* begun = nullptr) {
+                    const Tensor& f, const Options& options, const OptTensor& h, const OptTensor& kept,
+                    const MlstmInto* into = nullptr, Of of = Of::all, const OptTensor& dlog_decay = std::nullopt,
+                    Tensor* begun = nullptr) {
   if (of == Of::rest && begun->numel() == 0) of = Of::all;
   const bool state_only = of == Of::state_alone, all_but_initial = of != Of::initial_state_alone;
   CheckedProblem checked = check_problem(q, k, v, i, f, options);
@@ -300,23 +305,22 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     check_dtype("h", *h, q.scalar_type(), ", as q");
     params.h = hold_float32(checked, *h);
   }
-  int64_t states = 0;  // floats of kept ones
-  if (state_only) {
-    // Nothing is kept.
-  } else if (options.has_m()) {
-    if (kept->dim() == 1 && (states = kept_state_floats(q, p)) > 0) {
-      check_shape(kept_name, *kept, {states + 2 * p.batch * p.seq * p.heads}, "(states, s and m,)");
+  if (!state_only) {
+    const int64_t states = kept->dim() == 1 ? kept_state_floats(q, p) : -1, normalizers = p.batch * p.seq * p.heads;
+    if (states >= 0) {
+      check_shape("kept", *kept, {states + options.scalars() * normalizers}, "(states and what follows them,)");
+    } else if (options.has_m()) {
+      check_shape("kept", *kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
     } else {
-      check_shape(kept_name, *kept, {2, p.batch, p.seq, p.heads}, "(2, batch, seq, heads)");
+      check_shape("kept", *kept, {options.has_n() ? p.batch : 0, p.seq, p.heads},
+                  options.has_n() ? "(batch, seq, heads)" : "(0, seq, heads)");
     }
-  } else if (options.has_n()) {
-    check_shape(kept_name, *kept, {p.batch, p.seq, p.heads}, "(batch, seq, heads)");
-  }
-  if (options.has_n() && !state_only) {
-    check_dtype(kept_name, *kept, ScalarType::Float);
-    params.s = hold_float32(checked, *kept);
-    if (states > 0) params.kept_states = params.s, params.s += states;
-    if (options.has_m()) params.m = params.s + p.batch * p.seq * p.heads;
+    check_dtype("kept", *kept, ScalarType::Float);
+    check_device("kept", *kept, q);
+    const float* data = hold_float32(checked, *kept);
+    if (states > 0) params.kept_states = data, data += states;
+    if (options.has_n()) params.s = data;
+    if (options.has_m()) params.m = data + normalizers;
   }
   if (dh) {
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
@@ -495,7 +499,7 @@ Tensors<8> mlstm_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Op
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f, options, h, "kept", kept);
+  return backward("mlstm_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f, options, h, kept);
 }
 
 // The options of the state alone: it begins without weight, and scale and eps mean nothing to it.
@@ -522,10 +526,9 @@ Tensor mlstm_piece(Tensor k, Tensor v, Tensor i, Tensor f, std::optional<double>
 Tensors<4> mlstm_state_backward(OptTensor dc_last, OptTensor dn_last, OptTensor dm_last, OptTensor dlog_decay, Tensor k,
                                 Tensor v, Tensor i, Tensor f, OptTensor cu_seqlens, std::optional<double> gate_soft_cap,
                                 int64_t chunk_size) {
-  auto [dq, dk, dv, di, df, dc, dn, dm] =
-      backward("mlstm_state_backward", std::nullopt, dc_last, dn_last, dm_last, k, k, v, i, f,
-               state_options(cu_seqlens, gate_soft_cap, chunk_size), std::nullopt, "", std::nullopt, nullptr,
-               Of::state_alone, dlog_decay);
+  auto [dq, dk, dv, di, df, dc, dn, dm] = backward("mlstm_state_backward", std::nullopt, dc_last, dn_last, dm_last, k,
+                                                   k, v, i, f, state_options(cu_seqlens, gate_soft_cap, chunk_size),
+                                                   std::nullopt, std::nullopt, nullptr, Of::state_alone, dlog_decay);
   return {dk, dv, di, df};
 }
 
@@ -536,8 +539,8 @@ Tensors<6> mlstm_initial_backward(Tensor dh, OptTensor dc_last, OptTensor dn_las
   Tensor begun = new_empty(q, {0}, ScalarType::Byte);
   auto [dq, dk, dv, open_e, is_open, dc, dn, dm] =
       backward("mlstm_initial_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f,
-               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr,
-               Of::initial_state_alone, std::nullopt, &begun);
+               {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, kept, nullptr, Of::initial_state_alone,
+               std::nullopt, &begun);
   return {dc, dn, open_e, is_open, dq, begun};
 }
 
@@ -546,13 +549,13 @@ Tensors<8> mlstm_remaining_backward(Tensor dh, OptTensor dc_last, OptTensor dn_l
                                     OptTensor cu_seqlens, OptTensor h, Tensor kept, std::optional<double> scale,
                                     double eps, std::optional<double> gate_soft_cap, int64_t chunk_size, Tensor begun) {
   return backward("mlstm_remaining_backward", dh, dc_last, dn_last, dm_last, q, k, v, i, f,
-                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, "kept", kept, nullptr, Of::rest,
+                  {c, n, m, cu_seqlens, scale, eps, gate_soft_cap, chunk_size}, h, kept, nullptr, Of::rest,
                   std::nullopt, &begun);
 }
 
 Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens,
                      std::optional<double> scale, double eps, std::optional<double> gate_soft_cap, int64_t chunk_size,
-                     bool return_final_state, bool normalize) {
+                     bool return_final_state, bool normalize, bool keep_states) {
   const Options options{.c = c,
                         .n = n,
                         .m = std::nullopt,
@@ -563,16 +566,16 @@ Tensors<4> mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, OptTensor
                         .chunk_size = chunk_size,
                         .input_gate = InputGate::sigmoid,
                         .normalize = normalize};
-  const ForwardOutputs y =
-      forward("mlstm_sig", q, k, v, i, f, options, return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept);
+  const ForwardOutputs y = forward("mlstm_sig", q, k, v, i, f, options,
+                                   return_final_state ? Wanted::h_kept_and_state : Wanted::h_and_kept, keep_states);
   const int64_t seq = q.size(1), heads = q.size(2), dqk = q.size(3), dv = v.size(3);
   return {*y.h, or_empty(y.kept, q, {0, seq, heads}), or_empty(y.c_last, q, {0, heads, dqk, dv}),
           or_empty(y.n_last, q, {0, heads, dqk})};
 }
 
 Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last, Tensor q, Tensor k, Tensor v,
-                              Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h, Tensor s,
-                              std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
+                              Tensor i, Tensor f, OptTensor c, OptTensor n, OptTensor cu_seqlens, OptTensor h,
+                              Tensor kept, std::optional<double> scale, double eps, std::optional<double> gate_soft_cap,
                               int64_t chunk_size, bool normalize) {
   const Options options{.c = c,
                         .n = n,
@@ -585,7 +588,7 @@ Tensors<7> mlstm_sig_backward(OptTensor dh, OptTensor dc_last, OptTensor dn_last
                         .input_gate = InputGate::sigmoid,
                         .normalize = normalize};
   auto [dq, dk, dv, di, df, dc, dn, dm] =
-      backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, "s", s);
+      backward("mlstm_sig_backward", dh, dc_last, dn_last, std::nullopt, q, k, v, i, f, options, h, kept);
   return {dq, dk, dv, di, df, dc, dn};
 }
 
@@ -603,16 +606,17 @@ Tensors<8> mlstm_backward_into(const MlstmInto& into, const Tensor& dh, const Te
                         .eps = eps,
                         .gate_soft_cap = gate_soft_cap,
                         .chunk_size = chunk_size};
-  return backward("mlstm_gated_backward", dh, std::nullopt, std::nullopt, std::nullopt, q, k, v, i, f, options, h,
-                  "kept", kept, &into);
+  return backward("mlstm_gated_backward", dh, std::nullopt, std::nullopt, std::nullopt, q, k, v, i, f, options, h, kept,
+                  &into);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
   // `c, n, m` are the initial state, all or none. `scale=None` means dqk ** -0.5, `gate_soft_cap=None` means no cap.
   // With `chunk_size=0` the kernel chooses. Returned states are empty where they are not wanted. Without `normalize`
-  // there is no s and no n: as results they are empty, as inputs n must be None and s is not read. A backward reads h
-  // only for float32 on CUDA. With keep_states, where the kernels can, `kept` also has the states at the starts of
-  // chunks, which the backward else makes again: (floats of these + 2 * batch * seq * heads,).
+  // there is no n: as a result it is empty, as an input it must be None. A backward reads h only for float32 on CUDA.
+  // `kept` is s and m, (2, batch, seq, heads); of mlstm_sig s, (batch, seq, heads), empty without `normalize`. With
+  // keep_states, where the kernels can, it also has the states at the starts of chunks, which the backward else makes
+  // again: (floats of these + those of s and m,).
   lib.def(
       "mlstm(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? m, "
       "Tensor? cu_seqlens, float? scale, float eps, float? gate_soft_cap, int chunk_size, "
@@ -669,12 +673,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn, Tensor dm)");
   lib.def(
       "mlstm_sig(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
-      "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize) "
-      "-> (Tensor h, Tensor s, Tensor c_last, Tensor n_last)");
+      "float? scale, float eps, float? gate_soft_cap, int chunk_size, bool return_final_state, bool normalize, "
+      "bool keep_states=False) -> (Tensor h, Tensor kept, Tensor c_last, Tensor n_last)");
   lib.def(
       "mlstm_sig_backward(Tensor? dh, Tensor? dc_last, Tensor? dn_last, "
       "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? c, Tensor? n, Tensor? cu_seqlens, "
-      "Tensor? h, Tensor s, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
+      "Tensor? h, Tensor kept, float? scale, float eps, float? gate_soft_cap, int chunk_size, bool normalize) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor di, Tensor df, Tensor dc, Tensor dn)");
 }
 

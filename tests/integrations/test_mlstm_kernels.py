@@ -10,7 +10,7 @@ import inspect
 import pytest
 import torch
 
-from flash_xlstm import reference
+from flash_xlstm import ops, reference
 from flash_xlstm.integrations import mlstm_kernels as ours
 
 needs_package = pytest.mark.skipif(
@@ -151,6 +151,23 @@ def test_autocast(inputs):
     assert kernel(*xs, autocast_kernel_dtype=torch.float16).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("recompute", "keeps"), [(None, True), (False, True), (True, False)])
+def test_recomputed_states_are_not_kept(monkeypatch, inputs, recompute, keeps):
+    """Left out, it does not have the other package's default, which is True."""
+    found, given = [], {} if recompute is None else {"recompute_states_in_bw": recompute}
+    for name in ("mlstm", "mlstm_sig"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, **o: found.append(o["keep_states"]) or op(*args, **o))
+    *xs, c, n, m = inputs
+    ours.mlstm_exponential(*xs, **given)
+    ours.mlstm_sigmoid(*xs, **given)
+    ours.mlstm_sequence(*xs, **given)
+    ours.mlstm_step(*(x[:, :, 0] for x in xs[:3]), *(x[:, :, :1] for x in xs[3:]), c, n, m, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours.mlstm_exponential(*xs, **given)
+    assert found == [keeps] * 5
+
+
 def test_refusals(inputs):
     xs = [t.detach() for t in inputs]
     kernel = ours.get_mlstm_kernel("chunkwise--triton_xl_chunk")
@@ -161,6 +178,8 @@ def test_refusals(inputs):
         wrong = dict(zip("qkvif", xs[:5], strict=True)) | {name: x[..., None]}
         with pytest.raises(ValueError, match=rf"{name} has shape .*, 1\); it must be \(batch, heads, seq\), as q"):
             kernel(**wrong)
+    with pytest.raises(TypeError, match="recompute_states_in_bw is None; it must be True or False"):
+        kernel(*xs, recompute_states_in_bw=None)
     with pytest.raises(ValueError, match="n_initial is None"):
         kernel(*xs[:6])
     with pytest.raises(ValueError, match="c_initial is None"):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_xlstm import _C, ops
+from flash_xlstm import _C, _build, ops
 from flash_xlstm.ops import _errors
 
 BATCH, SEQ, HEADS, DQK, DV, DIM, CHANNELS = 2, 5, 2, 4, 6, 3, 5
@@ -69,7 +69,9 @@ GOOD = {
     "mlstm_state": lambda: {
         **{name: t for name, t in mlstm_arguments(BATCH, SEQ).items() if name != "q"}, "gate_soft_cap": 15.0,
     },
-    "mlstm_sig": lambda: {**mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state()[:2], "normalize": True},
+    "mlstm_sig": lambda: {
+        **mlstm_arguments(BATCH, SEQ), "initial_state": mlstm_state()[:2], "normalize": True, "keep_states": False,
+    },
     "slstm": lambda: {**slstm_arguments(BATCH, SEQ), "initial_state": slstm_state(), "recurrent_grad_clip": 1.0},
     "slstm_step": lambda: {**slstm_arguments(BATCH), "state": slstm_state()},
 }  # fmt: skip
@@ -209,8 +211,54 @@ def test_sizes_past_63_bits():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("op", [ops.mlstm, ops.mlstm_sig])
 @pytest.mark.parametrize("value", [1, None, "yes"])
-def test_keep_states_is_a_flag(value):
+def test_keep_states_is_a_flag(value, op):
     """Also where no gradient is needed, so that nothing is kept."""
     with pytest.raises(TypeError, match=r"keep_states is .*; it must be True or False"):
-        ops.mlstm(**mlstm_arguments(BATCH, SEQ), keep_states=value)
+        op(**mlstm_arguments(BATCH, SEQ), keep_states=value)
+
+
+# The operator, the tensors of its state, its last option, the numbers of a token and head that are kept beside states.
+MLSTM_OPS = {
+    "mlstm": (torch.ops.flash_xlstm.mlstm, 3, (), 2),
+    "mlstm_sig": (torch.ops.flash_xlstm.mlstm_sig, 2, (True,), 1),
+    "mlstm_sig, no n": (torch.ops.flash_xlstm.mlstm_sig, 2, (False,), 0),
+}
+
+
+def kept_alone(scalars, batch, seq):
+    """The shape of what is kept, without states."""
+    return (2, batch, seq, HEADS) if scalars == 2 else (scalars * batch, seq, HEADS)
+
+
+@pytest.mark.parametrize("op", MLSTM_OPS)
+def test_shape_of_what_is_kept(monkeypatch, op):
+    """The fake kernels', on a device whose kernels keep 100 floats for each chunk of 128 tokens and head."""
+    monkeypatch.setattr(_build, "kept_floats", lambda *args: 100)
+    form, parts, normalize, scalars = MLSTM_OPS[op]
+    offsets = torch.empty(4, dtype=torch.int32, device="meta")
+    for batch, cu_seqlens, chunks in ((2, None, 2 * 3), (1, offsets, 3 + 3)):
+        inputs = [t.to("meta") for t in mlstm_arguments(batch, 300).values()]
+        arguments = *inputs, *[None] * parts, cu_seqlens, None, 1e-6, None, 0, False, *normalize
+        assert form(*arguments, True)[1].shape == ((chunks * 100 + scalars * batch * 300) * HEADS,)
+        assert form(*arguments, False)[1].shape == form(*arguments)[1].shape == kept_alone(scalars, batch, 300)
+
+
+@pytest.mark.parametrize("op", MLSTM_OPS)
+def test_what_was_kept_is_checked(op):
+    form, parts, normalize, scalars = MLSTM_OPS[op]
+    inputs, options = (*mlstm_arguments(BATCH, SEQ).values(), *[None] * parts, None), (None, 1e-6, None, 0)
+    run = getattr(torch.ops.flash_xlstm, form.__name__ + "_backward")
+    backward = lambda dh, kept: run(dh, *[None] * parts, *inputs, h, kept, *options, *normalize)  # noqa: E731
+    h, kept, *_ = form(*inputs, *options, False, *normalize, True)
+    assert kept.shape == kept_alone(scalars, BATCH, SEQ)  # a CPU keeps no states
+    backward(h, kept)
+    with pytest.raises(TypeError, match="kept has dtype bfloat16"):
+        backward(h, kept.bfloat16())
+    for wrong in (kept.flatten(), kept[None], torch.zeros(kept_alone(scalars or 1, BATCH + 1, SEQ))):
+        with pytest.raises(ValueError, match="kept has shape"):
+            backward(h, wrong)
+    # With states it has one dimension. Such calls are not joined under vmap: the error is of one call.
+    with pytest.raises(ValueError, match=r"kept has shape \(7,\)"):
+        torch.func.vmap(lambda dh: backward(dh, torch.zeros(7)))(torch.stack([h, h]))

@@ -4,6 +4,8 @@ Other GPUs take the portable kernels here. These must pass too, except for the n
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -210,21 +212,32 @@ def launches(function):
     return [event.name for event in profile.events() if "flash_xlstm::cuda" in event.name]
 
 
+# An op, and the tensors of its state.
+FORMS = {
+    "mlstm": (ops.mlstm, 3),
+    "mlstm_sig": (ops.mlstm_sig, 2),
+    "mlstm_sig, no n": (functools.partial(ops.mlstm_sig, normalize=False), 1),
+}
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+
+
+@EVERY_FORM
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("seq", "heads"), [(512, 2), (5000, 8), (20000, 8)])  # one tile of gates and many
-def test_launches(seq, heads, packed):
+def test_launches(seq, heads, packed, form):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("counts the Hopper kernels' launches")
+    op, _ = FORMS[form]
     inputs, dh = draw(1, seq, heads, 128, 128)
     options = {"cu_seqlens": torch.tensor([0, 100, seq], dtype=torch.int32, device=CUDA)} if packed else {}
     inputs = [t.requires_grad_() for t in inputs]
-    ops.mlstm(*inputs, **options)
-    forward = launches(lambda: ops.mlstm(*inputs, **options))
-    h = ops.mlstm(*inputs, **options)
+    op(*inputs, **options)
+    forward = launches(lambda: op(*inputs, **options))
+    h = op(*inputs, **options)
     backward = launches(lambda: torch.autograd.grad(h, inputs, dh))
     assert len(forward) == 3, forward
     assert len(backward) == 5, backward
-    h = ops.mlstm(*inputs, keep_states=False, **options)
+    h = op(*inputs, keep_states=False, **options)
     backward = launches(lambda: torch.autograd.grad(h, inputs, dh))
     assert len(backward) == 6, backward
 
@@ -316,16 +329,17 @@ def leaves(inputs, state=()):
     return [t.detach().requires_grad_() for t in (*inputs, *state)]
 
 
-def state_of(rows, heads, dqk, dv):
+def state_of(rows, heads, dqk, dv, parts=3):
     n = torch.rand(rows, heads, dqk, device=CUDA)
-    return torch.randn(rows, heads, dqk, dv, device=CUDA), n, torch.randn(rows, heads, device=CUDA)
+    return (torch.randn(rows, heads, dqk, dv, device=CUDA), n, torch.randn(rows, heads, device=CUDA))[:parts]
 
 
+@EVERY_FORM
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("sizes", KEPT, ids=str)
-def test_kept_states_are_those_made_again(sizes, with_state, packed):
-    *sizes, dtype = sizes
+def test_kept_states_are_those_made_again(sizes, with_state, packed, form):
+    (op, parts), (*sizes, dtype) = FORMS[form], sizes
     if packed:
         sizes[0], sizes[1] = 1, sizes[0] * sizes[1]
     (batch, seq, heads, dqk, dv), offsets = sizes, None
@@ -333,13 +347,14 @@ def test_kept_states_are_those_made_again(sizes, with_state, packed):
         offsets = torch.tensor([0, 0, seq // 3, seq // 3 + 1, seq], dtype=torch.int32, device=CUDA)
     inputs, dh = draw(*sizes, dtype=dtype)
     rows = 4 if packed else batch
-    state, into = state_of(rows, heads, dqk, dv), state_of(rows, heads, dqk, dv)
+    state, into = (state_of(rows, heads, dqk, dv, parts) for _ in range(2))
     found = []
     for keep in (True, False):
         given = leaves(inputs, state if with_state else ())
-        options = {"initial_state": tuple(given[5:]) if with_state else None, "cu_seqlens": offsets}
-        h = ops.mlstm(*given[:5], return_final_state=with_state, keep_states=keep, **options)
-        h, last = h if with_state else (h, ())
+        absent = [None] if parts == 1 else []  # n
+        options = {"initial_state": (*given[5:], *absent) if with_state else None, "cu_seqlens": offsets}
+        h = op(*given[:5], return_final_state=with_state, keep_states=keep, **options)
+        h, last = (h[0], h[1][:parts]) if with_state else (h, ())
         cotangents = [dh.to(h.dtype), *(into if with_state else ())]
         twice = [torch.autograd.grad([h, *last], given, cotangents, retain_graph=True) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))  # the backward leaves them as they are
@@ -348,22 +363,26 @@ def test_kept_states_are_those_made_again(sizes, with_state, packed):
         assert torch.equal(kept, again)
 
 
-def test_kept_states_of_many_heads():
-    """Without states to keep, the forward of these sizes keeps its state in registers."""
+@EVERY_FORM
+def test_kept_states_of_many_heads(form):
+    """The forward of these sizes keeps its state in registers. The backward's own states are rounded otherwise."""
+    op, _ = FORMS[form]
     inputs, dh = draw(16, 2048, 8, 256, 512, "initial")
-    kept = run(ops.mlstm, inputs, dh)
-    again = run(ops.mlstm, inputs, dh, keep_states=False)
+    kept = run(op, inputs, dh)
+    again = run(op, inputs, dh, keep_states=False)
     for name, a, b, bound in zip(NAMES, kept, again, ROUNDING, strict=True):
         assert relative_error(a, b) <= bound, name
 
 
-def test_kept_states_take_the_memory_that_they_are_said_to_take():
+@EVERY_FORM
+def test_kept_states_take_the_memory_that_they_are_said_to_take(form):
+    op, _ = FORMS[form]
     (q, k, v, i, f), _ = draw(2, 1024, 4, 256, 512)
     taken = []
     for keep in (False, True):
         given = leaves((q, k, v, i, f))
         before = torch.cuda.memory_allocated()
-        h = ops.mlstm(*given, keep_states=keep)
+        h = op(*given, keep_states=keep)
         taken.append(torch.cuda.memory_allocated() - before)
         del h
     if torch.cuda.get_device_capability() == (9, 0):
@@ -389,20 +408,70 @@ def test_kept_states_in_the_backward_in_two_parts(sizes):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_kept_states_compiled():
+def operator_of(form):
+    """The form's operator and its backward's, how many tensors their states have, and their last option, if any."""
+    name, no_n = form.partition(",")[::2]
+    operators = (getattr(torch.ops.flash_xlstm, name + of) for of in ("", "_backward"))
+    return *operators, *((3, ()) if name == "mlstm" else (2, (not no_n,)))
+
+
+@EVERY_FORM
+def test_kept_states_compiled(form):
+    (op, parts), (operator, _, all_parts, normalize) = FORMS[form], operator_of(form)
     inputs, dh = draw(2, 300, 4, 256, 512)
-    form = lambda *given: ops.mlstm(*given) * 1.5  # noqa: E731
-    actual, expected = run(torch.compile(form, fullgraph=True), inputs, dh), run(form, inputs, dh)
+    scaled = lambda *given: op(*given) * 1.5  # noqa: E731
+    actual, expected = run(torch.compile(scaled, fullgraph=True), inputs, dh), run(scaled, inputs, dh)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     # With an initial state every state is written: opcheck compares all of what is kept.
-    given = leaves(inputs, state_of(2, 4, 256, 512))
-    torch.library.opcheck(torch.ops.flash_xlstm.mlstm, (*given, None, None, 1e-6, None, 0, False, True))
+    given = *leaves(inputs, state_of(2, 4, 256, 512, parts)), *[None] * (all_parts - parts), None
+    torch.library.opcheck(operator, (*given, None, 1e-6, None, 0, False, *normalize, True))
 
 
-def test_what_was_kept_is_checked():
-    (q, k, v, i, f), dh = draw(1, 300, 2, 64, 64)
-    inputs = q, k, v, i, f, None, None, None, None
-    h, kept = torch.ops.flash_xlstm.mlstm_forward(*inputs, None, 1e-6, None, 0, True)
-    if kept.dim() == 1:
+@EVERY_FORM
+def test_what_was_kept_is_checked(form):
+    operator, backward, parts, normalize = operator_of(form)
+    inputs, dh = draw(1, 300, 2, 64, 64)
+    absent, options = [None] * parts, (None, 1e-6, None, 0)
+    given = *inputs, *absent, None
+    h, kept, *_ = operator(*given, *options, False, *normalize, True)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only the Hopper kernels keep states")
+    floats = 64 * 64 // 2 + 64  # c in 16 bits and n, for each of three chunks and two heads
+    beside = 300 * 2 * {"mlstm": 2, "mlstm_sig": 1}.get(form, 0)
+    assert kept.shape == (3 * 2 * floats + beside,)
+    run_backward = lambda kept: backward(dh, *absent, *given, h, kept, *options, *normalize)  # noqa: E731
+    run_backward(kept)
+    for wrong in (kept[1:], kept[: kept.numel() - 300 * 2], kept[None], kept[:0]):  # shorter, by s, of two dimensions
         with pytest.raises(ValueError, match=r"kept has shape"):
-            torch.ops.flash_xlstm.mlstm_backward(dh, None, None, None, *inputs, h, kept[1:], None, 1e-6, None, 0)
+            run_backward(wrong)
+    with pytest.raises(TypeError, match=r"kept has dtype bfloat16"):
+        run_backward(kept.bfloat16())
+    with pytest.raises(ValueError, match=r"kept is on cpu; it must be on the device of q, cuda"):
+        run_backward(kept.cpu())
+
+
+@EVERY_FORM
+def test_kept_states_where_vmap_maps_over_the_gradient(form):
+    """What is kept with states does not join in one call: there is one for each gradient."""
+    op, _ = FORMS[form]
+    inputs, dh = draw(2, 300, 2, 64, 128)
+    several = torch.stack([dh, 0.5 * dh])
+    given = leaves(inputs)
+    expected = [torch.autograd.grad(op(*given), given, each) for each in several]
+    _, pull = torch.func.vjp(op, *inputs)
+    batched = torch.autograd.grad(op(*given), given, several, is_grads_batched=True)
+    for gradients in (torch.func.vmap(pull)(several), batched):
+        for one, each, bound in zip(gradients, zip(*expected, strict=True), ROUNDING[1:], strict=True):
+            assert relative_error(one, torch.stack(each)) <= bound
+
+
+@EVERY_FORM
+def test_kept_states_of_an_empty_batch(form):
+    """What is kept has one dimension here too, as the fake kernel says."""
+    (op, _), (operator, _, parts, normalize) = FORMS[form], operator_of(form)
+    inputs, _ = draw(0, 300, 2, 64, 64)
+    given = leaves(inputs)
+    op(*given).sum().backward()
+    assert all(t.grad.shape == t.shape for t in given)
+    arguments = *given, *[None] * parts, None, None, 1e-6, None, 0, False, *normalize, True
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -337,7 +338,8 @@ VARIANTS = [
 def test_opcheck(device, variant, final_state):
     arguments, normalize = operator_inputs(device, **variant), variant.get("normalize", True)
     scale, cap = (0.7, 2.0) if final_state else (None, None)
-    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_sig, (*arguments, scale, 1e-6, cap, 0, final_state, normalize))
+    flags = final_state, normalize, not final_state  # the last: keep_states
+    torch.library.opcheck(torch.ops.flash_xlstm.mlstm_sig, (*arguments, scale, 1e-6, cap, 0, *flags))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -358,6 +360,26 @@ def test_double_backward_raises(make_problem):
     (dq,) = torch.autograd.grad(ops.mlstm_sig(*inputs).sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         dq.sum().backward()
+
+
+@NORMALIZE
+def test_states_are_kept_for_a_backward(make_problem, monkeypatch, normalize):
+    module, found = importlib.import_module("flash_xlstm.ops.mlstm_sig"), []
+    monkeypatch.setattr(
+        module, "_mlstm_sig", lambda *args: found.append(args[-1]) or torch.ops.flash_xlstm.mlstm_sig(*args)
+    )
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return ops.mlstm_sig(*inputs, normalize=normalize)
+
+    inputs = [t.requires_grad_() for t in make_problem(9, 4, 6, state=False).inputs.values()]
+    ops.mlstm_sig(*inputs, normalize=normalize)
+    ops.mlstm_sig(*inputs, normalize=normalize, keep_states=False)
+    with torch.no_grad():
+        ops.mlstm_sig(*inputs, normalize=normalize)
+    torch.export.export(Module(), tuple(inputs))
+    assert found == [True, False, False, False]
 
 
 @NORMALIZE

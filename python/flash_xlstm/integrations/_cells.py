@@ -32,6 +32,7 @@ def mlstm(
     scale: float | None = None,
     sigmoid: bool = False,
     normalize: bool = True,
+    keep_states: bool = True,
 ) -> Tensor | tuple[Tensor, tuple[Tensor | None, ...]]:
     """A sequence.
 
@@ -42,6 +43,7 @@ def mlstm(
         kernel_dtype: the dtype of q, k, v in the kernel under autocast; None for autocast's.
         state_dtype: the dtype of the returned states.
         sigmoid, normalize: the mLSTM with a sigmoid input gate, :func:`flash_xlstm.ops.mlstm_sig`. Its states are c, n.
+        keep_states: the op's.
 
     Returns:
         h (batch, heads, seq, dv), and the states with `return_last_states`.
@@ -52,7 +54,7 @@ def mlstm(
         with torch.autocast(device, enabled=False):
             return mlstm(
                 q, k, v, i, f, states, eps=eps, return_last_states=return_last_states, kernel_dtype=None,
-                state_dtype=state_dtype, scale=scale, sigmoid=sigmoid, normalize=normalize,
+                state_dtype=state_dtype, scale=scale, sigmoid=sigmoid, normalize=normalize, keep_states=keep_states,
             )  # fmt: skip
     for name, gate in (("i", i), ("f", f)):  # in the caller's layout; the op's errors tell its own
         if gate.shape != q.shape[:3]:
@@ -62,7 +64,10 @@ def mlstm(
     q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))
     i, f = _gates(i, f, q)
     initial = _initial(states, sigmoid, normalize)
-    options = {"initial_state": initial, "scale": scale, "eps": eps, "return_final_state": return_last_states}
+    options = {
+        "initial_state": initial, "scale": scale, "eps": eps, "return_final_state": return_last_states,
+        "keep_states": keep_states,
+    }  # fmt: skip
     if sigmoid:
         result = ops.mlstm_sig(rows(q), rows(k), rows(v), i, f, normalize=normalize, **options)  # type: ignore[arg-type]
     else:
@@ -88,13 +93,14 @@ def mlstm_step(
     eps: float,
     state_dtype: torch.dtype = torch.float32,
     scale: float | None = None,
+    keep_states: bool = True,
 ) -> tuple[Tensor, States]:
     """One token. q, k (batch, heads, dqk), v (batch, heads, dv), i, f (batch, heads, 1); `states` as in :func:`mlstm`.
     They are not changed. Returns h (batch, heads, dv) and the new states."""
     if needs_gradients((q, k, v, i, f, *states)):
         h, last = mlstm(
             q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), i, f, states, eps=eps, return_last_states=True,
-            kernel_dtype=None, state_dtype=state_dtype, scale=scale,
+            kernel_dtype=None, state_dtype=state_dtype, scale=scale, keep_states=keep_states,
         )  # fmt: skip
         return h.squeeze(2), last  # type: ignore[return-value]
     i, f = _gates(i.squeeze(-1), f.squeeze(-1), q)

@@ -12,6 +12,8 @@ Every name of a kernel gives this package's op, on CPU and CUDA. The names diffe
   gradient through the normalizer, which is right only in front of a head-wise norm.
 - ``chunk_size``, block sizes, numbers of warps and stages, and ``stable_fgate`` are accepted. They change no result,
   and the kernels have their own.
+- ``recompute_states_in_bw``, where it is given, is ``keep_states=not recompute_states_in_bw`` of the op. Left out,
+  states are kept, which is faster; the other package's kernels then make them again.
 - Returned states are float32, or of the dtype that the caller asks for.
 - h may be a strided view: (batch, heads, seq, dim) over memory of (batch, seq, heads, dim).
 """
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_xlstm.integrations import _cells
+from flash_xlstm.ops._common import check_flag
 
 __all__ = [
     "BackendModeType",
@@ -70,7 +73,7 @@ _STEP_KERNELS: list[str] = list(StepKernelType.__args__)  # type: ignore[attr-de
 _DTYPES: list[str] = list(DtypeType.__args__)  # type: ignore[attr-defined]
 _MODES: list[str] = list(BackendModeType.__args__)  # type: ignore[attr-defined]
 
-# Arguments of launches. None of them changes a result.
+# Arguments of launches and memory. None of them changes a result.
 _LAUNCH = frozenset(
     "chunk_size_inter chunk_size_intra siz_b_L_parallel siz_b_L_loop siz_b_DH_parallel siz_b_DH_loop siz_b_DHQK "
     "siz_b_DHHV num_warps num_warps_intra num_warps_inter num_stages num_stages_intra num_stages_inter "
@@ -103,14 +106,19 @@ def mlstm_exponential(
         eps: added to the normalizer after the maximum.
         chunk_size: changes nothing.
         autocast_kernel_dtype: the dtype of q, k, v in the kernel, where autocast is on.
+        launch: the other package's further arguments. Of these `recompute_states_in_bw`, a bool, is the opposite of
+            the op's `keep_states`. Left out, states are kept, whereas True is that package's default. The others change
+            nothing.
 
     Returns:
         h (batch, heads, seq, dv), and ``(c, n, m)`` in float32 with `return_last_states`.
+
+    Raises:
+        TypeError: an argument that no kernel has, or a `recompute_states_in_bw` that is no bool.
     """
-    _check_launch(launch)
     return _cells.mlstm(
         q, k, v, i, f, (c_initial, n_initial, m_initial), eps=eps, return_last_states=return_last_states,
-        kernel_dtype=autocast_kernel_dtype,
+        kernel_dtype=autocast_kernel_dtype, keep_states=_keep_states(launch),
     )  # fmt: skip
 
 
@@ -132,10 +140,9 @@ def mlstm_sigmoid(
 ) -> Tensor | tuple[Tensor, LastStates]:
     """The mLSTM with a sigmoid input gate, :func:`flash_xlstm.ops.mlstm_sig`. There is no m: the states are ``(c, n)``,
     and `m_initial` is for calls that pass one. Everything else is as in :func:`mlstm_exponential`."""
-    _check_launch(launch)
     return _cells.mlstm(
         q, k, v, i, f, (c_initial, n_initial, None), eps=eps, return_last_states=return_last_states,
-        kernel_dtype=autocast_kernel_dtype, sigmoid=True, normalize=normalize,
+        kernel_dtype=autocast_kernel_dtype, sigmoid=True, normalize=normalize, keep_states=_keep_states(launch),
     )  # fmt: skip
 
 
@@ -154,10 +161,9 @@ def mlstm_sequence(
     **launch: Any,
 ) -> Tensor | tuple[Tensor, LastStates]:
     """As :func:`mlstm_exponential`, with states of `dtype_state`."""
-    _check_launch(launch)
     return _cells.mlstm(
         q, k, v, i, f, (c_initial, n_initial, m_initial), eps=eps, return_last_states=return_last_states,
-        kernel_dtype=None, state_dtype=dtype_state,
+        kernel_dtype=None, state_dtype=dtype_state, keep_states=_keep_states(launch),
     )  # fmt: skip
 
 
@@ -177,8 +183,9 @@ def mlstm_step(
     """One token: q, k (batch, heads, dqk), v (batch, heads, dv), i, f (batch, heads, 1); c, n, m as in
     :func:`mlstm_exponential`. They are not changed. Returns h (batch, heads, dv) and the new states, in `dtype_state`.
     """
-    _check_launch(launch)
-    return _cells.mlstm_step(q, k, v, i, f, (c, n, m), eps=eps, state_dtype=dtype_state)
+    return _cells.mlstm_step(
+        q, k, v, i, f, (c, n, m), eps=eps, state_dtype=dtype_state, keep_states=_keep_states(launch)
+    )
 
 
 def get_available_mlstm_kernels() -> list[str]:
@@ -366,10 +373,14 @@ def _refuse_sigmoid(config: Any) -> None:
         )
 
 
-def _check_launch(launch: dict[str, Any]) -> None:
+def _keep_states(launch: dict[str, Any]) -> bool:
+    """The op's `keep_states`. Refuses unknown arguments."""
     for name in launch:
         if name not in _LAUNCH:
             raise TypeError(f"{name} is no argument of this kernel")
+    recompute = launch.get("recompute_states_in_bw", False)
+    check_flag("recompute_states_in_bw", recompute)
+    return not recompute
 
 
 def _check_one_of(name: str, value: Any, allowed: list[str]) -> None:

@@ -105,15 +105,17 @@ def _parted(t: Tensor, dim: Any, count: int) -> Tensor:
 
 
 def _rule(op: Any, ways: list[tuple[_Dims, _Dims]]) -> Any:
-    last = op._schema.arguments[-1] if ways else None
+    names = [argument.name for argument in op._schema.arguments]
 
     def run(info: Any, mapped: tuple[int | None, ...], *args: Any) -> Any:
         count = info.batch_size
         if count == 0:
             raise ValueError(f"vmap maps over 0 entries of an argument of {op._schema.name}; it must be at least 1")
-        if last is not None and last.name == "keep_states":  # what is kept with states has no dimension of vmap's
-            args = (*args[: len(op._schema.arguments) - 1], False)
-        for dims, result_dims in ways:
+        # What is kept with states has one dimension, and none of vmap's.
+        if ways and names[-1] == "keep_states":
+            args = (*args[: len(names) - 1], False)
+        joins = "kept" not in names or args[names.index("kept")].dim() > 1
+        for dims, result_dims in ways if joins else []:
             if _fits(dims, args, mapped):
                 tensors = len(dims)
                 given = [

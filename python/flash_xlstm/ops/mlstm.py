@@ -236,15 +236,16 @@ def keeps_for(inputs: tuple[Tensor | None, ...]) -> bool:
     return _common.needs_gradients(inputs) and not torch.compiler.is_exporting()
 
 
-def kept_shape(q: Tensor, dv, cu_seqlens: Tensor | None, keep_states: bool) -> tuple:
-    """The shape of what the forward keeps for the backward: s and m, and behind the states, if it keeps these."""
+def kept_shape(q: Tensor, dv, cu_seqlens: Tensor | None, keep_states: bool, scalars: int = 2) -> tuple:
+    """The shape of what the forward keeps for the backward: `scalars` numbers for each token and head (s and m; s; or
+    nothing), behind the states, if it keeps these."""
     batch, seq, heads, dqk = (_common.size(q, d) for d in range(4))
     floats = _build.kept_floats(q.dtype, int(dqk), int(dv), q.device) if keep_states else 0
     if floats == 0:
-        return 2, batch, seq, heads
+        return (2, batch, seq, heads) if scalars == 2 else (scalars * batch, seq, heads)
     chunks = -(-seq // _build.LIMITS["mlstm_kept_tokens"])
     chunks = chunks * batch if cu_seqlens is None else chunks + _common.num_seqs(q, cu_seqlens)
-    return (chunks * heads * floats + 2 * batch * seq * heads,)
+    return (chunks * heads * floats + scalars * batch * seq * heads,)
 
 
 @_common.register_fake("mlstm_forward")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flash_xlstm.ops import _common, _errors
+from flash_xlstm.ops.mlstm import keeps_for, kept_shape
 
 MlstmSigState = tuple[Tensor, Tensor | None]
 
@@ -25,6 +26,7 @@ def mlstm_sig(
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_final_state: bool = False,
+    keep_states: bool = True,
 ) -> Tensor | tuple[Tensor, MlstmSigState]:
     """The mLSTM with a sigmoid input gate over a sequence, with exact gradients.
 
@@ -51,6 +53,7 @@ def mlstm_sig(
         scale, eps, gate_soft_cap, chunk_size, cu_seqlens: as in :func:`flash_xlstm.ops.mlstm`. ``normalize=False`` does
             not use eps.
         return_final_state: also return the state after the last token.
+        keep_states: as in :func:`flash_xlstm.ops.mlstm`.
 
     Returns:
         h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n))``. The final c has the
@@ -65,12 +68,14 @@ def mlstm_sig(
     try:
         _common.check_flag("normalize", normalize)
         _common.check_flag("return_final_state", return_final_state)
+        _common.check_flag("keep_states", keep_states)
         q, k, v = _common.autocast(q, k, v)
         c, n = (None, None) if initial_state is None else _common.unpack_state("initial_state", initial_state, "c, n")
         c, state_dtype = _common.float32_c(c)
+        inputs = q, k, v, i, f, c, n, cu_seqlens
         h, _, c_last, n_last = _mlstm_sig(
-            q, k, v, i, f, c, n, cu_seqlens,
-            scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state, normalize,
+            *inputs, scale, eps, gate_soft_cap, _common.chunk_size_or_0(chunk_size), return_final_state, normalize,
+            keep_states and keeps_for(inputs),
         )  # fmt: skip
         if not return_final_state:
             return h
@@ -82,7 +87,10 @@ def mlstm_sig(
 
 
 @_common.register_fake("mlstm_sig")
-def _(q, k, v, i, f, c, n, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state, normalize):
+def _(
+    q, k, v, i, f, c, n, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, return_final_state, normalize,
+    keep_states=False,
+):  # fmt: skip
     _common.no_mixed_meta(
         q, k=k, v=v, i=i, f=f, cu_seqlens=cu_seqlens, **{"initial_state c": c, "initial_state n": n}
     )  # fmt: skip
@@ -92,7 +100,7 @@ def _(q, k, v, i, f, c, n, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, re
     new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
     return (
         q.new_empty((batch, seq, heads, dv)),
-        new(batch if normalize else 0, seq, heads),
+        new(*kept_shape(q, dv, cu_seqlens, keep_states, int(normalize))),
         new(states, heads, dqk, dv),
         new(states if normalize else 0, heads, dqk),
     )
@@ -100,31 +108,31 @@ def _(q, k, v, i, f, c, n, cu_seqlens, scale, eps, gate_soft_cap, chunk_size, re
 
 @_common.register_fake("mlstm_sig_backward")
 def _(
-    dh, dc_last, dn_last, q, k, v, i, f, c, n, cu_seqlens, h, s,
+    dh, dc_last, dn_last, q, k, v, i, f, c, n, cu_seqlens, h, kept,
     scale, eps, gate_soft_cap, chunk_size, normalize,
 ):  # fmt: skip
     return _common.fake_gradients(q, k, v, i, f, c, n)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, i, f, c, n, cu_seqlens, *ctx.options, ctx.return_final_state, ctx.normalize = inputs
-    h, s, *_ = output
-    ctx.mark_non_differentiable(s)
+    q, k, v, i, f, c, n, cu_seqlens, *ctx.options, ctx.return_final_state, ctx.normalize = inputs[:14]
+    h, kept, *_ = output
+    ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, i, f, c, n, cu_seqlens, _common.kept_h(q, h), s)
+    ctx.save_for_backward(q, k, v, i, f, c, n, cu_seqlens, _common.kept_h(q, h), kept)
 
 
-def _backward(ctx, dh, _ds, dc_last, dn_last):
-    q, k, v, i, f, c, n, cu_seqlens, h, s = ctx.saved_tensors
+def _backward(ctx, dh, _dkept, dc_last, dn_last):
+    q, k, v, i, f, c, n, cu_seqlens, h, kept = ctx.saved_tensors
     if not ctx.return_final_state:
         dc_last = None
     if not (ctx.return_final_state and ctx.normalize):
         dn_last = None
     dq, dk, dv, di, df, dc, dn = _mlstm_sig_backward(
-        dh, dc_last, dn_last, q, k, v, i, f, c, n, cu_seqlens, h, s, *ctx.options, ctx.normalize
+        dh, dc_last, dn_last, q, k, v, i, f, c, n, cu_seqlens, h, kept, *ctx.options, ctx.normalize
     )
     dc, dn = (g if t is not None else None for g, t in ((dc, c), (dn, n)))
-    return dq, dk, dv, di, df, dc, dn, *[None] * 7
+    return dq, dk, dv, di, df, dc, dn, *[None] * 8
 
 
 _mlstm_sig = _common.differentiable("mlstm_sig", _setup_context, _backward)

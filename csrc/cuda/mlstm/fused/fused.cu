@@ -15,7 +15,7 @@
 // Stages (full / empty are the barriers, shared.cuh):
 //   q 2   TMA -> weights, states of all four blocks
 //   k 2   TMA, gates, n of all four blocks -> weights, states, n of all four
-//   v 4   TMA -> states; they leave h there -> v's warp stores it, then loads
+//   v 2   TMA -> states; they leave h there -> v's warp stores it, then loads
 //   P' 2  weights -> states
 //
 // Budget, a chunk and block         tensor clocks   shared memory clocks (128 B)
@@ -27,7 +27,7 @@
 //   P' out, h out (stmatrix, TMA)                      64 + 256
 //   n                                                  64
 //   together                           2880           2976
-//   c kept: out by stmatrix, back, out                 768
+//   c kept, every second chunk: stmatrix, bulk stores   512
 // L2 to SM: 32 KiB of q and k (a block's quarter, for all) and 16 of v a chunk and block.
 #include <algorithm>
 

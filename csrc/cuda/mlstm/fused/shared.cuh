@@ -18,7 +18,8 @@ constexpr int dqk = 256, dv = 512, blocks = 4, dv_block = dv / blocks;
 // 64 columns of a chunk, 128 bytes a token. Behind k's tokens lie eight rows for n, three of them in use.
 constexpr int q_panel = chunk_tokens * 128, k_panel = (chunk_tokens + 8) * 128, v_panel = chunk_tokens * 128;
 constexpr int n_bytes = 3 * 128;  // of n's rows in a panel
-constexpr int panels = dqk / 64, state_groups = dv_block / 64, v_stages = 4;
+constexpr int panels = dqk / 64, state_groups = dv_block / 64, v_stages = 2;
+constexpr int kept_panel = 64 * 128, kept_panels = 2;  // of c, 64 dqk x 64 dv, on its way to memory
 
 // Warpgroups 0 and 1 hold the state, 2 makes the weights, 3 has single warps.
 constexpr int threads = 512, weights_group = 2, singles_group = 3;
@@ -51,6 +52,7 @@ struct Shared {
   unsigned char k[2][panels * k_panel];
   unsigned char v[v_stages][state_groups * v_panel];  // then h of the same chunk
   unsigned char p[2][chunk_tokens * 128];             // P', 64 tokens t x 64 tokens j
+  unsigned char kept[state_groups][kept_panels][kept_panel];
   Gates gates[2];
   float g[2][2][chunk_tokens];  // g', which P' comes with, and a copy that nobody reads
   float n_before[64];           // of this block's n, before the chunk that is being added
@@ -62,8 +64,6 @@ struct Shared {
   uint64_t full_v[state_groups][v_stages], full_h[state_groups][v_stages];
   uint64_t full_p[2], empty_p[2];
   uint64_t good_k[2];  // what is not finite in k has no weight of 0
-  // A warp's part of c on its way to memory (kept.cuh).
-  alignas(16) unsigned char part[4 * state_groups][512];
 };
 constexpr int shared_bytes = sizeof(Shared);
 static_assert(shared_bytes <= 232448);

@@ -119,8 +119,7 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
   for (int it = 0; walk.goes_on(args); ++it) {
     const bool adds = walk.j > 0 || args.c0 != nullptr;
     KeptParts<keeps> kept(args, sh, rank, group, warp, item, walk.j % 2 == 0 && adds);
-    kept.stage(a[0]);
-    kept.pass_on(0);
+    kept.stage(a[0], 0);
     const int s = it & 1, parity = (it >> 1) & 1, v_stage = it % v_stages;
     const uint32_t q = address(sh.q[s]), k = address(sh.k[s]), p = address(sh.p[s]);
     unsigned char* const v_panel_at = sh.v[v_stage] + group * v_panel;
@@ -136,19 +135,16 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
 #pragma unroll
     for (int x = 0; x < dqk / 16; ++x) {
       if (x >= a_buffers) ptx::wgmma_wait<a_buffers - 1>();
-      if (x > 0) {
-        pack_part(a[x % a_buffers], x);
-        kept.stage(a[x % a_buffers]);
-      }
+      if (x > 0) pack_part(a[x % a_buffers], x);
       ptx::wgmma_fence();
       ptx::Wgmma<bf16, 64>::a_registers<false>(out, a[x % a_buffers],
                                                ptx::wgmma_descriptor(q + x / 4 * q_panel + x % 4 * 32), x > 0);
       ptx::wgmma_commit();
-      if (x > 0) kept.pass_on(x);
+      if (x > 0) kept.stage(a[x % a_buffers], x);
+      kept.pass_on(x);
     }
 #pragma unroll
     for (int x = 0; x < 128; ++x) ptx::mul_in_place(c[x / 64][x % 64], keep);
-    kept.store(dqk / 16 - 1);
 
     // (w v)^T k
     ptx::mbarrier_wait(&sh.full_v[group][v_stage], it / v_stages & 1);
@@ -240,6 +236,7 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
       item += static_cast<int>(args.layout.heads);
     }
   }
+  KeptParts<keeps>::wait();
 }
 
 }  // namespace flash_xlstm::cuda::fused
