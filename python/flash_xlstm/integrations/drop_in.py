@@ -82,7 +82,7 @@ def undo(model: Any) -> list[str]:
         (name, module, attribute, value)
         for name, module in _named_modules(model)
         for attribute, value in vars(module).items()
-        if isinstance(value, _Replacement)
+        if type(value) is functools.partial and _is_ours(value)
     ]
     for _, module, attribute, value in restored:
         _restore(module, attribute, value)
@@ -133,20 +133,20 @@ class Accelerated:
         return f"Accelerated({len(self.changed)} modules{state})"
 
 
-class _Replacement(functools.partial):
+def _replacement(module: nn.Module, attribute: str, patch: _Patch) -> Any:
     """A new entry of a module's ``__dict__``. A method's first argument is bound to the module.
 
     That of a copied or unpickled module is bound to the copy. A closure would read the weights of the first module; a
-    bound method is unpickled as what its name stands for in the class.
-
-    Attributes:
-        old: the entry that it replaced, None if there was none.
+    bound method is unpickled as what its name stands for in the class. A class derived from partial takes 0.2 us more
+    for a call.
     """
+    new: Any = functools.partial(patch.function, module) if patch.is_method else functools.partial(patch.function)
+    new.old = module.__dict__.get(attribute)  # None if there was none
+    new.__module__ = __name__  # for _is_ours
+    return new
 
-    old: Callable[..., Any] | None = None
 
-
-def _restore(module: nn.Module, attribute: str, new: _Replacement) -> None:
+def _restore(module: nn.Module, attribute: str, new: Any) -> None:
     if new.old is None:
         del module.__dict__[attribute]
     else:
@@ -158,8 +158,7 @@ class _Change:
 
     def __init__(self, name: str, module: nn.Module, attribute: str, patch: _Patch) -> None:
         self.name, self.module, self.attribute = name, module, attribute
-        self.new = _Replacement(patch.function, module) if patch.is_method else _Replacement(patch.function)
-        self.new.old = module.__dict__.get(attribute)
+        self.new = _replacement(module, attribute, patch)
 
     def make(self) -> None:
         self.module.__dict__[self.attribute] = self.new
