@@ -21,8 +21,8 @@ sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f 
 gpu := $(wildcard /dev/nvidiactl /dev/dxg)
 built := $(venv)/installed$(if $(gpu)$(FLASH_XLSTM_CUDA),,-cpu)
 
-.PHONY: demo docs test test-dropin test-titan test-vllm test-wheel wheel kernels test-kernels lint sanitize arm64 \
-  test-deploy compute-sanitizer clean
+.PHONY: demo docs test test-dropin test-transformers test-titan test-vllm test-wheel wheel kernels test-kernels lint \
+  sanitize arm64 test-deploy compute-sanitizer clean
 
 demo: $(built)
 	$(bin)/flash-xlstm demo
@@ -41,6 +41,18 @@ $(dropin)/installed: Makefile | $(built)
 	rm -rf $(dropin)
 	$(pip) --no-deps --target $(dropin) mlstm_kernels==2.0.6 xlstm==2.0.6 flashrnn==1.0.8 tirex-2==0.4.0 tirex-ts==1.4.2 \
 	  einops narwhals scikit-learn scipy joblib cloudpickle threadpoolctl
+	touch $@
+
+# The model and accelerate under the oldest transformers that they are for, or TRANSFORMERS=. It lies in front of the
+# first environment's, with what it needs.
+TRANSFORMERS ?= 5.17.0
+test-transformers: build/transformers/$(TRANSFORMERS)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(<D) $(bin)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS) \
+	  tests/models tests/integrations/test_accelerate.py tests/integrations/test_convert.py
+
+build/transformers/%/installed: $(built)
+	rm -rf $(@D)
+	$(pip) --target $(@D) transformers==$*
 	touch $@
 
 lint: $(venv)/installed

@@ -112,6 +112,8 @@ def main() -> int:
         parser.error(str(error))
     if args.old.is_file() != args.new.is_file():
         parser.error("one is a file, the other a folder; give two files, or two folders")
+    for name in sorted(old.keys() - new.keys()):
+        print(f"{name} is not in new")
     slower, compared = [], 0
     for name in sorted(old.keys() & new.keys()):
         devices = device(old[name]), device(new[name])
@@ -127,6 +129,9 @@ def main() -> int:
             text = f"  {line['setting']:{width}}  {line['of']:14}  {line['old']:10.4g}  "
             print(text + (line["broken"] if "broken" in line else f"{line['new']:10.4g}  {line['ratio']:.3f}"))
         ratios = [line["ratio"] for line in lines if line["ours"] and "ratio" in line]
+        missing = len(by_setting(old[name]).keys() - by_setting(new[name]).keys())
+        if missing:
+            print(f"  not in new: {missing} of old's settings")
         if ratios:
             print(f"  ours: least {min(ratios):.3f}, median {statistics.median(ratios):.3f}, most {max(ratios):.3f}")
         slower += [

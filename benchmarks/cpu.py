@@ -86,6 +86,11 @@ def _installed(module: str) -> object | None:
     return None
 
 
+def _transformers_kernel(name: str) -> Callable | None:
+    """None also where the package xlstm is installed, which transformers then uses instead of kernels of its own."""
+    return getattr(_installed("transformers.models.xlstm.modeling_xlstm"), name, None)
+
+
 def slstm_calls(
     rows: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, backward: bool, slow: bool = False
 ) -> Calls:
@@ -141,8 +146,8 @@ def mlstm_calls(rows: int, tokens: int, heads: int, dqk: int, dv: int, dtype: to
 
     calls = {"flash_xlstm": _passes(functools.partial(ops.mlstm, *leaves), leaves, backward), "chain": chain}
     peers: dict[str, Callable] = {}
-    if modeling := _installed("transformers.models.xlstm.modeling_xlstm"):
-        peers["transformers"] = modeling.mlstm_chunkwise_native_autograd
+    if native := _transformers_kernel("mlstm_chunkwise_native_autograd"):
+        peers["transformers"] = native
     if (kernels := _installed("mlstm_kernels.torch")) and _installed("einops"):  # which it needs
         peers["mlstm_kernels"] = kernels.get_mlstm_kernel("chunkwise--native_autograd")
     for name, kernel in peers.items():
@@ -188,13 +193,13 @@ def other_calls(op: str, dtype: torch.dtype, backward: bool) -> Calls | None:
     else:
         states = [torch.zeros(BATCH, HEADS, *shape) for shape in ((DIM, DIM), (DIM,), ())]
         theirs = [states[0].clone(), states[1].clone(), states[2].clone()[..., None]]
-        modeling = _installed("transformers.models.xlstm.modeling_xlstm")
+        step = _transformers_kernel("mlstm_recurrent_step_native")
 
         def native(q, k, v, i, f):
-            h, theirs[:] = modeling.mlstm_recurrent_step_native(q, k, v, i[..., None], f[..., None], *theirs)
+            h, theirs[:] = step(q, k, v, i[..., None], f[..., None], *theirs)
             return h
 
-        pair = (lambda *given: ops.mlstm_step(*given, tuple(states)), native if modeling else None)
+        pair = (lambda *given: ops.mlstm_step(*given, tuple(states)), native if step else None)
         leaves = [*(new(BATCH, HEADS, DIM) for _ in range(3)), new(BATCH, HEADS), new(BATCH, HEADS) + 3.0]
     peer = "transformers" if op == "mlstm_step" else "pytorch"
     first = lambda form: lambda: y[0] if isinstance(y := form(*leaves), tuple) else y  # noqa: E731

@@ -9,8 +9,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from train import CLASSES
-
 
 def table(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     """Markdown."""
@@ -49,6 +47,8 @@ def _steps(rows: list[dict]) -> str:
 
 
 def _profiles(rows: list[dict], kept: dict[str, float]) -> str:
+    from train import CLASSES  # here, because it imports torch, which takes seconds
+
     groups = (*CLASSES, "rest")
     order = sorted(groups, key=lambda group: group != "products")
     lines = [

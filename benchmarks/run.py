@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -235,10 +234,9 @@ def print_table(rows: list[dict]) -> None:
 def write_json(path: Path, document: dict) -> None:
     """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def _short(row: dict) -> str:

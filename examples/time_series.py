@@ -30,8 +30,10 @@ CROP = 10 * 12  # months of a training sequence
 
 def load_series() -> tuple[list[datetime.date], Tensor]:
     """Months, and the mean of each month's weekly measurements in parts per million; gaps are interpolated."""
-    from statsmodels.datasets import co2
-
+    try:
+        from statsmodels.datasets import co2
+    except ImportError as error:
+        raise SystemExit(f"the series is part of statsmodels: pip install 'flash-xlstm[example]' ({error})") from error
     monthly = co2.load_pandas().data["co2"].resample("MS").mean().interpolate()
     return [stamp.date() for stamp in monthly.index], torch.tensor(monthly.to_numpy(), dtype=torch.float32)
 

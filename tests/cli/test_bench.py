@@ -89,6 +89,7 @@ def test_slower_rows_of_ours_are_regressions(compare):
     code, text = compare(old, document(1.06, 2.0), "--tolerance", "5")
     assert code == 1 and "1 of 2 rows slower" in text and "mlstm flash_xlstm 1" in text
     assert compare(old, document(1.06, 2.0))[0] == 0  # without a tolerance it only tells
+    assert "not in new: 1 of old's settings" in compare(old, document(1.0))[1]
     code, text = compare(old, document(None, 2.0), "--tolerance", "5")
     assert code == 1 and "out of memory" in text
     assert compare(document(1.0, peer="tfla"), document(9.0, peer="tfla"), "--tolerance", "5")[0] == 0

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from flash_xlstm import reference
-from flash_xlstm.integrations import _tirex, accelerate
+from flash_xlstm.integrations import _tirex, accelerate, undo
+from flash_xlstm.nn import RMSNorm
 from flash_xlstm.ops import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of the packages
@@ -222,28 +223,40 @@ def test_compile(name, make, agree):
 
 @pytest.mark.parametrize("name", ["transformers", "xlstm", "tirex2"])
 def test_copies(name, make, agree):
-    """A copy's cells read the weights of the copy."""
-    model, run, _ = make(name)
+    """A copy's cells read the weights of the copy. `undo` restores it, and the model itself."""
+    model, run, cells = make(name)
     with torch.no_grad():
-        with accelerate(model):
+        before = run(model)
+        with accelerate(model) as accelerated:
             twins = [copy.deepcopy(model)]
             if name != "xlstm":  # whose cells do not load, accelerated or not
                 file = io.BytesIO()
                 torch.save(model, file)
                 file.seek(0)
                 twins.append(torch.load(file, weights_only=False))
-        for m in (model, *twins):
+        for m in twins:
             for p in m.parameters():
                 p.mul_(1.1)
-        for m in twins:
-            agree(run(m), run(model))
+            with pytest.raises(ValueError, match=r"is accelerated already. flash_xlstm\.integrations\.undo\(model\) "):
+                accelerate(m)
+            ours = run(m)
+            assert undo(m) == accelerated.changed and len(accelerated.changed) == cells
+            agree(ours, run(m))
+            assert not torch.equal(ours, run(m)) and undo(m) == []
+            accelerate(m).undo()
+        with accelerate(model) as again:
+            assert undo(model) == again.changed
+            assert torch.equal(run(model), before)
 
 
 def test_nothing_to_accelerate():
     with pytest.raises(ValueError, match=r"Linear has no cell .*\.xLSTMBackend, mlstm_kernels\."):
         accelerate(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model is of type int"):
-        accelerate(3)
+    with pytest.raises(ValueError, match="Sequential is made of this package's layers; it has nothing to accelerate"):
+        accelerate(nn.Sequential(RMSNorm(2)))
+    for function in (accelerate, undo):
+        with pytest.raises(TypeError, match="model is of type int"):
+            function(3)
 
 
 def test_a_wrapped_model(make, agree):

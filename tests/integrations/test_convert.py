@@ -301,6 +301,7 @@ def test_the_command(tmp_path, capsys):
     assert re.search(
         rf"tensors, [\d,]+ bytes, from the format xlstm_large to huggingface in 1 file; {out}", printed.out
     )
+    assert re.search(r"memory of this process: [\d,]{3,} MiB at most$", printed.out.rstrip())
     assert "converting and verifying: 100%" in printed.err
     assert main(["convert", str(large), str(out)]) == 2
     assert re.search(r"flash-xlstm: error: target is .*, which exists", capsys.readouterr().err)

@@ -154,6 +154,8 @@ def test_refusals(inputs):
         ours.flashrnn(Wx, R, b, function="rnn")
     with pytest.raises(ValueError, match="backend is 'fast'"):
         ours.flashrnn(Wx, R, b, function="slstm", backend="fast")
+    with pytest.raises(ValueError, match="dtype is 'float64'; it must be one of float32, bfloat16, float16"):
+        ours.flashrnn(Wx, R, b, function="slstm", dtype="float64")
     with pytest.raises(ValueError, match=r"Wx has shape \(2, 9, 4, 24\); it must have 5 dimensions, BTGHD"):
         ours.flashrnn(Wx.flatten(3), R, b, function="slstm")
     with pytest.raises(ValueError, match="its time, in SBTHD, must be 1"):
@@ -162,6 +164,7 @@ def test_refusals(inputs):
         ours.flashrnn(Wx, R, b, config=ours.FlashRNNConfig(function="slstm", num_heads=4, head_dim=8))
     for field, value in {
         "forward_clipval": 1.0, "initial_val": 1.0, "constants": {"x": 1.0}, "recurrent_shape": "GHPD", "dtype": "int8",
+        "dtype_b": "int8", "dtype_acc": "int8",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{field} is "):
             ours.FlashRNNConfig(function="slstm", **{field: value})

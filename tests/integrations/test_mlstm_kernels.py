@@ -174,6 +174,10 @@ def test_refusals(inputs):
     kernel(*xs, chunk_size_inter=64, num_warps_intra=4)
     with pytest.raises(TypeError, match="chunk_sise is no argument"):
         kernel(*xs, chunk_sise=64)
+    for name, x in zip("if", xs[3:5], strict=True):
+        wrong = dict(zip("qkvif", xs[:5], strict=True)) | {name: x[..., None]}
+        with pytest.raises(ValueError, match=rf"{name} has shape .*, 1\); it must be \(batch, heads, seq\), as q"):
+            kernel(**wrong)
     with pytest.raises(TypeError, match="recompute_states_in_bw is None; it must be True or False"):
         kernel(*xs, recompute_states_in_bw=None)
     with pytest.raises(ValueError, match="n_initial is None"):

@@ -195,6 +195,8 @@ def test_reset_of_rows(config, rows, grad):
         ([True, False], ValueError, r"rows has shape \(2,\); it must be 1-D, and \(3,\) if it is bool"),
         (torch.zeros(1, 1, dtype=torch.long), ValueError, r"rows has shape \(1, 1\)"),
         ([0.0], TypeError, "rows has dtype float32; it must be numbers of rows, or bool"),
+        (1, TypeError, "rows is 1; it must be a sequence of numbers of rows"),
+        ({1}, TypeError, r"rows is \{1\}; it must be a sequence"),
     ],
 )
 def test_wrong_rows_are_refused(config, rows, error, message):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -482,6 +484,33 @@ def test_gradient_checkpointing(make_ours, tokens, reentrant):
         assert torch.equal(block(x=x)[0], block(x)[0])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_wrapped_checkpointing_function(make_ours, tokens, reentrant, monkeypatch):
+    """It is called, and torch's checkpoint within it, as with other models: the forward runs twice."""
+    model, ids = make_ours().train(), tokens(2, 9)
+    _, gradients = _gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    block, calls = model.backbone.blocks[0], []
+    inner = block._gradient_checkpointing_func
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            block,
+            "_gradient_checkpointing_func",
+            lambda run, *args: inner(lambda *given: calls.append(1) or run(*given), *args),
+        )
+        _, wrapped = _gradients(model, ids)
+    assert len(calls) == 2
+    _, again = _gradients(model, ids)
+    assert len(calls) == 2 and block._gradient_checkpointing_func.args == inner.args  # the block's own again
+    for name, gradient in gradients.items():
+        for other in (wrapped, again):
+            assert torch.allclose(other[name], gradient, rtol=1e-5, atol=1e-7), name
+    other = []
+    block._gradient_checkpointing_func = functools.partial(lambda run, *args, **kwargs: other.append(1) or run(*args))
+    _gradients(model, ids)
+    assert other == [1]
+
+
 def test_resize_token_embeddings(make_ours, tokens):
     model = make_ours()
     ids = tokens(2, 5)
@@ -798,6 +827,8 @@ def test_errors(make_ours, tokens):
         model(ids, inputs_embeds=torch.zeros(2, 4, 128))
     with pytest.raises(ValueError, match=r"input_ids has shape \(4,\); it must be \(batch, seq\)"):
         model(ids[0])
+    with pytest.raises(TypeError, match="input_ids has dtype float32; it must be int64 or int32"):
+        model(ids.float())
     with pytest.raises(ValueError, match=r"inputs_embeds has shape \(4, 128\); it must be \(batch, seq, hidden_size\)"):
         model(inputs_embeds=torch.zeros(4, 128))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):

@@ -337,7 +337,7 @@ def _add_bench(commands: Any) -> None:
     add = parser.add_argument
     add("subjects", nargs="*", metavar="SUBJECT", help="default: those of the docs for this device")
     add("--out", default="bench", metavar="FOLDER", help="results there are replaced (default: %(default)s)")
-    add("--quick", action="store_true", help="a few small settings, of about a minute")
+    add("--quick", action="store_true", help="a few small settings, within a minute")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there are kernels for it")
     add("--compare", nargs="+", metavar="RESULTS", help="OLD: with what is measured; OLD NEW: measure nothing")
     add(

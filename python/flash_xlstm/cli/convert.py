@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 
 from tqdm import tqdm
@@ -31,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, TypeError) as error:
             bar.close()
             raise CommandError(" ".join(str(error).split())) from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"{made.tensors} tensors, {made.nbytes:,} bytes, from the format {made.source} to {made.target} in "
         f"{len(made.files)} {'file' if len(made.files) == 1 else 'files'}; {args.target} was read again and is the same"
     )
+    print(f"memory of this process: {peak:,.0f} MiB at most")
     return 0

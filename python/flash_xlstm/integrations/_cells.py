@@ -56,6 +56,11 @@ def mlstm(
                 q, k, v, i, f, states, eps=eps, return_last_states=return_last_states, kernel_dtype=None,
                 state_dtype=state_dtype, scale=scale, sigmoid=sigmoid, normalize=normalize, keep_states=keep_states,
             )  # fmt: skip
+    for name, gate in (("i", i), ("f", f)):  # in the caller's layout; the op's errors tell its own
+        if gate.shape != q.shape[:3]:
+            raise ValueError(
+                f"{name} has shape {tuple(gate.shape)}; it must be (batch, heads, seq), as q has {tuple(q.shape[:3])}"
+            )
     q, k, v, i, f = (t.transpose(1, 2) for t in (q, k, v, i, f))
     i, f = _gates(i, f, q)
     initial = _initial(states, sigmoid, normalize)

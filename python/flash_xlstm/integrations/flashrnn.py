@@ -127,9 +127,8 @@ class FlashRNNConfig:
         self.dtype_w = self.dtype_w or self.dtype
         self.dtype_s = self.dtype_s or self.dtype_w
         self.dtype_g = self.dtype_g or self.dtype_r
-        for name in ("dtype", "dtype_w"):
-            if getattr(self, name) not in _DTYPES:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(_DTYPES)}")
+        for name in ("dtype", "dtype_acc", "dtype_b", "dtype_r", "dtype_w", "dtype_g", "dtype_s", "dtype_a"):
+            _check_dtype(name, getattr(self, name) or "float32")
 
     def _fill_in_sizes(self) -> None:
         if self.num_heads <= 0:
@@ -239,6 +238,7 @@ def flashrnn(
     if config is None:
         _check_function(function)
         _check_backend(backend)
+        _check_dtype("dtype", dtype)
         kernel_dtype, shapes = Wx.dtype, ("BTGHD", "GHDP", "GHD", "SBTHD")
         clip = None
     else:
@@ -312,6 +312,11 @@ def _check_function(function: str) -> None:
         raise ValueError(
             f"function is {function!r}; this package computes 'slstm' only. Take flashrnn for {function!r}"
         )
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
 
 
 def _check_backend(backend: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -158,25 +159,32 @@ class xLSTMBlock(GradientCheckpointingLayer, mLSTMBlock):
             if isinstance(module, nn.Linear):
                 module.init_role = name.rpartition(".")[2]  # for _init_weights
 
-    # transformers sets this function, and calls it in place of the forward. A block's own checkpointing costs less: it
-    # repeats no mLSTM and no product that writes to the residual stream.
+    # transformers sets this function, and calls it in place of the forward. Instead of torch's checkpoint it gets a
+    # block's own, which costs less: it repeats no mLSTM and no product that writes to the residual stream. Another
+    # function is called as it is.
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        return self._checkpoint
+        function: Any = self._set_checkpoint
+        if getattr(function, "func", None) is not checkpoint or function.keywords.keys() - {"use_reentrant"}:
+            return function
+        return functools.partial(self._checkpoint, function)
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
-        self._torch_checkpoint = function
+        if getattr(function, "func", None) == self._checkpoint:  # put back by what had taken its place
+            function = function.args[0]  # type: ignore[attr-defined]
+        self._set_checkpoint = function
 
     @_gradient_checkpointing_func.deleter
     def _gradient_checkpointing_func(self) -> None:
-        del self._torch_checkpoint
+        del self._set_checkpoint
 
-    def _checkpoint(self, run: Callable[..., Any], *args: Any) -> Any:
-        options = getattr(self._torch_checkpoint, "keywords", None)
+    def _checkpoint(self, torchs: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+        if self._set_checkpoint is not torchs:  # a wrapper around this, which may rely on what torch's does
+            return torchs(run, *args)
         x = args[0] if args else run.keywords["x"]  # type: ignore[attr-defined]  # transformers' partial
-        if options is None or options.keys() - {"use_reentrant"} or not self.makes_again(x):
-            return self._torch_checkpoint(run, *args)
+        if not self.makes_again(x):
+            return torchs(run, *args)
         self._again = True
         try:
             return run(*args)
@@ -425,7 +433,7 @@ class xLSTMModel(xLSTMPreTrainedModel):
           only tell padding. Give the numbers as ``seq_idx`` too.
 
         Raises:
-            TypeError: an argument that the model does not know, or a cache of another model.
+            TypeError: an argument that the model does not know, ids that are no integers, or a cache of another model.
             ValueError: arguments that contradict each other or do not fit, or packed documents with a cache or with
                 `use_cache`. With ``cu_seq_lens_q`` on CUDA, the device raises for wrong values.
         """
@@ -441,6 +449,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
         )
         if inputs.dim() != sizes.count(",") + 1:
             raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it must be ({sizes})")
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids has dtype {str(input_ids.dtype)[6:]}; it must be int64 or int32")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:

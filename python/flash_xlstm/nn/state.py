@@ -49,7 +49,10 @@ def reset_rows(state: Any, rows: Tensor | Sequence[int]) -> Any:
 
 def checked_rows(rows: Tensor | Sequence[int], t: Tensor) -> Tensor:
     """`rows` as :func:`reset_rows` takes them, as a tensor on the device of `t` (batch, ...), int64 or bool."""
-    given = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=None if len(rows) else torch.int64)
+    try:
+        given = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=None if len(rows) else torch.int64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"rows is {rows!r}; it must be a sequence of numbers of rows or of bool") from None
     batch, bools = t.shape[0], given.dtype == torch.bool
     if given.dtype.is_floating_point or given.dtype.is_complex:
         raise TypeError(f"rows has dtype {str(given.dtype)[6:]}; it must be numbers of rows, or bool for each row")

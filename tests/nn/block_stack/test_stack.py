@@ -117,6 +117,18 @@ def test_a_step_takes_one_token(model, ids, gradients):
                     part(torch.zeros(shape))
 
 
+def test_another_stacks_state_is_refused(model, ids):
+    _, state = model(ids, return_last_state=True)
+    blocks = len(model.xlstm_block_stack.blocks)
+    wrong = {**state, f"block_{blocks}": state["block_0"]}
+    for call in (model, lambda ids, state: model.step(ids[:, :1], state)):
+        with pytest.raises(ValueError, match=rf"state holds block_0, .*; this stack.s blocks are .*_{blocks - 1}$"):
+            call(ids, wrong)
+        with pytest.raises(TypeError, match="state is a Tensor; it must be a dict"):
+            call(ids, ids)
+    assert torch.equal(model(ids, {}), model(ids))  # as fresh
+
+
 def test_a_refused_step_updates_nothing(model, ids):
     with torch.no_grad():
         _, state = model(ids[:, :3], return_last_state=True)

@@ -132,10 +132,15 @@ class xLSTMBlockStack(nn.Module):
             state is unchanged unless `inplace`.
 
         Raises:
-            TypeError, ValueError: x, `cu_seqlens` or `padding` is not as above. On CUDA nothing waits for the values of
-                `cu_seqlens` and `padding`: the device raises for wrong ones.
+            TypeError, ValueError: x, `state`, `cu_seqlens` or `padding` is not as above. On CUDA nothing waits for the
+                values of `cu_seqlens` and `padding`: the device raises for wrong ones.
         """
-        before, after = state or {}, {}
+        names = [f"block_{index}" for index in range(len(self.blocks))]
+        before, after = {} if state is None else state, {}
+        if not isinstance(before, dict):
+            raise TypeError(f"state is a {type(before).__name__}; it must be a dict, as return_last_state gives it")
+        if before and not before.keys() <= set(names):
+            raise ValueError(f"state holds {', '.join(map(str, before))}; this stack's blocks are {', '.join(names)}")
         # Any module that takes x alone may replace a block.
         options: dict[str, Any] = {"inplace": True} if inplace else {}
         if cu_seqlens is not None:
@@ -146,8 +151,7 @@ class xLSTMBlockStack(nn.Module):
             check_sequence("x", x, self.config.embedding_dim, step=inplace)
             check_padding(padding, x, cu_seqlens)
             options["padding"] = padding
-        for index, block in enumerate(self.blocks):
-            name = f"block_{index}"
+        for name, block in zip(names, self.blocks, strict=True):
             if return_last_state:
                 x, after[name] = block(x, return_last_state=True, **options, **before.get(name, {}))
             else:
