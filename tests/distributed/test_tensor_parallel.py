@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from flash_xlstm.distributed import mean_labels, parallelize, vocabulary_parallel_cross_entropy
+from flash_xlstm.models import modeling_xlstm
 from flash_xlstm.nn.xlstm_7b import residual
 from flash_xlstm.ops import linear_cross_entropy
 
@@ -152,14 +153,15 @@ def _halves(sequence_parallel, checkpointing):
         if looked_at:
             for block in model.backbone.blocks:
                 block.ffn.proj_up.register_forward_hook(lambda *args: found.append("hook"))
-        for block in model.backbone.blocks:
-            block._torch_checkpoint = functools.partial(lambda run, *args, **_: found.append("torch") or run(*args))
-        run = residual.run_mlstm
+        run, torchs = residual.run_mlstm, modeling_xlstm.checkpoint
         residual.run_mlstm = lambda *args, run=run: found.append(args[-1]) or run(*args)
+        modeling_xlstm.checkpoint = lambda run, *args, **_: found.append("torch") or run(*args)
+        for block in model.backbone.blocks:
+            block._gradient_checkpointing_func = functools.partial(modeling_xlstm.checkpoint, use_reentrant=False)
         try:
             model(ids, labels=labels).loss.backward()
         finally:
-            residual.run_mlstm = run
+            residual.run_mlstm, modeling_xlstm.checkpoint = run, torchs
         check_gradients(model, gradients)
     return found
 
