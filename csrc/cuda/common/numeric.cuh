@@ -50,7 +50,8 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t two) {
   if constexpr (std::is_same_v<T, bf16>) {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&two));
+    // One instruction each; __bfloat1622float2 takes three for both.
+    return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
   } else {
     return __half22float2(*reinterpret_cast<const __half2*>(&two));
   }

@@ -19,6 +19,10 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address, ui
   return swizzle_128 | (eight_rows << 32) | (static_cast<uint64_t>(box_bytes >> 4) << 16) |
          ((shared_address & 0x3ffff) >> 4);
 }
+// `bytes` further on, by one addition: the field of the address does not overflow.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000ull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

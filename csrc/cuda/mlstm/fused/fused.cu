@@ -138,13 +138,13 @@ int clusters_at_once() {
 }
 
 // Whether this path is faster. Both take a time for each chunk: this one for a round of clusters, the Hopper path for a
-// (sequence, head), in the ratio below. A round is as long as its longest sequence. Packed, that may be nearly all
-// tokens, and only the heads are then sure to run side by side.
+// (sequence, head), in the ratio below, and that of one more in any case. A round is as long as its longest sequence.
+// Packed, that may be nearly all tokens, and only the heads are then sure to run side by side.
 bool pays(const MlstmProblem& p, int clusters, bool keeps) {
-  constexpr int64_t pairs_a_round = 21, pairs_a_keeping_round = 21;  // that the Hopper path makes in the time
+  constexpr int64_t pairs_a_round = 17, pairs_a_keeping_round = 21;  // that the Hopper path makes in the time
   const int64_t pairs = p.heads * (p.cu_seqlens == nullptr ? p.num_seqs : 1);
   const int64_t of_round = keeps ? pairs_a_keeping_round : pairs_a_round;
-  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * of_round <= pairs;
+  return clusters > 0 && ceil_div(pairs, int64_t{clusters}) * of_round <= pairs + 1;
 }
 
 int64_t carve(const MlstmProblem& p, void* workspace, hopper::Work& w) {

@@ -6,8 +6,8 @@
 //   c^T   = keep c^T + (w v)^T k  64 x 256 x 64, A = v^T by ldmatrix, weighted in float32 (v is half of k's size, and
 //                                 k can be the operand as the TMA wrote it)
 //   out^T = g' out^T + v^T P'^T   64 x 64 x 64, both from shared memory; g' and P' hold scale / d_t
-// in this order of issue: out's scaling and the wait for P' lie in the shadow of the state's product. out goes to
-// shared memory in v's place.
+// in this order of issue: c's multiplication by keep lies in the shadow of the first product, out's scaling and the wait
+// for P' in that of the state's. out goes to shared memory in v's place.
 //
 // A first chunk without an initial state overwrites c and out: nothing is set to zero. Zeros written ahead take
 // registers of their own, and ptxas serializes the products.
@@ -115,13 +115,19 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     if (keeps && walk.goes_on(args)) item = Task(args, walk.task).item(args, 0);
   };
   begin_task_and_item();
+  // Chunk `it`'s, to v's warp: behind the next chunk's first product, so that nothing waits for the fence.
+  const auto hand_over_h = [&](int it) {
+    ptx::fence_async_shared();
+    release(&sh.full_h[group][it % v_stages]);
+  };
+  int it = 0;
 #pragma unroll 1
-  for (int it = 0; walk.goes_on(args); ++it) {
+  for (; walk.goes_on(args); ++it) {
     const bool adds = walk.j > 0 || args.c0 != nullptr;
     KeptParts<keeps> kept(args, sh, rank, group, warp, item, walk.j % 2 == 0 && adds);
     kept.stage(a[0], 0);
     const int s = it & 1, parity = (it >> 1) & 1, v_stage = it % v_stages;
-    const uint32_t q = address(sh.q[s]), k = address(sh.k[s]), p = address(sh.p[s]);
+    const uint64_t q = ptx::wgmma_descriptor(address(sh.q[s])), k = ptx::wgmma_descriptor(address(sh.k[s]), k_panel);
     unsigned char* const v_panel_at = sh.v[v_stage] + group * v_panel;
     const uint32_t v = address(v_panel_at);
     const GateRecord& gates = sh.gates[s];
@@ -137,14 +143,18 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
       if (x >= a_buffers) ptx::wgmma_wait<a_buffers - 1>();
       if (x > 0) pack_part(a[x % a_buffers], x);
       ptx::wgmma_fence();
-      ptx::Wgmma<bf16, 64>::a_registers<false>(out, a[x % a_buffers],
-                                               ptx::wgmma_descriptor(q + x / 4 * q_panel + x % 4 * 32), x > 0);
+      ptx::Wgmma<bf16, 64>::a_registers<false>(out, a[x % a_buffers], ptx::advanced(q, x / 4 * q_panel + x % 4 * 32),
+                                               x > 0);
       ptx::wgmma_commit();
       if (x > 0) kept.stage(a[x % a_buffers], x);
       kept.pass_on(x);
-    }
+      if (x == 0 && it > 0) hand_over_h(it - 1);
+      // Behind a branch: else ptxas puts all multiplications behind the last product, which then hides none.
+      if (x % 4 == 3 && adds) {
 #pragma unroll
-    for (int x = 0; x < 128; ++x) ptx::mul_in_place(c[x / 64][x % 64], keep);
+        for (int z = x * 8 - 24; z < x * 8 + 8; ++z) ptx::mul_in_place(c[z / 64][z % 64], keep);
+      }
+    }
 
     // (w v)^T k
     ptx::mbarrier_wait(&sh.full_v[group][v_stage], it / v_stages & 1);
@@ -174,9 +184,8 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
         }
       }
       ptx::wgmma_fence();
-      ptx::Wgmma<bf16, 128>::a_registers<true>(c[0], wv, ptx::wgmma_descriptor(k + x * 2048, k_panel), adds || x > 0);
-      ptx::Wgmma<bf16, 128>::a_registers<true>(c[1], wv, ptx::wgmma_descriptor(k + 2 * k_panel + x * 2048, k_panel),
-                                               adds || x > 0);
+      ptx::Wgmma<bf16, 128>::a_registers<true>(c[0], wv, ptx::advanced(k, x * 2048), adds || x > 0);
+      ptx::Wgmma<bf16, 128>::a_registers<true>(c[1], wv, ptx::advanced(k, 2 * k_panel + x * 2048), adds || x > 0);
       if (x + 1 < chunk_tokens / 16) ptx::wgmma_commit();
     }
     ptx::wgmma_commit();
@@ -200,10 +209,10 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     }
     ptx::hold(out);
     ptx::wgmma_fence();
+    const uint64_t v_rows = ptx::wgmma_descriptor(v, v_panel), p = ptx::wgmma_descriptor(address(sh.p[s]));
 #pragma unroll
     for (int x = 0; x < chunk_tokens / 16; ++x) {
-      product_64_transposed(out, ptx::wgmma_descriptor(v + x * 2048, v_panel), ptx::wgmma_descriptor(p + x * 32),
-                            adds || x > 0);
+      product_64_transposed(out, ptx::advanced(v_rows, x * 2048), ptx::advanced(p, x * 32), adds || x > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();  // the state's
@@ -223,8 +232,6 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
       const auto two = [&](int y) { return pack<bf16>(out[x * 8 + y], out[x * 8 + y + 1]); };
       ptx::stmatrix_x4_transposed(v_panel_at + lane_place + x * 2048, two(0), two(2), two(4), two(6));
     }
-    ptx::fence_async_shared();
-    release(&sh.full_h[group][v_stage]);
     if (walk.j + 1 == walk.count && args.c_last != nullptr) {
       float* const to = args.c_last + int64_t{walk.task} * dqk * dv + first_state;
 #pragma unroll
@@ -236,6 +243,7 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
       item += static_cast<int>(args.layout.heads);
     }
   }
+  if (it > 0) hand_over_h(it - 1);
   KeptParts<keeps>::wait();
 }
 

@@ -34,13 +34,13 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
     float t[36];
 #pragma unroll
     for (int x = 0; x < 36; ++x) t[x] = 0.0f;
-    const uint32_t q = address(sh.q[s]), k = address(sh.k[s]);
+    const uint64_t q = ptx::wgmma_descriptor(address(sh.q[s])), k = ptx::wgmma_descriptor(address(sh.k[s]));
     ptx::hold(t);
     ptx::wgmma_fence();
 #pragma unroll
     for (int x = 0; x < dqk / 16; ++x) {
-      product_72(t, ptx::wgmma_descriptor(q + x / 4 * q_panel + x % 4 * 32),
-                 ptx::wgmma_descriptor(k + x / 4 * k_panel + x % 4 * 32), x > 0);
+      product_72(t, ptx::advanced(q, x / 4 * q_panel + x % 4 * 32), ptx::advanced(k, x / 4 * k_panel + x % 4 * 32),
+                 x > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

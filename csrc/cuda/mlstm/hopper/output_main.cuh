@@ -180,10 +180,10 @@ __device__ __forceinline__ void consume(const OutputArgs& args, Shared& sh, Ring
     ptx::mbarrier_wait(&sh.full[is_first ? first : last], is_first ? first_parity : last_parity);
     ptx::hold(out);
     ptx::wgmma_fence();
+    const uint64_t z = ptx::wgmma_descriptor(stage_address(sh, is_first ? first : last), box_bytes);
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
-      const uint32_t z = stage_address(sh, is_first ? first : last) + kk * 2048;
-      ptx::Wgmma<T, tile_n>::template a_registers<true>(out, p[kk], ptx::wgmma_descriptor(z, box_bytes), true);
+      ptx::Wgmma<T, tile_n>::template a_registers<true>(out, p[kk], ptx::advanced(z, kk * 2048), true);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

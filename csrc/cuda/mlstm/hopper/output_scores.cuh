@@ -27,11 +27,12 @@ __device__ __forceinline__ float column_sums(const float (&x)[8], int quad) {
 template <typename T>
 __device__ __forceinline__ void block_product(float (&to)[32], int group, int begin, uint32_t a, uint32_t b,
                                               bool adds) {
-  const uint32_t right = b + begin / box * box_bytes;
+  const uint64_t left = ptx::wgmma_descriptor(a + group * box_bytes);
+  const uint64_t right = ptx::wgmma_descriptor(b + begin / box * box_bytes);
 #pragma unroll
   for (int kk = 0; kk < box / 16; ++kk) {
-    ptx::Wgmma<T, 64>::template a_shared<false>(to, ptx::wgmma_descriptor(a + group * box_bytes + kk * 32),
-                                                ptx::wgmma_descriptor(right + kk * 32), adds || kk > 0);
+    ptx::Wgmma<T, 64>::template a_shared<false>(to, ptx::advanced(left, kk * 32), ptx::advanced(right, kk * 32),
+                                                adds || kk > 0);
   }
 }
 

@@ -175,19 +175,18 @@ __device__ __forceinline__ void consume_small(const OutputArgs& args, Shared& sh
   if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
 #pragma unroll 1
   for (int k = 0; k < (me.has_state ? 1 : 0); ++k) {
-    const uint32_t s = stage_address(sh, stage_s);
+    constexpr bool rows_are_k = R::state_rows_are_k;
+    const uint64_t rows = ptx::wgmma_descriptor(stage_address(sh, stage_a) + me.group * box_bytes);
+    const uint64_t s = ptx::wgmma_descriptor(stage_address(sh, stage_s), rows_are_k ? box_bytes : 16);
     ptx::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
-      const uint64_t a = ptx::wgmma_descriptor(stage_address(sh, stage_a) + me.group * box_bytes + kk * 32);
-      if constexpr (R::state_rows_are_k) {
-        ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes),
-                                                       adds || kk > 0);
-      } else {
-        ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), adds || kk > 0);
-      }
+      const uint64_t a = ptx::advanced(rows, kk * 32);
+      ptx::Wgmma<T, tile_n>::template a_shared<rows_are_k>(out, a, ptx::advanced(s, kk * (rows_are_k ? 2048 : 32)),
+                                                           adds || kk > 0);
       if constexpr (is_h) {
-        ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::wgmma_descriptor(s + Shared::n_at + kk * 32), true);
+        const uint64_t n = ptx::wgmma_descriptor(stage_address(sh, stage_s) + Shared::n_at);
+        ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::advanced(n, kk * 32), true);
       }
     }
     ptx::wgmma_commit();
@@ -206,10 +205,10 @@ __device__ __forceinline__ void consume_small(const OutputArgs& args, Shared& sh
 
   const int stage_z = stage_of(At::z);
   const auto add_product = [&](const uint32_t (&p)[4][4], int begin) {
+    const uint64_t z = ptx::wgmma_descriptor(stage_address(sh, stage_z) + begin / box * box_bytes, box_bytes);
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
-      const uint32_t z = stage_address(sh, stage_z) + begin / box * box_bytes + kk * 2048;
-      ptx::Wgmma<T, tile_n>::template a_registers<true>(out, p[kk], ptx::wgmma_descriptor(z, box_bytes), true);
+      ptx::Wgmma<T, tile_n>::template a_registers<true>(out, p[kk], ptx::advanced(z, kk * 2048), true);
     }
   };
   ptx::hold(out);

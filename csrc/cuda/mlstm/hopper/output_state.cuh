@@ -15,18 +15,17 @@ __device__ __forceinline__ void state_product(const ThreadPlace<output, tile_n, 
   for (int x = 0; x < tile_n / 2; ++x) out[x] = 0.0f;
   if constexpr (is_h) q_n[0] = q_n[1] = q_n[2] = q_n[3] = 0.0f;
   for_panels(sh, ring, me.tile.has_state ? static_cast<int>(me.inner) : 0, [&](uint32_t stage) {
+    constexpr bool rows_are_k = Roles<output>::state_rows_are_k;
+    const uint64_t rows = ptx::wgmma_descriptor(stage + me.group * box_bytes);
+    const uint64_t s = ptx::wgmma_descriptor(stage + ab_bytes, rows_are_k ? box_bytes : 16);
 #pragma unroll
     for (int kk = 0; kk < box / 16; ++kk) {
-      const uint64_t a = ptx::wgmma_descriptor(stage + me.group * box_bytes + kk * 32);
-      const uint32_t s = stage + ab_bytes;
-      if constexpr (Roles<output>::state_rows_are_k) {
-        ptx::Wgmma<T, tile_n>::template a_shared<true>(out, a, ptx::wgmma_descriptor(s + kk * 2048, box_bytes), true);
-      } else {
-        ptx::Wgmma<T, tile_n>::template a_shared<false>(out, a, ptx::wgmma_descriptor(s + kk * 32), true);
-      }
+      const uint64_t a = ptx::advanced(rows, kk * 32);
+      ptx::Wgmma<T, tile_n>::template a_shared<rows_are_k>(out, a, ptx::advanced(s, kk * (rows_are_k ? 2048 : 32)),
+                                                           true);
       if constexpr (is_h) {
-        ptx::Wgmma<T, 8>::template a_shared<false>(
-            q_n, a, ptx::wgmma_descriptor(ptx::shared_address(sh.n_parts[ring.stage]) + kk * 32), true);
+        const uint64_t n = ptx::wgmma_descriptor(ptx::shared_address(sh.n_parts[ring.stage]));
+        ptx::Wgmma<T, 8>::template a_shared<false>(q_n, a, ptx::advanced(n, kk * 32), true);
       }
     }
   });

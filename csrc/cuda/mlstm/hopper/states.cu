@@ -105,8 +105,7 @@ struct StateShared {
   // setmaxnreg: the sum must not exceed what the launch gives the block, else the consumers would wait forever.
   static constexpr int launch_registers = 65536 / ((groups + 1) * 128 * blocks_per_processor) / 8 * 8;
   static constexpr int producer_registers = 48;
-  static constexpr int consumer_registers =
-      blocks_per_processor == 2 ? 208 : groups == 1 ? 232 : 224;
+  static constexpr int consumer_registers = blocks_per_processor == 2 ? 208 : groups == 1 ? 232 : 224;
   static_assert(producer_registers + groups * consumer_registers <= (groups + 1) * std::min(launch_registers, 232));
   static constexpr int y_boxes = tile_dv / box;
   struct Stage {
@@ -114,13 +113,20 @@ struct StateShared {
     T y[y_boxes][box * box];  // 64 tokens x tile_dv; or 64 dqk x tile_dv of the state at the chunk's start
   };
   alignas(1024) Stage stage[num_stages];
-  T rounded[groups][y_boxes][box * box];    // 64 dqk x tile_dv
-  Weights weights[weighers];                // of step s: weights[s % weighers]
+  T rounded[groups][y_boxes][box * box];  // 64 dqk x tile_dv
+  Weights weights[weighers];              // of step s: weights[s % weighers]
   uint64_t full[num_stages], empty[num_stages];
   uint64_t weights_full[weighers], weights_empty[weighers];
   int run_begin[2];  // first step walked of this block's two runs: earlier ones are forgotten
   int turn;
   int lengths[most_sorted + 1];  // of packed sequences, in chunks; and the one that is found
+};
+
+// What a kernel is compiled for. The others are `any` with code left out, which is 5 to 12 percent of their time.
+enum class Walk {
+  whole,     // forward, a sequence is one segment, states by sequence in float32
+  segments,  // the same with segments
+  any,       // also pools, states in bfloat16, end states alone; the backward
 };
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
@@ -157,7 +163,7 @@ __device__ __forceinline__ int64_t nth_longest(const Layout& l, int64_t nth, int
   return lengths[most_sorted];
 }
 
-template <int groups, int tile_dv, bool backward, typename T>
+template <int groups, int tile_dv, bool backward, Walk walk, typename T>
 __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_dv, T>::blocks_per_processor))
     states_kernel(const __grid_constant__ StateArgs args) {
   using Shared = StateShared<groups, tile_dv, T>;
@@ -175,15 +181,19 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
 
   const Work& w = args.w;
   const Layout& l = w.layout;
+  constexpr bool serves_pools = !backward && walk == Walk::any;
+  const int segments = walk == Walk::whole ? 1 : w.segments;
+  constexpr int first_pass = walk == Walk::whole ? 2 : 0;  // 0 and 1: the runs of the first pass
+  const bool alone = walk == Walk::any && args.alone;
   // A segment waits for earlier ones. The hardware may start blocks in any order, so each takes its place when it
   // starts: all earlier places are then taken by running blocks.
   int64_t place = blockIdx.x;
-  if (w.segments > 1) {
+  if (segments > 1) {
     if (threadIdx.x == 0) sh.turn = atomicAdd(args.turns, 1);
     __syncthreads();
     place = sh.turn;
   }
-  const int64_t blocks = gridDim.x / w.segments;
+  const int64_t blocks = gridDim.x / segments;
   const int segment = static_cast<int>(place / blocks);
   int64_t block = place % blocks;
   const int64_t block_in_segment = block;
@@ -193,7 +203,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   block /= args.dqk_tiles;
   const int head = static_cast<int>(block % l.heads);
   int64_t seq = block / l.heads;
-  if (l.first_chunk != nullptr && w.segments == 1 && l.num_seqs > 1 && l.num_seqs <= most_sorted) {
+  if (l.first_chunk != nullptr && segments == 1 && l.num_seqs > 1 && l.num_seqs <= most_sorted) {
     seq = nth_longest(l, seq, sh.lengths);
   }
   const int row0 = tile_k * groups * box, col0 = tile_v * tile_dv;
@@ -203,19 +213,19 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const auto chunk_at = [&](int step) { return backward ? end - 1 - step : begin + step; };
   // Steps of this segment. Segments past the sequence's end return, but the first also writes an empty one's final
   // state. Of an end state alone no step is left for the second pass.
-  const bool in_runs = args.alone && w.segments > 1 && count > 0;
-  const int per_segment = in_runs ? count : ceil_div(count, w.segments);
+  const bool in_runs = alone && segments > 1 && count > 0;
+  const int per_segment = in_runs ? count : ceil_div(count, segments);
   const int first_step = in_runs ? count : segment * per_segment, last_step = min(first_step + per_segment, count);
   if (segment > 0 && first_step >= count && !in_runs) return;
-  if constexpr (!backward) {
+  if constexpr (serves_pools) {
     if (is_left_out(w.p, seq)) {
       if (tile_k == 0) fill_h<tile_dv, T>(args, seq, head, col0, begin + first_step, begin + last_step);
       return;
     }
   }
-  const bool is_last = in_runs ? segment == w.segments - 1 : last_step == count;
+  const bool is_last = in_runs ? segment == segments - 1 : last_step == count;
   // Steps of a block's piece in the first pass.
-  const int last_segment = in_runs ? w.segments - 1 : count > 0 ? (count - 1) / per_segment : 0;
+  const int last_segment = in_runs ? segments - 1 : count > 0 ? (count - 1) / per_segment : 0;
   const int before_last = in_runs ? count : last_segment * per_segment;
   const int piece = (before_last + last_segment) / (last_segment + 1);
   // Steps of run `part` (0 or 1) of block `owner`'s piece; may be empty.
@@ -241,7 +251,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     }
     ptx::fence_barrier_init();
   }
-  if (const int warp = threadIdx.x / 32, lane = threadIdx.x % 32; warp < 2 && w.segments > 1) {
+  if (const int warp = threadIdx.x / 32, lane = threadIdx.x % 32; warp < 2 && segments > 1) {
     int run_begin, run_end;
     run_of(segment, warp, run_begin, run_end);
     float left = 0.0f;  // log2 of the product of g over the steps seen so far, from the last one back
@@ -269,14 +279,14 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   // The steps of this block's run `part` that are walked.
   const auto walk_of = [&](int part, int& begin, int& end) {
     run_of(segment, part, begin, end);
-    begin = w.segments > 1 ? sh.run_begin[part] : begin;
+    begin = segments > 1 ? sh.run_begin[part] : begin;
   };
 
   const int group = threadIdx.x / 128;
   if (group == groups) {
     ptx::fewer_registers<Shared::producer_registers>();
     const auto for_each_step = [&](auto&& f) {
-      for (int pass = 0; pass < 3; ++pass) {
+      for (int pass = first_pass; pass < 3; ++pass) {
         int run_begin = first_step, run_end = last_step;
         if (pass < 2) walk_of(pass, run_begin, run_end);
         for (int step = run_begin; step < run_end; ++step) f(step, pass == 2);
@@ -365,7 +375,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
       Chunk chunk;
       l.locate(chunk_at(step), chunk);
       const int row = static_cast<int>(chunk.row), item = static_cast<int>(chunk.chunk * l.heads + head);
-      if (backward && writes && !args.alone && reads_state(step)) {
+      if (backward && writes && !alone && reads_state(step)) {
         for (int g = 0; g < groups; ++g) {
           auto& s = next_stage(Shared::y_boxes * box_bytes);
           for (int b = 0; b < Shared::y_boxes; ++b) {
@@ -398,20 +408,21 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   const int64_t state = seq * l.heads + head;
   // Where the head's c and n begin, in elements. Backward, for_each_pair counts c's rows from the first head on: another
   // way would spill.
-  const auto c_at = [&] { return backward ? int64_t{0} : slot_of(w.p, seq) * args.c_stride + head * l.dqk * l.dv; };
-  const auto n_at = [&] { return backward ? state * l.dqk : slot_of(w.p, seq) * args.n_stride + head * l.dqk; };
+  const auto c_at = [&] { return serves_pools ? slot_of(w.p, seq) * args.c_stride + head * l.dqk * l.dv : int64_t{0}; };
+  const auto n_at = [&] { return serves_pools ? slot_of(w.p, seq) * args.n_stride + head * l.dqk : state * l.dqk; };
 
   float acc[tile_dv / 2];
   float n[2];  // rows quad, quad + 8 of the warp's 16; the four lanes of a quad hold the same
   const auto for_each_pair = [&](auto&& f) {
+    const int first_col = col0 + pos * 2, cols = static_cast<int>(l.dv) - first_col;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = group_row0 + warp * 16 + quad + r * 8;
+      if (row >= l.dqk) continue;
+      const int64_t first = ((serves_pools ? 0 : state * l.dqk) + row) * l.dv + first_col;
 #pragma unroll
       for (int c = 0; c < tile_dv / 8; ++c) {
-        const int col = col0 + c * 8 + pos * 2;
-        const int64_t before = backward ? state * l.dqk : 0;  // rows
-        if (row < l.dqk && col < l.dv) f(&acc[c * 4 + r * 2], (before + row) * l.dv + col);
+        if (c * 8 < cols) f(&acc[c * 4 + r * 2], first + c * 8);
       }
     }
   };
@@ -431,8 +442,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     n[0] = n[1] = 0.0f;
 #pragma unroll
     for (int x = 0; x < tile_dv / 2; ++x) acc[x] = 0.0f;
-    if (run_begin > 0 || (!backward && is_fresh(w.p, seq))) return;
-    if (!backward && args.c_dtype == DType::bfloat16) {  // dv is a multiple of 8
+    if (run_begin > 0 || (serves_pools && is_fresh(w.p, seq))) return;
+    if (serves_pools && args.c_dtype == DType::bfloat16) {  // dv is a multiple of 8
       const bf16* const from = static_cast<const bf16*>(args.c_in) + c_at();
       for_each_pair([&](float* a, int64_t at) {
         const float2 two = unpack<bf16>(*reinterpret_cast<const uint32_t*>(from + at));
@@ -455,8 +466,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
   };
   const auto flag_at = [&](int s) { return args.flags + (s * blocks + block_in_segment) * groups + group; };
   // Set once segment 0 has read the pool's state: the last segment may then overwrite it.
-  const bool shares_state = !backward && w.segments > 1 && w.p.pool.indices != nullptr;
-  int* const read_flag = flag_at(2 * w.segments);
+  const bool shares_state = serves_pools && segments > 1 && w.p.pool.indices != nullptr;
+  int* const read_flag = flag_at(2 * segments);
   const auto publish = [&](int part, float keep) {
     float* const share = share_at(segment * 2 + part);
 #pragma unroll
@@ -502,7 +513,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         added = power_of_two(max(theirs - exponent, -126));
       }
 #pragma unroll
-      for (int x = 0; x < tile_dv / 2; ++x) acc[x] = is_whole ? share[x * 128] : acc[x] * kept + share[x * 128] * added;
+      for (int x = 0; x < tile_dv / 2; ++x) {
+        acc[x] = is_whole ? share[x * 128] : acc[x] * kept + share[x * 128] * added;
+        if (x % 16 == 15) ptx::keep_order();  // all loads ahead would take as many registers as acc
+      }
       for (int r = 0; r < 2; ++r) {
         const float theirs = share[(tile_dv / 2 + r) * 128];
         n[r] = is_whole ? theirs : n[r] * keep + theirs;
@@ -523,8 +537,8 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     advance();
   };
   int turn = 0, weights_parity = 0;  // of the weights
-  for (int pass = 0; pass < 3; ++pass) {
-    const bool writes = pass == 2, keeps = writes && !args.alone;
+  for (int pass = first_pass; pass < 3; ++pass) {
+    const bool writes = pass == 2, keeps = writes && !alone;
     if (writes && in_runs && !is_last) break;
     run_begin = first_step, run_end = last_step;
     bool forgets = false;
@@ -679,10 +693,10 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
         }
         if (part == 0) ptx::hold(acc);
         ptx::wgmma_fence();
+        const uint64_t y = ptx::wgmma_descriptor(ptx::shared_address(s.y[0]), box_bytes);
 #pragma unroll
         for (int kk = 0; kk < stage_tokens / 16; ++kk) {
-          ptx::Wgmma<T, tile_dv>::template a_registers<true>(
-              acc, fragment[kk], ptx::wgmma_descriptor(ptx::shared_address(s.y[0]) + kk * 16 * 128, box_bytes), true);
+          ptx::Wgmma<T, tile_dv>::template a_registers<true>(acc, fragment[kk], ptx::advanced(y, kk * 2048), true);
         }
         ptx::wgmma_commit();
         if (part == 0) {  // the second half's fragments are made while these products run
@@ -717,7 +731,7 @@ __global__ void __launch_bounds__((groups + 1) * 128, (StateShared<groups, tile_
     ptx::named_barrier(1 + group, 128);
   }
   const float up = is_half ? power_of_two(exponent) : 1.0f;
-  if (!backward && is_last && args.c_dtype == DType::bfloat16) {
+  if (serves_pools && is_last && args.c_dtype == DType::bfloat16) {
     bf16* const to = static_cast<bf16*>(args.c_out) + c_at();
     for_each_pair(
         [&](float* a, int64_t at) { *reinterpret_cast<uint32_t*>(to + at) = pack<bf16>(a[0] * up, a[1] * up); });
@@ -750,12 +764,13 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
     const int64_t blocks = w.layout.num_seqs * w.layout.heads * args.dqk_tiles * args.dv_tiles * w.segments;
     return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3((groups + 1) * 128), bytes, 1, stream, args);
   };
-  return dispatch_16_bit(w.p.dtype, [&](auto t) {
+  const auto of_tile = [&](auto t, auto form) -> cudaError_t {
     using T = decltype(t);
-#define CASE(g, d)                                                                       \
-  if (groups == g && tile_dv == d) {                                                     \
-    static Prepared prepared;                                                            \
-    return go(states_kernel<g, d, backward, T>, prepared, sizeof(StateShared<g, d, T>)); \
+    constexpr Walk walk = decltype(form)::value;
+#define CASE(g, d)                                                                             \
+  if (groups == g && tile_dv == d) {                                                           \
+    static Prepared prepared;                                                                  \
+    return go(states_kernel<g, d, backward, walk, T>, prepared, sizeof(StateShared<g, d, T>)); \
   }
     CASE(1, 64)
     CASE(1, 128)
@@ -765,6 +780,15 @@ cudaError_t launch(StateArgs& args, cudaStream_t stream) {
     CASE(2, 256)
 #undef CASE
     return cudaErrorInvalidValue;
+  };
+  return dispatch_16_bit(w.p.dtype, [&](auto t) {
+    if constexpr (!backward) {
+      if (w.p.pool.indices == nullptr && !args.alone) {
+        if (w.segments == 1) return of_tile(t, std::integral_constant<Walk, Walk::whole>{});
+        return of_tile(t, std::integral_constant<Walk, Walk::segments>{});
+      }
+    }
+    return of_tile(t, std::integral_constant<Walk, Walk::any>{});
   });
 }
 
