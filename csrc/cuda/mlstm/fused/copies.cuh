@@ -1,5 +1,5 @@
 // The warps that move chunks between memory and shared memory.
-//   q, k: each block of the cluster loads 64 of the 256 columns for all four (multicast). k comes with the gates.
+//   q, k: each block of the cluster loads half of the columns for both (multicast). k comes with the gates.
 //   v: a block loads its own 128 columns. h of the same chunk, in v's place, goes out before the stage is loaded again.
 #pragma once
 
@@ -24,29 +24,25 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, const void* f
                : "memory");
 }
 
-// One thread.
-__device__ __forceinline__ void load_q(const Args& args, Shared& sh, int rank) {
+// One thread. A stage of q is empty half a chunk before k's.
+__device__ __forceinline__ void load_q_and_k(const Args& args, Shared& sh, int rank) {
   Walk walk(args);
   for (int it = 0; walk.goes_on(args); ++it, walk.advance(args)) {
-    const int s = it & 1;
-    ptx::mbarrier_wait(&sh.empty_q[s], ((it >> 1) & 1) ^ 1);
-    ptx::mbarrier_arrive_expect(&sh.full_q[s], panels * q_panel);
-    const Place at(Task(args, walk.task), walk.j);
-    load_for_all(sh.q[s] + rank * q_panel, &args.q, &sh.full_q[s], rank * 64, at.head, at.token, at.row);
-  }
-}
-
-// One thread.
-__device__ __forceinline__ void load_k(const Args& args, Shared& sh, int rank) {
-  Walk walk(args);
-  for (int it = 0; walk.goes_on(args); ++it, walk.advance(args)) {
-    const int s = it & 1;
-    ptx::mbarrier_wait(&sh.empty_k[s], ((it >> 1) & 1) ^ 1);
-    ptx::mbarrier_arrive_expect(
-        &sh.full_k[s], panels * chunk_tokens * 128 + static_cast<int>(sizeof(GateRecord)) + (blocks - 1) * n_bytes);
+    const int s = it & 1, parity = ((it >> 1) & 1) ^ 1;
     const Task task(args, walk.task);
     const Place at(task, walk.j);
-    load_for_all(sh.k[s] + rank * k_panel, &args.k, &sh.full_k[s], rank * 64, at.head, at.token, at.row);
+    const auto load = [&](unsigned char* stage, int panel_bytes, const CUtensorMap* map, uint64_t* full) {
+      for (int x = rank * block_panels; x < (rank + 1) * block_panels; ++x) {
+        load_for_all(stage + x * panel_bytes, map, full, x * 64, at.head, at.token, at.row);
+      }
+    };
+    ptx::mbarrier_wait(&sh.empty_q[s], parity);
+    ptx::mbarrier_arrive_expect(&sh.full_q[s], panels * q_panel);
+    load(sh.q[s], q_panel, &args.q, &sh.full_q[s]);
+    ptx::mbarrier_wait(&sh.empty_k[s], parity);
+    ptx::mbarrier_arrive_expect(&sh.full_k[s], panels * chunk_tokens * 128 + static_cast<int>(sizeof(GateRecord)) +
+                                                   (panels - block_panels) * n_bytes);
+    load(sh.k[s], k_panel, &args.k, &sh.full_k[s]);
     ptx::tma_load(&sh.gates[s], &args.gates, &sh.full_k[s], 0, 0, walk.j % 2, task.item(args, walk.j));
   }
 }
@@ -71,8 +67,9 @@ __device__ __forceinline__ void store_h(const Args& args, const unsigned char* f
 }
 
 // One warp.
-__device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh, int rank) {
+__device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh) {
   Walk walk(args);
+  const int first_column = column_block() * dv_block;
   int loaded = 0;
 #pragma unroll 1
   for (int it = 0; it < loaded + v_stages; ++it) {
@@ -82,7 +79,7 @@ __device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh,
 #pragma unroll 1
       for (int x = 0; x < state_groups; ++x) {
         ptx::mbarrier_wait(&sh.full_h[x][s], parity ^ 1);
-        store_h(args, sh.v[s] + x * v_panel, place, rank * dv_block + x * 64);
+        store_h(args, sh.v[s] + x * v_panel, place, first_column + x * 64);
       }
     }
     __syncwarp();
@@ -92,7 +89,7 @@ __device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh,
       sh.h_place[s] = make_int4(at.row, at.head, at.token, at.left);
       const auto load = [&](int x) {
         ptx::mbarrier_arrive_expect(&sh.full_v[x][s], v_panel);
-        ptx::tma_load(sh.v[s] + x * v_panel, &args.v, &sh.full_v[x][s], rank * dv_block + x * 64, at.head, at.token,
+        ptx::tma_load(sh.v[s] + x * v_panel, &args.v, &sh.full_v[x][s], first_column + x * 64, at.head, at.token,
                       at.row);
       };
       ptx::bulk_store_wait_read<1>();

@@ -19,9 +19,8 @@ template <bool keeps>
 class KeptParts {
  public:
   // Of the state at the item's start, laid out as Work::c. warp: of the warpgroup. wanted: else nothing is written.
-  __device__ __forceinline__ KeptParts(const Args& args, Shared& sh, int rank, int group, int warp, int item,
-                                       bool wanted)
-      : args_(args), sh_(sh), rank_(rank), group_(group), warp_(warp), item_(item), wanted_(wanted) {
+  __device__ __forceinline__ KeptParts(const Args& args, Shared& sh, int group, int warp, int item, bool wanted)
+      : args_(args), sh_(sh), group_(group), warp_(warp), item_(item), wanted_(wanted) {
     if (!keeps) return;
     written_ = address(sh.kept[group][0]) + swizzled(lane() / 16 * 8 + lane() % 8, warp * 2 + lane() / 8 % 2);
   }
@@ -45,7 +44,7 @@ class KeptParts {
     if (stores) ptx::bulk_store_wait_read<0>();
     ptx::named_barrier(first_barrier + group_, 128);
     if (stores) {
-      const int64_t at = int64_t{item_} * blocks_of_item + x / 4 * (dv / 64) + rank_ * state_groups + group_;
+      const int64_t at = int64_t{item_} * blocks_of_item + x / 4 * (dv / 64) + column_block() * state_groups + group_;
       ptx::bulk_store(args_.kept_c + at * block, sh_.kept[group_][x / 4 % kept_panels], kept_panel);
       ptx::bulk_store_commit();
     }
@@ -60,7 +59,7 @@ class KeptParts {
 
   const Args& args_;
   Shared& sh_;
-  int rank_, group_, warp_, item_;
+  int group_, warp_, item_;
   bool wanted_;
   uint32_t written_;
 };

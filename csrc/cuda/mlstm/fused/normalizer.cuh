@@ -1,8 +1,8 @@
-// n, in float32: one warp of each block has 64 of the 256 columns.
+// n, in float32: a block has half of the 256 columns, a warp 64 of them.
 //
-// n at a chunk's start goes to all four blocks as a sum of three bfloat16, three rows behind the 64 of k's panel of the
-// same columns: the product of T then makes q n too. The own block's rows are the source of the copies to the others,
-// which have read them once the stage is empty. No chunk can begin before, so this warp's time for a chunk bounds
+// n at a chunk's start goes to both blocks as a sum of three bfloat16, three rows behind the 64 of k's panel of the
+// same columns: the product of T then makes q n too. The own block's rows are the source of the copy to the other,
+// which has read them once the stage is empty. No chunk can begin before, so these warps' time for a chunk bounds
 // that of all. A lane reads 16 bytes of a row of k at a time: eight columns of every fourth row.
 #pragma once
 
@@ -52,12 +52,14 @@ __device__ __forceinline__ void add_rows(float (&sum)[n_columns], const float* w
   }
 }
 
-// One warp. keeps: n at every 128 tokens' start goes to memory. It also copies the states of sequences without tokens.
+// One warp, the `nth` of the block's. keeps: n at every 128 tokens' start goes to memory. The first one also copies the
+// states of sequences without tokens.
 template <bool keeps>
-__device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
-  const int piece = lane() % n_lanes, group = lane() / n_lanes;
-  float n[n_columns];  // the same in all row groups
-  const auto at = [&](int task) { return int64_t{task} * dqk + rank * 64 + piece * n_columns; };
+__device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank, int nth) {
+  const int piece = lane() % n_lanes, group = lane() / n_lanes, own_panel = rank * block_panels + nth;
+  const bool writes = column_block() < blocks;  // the other half of the columns has the same n
+  float n[n_columns];                           // the same in all row groups
+  const auto at = [&](int task) { return int64_t{task} * dqk + own_panel * 64 + piece * n_columns; };
   int it = 0;
   for (int task = first_task(); task < args.tasks; task += task_step()) {
 #pragma unroll
@@ -67,7 +69,7 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
     for (int j = 0; j < chunks; ++j, ++it) {
       const int s = it & 1, parity = (it >> 1) & 1;
       ptx::mbarrier_wait(&sh.empty_k[s], parity ^ 1);
-      unsigned char* const panel = sh.k[s] + rank * k_panel;
+      unsigned char* const panel = sh.k[s] + own_panel * k_panel;
       unsigned char* const n_rows = panel + chunk_tokens * 128;
       float left[n_columns];
 #pragma unroll
@@ -86,7 +88,7 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
         }
       }
       if (group == 3) {
-        float4* const to = reinterpret_cast<float4*>(sh.n_before + piece * n_columns);
+        float4* const to = reinterpret_cast<float4*>(sh.n_before[nth] + piece * n_columns);
         to[0] = make_float4(n[0], n[1], n[2], n[3]), to[1] = make_float4(n[4], n[5], n[6], n[7]);
       }
       ptx::fence_async_shared();
@@ -99,9 +101,10 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
             : "memory");
       }
       ptx::mbarrier_arrive(&sh.full_k[s]);  // every lane for its own stores
-      if (keeps && group == 3 && j % 2 == 0) {
+      if (keeps && writes && group == 3 && j % 2 == 0) {
         const int item = first_item + j / 2 * static_cast<int>(args.layout.heads);
-        float4* const to = reinterpret_cast<float4*>(args.kept_n + int64_t{item} * dqk + rank * 64 + piece * n_columns);
+        float4* const to =
+            reinterpret_cast<float4*>(args.kept_n + int64_t{item} * dqk + own_panel * 64 + piece * n_columns);
         __stcs(to, make_float4(n[0], n[1], n[2], n[3])), __stcs(to + 1, make_float4(n[4], n[5], n[6], n[7]));
       }
       ptx::mbarrier_wait(&sh.full_k[s], parity);
@@ -115,18 +118,18 @@ __device__ __forceinline__ void sum_n(const Args& args, Shared& sh, int rank) {
       for (int c = 0; c < n_columns; ++c) odd += n[c] * 0.0f;
       if (__any_sync(all_lanes, odd != 0.0f)) {  // once more, without what has weight 0
 #pragma unroll
-        for (int c = 0; c < n_columns; ++c) n[c] = group == 0 ? sh.n_before[piece * n_columns + c] * keep : 0.0f;
+        for (int c = 0; c < n_columns; ++c) n[c] = group == 0 ? sh.n_before[nth][piece * n_columns + c] * keep : 0.0f;
         add_rows<true>(n, gates.w, panel);
       }
       release_everywhere(&sh.empty_k[s]);
     }
-    if (args.n_last != nullptr && group == 0) {
+    if (args.n_last != nullptr && writes && group == 0) {
 #pragma unroll
       for (int c = 0; c < n_columns; ++c) args.n_last[at(task) + c] = n[c];
     }
-    if (chunks == 0 && args.c_last != nullptr) {
+    if (chunks == 0 && args.c_last != nullptr && nth == 0) {
       for (int k = 0; k < dqk; ++k) {
-        const int64_t from = (int64_t{task} * dqk + k) * dv + rank * dv_block;
+        const int64_t from = (int64_t{task} * dqk + k) * dv + column_block() * dv_block;
         const float4* const c0 = reinterpret_cast<const float4*>(args.c0 + from);
         reinterpret_cast<float4*>(args.c_last + from)[lane()] =
             args.c0 != nullptr ? c0[lane()] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -14,18 +14,19 @@ namespace flash_xlstm::cuda::fused {
 using hopper::GateRecord;
 
 constexpr int chunk_tokens = GateRecord::tokens;  // 64
-constexpr int dqk = 256, dv = 512, blocks = 4, dv_block = dv / blocks;
+// A cluster of two blocks makes half of a head's columns.
+constexpr int dqk = 256, dv = 512, blocks = 2, dv_block = 128, halves = dv / dv_block / blocks;
 // 64 columns of a chunk, 128 bytes a token. Behind k's tokens lie eight rows for n, three of them in use.
 constexpr int q_panel = chunk_tokens * 128, k_panel = (chunk_tokens + 8) * 128, v_panel = chunk_tokens * 128;
 constexpr int n_bytes = 3 * 128;  // of n's rows in a panel
-constexpr int panels = dqk / 64, state_groups = dv_block / 64, v_stages = 2;
+constexpr int panels = dqk / 64, block_panels = panels / blocks, state_groups = dv_block / 64, v_stages = 2;
 constexpr int kept_panel = 64 * 128, kept_panels = 2;  // of c, 64 dqk x 64 dv, on its way to memory
 
 // Warpgroups 0 and 1 hold the state, 2 makes the weights, 3 has single warps.
 constexpr int threads = 512, weights_group = 2, singles_group = 3;
 constexpr int state_registers = 208, weights_registers = 64, single_registers = 32;
 static_assert(2 * state_registers + weights_registers + single_registers <= 65536 / 128);
-enum : int { q_warp = 12, k_warp, v_warp, n_warp };
+enum : int { qk_warp = 12, v_warp, n_warp };  // n's are as many as block_panels
 
 struct Args {
   CUtensorMap q, k, v, h, gates;  // gates: records as (88, 11, half, item), 16-bit numbers
@@ -54,11 +55,11 @@ struct Shared {
   unsigned char p[2][chunk_tokens * 128];             // P', 64 tokens t x 64 tokens j
   unsigned char kept[state_groups][kept_panels][kept_panel];
   Gates gates[2];
-  float g[2][2][chunk_tokens];  // g', which P' comes with, and a copy that nobody reads
-  float n_before[64];           // of this block's n, before the chunk that is being added
-  int4 h_place[v_stages];       // Place of the stage's chunk
-  // A stage's barriers. full: the TMA's bytes are there; of k also the gates and the n of all four blocks, of which the
-  // block's own is by ordinary stores. empty: of q and k by all readers in all four blocks, since every block writes
+  float g[2][2][chunk_tokens];       // g', which P' comes with, and a copy that nobody reads
+  float n_before[block_panels][64];  // of this block's n, before the chunk that is being added
+  int4 h_place[v_stages];            // Place of the stage's chunk
+  // A stage's barriers. full: the TMA's bytes are there; of k also the gates and the n of both blocks, of which the
+  // block's own is by ordinary stores. empty: of q and k by all readers in both blocks, since each block writes
   // into all. v's are by warpgroup.
   uint64_t full_q[2], empty_q[2], full_k[2], empty_k[2];
   uint64_t full_v[state_groups][v_stages], full_h[state_groups][v_stages];
@@ -97,9 +98,12 @@ struct Task {
   }
 };
 
-// A cluster's tasks, every (number of clusters)-th.
-__device__ __forceinline__ int first_task() { return static_cast<int>(blockIdx.x) / blocks; }
-__device__ __forceinline__ int task_step() { return static_cast<int>(gridDim.x) / blocks; }
+// A cluster's tasks, one after the other, and which half of their columns it makes: always the same, since the number of
+// clusters is a multiple of the halves.
+__device__ __forceinline__ int first_task() { return static_cast<int>(blockIdx.x) / (blocks * halves); }
+__device__ __forceinline__ int task_step() { return static_cast<int>(gridDim.x) / (blocks * halves); }
+// Of a block in dv: 0 to dv / dv_block - 1.
+__device__ __forceinline__ int column_block() { return static_cast<int>(blockIdx.x) % (blocks * halves); }
 
 // The chunks of the cluster's tasks, one after the other: chunk j of `count`. Every role walks them by itself. Tasks
 // without tokens have none.

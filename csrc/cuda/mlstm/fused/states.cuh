@@ -78,7 +78,7 @@ __device__ __forceinline__ constexpr int state_offset(int x) {
 
 // group: 0 or 1, the block's half of columns. keeps: c at every 128 tokens' start goes to memory.
 template <bool keeps>
-__device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int rank, int group) {
+__device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int group) {
   const int pos = lane() % 4, warp = threadIdx.x / 32 % 4;
   float c[2][64], out[32];  // two accumulators: ptxas refuses one of 256 columns where a launch has 128 registers
   constexpr int a_buffers = 3;
@@ -98,7 +98,8 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
   const uint32_t lane_place = swizzled((lane() / 16) * 8 + lane() % 8, warp * 2 + lane() / 8 % 2);
 
   Walk walk(args);
-  const int64_t first_state = int64_t{pos} * 2 * dv + rank * dv_block + group * 64 + warp * 16 + lane() / 4;
+  const int first_column = column_block() * dv_block + group * 64 + warp * 16 + lane() / 4;  // of v, the lane's
+  const int64_t first_state = int64_t{pos} * 2 * dv + first_column;
   const auto begin_task = [&] {
     if (args.c0 == nullptr || !walk.goes_on(args)) return;
     const float* const from = args.c0 + int64_t{walk.task} * dqk * dv + first_state;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
 #pragma unroll 1
   for (; walk.goes_on(args); ++it) {
     const bool adds = walk.j > 0 || args.c0 != nullptr;
-    KeptParts<keeps> kept(args, sh, rank, group, warp, item, walk.j % 2 == 0 && adds);
+    KeptParts<keeps> kept(args, sh, group, warp, item, walk.j % 2 == 0 && adds);
     kept.stage(a[0], 0);
     const int s = it & 1, parity = (it >> 1) & 1, v_stage = it % v_stages;
     const uint64_t q = ptx::wgmma_descriptor(address(sh.q[s])), k = ptx::wgmma_descriptor(address(sh.k[s]), k_panel);
@@ -223,7 +224,7 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int ra
     ptx::hold(out);
     hold_c();
     if (has_odd) {
-      add_odd_values(out, args, sh.p[s], walk.task, walk.j, rank * dv_block + group * 64 + warp * 16 + lane() / 4);
+      add_odd_values(out, args, sh.p[s], walk.task, walk.j, first_column);
     }
     release(&sh.empty_p[s]);
     // out^T by columns: matrices (tokens 16 x .. + 0, dv 0), (0, dv 8), (8, dv 0), (8, dv 8).

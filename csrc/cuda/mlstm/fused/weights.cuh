@@ -23,7 +23,7 @@ __device__ __forceinline__ void clear_rows_without_weight(Shared& sh, int s) {
   }
 }
 
-__device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int rank) {
+__device__ __forceinline__ void make_weights(const Args& args, Shared& sh) {
   const int pos = lane() % 4, quad = lane() / 4, warp = threadIdx.x / 32 % 4;
   const int row0 = warp * 16 + quad;  // and row0 + 8
   Walk walk(args);
@@ -76,7 +76,6 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
           x = ahead + r * 8 - c * 8 - y >= 0 && d != 0.0f ? weighted : 0.0f;
           sum[r] += x;
         }
-      ptx::keep_order();
     }
     float factor[2], g[2], s_t[2];
 #pragma unroll
@@ -91,7 +90,7 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh, int r
       factor[r] = args.normalize ? __fdividef(args.scale, size + args.eps) : args.scale;
       g[r] = gates.g[row] * factor[r];
     }
-    if (args.s != nullptr && rank == 0 && pos == 0) {
+    if (args.s != nullptr && column_block() == 0 && pos == 0) {
       const Task task(args, walk.task);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
