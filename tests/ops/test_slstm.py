@@ -393,6 +393,7 @@ def test_packed(make_problem, offsets, dtype):
 def test_packed_rows_of_many_lengths(make_problem, dtype):
     offsets = [0, *itertools.accumulate(row % 7 for row in range(30))]
     problem = make_problem(1, offsets[-1], 1, 64, cu_seqlens=offsets, dtype=dtype)
+    avoid_kinks(problem)  # else a few gates decide: the plain form's dx is 8 percent off in bfloat16, with it 0.2
     (assert_float32_exact if dtype == torch.float32 else assert_16_bit_exact)(problem)
 
 
