@@ -75,7 +75,8 @@ def check_equals_mlstm(given, state, memory, slots, fresh, lengths=None, exact=T
         for t, part in zip(state, got, strict=True):
             t[where] = part
     assert torch.equal(memory, after)
-    reads = used if lengths is None else used & (integers(device, *lengths) > 0)  # an empty one leaves its slot as it is
+    # An empty sequence leaves its slot as it is.
+    reads = used if lengths is None else used & (integers(device, *lengths) > 0)
     assert not reads.any() or not torch.equal(after, before)
 
 
