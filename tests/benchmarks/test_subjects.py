@@ -119,6 +119,16 @@ def test_before_after_says_what_it_takes():
     assert "OLD NEW --out FILE" in done.stdout
 
 
+def test_two_builds_in_turns(tmp_path):
+    site, out = Path(importlib.util.find_spec("flash_xlstm").origin).parents[1], tmp_path / "results.json"
+    options = ["--settings", "small", "--device", "cpu", "--milliseconds", "1", "--out", out]
+    subprocess.run([sys.executable, FOLDER / "mlstm_in_turns.py", site, site, *options], check=True)
+    found = json.loads(out.read_text())
+    assert len(found["results"]) == 4 and all(len(row["old_ms"]) == len(row["new_ms"]) == 2 for row in found["results"])
+    assert all(0 < row["ratio"] < 100 for row in found["results"])
+    assert [row["settings"] for row in found["summary"]] == [2, 2]
+
+
 @pytest.mark.slow
 def test_training_steps(subject, tmp_path):
     pytest.importorskip("transformers")
