@@ -475,13 +475,16 @@ def test_gradient_checkpointing(make_ours, in_double, tokens, rel, reentrant):
     output, again = _gradients(model, ids, attention_mask=mask)
     assert len(calls) == 2  # forward, and once more in backward: a block with a hook goes by torch's checkpoint
     assert torch.equal(output.loss, expected.loss)
-    for name, gradient in gradients.items():  # forwards without gradients round otherwise
-        assert rel(again[name], gradient) < (1e-4 if reentrant else 1e-5), name
     double = in_double(make_ours()).train()
-    gradients = {name: g.clone() for name, g in _gradients(double, ids, attention_mask=mask)[1].items()}
+    exact = {name: g.clone() for name, g in _gradients(double, ids, attention_mask=mask)[1].items()}
     double.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for name, gradient in _gradients(double, ids, attention_mask=mask)[1].items():
-        assert rel(gradient, gradients[name]) < 1e-12, name
+        assert rel(gradient, exact[name]) < 1e-12, name
+    for name, gradient in gradients.items():
+        if reentrant:  # the forward is one without gradients, which rounds otherwise
+            assert rel(again[name], exact[name]) < 3 * rel(gradient, exact[name]) + 1e-6, name
+        else:
+            assert torch.allclose(again[name], gradient, rtol=1e-5, atol=1e-7), name
     if not reentrant:
         model(ids, labels=ids, use_cache=True).loss.backward()  # a cache does not prevent it
     block, x = model.backbone.blocks[1], torch.randn(2, 9, model.config.hidden_size, requires_grad=True)
@@ -492,7 +495,8 @@ def test_gradient_checkpointing(make_ours, in_double, tokens, rel, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_wrapped_checkpointing_function(make_ours, in_double, tokens, rel, reentrant, monkeypatch):
     """It is called, and torch's checkpoint within it, as with other models: the forward runs twice."""
-    model, ids = in_double(make_ours()).train(), tokens(2, 9)
+    # A reentrant forward is one without gradients, which rounds otherwise: in float64.
+    model, ids = (in_double(make_ours()) if reentrant else make_ours()).train(), tokens(2, 9)
     _, gradients = _gradients(model, ids)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     block, calls = model.backbone.blocks[0], []
@@ -509,7 +513,10 @@ def test_a_wrapped_checkpointing_function(make_ours, in_double, tokens, rel, ree
     assert len(calls) == 2 and block._gradient_checkpointing_func.args == inner.args  # the block's own again
     for name, gradient in gradients.items():
         for other in (wrapped, again):
-            assert rel(other[name], gradient) < 1e-12, name
+            if reentrant:
+                assert rel(other[name], gradient) < 1e-12, name
+            else:
+                assert torch.allclose(other[name], gradient, rtol=1e-5, atol=1e-7), name
     other = []
     block._gradient_checkpointing_func = functools.partial(lambda run, *args, **kwargs: other.append(1) or run(*args))
     _gradients(model, ids)
