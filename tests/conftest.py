@@ -34,7 +34,11 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"fuzz tests drew {config.stash[_drawn]:,} cases")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "fuzz" in getattr(item, "fixturenames", ()):
+            item.add_marker("fuzz")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; none is visible")

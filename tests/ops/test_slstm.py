@@ -102,15 +102,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).norm().item() / max(expected.double().norm().item(), 1e-30)
 
 
-def assert_float32_exact(problem, through=RESULTS, times_plain=0):
-    """Within 1e-5 of float64, or, for terms that cancel, within `times_plain` times the error of the plain form in
-    float32, and dm0 within float32's eps of the sums c dc and n dn."""
+def assert_float32_exact(problem, through=RESULTS, small=False):
+    """Within 1e-5 of float64. `small` is for problems of few elements, in which whole results may be what is left of
+    larger terms: it allows four times the error of the plain form in float32 or, where that is exact by chance, of what
+    a rounding of the inputs changes in float64; and for dm0 float32's eps of the sums c dc and n dn."""
     expected, actual = problem(reference.slstm, through, torch.float64), problem(ops.slstm, through)
     errors = {name: relative_error(actual[name], want) for name, want in expected.items()}
-    if times_plain and max(errors.values()) > 1e-5:
-        plain = problem(reference.slstm, through)
-        for name, want in expected.items():
-            errors[name] = 0.0 if errors[name] <= times_plain * relative_error(plain[name], want) else errors[name]
+    if small and max(errors.values()) > 1e-5:
+        moved, plain = conditioning(problem, through, expected), problem(reference.slstm, through)
+        least = {name: max(moved[name], relative_error(plain[name], want)) for name, want in expected.items()}
+        errors = {name: 0.0 if error <= 4 * least[name] else error for name, error in errors.items()}
         if "dm0" in errors:
             pairs = (problem.inputs[x].double() * expected[f"d{x}"] for x in ("c0", "n0"))
             sums = sum(pair.abs() for pair in pairs).norm().item()
@@ -124,6 +125,18 @@ def assert_float32_exact(problem, through=RESULTS, times_plain=0):
         if not error <= 1e-5 and not (name == "dm0" and actual[name].abs().max() < 1e-5)
     }
     assert not wrong, wrong
+
+
+def conditioning(problem, through, expected):
+    """How far a float32 rounding of the inputs moves each float64 result: the most of some draws."""
+    moved = dict.fromkeys(expected, 0.0)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        signs = lambda t: (1 - 2 * torch.randint(0, 2, t.shape, generator=generator)).to(t.device)  # noqa: B023, E731
+        inputs = {name: t.double() * (1 + signs(t) * 2.0**-24) for name, t in problem.inputs.items()}
+        values = dataclasses.replace(problem, inputs=inputs)(reference.slstm, through, torch.float64)
+        moved = {name: max(most, relative_error(values[name], expected[name])) for name, most in moved.items()}
+    return moved
 
 
 def assert_16_bit_exact(problem, through=RESULTS, times=1.5):
@@ -852,7 +865,7 @@ def test_random_problems(fuzz, make_problem):
         )  # fmt: skip
         if dtype == torch.float32:
             avoid_kinks(problem)
-            assert_float32_exact(problem, times_plain=4)
+            assert_float32_exact(problem, small=True)
         else:
             assert_16_bit_exact(problem, ("h",), times=4)
 

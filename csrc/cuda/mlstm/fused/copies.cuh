@@ -1,6 +1,7 @@
 // The warps that move chunks between memory and shared memory.
 //   q, k: each block of the cluster loads half of the columns for both (multicast). k comes with the gates.
-//   v: a block loads its own 128 columns. h of the same chunk, in v's place, goes out before the stage is loaded again.
+//   v: a block loads its own 128 columns. h of the same chunk, in v's place, goes out before the stage is loaded again,
+//   and s with it.
 #pragma once
 
 #include "cuda/mlstm/fused/shared.cuh"
@@ -66,6 +67,17 @@ __device__ __forceinline__ void store_h(const Args& args, const unsigned char* f
   ptx::fence_async_shared();  // before the TMA's next write to the stage
 }
 
+// Of the chunk whose h is done. Its place in shared memory is written again four chunks on: not before v of the second
+// chunk from it is there, which this warp loads.
+__device__ __forceinline__ void store_s(const Args& args, const float* from, int4 place) {
+  const int row = place.x, head = place.y, token = place.z, left = place.w;
+  float* const to = args.s + (row * args.layout.seq + token) * args.layout.heads + head;
+#pragma unroll
+  for (int x = lane(); x < chunk_tokens; x += 32) {
+    if (x < left) to[x * args.layout.heads] = from[x];
+  }
+}
+
 // One warp.
 __device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh) {
   Walk walk(args);
@@ -81,6 +93,7 @@ __device__ __forceinline__ void load_v_and_store_h(const Args& args, Shared& sh)
         ptx::mbarrier_wait(&sh.full_h[x][s], parity ^ 1);
         store_h(args, sh.v[s] + x * v_panel, place, first_column + x * 64);
       }
+      if (args.s != nullptr && column_block() == 0) store_s(args, sh.g[(it - v_stages) & 3][1], place);
     }
     __syncwarp();
     if (!walk.goes_on(args)) continue;

@@ -55,7 +55,7 @@ struct Shared {
   unsigned char p[2][chunk_tokens * 128];             // P', 64 tokens t x 64 tokens j
   unsigned char kept[state_groups][kept_panels][kept_panel];
   Gates gates[2];
-  float g[2][2][chunk_tokens];       // g', which P' comes with, and a copy that nobody reads
+  float g[4][2][chunk_tokens];       // g', which P' comes with, and s, which v's warp stores with h
   float n_before[block_panels][64];  // of this block's n, before the chunk that is being added
   int4 h_place[v_stages];            // Place of the stage's chunk
   // A stage's barriers. full: the TMA's bytes are there; of k also the gates and the n of both blocks, of which the

@@ -204,7 +204,7 @@ __device__ __forceinline__ void walk_states(const Args& args, Shared& sh, int gr
     ptx::mbarrier_wait(&sh.full_p[s], parity);
 #pragma unroll
     for (int x = 0; x < 8; ++x) {
-      const float2 g = *reinterpret_cast<const float2*>(sh.g[s][0] + x * 8 + pos * 2);
+      const float2 g = *reinterpret_cast<const float2*>(sh.g[it & 3][0] + x * 8 + pos * 2);
       ptx::mul_in_place(out[x * 4], g.x), ptx::mul_in_place(out[x * 4 + 1], g.y);
       ptx::mul_in_place(out[x * 4 + 2], g.x), ptx::mul_in_place(out[x * 4 + 3], g.y);
     }

@@ -1,8 +1,8 @@
 // P' and g', by one warpgroup, 16 tokens t to each warp. For a chunk
 //   T = q k^T and q n, one product of 72 columns;
 //   D T below the diagonal, its row sums, s_t = scale (sums + g q n), d_t;
-//   P' = scale D T / d_t, rounded, and g' = scale g / d_t, to shared memory.
-// It runs ahead of the states by a chunk. s_t is made from float32 throughout.
+//   P' = scale D T / d_t, rounded, g' = scale g / d_t, and s_t, to shared memory.
+// It runs ahead of the states by a chunk. s_t is made from float32 throughout; v's warp stores it.
 #pragma once
 
 #include "cuda/mlstm/fused/products.cuh"
@@ -90,14 +90,6 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh) {
       factor[r] = args.normalize ? __fdividef(args.scale, size + args.eps) : args.scale;
       g[r] = gates.g[row] * factor[r];
     }
-    if (args.s != nullptr && column_block() == 0 && pos == 0) {
-      const Task task(args, walk.task);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int token = walk.j * chunk_tokens + row0 + r * 8;
-        if (token < task.length) args.s[task.token(args, token)] = s_t[r];
-      }
-    }
     ptx::mbarrier_wait(&sh.empty_p[s], parity ^ 1);
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
@@ -109,12 +101,13 @@ __device__ __forceinline__ void make_weights(const Args& args, Shared& sh) {
       ptx::stmatrix_x4(sh.p[s] + swizzled(warp * 16 + lane() % 16, x * 2 + lane() / 16), two[0], two[1], two[2],
                        two[3]);
     }
-    // Lane l stores g' of token l % 16 of the warp's 16. By stmatrix, as P': racecheck does not follow it. Of plain
-    // stores it takes only the arriving lane's as ordered, and the arrivals of all writing and reading threads would be
-    // 384 a chunk instead of 12.
-    const int from = lane() % 8 * 4;
-    const float low = __shfl_sync(all_lanes, g[0], from), high = __shfl_sync(all_lanes, g[1], from);
-    ptx::stmatrix_x1(&sh.g[s][lane() / 4 % 2][warp * 16 + lane() % 4 * 4],
+    // Lane l stores g' or, from 16 on, s of token l % 16 of the warp's 16. By stmatrix, as P': racecheck does not follow
+    // it. Of plain stores it takes only the arriving lane's as ordered, and the arrivals of all writing and reading
+    // threads would be 384 a chunk instead of 12.
+    const int from = lane() % 8 * 4 + lane() / 16;
+    const float low = __shfl_sync(all_lanes, pos == 0 ? g[0] : s_t[0], from);
+    const float high = __shfl_sync(all_lanes, pos == 0 ? g[1] : s_t[1], from);
+    ptx::stmatrix_x1(&sh.g[it & 3][lane() / 4 % 2][warp * 16 + lane() % 4 * 4],
                      __float_as_uint(lane() % 16 < 8 ? low : high));
     ptx::fence_async_shared();
     release(&sh.full_p[s]);
