@@ -219,6 +219,72 @@ void multiply(float* out, const float* from, float keep, const uint16_t* a, int 
   }
 }
 
+// --- pairs ---------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t pair_rows = 8;
+
+// pair_rows rows from r on by `tiles` times 16 columns from c on, from depth `begin` to `end`, which are even.
+template <int tiles>
+void pair_block(const Tile& to, const uint16_t* a, int64_t a_part, int parts, const uint16_t* b, int64_t b_tile,
+                int64_t begin, int64_t end) {
+  __m512 sums[pair_rows][tiles] = {};
+  for (int part = 0; part < parts; ++part, a += a_part) {
+    for (int64_t k = begin; k < end;) {
+      const uint16_t *a_pair = a + k / 32 * 512 + k % 32, *b_pair = b + k / 32 * 512 + k % 32 * 16;
+      const int64_t stop = k / 32 * 32 + 32 < end ? k / 32 * 32 + 32 : end;
+      for (; k < stop; k += 2, a_pair += 2, b_pair += 32) {
+        __m512bh of_b[tiles];
+#pragma GCC unroll 2
+        for (int x = 0; x < tiles; ++x) of_b[x] = (__m512bh)_mm512_loadu_si512(b_pair + x * b_tile);
+#pragma GCC unroll 8
+        for (int r = 0; r < pair_rows; ++r) {
+          int pair;
+          __builtin_memcpy(&pair, a_pair + r * 32, sizeof(pair));
+          const __m512bh of_a = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+          for (int x = 0; x < tiles; ++x) sums[r][x] = _mm512_dpbf16_ps(sums[r][x], of_b[x], of_a);
+        }
+      }
+    }
+  }
+  // Unrolled, so that the sums stay in registers.
+  const __m512 keep = _mm512_set1_ps(to.keep);
+#pragma GCC unroll 8
+  for (int r = 0; r < pair_rows; ++r) {
+    if (r >= to.rows) continue;
+#pragma GCC unroll 2
+    for (int x = 0; x < tiles; ++x) {
+      const __mmask16 mask = first(to.columns - x * 16);
+      const int64_t at = r * to.row_stride + x * 16;
+      __m512 sum = sums[r][x];
+      if (to.from != nullptr) sum = _mm512_fmadd_ps(keep, _mm512_maskz_loadu_ps(mask, to.from + at), sum);
+      _mm512_mask_storeu_ps(to.out + at, mask, sum);
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_pairs(float* out, const float* from, float keep, const uint16_t* a, int parts, const uint16_t* b,
+                    int64_t rows, int64_t columns, int64_t depth, Part part, Ahead* ahead) {
+  const int64_t part_depth = padded(depth, tile_depth), stride = parts * part_depth, b_tile = 16 * part_depth;
+  // Along the rows, so that memory is read and written in order.
+  for (int64_t r = 0; r < rows; r += pair_rows) {
+    const uint16_t* const a_rows = a + r / 16 * 16 * stride + r % 16 * 32;
+    const int64_t begin = part == Part::upper_a ? r : 0;
+    const int64_t end = part == Part::lower_a && r + pair_rows < part_depth ? r + pair_rows : part_depth;
+    for (int64_t c = 0; c < columns && (part != Part::lower_out || c < r + pair_rows); c += 32) {
+      if (ahead != nullptr) ahead->prefetch(parts * depth / 32);
+      const int64_t at = r * columns + c;
+      const Tile to{out + at, from == nullptr ? nullptr : from + at, keep, columns, rows - r, columns - c};
+      const auto block = columns - c > 16 ? pair_block<2> : pair_block<1>;
+      block(to, a_rows, b_tile, parts, b + c * part_depth, b_tile, begin, end);
+    }
+  }
+}
+
 // --- float32 -------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -565,6 +631,8 @@ void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int, Ah
 void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, Ahead*) {}
 void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
               Ahead*) {}
+void multiply_pairs(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
+                    Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t, int64_t,

@@ -8,9 +8,10 @@ namespace flash_xlstm::cpu {
 enum class Isa { baseline, avx2, avx512 };
 
 // The best instruction set of this machine, but at most the one that FLASH_XLSTM_CPU_ISA names. Whether products of
-// bfloat16 matrices may use AMX tiles besides (amx.h). And their name: "AVX-512 and AMX", "AVX-512", "AVX2" or
-// "baseline".
+// bfloat16 matrices may use AVX512-BF16 besides, and AMX tiles (amx.h). And their name: "AVX-512 and AMX", "AVX-512 and
+// BF16", "AVX-512", "AVX2" or "baseline".
 Isa isa();
+bool has_bf16();
 bool has_amx();
 const char* isa_name();
 

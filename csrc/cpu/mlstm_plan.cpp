@@ -13,10 +13,10 @@ namespace {
 
 constexpr int64_t max_chunk = 256;
 // Products with the state cost the same for every length, products within a chunk in proportion to it. A large state
-// itself takes time: it is read and written once a chunk. Tiles make products cheap beside that.
+// itself takes time: it is read and written once a chunk. Products of bfloat16 are cheap beside that.
 int64_t default_chunk(const MlstmProblem& p, int64_t longest) {
   const bool large = p.dqk * p.dv >= int64_t{1} << 16;
-  const int64_t most = !large ? 64 : p.dtype == DType::bfloat16 && has_amx() ? 256 : 128;
+  const int64_t most = !large ? 64 : p.dtype == DType::bfloat16 && has_bf16() ? 256 : 128;
   // Chunks of about equal length, in multiples of 32 tokens.
   return std::min(most, ceil_div(ceil_div(longest, ceil_div(longest, most)), int64_t{32}) * 32);
 }

@@ -1,6 +1,6 @@
-// Products of float32 matrices in scratch memory. Problems in bfloat16 multiply on AMX tiles where the machine has them
-// (amx.h): operands are rounded to bfloat16, which changes nothing in inputs, and sums are float32. All others multiply
-// in float32 (gemm.inl).
+// Products of float32 matrices in scratch memory. Problems in bfloat16 multiply on AMX tiles or by AVX512-BF16 where the
+// machine has them (amx.h): operands are rounded to bfloat16, which changes nothing in inputs, and sums are float32. All
+// others multiply in float32 (gemm.inl).
 #pragma once
 
 #include "cpu/amx.h"
@@ -32,12 +32,12 @@ class Products {
  public:
   // `ahead`: what products prefetch, for a single worker.
   explicit Products(DType dtype, Ahead* ahead = nullptr)
-      : tiles_(dtype == DType::bfloat16 && has_amx()), ahead_(ahead) {}
+      : packs_(dtype == DType::bfloat16 && has_bf16()), tiles_(packs_ && has_amx()), ahead_(ahead) {}
 
   // Floats of room that an operand needs.
-  int64_t left_room(int64_t rows, int64_t depth) const { return tiles_ ? amx::packed_size(rows, depth, 2) / 2 : 0; }
+  int64_t left_room(int64_t rows, int64_t depth) const { return packs_ ? amx::packed_size(rows, depth, 2) / 2 : 0; }
   int64_t right_room(int64_t depth, int64_t columns, Lies lies) const {
-    if (tiles_) return amx::packed_size(columns, depth, 1) / 2;
+    if (packs_) return amx::packed_size(columns, depth, 1) / 2;
     return lies == Lies::transposed ? depth * columns : 0;
   }
 
@@ -46,7 +46,7 @@ class Products {
             Rounding rounding = Rounding::to_one) const {
     const bool transposed = lies == Lies::transposed;
     const int parts = rounding == Rounding::to_two ? 2 : 1;
-    if (!tiles_) return {.data = from, .row = transposed ? 1 : depth, .k = transposed ? rows : 1, .parts = parts};
+    if (!packs_) return {.data = from, .row = transposed ? 1 : depth, .k = transposed ? rows : 1, .parts = parts};
     auto* packed = reinterpret_cast<uint16_t*>(room);
     amx::pack_left(packed, from, transposed ? rows : depth, transposed, rows, depth, parts, ahead_);
     return {.data = packed, .row = 0, .k = 0, .parts = parts};
@@ -54,7 +54,7 @@ class Products {
   // A contiguous matrix (depth x columns), or transposed (columns x depth).
   Right right(float* room, const float* from, Lies lies, int64_t depth, int64_t columns) const {
     const bool transposed = lies == Lies::transposed;
-    if (tiles_) {
+    if (packs_) {
       auto* packed = reinterpret_cast<uint16_t*>(room);
       amx::pack_right(packed, from, transposed ? depth : columns, transposed, depth, columns, ahead_);
       return {.data = packed, .row = 0};
@@ -72,9 +72,10 @@ class Products {
   // out = keep from + a b; without `from`, a b.
   void advance(float* out, const float* from, float keep, const Left& a, const Right& b, int64_t rows, int64_t columns,
                int64_t depth, Part part = Part::all) const {
-    if (tiles_) {
-      amx::multiply(out, from, keep, static_cast<const uint16_t*>(a.data), a.parts,
-                    static_cast<const uint16_t*>(b.data), rows, columns, depth, part, ahead_);
+    if (packs_) {
+      const auto multiply = tiles_ ? amx::multiply : amx::multiply_pairs;
+      multiply(out, from, keep, static_cast<const uint16_t*>(a.data), a.parts, static_cast<const uint16_t*>(b.data),
+               rows, columns, depth, part, ahead_);
     } else {
       vector_kernels().gemm({.out = out,
                              .out_row = columns,
@@ -106,10 +107,10 @@ class Products {
   }
 
   // What to fetch between products too. Those in float32 take long enough for all of it.
-  Ahead* ahead_between() const { return tiles_ ? ahead_ : nullptr; }
+  Ahead* ahead_between() const { return packs_ ? ahead_ : nullptr; }
 
  private:
-  bool tiles_;
+  bool packs_, tiles_;
   Ahead* ahead_;
 };
 

@@ -70,7 +70,8 @@ def _run(program, isa):
         ("baseline", ["baseline"]),
         ("avx2", ["AVX2", "baseline"]),
         ("avx512", ["AVX-512", "AVX2", "baseline"]),
-        ("amx", ["AVX-512 and AMX", "AVX-512", "AVX2", "baseline"]),
+        ("avx512_bf16", ["AVX-512 and BF16", "AVX-512", "AVX2", "baseline"]),
+        ("amx", ["AVX-512 and AMX", "AVX-512 and BF16", "AVX-512", "AVX2", "baseline"]),
     ],
 )
 def test_exact_with_every_instruction_set(limit, names):
@@ -86,4 +87,4 @@ def test_an_empty_limit_is_none():
 
 def test_an_unknown_instruction_set_is_an_error():
     done = _run("import flash_xlstm.ops", "avx-2")
-    assert "ValueError: FLASH_XLSTM_CPU_ISA is 'avx-2'; it must be baseline, avx2, avx512 or amx" in done.stderr
+    assert "ValueError: FLASH_XLSTM_CPU_ISA is 'avx-2'; it must be baseline, avx2, avx512, avx512_bf16 or amx" in done.stderr
