@@ -226,9 +226,12 @@ def assert_16_bit_exact():
     that it keeps in float32), at most 1.5 times that rounding. A step of the result's subnormal numbers is allowed.
 
     `small` is for problems of a token or two, whose terms may cancel. The plain form's error may then be of any size,
-    and a gate's gradient, or dn, may be off by a rounding of the sums that the gates' gradients add up to."""
+    and a gate's gradient, or dn, may be off by a rounding of the sums that the gates' gradients add up to.
 
-    def check(problem, form, through=("h", "last c", "last n", "last m"), small=False):
+    Of a result of few numbers, one or two hold most of the error, and the plain form's may be small by chance: `times`
+    is what is allowed of fewer than 1,000 numbers."""
+
+    def check(problem, form, through=("h", "last c", "last n", "last m"), small=False, times=1.5):
         expected = problem.reference(through=through)
         actual = problem(form, through)
         plain = problem(problem.plain, through, chunk_size=64)
@@ -242,7 +245,8 @@ def assert_16_bit_exact():
             # Beyond the dtype, infinite or next to it.
             assert (actual[name][~fits].abs() >= largest * (1 - 4e-3)).all(), name
             ours, of_plain = (relative_error(t[name][fits], want[fits]) for t in (actual, plain))
-            bound = min(1.0 if small else 1e-2, 1.5 * max(rounding, of_plain if of_plain == of_plain else 1.0))
+            most = times if want.numel() < 1000 else 1.5
+            bound = min(1.0 if small else 1e-2, most * max(rounding, of_plain if of_plain == of_plain else 1.0))
             size, info = want.norm().item(), torch.finfo(actual[name].dtype)
             step = info.tiny * info.eps * want.numel() ** 0.5
             if ours <= bound or ours * size <= max(step, 1e-15 * shared + 1e-37):
