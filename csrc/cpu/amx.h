@@ -1,9 +1,9 @@
 // Products of bfloat16 matrices with float32 sums on AMX tiles, or by AVX512-BF16 (amx.cpp, x86 only), and of float32
-// matrices by way of tiles. Operands are packed from float32, which rounds them to bfloat16: exact for what came as bfloat16. Numbers below
-// float32's normal range count as 0. Operands lie tile by tile, depth first, filled up with zeros to whole tiles. A
-// left operand's tile holds 16 rows, 32 deep, row by row; a right operand's 16 columns, 32 deep, with pairs of depths
-// side by side, as the instruction reads them. A left operand of two parts holds behind the tiles of each 16 rows what
-// their rounding left, rounded: together 16 bits and more of each number.
+// matrices by way of tiles. Operands are packed from float32, which rounds them to bfloat16: exact for what came as
+// bfloat16. Numbers below float32's normal range count as 0. Operands lie tile by tile, depth first, filled up with
+// zeros to whole tiles. A left operand's tile holds 16 rows, 32 deep, row by row; a right operand's 16 columns, 32
+// deep, with pairs of depths side by side, as the instruction reads them. A left operand of two parts holds behind the
+// tiles of each 16 rows what their rounding left, rounded: together 16 bits and more of each number.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ __attribute__((always_inline)) constexpr int64_t packed_size(int64_t size, int64
   return parts * padded(size, tile_rows) * padded(depth, tile_depth);
 }
 
-// All of this only where has_bf16() of isa.h says so; begin, end, `multiply` and what is for float32 only where has_amx()
-// does. Between the two, this thread's tiles have the shape that `multiply` needs.
+// All of this only where has_bf16() of isa.h says so; begin, end, `multiply` and what is for float32 only where
+// has_amx() does. Between the two, this thread's tiles have the shape that `multiply` needs.
 void begin();
 void end();
 

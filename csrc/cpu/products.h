@@ -1,6 +1,6 @@
-// Products of float32 matrices in scratch memory. Problems in bfloat16 multiply on AMX tiles or by AVX512-BF16 where the
-// machine has them (amx.h): operands are rounded to bfloat16, which changes nothing in inputs, and sums are float32. All
-// others multiply in float32 (gemm.inl).
+// Products of float32 matrices in scratch memory. Problems in bfloat16 multiply on AMX tiles or by AVX512-BF16 where
+// the machine has them (amx.h): operands are rounded to bfloat16, which changes nothing in inputs, and sums are
+// float32. All others multiply in float32 (gemm.inl).
 #pragma once
 
 #include "cpu/amx.h"
