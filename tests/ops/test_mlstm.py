@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -958,6 +959,8 @@ def problems(draw):
 
 
 def test_random_problems(fuzz, make_problem, assert_float32_exact, assert_16_bit_exact):
+    ratios = []
+
     @fuzz(500)
     @given(case=problems(), dtype=st.sampled_from([torch.float32, torch.float32, F16, BF16]), same=st.booleans())
     def run(case, dtype, same):
@@ -965,6 +968,7 @@ def test_random_problems(fuzz, make_problem, assert_float32_exact, assert_16_bit
             assert_float32_exact(make_problem(**case), ops.mlstm, strict=False, small=True)
         else:
             problem = make_problem(**case, dtype=dtype, gate_dtype=dtype if same else None)
-            assert_16_bit_exact(problem, ops.mlstm, ("h",), small=True, times=4)
+            assert_16_bit_exact(problem, ops.mlstm, ("h",), small=True, ratios=ratios)
 
     run()
+    assert ratios and statistics.fmean(ratios) <= 1.0
