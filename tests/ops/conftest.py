@@ -228,9 +228,9 @@ def assert_16_bit_exact():
     `small` is for problems of a token or two, whose terms may cancel. The plain form's error may then be of any size,
     and a gate's gradient, or dn, may be off by a rounding of the sums that the gates' gradients add up to.
 
-    `ratios`, a list, is for many random problems. Of a result of few numbers, one or two hold most of the error, and
-    the plain form's may be small by chance. Fewer than 1,000 may then be four times as far off; the list gets by how
-    much each is, and the caller looks at their mean."""
+    `ratios`, a dict, is for many random problems. Of a result of few numbers, one or two hold most of the error, and
+    the plain form's may be small by chance. Fewer than 1,000 may then be four times as far off; the dict gets by how
+    much each is, in lists by name, and the caller looks at their means."""
 
     def check(problem, form, through=("h", "last c", "last n", "last m"), small=False, ratios=None):
         expected = problem.reference(through=through)
@@ -249,7 +249,7 @@ def assert_16_bit_exact():
             times, least = 1.5, max(rounding, of_plain if of_plain == of_plain else 1.0)
             if ratios is not None and want.numel() < 1000:
                 times = 4
-                ratios.append(ours / least)
+                ratios.setdefault(name, []).append(ours / least)
             bound = min(1.0 if small else 1e-2, times * least)
             size, info = want.norm().item(), torch.finfo(actual[name].dtype)
             step = info.tiny * info.eps * want.numel() ** 0.5
