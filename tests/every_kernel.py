@@ -225,6 +225,20 @@ def every_linear() -> None:
         ops.fused_linear_rows(x, [weight], residual=weight[:rows, :1].expand(-1, 4200), constant_weights=True)
 
 
+@torch.no_grad()
+def every_product() -> None:
+    # A part of a tile, several tiles a cluster, columns and depth that fill no box.
+    for dtype in (BF16, torch.float16):
+        for rows, depth, columns in ((70, 64, 128), (300, 200, 392), (5000, 136, 1304)):
+            new = lambda *shape, dtype=dtype: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
+            a, weight, z = new(rows, depth), new(columns, depth), new(rows, 2 * columns)
+            operators.joined_product(a, [weight] if columns % 128 else [weight, weight])
+            operators.added_product(a, weight, z[:, :columns])
+            operators.swiglu_product(a, weight, weight)
+            for remake in (True, False):
+                operators.swiglu_product_backward(a, weight.t(), z, remake)
+
+
 def every_loss() -> None:
     # A row in one block and in clusters of two, four and eight; read twice.
     for vocabulary in (37, 1000, 50304, 50257, 70001, 131072, 262147):
@@ -244,6 +258,7 @@ FAMILIES = {
     "step": every_step,
     "pointwise": every_pointwise,
     "linear": every_linear,
+    "products": every_product,
     "loss": every_loss,
 }
 

@@ -69,6 +69,32 @@ struct FloatProducts {
   int64_t count = 0;
 };
 
+// A product of many rows, a (rows, depth) times b, and what follows it; everything is contiguous and of a 16-bit dtype.
+struct Product {
+  enum class Then {
+    nothing,          // out (rows, columns) = a b^T. b has `parts` parts (part_columns[n], depth), side by side in out.
+    residual,         // out (rows, columns) = a b^T + residual; b is (columns, depth)
+    swiglu,           // b has two parts (columns, depth). out (rows, 2 columns) = a b^T, second_out (rows, columns) =
+                      // SwiGLU of its halves.
+    swiglu_backward,  // b is (depth, columns). a b is the gradient of SwiGLU's output; its inputs lie side by side in z
+                      // (rows, 2 columns), and their gradients in out. second_out (rows, columns) is SwiGLU's output;
+                      // nullptr: not wanted.
+  };
+  static constexpr int max_parts = 4;
+  Then then = Then::nothing;
+  DType dtype = DType::bfloat16;
+  int64_t rows = 0, depth = 0, columns = 0;
+  const void *a = nullptr, *b[max_parts] = {};
+  int parts = 1, part_columns[max_parts] = {};  // multiples of product_part where there are several
+  const void *residual = nullptr, *z = nullptr;
+  void *out = nullptr, *second_out = nullptr;
+};
+constexpr int product_part = 128;
+// Depth and columns are multiples of this many elements, and tensors begin at multiples of linear_alignment bytes.
+constexpr int64_t product_multiple = 8;
+// The largest number of rows, whose places the TMA counts in 32 bits.
+constexpr int64_t product_max_rows = (int64_t{1} << 31) - 1024;
+
 namespace cpu {
 // On AMX tiles. false, with anything in the outs, where this machine has none or they would not be exact (amx.h).
 bool float_products(const FloatProducts& p);
@@ -83,6 +109,9 @@ std::string linear_words(int major, int minor);
 
 // Within the limits above.
 cudaError_t fused_linear_rows(const FusedLinearRows& params, cudaStream_t stream);
+
+// On compute capability 9.0.
+cudaError_t product(const Product& params, cudaStream_t stream);
 }  // namespace cuda
 
 }  // namespace flash_xlstm

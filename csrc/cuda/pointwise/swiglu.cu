@@ -2,19 +2,12 @@
 // block's threads lie along the columns.
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/pointwise/rows.cuh"
+#include "cuda/pointwise/swiglu.cuh"
 
 namespace flash_xlstm::cuda {
 namespace {
 
 constexpr int threads = 256;
-
-// Sigmoids to the rounding of T. For 16-bit types the approximate ones do. With exact exponentials and divisions their
-// gradient takes longer than its memory traffic (docs/experiments.md).
-template <typename T>
-__device__ __forceinline__ Sigmoids sigmoids_of(float x) {
-  if constexpr (sizeof(T) == 2) return sigmoids(x);
-  return {.open = 1.0f / (1.0f + expf(-x)), .shut = 1.0f / (1.0f + expf(x))};
-}
 
 template <typename T, int width, bool gradient, bool with_out>
 __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__ Swiglu p) {
@@ -32,13 +25,12 @@ __global__ void __launch_bounds__(threads) swiglu_kernel(const __grid_constant__
     for (int e = 0; e < width; ++e) {
       const float value = to_float(x.value[e]), other = to_float(y.value[e]);
       if (gradient) {
-        const float incoming = to_float(dout.value[e]);
-        const Sigmoids s = sigmoids_of<T>(value);
-        x.value[e] = from_float<T>(incoming * other * s.open * (1.0f + value * s.shut));
-        y.value[e] = from_float<T>(incoming * value * s.open);
-        if (with_out) out.value[e] = from_float<T>(value * s.open * other);
+        const SwigluGradients g = swiglu_gradients<T>(value, other, to_float(dout.value[e]));
+        x.value[e] = from_float<T>(g.x);
+        y.value[e] = from_float<T>(g.y);
+        if (with_out) out.value[e] = from_float<T>(g.out);
       } else {
-        out.value[e] = from_float<T>(value * sigmoids_of<T>(value).open * other);
+        out.value[e] = from_float<T>(swiglu_of<T>(value, other));
       }
     }
     if (with_out) store_pack(p.out, at, out);

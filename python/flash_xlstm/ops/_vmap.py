@@ -69,6 +69,7 @@ _WAYS: dict[str, list[tuple[_Dims, _Dims]]] = {
 # Operators that are called for each entry. Those with a weight sum its gradient over all rows.
 _ONE_BY_ONE = (
     "mlstm_gated_backward", "rms_norm_backward", "gated_head_norm_backward", "swiglu_joined_backward",
+    "joined_product", "added_product", "swiglu_product", "swiglu_product_backward",
     "linear_cross_entropy", "linear_cross_entropy_backward", "linear_cross_entropies_backward",
 )  # fmt: skip
 

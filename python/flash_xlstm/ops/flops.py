@@ -143,9 +143,24 @@ def _(x: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
     return _rows(x, weight)
 
 
-@register_flop_formula(_operators.fused_linear_rows)
+@register_flop_formula([_operators.fused_linear_rows, _operators.joined_product])
 def _(x: _Shape, weights: list[_Shape], *args: Any, **kwargs: Any) -> int:
     return _rows(x, *weights)
+
+
+@register_flop_formula(_operators.added_product)
+def _(a: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
+    return _rows(a, weight)
+
+
+@register_flop_formula(_operators.swiglu_product)
+def _(a: _Shape, left: _Shape, right: _Shape, *args: Any, **kwargs: Any) -> int:
+    return _rows(a, left, right)
+
+
+@register_flop_formula(_operators.swiglu_product_backward)
+def _(dout: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
+    return _rows(dout, weight)
 
 
 @register_flop_formula(_operators.float_products)

@@ -1,4 +1,5 @@
-"""Products of few rows with a weight matrix, bound by the time to read the weights, and of many rows in float32."""
+"""Products: of few rows with a weight matrix, bound by the time to read the weights; of many rows in float32; and of
+many rows in 16 bits, with what follows them in a block."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from flash_xlstm import _build
+from flash_xlstm._build import LIMITS
 from flash_xlstm.ops import _common, _errors
 
 _TILES = _build.build_info()["cpu_isa"] == "AVX-512 and AMX"
@@ -114,6 +116,58 @@ def _(x, weights, biases, residual, swiglu, constant_weights=False) -> list[Tens
     _common.no_mixed_meta(x, of="x", residual=residual, **given)
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in (weights[:1] if swiglu else weights)]
 
+
+@_common.register_fake("joined_product")
+def _(a, weights):
+    return a.new_empty((a.shape[0], sum(w.shape[0] for w in weights)))
+
+
+@_common.register_fake("added_product")
+def _(a, weight, residual):
+    return a.new_empty((a.shape[0], weight.shape[0]))
+
+
+@_common.register_fake("swiglu_product")
+def _(a, left, right):
+    return a.new_empty((a.shape[0], 2 * left.shape[0])), a.new_empty((a.shape[0], left.shape[0]))
+
+
+@_common.register_fake("swiglu_product_backward")
+def _(dout, weight, z, remake):
+    return z.new_empty(z.shape), z.new_empty((z.shape[0], weight.shape[1]) if remake else (0, 0))
+
+
+def products_serve(rows: Tensor, depth: int, *columns: int) -> bool:
+    """Whether the products below take `rows`, as a left operand in sums over `depth`, with weights that have so many
+    `columns`: in 16 bits, on a device of compute capability 9.0."""
+    multiple = LIMITS["product_cuda_multiple"] if len(columns) == 1 else LIMITS["product_cuda_part"]
+    return (
+        rows.is_cuda
+        and rows.dtype in (torch.bfloat16, torch.float16)
+        and depth % LIMITS["product_cuda_multiple"] == 0
+        and all(count % multiple == 0 for count in columns)
+        and len(columns) <= LIMITS["product_cuda_max_parts"]
+        and _has_products(rows.device)
+    )
+
+
+def _has_products(device: torch.device) -> bool:
+    return "90a" in _build.build_info()["architectures"] and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+# A constant of torch.compile's graphs, as torch.compiler.assume_constant_result makes it, which imports torch._dynamo.
+_has_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# All are contiguous (rows, columns).
+# (a, weights) -> the products a weight^T, side by side.
+joined_product = _common.no_double_backward("joined_product")
+# (a, weight, residual) -> a weight^T + residual, rounded once.
+added_product = _common.no_double_backward("added_product")
+# (a, left, right) -> z = [a left^T, a right^T] side by side, and its SwiGLU, with the bits that ops.swiglu(z) gives.
+swiglu_product = _common.no_double_backward("swiglu_product")
+# (dout, weight, z, remake) -> the gradient of z where SwiGLU's output goes through `weight` (out, columns), and that
+# output (empty without `remake`), with the bits that swiglu_joined_backward gives for the rounded dout weight.
+swiglu_product_backward = _common.no_double_backward("swiglu_product_backward")
 
 # (a, bs, outs) -> whether outs[x] = a bs[x]. If not, they may hold anything, and another product must write them.
 _float_products = _common.without_gradients("float_products")

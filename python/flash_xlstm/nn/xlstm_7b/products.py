@@ -1,5 +1,8 @@
 """The large products of a block's halves: in the dtype of x or, where torchao's layers hold the weights, in float8.
 
+In 16 bits on Hopper, products with weights as they lie are this package's, with residuals and SwiGLU in their kernels
+(csrc/cuda/linear/hopper/products.cu). Those of the other gradients are torch's.
+
 In float8 each matrix of a product is cast by :mod:`flash_xlstm.ops.float8`: the left one by its rows, the right one by
 its columns, as torchao's recipe "rowwise" does. Weights that are joined are cast as one. For the output and for the
 weights' gradients that changes nothing. The input's gradient is then one product, where torchao adds up one for each
@@ -13,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flash_xlstm.ops import linear
 from flash_xlstm.ops.float8 import float8_cast
+from flash_xlstm.ops.linear import products_serve
+from flash_xlstm.ops.pointwise import swiglu_joined_backward
 
 
 class Float8(NamedTuple):
@@ -96,10 +102,29 @@ def joined(weights: tuple[Tensor, ...]) -> Tensor:
 def product(rows: Tensor, weights: tuple[Tensor, ...], float8: Float8 | None) -> Tensor:
     """``rows @ joined(weights).T``: (rows, out)."""
     if float8 is None:
+        if products_serve(rows, rows.shape[1], *(w.shape[0] for w in weights)):
+            return linear.joined_product(rows, list(weights))
         return torch.mm(rows, joined(weights).t())
     left, left_scales, _, _ = float8_cast([rows], True, False)
     right, right_scales, _, _ = float8_cast(list(weights), True, False)
     return _scaled(left, left_scales, right, right_scales, rows.dtype, float8, 0)
+
+
+def added_product(added: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """``added + rows @ weight.T``, rounded once."""
+    if products_serve(rows, rows.shape[1], weight.shape[0]):
+        return linear.added_product(rows, weight, added)
+    return torch.addmm(added, rows, weight.t())
+
+
+def swiglu_product(rows: Tensor, weights: tuple[Tensor, ...], float8: Float8 | None) -> tuple[Tensor, Tensor]:
+    """:func:`product`, and SwiGLU of its halves."""
+    columns = sum(w.shape[0] for w in weights) // 2
+    if float8 is None and products_serve(rows, rows.shape[1], columns):
+        left, right = weights if len(weights) == 2 else (weights[0][:columns], weights[0][columns:])
+        return linear.swiglu_product(rows, left, right)
+    z = product(rows, weights, float8)
+    return z, torch.ops.flash_xlstm.swiglu_joined(z)
 
 
 def cast_gradient(rows: Tensor, for_weight: bool, float8: Float8 | None) -> Any:
@@ -116,6 +141,16 @@ def input_gradient(gradient: Any, weights: tuple[Tensor, ...], float8: Float8 | 
         return torch.mm(gradient, joined(weights))
     _, _, right, right_scales = float8_cast(list(weights), False, True)
     return _scaled(gradient.rows, gradient.row_scales, right, right_scales, gradient.dtype, float8, 1)
+
+
+def swiglu_gradient(
+    gradient: Any, weight: Tensor, z: Tensor, remake: bool, float8: Float8 | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of SwiGLU's inputs z, where :func:`product` took its output and `weight`. With `remake` also that
+    output."""
+    if float8 is None and products_serve(gradient, *weight.shape):
+        return linear.swiglu_product_backward(gradient, weight, z, remake)
+    return swiglu_joined_backward(input_gradient(gradient, (weight,), float8), z, remake)
 
 
 def weight_gradient(gradient: Any, rows: Tensor, float8: Float8 | None) -> Tensor:

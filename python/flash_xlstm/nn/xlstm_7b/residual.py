@@ -29,16 +29,19 @@ from flash_xlstm.nn.xlstm_7b.mlstm import mLSTMLayer
 from flash_xlstm.nn.xlstm_7b.norm import MultiHeadLayerNorm, RMSNorm
 from flash_xlstm.nn.xlstm_7b.products import (
     Float8,
+    added_product,
     cast_gradient,
     input_gradient,
     joined,
     linear_kind,
     product,
+    swiglu_gradient,
+    swiglu_product,
     weight_gradient,
 )
 from flash_xlstm.ops import _common
 from flash_xlstm.ops.mlstm_gated import mlstm_gated_backward
-from flash_xlstm.ops.pointwise import rms_norm_backward, swiglu_joined_backward
+from flash_xlstm.ops.pointwise import rms_norm_backward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LINEAR_FORWARD = torch_own(nn.Linear.forward, nn.modules.linear)
@@ -185,7 +188,7 @@ def _reduced(t: Tensor, ranks: Ranks | None) -> Tensor:
 def _added(x: Tensor, rows: Tensor, weight: Tensor, ranks: Ranks | None, float8: Float8 | None) -> Tensor:
     """``x + rows @ weight.T``, of all ranks' rows and weights."""
     if ranks is None and float8 is None:  # within the product's epilogue
-        return _shaped(torch.addmm(x.flatten(0, 1), rows, weight.t()), x)
+        return _shaped(added_product(x.flatten(0, 1), rows, weight), x)
     return x + _reduced(product(rows, (weight,), float8).view(x.shape[0], -1, x.shape[2]), ranks)
 
 
@@ -313,8 +316,8 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, again, ranks, float8, norm, down, *parts):
         normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
-        z = product(normed, parts, float8)
-        out = _added(x, _operators.swiglu_joined(z), down, ranks, float8)
+        z, gated = swiglu_product(normed, parts, float8)
+        out = _added(x, gated, down, ranks, float8)
         ctx.eps, ctx.ranks, ctx.float8 = eps, ranks, float8
         ctx.save_for_backward(x, None if again else z, norm, down, *parts)
         return out
@@ -332,7 +335,7 @@ class _FeedForward(torch.autograd.Function):
         dout = dout.contiguous()
         whole = _gathered(dout, ranks)
         given = cast_gradient(whole.flatten(0, 1), want_down, float8)
-        dz, gated = swiglu_joined_backward(input_gradient(given, (down,), float8), z, want_down)
+        dz, gated = swiglu_gradient(given, down, z, want_down, float8)
         d_down = weight_gradient(given, gated, float8) if want_down else None
         del gated
         given = cast_gradient(dz, any(want_parts), float8)
