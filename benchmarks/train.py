@@ -89,8 +89,8 @@ CLASSES = {
     "optimizer": r"multi_tensor_apply|adam",
     "loss": r"soft_?cap|softmax|nll_?loss|cross_entrop|scaling_kernel|loss_",
     "mlstm": r"mlstm|scan_gates|gate_gradients|outputs_kernel|states_kernel|chunk_sums|chunk_gates|chunk_table"
-    r"|stabilizer|token_gradients",
-    "products": r"nvjet|gemm|gemv|cutlass|splitk|xmma|scaled_mm|sm90_|addmm|aten::mm",
+    r"|stabilizer|token_gradients|dk_dv",
+    "products": r"products_kernel|nvjet|gemm|gemv|cutlass|splitk|xmma|scaled_mm|sm90_|addmm|aten::mm",
     "copies": r"^(?!triton).*(catarray|memcpy|memset|copy|fill|functor(onself|onother)?_add)|^triton_poi_fused_cat"
     r"|^aten::(cat|add_?)$",
     "pointwise": r"norm|float8_|swiglu|sum_rows|triton_|silu|sigmoid|mul",
