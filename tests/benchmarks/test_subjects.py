@@ -122,11 +122,23 @@ def test_before_after_says_what_it_takes():
 def test_two_builds_in_turns(tmp_path):
     site, out = Path(importlib.util.find_spec("flash_xlstm").origin).parents[1], tmp_path / "results.json"
     options = ["--settings", "small", "--device", "cpu", "--milliseconds", "1", "--out", out]
-    subprocess.run([sys.executable, FOLDER / "mlstm_in_turns.py", site, site, *options], check=True)
+    subprocess.run([sys.executable, FOLDER / "in_turns.py", site, site, *options], check=True)
     found = json.loads(out.read_text())
     assert len(found["results"]) == 4 and all(len(row["old_ms"]) == len(row["new_ms"]) == 2 for row in found["results"])
     assert all(0 < row["ratio"] < 100 for row in found["results"])
     assert [row["settings"] for row in found["summary"]] == [2, 2]
+
+
+def test_training_steps_of_two_builds_in_turns(tmp_path):
+    pytest.importorskip("transformers")
+    site, out = Path(importlib.util.find_spec("flash_xlstm").origin).parents[1], tmp_path / "results.json"
+    options = ["--subject", "train", "--cases", "eager", "checkpointed", "--size", "tiny", "--device", "cpu"]
+    command = [sys.executable, FOLDER / "in_turns.py", site, site, *options, "--steps", "2", "--out", out]
+    subprocess.run(command, check=True)
+    found = json.loads(out.read_text())
+    assert [row["case"] for row in found["results"]] == ["eager", "checkpointed"]
+    assert all(len(row["old_ms"]) == len(row["new_ms"]) == 4 and row["ratio"] > 0 for row in found["results"])
+    assert [line["of"] for line in found["summary"]] == ["eager", "checkpointed"]
 
 
 @pytest.mark.slow
