@@ -232,7 +232,7 @@ def every_product() -> None:
         for rows, depth, columns in ((70, 64, 128), (300, 200, 392), (5000, 136, 1304)):
             new = lambda *shape, dtype=dtype: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
             a, weight, z = new(rows, depth), new(columns, depth), new(rows, 2 * columns)
-            operators.joined_product(a, [weight] if columns % 128 else [weight, weight])
+            operators.joined_product(a, [weight] if columns % 128 else [weight, new(384, depth), weight])
             operators.added_product(a, weight, z[:, :columns])
             operators.swiglu_product(a, weight, weight)
             for remake in (True, False):

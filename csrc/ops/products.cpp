@@ -11,6 +11,12 @@ void check_multiple(const char* name, const Tensor& t) {
   value_error(name, " has shape ", shape_text(t), "; its last dimension must be a multiple of ", product_multiple);
 }
 
+// The TMA counts in 32 bits.
+void check_size(const char* name, const Tensor& t, int64_t dim) {
+  if (t.size(dim) <= product_max_size) return;
+  value_error(name, " has shape ", shape_text(t), "; no dimension may be above ", product_max_size);
+}
+
 // A left operand (rows, depth).
 void check_left(const char* name, const Tensor& t) {
   check_shape(name, t, {-1, -1}, "(rows, depth)");
@@ -18,9 +24,8 @@ void check_left(const char* name, const Tensor& t) {
     type_error(name, " has dtype ", dtype_text(t.scalar_type()), "; it must be bfloat16 or float16");
   }
   check_multiple(name, t);
-  if (t.size(0) > product_max_rows) {
-    value_error(name, " has ", t.size(0), " rows; it must have at most ", product_max_rows);
-  }
+  check_size(name, t, 0);
+  check_size(name, t, 1);
   if (!t.is_cuda()) value_error(name, " is on ", device_text(t), "; it must be on a CUDA device");
 }
 
@@ -29,6 +34,8 @@ void check_beside(const char* name, const Tensor& t, Sizes sizes, const char* wa
   check_shape(name, t, sizes, want);
   check_dtype(name, t, left.scalar_type(), join_text(", as ", left_name).c_str());
   check_device(name, t, left, left_name);
+  check_size(name, t, 0);
+  check_size(name, t, 1);
 }
 
 // Contiguous, and aligned as tensor maps need it.
@@ -78,8 +85,8 @@ Tensor joined_product(Tensor a, std::vector<Tensor> weights) {
     weights[part] = mappable(weights[part]);
     columns += own;
   }
-  if (columns > product_max_rows)
-    value_error("weights have ", columns, " rows; they must have at most ", product_max_rows);
+  if (columns > product_max_size)
+    value_error("weights have ", columns, " columns; at most ", product_max_size, " may be");
   a = mappable(a);
   Product p = problem(Product::Then::nothing, a, weights, columns);
   Tensor out = new_empty(a, {p.rows, p.columns}, a.scalar_type());

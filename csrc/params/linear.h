@@ -92,8 +92,8 @@ struct Product {
 constexpr int product_part = 128;
 // Depth and columns are multiples of this many elements, and tensors begin at multiples of linear_alignment bytes.
 constexpr int64_t product_multiple = 8;
-// The largest number of rows, whose places the TMA counts in 32 bits.
-constexpr int64_t product_max_rows = (int64_t{1} << 31) - 1024;
+// The largest rows, depth and columns, which the TMA counts in 32 bits.
+constexpr int64_t product_max_size = (int64_t{1} << 31) - 1024;
 
 namespace cpu {
 // On AMX tiles. false, with anything in the outs, where this machine has none or they would not be exact (amx.h).

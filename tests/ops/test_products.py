@@ -24,6 +24,12 @@ SHAPES = [
     (700, 1000, 392),
     (5000, 320, 1304),
     (16384, 128, 2056),
+    # up to nine tiles a cluster: of one piece of depth, and of three and four, which a ring of three stages meets at
+    # another stage, and at the same, in each tile
+    (16640, 8, 2048),
+    (16640, 64, 2184),
+    (9000, 192, 1304),
+    (9000, 248, 1304),
 ]
 EVERY = pytest.mark.parametrize("dtype", ROUNDING)
 
@@ -72,7 +78,7 @@ def test_added(shape, dtype):
 @pytest.mark.cuda
 @EVERY
 @pytest.mark.parametrize("parts", [(8,), (264,), (128, 256), (128, 128, 384), (384, 128, 256, 128)])
-@pytest.mark.parametrize(("rows", "depth"), [(1, 64), (257, 200), (5000, 328)])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 64), (257, 200), (5000, 328), (60_000, 64), (60_000, 192)])
 def test_joined(rows, depth, parts, dtype):
     a, weights = (
         normal(rows, depth, dtype=dtype),
@@ -133,6 +139,124 @@ def test_strides_and_repeats(dtype):
         expected = call(*(t.contiguous() for t in given))
         for _ in range(3):
             assert all(torch.equal(x, y) for x, y in zip(call(*given), expected, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("depth", [64, 200])
+def test_repeats_with_many_tiles_beside_other_work(depth):
+    rows, columns = 16_640, 2184
+    a, left, right = normal(rows, depth), *normal(2, columns, depth, seed=1)
+    down, z, residual = normal(depth, columns, seed=2), normal(rows, 2 * columns, seed=3), normal(rows, columns, seed=4)
+    calls = [
+        lambda: (linear.joined_product(a, [left]),),
+        lambda: (linear.added_product(a, left, residual),),
+        lambda: linear.swiglu_product(a, left, right),
+        lambda: linear.swiglu_product_backward(a, down, z, True),
+    ]
+    expected = [call() for call in calls]
+    other, busy = torch.cuda.Stream(), normal(4096, 4096)
+    for _ in range(15):
+        with torch.cuda.stream(other):
+            busy @ busy
+        for call, results in zip(calls, expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(call(), results, strict=True))
+
+
+@pytest.mark.cuda
+def test_chains_read_what_the_kernel_before_has_written():
+    """Kernels that start early, and outputs in memory that an input has just left."""
+    rows, depth = 5000, 512
+    a, down = normal(rows, depth), normal(depth, depth, seed=1) * 0.01
+    left, right = normal(2, depth, depth, seed=2) * 0.02
+
+    def chain(wait):
+        x = a
+        for _ in range(6):
+            x = linear.added_product(x, down, x)
+            wait()
+            z, gated = linear.swiglu_product(x, left, right)
+            wait()
+            x = linear.added_product(gated, down, x)
+            wait()
+            dz, _ = linear.swiglu_product_backward(x, down, z, False)
+            wait()
+            del z, gated
+            x = linear.joined_product(dz[:, :depth].contiguous(), [down]) + x
+            wait()
+        return x
+
+    expected = chain(torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    for _ in range(10):
+        assert torch.equal(chain(lambda: None), expected)
+
+
+@pytest.mark.cuda
+def test_sums_beyond_float16():
+    """Sums are float32: what cancels may pass through numbers that float16 does not hold; what does not is infinite."""
+    rows, depth, columns = 200, 256, 264
+    a = torch.ones(rows, depth, device="cuda", dtype=torch.float16)
+    weight = torch.full((columns, depth), 600.0, device="cuda", dtype=torch.float16)
+    weight[:, depth // 2 :] = -600.0
+    weight[3] = 600.0
+    zeros = torch.zeros(rows, columns, device="cuda", dtype=torch.float16)
+    residual = zeros.clone()
+    residual[5, 7], residual[6, 8] = torch.inf, torch.nan
+    out = linear.added_product(a, weight, residual)
+    assert (out[:, 3] == torch.inf).all() and out[5, 7] == torch.inf and out[6, 8].isnan()
+    rest = torch.ones_like(out, dtype=torch.bool)
+    rest[:, 3] = rest[5, 7] = rest[6, 8] = False
+    assert (out[rest] == 0).all()
+    z = normal(rows, 2 * columns, dtype=torch.float16)
+    dz, _ = linear.swiglu_product_backward(a, weight.t().contiguous(), z, False)
+    between = linear.added_product(a, weight, zeros)
+    expected, _ = torch.ops.flash_xlstm.swiglu_joined_backward(between, z, False)
+    torch.testing.assert_close(dz, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cuda
+def test_columns_do_not_depend_on_each_other():
+    rows, depth = 300, 136
+    a, parts = normal(rows, depth), [normal(n, depth, seed=n) for n in (128, 384, 256)]
+    residual, z, down = normal(rows, 768, seed=1), normal(rows, 1536, seed=2), normal(depth, 768, seed=3)
+
+    def results(weights):
+        joined = torch.cat(weights)
+        return linear.joined_product(a, weights), linear.added_product(a, joined, residual)
+
+    expected = results(parts)
+    for part, row, column in ((0, 127, 127), (1, 0, 128), (1, 383, 511), (2, 255, 767)):
+        changed = [w.clone() for w in parts]
+        changed[part][row] = torch.nan
+        others = torch.arange(768, device="cuda") != column
+        for got, before in zip(results(changed), expected, strict=True):
+            assert got[:, column].isnan().all() and torch.equal(got[:, others], before[:, others])
+    before, _ = linear.swiglu_product_backward(a, down, z, False)
+    z[17, 700] = torch.nan
+    dz, out = linear.swiglu_product_backward(a, down, z, True)
+    touched = torch.zeros_like(dz, dtype=torch.bool)
+    touched[17, [700, 768 + 700]] = True
+    assert dz[touched].isnan().all() and out[17, 700].isnan() and torch.equal(dz[~touched], before[~touched])
+
+
+@pytest.mark.cuda
+def test_contiguous_tensors_at_any_offset():
+    def shifted(t):
+        flat = torch.full((t.numel() + 1,), torch.nan, device="cuda", dtype=t.dtype)
+        flat[1:] = t.flatten()
+        return flat[1:].view(t.shape)
+
+    a, left, right = normal(70, 64), *normal(2, 136, 64, seed=1)
+    down, z, residual = normal(64, 136, seed=2), normal(70, 272, seed=3), normal(70, 136, seed=4)
+    calls = [
+        (lambda *t: (linear.joined_product(t[0], [t[1]]),), (a, left)),
+        (lambda *t: (linear.added_product(*t),), (a, left, residual)),
+        (linear.swiglu_product, (a, left, right)),
+        (lambda *t: linear.swiglu_product_backward(*t, True), (a, down, z)),
+    ]
+    for call, given in calls:
+        expected = call(*given)
+        assert all(torch.equal(x, y) for x, y in zip(call(*map(shifted, given)), expected, strict=True))
 
 
 @pytest.mark.cuda
@@ -302,4 +426,8 @@ def test_columns_of_a_multiple_of_eight():
         torch.ops.flash_xlstm.swiglu_product(a, weight, weight)
     with pytest.raises(ValueError, match="residual has shape"):
         torch.ops.flash_xlstm.added_product(a, weight, normal(6, 20))
+    with pytest.raises(ValueError, match="no dimension may be above"):
+        torch.ops.flash_xlstm.added_product(normal(1, 16).expand(2**31, -1), weight[:16], a)
+    with pytest.raises(ValueError, match=r"weights\[0\] is on meta"):
+        torch.ops.flash_xlstm.joined_product(a, [weight[:16].to("meta")])
     assert not linear.products_serve(a, 16, 20) and not linear.products_serve(a, 12, 24)

@@ -119,21 +119,25 @@ def _(x, weights, biases, residual, swiglu, constant_weights=False) -> list[Tens
 
 @_common.register_fake("joined_product")
 def _(a, weights):
+    _common.no_mixed_meta(a, of="a", **{f"weights[{n}]": t for n, t in enumerate(weights)})
     return a.new_empty((a.shape[0], sum(w.shape[0] for w in weights)))
 
 
 @_common.register_fake("added_product")
 def _(a, weight, residual):
+    _common.no_mixed_meta(a, of="a", weight=weight, residual=residual)
     return a.new_empty((a.shape[0], weight.shape[0]))
 
 
 @_common.register_fake("swiglu_product")
 def _(a, left, right):
+    _common.no_mixed_meta(a, of="a", left=left, right=right)
     return a.new_empty((a.shape[0], 2 * left.shape[0])), a.new_empty((a.shape[0], left.shape[0]))
 
 
 @_common.register_fake("swiglu_product_backward")
 def _(dout, weight, z, remake):
+    _common.no_mixed_meta(dout, of="dout", weight=weight, z=z)
     return z.new_empty(z.shape), z.new_empty((z.shape[0], weight.shape[1]) if remake else (0, 0))
 
 
@@ -144,8 +148,8 @@ def products_serve(rows: Tensor, depth: int, *columns: int) -> bool:
     return (
         rows.is_cuda
         and rows.dtype in (torch.bfloat16, torch.float16)
-        and depth % LIMITS["product_cuda_multiple"] == 0
-        and all(count % multiple == 0 for count in columns)
+        and depth % LIMITS["product_cuda_multiple"] == 0 < depth
+        and all(count % multiple == 0 < count for count in columns)
         and len(columns) <= LIMITS["product_cuda_max_parts"]
         and _has_products(rows.device)
     )

@@ -104,6 +104,37 @@ def test_halves_in_16_bits_are_as_exact_as_the_modules(device, weight_mode, head
         assert error(name, got, expected) < bound and error(name, again, expected) < bound, name
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_block_of_sizes_that_hopper_multiplies(weight_mode, dtype, monkeypatch):
+    """Of projections of 128 columns and more: none is joined where the package's products take them."""
+    torch.manual_seed(3)
+    layer, ffn = mLSTMLayer(256, 2, weight_mode=weight_mode), FeedForward(256, 384, weight_mode=weight_mode)
+    built = mLSTMBlock(256, layer, ffn).cuda()
+    for p in built.parameters():
+        nn.init.normal_(p, std=0.15)
+    built, x = built.to(dtype).train(), torch.randn(4, 100, 256, device="cuda").to(dtype)
+    plain = modules_one_by_one(monkeypatch, built, x)
+    got, again = gradients(built, x), gradients(built, x, again=True)
+    compiled = {}
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        call = torch.compile(built, fullgraph=True, dynamic=dynamic)
+        compiled[dynamic] = x.detach().clone().requires_grad_()
+        built.zero_grad()
+        built._again = False
+        y, _ = call(compiled[dynamic])
+        torch.manual_seed(5)
+        y.backward(torch.randn(y.shape).to(y))
+    expected = modules_one_by_one(monkeypatch, built.double(), x.double())
+    for name in expected:
+        bound = 1.5 * error(name, plain, expected) + torch.finfo(dtype).eps
+        assert error(name, got, expected) < bound and error(name, again, expected) < bound, name
+    assert torch.equal(got["ffn.proj_down.weight"], again["ffn.proj_down.weight"])  # z is made again by the same kernel
+    for leaf in compiled.values():
+        check_close(leaf.grad, got["x"])
+
+
 def test_gradients_are_the_same_from_run_to_run(device, weight_mode):
     built = make_block(device, torch.bfloat16, weight_mode, 4)
     x = torch.randn(2, 100, HIDDEN, device=device).bfloat16()

@@ -15,9 +15,9 @@
 // that what runs at once shares rows and columns in the L2 cache.
 //
 // The rest is hidden behind the next tile's products. A warpgroup rounds its sums and leaves them in shared memory (32
-// KiB), in boxes that the TMA stores. Then it goes on. The three other warps of the producer's warpgroup work on what
-// lies there: they start its stores, make SwiGLU or its gradient with 16-byte accesses to global memory, and hand the
-// space back. A residual comes by TMA into the same space during the products, and its sum takes its place.
+// KiB), in boxes that the TMA stores. Then it goes on. One of the producer's other warps, or with SwiGLU all three, work
+// on what lies there: they start its stores, make SwiGLU or its gradient with 16-byte accesses to global memory, and hand
+// the space back. A residual comes by TMA into the same space during the products, and its sum takes its place.
 //
 // SwiGLU reads the rounded product, as it does where it is a kernel of its own. So the results have the same bits.
 #include <algorithm>
@@ -46,8 +46,11 @@ constexpr int tile_columns = 256, half_columns = tile_columns / 2;
 constexpr int box = 64, row_bytes = box * 2, box_elements = box * box, box_bytes = box_elements * 2;
 constexpr int stages = 3, stage_bytes = (block_rows + tile_columns) * row_bytes;
 constexpr int boxes = tile_columns / box;  // of a warpgroup's sums
-constexpr int others = 3;                  // warps that work on the sums
+constexpr int others = 3;                  // warps beside the producer's
 constexpr int width = 8;                   // elements of 16 bytes
+// How many of the others work on the sums. A warp that waits for `written` must also hold `free` back: two phases later
+// it could not tell what it has missed. So only one warp takes part where only one has something to do.
+constexpr int workers_of(Then then) { return then == Then::swiglu || then == Then::swiglu_backward ? others : 1; }
 // Rows of tiles that are walked over together. Measured; 2 percent between the best and the next.
 constexpr int group_of(Then then) { return then == Then::residual ? 4 : 12; }
 static_assert(half_columns == product_part);
@@ -134,7 +137,7 @@ constexpr int ahead_offset = sizeof(Shared<T>) + 1024;  // to align
 template <typename T, Then then>
 __global__ void __launch_bounds__(threads, 1)
     products_kernel(const __grid_constant__ Product p, const __grid_constant__ Maps maps) {
-  extern __shared__ uint8_t unaligned[];
+  extern __shared__ __align__(16) uint8_t unaligned[];
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(unaligned + ptx::bytes_to_align<1024>(unaligned));
   const int rank = ptx::cluster_rank(), warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(threads, 1)
     }
     for (int w = 0; w < warpgroups; ++w) {
       ptx::mbarrier_init(&shared.written[w], 128);
-      ptx::mbarrier_init(&shared.free[w], others);
+      ptx::mbarrier_init(&shared.free[w], workers_of(then));
       ptx::mbarrier_init(&shared.given[w], 1);
     }
     ptx::fence_barrier_init();
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(threads, 1)
         }
       }
     }
-  } else if (warpgroup == warpgroups) {
+  } else if (warpgroup == warpgroups && warp <= workers_of(then)) {
     const int worker = static_cast<int>(threadIdx.x) - 128 * warpgroups - 32;  // the first one talks to the TMA
     const auto row_of = [&](const Tile& tile, int w) {
       return tile.row * tile_rows + rank * block_rows + w * part_rows;
@@ -293,7 +296,7 @@ __global__ void __launch_bounds__(threads, 1)
       }
     }
     if (then != Then::swiglu_backward && worker == 0) ptx::bulk_store_wait<0>();
-  } else {
+  } else if (warpgroup < warpgroups) {
     float d[tile_columns / 2];
     int stage = 0, parity = 0, turn = 0;
     const uint64_t rows = ptx::wgmma_descriptor(ptx::shared_address(shared.rows[0] + warpgroup * part_rows * box));

@@ -117,14 +117,16 @@ def added_product(added: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return torch.addmm(added, rows, weight.t())
 
 
-def swiglu_product(rows: Tensor, weights: tuple[Tensor, ...], float8: Float8 | None) -> tuple[Tensor, Tensor]:
-    """:func:`product`, and SwiGLU of its halves."""
+def swiglu_product(
+    rows: Tensor, weights: tuple[Tensor, ...], float8: Float8 | None, wanted: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`product`, and SwiGLU of its halves: not `wanted`, it may be None. The product has the same bits then."""
     columns = sum(w.shape[0] for w in weights) // 2
     if float8 is None and products_serve(rows, rows.shape[1], columns):
         left, right = weights if len(weights) == 2 else (weights[0][:columns], weights[0][columns:])
         return linear.swiglu_product(rows, left, right)
     z = product(rows, weights, float8)
-    return z, torch.ops.flash_xlstm.swiglu_joined(z)
+    return z, torch.ops.flash_xlstm.swiglu_joined(z) if wanted else None
 
 
 def cast_gradient(rows: Tensor, for_weight: bool, float8: Float8 | None) -> Any:

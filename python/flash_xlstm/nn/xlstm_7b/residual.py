@@ -328,16 +328,17 @@ class _FeedForward(torch.autograd.Function):
         x, z, norm, down, *parts = ctx.saved_tensors
         ranks, float8 = ctx.ranks, ctx.float8
         want_norm, want_down, *want_parts = ctx.needs_input_grad[5:]
-        normed = None
+        normed = gated = None
         if z is None:
             normed = _gathered(_operators.rms_norm(x, norm, ctx.eps), ranks).flatten(0, 1)
-            z = product(normed, parts, float8)
+            z, gated = swiglu_product(normed, parts, float8, wanted=False)
         dout = dout.contiguous()
         whole = _gathered(dout, ranks)
         given = cast_gradient(whole.flatten(0, 1), want_down, float8)
-        dz, gated = swiglu_gradient(given, down, z, want_down, float8)
+        dz, remade = swiglu_gradient(given, down, z, want_down and gated is None, float8)
+        gated = remade if gated is None else gated
         d_down = weight_gradient(given, gated, float8) if want_down else None
-        del gated
+        del gated, remade
         given = cast_gradient(dz, any(want_parts), float8)
         dnormed = _reduced(input_gradient(given, parts, float8).view(whole.shape), ranks)
         remake = normed is None and any(want_parts)
