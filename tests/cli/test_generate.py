@@ -31,6 +31,7 @@ def text_of(folder, capsysbinary):
     """``text_of(*options)``: what generate prints for the prompt "é: "."""
 
     def run(*options) -> bytes:
+        capsysbinary.readouterr()  # what a test's own model has said
         assert main(["generate", str(folder), "é: ", "--device", "cpu", *map(str, options)]) == 0
         captured = capsysbinary.readouterr()
         assert not captured.err

@@ -163,7 +163,10 @@ def test_outputs_and_gradients(name, make, agree):
         assert not torch.equal(y, before)  # by another way
         assert gradients.keys() == ours.keys() and (gradients or "padding" in name)
         for key, gradient in gradients.items():
-            agree(ours[key], gradient, key, bound=1e-4)
+            # A gate's bias gets a sum over tokens that may cancel: it is as exact as what its weight gets.
+            of_weight = gradients.get(key.replace("preact.bias", "preact.weight"), gradient)
+            larger = max(1.0, (of_weight.abs().max() / gradient.abs().max().clamp(min=1e-3)).item())
+            agree(ours[key], gradient, key, bound=1e-4 * larger)
         with torch.no_grad():
             agree(run(model), before, "output without gradients")
     assert [dict(module.__dict__) for module in model.modules()] == entries
@@ -292,9 +295,16 @@ def test_refusals_change_nothing(make):
     second.forward = lambda *args: None
     with pytest.raises(RuntimeError, match=r"mlstm_backend\.forward is not what accelerate set"):
         accelerated.undo()
+    with pytest.raises(RuntimeError, match=r"mlstm_backend\.forward is not what accelerate set"):
+        undo(model)
     assert "forward" in first.__dict__
     second.forward = ours
     accelerated.undo()
+    with pytest.raises(RuntimeError, match="has been undone"), accelerated:
+        pass
+    for function in (accelerate, undo):
+        with pytest.raises(TypeError, match=r"model is the class Linear; it must be .* an instance"):
+            function(torch.nn.Linear)
     second.__class__ = type("Other", (type(second),), {"forward": lambda self: None})
     with pytest.raises(ValueError, match=r"mlstm_backend \(Other\): its class has another forward than"):
         accelerate(model)
@@ -566,7 +576,7 @@ def test_rows_in_pieces(kind, layers, agree, monkeypatch):
         with accelerate(layer), _whole_layers(True):
             y, strided = layer(x), layer(x.mT.contiguous().mT)
             agree(y, expected)
-            assert torch.equal(strided, y)
+            agree(strided, y)  # a BLAS may sum the products of another layout in another order
             assert torch.equal(layer(x[3:6]), y[3:6])
 
 

@@ -81,6 +81,16 @@ def test_packed_documents_of_tokens(make, rows, rel):
     assert rel(logits, torch.cat([model(row[None]).logits for row in rows], 1)) < 1e-5
 
 
+def test_a_row_of_several_documents_has_no_class(make, rows):
+    model = make(xLSTMForSequenceClassification)
+    row, offsets = torch.cat(rows)[None], F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
+    numbers = torch.cat([torch.full((n,), 1 + at) for at, n in enumerate(LENGTHS)])[None]
+    for packing in ({"cu_seq_lens_q": offsets}, {"attention_mask": numbers}):
+        with pytest.raises(ValueError, match="a row gets one class; give each document a row"):
+            model(row, **packing)
+    assert model(row, cu_seq_lens_q=offsets[[0, -1]]).logits.shape[0] == 1
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_outputs_carry_what_transformers_reads(make, tokens, head):
     model, ids = make(head), tokens(1, 5)

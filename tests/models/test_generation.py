@@ -40,6 +40,15 @@ def test_left_padded_batch_generates_what_each_prompt_alone_does(make_ours, toke
         assert torch.equal(without_cache[row, length:], alone)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_prompts_that_end_with_padding_are_refused(make_ours, tokens, options):
+    model, ids = make_ours(), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with pytest.raises(ValueError, match=r"attention_mask is 0 at the last token .* pad prompts on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, **GREEDY, **options)
+
+
 def test_default_attention_mask_ignores_padding(make_ours, tokens):
     # generate() makes the mask itself where the prompt holds pad tokens
     model = make_ours()

@@ -77,19 +77,33 @@ def undo(model: Any) -> list[str]:
 
     Raises:
         TypeError: `model` is no module.
+        RuntimeError: something else has replaced a changed method of a cell since. Nothing is restored.
     """
+    modules = list(_named_modules(model))
     restored = [
         (name, module, attribute, value)
-        for name, module in _named_modules(model)
+        for name, module in modules
         for attribute, value in vars(module).items()
         if type(value) is functools.partial and _is_ours(value)
     ]
+    for name, module in modules if restored else []:
+        _, cell = _known(type(module)) or (None, None)
+        for attribute, patch in cell.patches.items() if cell else ():
+            # accelerate() takes no cell whose methods have been replaced: it was replaced afterwards
+            if patch.is_method and attribute in vars(module) and not _is_ours(vars(module)[attribute]):
+                raise RuntimeError(_replaced(name, attribute))
     for _, module, attribute, value in restored:
         _restore(module, attribute, value)
     return list(dict.fromkeys(name for name, *_ in restored))
 
 
+def _replaced(name: str, attribute: str) -> str:
+    return f"{name}.{attribute} is not what accelerate set; undo first what replaced it"
+
+
 def _named_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(model, type):
+        raise TypeError(f"model is the class {model.__name__}; it must be a torch.nn.Module, an instance")
     if not callable(getattr(model, "named_modules", None)):
         raise TypeError(f"model is of type {type(model).__name__}; it must be a torch.nn.Module")
     return model.named_modules()
@@ -114,15 +128,15 @@ class Accelerated:
         """
         for change in self._changes:
             if not (change.is_in_place() or change.is_undone()):
-                raise RuntimeError(
-                    f"{change.name}.{change.attribute} is not what accelerate set; undo first what replaced it"
-                )
+                raise RuntimeError(_replaced(change.name, change.attribute))
         for change in self._changes:
             if change.is_in_place():
                 _restore(change.module, change.attribute, change.new)
         self._changes = []
 
     def __enter__(self) -> Accelerated:
+        if not self._changes:
+            raise RuntimeError("what accelerate changed has been undone; call accelerate(model) again")
         return self
 
     def __exit__(self, *args: Any) -> None:

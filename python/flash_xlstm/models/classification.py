@@ -11,6 +11,15 @@ from flash_xlstm.models.configuration_xlstm import xLSTMConfig
 from flash_xlstm.models.modeling_xlstm import xLSTMModel, xLSTMPreTrainedModel
 
 
+def _one_document(backbone: nn.Module, given: Any, output: Any) -> None:
+    offsets = getattr(output, "cu_seqlens", None)
+    if offsets is not None and len(offsets) - 1 > len(output.last_hidden_state):
+        raise ValueError(
+            "the rows hold several documents (cu_seqlens, seq_idx, position_ids or attention_mask says so), and a row "
+            "gets one class; give each document a row"
+        )
+
+
 class _Classifier(xLSTMPreTrainedModel):
     """What both heads share. Transformers' own constructors build the model by AutoModel, which has this package's only
     while it is registered."""
@@ -34,7 +43,7 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, _Classifi
     The last token is the last one that is not ``config.pad_token_id``, as in transformers' other causal models, and the
     row's last one with ``inputs_embeds``. `num_labels` and `problem_type` of the configuration choose the loss.
     Arguments are those of :meth:`xLSTMModel.forward`, and ``labels``: (batch,) classes, or (batch, num_labels).
-    Default: no cache.
+    Default: no cache. Rows that hold several documents end in a ValueError.
     """
 
     base_model_prefix = "backbone"
@@ -42,6 +51,7 @@ class xLSTMForSequenceClassification(GenericForSequenceClassification, _Classifi
     def __init__(self, config: xLSTMConfig) -> None:
         xLSTMPreTrainedModel.__init__(self, config)
         self._build(self.config, bias=False)
+        self.backbone.register_forward_hook(_one_document)
         self.post_init()
 
 

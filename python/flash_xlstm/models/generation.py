@@ -73,8 +73,8 @@ class xLSTMGenerationMixin(GenerationMixin):
             RuntimeError: sampling from NaN logits, or from logits that are all -inf after the processors. On CUDA the
                 error may come only at the end.
             TypeError: the cache is not an `xLSTMCache` of this package.
-            ValueError: the inputs are not (batch, tokens), embeddings are not (batch, tokens, hidden_size), or the
-                cache does not fit the inputs.
+            ValueError: the inputs are not (batch, tokens), embeddings are not (batch, tokens, hidden_size), the cache
+                does not fit the inputs, or a prompt ends with padding.
         """
         named = {"inputs_embeds": kwargs.get("inputs_embeds"), "input_ids": kwargs.get("input_ids"), "inputs": inputs}
         given: dict[str, Tensor] = {name: t for name, t in named.items() if t is not None}
@@ -255,6 +255,12 @@ class xLSTMGenerationMixin(GenerationMixin):
         inputs = inputs.to(self._inputs_device(inputs))
         if attention_mask is not None:
             attention_mask = attention_mask[:, -inputs.shape[1] :]
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.is_meta:
+            if not attention_mask[:, -1].all():
+                raise ValueError(
+                    "attention_mask is 0 at the last token of a row: generation goes on behind the last token, so pad "
+                    "prompts on the left"
+                )
         if seen is not None:
             new = (torch.arange(inputs.shape[1], device=seen.device) >= seen[:, None]).to(inputs.device)
             attention_mask = new if attention_mask is None else new & (attention_mask.to(inputs.device) != 0)
