@@ -1,9 +1,9 @@
 """Compares results: `python benchmarks/compare.py OLD NEW [--tolerance PERCENT]`. Each is a results file, or a folder
-of them, whose files of one name are compared.
+of them. A file of NEW is compared with OLD's file of its name, else with all of OLD's of its subject.
 
 Rows of the same setting are compared by their time (or rate). Ratios above 1 are faster than before. With --tolerance
 the exit status is 1 if one of our rows is slower than OLD's by more than so many percent, or has an error that OLD's
-has not; peers' rows never count. Then both must be of one device.
+has not; peers' rows never count. Then only results of one device are compared.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ OURS = ("flash_xlstm", "flash_xlstm_sig")
 
 
 def documents(path: Path) -> dict[str, dict]:
-    """Results by subject's file name; of a single file under "".
+    """Results by the names of their files.
 
     Raises:
+        OSError: a file cannot be read.
         ValueError: there are none, or a file holds something else.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -43,8 +44,30 @@ def documents(path: Path) -> dict[str, dict]:
             document["environment"].get, document["results"][:0]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not a results file of run.py: {error}") from None
-        found["" if file is path else file.stem] = document
+        found[file.stem] = document
     return found
+
+
+def pairs(old: dict[str, dict], new: dict[str, dict], one_device: bool) -> Iterator[tuple[str, str]]:
+    """The names of what is compared: OLD's, NEW's. Two single files are compared whatever they hold.
+
+    Raises:
+        ValueError: it must be `one_device`, and all that OLD has for a file is of others.
+    """
+    for name, document in new.items():
+        if name in old:
+            found = [name]
+        elif len(old) == len(new) == 1:
+            found = list(old)
+        else:
+            found = [each for each in old if old[each].get("subject") == document.get("subject")]
+        if one_device and found:
+            devices = sorted({device(old[each]) for each in found})
+            found = [each for each in found if device(old[each]) == device(document)]
+            if not found:
+                these = " and ".join([*devices, device(document)])
+                raise ValueError(f"--tolerance asks for one device; these are of {these}")
+        yield from ((each, name) for each in found)
 
 
 def by_setting(document: dict) -> dict[tuple, dict]:
@@ -98,6 +121,52 @@ def versions(document: dict) -> str:
     return f"{device(document)}, torch {facts.get('torch')}, commit {commit}, {facts.get('date')}"
 
 
+def tell(old: dict[str, dict], new: dict[str, dict], tolerance: float | None) -> int:
+    """Prints the comparison. Returns 1 if something is slower than the tolerance in percent allows, else 0.
+
+    Raises:
+        ValueError: nothing can be compared.
+    """
+    found = list(pairs(old, new, tolerance is not None))
+    if not found:
+        subjects = (", ".join(sorted({str(d.get("subject")) for d in side.values()})) for side in (old, new))
+        raise ValueError("no subject in common: OLD has {}; NEW has {}".format(*subjects))
+    alone = sorted(old.keys() - {name for name, _ in found})
+    if alone:
+        print(f"not in new: {', '.join(alone)}")
+    slower, compared = [], 0
+    for earlier, name in found:
+        lines = list(compare(old[earlier], new[name]))
+        if not lines:
+            continue
+        compared += len(lines)
+        title = name if earlier == name else f"{name} beside {earlier}"
+        print(f"\n{title}\n  old: {versions(old[earlier])}\n  new: {versions(new[name])}")
+        width = max(len(line["setting"]) for line in lines)
+        for line in lines:
+            text = f"  {line['setting']:{width}}  {line['of']:14}  {line['old']:10.4g}  "
+            print(text + (line["broken"] if "broken" in line else f"{line['new']:10.4g}  {line['ratio']:.3f}"))
+        ratios = [line["ratio"] for line in lines if line["ours"] and "ratio" in line]
+        missing = len(by_setting(old[earlier]).keys() - by_setting(new[name]).keys())
+        if missing:
+            print(f"  not in new: {missing} of old's settings")
+        if ratios:
+            print(f"  ours: least {min(ratios):.3f}, median {statistics.median(ratios):.3f}, most {max(ratios):.3f}")
+        slower += [
+            f"{title} {line['setting']}"
+            for line in lines
+            if line["ours"] and tolerance is not None and ("broken" in line or 1 / line["ratio"] > 1 + tolerance / 100)
+        ]
+    if not compared:
+        before, after = (", ".join(dict.fromkeys(names)) for names in zip(*found, strict=True))
+        raise ValueError(f"OLD's {before} and NEW's {after} have no setting in common")
+    if tolerance is None:
+        return 0
+    print(f"\n{len(slower)} of {compared} rows slower than before by more than {tolerance:g}%, or failed")
+    print("".join(f"  {line}\n" for line in slower), end="")
+    return 1 if slower else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
@@ -107,47 +176,9 @@ def main() -> int:
     if args.tolerance is not None and args.tolerance < 0:
         parser.error(f"--tolerance is {args.tolerance}; it must be at least 0")
     try:
-        old, new = documents(args.old), documents(args.new)
+        return tell(documents(args.old), documents(args.new), args.tolerance)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.old.is_file() != args.new.is_file():
-        parser.error("one is a file, the other a folder; give two files, or two folders")
-    for name in sorted(old.keys() - new.keys()):
-        print(f"{name} is not in new")
-    slower, compared = [], 0
-    for name in sorted(old.keys() & new.keys()):
-        devices = device(old[name]), device(new[name])
-        if args.tolerance is not None and devices[0] != devices[1]:
-            parser.error(f"--tolerance asks for one device; these are of {devices[0]} and {devices[1]}")
-        lines = list(compare(old[name], new[name]))
-        if not lines:
-            continue
-        compared += len(lines)
-        print(f"\n{name or args.new.stem}\n  old: {versions(old[name])}\n  new: {versions(new[name])}")
-        width = max(len(line["setting"]) for line in lines)
-        for line in lines:
-            text = f"  {line['setting']:{width}}  {line['of']:14}  {line['old']:10.4g}  "
-            print(text + (line["broken"] if "broken" in line else f"{line['new']:10.4g}  {line['ratio']:.3f}"))
-        ratios = [line["ratio"] for line in lines if line["ours"] and "ratio" in line]
-        missing = len(by_setting(old[name]).keys() - by_setting(new[name]).keys())
-        if missing:
-            print(f"  not in new: {missing} of old's settings")
-        if ratios:
-            print(f"  ours: least {min(ratios):.3f}, median {statistics.median(ratios):.3f}, most {max(ratios):.3f}")
-        slower += [
-            f"{name} {line['setting']}".strip()
-            for line in lines
-            if line["ours"]
-            and args.tolerance is not None
-            and ("broken" in line or 1 / line["ratio"] > 1 + args.tolerance / 100)
-        ]
-    if not compared:
-        parser.error("the two have no setting in common")
-    if args.tolerance is None:
-        return 0
-    print(f"\n{len(slower)} of {compared} rows slower than before by more than {args.tolerance:g}%, or failed")
-    print("".join(f"  {line}\n" for line in slower), end="")
-    return 1 if slower else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Subject step: one token of the mLSTM for a batch, in a CUDA graph, beside mlstm_kernels' Triton step.
 
 `gb_per_s` counts the state read and written once, and q, k, v, h. `share_of_copy` divides it by the copy bandwidth of
-the same run (row `rates`). The calls of a graph use so many states that no cache holds them.
+the same run (row `rates`), and `floor_us` is the time of as many bytes at that bandwidth. The calls of a graph use so
+many states that no cache holds them. A CPU's caches may hold its state, so that a large copy's bandwidth is no bound:
+there are neither share nor floor then.
 """
 
 from __future__ import annotations
@@ -73,8 +75,9 @@ def _measure(row: dict, step: Callable, rates: dict, args: argparse.Namespace) -
         time_ms = time_in_graph_ms(calls, device, args.seconds_each)
     row["time_us"] = time_ms * 1e3
     row["gb_per_s"] = moved / time_ms / 1e6
-    row["floor_us"] = moved / rates["copy_gb_per_s"] / 1e3
-    row["share_of_copy"] = row["gb_per_s"] / rates["copy_gb_per_s"]
+    if device.type == "cuda":
+        row["floor_us"] = moved / rates["copy_gb_per_s"] / 1e3
+        row["share_of_copy"] = row["gb_per_s"] / rates["copy_gb_per_s"]
 
 
 def run(args: argparse.Namespace) -> Iterator[dict]:

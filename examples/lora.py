@@ -19,6 +19,7 @@ from tqdm import trange
 from transformers import AutoTokenizer
 
 from flash_xlstm.models import xLSTMConfig, xLSTMForCausalLM
+from flash_xlstm.training.device import choose_device
 
 # Of weight mode "single". In weight mode "fused" some are joined: model.set_weight_mode("single") splits them.
 TARGETS = ["q", "k", "v", "out_proj", "proj_up", "proj_up_gate", "proj_down"]
@@ -65,17 +66,24 @@ def small_model(args: argparse.Namespace) -> xLSTMForCausalLM:
     return model
 
 
+def positive(text: str) -> int:
+    """Reads a count of at least 1. argparse names the option in its error."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("lora"), help="folder for the adapter and the merged model")
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; default: a small model, trained here")
     parser.add_argument("--data", type=Path, help="a text file, for --model")
-    parser.add_argument("--steps", type=int, default=200, help="of LoRA")
-    parser.add_argument("--base-steps", type=int, default=200, help="of the small model before it")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA's matrices")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--sequence", type=int, default=66)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=positive, default=200, help="of LoRA")
+    parser.add_argument("--base-steps", type=positive, default=200, help="of the small model before it")
+    parser.add_argument("--rank", type=positive, default=8, help="of LoRA's matrices")
+    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--sequence", type=positive, default=66)
+    parser.add_argument("--device", type=choose_device, default="auto", help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together")

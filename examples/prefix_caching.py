@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from flash_xlstm.models import xLSTMCache, xLSTMConfig, xLSTMForCausalLM
+from flash_xlstm.training.device import choose_device
 
 
 def read_prefix(model: xLSTMForCausalLM, prefix: Tensor, path: Path) -> None:
@@ -55,15 +56,22 @@ def answer_anew(model: xLSTMForCausalLM, prefix: Tensor, question: Tensor, new_t
     return model.generate(whole, max_new_tokens=new_tokens, do_sample=False)[0, whole.shape[1] :]
 
 
+def positive(text: str) -> int:
+    """Reads a count of at least 1. argparse names the option in its error."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state", type=Path, default=Path("prefix.safetensors"), help="file for the prefix's state")
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; default: a small model with random weights")
     parser.add_argument("--prefix", type=Path, help="a text file, for --model")
     parser.add_argument("--question", action="append", help="for --model; may be given several times")
-    parser.add_argument("--tokens", type=int, default=20_000, help="length of the random text")
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=positive, default=20_000, help="length of the random text")
+    parser.add_argument("--new-tokens", type=positive, default=16)
+    parser.add_argument("--device", type=choose_device, default="auto", help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     if not (args.model is None) == (args.prefix is None) == (args.question is None):
         parser.error("--model, --prefix and --question go together")

@@ -22,6 +22,7 @@ from flash_xlstm.nn.block_stack import (
     sLSTMLayerConfig,
     xLSTMBlock,
 )
+from flash_xlstm.training.device import choose_device
 
 MARKS, WORDS = 2, 20  # ids 0 and 1 are the marks, the others words
 SHORTEST, LONGEST = 10, 40
@@ -83,12 +84,19 @@ def train(model: Tagger, args: argparse.Namespace) -> float:
     return float(right[tags != IGNORED].float().mean())
 
 
+def positive(text: str) -> int:
+    """Reads a count of at least 1. argparse names the option in its error."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=positive, default=150)
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--width", type=positive, default=32)
+    parser.add_argument("--device", type=choose_device, default="auto", help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     shares = {}
     for name, both in (("from the left", False), ("in both directions", True)):

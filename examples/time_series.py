@@ -33,7 +33,7 @@ def load_series() -> tuple[list[datetime.date], Tensor]:
     try:
         from statsmodels.datasets import co2
     except ImportError as error:
-        raise SystemExit(f"the series is part of statsmodels: pip install 'flash-xlstm[example]' ({error})") from error
+        raise SystemExit(f"the series is part of statsmodels: pip install statsmodels pandas ({error})") from error
     monthly = co2.load_pandas().data["co2"].resample("MS").mean().interpolate()
     return [stamp.date() for stamp in monthly.index], torch.tensor(monthly.to_numpy(), dtype=torch.float32)
 
@@ -139,10 +139,17 @@ def plot(months: list[datetime.date], values: Tensor, forecasts: dict[str, Tenso
     FigureCanvasAgg(figure).print_png(str(path))
 
 
+def positive(text: str) -> int:
+    """Reads a count of at least 1. argparse names the option in its error."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("time_series"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=positive, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # more threads do not speed up a model this small

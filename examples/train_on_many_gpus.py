@@ -95,18 +95,25 @@ def train(args: argparse.Namespace) -> list[float]:
     return losses
 
 
+def positive(text: str) -> int:
+    """Reads a count of at least 1. argparse names the option in its error."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a file")
     parser.add_argument("--out", required=True, help="folder of the checkpoints, which all ranks share")
     parser.add_argument("--mesh", default="dp_shard=2", help="dimensions and sizes, as dp_shard=4,tp=2")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a data-parallel rank")
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--save-every", type=positive, default=50)
+    parser.add_argument("--batch", type=positive, default=4, help="sequences of a data-parallel rank")
+    parser.add_argument("--sequence", type=positive, default=256)
+    parser.add_argument("--hidden", type=positive, default=256)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--layers", type=positive, default=4)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")

@@ -63,6 +63,15 @@ def test_paths_in_the_text_exist():
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
+def test_what_python_writes_beside_the_hooks_is_not_published():
+    pathspec = pytest.importorskip("pathspec")  # what mkdocs reads the setting with
+    text = (ROOT / "mkdocs.yml").read_text()
+    lines = re.search(r"^exclude_docs: (?:\|\n)?((?:.+\n)(?:  .+\n)*)", text, re.M)[1].split()
+    excluded = pathspec.GitIgnoreSpec.from_lines(lines)
+    assert excluded.match_file("hooks.py") and excluded.match_file("__pycache__/hooks.cpython-311.pyc")
+    assert not any(excluded.match_file(page.name) for page in PAGES)
+
+
 def test_readme_is_a_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 

@@ -4,11 +4,12 @@
 
 FOLDER is the folder ``tests`` of a checkout of the installed version of transformers. Nothing is fetched. ``--slow``
 adds the tests that transformers runs nightly. ``--results`` writes what failed, and why. Ends with 1 where a test of
-ours fails without an explanation below. Needs pytest and parameterized.
+ours fails without an explanation below, or a side ran no test. Needs pytest and parameterized.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,10 +26,15 @@ EXPLAINED: dict[str, str] = {}
 
 
 class _Outcomes:
-    """A plugin of pytest: how each test ended."""
+    """A plugin of pytest: how each test ended, and what could not be collected."""
 
     def __init__(self) -> None:
         self.of: dict[str, str] = {}
+        self.errors: list[str] = []
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.errors.append(report.longreprtext)
 
     def pytest_runtest_logreport(self, report) -> None:
         name = report.nodeid.rpartition("::")[2]
@@ -42,7 +48,9 @@ def _run(file: Path | str, arguments: list[str]) -> dict[str, str]:
     """How each test in a file ended. It has a process of its own: ours registers its classes with transformers."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "outcomes.json"
-        subprocess.run([sys.executable, __file__, "--only", file, found, *arguments], check=True)
+        code = subprocess.run([sys.executable, __file__, "--only", file, found, *arguments]).returncode
+        if code:
+            sys.exit(f"{file}: no results, its process ended with {code}")
         return json.loads(found.read_text())
 
 
@@ -53,8 +61,10 @@ def _only(file: str, found: str, arguments: list[str]) -> None:
     # transformers' tests have their own settings. This repository's would turn their warnings into errors.
     options = ["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-q"]
     status = pytest.main([*options, file, *arguments], plugins=[outcomes])
-    if status not in (0, 1):  # neither passed nor failed: it did not run
-        sys.exit(f"{file}: pytest ended with {status}")
+    # Neither passed nor failed: it did not run. Under pytest-xdist an error of collection is a failure, too.
+    if status not in (0, 1) or outcomes.errors or not outcomes.of:
+        reasons = "".join(f"\n{error}" for error in outcomes.errors)
+        sys.exit(f"{file}: pytest ended with {int(status)} after {len(outcomes.of)} tests{reasons}")
     Path(found).write_text(json.dumps(outcomes.of))
 
 
@@ -79,26 +89,28 @@ if __name__ == "__main__":
     if arguments[:1] == ["--only"]:
         _only(*arguments[1:3], arguments[3:])
         sys.exit()
-    if not arguments or not (Path(arguments[0]) / "test_modeling_common.py").is_file():
-        sys.exit(f"{__doc__}\nFOLDER must hold test_modeling_common.py")
-    folder = Path(arguments.pop(0)).resolve()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--results", type=Path, metavar="FILE")
+    args, arguments = parser.parse_known_args()
+    folder = args.folder.resolve()
+    stock_file = folder / "models" / "xlstm" / "test_modeling_xlstm.py"
+    for file in (folder / "test_modeling_common.py", stock_file):
+        if not file.is_file():
+            parser.error(f"folder must be `tests` of a checkout of transformers; there is no {file}")
     os.environ[_FOLDER] = str(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if "--slow" in arguments:
-        arguments.remove("--slow")
+    if args.slow:
         os.environ["RUN_SLOW"] = "1"
-    results = None
-    if "--results" in arguments:
-        place = arguments.index("--results")
-        results = Path(arguments[place + 1])
-        del arguments[place : place + 2]
-    stock_file = folder / "models" / "xlstm" / "test_modeling_xlstm.py"
     ours = _run(__file__, arguments)
-    stock = _run(stock_file, [*arguments, "-k", "xLSTMModelTest"]) if stock_file.is_file() else {}
+    stock = _run(stock_file, [*arguments, "-k", "xLSTMModelTest"])
     text, unexplained = _table(ours, stock)
     print(text, end="")
-    if results is not None:
-        results.write_text(text)
+    if args.results is not None:
+        args.results.write_text(text)
     sys.exit(1 if unexplained else 0)
 
 FOLDER = Path(os.environ[_FOLDER])

@@ -41,6 +41,13 @@ def test_forget_gates(tmp_path):
     assert all(row["time_ms"] > 0 for row in rows)
 
 
+def test_steps_on_a_cpu_have_no_floor(tmp_path):
+    """Its caches may hold the state, which is then faster than a large copy."""
+    options = "--batches 1 --heads 1 --dqk 16 --dv 16 --peers flash_xlstm --seconds-each 0.001 --device cpu".split()
+    (row,) = [row for row in run(tmp_path, "step", *options)["results"] if row["what"] == "step"]
+    assert row["time_us"] > 0 and row["gb_per_s"] > 0 and not {"floor_us", "share_of_copy"} & set(row)
+
+
 @pytest.mark.slow
 def test_repeated_runs(tmp_path):
     options = "--runs 2 --settings small --dtype float32 --seconds-each 0.001 --peers flash_xlstm --device cpu".split()

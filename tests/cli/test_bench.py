@@ -49,12 +49,29 @@ def test_a_quick_run_writes_tables_rows_and_pictures(small, tmp_path, capfd):
     report = (out / "report.md").read_text()
     assert report.startswith("## mlstm_forget") and "forward+backward" in report and report in printed.out
     assert "mlstm_forget: 100%" in printed.err
-    # the same once more, compared with the first; nothing is a million percent slower
+    # The same once more, compared with the first; nothing is a million percent slower.
     options = ["--compare", str(out / "mlstm_forget.json"), "--tolerance", "1e6"]
-    code = main(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "again"), *options])
-    assert (code, "give two files, or two folders" in capfd.readouterr().err) == (2, True)
+    assert main(["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "again"), *options]) == 0
+    assert "0 of 4 rows" in capfd.readouterr().out
     assert main(["bench", "--compare", str(out), str(tmp_path / "again"), "--tolerance", "1e6"]) == 0
     assert "0 of 4 rows" in capfd.readouterr().out
+
+
+def test_a_run_is_compared_with_what_was_in_its_folder_before(small, tmp_path, capfd):
+    call = ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path), "--compare", str(tmp_path)]
+    assert main(call) == 2 and not list(tmp_path.iterdir())  # there is nothing yet, which is told before the run
+    assert "--compare" in capfd.readouterr().err
+    assert main(call[:-2]) == 0
+    file = tmp_path / "mlstm_forget.json"
+    kept = json.loads(file.read_text())
+    for row in kept["results"]:
+        row["time_ms"] /= 1e6
+    file.write_text(json.dumps(kept))
+    (tmp_path / "other.json").write_text(json.dumps(document(1.0)))  # of another run, not of this one
+    capfd.readouterr()
+    assert main([*call, "--tolerance", "5"]) == 1
+    out = capfd.readouterr().out
+    assert "4 of 4 rows slower" in out and "not in new: other" in out
 
 
 def test_a_failed_subject_is_an_error_with_its_last_line(monkeypatch, tmp_path, capfd):
@@ -71,7 +88,8 @@ def test_a_failed_subject_is_an_error_with_its_last_line(monkeypatch, tmp_path, 
         (["--tolerance", "5"], "--tolerance needs --compare"),
         (["--compare", "a", "b", "c"], "--compare takes OLD or OLD NEW, not 3"),
         (["--compare", "a", "b", "--quick"], "give OLD alone"),
-        (["--compare", "nowhere", "nowhere"], "nowhere"),
+        (["--compare", "nowhere", "nowhere"], "flash-xlstm: error: --compare: "),
+        (["--compare", "nowhere"], "nowhere"),
         (["--compare", "a", "b", "--tolerance", "-1"], "--tolerance"),
     ],
 )
@@ -109,6 +127,30 @@ def test_what_cannot_be_compared_is_an_error(compare):
     assert "one device; these are of a and b" in compare(old, document(1.0, cpu="b"), "--tolerance", "5")[1]
     assert compare(old, document(1.0, cpu="b"))[0] == 0
     code, text = compare(old, document(1.0, peer="tfla"))
-    assert code == 2 and "no setting in common" in text
+    assert code == 2 and "OLD's old and NEW's new have no setting in common" in text and "usage" not in text
     code, text = compare({"environment": {}}, old)
     assert code == 2 and "is not a results file" in text
+
+
+def test_files_of_other_names_are_found_by_their_subject(tmp_path, capfd):
+    """A folder of many results, as the repository's, beside what a run writes."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, name, content in (
+        (old, "mlstm_a", document(1.0, cpu="a")),
+        (old, "mlstm_b", document(4.0, cpu="b")),
+        (old, "slstm_a", {**document(1.0), "subject": "slstm"}),
+        (new, "mlstm", document(2.0, cpu="b")),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for path in (new, new / "mlstm.json"):
+        assert main(["bench", "--compare", str(old), str(path), "--tolerance", "5"]) == 0
+        out = capfd.readouterr().out
+        assert "mlstm beside mlstm_b" in out and "not in new: mlstm_a, slstm_a" in out and "2.000" in out
+    assert main(["bench", "--compare", str(old), str(new)]) == 0
+    assert "mlstm beside mlstm_a" in capfd.readouterr().out
+    for name in ("mlstm_a", "mlstm_b"):
+        (old / f"{name}.json").unlink()
+    (old / "cpu.json").write_text(json.dumps({**document(1.0), "subject": "cpu"}))
+    assert main(["bench", "--compare", str(old), str(new)]) == 2
+    assert "no subject in common: OLD has cpu, slstm; NEW has mlstm" in capfd.readouterr().err

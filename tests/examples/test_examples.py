@@ -26,6 +26,26 @@ def test_help(name, monkeypatch, capsys):
     assert text.startswith('"""') and f"examples/{name}.py" in text.split('"""')[1]  # how to run it
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_options_are_refused_by_name(name, load_example, monkeypatch, capsys):
+    example = load_example(name)
+    text = (EXAMPLES / f"{name}.py").read_text()
+    counts = [flag for flag in ("--steps", "--batch", "--tokens") if f'"{flag}"' in text]
+    wrong = [(flag, value) for flag in counts for value in ("0", "-3", "many")]
+    assert wrong
+    if '"--device"' in text:
+        wrong += [("--device", "nonsense"), ("--device", "meta")]
+    required, parse = [], getattr(example, "main", None)
+    if name == "train_on_many_gpus":
+        required, parse = ["--data", "file", "--out", "folder"], example.parse
+    for option in wrong:
+        monkeypatch.setattr("sys.argv", [name, *required, *option])
+        with pytest.raises(SystemExit) as ended:
+            parse()
+        assert ended.value.code == 2
+        assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
 def test_lora(load_example, tmp_path, capsys):
     """The adapter learns the other form, the base model is what it was, and the merged model is the tuned one."""
     sizes = ["--base-steps", "30", "--steps", "40", "--batch", "8"]
@@ -62,6 +82,11 @@ def test_classification(load_example, tmp_path, capsys):
     assert float(re.search(r"([\d.]+)% of 256", out)[1]) > 45  # chance is 25
     assert float(re.search(r"logits by (\S+)", out)[1]) < 1e-4
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_classification_says_why_it_failed(load_example, capsys):
+    assert load_example("classification").main(["--steps", "1", "--batch", "1", "--width", "32"]) == 1
+    assert "not more than the 90% expected" in capsys.readouterr().out
 
 
 def test_classification_without_the_mask_depends_on_padding(load_example):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 
 import pytest
 import torch
@@ -56,3 +57,9 @@ def test_runs_on_a_series_that_is_made_here(example, tmp_path, monkeypatch, caps
     assert example.main() == 0  # better than the seasonal naive forecast
     assert "mean absolute error" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "forecast.png"}
+
+
+def test_a_missing_series_is_told_with_what_brings_it(example, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
+    with pytest.raises(SystemExit, match=r"pip install statsmodels pandas \("):
+        example.load_series()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import types
 
 import pytest
 import torch
@@ -170,6 +171,94 @@ def test_refusals(inputs):
             ours.FlashRNNConfig(function="slstm", **{field: value})
 
 
+WRONG_SETTINGS = [
+    ({"forward_clipval": 0.01}, ValueError, "forward_clipval is 0.01; it must be None"),
+    ({"initial_val": 0.5}, ValueError, "initial_val is 0.5; it must be 0"),
+    ({"initial_val": [0.0, 1.0, 0.0, 0.0]}, ValueError, "initial_val is .*; it must be 0"),
+    ({"initial_val": None}, ValueError, "initial_val is None; it must be 0"),
+    ({"constants": {"x": 1.0}}, ValueError, "constants is .*; it must be empty"),
+    ({"num_gates_r": 3}, ValueError, "num_gates_r is 3; it must be 4"),
+    ({"num_states": 2}, ValueError, "num_states is 2; it must be 4"),
+    ({"head_dim": 9}, ValueError, "hidden_dim is 24; it must be num_heads . head_dim, and they are 3 and 9"),
+    (
+        {"gradient_recurrent_clipval": -1.0},
+        ValueError,
+        "gradient_recurrent_clipval is -1.0; it must be None, or greater",
+    ),
+    ({"gradient_recurrent_clipval": 1e-50}, ValueError, "gradient_recurrent_clipval is 1e-50; it must be None, or"),
+    ({"gradient_recurrent_clipval": "x"}, TypeError, "gradient_recurrent_clipval is 'x'; it must be a number or None"),
+    ({"backend": "fast"}, ValueError, "backend is 'fast'"),
+    ({"input_shape": "BTHGD"}, ValueError, "input_shape is 'BTHGD'"),
+    ({"dtype_s": "int8"}, ValueError, "dtype_s is 'int8'"),
+    ({"function": "lstm"}, ValueError, "function is 'lstm'; this package computes 'slstm' only"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), WRONG_SETTINGS, ids=lambda value: str(value)[:40])
+def test_any_configuration_is_checked(settings, error, message, inputs):
+    """One of this class, one that has been changed since, and one of another class."""
+    fine = {"function": "slstm", "backend": "vanilla", "hidden_dim": 24, "num_heads": 3, "head_dim": 8}
+    with pytest.raises(error, match=message):
+        ours.FlashRNNConfig(**fine | settings)
+    config = ours.FlashRNNConfig(**fine)
+    other = types.SimpleNamespace(**vars(config))
+    assert torch.equal(ours.flashrnn(*inputs, config=config)[1], ours.flashrnn(*inputs, config=other)[1])
+    for changed in (config, other):
+        vars(changed).update(settings)
+        with pytest.raises(error, match=message):
+            ours.flashrnn(*inputs, config=changed)
+
+
+def test_sizes_of_a_configuration(inputs):
+    for sizes in ({"num_heads": 3}, {"head_dim": 3}):
+        with pytest.raises(ValueError, match=r"hidden_dim is 16; it must be num_heads \* head_dim"):
+            ours.FlashRNNConfig(function="slstm", hidden_dim=16, **sizes)
+    with pytest.raises(TypeError, match=r"num_heads is 2\.0; it must be a whole number"):
+        ours.FlashRNNConfig(function="slstm", hidden_dim=16, num_heads=2.0)
+    one = ours.FlashRNNConfig(function="slstm", hidden_dim=16, num_gates_t=-1)
+    assert (one.num_heads, one.head_dim, one.num_gates_t) == (1, 16, 4)
+    with pytest.raises(TypeError, match="config is of type dict, without function; it must be a FlashRNNConfig or"):
+        ours.flashrnn(*inputs, config={"function": "slstm"})
+
+
+@pytest.mark.parametrize("seq", [1, SEQ])
+@torch.no_grad()
+def test_errors_name_the_arguments(seq, inputs):
+    Wx, R, b, states = inputs
+    Wx = Wx[:, :seq]
+    run = lambda *tensors: ours.flashrnn(*tensors, "slstm")  # noqa: E731
+    for wrong, text in (
+        (states[:3], r"states has shape \(3, 2, 1, 3, 8\); its number of states \(h, c, n, m\), in SBTHD, must be 4"),
+        (states[:, :1], "its batch, in SBTHD, must be 2"),
+        (states[..., :2, :], "its number of heads, in SBTHD, must be 3"),
+        (states[..., :7], "its number of units, in SBTHD, must be 8"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            run(Wx, R, b, wrong)
+    with pytest.raises(
+        ValueError, match=r"R has shape .*; its number of units at the previous time, in GHDP, must be 8"
+    ):
+        run(Wx, R[..., :7], b, states)
+    with pytest.raises(ValueError, match=r"b has shape .*; its number of gates \(i, f, z, o\), in GHD, must be 4"):
+        run(Wx, R, b[:3], states)
+    with pytest.raises(ValueError, match=r"Wx has shape .*; its number of gates .*, in BTGHD, must be 4"):
+        run(Wx[:, :, :3], R, b, states)
+    with pytest.raises(ValueError, match=r"^Wx has seq 0; it must be at least 1"):
+        run(Wx[:, :0], R, b, states)
+    with pytest.raises(TypeError, match=r"^Wx has dtype float64"):
+        run(Wx.double(), R, b, states)
+    with pytest.raises(ValueError, match=r"^states is on meta; it must be on the device of Wx"):
+        run(Wx, R, b, states.to("meta"))
+    for place, name in enumerate(("Wx", "R", "b", "states")):
+        for wrong in ([1.0], None, inputs[place].numpy()):
+            if name == "states" and wrong is None:
+                continue
+            given = [Wx, R, b, states]
+            given[place] = wrong
+            with pytest.raises(TypeError, match=f"^{name} is .*; it must be a tensor"):
+                run(*given)
+
+
 @needs_package
 def test_signature():
     import flashrnn
@@ -209,3 +298,16 @@ def test_beside_the_package(given, inputs, agree):
         strict=False,
     ):
         agree(a, b, name, bound=1e-4)
+
+
+@needs_package
+def test_the_packages_own_configuration_is_checked(inputs):
+    import flashrnn
+
+    sizes = {"function": "slstm", "backend": "vanilla", "num_heads": HEADS, "head_dim": DIM}
+    every, _ = ours.flashrnn(*inputs, config=flashrnn.FlashRNNConfig(**sizes))
+    assert torch.equal(every[0], ours.flashrnn(*inputs, function="slstm")[0][0])
+    for settings in ({"forward_clipval": 0.01}, {"initial_val": 0.5}, {"constants": {"x": 1.0}}):
+        (name,) = settings
+        with pytest.raises(ValueError, match=f"^{name} is .*; it must be "):
+            ours.flashrnn(*inputs, config=flashrnn.FlashRNNConfig(**sizes, **settings))

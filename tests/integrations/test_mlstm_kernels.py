@@ -192,8 +192,49 @@ def test_refusals(inputs):
             ours.mLSTMBackendConfig(**{field: value})
     with pytest.raises(ValueError, match="mode is 'inference' with chunkwise_kernel"):
         ours.mLSTMBackendConfig("chunkwise--triton_xl_chunk_siging", mode="inference")
-    with pytest.raises(ValueError, match="mode is 'step'"):
-        ours.mLSTMBackend(ours.mLSTMBackendConfig())(*xs[:5], mode="step")
+    for mode in ("step", "retrained", ""):
+        with pytest.raises(ValueError, match=f"mode is '{mode}'; it must be one of train, train_with_padding, inf"):
+            ours.mLSTMBackend(ours.mLSTMBackendConfig())(*xs[:5], mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"eps": "x"}, TypeError, "eps is 'x'; it must be a number"),
+        ({"eps": -1e-6}, ValueError, "eps is -1e-06; it must be at least 0, and finite"),
+        ({"eps": float("nan")}, ValueError, "eps is nan; it must be at least 0, and finite"),
+        ({"chunk_size": -1}, ValueError, "chunk_size is -1; it must be at least 1"),
+        ({"chunk_size": 64.0}, TypeError, "chunk_size is 64.0; it must be a whole number"),
+        ({"return_last_states": 2}, TypeError, "return_last_states is 2; it must be True or False"),
+        ({"normalize_siging": None}, TypeError, "normalize_siging is None; it must be True or False"),
+    ],
+    ids=str,
+)
+def test_values_of_a_configuration(settings, error, message):
+    with pytest.raises(error, match=message):
+        ours.mLSTMBackendConfig(**settings)
+
+
+def test_errors_name_the_arguments(inputs):
+    xs = dict(zip(("q", "k", "v", "i", "f", "c_initial", "n_initial", "m_initial"), inputs, strict=True))
+    xs = {name: t.detach() for name, t in xs.items()}
+    backend = ours.mLSTMBackend(ours.mLSTMBackendConfig())
+    for run in (ours.mlstm_exponential, ours.mlstm_sigmoid, ours.mlstm_sequence, backend):
+        for wrong in (2, "x"):
+            with pytest.raises(TypeError, match=f"^return_last_states is {wrong!r}; it must be True or False"):
+                run(**xs, return_last_states=wrong)
+        for name in "qkvif":
+            for wrong in (None, [1.0], xs[name].numpy()):
+                with pytest.raises(TypeError, match=f"^{name} is .*; it must be a tensor"):
+                    run(**xs | {name: wrong})
+        with pytest.raises(TypeError, match=r"^c_initial is of type ndarray; it must be a tensor or None"):
+            run(**xs | {"c_initial": xs["c_initial"].numpy()})
+    step = {name[0]: t[:, :, 0] if name in "qkv" else t[:, :, :1] if name in "if" else t for name, t in xs.items()}
+    ours.mlstm_step(**step)
+    for name in step:
+        for wrong in (None, step[name].numpy()):
+            with pytest.raises(TypeError, match=f"^{name} is .*; it must be a tensor"):
+                ours.mlstm_step(**step | {name: wrong})
 
 
 @needs_package

@@ -210,6 +210,61 @@ def test_wrong_rows_are_refused(config, rows, error, message):
     assert _same(cache, before)
 
 
+def test_rows_are_selected_by_any_sequence(config):
+    for rows in ([2, 0], torch.tensor([2, 0]), torch.tensor([2, 0], dtype=torch.int32)):
+        cache = _fill(xLSTMCache(config, 3))
+        cache.batch_select_indices(rows)
+        assert cache.rnn_state[1][2][:, 0].tolist() == [12.0, 10.0]
+    cache = _fill(xLSTMCache(config, 3))
+    cache.batch_select_indices([True, False, True])
+    assert cache.rnn_state[1][2][:, 0].tolist() == [10.0, 12.0]
+    compiled = torch.compile(cache.reorder_cache, backend="aot_eager", fullgraph=True)
+    compiled(torch.tensor([1, 0]))
+    assert cache.rnn_state[1][2][:, 0].tolist() == [12.0, 10.0]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda c: c.expand(0), ValueError, "copies is 0; it must be at least 1"),
+        (lambda c: c.expand(-1), ValueError, "copies is -1; it must be at least 1"),
+        (lambda c: c.expand(1.5), TypeError, "copies is 1.5; it must be a whole number"),
+        (lambda c: c.expand(None), TypeError, "copies is None; it must be a whole number"),
+        (lambda c: c.batch_repeat_interleave(0), ValueError, "repeats is 0; it must be at least 1"),
+        (lambda c: c.batch_select_indices([0, 2]), ValueError, "indices holds 2; they must be from 0 to 1"),
+        (
+            lambda c: c.batch_select_indices(torch.tensor([-1])),
+            ValueError,
+            "indices holds -1; they must be from 0 to 1",
+        ),
+        (lambda c: c.batch_select_indices([0.5]), TypeError, "indices has dtype float32; it must be numbers of rows"),
+        (lambda c: c.batch_select_indices(None), TypeError, "indices is None; it must be a sequence"),
+        (lambda c: c.reorder_cache(torch.tensor([0, 5])), ValueError, "beam_idx holds 5; they must be from 0 to 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(config, call, error, message):
+    cache = _fixed(config)
+    before = cache.clone()
+    with pytest.raises(error, match=message):
+        call(cache)
+    assert _same(cache, before)
+
+
+def test_a_cache_needs_a_configuration_and_a_size(config):
+    for size, error in ((-1, ValueError), (1.5, TypeError), (None, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"max_batch_size is {size}; it must be "):
+            xLSTMCache(config, size)
+    with pytest.raises(TypeError, match=r"config is a NoneType, without .*; it must be a model's xLSTMConfig"):
+        xLSTMCache(None, 2)
+    assert xLSTMCache(config, 0).batch_size == 0
+
+
+def test_a_folder_is_no_cache(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"path is .*, a folder; it must be a file"):
+        xLSTMCache.load(tmp_path)
+
+
 def test_detach(config):
     cache = _fixed(config)
     weight = torch.ones((), requires_grad=True)

@@ -84,6 +84,10 @@ def test_errors_of_a_tensor_model(make_ours, tokens):
     model = TensorModel(make_ours())
     with pytest.raises(ValueError, match="states has 3 tensors; it must have 6"):
         model(tokens(2, 3), *model.initial_states(2)[:3])
+    with pytest.raises(ValueError, match="batch_size is -1; it must be at least 0"):
+        model.initial_states(-1)
+    with pytest.raises(TypeError, match="batch_size is '2'; it must be a whole number"):
+        model.initial_states("2")
     with torch.enable_grad(), pytest.raises(RuntimeError, match="TensorModel has no gradient"):
         model(tokens(2, 3), *model.initial_states(2))
 
@@ -100,6 +104,12 @@ def test_decomposed_programs(tensor_model, tokens):
         before = [t.clone() for t in states]
         same(plain.module()(read, *states), model(read, *states))
         assert all(torch.equal(a, b) for a, b in zip(states, before, strict=True))
+
+
+def test_only_a_program_is_decomposed():
+    for wrong, name in ((None, "NoneType"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(TypeError, match=f"program is of type {name}; it must be an ExportedProgram"):
+            decompose(wrong)
 
 
 def test_what_has_no_plain_form_is_told():

@@ -68,13 +68,15 @@ def run(args: argparse.Namespace) -> int:
     if args.compare is not None and len(args.compare) == 2:
         if args.subjects or args.quick:
             raise CommandError("--compare OLD NEW compares two results; with subjects or --quick give OLD alone")
-        old, new = args.compare
+        old, new = map(_results, args.compare)
         return _compare(old, new, args.tolerance)
     out = Path(args.out)
+    # Read first: OLD may be OUT.
+    kept = None if args.compare is None else _results(args.compare[0])
     device = choose_device(args.device)
     plan = (QUICK if args.quick else FULL)[device.type]
     wanted = args.subjects or list(plan)
-    known = _subjects()
+    known = _module("run").SUBJECTS
     for subject in wanted:
         if subject not in known:
             raise CommandError(f"unknown subject {subject}; there are {', '.join(known)}")
@@ -102,7 +104,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{time.monotonic() - began:.0f} s in all; tables: {out / 'report.md'}; rows and pictures beside them")
     if failed:
         raise CommandError("; ".join(f"{file.stem} failed: {_last_line(file.with_suffix('.log'))}" for file in failed))
-    return 0 if args.compare is None else _compare(args.compare[0], str(out), args.tolerance)
+    if kept is None:
+        return 0
+    # OUT may hold results of other runs, too.
+    return _compare(kept, {name: found for file in files for name, found in _results(file).items()}, args.tolerance)
 
 
 def _folder() -> Path:
@@ -118,12 +123,12 @@ def _script(name: str) -> list[str]:
     return [sys.executable, str(_folder() / f"{name}.py")]
 
 
-def _subjects() -> tuple[str, ...]:
-    spec = importlib.util.spec_from_file_location("flash_xlstm_benchmarks_run", _folder() / "run.py")
+def _module(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"flash_xlstm_benchmarks_{name}", _folder() / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SUBJECTS
+    return module
 
 
 def _measure(command: list[str], environment: dict[str, str], log: TextIO, bar: Any) -> int:
@@ -153,9 +158,18 @@ def _report(out: Path, files: list[Path], environment: dict[str, str]) -> None:
         raise CommandError(f"the pictures failed: {drawn.stderr.strip().splitlines()[-1]}")
 
 
-def _compare(old: str, new: str, tolerance: float | None) -> int:
-    limit = [] if tolerance is None else ["--tolerance", str(tolerance)]
-    return subprocess.run([*_script("compare"), old, new, *limit]).returncode
+def _results(path: str | Path) -> dict[str, dict]:
+    try:
+        return _module("compare").documents(Path(path))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--compare: {error}") from error
+
+
+def _compare(old: dict[str, dict], new: dict[str, dict], tolerance: float | None) -> int:
+    try:
+        return _module("compare").tell(old, new, tolerance)
+    except ValueError as error:
+        raise CommandError(f"--compare: {error}") from error
 
 
 def _last_line(log: Path) -> str:

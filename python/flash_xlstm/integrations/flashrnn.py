@@ -12,12 +12,14 @@ Differences:
   three are computed when they are asked for.
 - A given state has n = 0, a fresh unit, or n >= 1, as every state has that either package returns. (The other package
   lifts n to 1 in its first step.)
-- ``batch_size``, the numbers of gates, and the dtypes of a configuration other than ``dtype`` and ``dtype_w`` change
-  nothing.
+- ``batch_size``, and the dtypes of a configuration other than ``dtype`` and ``dtype_w``, change nothing.
+- The numbers of gates and states must be 4, and sizes must agree. (The other package overwrites the numbers.)
 """
 
 from __future__ import annotations
 
+import numbers
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from flash_xlstm.integrations import _cells
 from flash_xlstm.nn.block_stack.slstm import _NOTHING
+from flash_xlstm.ops import _errors
 
 __all__ = ["FlashRNNConfig", "States", "flashrnn"]
 
@@ -41,6 +44,14 @@ _SHAPES = {
     "bias_shape": ("GHD", "HGD", "HDG"),
 }
 _STATES = 4  # h, c, n, m
+_GATES = 4  # i, f, z, o
+_FOURS = ("num_gates_r", "num_gates_w", "num_gates_i", "num_gates_t", "num_states")
+_SIZES = ("hidden_dim", "num_heads", "head_dim")
+_DTYPE_FIELDS = ("dtype", "dtype_acc", "dtype_b", "dtype_r", "dtype_w", "dtype_g", "dtype_s", "dtype_a")
+_LETTERS = {
+    "B": "batch", "T": "time", "G": "number of gates (i, f, z, o)", "H": "number of heads", "D": "number of units",
+    "P": "number of units at the previous time", "S": "number of states (h, c, n, m)",
+}  # fmt: skip
 
 
 @dataclass
@@ -54,18 +65,19 @@ class FlashRNNConfig:
         backend: a name; every one takes the same op.
         function: must be ``slstm``.
         gradient_recurrent_cut: no gradient reaches h_{t-1} through R.
-        gradient_recurrent_clipval: bound of the elements of that gradient, or None.
+        gradient_recurrent_clipval: bound of the elements of that gradient, greater than 0, or None.
         forward_clipval: must be None.
         constants: must be empty or None.
         initial_val: must be 0.
         hidden_dim, num_heads, head_dim: two of them give the third; they are checked against the tensors.
+        num_states, num_gates_r, num_gates_w, num_gates_i, num_gates_t: must be 4.
         input_shape, output_shape, recurrent_shape, bias_shape: of Wx, of the states, of R and b.
         dtype: the default of the other dtypes.
         dtype_w: the dtype of Wx in the kernel, for backends other than ``vanilla``, with
             `enable_automatic_mixed_precision`.
 
     Raises:
-        ValueError: a value that is unknown or not supported.
+        ValueError, TypeError: a value that is unknown or not supported.
     """
 
     backend: Literal["vanilla", "vanilla_fwbw", "cuda", "cuda_fused", "triton_fused"] = "cuda_fused"
@@ -107,19 +119,10 @@ class FlashRNNConfig:
     initial_val: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
-        _check_function(self.function)
-        _check_backend(self.backend)
-        for name, allowed in _SHAPES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        if self.forward_clipval is not None:
-            raise ValueError(f"forward_clipval is {self.forward_clipval}; it must be None: the output is not clipped")
-        if self.constants:
-            raise ValueError(f"constants is {self.constants}; it must be empty: the sLSTM has none")
-        self.constants = {}
-        initial = [self.initial_val] if isinstance(self.initial_val, (int, float)) else self.initial_val
-        if any(value != 0 for value in initial):
-            raise ValueError(f"initial_val is {self.initial_val}; it must be 0. Give `states` instead")
+        for name in (*_SIZES, *_FOURS):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be a whole number")
         self._fill_in_sizes()
         self.dtype_b = self.dtype_b or self.dtype
         self.dtype_a = self.dtype_a or self.dtype_b
@@ -127,16 +130,20 @@ class FlashRNNConfig:
         self.dtype_w = self.dtype_w or self.dtype
         self.dtype_s = self.dtype_s or self.dtype_w
         self.dtype_g = self.dtype_g or self.dtype_r
-        for name in ("dtype", "dtype_acc", "dtype_b", "dtype_r", "dtype_w", "dtype_g", "dtype_s", "dtype_a"):
-            _check_dtype(name, getattr(self, name) or "float32")
+        _check_config(self)
+        self.constants = {}
 
     def _fill_in_sizes(self) -> None:
+        if self.num_heads <= 0 and self.head_dim <= 0:
+            self.num_heads = 1
         if self.num_heads <= 0:
-            self.num_heads = 1 if self.head_dim <= 0 else self.hidden_dim // self.head_dim
+            self.num_heads = self.hidden_dim // self.head_dim
         elif self.head_dim <= 0:
             self.head_dim = self.hidden_dim // self.num_heads
         if self.hidden_dim <= 0:
             self.hidden_dim = self.num_heads * self.head_dim
+        if self.num_gates_t < 0:
+            self.num_gates_t = self.num_gates_r
 
     @property
     def input_dim(self) -> int:
@@ -235,6 +242,17 @@ def flashrnn(
     Raises:
         ValueError, TypeError: another function, an unknown name, or an argument of a wrong shape or dtype.
     """
+    try:
+        return _flashrnn(Wx, R, b, states, function, config, backend, dtype)
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, flashrnn, locals()) from None
+
+
+def _flashrnn(
+    Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None, function: str, config: Any, backend: str, dtype: str
+) -> tuple[States, Tensor]:
     if config is None:
         _check_function(function)
         _check_backend(backend)
@@ -242,27 +260,29 @@ def flashrnn(
         kernel_dtype, shapes = Wx.dtype, ("BTGHD", "GHDP", "GHD", "SBTHD")
         clip = None
     else:
-        if config.function != "slstm":
-            _check_function(config.function)
+        _check_config(config)
         kernel_dtype = kernel_dtype_of(config, Wx.dtype)
         shapes = config.input_shape, config.recurrent_shape, config.bias_shape, config.output_shape
         clip = _NOTHING if config.gradient_recurrent_cut else config.gradient_recurrent_clipval
-    x = _permuted("Wx", Wx, shapes[0], "BTGHD").to(kernel_dtype)
-    R = _permuted("R", R, shapes[1], "GHDP")
-    b = _permuted("b", b, shapes[2], "GHD")
-    output_shape = shapes[3]
-    if config is not None and x.shape[3:] != (config.num_heads, config.head_dim):
+    x = _permuted("Wx", Wx, shapes[0], "BTGHD", G=_GATES).to(kernel_dtype)
+    batch, _, _, heads, dim = x.shape
+    if config is not None and (heads, dim) != (config.num_heads, config.head_dim):
         raise ValueError(
-            f"Wx has {x.shape[3]} heads of {x.shape[4]} units; by config they must be {config.num_heads} of "
-            f"{config.head_dim}"
+            f"Wx has {heads} heads of {dim} units; by config they must be {config.num_heads} of {config.head_dim}"
         )
+    R = _permuted("R", R, shapes[1], "GHDP", G=_GATES, H=heads, D=dim, P=dim)
+    b = _permuted("b", b, shapes[2], "GHD", G=_GATES, H=heads, D=dim)
+    output_shape = shapes[3]
     state = None
     if states is not None:
-        state = _permuted("states", states, output_shape, "SBTHD")
-        if state.shape[2] != 1:
-            raise ValueError(f"states has shape {tuple(states.shape)}; its time, in {output_shape}, must be 1")
-        state = state.squeeze(2)
-    h, last = _cells.slstm(x, R, b, state, clip=clip)
+        state = _permuted("states", states, output_shape, "SBTHD", S=_STATES, B=batch, T=1, H=heads, D=dim).squeeze(2)
+    try:
+        h, last = _cells.slstm(x, R, b, state, clip=clip)
+    except (TypeError, ValueError) as error:  # in the op's names
+        if torch.compiler.is_compiling():
+            raise
+        text = re.sub(r"\b(initial_)?state [hcnm]\b", "states", str(error))
+        raise type(error)(re.sub(r"\bx\b", "Wx", text)) from None
     layout = output_shape.replace("S", "")
     every = States(
         _permuted("h", h, "BTHD", layout),
@@ -299,10 +319,58 @@ def kernel_dtype_of(config: Any, dtype: torch.dtype) -> torch.dtype:
     return getattr(torch, getattr(config, "dtype_w", None) or config.dtype)
 
 
-def _permuted(name: str, t: Tensor, shape: str, wanted: str) -> Tensor:
-    if t.dim() != len(shape):
-        raise ValueError(f"{name} has shape {tuple(t.shape)}; it must have {len(shape)} dimensions, {shape}")
+def _permuted(name: str, t: Tensor, shape: str, wanted: str, **sizes: int) -> Tensor:
+    """`t` in the layout `wanted` instead of `shape`. `sizes` are those that it must have, by letter."""
+    found = t.shape
+    if len(found) != len(shape):
+        raise ValueError(f"{name} has shape {tuple(found)}; it must have {len(shape)} dimensions, {shape}")
+    for letter, size in sizes.items():
+        if found[shape.index(letter)] != size:
+            raise ValueError(f"{name} has shape {tuple(found)}; its {_LETTERS[letter]}, in {shape}, must be {size}")
     return t if shape == wanted else t.permute([shape.index(letter) for letter in wanted])
+
+
+def _check_config(config: Any) -> None:
+    """Checks the settings of :class:`FlashRNNConfig`, or of another library's class with these fields.
+
+    Raises:
+        ValueError, TypeError: a value that is unknown or not supported, or a field is missing.
+    """
+    try:
+        _check_fields(config)
+    except AttributeError as error:
+        raise TypeError(
+            f"config is of type {type(config).__name__}, without {error.name}; it must be a FlashRNNConfig or None"
+        ) from None
+
+
+def _check_fields(config: Any) -> None:
+    _check_function(config.function)
+    _check_backend(config.backend)
+    for name, allowed in _SHAPES.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(allowed)}")
+    clip = config.gradient_recurrent_clipval
+    if clip is not None:
+        if not isinstance(clip, numbers.Real) or isinstance(clip, bool):
+            raise TypeError(f"gradient_recurrent_clipval is {clip!r}; it must be a number or None")
+        if not clip > 2.0**-150:  # rounds to 0 in float32
+            raise ValueError(f"gradient_recurrent_clipval is {clip}; it must be None, or greater than 0 in float32")
+    if config.forward_clipval is not None:
+        raise ValueError(f"forward_clipval is {config.forward_clipval}; it must be None: the output is not clipped")
+    if config.constants:
+        raise ValueError(f"constants is {config.constants}; it must be empty: the sLSTM has none")
+    initial: Any = config.initial_val
+    if any(value != 0 for value in ([initial] if initial is None or isinstance(initial, numbers.Real) else initial)):
+        raise ValueError(f"initial_val is {initial}; it must be 0. Give `states` instead")
+    for name in _FOURS:
+        if getattr(config, name) != 4:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be 4, as the sLSTM has")
+    hidden, heads, dim = (getattr(config, name) for name in _SIZES)
+    if hidden != heads * dim:
+        raise ValueError(f"hidden_dim is {hidden}; it must be num_heads * head_dim, and they are {heads} and {dim}")
+    for name in _DTYPE_FIELDS:
+        _check_dtype(name, getattr(config, name) or "float32")
 
 
 def _check_function(function: str) -> None:

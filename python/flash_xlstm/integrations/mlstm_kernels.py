@@ -20,6 +20,7 @@ Every name of a kernel gives this package's op, on CPU and CUDA. The names diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_xlstm.integrations import _cells
+from flash_xlstm.ops import _errors
 from flash_xlstm.ops._common import check_flag
 
 __all__ = [
@@ -116,10 +118,15 @@ def mlstm_exponential(
     Raises:
         TypeError: an argument that no kernel has, or a `recompute_states_in_bw` that is no bool.
     """
-    return _cells.mlstm(
-        q, k, v, i, f, (c_initial, n_initial, m_initial), eps=eps, return_last_states=return_last_states,
-        kernel_dtype=autocast_kernel_dtype, keep_states=_keep_states(launch),
-    )  # fmt: skip
+    try:
+        return _cells.mlstm(
+            q, k, v, i, f, (c_initial, n_initial, m_initial), eps=eps, return_last_states=return_last_states,
+            kernel_dtype=autocast_kernel_dtype, keep_states=_keep_states(launch),
+        )  # fmt: skip
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_exponential, locals()) from None
 
 
 def mlstm_sigmoid(
@@ -140,10 +147,15 @@ def mlstm_sigmoid(
 ) -> Tensor | tuple[Tensor, LastStates]:
     """The mLSTM with a sigmoid input gate, :func:`flash_xlstm.ops.mlstm_sig`. There is no m: the states are ``(c, n)``,
     and `m_initial` is for calls that pass one. Everything else is as in :func:`mlstm_exponential`."""
-    return _cells.mlstm(
-        q, k, v, i, f, (c_initial, n_initial, None), eps=eps, return_last_states=return_last_states,
-        kernel_dtype=autocast_kernel_dtype, sigmoid=True, normalize=normalize, keep_states=_keep_states(launch),
-    )  # fmt: skip
+    try:
+        return _cells.mlstm(
+            q, k, v, i, f, (c_initial, n_initial, None), eps=eps, return_last_states=return_last_states,
+            kernel_dtype=autocast_kernel_dtype, sigmoid=True, normalize=normalize, keep_states=_keep_states(launch),
+        )  # fmt: skip
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_sigmoid, locals()) from None
 
 
 def mlstm_sequence(
@@ -161,10 +173,15 @@ def mlstm_sequence(
     **launch: Any,
 ) -> Tensor | tuple[Tensor, LastStates]:
     """As :func:`mlstm_exponential`, with states of `dtype_state`."""
-    return _cells.mlstm(
-        q, k, v, i, f, (c_initial, n_initial, m_initial), eps=eps, return_last_states=return_last_states,
-        kernel_dtype=None, state_dtype=dtype_state, keep_states=_keep_states(launch),
-    )  # fmt: skip
+    try:
+        return _cells.mlstm(
+            q, k, v, i, f, (c_initial, n_initial, m_initial), eps=eps, return_last_states=return_last_states,
+            kernel_dtype=None, state_dtype=dtype_state, keep_states=_keep_states(launch),
+        )  # fmt: skip
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_sequence, locals()) from None
 
 
 def mlstm_step(
@@ -183,9 +200,14 @@ def mlstm_step(
     """One token: q, k (batch, heads, dqk), v (batch, heads, dv), i, f (batch, heads, 1); c, n, m as in
     :func:`mlstm_exponential`. They are not changed. Returns h (batch, heads, dv) and the new states, in `dtype_state`.
     """
-    return _cells.mlstm_step(
-        q, k, v, i, f, (c, n, m), eps=eps, state_dtype=dtype_state, keep_states=_keep_states(launch)
-    )
+    try:
+        return _cells.mlstm_step(
+            q, k, v, i, f, (c, n, m), eps=eps, state_dtype=dtype_state, keep_states=_keep_states(launch)
+        )
+    except Exception as error:
+        if torch.compiler.is_compiling():
+            raise
+        raise _errors.explain(error, mlstm_step, locals()) from None
 
 
 def get_available_mlstm_kernels() -> list[str]:
@@ -241,14 +263,15 @@ class mLSTMBackendConfig:
         chunkwise_kernel, sequence_kernel, step_kernel: names of the kernels. ``siging`` in the first chooses the
             sigmoid input gate, which has no inference mode.
         mode: ``train`` and ``train_with_padding`` return states if `return_last_states`; ``inference`` always does.
-        chunk_size: changes nothing.
+        chunk_size: at least 1; changes nothing.
+        return_last_states: whether training also returns the states.
         autocast_kernel_dtype: the dtype of q, k, v in the kernel, where autocast is on.
-        eps: added to the normalizer after the maximum.
+        eps: at least 0; added to the normalizer after the maximum.
         inference_state_dtype: the dtype of the states that inference mode returns.
         normalize_siging: whether the sigmoid variant divides by the normalizer.
 
     Raises:
-        ValueError: an unknown value.
+        ValueError, TypeError: an unknown value, or one that is not as above.
     """
 
     chunkwise_kernel: ChunkwiseKernelType = "chunkwise--native_autograd"
@@ -264,6 +287,10 @@ class mLSTMBackendConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
+        _check_number("chunk_size", self.chunk_size, int, 1)
+        _check_number("eps", self.eps, float, 0)
+        check_flag("return_last_states", self.return_last_states)
+        check_flag("normalize_siging", self.normalize_siging)
 
 
 def check_config(config: Any) -> None:
@@ -318,10 +345,18 @@ class mLSTMBackend(nn.Module):
         Args:
             return_last_states: None takes the configuration's. Inference mode always returns them.
             mode: None takes the configuration's.
+
+        Raises:
+            ValueError, TypeError: an argument is not as above, or `mode` is unknown.
         """
         states = c_initial, n_initial, m_initial
         sigmoid = "siging" in self.config.chunkwise_kernel
-        return run_backend(self.config, q, k, v, i, f, states, return_last_states, mode, sigmoid)
+        try:
+            return run_backend(self.config, q, k, v, i, f, states, return_last_states, mode, sigmoid)
+        except Exception as error:
+            if torch.compiler.is_compiling():
+                raise
+            raise _errors.explain(error, mLSTMBackend.forward, locals()) from None
 
     def extra_repr(self) -> str:
         return f"{self.config}"
@@ -342,12 +377,12 @@ def run_backend(
     """:meth:`mLSTMBackend.forward` of a configuration."""
     if mode is None:
         mode = config.mode
-    if "train" in mode:
+    _check_one_of("mode", mode, _MODES)
+    if mode != "inference":
         state_dtype = torch.float32
         if return_last_states is None:
             return_last_states = config.return_last_states
     else:
-        _check_one_of("mode", mode, _MODES)
         if sigmoid:
             _refuse_sigmoid(config)
         state_dtype = getattr(torch, config.inference_state_dtype)
@@ -381,6 +416,13 @@ def _keep_states(launch: dict[str, Any]) -> bool:
     recompute = launch.get("recompute_states_in_bw", False)
     check_flag("recompute_states_in_bw", recompute)
     return not recompute
+
+
+def _check_number(name: str, value: Any, kind: type, least: int) -> None:
+    for wrong in _errors._wrong(name, value, kind):
+        raise wrong
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
 
 
 def _check_one_of(name: str, value: Any, allowed: list[str]) -> None:

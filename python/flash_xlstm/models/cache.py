@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,9 @@ class xLSTMCache:
         dtype: of the matrix memory; default ``config.inference_state_dtype``. The rest is float32.
         device: default: torch's.
 
+    Raises:
+        TypeError, ValueError: `config` or `max_batch_size` is not as above.
+
     Attributes:
         rnn_state: for each layer ``(c, n, m)``: matrix memory c (batch, heads, qk_head_dim, v_head_dim),
             normalizer n (batch, heads, qk_head_dim), stabilizer m (batch, heads).
@@ -69,15 +73,22 @@ class xLSTMCache:
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.dtype = getattr(torch, config.inference_state_dtype) if dtype is None else dtype
-        c_shape = (max_batch_size, config.num_heads, config.qk_head_dim, config.v_head_dim)
+        check_count("max_batch_size", max_batch_size, 0)
+        try:
+            self.dtype = getattr(torch, config.inference_state_dtype) if dtype is None else dtype
+            c_shape = (max_batch_size, config.num_heads, config.qk_head_dim, config.v_head_dim)
+            layers = config.num_hidden_layers
+        except AttributeError as error:
+            raise TypeError(
+                f"config is a {type(config).__name__}, without {error.name}; it must be a model's xLSTMConfig"
+            ) from None
         self.rnn_state: dict[int, State] = {
             layer: (
                 torch.zeros(c_shape, dtype=self.dtype, device=device),
                 torch.zeros(c_shape[:3], dtype=torch.float32, device=device),
                 torch.zeros(c_shape[:2], dtype=torch.float32, device=device),
             )
-            for layer in range(config.num_hidden_layers)
+            for layer in range(layers)
         }
         self._seq_length = 0
 
@@ -200,7 +211,12 @@ class xLSTMCache:
 
     def expand(self, copies: int) -> xLSTMCache:
         """A new cache with `copies` adjacent copies of every row, for sequences that share a prompt. This cache is
-        unchanged."""
+        unchanged.
+
+        Raises:
+            TypeError, ValueError: `copies` is no whole number, or less than 1.
+        """
+        check_count("copies", copies, 1)
         return self._mapped(lambda t: t.repeat_interleave(copies, dim=0))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -242,9 +258,11 @@ class xLSTMCache:
             device: of the states.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: the file cannot be read, or is a folder.
             ValueError: the file holds no cache, or one of another model; or the device does not exist.
         """
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"path is {os.fspath(path)!r}, a folder; it must be a file")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
@@ -273,14 +291,25 @@ class xLSTMCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes a copy of row ``beam_idx[b]``, as beam search needs; beam_idx (batch,) integers."""
-        self.batch_select_indices(beam_idx)
+        self._select("beam_idx", beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows `indices`, in their order."""
-        self._apply(lambda t: t.index_select(0, indices.to(t.device)))
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Keeps the rows `indices`, in their order; or those where `indices`, (batch,) bool, is True.
+
+        Raises:
+            TypeError, ValueError: `indices` is not as above. Nothing has changed.
+        """
+        self._select("indices", indices)
+
+    def _select(self, name: str, indices: Tensor | Sequence[int]) -> None:
+        rows = checked_rows(indices, self.rnn_state[0][0], name)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(1)
+        self._apply(lambda t: t.index_select(0, rows.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Replaces every row by `repeats` adjacent copies."""
+        """Replaces every row by `repeats` adjacent copies, at least 1."""
+        check_count("repeats", repeats, 1)
         self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def to(self, device: torch.device | str) -> xLSTMCache:
@@ -347,6 +376,16 @@ def _assembled(tensors: dict[str, Tensor], facts: dict[str, Any]) -> xLSTMCache:
     cache = xLSTMCache.from_states(states, c.dtype, facts["seq_length"])
     cache.unread = unread
     return cache
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Refuses what is no whole number, or is less than `least`."""
+    if isinstance(value, torch.SymInt):
+        return
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.80}; it must be a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def one_cache(**named: Any) -> xLSTMCache | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.models.cache import xLSTMCache
+from flash_xlstm.models.cache import check_count, xLSTMCache
 from flash_xlstm.models.modeling_xlstm import xLSTMForCausalLM
 
 
@@ -45,7 +45,12 @@ class TensorModel(nn.Module):
         self.dtype = getattr(torch, model.config.inference_state_dtype)
 
     def initial_states(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The states before the first token, on the model's device."""
+        """The states before the first token, on the model's device.
+
+        Raises:
+            TypeError, ValueError: `batch_size` is no whole number, or less than 0.
+        """
+        check_count("batch_size", batch_size, 0)
         cache = xLSTMCache(self.model.config, batch_size, device=self.model.device)
         return tuple(t for state in cache.layer_states() for t in state)
 

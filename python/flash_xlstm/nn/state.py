@@ -47,21 +47,23 @@ def reset_rows(state: Any, rows: Tensor | Sequence[int]) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: fresh_rows(t, rows), state)
 
 
-def checked_rows(rows: Tensor | Sequence[int], t: Tensor) -> Tensor:
-    """`rows` as :func:`reset_rows` takes them, as a tensor on the device of `t` (batch, ...), int64 or bool."""
+def checked_rows(rows: Tensor | Sequence[int], t: Tensor, name: str = "rows") -> Tensor:
+    """`rows` as :func:`reset_rows` takes them, as a tensor on the device of `t` (batch, ...), int64 or bool. `name` is
+    the argument's."""
     try:
         given = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=None if len(rows) else torch.int64)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"rows is {rows!r}; it must be a sequence of numbers of rows or of bool") from None
+        raise TypeError(f"{name} is {rows!r}; it must be a sequence of numbers of rows or of bool") from None
     batch, bools = t.shape[0], given.dtype == torch.bool
     if given.dtype.is_floating_point or given.dtype.is_complex:
-        raise TypeError(f"rows has dtype {str(given.dtype)[6:]}; it must be numbers of rows, or bool for each row")
+        raise TypeError(f"{name} has dtype {str(given.dtype)[6:]}; it must be numbers of rows, or bool for each row")
     if given.dim() != 1 or (bools and given.shape[0] != batch):
-        raise ValueError(f"rows has shape {tuple(given.shape)}; it must be 1-D, and ({batch},) if it is bool")
-    if not bools and given.device.type == "cpu" and given.numel():
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be 1-D, and ({batch},) if it is bool")
+    # A compiler has no values to look at.
+    if not bools and given.device.type == "cpu" and given.numel() and not torch.compiler.is_compiling():
         least, most = given.aminmax()
         if least < 0 or most >= batch:
-            raise ValueError(f"rows holds {int(least if least < 0 else most)}; they must be from 0 to {batch - 1}")
+            raise ValueError(f"{name} holds {int(least if least < 0 else most)}; they must be from 0 to {batch - 1}")
     return given.to(t.device, None if bools else torch.int64)
 
 

@@ -28,8 +28,13 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
         program: of ``torch.export.export``.
 
     Raises:
+        TypeError: `program` is something else.
         ValueError: the program calls an operator that has no plain form here, or packs sequences.
     """
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise TypeError(
+            f"program is of type {type(program).__name__}; it must be an ExportedProgram, of torch.export.export"
+        )
     flat, _ = torch.utils._pytree.tree_flatten(program.example_inputs)
     inputs = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     shapes = tuple(_dynamic(inputs[name]) for name in program.graph_signature.user_inputs)

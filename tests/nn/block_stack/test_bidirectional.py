@@ -104,6 +104,9 @@ def test_wrong_arguments_are_refused(randomize):
         BiMLSTM(sLSTMLayerConfig(embedding_dim=8))
     with pytest.raises(ValueError, match="merge is 'mean'; it must be one of 'sum', 'concat'"):
         BiSLSTM(sLSTMLayerConfig(embedding_dim=8), merge="mean")
+    for wrong in ("no", 1, None):
+        with pytest.raises(TypeError, match=f"shared_weights is {wrong!r}; it must be True or False"):
+            BiSLSTM(sLSTMLayerConfig(embedding_dim=8), shared_weights=wrong)
     layer, x = make(BiSLSTM, randomize), torch.zeros(2, 3, WIDTH)
     for options, message in (
         ({"padding": torch.zeros(2, 4).bool()}, r"padding has shape \(2, 4\)"),

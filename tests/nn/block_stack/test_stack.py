@@ -129,6 +129,31 @@ def test_another_stacks_state_is_refused(model, ids):
     assert torch.equal(model(ids, {}), model(ids))  # as fresh
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_incomplete_state_is_refused(model, ids, gradients):
+    with torch.set_grad_enabled(gradients):
+        _, state = model(ids[:, :7], return_last_state=True)
+        before = copy.deepcopy({k: {n: _detached(t) for n, t in v.items()} for k, v in state.items()})
+        without = lambda block, part: {**state, block: {k: t for k, t in state[block].items() if k != part}}  # noqa: E731
+        cases = [({k: v for k, v in state.items() if k != name}, ValueError, f"no {name}; it must") for name in state]
+        cases += [(without(b, part), ValueError, f"{b} without {part}; it must") for b in state for part in state[b]]
+        cases += [({**state, "block_1": None}, TypeError, "a NoneType as block_1; it must be a dict")]
+        for wrong, error, message in cases:
+            for call in (model, lambda ids, state: model.step(ids[:, :1], state)):
+                with pytest.raises(error, match=rf"^state (has|holds) {message}"):
+                    call(ids[:, 7:], wrong)
+    _same(state, before, 0.0)
+
+
+def test_a_state_needs_no_part_that_a_layer_has_not(make_config, randomize, ids):
+    size = {"conv1d_kernel_size": 0}
+    model = randomize(block_stack.xLSTMLMModel(make_config(slstm=size, mlstm=size)))
+    whole, (_, state) = model(ids), model(ids[:, :7], return_last_state=True)
+    tensors = {block: {k: t for k, t in parts.items() if t is not None} for block, parts in state.items()}
+    assert all("conv_state" not in parts for parts in tensors.values())
+    assert torch.allclose(model(ids[:, 7:], tensors), whole[:, 7:], atol=1e-4)
+
+
 def test_a_refused_step_updates_nothing(model, ids):
     with torch.no_grad():
         _, state = model(ids[:, :3], return_last_state=True)

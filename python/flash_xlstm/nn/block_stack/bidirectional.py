@@ -12,6 +12,7 @@ from flash_xlstm.nn.block_stack.layers import check_sequence
 from flash_xlstm.nn.block_stack.mlstm import mLSTMLayer
 from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
 from flash_xlstm.nn.packing import check_packed, check_padding, sequence_of_tokens, tokens_between
+from flash_xlstm.ops._common import check_flag
 
 MERGES = ("sum", "concat")
 
@@ -28,6 +29,7 @@ class _Bidirectional(nn.Module):
             raise TypeError(f"config is a {type(config).__name__}; it must be an {self._config.__name__}")
         if merge not in MERGES:
             raise ValueError(f"merge is {merge!r}; it must be one of {', '.join(map(repr, MERGES))}")
+        check_flag("shared_weights", shared_weights)
         self.config = config
         self.merge = merge
         self.forward_layer = self._layer(config)

@@ -60,6 +60,23 @@ class xLSTMBlock(nn.Module):
                 layer.reset_parameters()
 
 
+def _check_state(name: str, block: nn.Module, state: StackState) -> None:
+    """Refuses a stack's state without the part of this block. A part that is left out would be taken as fresh."""
+    if name not in state:
+        raise ValueError(f"state has no {name}; it must hold the state of every block, or be empty")
+    given = state[name]
+    if not isinstance(given, dict):
+        raise TypeError(f"state holds a {type(given).__name__} as {name}; it must be a dict")
+    layer = getattr(block, "xlstm", None)
+    if not isinstance(layer, (mLSTMLayer, sLSTMLayer)):
+        return  # another module, whose state is its own affair
+    # Without a convolution conv_state is None, which a file of tensors cannot hold.
+    parts = ["mlstm_state" if isinstance(layer, mLSTMLayer) else "slstm_state"]
+    for part in [*parts, "conv_state"] if layer.config.conv1d_kernel_size else parts:
+        if part not in given:
+            raise ValueError(f"state holds {name} without {part}; it must hold all that return_last_state gives")
+
+
 class mLSTMBlock(xLSTMBlock):
     """The residual block of an :class:`mLSTMLayer`, which projects up before the cell."""
 
@@ -116,7 +133,8 @@ class xLSTMBlockStack(nn.Module):
 
         Args:
             x: (batch, seq, embedding_dim).
-            state: a state that an earlier call or :meth:`step` returned, in any float dtype; default: fresh.
+            state: a whole state that an earlier call or :meth:`step` returned, in any float dtype; default: fresh, as
+                is an empty one.
             return_last_state: also return the state after it.
             inplace: update the given state; for one token without gradients (:meth:`step`).
             cu_seqlens: (num_seqs + 1,) int32 offsets of packed sequences, as in :func:`flash_xlstm.ops.mlstm`. Batch
@@ -141,6 +159,9 @@ class xLSTMBlockStack(nn.Module):
             raise TypeError(f"state is a {type(before).__name__}; it must be a dict, as return_last_state gives it")
         if before and not before.keys() <= set(names):
             raise ValueError(f"state holds {', '.join(map(str, before))}; this stack's blocks are {', '.join(names)}")
+        if before:
+            for name, block in zip(names, self.blocks, strict=True):
+                _check_state(name, block, before)
         # Any module that takes x alone may replace a block.
         options: dict[str, Any] = {"inplace": True} if inplace else {}
         if cu_seqlens is not None:
