@@ -354,7 +354,7 @@ def _check_fields(config: Any) -> None:
     if clip is not None:
         if not isinstance(clip, numbers.Real) or isinstance(clip, bool):
             raise TypeError(f"gradient_recurrent_clipval is {clip!r}; it must be a number or None")
-        if not clip > 2.0**-150:  # rounds to 0 in float32
+        if not float(clip) > 2.0**-150:  # rounds to 0 in float32
             raise ValueError(f"gradient_recurrent_clipval is {clip}; it must be None, or greater than 0 in float32")
     if config.forward_clipval is not None:
         raise ValueError(f"forward_clipval is {config.forward_clipval}; it must be None: the output is not clipped")

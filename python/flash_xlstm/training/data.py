@@ -92,8 +92,8 @@ def encode_each(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int32
         parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch(texts)]
     size = vocabulary_size(tokenizer)
     for ids in parts:
-        if len(ids) and ids.max() >= size:
-            raise TrainingError(f"the tokenizer gives the id {ids.max()}, and its vocabulary ends at {size - 1}")
+        if len(ids) and (largest := np.max(ids)) >= size:
+            raise TrainingError(f"the tokenizer gives the id {largest}, and its vocabulary ends at {size - 1}")
     return [ids.view(np.int32) for ids in parts]
 
 
