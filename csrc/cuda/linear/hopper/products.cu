@@ -105,14 +105,6 @@ __device__ __forceinline__ void arrive_in(int rank, uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(ptx::peer_address(barrier, rank)) : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared_16(uint32_t at) {
-  uint4 bits;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "r"(at)
-               : "memory");
-  return bits;
-}
 // The byte of 16 bytes, the `unit`th of a row of sums, in a warpgroup's boxes.
 __device__ __forceinline__ uint32_t place(int row, int unit) {
   return unit / width * box_bytes + row * row_bytes + ((unit % width ^ row % 8) << 4);
@@ -246,8 +238,8 @@ __global__ void __launch_bounds__(threads, 1)
 #pragma unroll 1
           for (int r = warp - 1; r < part_rows; r += others) {
             ptx::cp_async_wait<ahead - 1>();
-            const uint4 left = load_shared_16(slot), right = load_shared_16(slot + slot_bytes / 2);
-            const uint4 incoming = load_shared_16(sums + place(r, lane));
+            const uint4 left = ptx::load_shared_16(slot), right = ptx::load_shared_16(slot + slot_bytes / 2);
+            const uint4 incoming = ptx::load_shared_16(sums + place(r, lane));
             copy(r + ahead * others, slot);
             slot = slot == first + (ahead - 1) * slot_bytes ? first : slot + slot_bytes;
             uint4 dleft, dright, out;
@@ -279,7 +271,8 @@ __global__ void __launch_bounds__(threads, 1)
             for (int u = worker; u < part_rows * units; u += others * 32) {
               const int r = u / units, unit = u % units;
               const uint32_t from = sums + place(r, unit);
-              const uint4 out = swiglu_of<T>(load_shared_16(from), load_shared_16(from + boxes / 2 * box_bytes));
+              const uint4 out =
+                  swiglu_of<T>(ptx::load_shared_16(from), ptx::load_shared_16(from + boxes / 2 * box_bytes));
               const int64_t at = column + unit * width;
               if (row + r < p.rows && at < p.columns) {
                 store_16(static_cast<T*>(p.second_out) + (row + r) * p.columns + at, out);

@@ -251,15 +251,6 @@ __device__ __forceinline__ void load_chunk_gates(const OutputArgs& args, ChunkSh
   ptx::mbarrier_arrive(&sh.full_late);
 }
 
-// By an address within shared memory.
-__device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(shared)
-               : "memory");
-  return x;
-}
 __device__ __forceinline__ void store_if(bool wanted, void* to, const uint4& x) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
@@ -298,7 +289,7 @@ __device__ __forceinline__ void store_rows(const ChunkShared& sh, int warp, cons
     __syncwarp();
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-      store_if(wanted[y] && x * 32 < columns, (y ? below : to) + x * 32, load_shared_16(from + y * 512));
+      store_if(wanted[y] && x * 32 < columns, (y ? below : to) + x * 32, ptx::load_shared_16(from + y * 512));
     }
   }
 }
