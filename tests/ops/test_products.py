@@ -353,6 +353,23 @@ def test_other_devices_and_dtypes_take_torchs_products():
     assert torch.equal(dz, torch.ops.flash_xlstm.swiglu_joined_backward(dout @ down, z, False)[0])
 
 
+def test_vmap_passes_lists_of_weights_on():
+    a, weight = normal(3, 6, 16, device="cpu"), normal(3, 24, 16, device="cpu")
+    for call, given in (
+        (lambda a: torch.ops.flash_xlstm.joined_product(a, [weight[0]]), (a,)),
+        (lambda a, w: torch.ops.flash_xlstm.joined_product(a, [w]), (a, weight)),
+    ):
+        with pytest.raises(ValueError, match="a is on cpu; it must be on a CUDA device"):  # what the operator says
+            torch.func.vmap(call)(*given)
+
+
+@pytest.mark.cuda
+def test_vmap_is_the_call_for_each_entry():
+    a, weight = normal(3, 6, 16), normal(3, 24, 16, seed=1)
+    got = torch.func.vmap(lambda a, w: torch.ops.flash_xlstm.joined_product(a, [w]))(a, weight)
+    assert torch.equal(got, torch.stack([linear.joined_product(x, [w]) for x, w in zip(a, weight, strict=True)]))
+
+
 ARGUMENTS = {
     "joined_product": {"a": (6, 16), "weights": (24, 16)},
     "added_product": {"a": (6, 16), "weight": (24, 16), "residual": (6, 24)},

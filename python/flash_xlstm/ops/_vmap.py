@@ -92,7 +92,9 @@ def _joined(t: Tensor, at: int | None, dim: Any, count: int) -> Tensor:
     return _readable(t)
 
 
-def _entry(t: Any, at: int | None, n: int) -> Any:
+def _entry(t: Any, at: Any, n: int) -> Any:
+    if isinstance(t, (list, tuple)) and isinstance(at, (list, tuple)):
+        return [_entry(each, place, n) for each, place in zip(t, at, strict=True)]
     return t if at is None else _readable(t.select(at, n))
 
 

@@ -51,7 +51,7 @@ constexpr int width = 8;                   // elements of 16 bytes
 // How many of the others work on the sums. A warp that waits for `written` must also hold `free` back: two phases later
 // it could not tell what it has missed. So only one warp takes part where only one has something to do.
 constexpr int workers_of(Then then) { return then == Then::swiglu || then == Then::swiglu_backward ? others : 1; }
-// Rows of tiles that are walked over together. Measured; 2 percent between the best and the next.
+// Rows of tiles that are walked over together, the fastest of those measured (docs/experiments.md).
 constexpr int group_of(Then then) { return then == Then::residual ? 4 : 12; }
 static_assert(half_columns == product_part);
 
