@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flash_xlstm import ops
-from flash_xlstm.nn.xlstm_7b import FeedForward, RMSNorm, block, mLSTMBlock, mLSTMLayer, residual
+from flash_xlstm.nn.xlstm_7b import FeedForward, RMSNorm, block, mLSTMBlock, mLSTMLayer, products, residual
 from flash_xlstm.ops.mlstm_gated import mlstm_gated
 
 HIDDEN, HEADS = 64, 2
@@ -207,6 +207,72 @@ def test_a_compiled_block_is_one_graph_with_the_halves(weight_mode, monkeypatch)
     assert torch.allclose(y, expected["y"], rtol=1e-5, atol=1e-5)
     for name, p in built.named_parameters():
         assert torch.allclose(p.grad, expected[name], rtol=1e-4, atol=1e-4), name
+
+
+def test_a_block_compiled_with_dynamic_shapes_is_one_graph(weight_mode):
+    """The width of x is the block's, not a symbol: torch 2.11 fails where one is settled within a half."""
+    built = make_block(weight_mode=weight_mode)
+    compiled = torch.compile(built, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq in (20, 24):
+        x = torch.randn(3, seq, HIDDEN)
+        expected, leaf = gradients(built, x), x.clone().requires_grad_()
+        y, _ = compiled(leaf)
+        torch.manual_seed(5)
+        y.backward(torch.randn(y.shape))
+        check_close(leaf.grad, expected["x"])
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("shape", [(2, 9, HIDDEN // 2), (9, HIDDEN)])
+def test_x_of_another_shape_is_refused(shape, train):
+    built = make_block().requires_grad_(train)
+    with pytest.raises(ValueError, match=rf"^x has shape \({shape[0]}, .*; it must be \(batch, seq, {HIDDEN}\)"):
+        built(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "longer, shorter, first",
+    [(11008, 2048, 8448), (5504, 2048, 4224), (6152, 2048, None), (2048, 2048, None), (21888, 4096, None)],
+)
+def test_the_first_part_of_a_weights_gradient(longer, shorter, first):
+    """Of 5.2, 2.6, 2.9, 0.97 and 20.7 waves of an H200's SMs: whole waves, and no part where little is left unused."""
+    assert products._first_part(longer, shorter, 132) == first
+    assert products._first_part(longer, shorter, 0) is None
+
+
+@pytest.mark.parametrize("sizes", [(300, 256), (256, 300)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weights_gradient_in_two_parts(device, sizes, dtype, monkeypatch):
+    monkeypatch.setattr(products, "_sms", lambda device: 1)
+    assert products._first_part(max(sizes), min(sizes), 1) == 128
+    left, right = (torch.randn(70, size, device=device).to(dtype) for size in sizes)
+    calls = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **kw: (calls.append(a[0].shape), mm(*a, **kw))[1])
+    with torch.no_grad():
+        got = products.weight_gradient(left, right, None)
+    assert len(calls) == 2 and got.is_contiguous()
+    assert error("", {"": got}, {"": left.double().t() @ right.double()}) < torch.finfo(dtype).eps
+    with torch.enable_grad():  # as torch.compile traces it
+        assert torch.equal(products.weight_gradient(left, right, None), got)
+    assert products.weight_gradient(left.float(), right.float(), None).dtype == torch.float32 and len(calls) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_block_whose_weights_gradients_are_made_in_two_parts(device, weight_mode, dtype, monkeypatch):
+    torch.manual_seed(3)
+    layer, ffn = mLSTMLayer(256, 2, weight_mode=weight_mode), FeedForward(256, 300, weight_mode=weight_mode)
+    built = mLSTMBlock(256, layer, ffn)
+    for p in built.parameters():
+        nn.init.normal_(p, std=0.15)
+    built, x = built.to(device, dtype).train(), torch.randn(2, 40, 256, device=device).to(dtype)
+    whole = gradients(built, x)
+    monkeypatch.setattr(products, "_sms", lambda device: 1)
+    assert products._first_part(300, 256, 1) == 128 and products._first_part(600, 256, 1) is None
+    for again in (False, True):
+        parted = gradients(built, x, again)
+        for name in whole:
+            check_close(parted[name], whole[name])
 
 
 class _OtherLinear(nn.Linear):

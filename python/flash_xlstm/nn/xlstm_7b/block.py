@@ -33,6 +33,7 @@ class mLSTMBlock(nn.Module):
         use_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.norm_mlstm = RMSNorm(hidden_size, norm_eps, use_bias=use_bias)
         self.mlstm_layer = mlstm_layer
         self.norm_ffn = RMSNorm(hidden_size, norm_eps, use_bias=use_bias)
@@ -53,6 +54,8 @@ class mLSTMBlock(nn.Module):
             out = block_step(self, x, state, state_indices)
             if out is not None:
                 return out, state if return_state else None
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.hidden_size})")
         if state is None and not return_state and state_indices is None and residual.serves(x):
             return self._train(x, padding, cu_seqlens), None
         y, state = self.mlstm_layer(

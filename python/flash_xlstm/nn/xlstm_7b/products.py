@@ -1,7 +1,8 @@
 """The large products of a block's halves: in the dtype of x or, where torchao's layers hold the weights, in float8.
 
 In 16 bits on Hopper, products with weights as they lie are this package's, with residuals and SwiGLU in their kernels
-(csrc/cuda/linear/hopper/products.cu). Those of the other gradients are torch's.
+(csrc/cuda/linear/hopper/products.cu). Those of the other gradients are torch's. For weights of certain sizes cuBLAS
+takes less time and energy in two parts (:func:`_first_part`).
 
 In float8 each matrix of a product is cast by :mod:`flash_xlstm.ops.float8`: the left one by its rows, the right one by
 its columns, as torchao's recipe "rowwise" does. Weights that are joined are cast as one. For the output and for the
@@ -11,6 +12,7 @@ weight, and the scale of a column is that of all weights together.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +160,57 @@ def swiglu_gradient(
 def weight_gradient(gradient: Any, rows: Tensor, float8: Float8 | None) -> Tensor:
     """The gradient of the joined weights of :func:`product`."""
     if float8 is None:
-        return torch.mm(gradient.t(), rows)
+        return _sum_over_rows(gradient, rows)
     _, _, right, right_scales = float8_cast([rows], False, True)
     return _scaled(gradient.columns, gradient.column_scales, right, right_scales, rows.dtype, float8, 2)
+
+
+def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right``, in one product or in two that make parts of its longer side."""
+    sizes = left.shape[1], right.shape[1]
+    by_columns = sizes[1] > sizes[0]
+    first = _first_part(max(sizes), min(sizes), _sms(left.device)) if left.dtype in _TILED else None
+    if first is None:
+        return torch.mm(left.t(), right)
+    pairs = [
+        (left, right[:, part]) if by_columns else (left[:, part], right)
+        for part in (slice(0, first), slice(first, None))
+    ]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # Inductor makes the parts in place
+        return torch.cat([torch.mm(a.t(), b) for a, b in pairs], int(by_columns))
+    out = left.new_empty(sizes)
+    places = (out[:, :first], out[:, first:]) if by_columns else (out[:first], out[first:])
+    for (a, b), place in zip(pairs, places, strict=True):
+        torch.mm(a.t(), b, out=place)
+    return out
+
+
+_TILED = (torch.bfloat16, torch.float16)
+_TILE = 256 * 128  # of cuBLAS's fastest kernels, and the one that takes least energy
+
+
+def _first_part(longer: int, shorter: int, sms: int) -> int | None:
+    """How much of its longer side a weight's gradient gets from a product of its own; None: all.
+
+    Where the last wave of tiles of 256 x 128 would leave a tenth of all waves' time unused, cuBLAS takes others. These
+    are slower at the GPU's power limit (docs/experiments.md). The first part fills whole waves, and leaves half a wave
+    or more. From two waves on.
+    """
+    area = sms * _TILE  # of a wave
+    waves = longer * shorter / area if sms else 0.0
+    if waves < 2 or math.ceil(waves) < 1.1 * waves:
+        return None
+    return math.floor(waves - 0.5) * area // shorter // 128 * 128
+
+
+def _sms(device: torch.device) -> int:
+    """The SMs of a device of compute capability 9.0, where two parts were measured; 0 for others."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_sms._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as _scales_last
 
 
 def _scaled(
