@@ -120,9 +120,10 @@ __device__ __forceinline__ Tile tile_at(int index, int down, int across) {
   return {first + rest % rows, rest / rows};
 }
 
-// Of swiglu_backward: how many rows of SwiGLU's inputs a warp copies ahead to shared memory, 512 bytes of each half. In
-// registers they came no sooner with four rows ahead than with one, and the products waited for them.
-constexpr int ahead = 5, slot_bytes = 1024;
+// Of swiglu_backward: a warp works on two rows at once, so that one's exponentials hide the other's. It copies so many
+// twos of rows of SwiGLU's inputs ahead to shared memory, 512 bytes of each half of a row. In registers they came no
+// sooner with four rows ahead than with one, and the products waited for them.
+constexpr int two = 2, ahead = 2, slot_bytes = two * 1024;
 template <typename T>
 constexpr int ahead_offset = sizeof(Shared<T>) + 1024;  // to align
 
@@ -216,39 +217,56 @@ __global__ void __launch_bounds__(threads, 1)
         const int row = row_of(tile, w), column = tile.column * step;
         const uint32_t sums = ptx::shared_address(shared.sums[w]);
         if constexpr (then == Then::swiglu_backward) {
-          // A warp takes every third row, 32 x 16 bytes. Rows of z are copied `ahead` rows ahead. A thread reads only
-          // what it copied itself.
-          const int64_t at = column + lane * width;
-          const bool within = at < p.columns;
-          const T* const z = static_cast<const T*>(p.z) + at;
+          // A warp takes every third two of rows, 32 x 16 bytes each. A thread reads only what it copied itself.
+          const int64_t at = column + lane * width, stride = 2 * p.columns;
+          const int begin_row = two * (warp - 1), step_rows = two * others;
+          const int end = at < p.columns ? static_cast<int>(min(int64_t{part_rows}, p.rows - row)) : 0;
           const uint32_t first =
               ptx::shared_address(unaligned) + ahead_offset<T> + (warp - 1) * ahead * slot_bytes + lane * 16;
-          const auto copy = [&](int r, uint32_t to) {
-            if (within && r < part_rows && row + r < p.rows) {
-              const T* const from = z + (row + r) * (2 * p.columns);
-              ptx::cp_async_16(to, from, 16);
-              ptx::cp_async_16(to + slot_bytes / 2, from + p.columns, 16);
+          const T* z = static_cast<const T*>(p.z) + (row + begin_row) * stride + at;
+          T* dz = static_cast<T*>(p.out) + (row + begin_row) * stride + at;
+          T* out = static_cast<T*>(p.second_out) + (row + begin_row) * p.columns + at;
+          int next = begin_row;  // the rows that are copied next, from z
+          const auto copy = [&](uint32_t to) {
+#pragma unroll
+            for (int x = 0; x < two; ++x) {
+              if (next + x < end) {
+                ptx::cp_async_16(to + (2 * x) * 512, z + x * stride, 16);
+                ptx::cp_async_16(to + (2 * x + 1) * 512, z + x * stride + p.columns, 16);
+              }
             }
             ptx::cp_async_commit();
+            next += step_rows, z += step_rows * stride;
           };
 #pragma unroll
-          for (int x = 0; x < ahead; ++x) copy(warp - 1 + x * others, first + x * slot_bytes);
+          for (int x = 0; x < ahead; ++x) copy(first + x * slot_bytes);
           ptx::mbarrier_wait(&shared.written[w], parity);
           uint32_t slot = first;
 #pragma unroll 1
-          for (int r = warp - 1; r < part_rows; r += others) {
+          for (int r = begin_row; r < part_rows; r += step_rows) {
             ptx::cp_async_wait<ahead - 1>();
-            const uint4 left = ptx::load_shared_16(slot), right = ptx::load_shared_16(slot + slot_bytes / 2);
-            const uint4 incoming = ptx::load_shared_16(sums + place(r, lane));
-            copy(r + ahead * others, slot);
+            uint4 left[two], right[two], incoming[two];
+#pragma unroll
+            for (int x = 0; x < two; ++x) {
+              left[x] = ptx::load_shared_16(slot + (2 * x) * 512);
+              right[x] = ptx::load_shared_16(slot + (2 * x + 1) * 512);
+              incoming[x] = ptx::load_shared_16(sums + place(r + x, lane));
+            }
+            copy(slot);
             slot = slot == first + (ahead - 1) * slot_bytes ? first : slot + slot_bytes;
-            uint4 dleft, dright, out;
-            swiglu_gradients<T>(left, right, incoming, dleft, dright, out);
-            if (row + r >= p.rows || !within) continue;
-            T* const dz = static_cast<T*>(p.out) + (row + r) * (2 * p.columns) + at;
-            store_16(dz, dleft);
-            store_16(dz + p.columns, dright);
-            if (p.second_out != nullptr) store_16(static_cast<T*>(p.second_out) + (row + r) * p.columns + at, out);
+            uint4 dleft[two], dright[two], made[two];
+#pragma unroll
+            for (int x = 0; x < two; ++x) {
+              swiglu_gradients<T>(left[x], right[x], incoming[x], dleft[x], dright[x], made[x]);
+            }
+#pragma unroll
+            for (int x = 0; x < two; ++x) {
+              if (r + x >= end) continue;
+              store_16(dz + x * stride, dleft[x]);
+              store_16(dz + x * stride + p.columns, dright[x]);
+              if (p.second_out != nullptr) store_16(out + x * p.columns, made[x]);
+            }
+            dz += step_rows * stride, out += step_rows * p.columns;
           }
         } else {
           ptx::mbarrier_wait(&shared.written[w], parity);
