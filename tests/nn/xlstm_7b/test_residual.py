@@ -273,6 +273,13 @@ def test_a_block_whose_weights_gradients_are_made_in_two_parts(device, weight_mo
         parted = gradients(built, x, again)
         for name in whole:
             check_close(parted[name], whole[name])
+    built.zero_grad()
+    built._again, leaf = False, x.clone().requires_grad_()
+    y, _ = torch.compile(built, fullgraph=True, backend="aot_eager")(leaf)
+    torch.manual_seed(5)
+    y.backward(torch.randn(y.shape).to(y))
+    check_close(leaf.grad, whole["x"])
+    check_close(built.ffn.proj_down.weight.grad, whole["ffn.proj_down.weight"])
 
 
 class _OtherLinear(nn.Linear):
