@@ -212,6 +212,7 @@ def test_a_compiled_block_is_one_graph_with_the_halves(weight_mode, monkeypatch)
 def test_a_block_compiled_with_dynamic_shapes_is_one_graph(weight_mode):
     """The width of x is the block's, not a symbol: torch 2.11 fails where one is settled within a half."""
     built = make_block(weight_mode=weight_mode)
+    torch._dynamo.reset()
     compiled = torch.compile(built, fullgraph=True, dynamic=True, backend="aot_eager")
     for seq in (20, 24):
         x = torch.randn(3, seq, HIDDEN)
@@ -275,6 +276,7 @@ def test_a_block_whose_weights_gradients_are_made_in_two_parts(device, weight_mo
             check_close(parted[name], whole[name])
     built.zero_grad()
     built._again, leaf = False, x.clone().requires_grad_()
+    torch._dynamo.reset()
     y, _ = torch.compile(built, fullgraph=True, backend="aot_eager")(leaf)
     torch.manual_seed(5)
     y.backward(torch.randn(y.shape).to(y))
