@@ -13,6 +13,8 @@ venv := .venv
 bin := $(venv)/bin
 # --no-compile: most installed modules are never imported. Python compiles the others at their first import.
 pip := $(bin)/python -m pip install --quiet --no-compile
+# Says where an environment's packages lie: one folder, where site.getsitepackages() of Debian's Pythons has several.
+site-packages := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 export PYTHONDONTWRITEBYTECODE :=
 sources := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f -not -name '*.pyc')
 
@@ -91,8 +93,7 @@ test-titan: build/titan/installed
 
 build/titan/installed: $(built)
 	$(bin)/python -m venv build/titan
-	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
-	  > "$$(build/titan/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	$(bin)/python $(site-packages) > "$$(build/titan/bin/python $(site-packages))/base.pth"
 	build/titan/bin/python -m pip install --quiet --no-compile 'flash-xlstm[torchtitan]'
 	touch $@
 
@@ -128,8 +129,7 @@ test-deploy: build/onnx/installed
 
 build/onnx/installed: $(built)
 	$(bin)/python -m venv build/onnx
-	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
-	  > "$$(build/onnx/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	$(bin)/python $(site-packages) > "$$(build/onnx/bin/python $(site-packages))/base.pth"
 	build/onnx/bin/python -m pip install --quiet --no-compile onnx onnxscript onnxruntime
 	touch $@
 
@@ -167,7 +167,6 @@ WHEEL_MB := 60
 wheel-kind := $(if $(filter 0,$(FLASH_XLSTM_CUDA)),-cpu)
 wheel-build := build/wheel$(wheel-kind)
 wheels := dist$(if $(wheel-kind),/cpu)
-site = $(shell $(bin)/python -c 'import site; print(*site.getsitepackages())')
 
 wheel: $(venv)/build-tools
 	$(if $(strip $(WHEEL_PYTHONS)),,$(error no python3.10 to python3.14 was found; name interpreters in WHEEL_PYTHONS))
@@ -177,8 +176,8 @@ wheel: $(venv)/build-tools
 	for python in $(WHEEL_PYTHONS); do \
 	  rm -f $(wheel-build)/CMakeCache.txt; \
 	  echo "wheel for $$python"; \
-	  FLASH_XLSTM_CUDA=$(if $(wheel-kind),0,1) PATH="$(CURDIR)/$(bin):$$PATH" PYTHONPATH=$(site) \
-	    $$python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  FLASH_XLSTM_CUDA=$(if $(wheel-kind),0,1) PATH="$(CURDIR)/$(bin):$$PATH" PYTHONPATH=$$($(bin)/python $(site-packages)) \
+	    $(bin)/python -m pip --python $$python wheel --quiet --no-build-isolation --no-deps \
 	    $(if $(filter 0,$(FLASH_XLSTM_CUDA)),-C wheel.build-tag=0cpu) -C build-dir=$(wheel-build) \
 	    --wheel-dir $(wheel-build)/raw . || exit 1; \
 	done
@@ -219,8 +218,7 @@ test-kernels: build/kernels/venv/installed kernels
 # `kernels` brings packages of its own: an environment beside the first, whose packages it sees.
 build/kernels/venv/installed: $(built)
 	$(bin)/python -m venv build/kernels/venv
-	$(bin)/python -c 'import site; print(*site.getsitepackages())' \
-	  > "$$(build/kernels/venv/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth"
+	$(bin)/python $(site-packages) > "$$(build/kernels/venv/bin/python $(site-packages))/base.pth"
 	build/kernels/venv/bin/python -m pip install --quiet --no-compile kernels
 	touch $@
 
