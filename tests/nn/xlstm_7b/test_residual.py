@@ -238,7 +238,7 @@ def test_x_of_another_shape_is_refused(shape, train):
 def test_the_first_part_of_a_weights_gradient(longer, shorter, first):
     """Of 5.2, 2.6, 2.9, 0.97 and 20.7 waves of an H200's SMs: whole waves, and no part where little is left unused."""
     assert products._first_part(longer, shorter, 132) == first
-    assert products._first_part(longer, shorter, 0) is None
+    assert products._first_part(longer, shorter, 0) is None and products._first_part(260, 260, 1) is None
 
 
 @pytest.mark.parametrize("sizes", [(300, 256), (256, 300)])
@@ -282,6 +282,12 @@ def test_a_block_whose_weights_gradients_are_made_in_two_parts(device, weight_mo
     y.backward(torch.randn(y.shape).to(y))
     check_close(leaf.grad, whole["x"])
     check_close(built.ffn.proj_down.weight.grad, whole["ffn.proj_down.weight"])
+    y, _ = built(leaf)
+    several = torch.randn(3, *y.shape, device=device).to(dtype)
+    down = built.ffn.proj_down.weight
+    got = torch.func.vmap(lambda g: torch.autograd.grad(y, down, g, retain_graph=True)[0])(several)
+    for each, of in zip(got, several, strict=True):
+        check_close(each, torch.autograd.grad(y, down, of, retain_graph=True)[0])
 
 
 class _OtherLinear(nn.Linear):

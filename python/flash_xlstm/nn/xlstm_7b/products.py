@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flash_xlstm.ops import linear
+from flash_xlstm.ops import _common, linear
 from flash_xlstm.ops.float8 import float8_cast
 from flash_xlstm.ops.linear import products_serve
 from flash_xlstm.ops.pointwise import swiglu_joined_backward
@@ -176,7 +176,7 @@ def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
         (left, right[:, part]) if by_columns else (left[:, part], right)
         for part in (slice(0, first), slice(first, None))
     ]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # Inductor makes the parts in place
+    if torch.is_grad_enabled() or not _common.is_eager():  # Inductor makes the parts in place
         return torch.cat([torch.mm(a.t(), b) for a, b in pairs], int(by_columns))
     out = left.new_empty(sizes)
     places = (out[:, :first], out[:, first:]) if by_columns else (out[:first], out[first:])
@@ -200,7 +200,7 @@ def _first_part(longer: int, shorter: int, sms: int) -> int | None:
     waves = longer * shorter / area if sms else 0.0
     if waves < 2 or math.ceil(waves) < 1.1 * waves:
         return None
-    return math.floor(waves - 0.5) * area // shorter // 128 * 128
+    return math.floor(waves - 0.5) * area // shorter // 128 * 128 or None
 
 
 def _sms(device: torch.device) -> int:
