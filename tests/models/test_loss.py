@@ -224,13 +224,39 @@ def test_padding_where_positions_are_kept(make_ours, tokens, skip_logits):
     assert torch.allclose(loss, nn.functional.cross_entropy(logits, ids[:, 3:6].flatten()))
 
 
-def test_labels_out_of_range(make_ours, tokens):
-    model, ids = make_ours().train(), tokens(1, 5)
+@pytest.mark.parametrize("train", [False, True])
+def test_labels_out_of_range(make_ours, tokens, train):
+    model, ids = make_ours().train(train), tokens(1, 5)
     for wrong in (61, -7):
         labels = ids.clone()
         labels[0, 3] = wrong
-        with pytest.raises(ValueError, match=rf"labels holds {wrong}; they must be from 0 to 60 .* or ignore_index"):
+        message = rf"labels holds {wrong}; they must be from 0 to 60.* or ignore_index, -100"
+        with pytest.raises(ValueError, match="^" + message):
             model(ids, labels=labels)
+        with pytest.raises(ValueError, match=message):
+            model(ids, shift_labels=labels)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"labels": [[1, 2]]}, TypeError, "labels is a list; it must be a tensor"),
+        ({"num_items_in_batch": "5"}, TypeError, "num_items_in_batch is a str; it must be a number or a tensor"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, ValueError, r"input_ids has shape \(2, 0\); seq must be"),
+        (
+            {"inputs_embeds": torch.ones(2, 0, 32), "input_ids": None},
+            ValueError,
+            r"inputs_embeds has shape \(2, 0, 32\)",
+        ),
+        ({"input_ids": torch.tensor([[1, 61]])}, ValueError, "input_ids holds 61; they must be from 0 to 60"),
+        ({"input_ids": torch.tensor([[1, -1]])}, ValueError, "input_ids holds -1; they must be from 0 to 60"),
+    ],
+)
+def test_other_arguments_are_named(make_ours, tokens, change, error, message, train):
+    model, ids = make_ours().train(train), tokens(1, 2)
+    with pytest.raises(error, match=message):
+        model(**{"input_ids": ids, "labels": ids, **change})
 
 
 def test_compiled_training_has_one_operator_for_it(make_ours, tokens):

@@ -48,6 +48,13 @@ def test_a_folder_is_read_in_one_order_everywhere(tmp_path):
     second = data.load_corpus(str(tmp_path / "second"), str(tmp_path / "second" / "run"), None, 1000, 8)
     assert first.fingerprint == second.fingerprint
     assert len(first.train) + len(first.held_out) == sum(len(name) * 40 for name in names)
+    for run in ("second", "second/sub/another"):  # that runs have written
+        (tmp_path / run / "checkpoint-3").mkdir(parents=True)
+        for name in ("checkpoint-3/trainer_state.pt", "checkpoint-3/config.json", "metrics.csv"):
+            if run != "second" or "/" in name:
+                (tmp_path / run / name).write_text("y" * 100)
+    (tmp_path / "second" / "run" / "metrics.csv").unlink()
+    assert _load(tmp_path / "second").fingerprint == first.fingerprint
     (tmp_path / "second" / "a.txt").write_text("a.txu" * 40)
     assert _load(tmp_path / "second").fingerprint != first.fingerprint
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import errno
+import fcntl
 import subprocess
 import sys
 
@@ -115,6 +117,36 @@ def test_a_run_does_not_replace_another(settings, options):
         training.start(settings, options)
     with pytest.raises(TrainingError, match=message):
         trainer.run()
+
+
+def test_one_run_at_a_time_writes_a_folder(settings, options):
+    class Other(Progress):
+        def __enter__(self):
+            with pytest.raises(TrainingError, match=r"cannot write to .*run: another process is training there"):
+                second.run()
+
+    second = training.start({**settings, "seed": 1}, options)
+    training.start(settings, options).run(Other())
+    rows = (options["out"] / "metrics.csv").read_text()
+    with pytest.raises(TrainingError, match="checkpoint-6 exists already"):  # the folder is free again
+        second.run()
+    assert (options["out"] / "metrics.csv").read_text() == rows
+
+
+def test_a_resumed_run_whose_checkpoint_another_has_replaced(settings, options):
+    training.start(settings, {**options, "time_limit": 1e-9}).run()
+    late, early = (training.resume({}, options) for _ in range(2))
+    early.run()
+    with pytest.raises(TrainingError, match=r"cannot go on at step 0: another process has written .*-6 since"):
+        late.run()
+
+
+def test_file_systems_without_locks_are_used_without(settings, options, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert training.start(settings, options).run().ended == "steps"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     options = dataclasses.replace(options, threads=threads)
     steps = max(20, round((args.seconds or _SECONDS[device.type]) / speed))
     trainer = prepare({**given, "steps": steps, "warmup": steps // 20}, options)
-    checkpoint.discard(trainer.out)
+    with checkpoint.opened(trainer.out, lock=True):
+        checkpoint.discard(trainer.out)
     progress.run(trainer)
 
     folder = checkpoint.locate(args.out)

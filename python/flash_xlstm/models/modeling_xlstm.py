@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -451,6 +452,8 @@ class xLSTMModel(xLSTMPreTrainedModel):
             raise ValueError(f"{name} has shape {tuple(inputs.shape)}; it must be ({sizes})")
         if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids has dtype {str(input_ids.dtype)[6:]}; it must be int64 or int32")
+        if inputs.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(inputs.shape)}; seq must be at least 1")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
@@ -535,7 +538,9 @@ class xLSTMModel(xLSTMPreTrainedModel):
 
         def run_piece(part: slice, states: list[Any], return_states: bool) -> Any:
             x = inputs[:, part]
-            x = x if x.is_floating_point() else self.embeddings(x)
+            if not x.is_floating_point():
+                size = getattr(self.embeddings, "num_embeddings", self.config.vocab_size)
+                x = _in_range("input_ids", x, size, lambda: self.embeddings(inputs[:, part]))
             part_padding = None if padding is None else padding[:, part].to(x.device)
             return self._run_piece(x, states, part_padding, return_states, inplace, keep_hidden, slots, cu_seqlens)
 
@@ -665,6 +670,9 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
         if labels is None:
             labels = for_loss.get("shift_labels")
         _check_labels(labels, for_loss.get("shift_labels"))
+        count = for_loss.get("num_items_in_batch")
+        if count is not None and not isinstance(count, (Tensor, numbers.Real)):
+            raise TypeError(f"num_items_in_batch is a {type(count).__name__}; it must be a number or a tensor")
         if use_cache is None and cache_params is None and labels is not None and torch.is_grad_enabled():
             use_cache = False
         if return_dict is None:
@@ -705,7 +713,14 @@ class xLSTMForCausalLM(xLSTMPreTrainedModel, xLSTMGenerationMixin):
             if labels is not None:  # torch's own loss takes int64 only
                 if "shift_labels" in for_loss:
                     for_loss["shift_labels"] = for_loss["shift_labels"].long()
-                loss = self.loss_function(logits=logits, labels=labels.long(), vocab_size=logits.shape[-1], **for_loss)
+                size, named = logits.shape[-1], "shift_labels" if "shift_labels" in for_loss else "labels"
+                loss = _in_range(
+                    named,
+                    for_loss.get("shift_labels", labels),
+                    size,
+                    lambda: self.loss_function(logits=logits, labels=labels.long(), vocab_size=size, **for_loss),
+                    ignored=for_loss.get("ignore_index", -100),
+                )
                 logits = None if skip_logits else logits
 
         output = xLSTMCausalLMOutput(
@@ -835,8 +850,25 @@ def _check_positions(name: str, positions: Tensor, x: Tensor, padding: Tensor | 
     )
 
 
+def _in_range(name: str, ids: Tensor, size: int, call: Callable[[], Tensor], ignored: int | None = None) -> Tensor:
+    """What `call` gives. Where torch finds an index out of range, as it does on a CPU, the error names it."""
+    if torch.compiler.is_compiling():
+        return call()
+    try:
+        return call()
+    except IndexError as error:
+        wrong = ids[(ids < 0) | (ids >= size)]
+        wrong = wrong if ignored is None else wrong[wrong != ignored]
+        if wrong.numel() == 0:
+            raise
+        other = "" if ignored is None else f" or ignore_index, {ignored}"
+        raise ValueError(f"{name} holds {wrong[0].item()}; they must be from 0 to {size - 1}{other}") from error
+
+
 def _check_labels(labels: Tensor | None, shift_labels: Tensor | None) -> None:
     for name, given in (("shift_labels", shift_labels), ("labels", labels)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} is a {type(given).__name__}; it must be a tensor")
         if given is not None and given.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} has dtype {str(given.dtype)[6:]}; it must be int64 or int32")
     if labels is not None and shift_labels is not None and shift_labels.numel() != labels.numel():

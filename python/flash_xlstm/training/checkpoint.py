@@ -8,6 +8,7 @@ the next save removes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -28,8 +29,8 @@ from flash_xlstm.models.checkpoints import weight_modes
 from flash_xlstm.training import files
 from flash_xlstm.training.data import BYTES, load_tokenizer, vocabulary_size
 from flash_xlstm.training.errors import TrainingError, reason
+from flash_xlstm.training.files import STATE
 
-STATE = "trainer_state.pt"
 _TOKENIZER = "tokenizer.json"
 _NAME = re.compile(r"checkpoint-[0-9]{1,19}")
 
@@ -71,11 +72,24 @@ def check_new(run: Path) -> None:
         raise TrainingError(f"{found} exists already; go on from it with `resume`, or choose another `out`")
 
 
-def open_run(run: Path) -> None:
-    """Makes a run's folder, and checks that it can be written.
+def check_resumed(run: Path, step: int) -> None:
+    """Checks that a run's folder has no other checkpoint than that of `step`.
 
     Raises:
-        TrainingError: it cannot.
+        TrainingError: it has one, of a process that went on from the same checkpoint.
+    """
+    found = newest(run)
+    if found is not None and step_of(found) != step:
+        raise TrainingError(f"cannot go on at step {step}: another process has written {found} since; resume again")
+
+
+@contextlib.contextmanager
+def opened(run: Path, lock: bool) -> Iterator[None]:
+    """Makes a run's folder, and checks that it can be written. With `lock`, no other process that locks it gets it
+    before the context ends. A file system without locks is used without.
+
+    Raises:
+        TrainingError: it cannot be written, or another process has it.
     """
     try:
         os.fspath(run).encode()
@@ -85,8 +99,19 @@ def open_run(run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
             pass
+        descriptor = os.open(run, os.O_RDONLY)
     except OSError as error:
         raise TrainingError(f"cannot write to {run}: {reason(error)}") from error
+    try:
+        if lock:
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the descriptor is closed
+                except BlockingIOError as error:
+                    raise TrainingError(f"cannot write to {run}: another process is training there") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save(

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from flash_xlstm.training.errors import TrainingError, reason
+from flash_xlstm.training.files import STATE
 
 if TYPE_CHECKING:
     from flash_xlstm.training.shards import Shards
@@ -226,7 +227,8 @@ def _read(path: str | Path | None, exclude: str | Path) -> list[bytes]:
 
 
 def list_files(path: Path, exclude: Path) -> list[Path]:
-    """A file, or the files in a folder without hidden ones and without the folder `exclude` (a resolved path).
+    """A file, or the files in a folder without hidden ones, without the folder `exclude` (a resolved path), and without
+    the folders that runs have written.
 
     Raises:
         TrainingError: there are none.
@@ -236,10 +238,15 @@ def list_files(path: Path, exclude: Path) -> list[Path]:
     if not path.is_dir():
         raise TrainingError(f"no data: {path} does not exist")
     inside = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    left_out = {exclude}
+    for file in inside.values():
+        if file.name == STATE:
+            step, run = file.resolve().parents[:2]
+            left_out.add(step if run == path.resolve() else run)
     files = {
         name: file
         for name, file in inside.items()
-        if not any(part.startswith(".") for part in name.parts) and exclude not in file.resolve().parents
+        if not any(part.startswith(".") for part in name.parts) and left_out.isdisjoint(file.resolve().parents)
     }
     if not files:
         raise TrainingError(f"no data: {path} has no files")

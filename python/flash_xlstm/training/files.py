@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 PARTIAL = ".partial"
+STATE = "trainer_state.pt"  # of a run, in its folder checkpoint-STEP
 
 
 def partial(path: Path) -> Path:

@@ -156,12 +156,17 @@ class Trainer:
             progress: receives the run's progress.
 
         Raises:
-            TrainingError: the loss is not finite, files cannot be written, or ``out`` of a new run has a checkpoint.
+            TrainingError: the loss is not finite, files cannot be written, another process is training into ``out``, or
+                ``out`` has a checkpoint that this run did not go on from.
         """
-        progress = progress if progress is not None and self.ranks.first else Progress()
-        if not self.history:
-            checkpoint.check_new(self.out)
-        checkpoint.open_run(self.out)
+        with checkpoint.opened(self.out, lock=self.ranks.first):
+            if self.history:
+                checkpoint.check_resumed(self.out, self.step)
+            else:
+                checkpoint.check_new(self.out)
+            return self._run(progress if progress is not None and self.ranks.first else Progress())
+
+    def _run(self, progress: Progress) -> RunResult:
         progress.started(self)
         tensorboard = self.options.tensorboard and self.ranks.first
         board = Board(self.out / "tensorboard", self.step) if tensorboard else contextlib.nullcontext()
