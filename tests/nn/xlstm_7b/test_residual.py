@@ -285,9 +285,13 @@ def test_a_block_whose_weights_gradients_are_made_in_two_parts(device, weight_mo
     y, _ = built(leaf)
     several = torch.randn(3, *y.shape, device=device).to(dtype)
     down = built.ffn.proj_down.weight
-    got = torch.func.vmap(lambda g: torch.autograd.grad(y, down, g, retain_graph=True)[0])(several)
-    for each, of in zip(got, several, strict=True):
-        check_close(each, torch.autograd.grad(y, down, of, retain_graph=True)[0])
+    vmapped = torch.func.vmap(lambda g: torch.autograd.grad(y, down, g, retain_graph=True)[0])(several)
+    batched = torch.autograd.grad(y, (leaf, down), several, is_grads_batched=True, retain_graph=True)
+    for n, of in enumerate(several):
+        expected = torch.autograd.grad(y, (leaf, down), of, retain_graph=True)
+        check_close(vmapped[n], expected[1])
+        check_close(batched[0][n], expected[0])
+        check_close(batched[1][n], expected[1])
 
 
 class _OtherLinear(nn.Linear):

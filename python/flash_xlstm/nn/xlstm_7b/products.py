@@ -176,7 +176,8 @@ def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
         (left, right[:, part]) if by_columns else (left[:, part], right)
         for part in (slice(0, first), slice(first, None))
     ]
-    if torch.is_grad_enabled() or not _common.is_eager():  # Inductor makes the parts in place
+    # Inductor makes the parts in place. vmap, that of is_grads_batched too, knows no out=.
+    if torch.is_grad_enabled() or not _common.is_eager() or torch._C._functorch.is_legacy_batchedtensor(left):
         return torch.cat([torch.mm(a.t(), b) for a, b in pairs], int(by_columns))
     out = left.new_empty(sizes)
     places = (out[:, :first], out[:, first:]) if by_columns else (out[:first], out[first:])

@@ -188,7 +188,7 @@ def _reduced(t: Tensor, ranks: Ranks | None) -> Tensor:
 def _added(x: Tensor, rows: Tensor, weight: Tensor, ranks: Ranks | None, float8: Float8 | None) -> Tensor:
     """``x + rows @ weight.T``, of all ranks' rows and weights."""
     if ranks is None and float8 is None:  # within the product's epilogue
-        return _shaped(added_product(x.flatten(0, 1), rows, weight), x)
+        return _shaped(added_product(_rows(x), rows, weight), x)
     return x + _reduced(product(rows, (weight,), float8).view(x.shape[0], -1, x.shape[2]), ranks)
 
 
@@ -197,6 +197,11 @@ def _parted(gradient: Tensor | None, weights: tuple[Tensor, ...]) -> tuple[Tenso
     if gradient is None or len(weights) == 1:
         return (gradient,) * len(weights)
     return gradient.split([w.shape[0] for w in weights])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t (batch, seq, dim) as (batch * seq, dim). The vmap of ``is_grads_batched`` knows no flatten."""
+    return t.reshape(-1, t.shape[-1])
 
 
 def _shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -225,7 +230,7 @@ class _Mlstm(torch.autograd.Function):
         parts, gates, biases = _split(rest, counts)
         eps, mlstm_eps, head_eps, cap, chunk_size, keep_states = numbers
         normed = _gathered(_operators.rms_norm(x, norm, eps), ranks)
-        z, pre = _projected(normed.flatten(0, 1), parts, gates, biases, float8)
+        z, pre = _projected(_rows(normed), parts, gates, biases, float8)
         z, i, f = _read(z, pre, padding, normed.shape, sizes)
         y, h, kept = _operators.mlstm_gated(
             z, i, f, head, cu_seqlens, *sizes, None, mlstm_eps, cap, chunk_size, head_eps, keep_states and not again
@@ -234,7 +239,7 @@ class _Mlstm(torch.autograd.Function):
             x, padding, cu_seqlens, h, kept, *((None,) * 3 if again else (z, pre, y)), *tensors
         )  # fmt: skip
         ctx.counts, ctx.sizes, ctx.numbers, ctx.ranks, ctx.float8 = counts, sizes, numbers, ranks, float8
-        return _added(x, y.flatten(0, 1), out, ranks, float8)
+        return _added(x, _rows(y), out, ranks, float8)
 
     @staticmethod
     @_as_the_forward
@@ -248,16 +253,16 @@ class _Mlstm(torch.autograd.Function):
         want_parts, want_gates, want_biases = (any(each) for each in _split(want_rest, ctx.counts))
         normed = None
         if z is None:
-            normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
+            normed = _rows(_gathered(_operators.rms_norm(x, norm, eps), ranks))
             z, pre = _projected(normed, parts, gates, biases, float8)
         dout = dout.contiguous()
         whole = _gathered(dout, ranks)
         z, i, f = _read(z, pre, padding, whole.shape, ctx.sizes)
         if y is None:
             y = _operators.gated_head_norm(h, z[..., -out.shape[1] :], head, head_eps)
-        given = cast_gradient(whole.flatten(0, 1), want_out, float8)
+        given = cast_gradient(_rows(whole), want_out, float8)
         dy = input_gradient(given, (out,), float8).view(y.shape)
-        d_out = weight_gradient(given, y.flatten(0, 1), float8) if want_out else None
+        d_out = weight_gradient(given, _rows(y), float8) if want_out else None
         del given
         # Products with rows of another length than a multiple of 16 bytes are slow: then the gates have their own. So
         # they have beside products in float8.
@@ -267,12 +272,12 @@ class _Mlstm(torch.autograd.Function):
             beside,
         )  # fmt: skip
         del dy
-        dz = dz.flatten(0, 1)
+        dz = _rows(dz)
         if beside:
             given, dpre, weights = dz, dz[:, z.shape[2] :], parts + gates
             dnormed = torch.mm(dz, joined(weights))
         else:
-            given, dpre, weights = cast_gradient(dz, want_parts, float8), torch.cat((di, df), -1).flatten(0, 1), parts
+            given, dpre, weights = cast_gradient(dz, want_parts, float8), _rows(torch.cat((di, df), -1)), parts
             if float8 is None:  # the large product adds to the small
                 dnormed = torch.mm(dpre, joined(gates)).addmm_(dz, joined(parts))
             else:
@@ -281,7 +286,7 @@ class _Mlstm(torch.autograd.Function):
         remake = normed is None and (want_parts or want_gates)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, eps, want_norm, remake)
         del dnormed
-        normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
+        normed = _rows(_gathered(made, ranks)) if remake else normed
         want_large = want_parts or (beside and want_gates)
         d_weights = _parted(weight_gradient(given, normed, float8) if want_large else None, weights)
         if not beside:
@@ -315,7 +320,7 @@ def _read(z: Tensor, pre: Tensor, padding: Tensor | None, shape: Any, sizes: tup
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, again, ranks, float8, norm, down, *parts):
-        normed = _gathered(_operators.rms_norm(x, norm, eps), ranks).flatten(0, 1)
+        normed = _rows(_gathered(_operators.rms_norm(x, norm, eps), ranks))
         z, gated = swiglu_product(normed, parts, float8)
         out = _added(x, gated, down, ranks, float8)
         ctx.eps, ctx.ranks, ctx.float8 = eps, ranks, float8
@@ -330,11 +335,11 @@ class _FeedForward(torch.autograd.Function):
         want_norm, want_down, *want_parts = ctx.needs_input_grad[5:]
         normed = gated = None
         if z is None:
-            normed = _gathered(_operators.rms_norm(x, norm, ctx.eps), ranks).flatten(0, 1)
+            normed = _rows(_gathered(_operators.rms_norm(x, norm, ctx.eps), ranks))
             z, gated = swiglu_product(normed, parts, float8, wanted=False)
         dout = dout.contiguous()
         whole = _gathered(dout, ranks)
-        given = cast_gradient(whole.flatten(0, 1), want_down, float8)
+        given = cast_gradient(_rows(whole), want_down, float8)
         dz, remade = swiglu_gradient(given, down, z, want_down and gated is None, float8)
         gated = remade if gated is None else gated
         d_down = weight_gradient(given, gated, float8) if want_down else None
@@ -343,7 +348,7 @@ class _FeedForward(torch.autograd.Function):
         dnormed = _reduced(input_gradient(given, parts, float8).view(whole.shape), ranks)
         remake = normed is None and any(want_parts)
         dx, d_norm, made = rms_norm_backward(dnormed, dout, x, norm, ctx.eps, want_norm, remake)
-        normed = _gathered(made, ranks).flatten(0, 1) if remake else normed
+        normed = _rows(_gathered(made, ranks)) if remake else normed
         d_parts = _parted(weight_gradient(given, normed, float8) if any(want_parts) else None, parts)
         d_parts = tuple(g if want else None for g, want in zip(d_parts, want_parts, strict=True))
         return dx, None, None, None, None, d_norm if want_norm else None, d_down, *d_parts
