@@ -1,9 +1,23 @@
-"""Rows that hold padding, or several sequences one after the other. Offsets say where each of these begins."""
+"""Sequences, and rows that hold padding, or several sequences one after the other. Offsets say where each of these
+begins."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def check_sequence(name: str, x: Tensor, width: int, *, step: bool) -> None:
+    """Raises ValueError unless x is (batch, seq, width) with seq at least 1; seq must be 1 for a `step`."""
+    if x.dim() == 3 and x.shape[2] == width and (x.shape[1] == 1 if step else x.shape[1] > 0):
+        return
+    wanted = f"it must be (batch, seq, {width}), seq at least 1"
+    if step:
+        wanted = (
+            f"a step takes one token of each row, (batch, 1, {width}); for several call forward with "
+            "return_last_state=True"
+        )
+    raise ValueError(f"{name} has shape {tuple(x.shape)}; {wanted}")
 
 
 def require(holds: Tensor, message: str, wait: bool = True) -> None:

@@ -8,7 +8,6 @@ the next save removes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pickle
@@ -85,8 +84,8 @@ def check_resumed(run: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def opened(run: Path, lock: bool) -> Iterator[None]:
-    """Makes a run's folder, and checks that it can be written. With `lock`, no other process that locks it gets it
-    before the context ends. A file system without locks is used without.
+    """Makes a run's folder, and checks that it can be written. With `lock`, it is locked until the context ends
+    (:func:`.files.locked`).
 
     Raises:
         TrainingError: it cannot be written, or another process has it.
@@ -99,19 +98,15 @@ def opened(run: Path, lock: bool) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
             pass
-        descriptor = os.open(run, os.O_RDONLY)
     except OSError as error:
         raise TrainingError(f"cannot write to {run}: {reason(error)}") from error
-    try:
+    with contextlib.ExitStack() as held:
         if lock:
-            with contextlib.suppress(OSError):
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the descriptor is closed
-                except BlockingIOError as error:
-                    raise TrainingError(f"cannot write to {run}: another process is training there") from error
+            try:
+                held.enter_context(files.locked(run))
+            except BlockingIOError as error:
+                raise TrainingError(f"cannot write to {run}: another process is training there") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def save(

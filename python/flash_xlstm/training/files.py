@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -23,6 +25,28 @@ def publish(folder: Path) -> None:
     flush(partial(folder))
     os.replace(partial(folder), folder)
     flush(folder.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process that locks the folder gets it before the context ends. A file system without locks is used
+    without.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the descriptor is closed
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -13,7 +13,6 @@ A folder of prepared data holds
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -522,25 +521,19 @@ def _new_folder(out: Path) -> Iterator[Path]:
     partial = files.partial(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise TrainingError(f"cannot write {out}: {reason(error)}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the descriptor is closed
-        try:
-            for file in partial.iterdir():  # the remains of a killed call
-                file.unlink()
-            yield partial
-            files.publish(out)
-        except BaseException:
-            files.remove(partial)
-            raise
+        with files.locked(partial):
+            try:
+                for file in partial.iterdir():  # the remains of a killed call
+                    file.unlink()
+                yield partial
+                files.publish(out)
+            except BaseException:
+                files.remove(partial)
+                raise
     except BlockingIOError as error:
         raise TrainingError(f"cannot write {out}: another process is writing it") from error
     except OSError as error:
         raise TrainingError(f"cannot write {out}: {reason(error)}") from error
-    finally:
-        os.close(descriptor)
 
 
 def _write(

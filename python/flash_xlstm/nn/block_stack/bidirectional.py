@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flash_xlstm.nn.block_stack.configuration import mLSTMLayerConfig, sLSTMLayerConfig
-from flash_xlstm.nn.block_stack.layers import check_sequence
 from flash_xlstm.nn.block_stack.mlstm import mLSTMLayer
 from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
-from flash_xlstm.nn.packing import check_packed, check_padding, sequence_of_tokens, tokens_between
+from flash_xlstm.nn.packing import check_packed, check_padding, check_sequence, sequence_of_tokens, tokens_between
 from flash_xlstm.ops._common import check_flag
 
 MERGES = ("sum", "concat")

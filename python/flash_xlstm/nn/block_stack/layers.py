@@ -14,7 +14,7 @@ from flash_xlstm import ops, reference
 from flash_xlstm._build import LIMITS
 from flash_xlstm.nn.block_stack.configuration import FeedForwardConfig
 from flash_xlstm.nn.linear import nothing_looks_on, torch_own, unchanged
-from flash_xlstm.nn.packing import check_padding, refuse_step, sequence_of_tokens, tokens_between
+from flash_xlstm.nn.packing import check_padding, check_sequence, refuse_step, sequence_of_tokens, tokens_between
 from flash_xlstm.nn.state import fitting
 
 
@@ -31,19 +31,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "selu": F.selu,
 }
 _CONV_FORWARD = torch_own(nn.Conv1d.forward, nn.modules.conv)
-
-
-def check_sequence(name: str, x: Tensor, width: int, *, step: bool) -> None:
-    """Raises ValueError unless x is (batch, seq, width) with seq at least 1; seq must be 1 for a `step`."""
-    if x.dim() == 3 and x.shape[2] == width and (x.shape[1] == 1 if step else x.shape[1] > 0):
-        return
-    wanted = f"it must be (batch, seq, {width}), seq at least 1"
-    if step:
-        wanted = (
-            f"a step takes one token of each row, (batch, 1, {width}); for several call forward with "
-            "return_last_state=True"
-        )
-    raise ValueError(f"{name} has shape {tuple(x.shape)}; {wanted}")
 
 
 def small_init(weight: Tensor, dim: int) -> None:

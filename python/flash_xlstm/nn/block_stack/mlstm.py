@@ -14,12 +14,11 @@ from flash_xlstm.nn.block_stack.layers import (
     CausalConv1d,
     LinearHeadwiseExpand,
     MultiHeadLayerNorm,
-    check_sequence,
     small_init,
     wang_init,
     zero_bias,
 )
-from flash_xlstm.nn.packing import check_padding, closed, refuse_step
+from flash_xlstm.nn.packing import check_padding, check_sequence, closed, refuse_step
 from flash_xlstm.nn.state import fitting_state
 from flash_xlstm.ops import MlstmState
 

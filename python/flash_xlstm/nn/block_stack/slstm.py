@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from flash_xlstm import ops, reference
 from flash_xlstm.nn.block_stack.configuration import sLSTMLayerConfig
-from flash_xlstm.nn.block_stack.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm, check_sequence
+from flash_xlstm.nn.block_stack.layers import CausalConv1d, LinearHeadwiseExpand, MultiHeadLayerNorm
 from flash_xlstm.nn.block_stack.mlstm import LayerState
-from flash_xlstm.nn.packing import check_padding, closed, refuse_step
+from flash_xlstm.nn.packing import check_padding, check_sequence, closed, refuse_step
 from flash_xlstm.nn.state import fitting
 from flash_xlstm.ops import SlstmState
 from flash_xlstm.ops._common import unpack_state

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from flash_xlstm.nn.block_stack.bidirectional import BiMLSTM, BiSLSTM
 from flash_xlstm.nn.block_stack.configuration import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStackConfig
-from flash_xlstm.nn.block_stack.layers import GatedFeedForward, LayerNorm, check_sequence
+from flash_xlstm.nn.block_stack.layers import GatedFeedForward, LayerNorm
 from flash_xlstm.nn.block_stack.mlstm import LayerState, mLSTMLayer
 from flash_xlstm.nn.block_stack.slstm import sLSTMLayer
-from flash_xlstm.nn.packing import check_packed, check_padding
+from flash_xlstm.nn.packing import check_packed, check_padding, check_sequence
 
 StackState = dict[str, LayerState]
 

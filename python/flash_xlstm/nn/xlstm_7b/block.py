@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from flash_xlstm.nn.packing import check_sequence
 from flash_xlstm.nn.state import State
 from flash_xlstm.nn.xlstm_7b import residual
 from flash_xlstm.nn.xlstm_7b.block_step import block_step
@@ -54,8 +55,7 @@ class mLSTMBlock(nn.Module):
             out = block_step(self, x, state, state_indices)
             if out is not None:
                 return out, state if return_state else None
-        if x.dim() != 3 or x.shape[2] != self.hidden_size:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, seq, {self.hidden_size})")
+        check_sequence("x", x, self.hidden_size, step=False)
         if state is None and not return_state and state_indices is None and residual.serves(x):
             return self._train(x, padding, cu_seqlens), None
         y, state = self.mlstm_layer(
