@@ -98,9 +98,9 @@ build/titan/installed: $(built)
 	touch $@
 
 # The ops' tests, or those of SANITIZE_TESTS, on the CPU under the address and undefined-behaviour sanitizers, with an
-# install of its own.
+# install of its own. AMX's tiles are emulated in it: the sanitizer does not see what tile instructions read and write.
 sanitize: $(built)
-	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
+	FLASH_XLSTM_CUDA=0 FLASH_XLSTM_SANITIZE=1 FLASH_XLSTM_EMULATE_AMX=1 $(pip) --no-build-isolation --no-deps --upgrade --target build/sanitized \
 	  -C build-dir=build/sanitize .
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 PYTHONPATH=build/sanitized \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

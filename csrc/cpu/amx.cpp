@@ -4,6 +4,9 @@
 
 #ifdef FLASH_XLSTM_X86_ISAS
 #include <immintrin.h>
+#ifdef FLASH_XLSTM_EMULATE_AMX
+#include "cpu/emulated_amx.h"
+#endif
 
 namespace flash_xlstm::cpu::amx {
 namespace {
@@ -438,11 +441,11 @@ Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool 
   return seen.range();
 }
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
-                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end, const Turned& turned) {
+                      int64_t from_row, int64_t rows, int64_t depth, const Turned& turned) {
   const int64_t part = padded(depth, tile_depth) * 16, turned_part = padded(turned.depth, tile_depth) * 16;
   for (int64_t r = 0; r < rows; r += 16, to += 3 * part, ++outside) {
-    if (begin == 0) *outside = 0;
-    for (int64_t k = begin; k < end; k += 32) {
+    *outside = 0;
+    for (int64_t k = 0; k < depth; k += 32) {
       const __mmask16 masks[2] = {first(depth - k), first(depth - k - 16)};
       const auto load = [&](int64_t x, int half) {
         return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, from + (r + x) * from_row + k + 16 * half);
@@ -484,140 +487,103 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
   LOAD(7, b1 + (which) * part); \
   _tile_dpbf16ps(1, 4, 7);      \
   _tile_dpbf16ps(3, 5, 7)
+// One row's tile, whose parts are tiles 4, 5 and 6, and up to four columns' tiles, each of which is loaded once. The
+// products of a column lie apart: each waits for the sum of the one before.
+#define MULTIPLY_SMALL(column)                \
+  LOAD(7, b0 + (column) * stride + 2 * part); \
+  _tile_dpbf16ps(column, 4, 7)
+#define MULTIPLY_MIDDLE(column)           \
+  LOAD(7, b0 + (column) * stride + part); \
+  _tile_dpbf16ps(column, 4, 7);           \
+  _tile_dpbf16ps(column, 5, 7)
+#define MULTIPLY_LARGE(column)     \
+  LOAD(7, b0 + (column) * stride); \
+  _tile_dpbf16ps(column, 5, 7);    \
+  _tile_dpbf16ps(column, 6, 7);    \
+  _tile_dpbf16ps(column, 4, 7)
+#define ALL_COLUMNS(MULTIPLY) \
+  MULTIPLY(0);                \
+  if (columns_here > 16) {    \
+    MULTIPLY(1);              \
+  }                           \
+  if (columns_here > 32) {    \
+    MULTIPLY(2);              \
+  }                           \
+  if (columns_here > 48) {    \
+    MULTIPLY(3);              \
+  }
 
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
-                     int64_t columns, int64_t depth) {
+                     int64_t columns, int64_t depth, Lines ahead) {
+  constexpr int64_t most = 512 * 16;                                       // of a sum in one go
   const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
   alignas(64) float sums[256];
-  for (int64_t r = 0; r < rows; r += 32) {
-    for (int64_t c = 0; c < columns; c += 32) {
-      const bool two_rows = rows - r > 16, two_columns = columns - c > 16;
-      const uint16_t *a0 = a + r / 16 * stride, *b0 = b + c / 16 * stride;
-      const uint16_t *a1 = two_rows ? a0 + stride : a0, *b1 = two_columns ? b0 + stride : b0;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      // The six products of parts, small ones first.
-      for (int64_t k = 0; k < part; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
-        LOAD(6, b0 + 2 * part);
-        LOAD(7, b1 + 2 * part);
-        MULTIPLY_LEFT(0);
-        MULTIPLY_RIGHT(1);
-        MULTIPLY_LEFT(1);
-        MULTIPLY_RIGHT(0);
-        MULTIPLY_LEFT(2);
-        MULTIPLY_LEFT(0);
-      }
-      const auto tile = [&](int64_t row, int64_t column) {
-        float* to = out + row * out_row + column;
-        return Tile{to, add ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
-      };
-      STORE_TILE(0, tile(r, c));
-      if (two_columns) STORE_TILE(1, tile(r, c + 16));
-      if (two_rows) STORE_TILE(2, tile(r + 16, c));
-      if (two_rows && two_columns) STORE_TILE(3, tile(r + 16, c + 16));
+  const bool last_alone = (rows - 1) % 32 < 16;
+  const int64_t pairs = rows / 32 + (rows % 32 > 16);
+  const int64_t blocks = pairs * ((columns + 31) / 32) + last_alone * ((columns + 63) / 64);
+  const int64_t fetches = 3 * blocks * (part / 512), lines = (ahead.count + fetches - 1) / (fetches > 0 ? fetches : 1);
+  int64_t line = 0;
+  const auto fetch = [&] {
+    for (const int64_t stop = line + lines; line < stop && line < ahead.count; ++line) {
+      __builtin_prefetch(ahead.lines[line], 0, 2);
     }
-  }
-}
-
-// Beside other work a tile's load takes a thread's time, and a product only its own. So a tile of the right operand is
-// loaded once for one row of tiles, and twice for two. Small products first, and in one order for both.
-#define MULTIPLY_COLUMN(number)                          \
-  do {                                                   \
-    const uint16_t* const right = b + (number) * stride; \
-    LOAD(7, right + 2 * part);                           \
-    _tile_dpbf16ps(number, 4, 7);                        \
-    LOAD(7, right + part);                               \
-    _tile_dpbf16ps(number, 4, 7);                        \
-    _tile_dpbf16ps(number, 5, 7);                        \
-    LOAD(7, right);                                      \
-    _tile_dpbf16ps(number, 5, 7);                        \
-    _tile_dpbf16ps(number, 6, 7);                        \
-    _tile_dpbf16ps(number, 4, 7);                        \
-  } while (false)
-#define LOAD_LEFT(which)       \
-  LOAD(4, a + (which) * part); \
-  LOAD(5, a + stride + (which) * part)
-#define LOAD_RIGHT(which)      \
-  LOAD(6, b + (which) * part); \
-  LOAD(7, (tiles > 1 ? b + stride : b) + (which) * part)
-#define MULTIPLY_TWO_BY_TWO() \
-  _tile_dpbf16ps(0, 4, 6);    \
-  _tile_dpbf16ps(1, 4, 7);    \
-  _tile_dpbf16ps(2, 5, 6);    \
-  _tile_dpbf16ps(3, 5, 7)
-
-bool step(FloatProduct& p) {
-  constexpr int64_t most_depth = 128;
-  const int64_t part = padded(p.depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
-  const int64_t tiles = (p.columns - p.column + 15) / 16;
-  const int64_t end = p.depth - p.piece < most_depth ? p.depth : p.piece + most_depth;
-  const bool two_rows = p.rows - p.row > 16;
-  if (p.k < end) {
-    const uint16_t* const a = p.a + p.row / 16 * stride + p.k * 16;
-    const uint16_t* const b = p.b + p.column / 16 * stride + p.k * 16;
-    if (p.k == p.piece && p.phase == 0) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    int phases = 3;
-    if (two_rows) {
-      if (p.phase == 0) {
-        LOAD_LEFT(0);
-        LOAD_RIGHT(2);
-        MULTIPLY_TWO_BY_TWO();
-        LOAD_RIGHT(1);
-      } else if (p.phase == 1) {
-        LOAD_LEFT(1);
-        MULTIPLY_TWO_BY_TWO();
-        LOAD_RIGHT(0);
-      } else {
-        LOAD_LEFT(2);
-        MULTIPLY_TWO_BY_TWO();
-        LOAD_LEFT(0);
-      }
-      MULTIPLY_TWO_BY_TWO();
-    } else {
-      phases = tiles < 4 ? static_cast<int>(tiles) : 4;
-      if (p.phase == 0) {
-        LOAD(4, a);
-        LOAD(5, a + part);
-        LOAD(6, a + 2 * part);
-        MULTIPLY_COLUMN(0);
-      } else if (p.phase == 1) {
-        MULTIPLY_COLUMN(1);
-      } else if (p.phase == 2) {
-        MULTIPLY_COLUMN(2);
-      } else {
-        MULTIPLY_COLUMN(3);
-      }
-    }
-    if (++p.phase == phases) p.phase = 0, p.k += tile_depth;
-    return true;
-  }
-  alignas(64) float sums[256];
-  const auto tile = [&](int64_t row, int64_t column) {
-    float* to = p.out + (p.row + row) * p.out_row + p.column + column;
-    return Tile{
-        to, p.add || p.piece > 0 ? to : nullptr, 1.0f, p.out_row, p.rows - p.row - row, p.columns - p.column - column};
   };
-  STORE_TILE(0, tile(0, 0));
-  if (tiles > 1) STORE_TILE(1, tile(0, 16));
-  if (two_rows) {
-    STORE_TILE(2, tile(16, 0));
-    if (tiles > 1) STORE_TILE(3, tile(16, 16));
-  } else {
-    if (tiles > 2) STORE_TILE(2, tile(0, 32));
-    if (tiles > 3) STORE_TILE(3, tile(0, 48));
+  for (int64_t r = 0; r < rows; r += 32) {
+    const bool two_rows = rows - r > 16;
+    for (int64_t begin = 0; begin < part; begin += most) {
+      const int64_t end = part - begin < most ? part : begin + most;
+      for (int64_t c = 0; c < columns; c += two_rows ? 32 : 64) {
+        const int64_t columns_here = columns - c;
+        const uint16_t *a0 = a + r / 16 * stride + begin, *b0 = b + c / 16 * stride + begin;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        // The six products of parts, small ones first, and in one order for both.
+        if (two_rows) {
+          const uint16_t *a1 = a0 + stride, *b1 = columns_here > 16 ? b0 + stride : b0;
+          for (int64_t k = begin; k < end; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
+            LOAD(6, b0 + 2 * part);
+            LOAD(7, b1 + 2 * part);
+            MULTIPLY_LEFT(0);
+            MULTIPLY_RIGHT(1);
+            fetch();
+            MULTIPLY_LEFT(1);
+            MULTIPLY_RIGHT(0);
+            fetch();
+            MULTIPLY_LEFT(2);
+            MULTIPLY_LEFT(0);
+            fetch();
+          }
+        } else {
+          for (int64_t k = begin; k < end; k += 512, a0 += 512, b0 += 512) {
+            LOAD(4, a0);
+            ALL_COLUMNS(MULTIPLY_SMALL);
+            fetch();
+            LOAD(5, a0 + part);
+            ALL_COLUMNS(MULTIPLY_MIDDLE);
+            fetch();
+            LOAD(6, a0 + 2 * part);
+            ALL_COLUMNS(MULTIPLY_LARGE);
+            fetch();
+          }
+        }
+        const auto tile = [&](int64_t row, int64_t column) {
+          float* to = out + (r + row) * out_row + c + column;
+          return Tile{to, add || begin > 0 ? to : nullptr, 1.0f, out_row, rows - r - row, columns_here - column};
+        };
+        STORE_TILE(0, tile(0, 0));
+        if (columns_here > 16) STORE_TILE(1, tile(0, 16));
+        if (two_rows) {
+          STORE_TILE(2, tile(16, 0));
+          if (columns_here > 16) STORE_TILE(3, tile(16, 16));
+        } else {
+          if (columns_here > 32) STORE_TILE(2, tile(0, 32));
+          if (columns_here > 48) STORE_TILE(3, tile(0, 48));
+        }
+      }
+    }
   }
-  p.column += two_rows ? 32 : 64;
-  if (p.column >= p.columns) p.column = 0, p.piece += most_depth;
-  if (p.piece >= p.depth) p.piece = 0, p.row += 32;
-  p.k = p.piece;
-  return p.row < p.rows;
 }
 
 }  // namespace flash_xlstm::cpu::amx
@@ -635,9 +601,8 @@ void multiply_pairs(float*, const float*, float, const uint16_t*, int, const uin
                     Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
-void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t, int64_t,
-                      int64_t, const Turned&) {}
-bool step(FloatProduct&) { return false; }
-void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t) {}
+void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t,
+                      const Turned&) {}
+void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

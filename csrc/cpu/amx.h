@@ -108,31 +108,14 @@ struct Turned {
     return row / 32 * 32 + row / 16 % 2 * 8 + row / 8 % 2 * 16 + row % 8;
   }
 };
-// Not transposed, and only depths [begin, end), whole tiles, so that products may begin before all are packed. Bit x of
-// outside[y]: row 16 y + x has numbers outside of the range.
+// Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
-                      int64_t from_row, int64_t rows, int64_t depth, int64_t begin, int64_t end,
-                      const Turned& turned = {});
+                      int64_t from_row, int64_t rows, int64_t depth, const Turned& turned = {});
 
 // out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
-// on what lies beside them. For depths up to 512: a sum in one go is then of few numbers. Between begin() and end().
+// on what lies beside them. Pieces of 512 of the depth are summed one after the other: each is then of few numbers.
+// Between begin() and end().
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
-                     int64_t columns, int64_t depth);
-// The same a few products of tiles at a time, for any depth: pieces of 128 are summed one after the other. Between two
-// steps a thread may do all but other products, and its core does both at once.
-struct FloatProduct {
-  float* out;
-  int64_t out_row;
-  bool add;
-  const uint16_t *a, *b;
-  int64_t rows, columns, depth;
-  int64_t row = 0, column = 0, piece = 0, k = 0;  // where it stands
-  int phase = 0;
-
-  // Whether no tiles hold sums, so that there may be another product.
-  __attribute__((always_inline)) bool is_between_blocks() const { return k == piece && phase == 0; }
-};
-// Whether there is another step.
-bool step(FloatProduct& p);
+                     int64_t columns, int64_t depth, Lines ahead = {});
 
 }  // namespace flash_xlstm::cpu::amx

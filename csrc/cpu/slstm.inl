@@ -162,9 +162,8 @@ struct Parts {
 struct LeftParts {
   LeftParts(int64_t rows, int64_t depth, const amx::Range& right)
       : rows(rows), depth(depth), exact(amx::exact_with(right)), parts(amx::packed_size(rows, depth, 3)) {}
-  // Depths [begin, end).
-  void pack(const float* from, int64_t from_row, int64_t begin, int64_t end, const amx::Turned& turned = {}) {
-    amx::pack_left_floats(parts.at(0), seen, outside, exact, from, from_row, rows, depth, begin, end, turned);
+  void pack(const float* from, int64_t from_row, const amx::Turned& turned = {}) {
+    amx::pack_left_floats(parts.at(0), seen, outside, exact, from, from_row, rows, depth, turned);
   }
   // Rows [begin, end) from row `from` on, all whose numbers tiles cannot hold: f(begin, end).
   template <typename F>
@@ -180,8 +179,6 @@ struct LeftParts {
       }
     }
   }
-  // From row `row` on, of 16.
-  const uint16_t* of(int64_t row) const { return parts.at(amx::packed_size(row, depth, 3)); }
 
   int64_t rows, depth;
   amx::Range exact;
@@ -353,7 +350,7 @@ IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vector
   const Masks<rows> padding = (i == -infinity) & (f == infinity);
   Vectors<rows> z, exp_o;
   const Vectors<rows> y = exp_tanh_exp(-absolute(f), gates[2], -gates[3], z, exp_o);
-  const Vectors<rows> carried = (at_most(f, 0.0f) - logarithm_1p(y)) + u.m;
+  const Vectors<rows> carried = minus_logarithm_1p(at_most(f, 0.0f), y) + u.m;
   const Vectors<rows> margin = i - carried;
   const Masks<rows> reset = (u.n == 0.0f) | (margin >= 0.0f);
   const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
@@ -556,6 +553,101 @@ struct ForwardBlock {
   const Floats bias;
 };
 
+// Where a row's token lies.
+struct TokenPlaces {
+  const char* x;
+  char* h;
+  float* kept;
+  bool is_there, is_first, has_next;  // first: of two tokens, before which c and n are kept. Next: to be fetched
+};
+
+// One token of rows [first, end) and a register of units. Passed by value: the compiler knows that no store changes it.
+struct ForwardCells {
+  const TokenPlaces* places;
+  int64_t first, end, unit, dim, padded, x_gate;
+  DType dtype;
+  const float* h_now;
+  float *h_after, *c, *n, *m;
+  const float *bias, *product;  // of the unit; of the first row
+  int64_t product_stride;
+  const int64_t* next;  // where lines of the next token lie from x on, in bytes, to be fetched
+  int64_t next_count;
+  bool stream_h, stream_kept;
+};
+
+// whole: a whole register, of float32.
+template <bool keeps, bool whole, int rows>
+IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
+  const int64_t at = row * s.padded + s.unit, left = whole ? vector_lanes : s.dim - s.unit;
+  const bool is_float = whole || s.dtype == DType::float32;
+  TokenPlaces places[rows];
+  for (int x = 0; x < rows; ++x) places[x] = s.places[row + x];
+  for (int x = 0; x < rows && places[x].has_next; ++x) {
+    for (int64_t line = 0; line < s.next_count; ++line) __builtin_prefetch(places[x].x + s.next[line], 0, 2);
+  }
+  Vectors<rows> gates[4], kept[kept_c];
+  alignas(64) float converted[whole ? 1 : rows][panel_columns];
+  const float* from[rows];
+  for (int x = 0; x < rows; ++x) {
+    const char* const here = places[x].x + s.unit * (whole ? 4 : element_bytes(s.dtype));
+    if constexpr (whole) {
+      from[x] = reinterpret_cast<const float*>(here);
+      continue;
+    }
+    from[x] = is_float ? reinterpret_cast<const float*>(here) : converted[x];
+    if (!is_float) load_gates(converted[x], here, s.dtype, s.x_gate, left);
+  }
+  const int64_t gate_stride = is_float ? s.x_gate : vector_lanes;
+  in_turn<rows>([&](int x) IN_LAMBDA {
+    const float* const product = s.product + (row + x - s.first) * s.product_stride;
+    for (int gate = 0; gate < 4; ++gate) {
+      const int64_t place = gate * vector_lanes;
+      gates[gate].v[x] = load_lanes<Float32>(from[x] + gate * gate_stride, left) +
+                         (load_vector(product + place) + load_vector(s.bias + place));
+    }
+  });
+  const auto load = [&](const float* state) IN_LAMBDA {
+    return each<rows>([&](int x) IN_LAMBDA { return load_vector(state + at + x * s.padded); });
+  };
+  Units<rows> u{.h = load(s.h_now), .c = load(s.c), .n = load(s.n), .m = load(s.m)};
+  if constexpr (keeps) {
+    in_turn<rows>([&](int x) IN_LAMBDA {
+      float* const to = places[x].kept + s.unit;
+      if (!places[x].is_first) return;
+      stream_lanes(to - 2 * s.dim, u.c.v[x], left, s.stream_kept);
+      stream_lanes(to - s.dim, u.n.v[x], left, s.stream_kept);
+    });
+  }
+  slstm_cell<keeps>(gates, u, kept);
+  in_turn<rows>([&](int x) IN_LAMBDA {
+    store_vector(s.h_after + at + x * s.padded, u.h.v[x]);
+    store_vector(s.c + at + x * s.padded, u.c.v[x]);
+    store_vector(s.n + at + x * s.padded, u.n.v[x]);
+    store_vector(s.m + at + x * s.padded, u.m.v[x]);
+    if (is_float) stream_lanes(reinterpret_cast<float*>(places[x].h) + s.unit, u.h.v[x], left, s.stream_h);
+    if constexpr (keeps) {
+      for (int which = 0; which < kept_c; ++which) {
+        stream_lanes(places[x].kept + which * s.dim + s.unit, kept[which].v[x], left, s.stream_kept);
+      }
+    }
+  });
+}
+
+template <bool keeps, bool whole>
+__attribute__((noinline)) void forward_cells(const ForwardCells s) {
+  for (int64_t row = s.first; row < s.end;) {
+    if (!s.places[row].is_there) {
+      ++row;
+    } else if (row + 1 < s.end && s.places[row + 1].is_there) {
+      forward_unit<keeps, whole, 2>(s, row);
+      row += 2;
+    } else {
+      forward_unit<keeps, whole, 1>(s, row);
+      ++row;
+    }
+  }
+}
+
 // Tokens [begin, end) of the block's head `place`. After them token `next` of head `next_head` is walked.
 template <bool keeps>
 void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int64_t place, int64_t begin, int64_t end,
@@ -565,105 +657,64 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   const BlockRows& rows = all.rows;
   const int64_t dim = p.dim, heads = p.heads, bytes = element_bytes(p.dtype), count = all.block.rows;
   const int64_t head = all.block.head + place, padded = all.c.padded, x_seq = params.x_seq, x_gate = params.x_gate;
-  const bool is_float = p.dtype == DType::float32;
   const float *const panels = weights.of(head), *const bias = all.bias.data() + place * 4 * padded;
   float *const c = all.c.of(place), *const n = all.n.of(place), *const m = all.m.of(place);
   const float* h_now = all.h[begin % 2].of(place);
   float* h_after = all.h[1 - begin % 2].of(place);
-  constexpr int64_t most_together = 32;  // rows whose products are made at once
-  constexpr int64_t most_product = most_together * panel_columns;
-  alignas(64) float recurrent[2 * most_product];
-  const void* ahead[most_together * 2 * 4];
+  alignas(64) float recurrent[tile_rows * 2 * panel_columns];
+  const void* ahead[tile_rows * 2 * 4];
   const int64_t elements = p.batch * p.seq * heads * dim;
   const bool stream_h = streams(params.h, elements * 4, dim);
   const bool stream_kept = streams(params.kept, elements * kept_c * 4, dim);
-
-  // Where a token's x, h and kept lie.
-  struct Places {
-    const char* x;
-    char* h;
-    float* kept;
-    bool first;  // of two tokens, before which c and n are kept
-  };
-  Places places[most_rows];
-  // `count_tag` rows from row r, whose products lie product_stride apart.
-  const auto cells = [&](auto count_tag, int64_t r, int64_t unit, const float* product, int64_t product_stride) {
-    constexpr int some = decltype(count_tag)::value;
-    const int64_t at = r * padded + unit, left = dim - unit;
-    Vectors<some> gates[4], kept[kept_c];
-    alignas(64) float converted[some][panel_columns];
-    const float* from[some];
-    for (int x = 0; x < some; ++x) {
-      const char* const here = places[r + x].x + unit * bytes;
-      from[x] = is_float ? reinterpret_cast<const float*>(here) : converted[x];
-      if (!is_float) load_gates(converted[x], here, p.dtype, x_gate, left);
-    }
-    const int64_t gate_stride = is_float ? x_gate : vector_lanes;
-    in_turn<some>([&](int x) IN_LAMBDA {
-      for (int gate = 0; gate < 4; ++gate) {
-        const int64_t place = gate * vector_lanes;
-        gates[gate].v[x] = load_lanes<Float32>(from[x] + gate * gate_stride, left) +
-                           (load_vector(product + x * product_stride + place) + load_vector(bias + unit * 4 + place));
-      }
-    });
-    const auto load = [&](const float* state) {
-      return each<some>([&](int x) { return load_vector(state + at + x * padded); });
-    };
-    Units<some> u{.h = load(h_now), .c = load(c), .n = load(n), .m = load(m)};
-    if (keeps) {
-      in_turn<some>([&](int x) IN_LAMBDA {
-        float* to = places[r + x].kept + unit;
-        if (!places[r + x].first) return;
-        stream_lanes(to - 2 * dim, u.c.v[x], left, stream_kept);
-        stream_lanes(to - dim, u.n.v[x], left, stream_kept);
-      });
-    }
-    slstm_cell<keeps>(gates, u, kept);
-    in_turn<some>([&](int x) IN_LAMBDA {
-      store_vector(h_after + at + x * padded, u.h.v[x]);
-      store_vector(c + at + x * padded, u.c.v[x]);
-      store_vector(n + at + x * padded, u.n.v[x]);
-      store_vector(m + at + x * padded, u.m.v[x]);
-      if (is_float) stream_lanes(reinterpret_cast<float*>(places[r + x].h) + unit, u.h.v[x], left, stream_h);
-      if constexpr (keeps) {
-        for (int which = 0; which < kept_c; ++which) {
-          stream_lanes(places[r + x].kept + which * dim + unit, kept[which].v[x], left, stream_kept);
-        }
-      }
-    });
-  };
+  TokenPlaces places[most_rows];
 
   const int64_t groups = weights.groups;
   // Rows whose products are made at once.
-  const int64_t chunks = ceil_div(count, weights.tiles ? most_together : int64_t{tile_rows});
+  const int64_t chunks = weights.tiles ? 1 : ceil_div(count, int64_t{tile_rows});
   const int64_t least = count / chunks, more = count % chunks;
+  // On tiles, all of a token's products are made before its cells: a product of tiles slows down the multiplications
+  // that follow it.
   LeftParts left_parts(weights.tiles ? count : 0, dim, weights.range(head));
-  // On tiles, the next rows' products are made in steps, while cells are. `unit`: of the token's groups and chunks.
-  const auto tiles_product = [&](float* to, int64_t unit, bool forth) {
-    const int64_t group = forth ? unit / chunks : groups - 1 - unit / chunks, row = unit % chunks * most_together;
-    const int64_t left = count - row < most_together ? count - row : most_together;
-    return amx::FloatProduct{to, panel_columns, false, left_parts.of(row),
-                             weights.parts_of(head) + group * weights.panel_parts,
-                             amx::padded(left, amx::tile_rows), panel_columns, dim};
+  const int64_t product_stride = groups * panel_columns;
+  const Floats products(weights.tiles ? amx::padded(count, amx::tile_rows) * product_stride : 0, false);
+  const auto multiply_on_tiles = [&] {
+    left_parts.pack(h_now, padded);
+    for (int64_t group = 0; group < groups; ++group) {
+      float* const out = products.data() + group * panel_columns;
+      const uint16_t* const right = weights.parts_of(head) + group * weights.panel_parts;
+      amx::multiply_floats(out, product_stride, false, left_parts.parts.at(0), right, count, panel_columns, dim);
+    }
+    left_parts.for_outside(0, count, [&](int64_t from, int64_t to) {
+      product(to - from, product_stride,
+              {.out = products.data() + from * product_stride,
+               .out_stride = product_stride,
+               .a = h_now + from * padded,
+               .a_row = padded,
+               .a_k = 1,
+               .m = panels,
+               .m_panel = weights.panel,
+               .depth = dim,
+               .add = false});
+    });
   };
-  const int64_t steps = ceil_div(4 * ceil_div(dim, amx::tile_depth) + 1, int64_t{8});  // for two rows' cells
   // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
   const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
   // Where L1 has room for one panel, but not for two, the one at the turn is alone, and the next token finds it there.
   const bool turns = weights.panel > 5 << 10 && weights.panel <= 10 << 10;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t after = t + 1 < end ? t + 1 : next, after_head = t + 1 < end ? head : next_head;
-    const int64_t to_after = ((after - t) * x_seq + (after_head - head) * params.x_head) * bytes;
+    const int64_t to_after = ((after - t) * x_seq + (after_head - head) * params.x_head) * bytes;  // from x on
     for (int64_t r = 0; r < count; ++r) {
       const int64_t batch = rows[r].batch, token = rows[r].start + t;
       places[r] = {.x = static_cast<const char*>(params.x) +
                         (batch * params.x_batch + token * x_seq + head * params.x_head) * bytes,
                    .h = static_cast<char*>(params.h) + ((batch * p.seq + token) * heads + head) * dim * bytes,
                    .kept = keeps ? kept_of(p, params.kept, rows[r], head) + slstm_kept_at(token) * dim : nullptr,
-                   .first = token % 2 == 0};
+                   .is_there = t < rows[r].length,
+                   .is_first = token % 2 == 0,
+                   .has_next = weights.tiles && after < rows[r].length};
     }
-    if (weights.tiles) left_parts.pack(h_now, padded, 0, dim);
-    float* product = recurrent;
+    if (weights.tiles) multiply_on_tiles();
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
     for (int64_t done = 0; done < groups;) {
@@ -674,68 +725,60 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
       const int64_t last = groups - group - pair;
       for (int64_t place = 4 * last; place < 4 * (last + pair); ++place) {
         const int64_t gate = place / run % 4, unit = (place / (4 * run) * run + place % run) * vector_lanes;
-        if (unit * bytes % 64 == 0) offsets[offset_count++] = (gate * x_gate + unit) * bytes;
+        if (unit * bytes % 64 == 0) offsets[offset_count++] = to_after + (gate * x_gate + unit) * bytes;
       }
       for (int64_t chunk = 0, row = 0; chunk < chunks; ++chunk) {
-        const int64_t tile = weights.tiles ? (count - row < most_together ? count - row : most_together)
-                                           : least + (chunk < more);
-        const auto product_of = [&](int64_t first) {
-          return Product{.out = product + (first - row) * pair * panel_columns,
-                         .out_stride = pair * panel_columns,
-                         .a = h_now + first * padded,
-                         .a_row = padded,
-                         .a_k = 1,
-                         .m = panels + group * weights.panel,
-                         .m_panel = weights.panel,
-                         .depth = dim,
-                         .add = false};
-        };
-        amx::FloatProduct tiles_next;
-        bool is_next = false;
-        if (weights.tiles) {
-          const int64_t unit = done * chunks + chunk + 1;
-          is_next = unit < groups * chunks;
-          if (unit == 1) {
-            tiles_next = tiles_product(product, unit - 1, forth);
-            while (amx::step(tiles_next)) {
-            }
-          }
-          if (is_next) tiles_next = tiles_product(recurrent + (product == recurrent ? most_product : 0), unit, forth);
-          left_parts.for_outside(row, row + tile, [&](int64_t from, int64_t to) {
-            for_tiles(to - from, [&](int64_t first, int64_t some) {
-              product_rows<1, panel_vectors>(some, product_of(from + first));
-            });
-          });
-        } else {
+        const int64_t tile = least + (chunk < more);
+        if (!weights.tiles) {
           int64_t lines = 0;
           for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
-            const char* from = places[r].x + to_after;
-            for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = from + offsets[line];
+            for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = places[r].x + offsets[line];
           }
-          Product here = product_of(row);
-          here.ahead = {ahead, lines};
+          const Product here{.out = recurrent,
+                             .out_stride = pair * panel_columns,
+                             .a = h_now + row * padded,
+                             .a_row = padded,
+                             .a_k = 1,
+                             .m = panels + group * weights.panel,
+                             .m_panel = weights.panel,
+                             .depth = dim,
+                             .add = false,
+                             .ahead = {ahead, lines}};
           if (pair == 2) {
             product_rows<2, panel_vectors>(tile, here);
           } else {
             product_rows<1, panel_vectors>(tile, here);
           }
         }
+        const float* const product = weights.tiles ? products.data() + group * panel_columns : recurrent;
+        const int64_t stride = weights.tiles ? product_stride : pair * panel_columns;
         for (int64_t g = 0; g < pair; ++g) {
-          for_active(rows, t, row, row + tile, [&](auto some, int64_t r) {
-            if (weights.tiles) {
-              for (int x = 0; x < decltype(some)::value && after < rows[r + x].length; ++x) {
-                const char* from = places[r + x].x + to_after;
-                for (int64_t line = 0; line < offset_count; ++line) __builtin_prefetch(from + offsets[line], 0, 2);
-              }
-              for (int64_t x = 0; x < steps && is_next; ++x) is_next = amx::step(tiles_next);
-            }
-            cells(some, r, (group + g) * vector_lanes, product + ((r - row) * pair + g) * panel_columns,
-                  pair * panel_columns);
-          });
-        }
-        if (weights.tiles) {
-          while (is_next) is_next = amx::step(tiles_next);
-          product = recurrent + (product == recurrent ? most_product : 0);
+          const int64_t unit = (group + g) * vector_lanes;
+          const ForwardCells cells{.places = places,
+                                   .first = row,
+                                   .end = row + tile,
+                                   .unit = unit,
+                                   .dim = dim,
+                                   .padded = padded,
+                                   .x_gate = x_gate,
+                                   .dtype = p.dtype,
+                                   .h_now = h_now,
+                                   .h_after = h_after,
+                                   .c = c,
+                                   .n = n,
+                                   .m = m,
+                                   .bias = bias + unit * 4,
+                                   .product = product + g * panel_columns,
+                                   .product_stride = stride,
+                                   .next = offsets,
+                                   .next_count = offset_count,
+                                   .stream_h = stream_h,
+                                   .stream_kept = stream_kept};
+          if (dim - unit >= vector_lanes && p.dtype == DType::float32) {
+            forward_cells<keeps, true>(cells);
+          } else {
+            forward_cells<keeps, false>(cells);
+          }
         }
         row += tile;
       }
@@ -744,7 +787,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
     for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
       if (t >= rows[r].length) {
         std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
-      } else if (!is_float) {
+      } else if (p.dtype != DType::float32) {
         unpack(places[r].h, p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
       }
     }
@@ -822,23 +865,6 @@ IN_LOOPS void load_before(const CellPlaces& from, int64_t dim, int64_t unit, int
   if (from.second) walk<whole>(from.kept - kept_c * dim, dim, unit, left, c, n);
 }
 
-// A product that is made while cells are: a few steps for each register of units, and no more than `budget` in a token.
-struct Aside {
-  void run() {
-    for (int64_t x = 0; x < at_once && left && budget > 0; ++x, --budget) left = amx::step(product);
-  }
-  void finish() {
-    while (left) left = amx::step(product);
-  }
-  // Makes the tiles free for another product.
-  void finish_block() {
-    while (left && !product.is_between_blocks()) left = amx::step(product);
-  }
-  amx::FloatProduct product;
-  bool left = false;
-  int64_t at_once = 0, budget_a_token = 0, budget = 0;
-};
-
 // One token of some rows. Passed by value: the compiler knows that no store changes it.
 struct BackwardCells {
   const CellPlaces* places;
@@ -849,7 +875,6 @@ struct BackwardCells {
   int64_t dx_stride, dx_gate;
   float clip;
   bool stream;
-  Aside* aside;
 };
 
 template <bool whole, int rows>
@@ -923,8 +948,7 @@ __attribute__((noinline)) void backward_rest(const BackwardCells s, int64_t row,
                            .dx_stride = s.dx_stride,
                            .dx_gate = s.dx_gate,
                            .clip = s.clip,
-                           .stream = s.stream,
-                           .aside = nullptr};
+                           .stream = s.stream};
   backward_unit<false>(here, places, unit, s.dim - unit);
 }
 
@@ -933,14 +957,12 @@ void backward_cells(const BackwardCells s) {
   CellPlaces places[rows];
   for (int x = 0; x < rows; ++x) places[x] = s.places[x];
   int64_t unit = 0;
-  for (; unit + vector_lanes <= s.dim; unit += vector_lanes) {
-    if (s.aside != nullptr) s.aside->run();
-    backward_unit<true>(s, places, unit, vector_lanes);
-  }
+  for (; unit + vector_lanes <= s.dim; unit += vector_lanes) backward_unit<true>(s, places, unit, vector_lanes);
   for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(s, x, unit);
 }
 
-// tile_share: what products on tiles add to dR, (dim, 4 dim).
+// Adds the block's share of db to `share`, and of dR to `tile_share`, (dim, 4 dim), where products are on tiles, else to
+// `share` as well, which `begun` says to have some.
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
                     int64_t count, float* share, bool& begun, float* tile_share) {
   const SlstmProblem& p = params.p;
@@ -1032,18 +1054,13 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
   };
   LeftParts left_parts(tiles ? count : 0, wide, weights.range(head));
-  // Of these tokens and of those before, whose share is still in the making.
   const int64_t dx_size = tiles ? amx::packed_size(wide, depth, 3) : 0;
-  const Parts dx_parts(2 * dx_size);
-  uint16_t *dx_now = dx_parts.at(0), *dx_before = dx_parts.at(dx_size);
-  const Parts h_parts(tiles ? amx::packed_size(padded, depth, 3) : 0);
-  Aside aside;
+  const Parts dx_parts(dx_size), h_parts(tiles ? amx::packed_size(padded, depth, 3) : 0);
   // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
   const auto add_on_tiles = [&](int64_t filled) {
-    aside.finish();
     amx::Range h_range;
     for (int64_t at = 0; filled < depth && at < dx_size; at += depth * amx::tile_rows) {
-      std::memset(dx_now + at + filled * amx::tile_rows, 0, (depth - filled) * amx::tile_rows * sizeof(*dx_now));
+      std::memset(dx_parts.at(at) + filled * amx::tile_rows, 0, (depth - filled) * amx::tile_rows * sizeof(uint16_t));
     }
     for (int64_t unit = 0; unit < padded; unit += panel_columns) {
       const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
@@ -1056,16 +1073,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
     const bool exact = amx::is_exact(h_range, left_parts.seen.range());
     left_parts.seen.clear();
-    if (!exact) return false;
-    const int64_t blocks = ceil_div(dim, int64_t{32}) * ceil_div(wide, int64_t{32});
-    aside.product = {tile_share, wide, true, h_parts.at(0), dx_now, dim, wide, depth};
-    aside.left = true;
-    aside.budget_a_token = ceil_div(blocks, slots) * (3 * ceil_div(depth, amx::tile_depth) + 1);
-    aside.at_once = ceil_div(aside.budget_a_token, ceil_div(count, int64_t{2}) * ceil_div(dim, int64_t{vector_lanes}));
-    uint16_t* const before = dx_before;
-    dx_before = dx_now;
-    dx_now = before;
-    return true;
+    if (exact) amx::multiply_floats(tile_share, wide, true, h_parts.at(0), dx_parts.at(0), dim, wide, depth);
+    return exact;
   };
   // h as products in float32 read it: its rows are dx's.
   const auto order_h = [&](float* to) {
@@ -1078,28 +1087,33 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
   };
   float* const dbias = share + wide * padded;
-  const auto add_dbias = [&](int64_t k) {
-    const float* from = dx_slots.data() + k * dx_stride;
-    for (int64_t x = 0; x < wide; ++x) dbias[x] += from[x];
+  // Of rows [k, end) of dx, a few at a time: they are read along the rows.
+  const auto add_dbias = [&](int64_t k, int64_t end) {
+    constexpr int64_t together = 16;
+    for (; k < end; k += together) {
+      for (int64_t x = 0; x < wide; x += vector_lanes) {
+        Vector sum = load_lanes<Float32>(dbias + x, wide - x);
+        for (int64_t r = k; r < k + together && r < end; ++r) sum += load_vector(dx_slots.data() + r * dx_stride + x);
+        store_lanes<Float32>(dbias + x, sum, wide - x);
+      }
+    }
   };
   const auto add_share = [&](int64_t filled) {
-    if (!tiles || !add_on_tiles(filled)) {
-      const Floats ordered(tiles ? depth * padded : 0, false);
-      if (tiles) order_h(ordered.data());
-      product(wide, dim,
-              {.out = share,
-               .out_stride = padded,
-               .a = dx_slots.data(),
-               .a_row = 1,
-               .a_k = dx_stride,
-               .m = tiles ? ordered.data() : h_slots.data(),
-               .m_panel = depth * panel_columns,
-               .depth = filled,
-               .add = begun});
-    }
-    if (!begun) std::memset(dbias, 0, wide * sizeof(float));
+    if (!tiles) add_dbias(0, filled);
+    if (tiles && add_on_tiles(filled)) return;
+    const Floats ordered(tiles ? depth * padded : 0, false);
+    if (tiles) order_h(ordered.data());
+    product(wide, dim,
+            {.out = share,
+             .out_stride = padded,
+             .a = dx_slots.data(),
+             .a_row = 1,
+             .a_k = dx_stride,
+             .m = tiles ? ordered.data() : h_slots.data(),
+             .m_panel = depth * panel_columns,
+             .depth = filled,
+             .add = begun});
     begun = true;
-    for (int64_t k = 0; !tiles && k < filled; ++k) add_dbias(k);
   };
 
   if (tiles) amx::begin();
@@ -1107,7 +1121,6 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
     if (slot == slots) slot = 0;
     dx = dx_slots.data() + slot * slot_rows * dx_stride;
-    aside.budget = aside.budget_a_token;
     for (int64_t r = 0; !is_float && params.dh != nullptr && r < count; ++r) {
       if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
     }
@@ -1125,8 +1138,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                                 .dx_stride = dx_stride,
                                 .dx_gate = heads * dim,
                                 .clip = clip,
-                                .stream = stream,
-                                .aside = tiles ? &aside : nullptr};
+                                .stream = stream};
       backward_cells<decltype(some)::value>(cells);
     });
     for (int64_t r = 0; !is_float && r < count; ++r) {
@@ -1159,35 +1171,11 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                .ahead = ahead});
     };
     if (tiles) {
-      amx::FloatProduct tiles_product{recurrent.of(0),        padded, false,  left_parts.of(0),
-                                      weights.parts_of(head), count,  padded, wide};
-      const int64_t steps = 4 * ceil_div(padded, panel_columns) * ceil_div(wide, amx::tile_depth);
-      const int64_t at_once = ceil_div(lines, steps);
-      aside.finish_block();
-      // Two tiles ahead: a tile that was just written is slow to load.
-      int64_t packed = 0, line = 0;
-      const auto pack_until = [&](int64_t k) {
-        if (k <= packed || packed >= wide) return;
-        left_parts.pack(dx, dx_stride, packed, k, {.to = dx_now, .depth = depth, .row = slot * slot_rows});
-        packed = k;
-      };
-      pack_until(2 * amx::tile_depth);
-      // All that need not wait for the product is done between its steps.
-      const int64_t rows_at_once = ceil_div(count, steps);
-      int64_t row = 0;
-      const auto take_rows = [&](int64_t end) {
-        for (; row < end && row < count; ++row) {
-          take_h(slot * slot_rows + row, t, row);
-          add_dbias(slot * slot_rows + row);
-        }
-      };
-      while (amx::step(tiles_product)) {
-        pack_until(tiles_product.k + 2 * amx::tile_depth);
-        take_rows(row + rows_at_once);
-        for (const int64_t stop = line + at_once; line < stop && line < lines; ++line)
-          __builtin_prefetch(ahead[line], 0, 2);
-      }
-      take_rows(count);
+      left_parts.pack(dx, dx_stride, {.to = dx_parts.at(0), .depth = depth, .row = slot * slot_rows});
+      for (int64_t r = 0; r < count; ++r) take_h(slot * slot_rows + r, t, r);
+      add_dbias(slot * slot_rows, slot * slot_rows + count);
+      amx::multiply_floats(recurrent.of(0), padded, false, left_parts.parts.at(0), weights.parts_of(head), count,
+                           padded, wide, {ahead, lines});
       left_parts.for_outside(0, count, [&](int64_t begin, int64_t end) { multiply(begin, end, {}); });
     } else {
       multiply(0, count, {ahead, lines});
@@ -1197,7 +1185,6 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   delete[] ahead;
   end_streams();
   if (tiles) {
-    aside.finish();
     amx::end();
   }
   for (int64_t r = 0; r < count; ++r) {
@@ -1218,22 +1205,27 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
 // A group's share of dR and db: (4 dim, padded) floats and 4 dim.
 int64_t share_floats(int64_t dim) { return 4 * dim * padded_dim(dim) + 4 * dim; }
 
-// dR and db of output `row`, of 4 dim, of a head: the sum of the groups' shares.
-void sum_shares(const SlstmBackward& params, const float* shares, int64_t groups, int64_t head, int64_t row,
-                float* sum) {
+// dR and db of outputs [begin, end) of a gate and head: the sums of the groups' shares, which are made in the first.
+void sum_shares(const SlstmBackward& params, float* shares, int64_t groups, int64_t gate, int64_t head, int64_t begin,
+                int64_t end) {
   const SlstmProblem& p = params.p;
-  const int64_t dim = p.dim, padded = padded_dim(dim), item = row / dim * p.heads + head, out = row % dim;
-  float bias = 0.0f;
-  std::memset(sum, 0, dim * sizeof(float));
-  for (int64_t group = 0; group < groups; ++group) {
-    const float* share = shares + (head * groups + group) * share_floats(dim);
-    for (int64_t x = 0; x < dim; ++x) sum[x] += share[row * padded + x];
-    bias += share[4 * dim * padded + row];
+  const int64_t dim = p.dim, padded = padded_dim(dim), item = gate * p.heads + head;
+  const int64_t row = gate * dim + begin, bias = 4 * dim * padded + row, count = end - begin;
+  float* const sum = shares + head * groups * share_floats(dim);
+  for (int64_t group = 1; group < groups; ++group) {
+    const float* const share = sum + group * share_floats(dim);
+    for (int64_t x = row * padded; x < (row + count) * padded; ++x) sum[x] += share[x];
+    for (int64_t x = bias; x < bias + count; ++x) sum[x] += share[x];
   }
-  unpack(static_cast<char*>(params.dweights) + (item * dim + out) * dim * element_bytes(p.weight_dtype), p.weight_dtype,
-         dim, sum, nullptr, 1, dim);
-  unpack(static_cast<char*>(params.dbias) + (item * dim + out) * element_bytes(p.bias_dtype), p.bias_dtype, 1, &bias,
-         nullptr, 1, 1);
+  const bool in_one = padded == dim;
+  const int64_t pieces = in_one ? 1 : count, size = in_one ? count * dim : dim;
+  for (int64_t x = 0; x < pieces; ++x) {
+    unpack(
+        static_cast<char*>(params.dweights) + ((item * dim + begin) * dim + x * size) * element_bytes(p.weight_dtype),
+        p.weight_dtype, size, sum + (row + x) * padded, nullptr, 1, size);
+  }
+  unpack(static_cast<char*>(params.dbias) + (item * dim + begin) * element_bytes(p.bias_dtype), p.bias_dtype, count,
+         sum + bias, nullptr, 1, count);
 }
 
 }  // namespace
@@ -1262,7 +1254,7 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
   const int64_t useful = ceil_div(rows, least_block_rows(problem, 6)), split = apart < useful ? apart : useful;
   const int64_t blocks = wanted > split ? wanted : split;
   const int64_t each = blocks > 0 ? whole_tiles(problem, ceil_div(rows, blocks)) : 0;
-  const int64_t groups = blocks < most_groups ? blocks : most_groups;
+  const int64_t groups = blocks < 1 ? 1 : blocks < most_groups ? blocks : most_groups;
   const Floats shares(heads * groups * share_floats(dim), false);
   const BackwardWeights weights(problem);
   // A group's heads one after the other: its pages of dh and h are looked up once.
@@ -1270,29 +1262,36 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % heads, group = task / heads;
       float* share = shares.data() + (head * groups + group) * share_floats(dim);
-      bool begun = weights.tiles;
+      bool begun = false;
       const int64_t padded = padded_dim(dim), wide = 4 * dim;
-      const Floats tile_share(begun ? padded * wide : 0);
-      if (begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
+      const Floats tile_share(weights.tiles ? padded * wide : 0);
+      std::memset(share + wide * padded, 0, wide * sizeof(float));
       for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
         const int64_t first = block * each, left = rows - first;
         if (left <= 0) continue;
         backward_block(p, weights, head, first, left < each ? left : each, share, begun, tile_share.data());
       }
-      if (weights.tiles) {
+      if (!begun && weights.tiles) {
+        transpose(share, padded, tile_share.data(), wide, padded, wide);
+      } else if (!begun) {
+        std::memset(share, 0, wide * padded * sizeof(float));
+      } else if (weights.tiles) {
         const Floats turned(wide * padded, false);
         transpose(turned.data(), padded, tile_share.data(), wide, padded, wide);
         for (int64_t x = 0; x < wide * padded; ++x) share[x] += turned.data()[x];
       }
-      if (!begun) std::memset(share, 0, share_floats(dim) * sizeof(float));
     }
   });
-  parallel(heads * 4 * dim, 1 + (int64_t{1} << 14) / (dim * (groups + 1)), [&](int64_t begin, int64_t end) {
-    const Floats sum(dim);
-    for (int64_t row = begin; row < end; ++row) {
-      sum_shares(p, shares.data(), groups, row / (4 * dim), row % (4 * dim), sum.data());
-    }
-  });
+  constexpr int64_t at_once = 32;  // outputs
+  const int64_t pieces = ceil_div(dim, at_once);
+  parallel(4 * heads * pieces, 1 + (int64_t{1} << 14) / (at_once * dim * (groups + 1)),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t task = begin; task < end; ++task) {
+               const int64_t item = task / pieces, first = task % pieces * at_once;
+               sum_shares(p, shares.data(), groups, item / heads, item % heads, first,
+                          dim - first < at_once ? dim : first + at_once);
+             }
+           });
 }
 
 // Two passes: R h of every unit needs all of the old h, so no h may change before all R h are made.

@@ -161,6 +161,13 @@ VECTORS_FUNCTION multiply_add(const Vectors<count>& a, const Vectors<count>& b, 
   });
 }
 
+VECTORS_FUNCTION multiply_add(const Vectors<count>& a, const Vectors<count>& b, float c) {
+  return multiply_add(a, b, each<count>([&](int) IN_LAMBDA { return all(c); }));
+}
+VECTORS_FUNCTION multiply_add(const Vectors<count>& a, float b, const Vectors<count>& c) {
+  return multiply_add(a, each<count>([&](int) IN_LAMBDA { return all(b); }), c);
+}
+
 // The nearest integer, for |a| up to 2^22.
 VECTORS_FUNCTION nearest(const Vectors<count>& a) {
 #if defined(__AVX512F__)
@@ -189,7 +196,7 @@ VECTORS_FUNCTION times_power(const Vectors<count>& a, const Vectors<count>& n) {
 VECTORS_FUNCTION reciprocal(const Vectors<count>& a) {
 #if defined(__AVX512F__)  // a division occupies its unit for 16 cycles
   const Vectors<count> y = each<count>([&](int x) IN_LAMBDA { return (Vector)_mm512_rcp14_ps((__m512)a.v[x]); });
-  return y + y * (1.0f - a * y);
+  return multiply_add(y, multiply_add(-a, y, 1.0f), y);
 #else
   return 1.0f / a;
 #endif
@@ -199,13 +206,12 @@ VECTORS_FUNCTION reciprocal(const Vectors<count>& a) {
 template <int count>
 IN_LOOPS void split_exponential(const Vectors<count>& x, Vectors<count>& n, Vectors<count>& tail) {
   n = nearest(x * 1.44269504f);
-  const Vectors<count> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vectors<count> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  tail = p * (r * r) + r;
+  const Vectors<count> r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
+  constexpr float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  Vectors<count> p = each<count>([](int) IN_LAMBDA { return all(1.9875691500e-4f); });
+#pragma GCC unroll 5
+  for (const float term : terms) p = multiply_add(p, r, term);
+  tail = multiply_add(p, r * r, r);
 }
 
 // exp to about one unit in the last place. 0 below -104, inf above 88.8, NaN for NaN.
@@ -223,7 +229,7 @@ VECTORS_FUNCTION exponential(const Vectors<count>& x) {
 VECTORS_FUNCTION twice_to_split(const Vectors<count>& x) { return at_most(at_least(x + x, -20.0f), 20.0f); }
 VECTORS_FUNCTION hyperbolic_tangent(const Vectors<count>& n, const Vectors<count>& tail) {
   const Vectors<count> power = times_power(each<count>([](int) IN_LAMBDA { return all(1.0f); }), n);
-  const Vectors<count> minus_one = power * tail + (power - 1.0f);
+  const Vectors<count> minus_one = multiply_add(power, tail, power - 1.0f);
   return minus_one * reciprocal(minus_one + 2.0f);
 }
 
@@ -245,18 +251,15 @@ VECTORS_FUNCTION exp_tanh_exp(const Vectors<count>& a, const Vectors<count>& b, 
   return exponential(n[0], tail[0]);
 }
 
-// log(1 + y) for y from 0 to 1, to two units in the last place.
-VECTORS_FUNCTION logarithm_1p(const Vectors<count>& y) {
-  Vectors<count> p = y * -3.176057018e-3f + 1.954252726e-2f;
-  p = p * y - 5.637361283e-2f;
-  p = p * y + 1.054362380e-1f;
-  p = p * y - 1.526966707e-1f;
-  p = p * y + 1.966327426e-1f;
-  p = p * y - 2.495161626e-1f;
-  p = p * y + 3.332971050e-1f;
-  p = p * y - 4.999989265e-1f;
-  p = p * y + 1.0f;
-  return p * y;
+// a - log(1 + y) for y from 0 to 1, the logarithm to two units in the last place.
+VECTORS_FUNCTION minus_logarithm_1p(const Vectors<count>& a, const Vectors<count>& y) {
+  constexpr float terms[] = {1.954252726e-2f,  -5.637361283e-2f, 1.054362380e-1f,
+                             -1.526966707e-1f, 1.966327426e-1f,  -2.495161626e-1f,
+                             3.332971050e-1f,  -4.999989265e-1f, 1.0f};
+  Vectors<count> p = each<count>([](int) IN_LAMBDA { return all(-3.176057018e-3f); });
+#pragma GCC unroll 9
+  for (const float term : terms) p = multiply_add(p, y, term);
+  return multiply_add(-p, y, a);
 }
 
 // --- elements ------------------------------------------------------------------------------------------------------
