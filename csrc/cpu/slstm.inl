@@ -143,17 +143,47 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
   }
 }
 
-// Whether products run on AMX tiles, as three bfloat16 parts (amx.h). It depends on sizes only: tiles must be full
-// enough to beat sums in float32. Rows with numbers that the parts cannot hold are multiplied in float32. Whether a row
-// is, depends on the row and R only: results do not depend on the number of threads here either.
-bool on_tiles(const SlstmProblem& p) {
+// The operands of products: float32; three bfloat16 parts of float32 on AMX tiles (amx.h); or bfloat16, on tiles or as
+// pairs. They depend on dtypes and sizes only: tiles must be full enough to beat sums in float32. Rows with numbers that
+// the three parts cannot hold are multiplied in float32. Whether a row is, depends on the row and R only: results do not
+// depend on the number of threads here either.
+enum class Operands { floats, parts, halves };
+Operands operands_of(const SlstmProblem& p) {
+  const bool is_half = p.dtype == DType::bfloat16 && p.weight_dtype == DType::bfloat16;
+  if (is_half && has_bf16() && p.rows >= 4) return Operands::halves;
   const bool are_full = 4 * p.rows > 3 * amx::padded(p.rows, amx::tile_rows) && p.rows >= amx::tile_rows;
-  return has_amx() && are_full && p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320;
+  const bool fit = p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320;
+  return has_amx() && are_full && fit ? Operands::parts : Operands::floats;
+}
+// Elements of a packed operand.
+int64_t packed_size(Operands operands, int64_t size, int64_t depth) {
+  const int parts = operands == Operands::parts ? 3 : operands == Operands::halves ? 1 : 0;
+  return amx::packed_size(size, depth, parts);
 }
 
-// Packed operands of tiles.
+// out (rows x columns, contiguous) = a b, or += with `add`, of packed bfloat16 operands.
+void multiply_halves(float* out, bool add, const uint16_t* a, const uint16_t* b, int64_t rows, int64_t columns,
+                     int64_t depth) {
+  const auto multiply = has_amx() ? amx::multiply : amx::multiply_pairs;
+  multiply(out, add ? out : nullptr, 1.0f, a, 1, b, rows, columns, depth, Part::all, nullptr);
+}
+
+// While it lives, this thread's tiles may multiply.
+struct TilesInUse {
+  explicit TilesInUse(Operands operands) : are(operands != Operands::floats && has_amx()) {
+    if (are) amx::begin();
+  }
+  ~TilesInUse() {
+    if (are) amx::end();
+  }
+  TilesInUse(const TilesInUse&) = delete;
+  TilesInUse& operator=(const TilesInUse&) = delete;
+  bool are;
+};
+
+// Packed operands.
 struct Parts {
-  explicit Parts(int64_t count) : memory(count / 2, false) {}
+  explicit Parts(int64_t count) : memory((count + 1) / 2, false) {}
   uint16_t* at(int64_t index) const { return reinterpret_cast<uint16_t*>(memory.data()) + index; }
   Floats memory;
 };
@@ -212,17 +242,22 @@ struct ForwardWeights {
       : groups(ceil_div(p.dim, int64_t{vector_lanes})),
         panel(p.dim * panel_columns),
         values(p.heads * groups * panel, false),
-        tiles(on_tiles(p)),
-        panel_parts(tiles ? amx::packed_size(panel_columns, p.dim, 3) : 0),
+        operands(operands_of(p)),
+        panel_parts(packed_size(operands, panel_columns, p.dim)),
         parts(p.heads * groups * panel_parts),
         ranges(new amx::Range[p.heads * groups]) {
     parallel(p.heads * groups, ceil_div(int64_t{1} << 15, panel), [&](int64_t begin, int64_t end) {
       with_dtype(p.weight_dtype, [&](auto type) {
         for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / groups, item % groups);
       });
-      for (int64_t item = begin; tiles && item < end; ++item) {
-        ranges[item] = amx::pack_right_floats(parts.at(item * panel_parts), values.data() + item * panel, panel_columns,
-                                              false, p.dim, panel_columns);
+      for (int64_t item = begin; item < end; ++item) {
+        uint16_t* const to = parts.at(item * panel_parts);
+        const float* const from = values.data() + item * panel;
+        if (operands == Operands::parts) {
+          ranges[item] = amx::pack_right_floats(to, from, panel_columns, false, p.dim, panel_columns);
+        } else if (operands == Operands::halves) {
+          amx::pack_right(to, from, panel_columns, false, p.dim, panel_columns, nullptr);
+        }
       }
     });
   }
@@ -257,7 +292,7 @@ struct ForwardWeights {
 
   int64_t groups, panel;
   Floats values;
-  bool tiles;
+  Operands operands;
   int64_t panel_parts;
   Parts parts;
   amx::Range* ranges;
@@ -270,21 +305,26 @@ struct BackwardWeights {
         depth(4 * p.dim),
         panels(ceil_div(columns, panel_columns)),
         values(p.heads * depth * columns, false),
-        tiles(on_tiles(p)),
-        parts(tiles ? p.heads * amx::packed_size(columns, depth, 3) : 0),
+        operands(operands_of(p)),
+        parts(p.heads * packed_size(operands, columns, depth)),
         ranges(new amx::Range[p.heads * panels]) {
     parallel(p.heads * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
       with_dtype(p.weight_dtype, [&](auto type) {
         for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / 4, item % 4);
       });
     });
-    if (!tiles) return;
+    if (operands == Operands::floats) return;
     parallel(p.heads * panels, ceil_div(int64_t{1} << 15, depth * panel_columns), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / panels, first = item % panels * panel_columns;
         const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
-        uint16_t* to = parts.at(head * amx::packed_size(columns, depth, 3) + amx::packed_size(first, depth, 3));
-        ranges[item] = amx::pack_right_floats(to, of(head) + first * depth, wide, false, depth, wide);
+        uint16_t* const to = parts_of(head) + packed_size(operands, first, depth);
+        const float* const from = of(head) + first * depth;
+        if (operands == Operands::parts) {
+          ranges[item] = amx::pack_right_floats(to, from, wide, false, depth, wide);
+        } else {
+          amx::pack_right(to, from, wide, false, depth, wide, nullptr);
+        }
       }
     });
   }
@@ -313,7 +353,7 @@ struct BackwardWeights {
   }
 
   const float* of(int64_t head) const { return values.data() + head * depth * columns; }
-  const uint16_t* parts_of(int64_t head) const { return parts.at(head * amx::packed_size(columns, depth, 3)); }
+  uint16_t* parts_of(int64_t head) const { return parts.at(head * packed_size(operands, columns, depth)); }
   amx::Range range(int64_t head) const {
     amx::Range all;
     for (int64_t panel = 0; panel < panels; ++panel) all.add(ranges[head * panels + panel]);
@@ -322,7 +362,7 @@ struct BackwardWeights {
 
   int64_t columns, depth, panels;
   Floats values;
-  bool tiles;
+  Operands operands;
   Parts parts;
   amx::Range* ranges;
 };
@@ -376,14 +416,17 @@ inline int64_t padded_dim(int64_t dim) { return ceil_div(dim, int64_t{vector_lan
 
 // Blocks of 24 rows hide that each reads R from L2; where R does not fit L2, more rows share the reads.
 constexpr int64_t most_rows = 96;
-inline int64_t most_block_rows(const SlstmProblem& p) { return p.dim > 320 ? most_rows : on_tiles(p) ? 32 : 24; }
-// The fewest rows that are worth a block of their own: half a tile, or `least` without tiles.
+inline int64_t most_block_rows(const SlstmProblem& p) {
+  return p.dim > 320 ? most_rows : operands_of(p) == Operands::floats ? 24 : 32;
+}
+// The fewest rows that are worth a block of their own: half a tile, or `least` of float32.
 inline int64_t least_block_rows(const SlstmProblem& p, int64_t least) {
-  return on_tiles(p) ? amx::tile_rows / 2 : least;
+  return operands_of(p) == Operands::floats ? least : amx::tile_rows / 2;
 }
 // `each` rows a block, in whole tiles where rows fill more than one.
 inline int64_t whole_tiles(const SlstmProblem& p, int64_t each) {
-  return on_tiles(p) && each > amx::tile_rows ? amx::padded(each, amx::tile_rows) : each;
+  const bool in_tiles = operands_of(p) != Operands::floats && each > amx::tile_rows;
+  return in_tiles ? amx::padded(each, amx::tile_rows) : each;
 }
 
 // Some heads of a block of rows. All heads of a token lie in a page of memory or two, and the address of a page that
@@ -670,14 +713,17 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
 
   const int64_t groups = weights.groups;
   // Rows whose products are made at once.
-  const int64_t chunks = weights.tiles ? 1 : ceil_div(count, int64_t{tile_rows});
+  const Operands operands = weights.operands;
+  const bool products_first = operands != Operands::floats;
+  const int64_t chunks = products_first ? 1 : ceil_div(count, int64_t{tile_rows});
   const int64_t least = count / chunks, more = count % chunks;
-  // On tiles, all of a token's products are made before its cells: a product of tiles slows down the multiplications
-  // that follow it.
-  LeftParts left_parts(weights.tiles ? count : 0, dim, weights.range(head));
+  // All of a token's products are made before its cells: a product of tiles slows down the multiplications that follow
+  // it, and one of pairs takes more rows at a time than a panel's sums have registers for.
+  LeftParts left_parts(operands == Operands::parts ? count : 0, dim, weights.range(head));
+  const Parts left_halves(operands == Operands::halves ? amx::packed_size(count, dim, 1) : 0);
   const int64_t product_stride = groups * panel_columns;
-  const Floats products(weights.tiles ? amx::padded(count, amx::tile_rows) * product_stride : 0, false);
-  const auto multiply_on_tiles = [&] {
+  const Floats products(products_first ? count * product_stride : 0, false);
+  const auto multiply_parts = [&] {
     left_parts.pack(h_now, padded);
     for (int64_t group = 0; group < groups; ++group) {
       float* const out = products.data() + group * panel_columns;
@@ -712,14 +758,18 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
                    .kept = keeps ? kept_of(p, params.kept, rows[r], head) + slstm_kept_at(token) * dim : nullptr,
                    .is_there = t < rows[r].length,
                    .is_first = token % 2 == 0,
-                   .has_next = weights.tiles && after < rows[r].length};
+                   .has_next = products_first && after < rows[r].length};
     }
-    if (weights.tiles) multiply_on_tiles();
+    if (operands == Operands::parts) multiply_parts();
+    if (operands == Operands::halves) {
+      amx::pack_left(left_halves.at(0), h_now, padded, false, count, dim, 1, nullptr);
+      multiply_halves(products.data(), false, left_halves.at(0), weights.parts_of(head), count, product_stride, dim);
+    }
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
     for (int64_t done = 0; done < groups;) {
       const bool end = turns && (done == 0 || done + 1 == groups);
-      const int64_t pair = count <= paired_rows && !weights.tiles && done + 2 <= groups && !end ? 2 : 1;
+      const int64_t pair = count <= paired_rows && !products_first && done + 2 <= groups && !end ? 2 : 1;
       const int64_t group = forth ? done : groups - done - pair;
       int64_t offsets[2 * 4], offset_count = 0;  // the next token's cache lines, in the order in which it reads them
       const int64_t last = groups - group - pair;
@@ -729,7 +779,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
       }
       for (int64_t chunk = 0, row = 0; chunk < chunks; ++chunk) {
         const int64_t tile = least + (chunk < more);
-        if (!weights.tiles) {
+        if (!products_first) {
           int64_t lines = 0;
           for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
             for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = places[r].x + offsets[line];
@@ -750,8 +800,8 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
             product_rows<1, panel_vectors>(tile, here);
           }
         }
-        const float* const product = weights.tiles ? products.data() + group * panel_columns : recurrent;
-        const int64_t stride = weights.tiles ? product_stride : pair * panel_columns;
+        const float* const product = products_first ? products.data() + group * panel_columns : recurrent;
+        const int64_t stride = products_first ? product_stride : pair * panel_columns;
         for (int64_t g = 0; g < pair; ++g) {
           const int64_t unit = (group + g) * vector_lanes;
           const ForwardCells cells{.places = places,
@@ -801,7 +851,7 @@ template <bool keeps>
 void forward_block(const SlstmForward& params, const ForwardWeights& weights, const Block& block) {
   const ForwardBlock all(params, block);
   const int64_t longest = all.rows.longest, turn = block.tokens(params.p.dim, longest);
-  if (weights.tiles) amx::begin();
+  const TilesInUse tiles(weights.operands);
   for (int64_t begin = 0; begin < longest; begin += turn) {
     const int64_t end = longest - begin < turn ? longest : begin + turn;
     for (int64_t x = 0; x < block.heads; ++x) {
@@ -810,7 +860,6 @@ void forward_block(const SlstmForward& params, const ForwardWeights& weights, co
     }
   }
   end_streams();
-  if (weights.tiles) amx::end();
   all.h[longest % 2].store(params.h_last);
   all.c.store(params.c_last);
   all.n.store(params.n_last);
@@ -961,7 +1010,7 @@ void backward_cells(const BackwardCells s) {
   for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(s, x, unit);
 }
 
-// Adds the block's share of db to `share`, and of dR to `tile_share`, (dim, 4 dim), where products are on tiles, else to
+// Adds the block's share of db to `share`, and of dR to `tile_share`, (dim, 4 dim), where operands are packed, else to
 // `share` as well, which `begun` says to have some.
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
                     int64_t count, float* share, bool& begun, float* tile_share) {
@@ -975,7 +1024,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       excess(p, block, params.dm_last), recurrent(p, block, nullptr);
   const int64_t padded = dh.padded;
   // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for.
-  const bool tiles = weights.tiles;
+  const Operands operands = weights.operands;
+  const bool tiles = operands == Operands::parts, halves = operands == Operands::halves;
   const int64_t slot_rows = tiles ? amx::padded(count, amx::tile_rows) : count, most_depth = tiles ? 64 : 128;
   const int64_t slots = slot_rows < most_depth ? most_depth / slot_rows : 1, depth = slots * slot_rows;
   const int64_t dx_stride = wide + 16;  // spreads an output's floats over L1's sets
@@ -1054,8 +1104,9 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
   };
   LeftParts left_parts(tiles ? count : 0, wide, weights.range(head));
-  const int64_t dx_size = tiles ? amx::packed_size(wide, depth, 3) : 0;
-  const Parts dx_parts(dx_size), h_parts(tiles ? amx::packed_size(padded, depth, 3) : 0);
+  const int64_t dx_size = packed_size(operands, wide, depth);
+  const Parts left_halves(halves ? amx::packed_size(count, wide, 1) : 0);
+  const Parts dx_parts(dx_size), h_parts(packed_size(operands, padded, depth));
   // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
   const auto add_on_tiles = [&](int64_t filled) {
     amx::Range h_range;
@@ -1075,6 +1126,15 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     left_parts.seen.clear();
     if (exact) amx::multiply_floats(tile_share, wide, true, h_parts.at(0), dx_parts.at(0), dim, wide, depth);
     return exact;
+  };
+  const auto add_halves = [&](int64_t filled) {
+    for (int64_t unit = 0; unit < padded; unit += panel_columns) {
+      const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
+      uint16_t* const to = h_parts.at(amx::packed_size(unit, filled, 1));
+      amx::pack_left(to, h_slots.data() + unit * depth, columns, true, columns, filled, 1, nullptr);
+    }
+    amx::pack_right(dx_parts.at(0), dx_slots.data(), dx_stride, false, filled, wide, nullptr);
+    multiply_halves(tile_share, true, h_parts.at(0), dx_parts.at(0), dim, wide, filled);
   };
   // h as products in float32 read it: its rows are dx's.
   const auto order_h = [&](float* to) {
@@ -1099,6 +1159,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     }
   };
   const auto add_share = [&](int64_t filled) {
+    if (halves) return add_halves(filled);
     if (!tiles) add_dbias(0, filled);
     if (tiles && add_on_tiles(filled)) return;
     const Floats ordered(tiles ? depth * padded : 0, false);
@@ -1116,7 +1177,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     begun = true;
   };
 
-  if (tiles) amx::begin();
+  const TilesInUse in_use(operands);
   for (int64_t r = 0; r < count; ++r) change_excess(r, true);
   for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
     if (slot == slots) slot = 0;
@@ -1144,7 +1205,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     for (int64_t r = 0; !is_float && r < count; ++r) {
       if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
     }
-    for (int64_t r = 0; !tiles && r < count; ++r) take_h(slot * slot_rows + r, t, r);
+    for (int64_t r = 0; operands == Operands::floats && r < count; ++r) take_h(slot * slot_rows + r, t, r);
     int64_t lines = 0;  // what the token before needs of dh and h, and half of what is kept of two tokens before it
     const auto fetch = [&](const void* from, int64_t bytes) {
       for (int64_t x = 0; x < bytes; x += 64) ahead[lines++] = static_cast<const char*>(from) + x;
@@ -1177,6 +1238,16 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       amx::multiply_floats(recurrent.of(0), padded, false, left_parts.parts.at(0), weights.parts_of(head), count,
                            padded, wide, {ahead, lines});
       left_parts.for_outside(0, count, [&](int64_t begin, int64_t end) { multiply(begin, end, {}); });
+    } else if (halves) {
+      amx::pack_left(left_halves.at(0), dx, dx_stride, false, count, wide, 1, nullptr);
+      for (int64_t r = 0; r < count; ++r) {
+        take_h(slot * slot_rows + r, t, r);
+        for (int64_t line = r * lines / count; line < (r + 1) * lines / count; ++line) {
+          __builtin_prefetch(ahead[line], 0, 2);
+        }
+      }
+      add_dbias(slot * slot_rows, slot * slot_rows + count);
+      multiply_halves(recurrent.of(0), false, left_halves.at(0), weights.parts_of(head), count, padded, wide);
     } else {
       multiply(0, count, {ahead, lines});
     }
@@ -1184,9 +1255,6 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   }
   delete[] ahead;
   end_streams();
-  if (tiles) {
-    amx::end();
-  }
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t unit = 0; unit < padded; unit += vector_lanes) {
       const int64_t at = r * padded + unit;
@@ -1264,18 +1332,19 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
       float* share = shares.data() + (head * groups + group) * share_floats(dim);
       bool begun = false;
       const int64_t padded = padded_dim(dim), wide = 4 * dim;
-      const Floats tile_share(weights.tiles ? padded * wide : 0);
+      const bool is_packed = weights.operands != Operands::floats;
+      const Floats tile_share(is_packed ? padded * wide : 0);
       std::memset(share + wide * padded, 0, wide * sizeof(float));
       for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
         const int64_t first = block * each, left = rows - first;
         if (left <= 0) continue;
         backward_block(p, weights, head, first, left < each ? left : each, share, begun, tile_share.data());
       }
-      if (!begun && weights.tiles) {
+      if (!begun && is_packed) {
         transpose(share, padded, tile_share.data(), wide, padded, wide);
       } else if (!begun) {
         std::memset(share, 0, wide * padded * sizeof(float));
-      } else if (weights.tiles) {
+      } else if (is_packed) {
         const Floats turned(wide * padded, false);
         transpose(turned.data(), padded, tile_share.data(), wide, padded, wide);
         for (int64_t x = 0; x < wide * padded; ++x) share[x] += turned.data()[x];
