@@ -618,11 +618,12 @@ struct ForwardCells {
   bool stream_h, stream_kept;
 };
 
-// whole: a whole register, of float32.
-template <bool keeps, bool whole, int rows>
+// Type: of x and h where a whole register of units is there, else Any.
+struct Any {};
+template <bool keeps, typename Type, int rows>
 IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
+  constexpr bool whole = !std::is_same_v<Type, Any>;
   const int64_t at = row * s.padded + s.unit, left = whole ? vector_lanes : s.dim - s.unit;
-  const bool is_float = whole || s.dtype == DType::float32;
   TokenPlaces places[rows];
   for (int x = 0; x < rows; ++x) places[x] = s.places[row + x];
   for (int x = 0; x < rows && places[x].has_next; ++x) {
@@ -630,23 +631,21 @@ IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
   }
   Vectors<rows> gates[4], kept[kept_c];
   alignas(64) float converted[whole ? 1 : rows][panel_columns];
-  const float* from[rows];
-  for (int x = 0; x < rows; ++x) {
-    const char* const here = places[x].x + s.unit * (whole ? 4 : element_bytes(s.dtype));
-    if constexpr (whole) {
-      from[x] = reinterpret_cast<const float*>(here);
-      continue;
-    }
-    from[x] = is_float ? reinterpret_cast<const float*>(here) : converted[x];
-    if (!is_float) load_gates(converted[x], here, s.dtype, s.x_gate, left);
+  for (int x = 0; x < rows && !whole; ++x) {
+    load_gates(converted[x], places[x].x + s.unit * element_bytes(s.dtype), s.dtype, s.x_gate, left);
   }
-  const int64_t gate_stride = is_float ? s.x_gate : vector_lanes;
   in_turn<rows>([&](int x) IN_LAMBDA {
     const float* const product = s.product + (row + x - s.first) * s.product_stride;
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t place = gate * vector_lanes;
-      gates[gate].v[x] = load_lanes<Float32>(from[x] + gate * gate_stride, left) +
-                         (load_vector(product + place) + load_vector(s.bias + place));
+      Vector value;
+      if constexpr (whole) {
+        const auto* const from = reinterpret_cast<const typename Type::Bits*>(places[x].x);
+        value = load_lanes<Type>(from + s.unit + gate * s.x_gate, left);
+      } else {
+        value = load_vector(converted[x] + place);
+      }
+      gates[gate].v[x] = value + (load_vector(product + place) + load_vector(s.bias + place));
     }
   });
   const auto load = [&](const float* state) IN_LAMBDA {
@@ -667,7 +666,11 @@ IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
     store_vector(s.c + at + x * s.padded, u.c.v[x]);
     store_vector(s.n + at + x * s.padded, u.n.v[x]);
     store_vector(s.m + at + x * s.padded, u.m.v[x]);
-    if (is_float) stream_lanes(reinterpret_cast<float*>(places[x].h) + s.unit, u.h.v[x], left, s.stream_h);
+    if constexpr (std::is_same_v<Type, BFloat16>) {
+      store_lanes<BFloat16>(reinterpret_cast<uint16_t*>(places[x].h) + s.unit, u.h.v[x], left);
+    } else if (s.dtype == DType::float32) {
+      stream_lanes(reinterpret_cast<float*>(places[x].h) + s.unit, u.h.v[x], left, s.stream_h);
+    }
     if constexpr (keeps) {
       for (int which = 0; which < kept_c; ++which) {
         stream_lanes(places[x].kept + which * s.dim + s.unit, kept[which].v[x], left, s.stream_kept);
@@ -676,16 +679,16 @@ IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
   });
 }
 
-template <bool keeps, bool whole>
+template <bool keeps, typename Type>
 __attribute__((noinline)) void forward_cells(const ForwardCells s) {
   for (int64_t row = s.first; row < s.end;) {
     if (!s.places[row].is_there) {
       ++row;
     } else if (row + 1 < s.end && s.places[row + 1].is_there) {
-      forward_unit<keeps, whole, 2>(s, row);
+      forward_unit<keeps, Type, 2>(s, row);
       row += 2;
     } else {
-      forward_unit<keeps, whole, 1>(s, row);
+      forward_unit<keeps, Type, 1>(s, row);
       ++row;
     }
   }
@@ -825,9 +828,11 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
                                    .stream_h = stream_h,
                                    .stream_kept = stream_kept};
           if (dim - unit >= vector_lanes && p.dtype == DType::float32) {
-            forward_cells<keeps, true>(cells);
+            forward_cells<keeps, Float32>(cells);
+          } else if (dim % vector_lanes == 0 && p.dtype == DType::bfloat16) {
+            forward_cells<keeps, BFloat16>(cells);
           } else {
-            forward_cells<keeps, false>(cells);
+            forward_cells<keeps, Any>(cells);
           }
         }
         row += tile;
@@ -837,7 +842,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
     for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
       if (t >= rows[r].length) {
         std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
-      } else if (p.dtype != DType::float32) {
+      } else if (p.dtype == DType::float16 || (p.dtype == DType::bfloat16 && dim % vector_lanes != 0)) {
         unpack(places[r].h, p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
       }
     }

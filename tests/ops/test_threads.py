@@ -43,10 +43,15 @@ def mlstm_step() -> list[Tensor]:
         return [ops.mlstm_step(q, k, v, i, f, state)[0], *state]
 
 
-def slstm() -> list[Tensor]:
-    x, R, b = randn(9, 20, 4, 3, 40), randn(4, 3, 40, 40), randn(4, 3, 40)
+def slstm(rows: int = 9, dim: int = 40, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = (rows, 20, 4, 3, dim), (4, 3, dim, dim), (4, 3, dim)
+    x, R, b = (randn(*shape).detach().to(dtype).requires_grad_() for shape in shapes)
     h = ops.slstm(x, R * 0.1, b)
     return [h, *torch.autograd.grad(h, [x, R, b], torch.ones_like(h))]
+
+
+def slstm_blocks() -> list[Tensor]:  # several blocks of rows, on packed operands where the CPU has products of them
+    return [*slstm(70, 64), *slstm(70, 40, torch.bfloat16), *slstm(5, 64, torch.bfloat16)]
 
 
 def causal_conv1d() -> list[Tensor]:
@@ -97,6 +102,7 @@ def linear_cross_entropy() -> list[Tensor]:
         mlstm_state,
         mlstm_step,
         slstm,
+        slstm_blocks,
         causal_conv1d,
         pointwise,
         linear_rows,
