@@ -228,25 +228,25 @@ namespace {
 
 constexpr int64_t pair_rows = 8;
 
-// pair_rows rows from r on by `tiles` times 16 columns from c on, from depth `begin` to `end`, which are even.
-template <int tiles>
+// `rows` rows by `tiles` times 16 columns, from depth `begin` to `end`, which are even.
+template <int rows, int tiles>
 void pair_block(const Tile& to, const uint16_t* a, int64_t a_part, int parts, const uint16_t* b, int64_t b_tile,
                 int64_t begin, int64_t end) {
-  __m512 sums[pair_rows][tiles] = {};
+  __m512 sums[rows][tiles] = {};
   for (int part = 0; part < parts; ++part, a += a_part) {
     for (int64_t k = begin; k < end;) {
       const uint16_t *a_pair = a + k / 32 * 512 + k % 32, *b_pair = b + k / 32 * 512 + k % 32 * 16;
       const int64_t stop = k / 32 * 32 + 32 < end ? k / 32 * 32 + 32 : end;
       for (; k < stop; k += 2, a_pair += 2, b_pair += 32) {
         __m512bh of_b[tiles];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int x = 0; x < tiles; ++x) of_b[x] = (__m512bh)_mm512_loadu_si512(b_pair + x * b_tile);
 #pragma GCC unroll 8
-        for (int r = 0; r < pair_rows; ++r) {
+        for (int r = 0; r < rows; ++r) {
           int pair;
           __builtin_memcpy(&pair, a_pair + r * 32, sizeof(pair));
           const __m512bh of_a = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int x = 0; x < tiles; ++x) sums[r][x] = _mm512_dpbf16_ps(sums[r][x], of_b[x], of_a);
         }
       }
@@ -255,9 +255,9 @@ void pair_block(const Tile& to, const uint16_t* a, int64_t a_part, int parts, co
   // Unrolled, so that the sums stay in registers.
   const __m512 keep = _mm512_set1_ps(to.keep);
 #pragma GCC unroll 8
-  for (int r = 0; r < pair_rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     if (r >= to.rows) continue;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int x = 0; x < tiles; ++x) {
       const __mmask16 mask = first(to.columns - x * 16);
       const int64_t at = r * to.row_stride + x * 16;
@@ -266,6 +266,13 @@ void pair_block(const Tile& to, const uint16_t* a, int64_t a_part, int parts, co
       _mm512_mask_storeu_ps(to.out + at, mask, sum);
     }
   }
+}
+
+// Few rows take more columns: a row's sums wait for one another.
+template <int rows>
+auto pair_block_of(int64_t columns) {
+  if (rows < pair_rows && columns > 48) return pair_block < rows, rows < pair_rows ? 4 : 2 > ;
+  return columns > 16 ? pair_block<rows, 2> : pair_block<rows, 1>;
 }
 
 }  // namespace
@@ -278,12 +285,16 @@ void multiply_pairs(float* out, const float* from, float keep, const uint16_t* a
     const uint16_t* const a_rows = a + r / 16 * 16 * stride + r % 16 * 32;
     const int64_t begin = part == Part::upper_a ? r : 0;
     const int64_t end = part == Part::lower_a && r + pair_rows < part_depth ? r + pair_rows : part_depth;
-    for (int64_t c = 0; c < columns && (part != Part::lower_out || c < r + pair_rows); c += 32) {
+    for (int64_t c = 0; c < columns && (part != Part::lower_out || c < r + pair_rows);) {
       if (ahead != nullptr) ahead->prefetch(parts * depth / 32);
-      const int64_t at = r * columns + c;
-      const Tile to{out + at, from == nullptr ? nullptr : from + at, keep, columns, rows - r, columns - c};
-      const auto block = columns - c > 16 ? pair_block<2> : pair_block<1>;
+      const int64_t at = r * columns + c, left = rows - r, wide = columns - c;
+      const Tile to{out + at, from == nullptr ? nullptr : from + at, keep, columns, left, wide};
+      const auto block = left == 1   ? pair_block_of<1>(wide)
+                         : left == 2 ? pair_block_of<2>(wide)
+                         : left <= 4 ? pair_block_of<4>(wide)
+                                     : pair_block_of<pair_rows>(wide);
       block(to, a_rows, b_tile, parts, b + c * part_depth, b_tile, begin, end);
+      c += left <= 4 && wide > 48 ? 64 : 32;
     }
   }
 }

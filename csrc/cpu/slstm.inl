@@ -150,7 +150,7 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
 enum class Operands { floats, parts, halves };
 Operands operands_of(const SlstmProblem& p) {
   const bool is_half = p.dtype == DType::bfloat16 && p.weight_dtype == DType::bfloat16;
-  if (is_half && has_bf16() && p.rows >= 4) return Operands::halves;
+  if (is_half && has_bf16()) return Operands::halves;
   const bool are_full = 4 * p.rows > 3 * amx::padded(p.rows, amx::tile_rows) && p.rows >= amx::tile_rows;
   const bool fit = p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320;
   return has_amx() && are_full && fit ? Operands::parts : Operands::floats;
