@@ -1,7 +1,8 @@
 // The sLSTM on the CPU, a part of vector_kernels.inl. R is packed once a call. A task takes a block of rows of a head
 // or some and walks the tokens. A product of the block with a panel of R (the four gates of one register of units)
 // stays in registers, and the cell follows at once, while R's panel stays in L1 for the block's other rows. With one
-// row, the bandwidth for R bounds it. The weights' gradients are one product over all tokens afterwards; they use dx
+// row, the bandwidth for R bounds it. Operands packed for tiles or pairs (amx.h) are multiplied for all of a token, and
+// the cells follow. The weights' gradients are one product over all tokens afterwards; they use dx
 // and h as rounded to their dtype.
 //
 // An element's products are summed in one order, whatever the block and the tile it lies in, so results do not depend
@@ -618,11 +619,16 @@ struct ForwardCells {
   bool stream_h, stream_kept;
 };
 
-// Type: of x and h where a whole register of units is there, else Any.
 struct Any {};
+template <typename A, typename B>
+constexpr bool same = false;
+template <typename A>
+constexpr bool same<A, A> = true;
+
+// Type: of x and h where a whole register of units is there, else Any.
 template <bool keeps, typename Type, int rows>
 IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
-  constexpr bool whole = !std::is_same_v<Type, Any>;
+  constexpr bool whole = !same<Type, Any>;
   const int64_t at = row * s.padded + s.unit, left = whole ? vector_lanes : s.dim - s.unit;
   TokenPlaces places[rows];
   for (int x = 0; x < rows; ++x) places[x] = s.places[row + x];
@@ -666,7 +672,7 @@ IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
     store_vector(s.c + at + x * s.padded, u.c.v[x]);
     store_vector(s.n + at + x * s.padded, u.n.v[x]);
     store_vector(s.m + at + x * s.padded, u.m.v[x]);
-    if constexpr (std::is_same_v<Type, BFloat16>) {
+    if constexpr (same<Type, BFloat16>) {
       store_lanes<BFloat16>(reinterpret_cast<uint16_t*>(places[x].h) + s.unit, u.h.v[x], left);
     } else if (s.dtype == DType::float32) {
       stream_lanes(reinterpret_cast<float*>(places[x].h) + s.unit, u.h.v[x], left, s.stream_h);
