@@ -36,12 +36,12 @@ def slstm(size):
 
 
 def conv(size):
-    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((1, size, 64), (64, 4), (64,)))
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((1, 4 * size, 64), (64, 4), (64,)))
     return torch.autograd.grad(ops.causal_conv1d(x, weight, bias, activation="silu").sum(), (x, weight, bias))
 
 
 def norm(size):
-    x, gate, weight = (torch.randn(shape, requires_grad=True) for shape in ((size, 2, 32), (size, 64), (64,)))
+    x, gate, weight = (torch.randn(shape, requires_grad=True) for shape in ((4 * size, 2, 32), (4 * size, 64), (64,)))
     return torch.autograd.grad(ops.gated_head_norm(x, gate, weight).sum(), (x, gate, weight))
 
 
@@ -71,8 +71,9 @@ def used():
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
+# The last two need more than those before them leave in the heap, and leave more.
 failed, texts = 0, set()
-for form in (mlstm, slstm, conv, norm, loss, model):
+for form in (mlstm, slstm, loss, model, norm, conv):
     expected = small(form)
     for megabytes in (1, 4, 8, 12, 24, 48, 96):
         ctypes.CDLL(None).malloc_trim(0)
