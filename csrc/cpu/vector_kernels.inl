@@ -11,6 +11,7 @@
 #include "cpu/amx.h"
 #include "cpu/isa.h"
 #include "cpu/rows.h"
+#include "cpu/thread_memory.h"
 #include "cpu/vector_kernels.h"
 #include "params/float8.h"
 #include "params/loss.h"
@@ -115,19 +116,18 @@ void parallel(int64_t count, int64_t grain, const F& f) {
 // An array of floats at the start of a cache line, zero at first unless not wanted.
 class Floats {
  public:
-  explicit Floats(int64_t count, bool zero = true) : memory_(new float[count + line]) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory_);
-    data_ = memory_ + (line - begin / sizeof(float) % line) % line;
-    if (zero) std::memset(data_, 0, count * sizeof(float));
+  explicit Floats(int64_t count, bool zero = true)
+      : bytes_(count * static_cast<int64_t>(sizeof(float))), data_(static_cast<float*>(take_memory(bytes_))) {
+    if (zero) std::memset(data_, 0, bytes_);
   }
-  ~Floats() { delete[] memory_; }
+  ~Floats() { give_memory(data_, bytes_); }
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
   float* data() const { return data_; }
 
  private:
-  static constexpr uintptr_t line = 16;
-  float *memory_, *data_;
+  int64_t bytes_;
+  float* data_;
 };
 
 // A number known when the code is compiled, as a value.
