@@ -88,9 +88,11 @@ __attribute__((always_inline)) inline Range exact_with(const Range& operand) {
   const int32_t largest = product - high < most ? product - high : most;
   return {(static_cast<uint32_t>(bias + least) << 23) - 1, (static_cast<uint32_t>(bias + largest + 1) << 23) - 1};
 }
+__attribute__((always_inline)) inline bool is_within(const Range& a, const Range& b) {
+  return a.least >= b.least && a.most <= b.most;
+}
 __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range& b) {
-  const Range range = exact_with(b);
-  return a.least >= range.least && a.most <= range.most;
+  return is_within(a, exact_with(b));
 }
 
 // As pack_left and pack_right, with packed_size(size, depth, 3) elements.

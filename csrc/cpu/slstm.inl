@@ -193,8 +193,11 @@ struct Parts {
 struct LeftParts {
   LeftParts(int64_t rows, int64_t depth, const amx::Range& right)
       : rows(rows), depth(depth), exact(amx::exact_with(right)), parts(amx::packed_size(rows, depth, 3)) {}
-  void pack(const float* from, int64_t from_row, const amx::Turned& turned = {}) {
-    amx::pack_left_floats(parts.at(0), seen, outside, exact, from, from_row, rows, depth, turned);
+  void pack(const float* from, int64_t from_row) { pack(0, rows, from, from_row, {}); }
+  // `count` rows from row `first` on, the first of a tile.
+  void pack(int64_t first, int64_t count, const float* from, int64_t from_row, const amx::Turned& turned) {
+    amx::pack_left_floats(parts.at(amx::packed_size(first, depth, 3)), seen, outside + first / amx::tile_rows, exact,
+                          from, from_row, count, depth, turned);
   }
   // Rows [begin, end) from row `from` on, all whose numbers tiles cannot hold: f(begin, end).
   template <typename F>
@@ -299,10 +302,24 @@ struct ForwardWeights {
   amx::Range* ranges;
 };
 
-// In the backward, a panel has panel_columns inputs, the last what is left, and a row for each (gate, output).
+// The order of dx's columns, the depth of R^T dx: gate by gate. Where cells pack dx for tiles, the gates of a register of
+// units one after the other: the tiles' pairs are then of two gates, which one cell has.
+struct GateOrder {
+  int64_t dim;
+  bool in_cells;
+
+  int64_t operator()(int64_t gate, int64_t unit) const {
+    if (!in_cells) return gate * dim + unit;
+    return unit / vector_lanes * panel_columns + gate * vector_lanes + unit % vector_lanes;
+  }
+};
+
+// In the backward, a panel has panel_columns inputs, the last what is left, and a row for each (gate, output), in
+// `order`.
 struct BackwardWeights {
   explicit BackwardWeights(const SlstmProblem& p)
-      : columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
+      : order{.dim = p.dim, .in_cells = operands_of(p) == Operands::parts && p.dtype == DType::float32},
+        columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
         depth(4 * p.dim),
         panels(ceil_div(columns, panel_columns)),
         values(p.heads * depth * columns, false),
@@ -340,14 +357,14 @@ struct BackwardWeights {
         static_cast<const typename Type::Bits*>(p.weights) + gate * p.weights_gate + head * p.weights_head;
     for (int64_t first = 0; first < dim; first += panel_columns) {
       const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
-      float* to = values.data() + head * depth * columns + first * depth + gate * dim * wide;
       for (int64_t out = 0; out < dim; out += vector_lanes) {
+        float* to = values.data() + head * depth * columns + first * depth + order(gate, out) * wide;
         const int64_t count = dim - out < vector_lanes ? dim - out : vector_lanes;
         for (int64_t x = 0; x < wide; x += vector_lanes) {
           const auto* place = from + out * p.weights_out + (first + x) * p.weights_in;
           Vector tile[vector_lanes];
           load_tile<Type>(tile, place, p.weights_out, p.weights_in, count, dim - first - x);
-          for (int64_t y = 0; y < count; ++y) store_vector(to + (out + y) * wide + x, tile[y]);
+          for (int64_t y = 0; y < count; ++y) store_vector(to + y * wide + x, tile[y]);
         }
       }
     }
@@ -361,6 +378,7 @@ struct BackwardWeights {
     return all;
   }
 
+  GateOrder order;
   int64_t columns, depth, panels;
   Floats values;
   Operands operands;
@@ -932,13 +950,17 @@ struct BackwardCells {
   float *dh, *dc, *dn, *excess;
   const float* recurrent;
   float* dx;
-  int64_t dx_stride, dx_gate;
+  int64_t dx_stride;
+  GateOrder order;
+  int64_t dx_gate;
   float clip;
   bool stream;
 };
 
-template <bool whole, int rows>
-IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[rows], int64_t unit, int64_t left) {
+// emit(gates): takes the gradients of the pre-activations.
+template <bool whole, int rows, typename Emit>
+IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[rows], int64_t unit, int64_t left,
+                            const Emit& emit) {
   using Values = Vectors<rows>;
   const auto load = [&](SlstmKept which) IN_LAMBDA {
     return each<rows>([&](int x)
@@ -973,22 +995,45 @@ IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[r
   const Values gates[4] = {into_take + choose(w.reset, excess_t, 0.0f),
                            (into_keep + choose(w.reset, 0.0f, excess_t)) * forget, dc_all * w.take * (1.0f - z * z),
                            dh_t * ratio * o * (1.0f - o)};
-  const auto store_gate = [&](int gate) IN_LAMBDA {
-    const Values value = choose(padding, 0.0f, gates[gate]);
-    in_turn<rows>([&](int x) IN_LAMBDA {
-      store_lanes<Float32>(s.dx + x * s.dx_stride + gate * s.dim + unit, value.v[x], whole ? vector_lanes : left);
-      if (places[x].dx == nullptr) return;
-      stream_lanes(places[x].dx + gate * s.dx_gate + unit, value.v[x], whole ? vector_lanes : left, s.stream);
-    });
-  };
-  store_gate(0);
-  store_gate(1);
-  store_gate(2);
-  store_gate(3);
+  const Values masked[4] = {choose(padding, 0.0f, gates[0]), choose(padding, 0.0f, gates[1]),
+                            choose(padding, 0.0f, gates[2]), choose(padding, 0.0f, gates[3])};
+  emit(masked);
   store(s.dh, choose(padding, dh_t, 0.0f));
   store(s.dc, choose(padding, dc_t, w.keep * dc_all));
   store(s.dn, choose(padding, dn_t, w.keep * dn_all));
   store(s.excess, choose(padding, excess_t, choose(w.reset, 0.0f, excess_t)));
+}
+
+template <bool whole, int rows>
+IN_LOOPS void stream_dx(const BackwardCells& s, const CellPlaces (&places)[rows], int64_t unit, int64_t left,
+                        const Vectors<rows> (&gates)[4]) {
+  const auto gate = [&](int gate) IN_LAMBDA {
+    in_turn<rows>([&](int x) IN_LAMBDA {
+      if (places[x].dx == nullptr) return;
+      stream_lanes(places[x].dx + gate * s.dx_gate + unit, gates[gate].v[x], whole ? vector_lanes : left, s.stream);
+    });
+  };
+  gate(0);
+  gate(1);
+  gate(2);
+  gate(3);
+}
+// Cells that leave dx in its slots.
+template <bool whole, int rows>
+IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[rows], int64_t unit, int64_t left) {
+  backward_unit<whole>(s, places, unit, left, [&](const Vectors<rows>(&gates)[4]) IN_LAMBDA {
+    const auto gate = [&](int gate) IN_LAMBDA {
+      float* const to = s.dx + s.order(gate, unit);
+      in_turn<rows>([&](int x) IN_LAMBDA {
+        store_lanes<Float32>(to + x * s.dx_stride, gates[gate].v[x], whole ? vector_lanes : left);
+      });
+    };
+    gate(0);
+    gate(1);
+    gate(2);
+    gate(3);
+    stream_dx<whole>(s, places, unit, left, gates);
+  });
 }
 
 // The last units, fewer than a register. One copy of the code for pairs of rows and single ones, so that both round
@@ -1006,6 +1051,7 @@ __attribute__((noinline)) void backward_rest(const BackwardCells s, int64_t row,
                            .recurrent = s.recurrent + at,
                            .dx = s.dx + row * s.dx_stride,
                            .dx_stride = s.dx_stride,
+                           .order = s.order,
                            .dx_gate = s.dx_gate,
                            .clip = s.clip,
                            .stream = s.stream};
@@ -1021,6 +1067,102 @@ void backward_cells(const BackwardCells s) {
   for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(s, x, unit);
 }
 
+// dx of a tile's 16 rows, packed in three parts (amx.h) as R^T's left operand and as dR's right one, and what of it
+// tiles can hold.
+struct CellParts {
+  uint16_t *left, *right;
+  int64_t left_part, right_part;
+  float* dbias;
+  amx::Seen* seen;
+};
+
+#if defined(__AVX512F__)
+// Of two rows, 8 apart, and a register of units. Pairs are two gates in the left operand, the two rows in the right one.
+IN_LOOPS void put_parts(const CellParts& to, int64_t row, int64_t unit, const Vectors<2> (&gates)[4], __m512i& least,
+                        __m512i& most) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)),
+                magnitude = _mm512_set1_epi32(0x7fffffff), one = _mm512_set1_epi32(1);
+  __m512 rest[4][2];
+#pragma GCC unroll 4
+  for (int gate = 0; gate < 4; ++gate) {
+#pragma GCC unroll 2
+    for (int x = 0; x < 2; ++x) {
+      rest[gate][x] = (__m512)gates[gate].v[x];
+      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(rest[gate][x]), magnitude);
+      least = _mm512_min_epu32(least, _mm512_sub_epi32(bits, one));
+      most = _mm512_max_epu32(most, bits);
+    }
+  }
+  const auto pair = [](__m512i low, __m512i high) IN_LAMBDA {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
+  };
+  uint16_t* left = to.left + unit / 16 * 1024 + row * 32;
+  uint16_t* right = to.right + unit / 16 * 12 * to.right_part + row * 32;
+#pragma GCC unroll 3
+  for (int part = 0; part < 3; ++part, left += to.left_part, right += to.right_part) {
+    __m512i bits[4][2];
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) {
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; ++x) {
+        bits[gate][x] = _mm512_castps_si512(rest[gate][x]);
+        if (part == 2) continue;  // nothing is left to round
+        bits[gate][x] = _mm512_add_epi32(bits[gate][x], half);
+        rest[gate][x] = _mm512_sub_ps(rest[gate][x], _mm512_castsi512_ps(_mm512_and_si512(bits[gate][x], upper)));
+      }
+    }
+#pragma GCC unroll 2
+    for (int x = 0; x < 2; ++x) {
+      _mm512_storeu_si512(left + x * 256, pair(bits[0][x], bits[1][x]));
+      _mm512_storeu_si512(left + x * 256 + 512, pair(bits[2][x], bits[3][x]));
+    }
+#pragma GCC unroll 4
+    for (int gate = 0; gate < 4; ++gate) {
+      _mm512_storeu_si512(right + gate * 3 * to.right_part, pair(bits[gate][0], bits[gate][1]));
+    }
+  }
+}
+
+// Cells of a tile's 16 rows, all of which are there.
+__attribute__((noinline)) void backward_tile_cells(const BackwardCells s, const CellParts to) {
+  __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
+  for (int64_t row = 0; row < 8; ++row) {
+    const CellPlaces places[2] = {s.places[row], s.places[row + 8]};
+    const int64_t at = row * s.padded;
+    const BackwardCells here{.places = nullptr,
+                             .dim = s.dim,
+                             .padded = 8 * s.padded,
+                             .dh = s.dh + at,
+                             .dc = s.dc + at,
+                             .dn = s.dn + at,
+                             .excess = s.excess + at,
+                             .recurrent = s.recurrent + at,
+                             .dx = nullptr,
+                             .dx_stride = 0,
+                             .order = s.order,
+                             .dx_gate = s.dx_gate,
+                             .clip = s.clip,
+                             .stream = s.stream};
+    for (int64_t unit = 0; unit < s.dim; unit += vector_lanes) {
+      backward_unit<true>(here, places, unit, vector_lanes, [&](const Vectors<2>(&gates)[4]) IN_LAMBDA {
+        stream_dx<true>(here, places, unit, vector_lanes, gates);
+        float* const dbias = to.dbias + s.order(0, unit);
+#pragma GCC unroll 4
+        for (int gate = 0; gate < 4; ++gate) {
+          float* const sum = dbias + gate * vector_lanes;
+          store_vector(sum, load_vector(sum) + (gates[gate].v[0] + gates[gate].v[1]));
+        }
+        put_parts(to, row, unit, gates, least, most);
+      });
+    }
+  }
+  _mm512_store_si512(to.seen->least, least);
+  _mm512_store_si512(to.seen->most, most);
+}
+#else
+void backward_tile_cells(const BackwardCells&, const CellParts&) {}  // there are no tiles
+#endif
+
 // Adds the block's share of db to `share`, and of dR to `tile_share`, (dim, 4 dim), where operands are packed, else to
 // `share` as well, which `begun` says to have some.
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
@@ -1034,7 +1176,9 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const BlockState dh(p, block, params.dh_last), dc(p, block, params.dc_last), dn(p, block, params.dn_last),
       excess(p, block, params.dm_last), recurrent(p, block, nullptr);
   const int64_t padded = dh.padded;
-  // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for.
+  const GateOrder order = weights.order;
+  // dx and h of some tokens, the operands of dR: as many of a row's sums at a time as a panel in L1 has room for. Of rows
+  // whose cells pack dx there is none in its slots.
   const Operands operands = weights.operands;
   const bool tiles = operands == Operands::parts, halves = operands == Operands::halves;
   const int64_t slot_rows = tiles ? amx::padded(count, amx::tile_rows) : count, most_depth = tiles ? 64 : 128;
@@ -1118,6 +1262,17 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const int64_t dx_size = packed_size(operands, wide, depth);
   const Parts left_halves(halves ? amx::packed_size(count, wide, 1) : 0);
   const Parts dx_parts(dx_size), h_parts(packed_size(operands, padded, depth));
+  amx::Range seen;  // of dx in dR's operand
+  // dx of row r's token t, back to its slot.
+  const auto take_dx = [&](int64_t k, int64_t t, int64_t r) {
+    float* const to = dx_slots.data() + k * dx_stride;
+    const float* const from = reinterpret_cast<const float*>(dx_of(rows[r], t));
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
+        std::memcpy(to + order(gate, unit), from + gate * heads * dim + unit, vector_lanes * sizeof(float));
+      }
+    }
+  };
   // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
   const auto add_on_tiles = [&](int64_t filled) {
     amx::Range h_range;
@@ -1133,8 +1288,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       uint16_t* const to = h_parts.at(amx::packed_size(unit, depth, 3));
       h_range.add(amx::pack_left_floats(to, h, columns, true, columns, depth));
     }
-    const bool exact = amx::is_exact(h_range, left_parts.seen.range());
-    left_parts.seen.clear();
+    const bool exact = amx::is_exact(h_range, seen);
+    seen = {};
     if (exact) amx::multiply_floats(tile_share, wide, true, h_parts.at(0), dx_parts.at(0), dim, wide, depth);
     return exact;
   };
@@ -1169,10 +1324,17 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       }
     }
   };
-  const auto add_share = [&](int64_t filled) {
+  // Up to slot `last`, which is token t's.
+  const auto add_share = [&](int64_t last, int64_t t) {
+    const int64_t filled = (last + 1) * slot_rows;
     if (halves) return add_halves(filled);
     if (!tiles) add_dbias(0, filled);
     if (tiles && add_on_tiles(filled)) return;
+    for (int64_t slot = 0; order.in_cells && slot <= last; ++slot) {
+      for (int64_t r = 0; r < count; ++r) {
+        if (t + last - slot < rows[r].length) take_dx(slot * slot_rows + r, t + last - slot, r);
+      }
+    }
     const Floats ordered(tiles ? depth * padded : 0, false);
     if (tiles) order_h(ordered.data());
     product(wide, dim,
@@ -1197,24 +1359,61 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
     }
     for (int64_t r = 0; r < count; ++r) place(r, t);
-    for_active(rows, t, 0, count, [&](auto some, int64_t r) {
-      const BackwardCells cells{.places = places + r,
-                                .dim = dim,
-                                .padded = padded,
-                                .dh = dh.of(0) + r * padded,
-                                .dc = dc.of(0) + r * padded,
-                                .dn = dn.of(0) + r * padded,
-                                .excess = excess.of(0) + r * padded,
-                                .recurrent = recurrent.of(0) + r * padded,
-                                .dx = dx + r * dx_stride,
-                                .dx_stride = dx_stride,
-                                .dx_gate = heads * dim,
-                                .clip = clip,
-                                .stream = stream};
-      backward_cells<decltype(some)::value>(cells);
-    });
-    for (int64_t r = 0; !is_float && r < count; ++r) {
-      if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
+    const auto cells_from = [&](int64_t r) {
+      return BackwardCells{.places = places + r,
+                           .dim = dim,
+                           .padded = padded,
+                           .dh = dh.of(0) + r * padded,
+                           .dc = dc.of(0) + r * padded,
+                           .dn = dn.of(0) + r * padded,
+                           .excess = excess.of(0) + r * padded,
+                           .recurrent = recurrent.of(0) + r * padded,
+                           .dx = dx + r * dx_stride,
+                           .dx_stride = dx_stride,
+                           .order = order,
+                           .dx_gate = heads * dim,
+                           .clip = clip,
+                           .stream = stream};
+    };
+    const auto walk_cells = [&](int64_t begin, int64_t end) {
+      for_active(rows, t, begin, end,
+                 [&](auto some, int64_t r) { backward_cells<decltype(some)::value>(cells_from(r)); });
+    };
+    const auto unpack_dx = [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; !is_float && r < end; ++r) {
+        if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
+      }
+    };
+    if (!tiles) {
+      walk_cells(0, count);
+      unpack_dx(0, count);
+    }
+    for (int64_t first = 0; tiles && first < count; first += amx::tile_rows) {
+      const int64_t end = first + amx::tile_rows < count ? first + amx::tile_rows : count, at = slot * slot_rows + first;
+      bool in_cells = order.in_cells && end - first == amx::tile_rows;
+      for (int64_t r = first; r < end; ++r) in_cells &= t < rows[r].length;
+      amx::Seen here;
+      if (in_cells) {
+        uint16_t* const left = left_parts.parts.at(amx::packed_size(first, wide, 3));
+        backward_tile_cells(cells_from(first), {.left = left,
+                                                .right = dx_parts.at(at / amx::tile_rows * 256),
+                                                .left_part = amx::packed_size(amx::tile_rows, wide, 1),
+                                                .right_part = amx::packed_size(amx::tile_rows, depth, 1),
+                                                .dbias = dbias,
+                                                .seen = &here});
+        left_parts.outside[first / amx::tile_rows] = 0;
+        seen.add(here.range());
+        if (amx::is_within(here.range(), left_parts.exact)) continue;
+        for (int64_t r = first; r < end; ++r) take_dx(slot * slot_rows + r, t, r);
+      } else {
+        walk_cells(first, end);
+        unpack_dx(first, end);
+        add_dbias(at, at + end - first);
+      }
+      left_parts.pack(first, end - first, dx + first * dx_stride, dx_stride,
+                      {.to = dx_parts.at(0), .depth = depth, .row = at});
+      seen.add(left_parts.seen.range());
+      left_parts.seen.clear();
     }
     for (int64_t r = 0; operands == Operands::floats && r < count; ++r) take_h(slot * slot_rows + r, t, r);
     int64_t lines = 0;  // what the token before needs of dh and h, and half of what is kept of two tokens before it
@@ -1243,9 +1442,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                .ahead = ahead});
     };
     if (tiles) {
-      left_parts.pack(dx, dx_stride, {.to = dx_parts.at(0), .depth = depth, .row = slot * slot_rows});
       for (int64_t r = 0; r < count; ++r) take_h(slot * slot_rows + r, t, r);
-      add_dbias(slot * slot_rows, slot * slot_rows + count);
       amx::multiply_floats(recurrent.of(0), padded, false, left_parts.parts.at(0), weights.parts_of(head), count,
                            padded, wide, {ahead, lines});
       left_parts.for_outside(0, count, [&](int64_t begin, int64_t end) { multiply(begin, end, {}); });
@@ -1262,7 +1459,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     } else {
       multiply(0, count, {ahead, lines});
     }
-    if (slot + 1 == slots || t == 0) add_share((slot + 1) * slot_rows);
+    if (slot + 1 == slots || t == 0) add_share(slot, t);
   }
   delete[] ahead;
   end_streams();
@@ -1284,12 +1481,13 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
 // A group's share of dR and db: (4 dim, padded) floats and 4 dim.
 int64_t share_floats(int64_t dim) { return 4 * dim * padded_dim(dim) + 4 * dim; }
 
-// dR and db of outputs [begin, end) of a gate and head: the sums of the groups' shares, which are made in the first.
-void sum_shares(const SlstmBackward& params, float* shares, int64_t groups, int64_t gate, int64_t head, int64_t begin,
-                int64_t end) {
+// dR and db of outputs [begin, end) of a gate and head, which lie side by side: the sums of the groups' shares, which
+// are made in the first.
+void sum_shares(const SlstmBackward& params, const GateOrder& order, float* shares, int64_t groups, int64_t gate,
+                int64_t head, int64_t begin, int64_t end) {
   const SlstmProblem& p = params.p;
   const int64_t dim = p.dim, padded = padded_dim(dim), item = gate * p.heads + head;
-  const int64_t row = gate * dim + begin, bias = 4 * dim * padded + row, count = end - begin;
+  const int64_t row = order(gate, begin), bias = 4 * dim * padded + row, count = end - begin;
   float* const sum = shares + head * groups * share_floats(dim);
   for (int64_t group = 1; group < groups; ++group) {
     const float* const share = sum + group * share_floats(dim);
@@ -1362,13 +1560,13 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
       }
     }
   });
-  constexpr int64_t at_once = 32;  // outputs
+  const int64_t at_once = weights.order.in_cells ? vector_lanes : 32;  // outputs
   const int64_t pieces = ceil_div(dim, at_once);
   parallel(4 * heads * pieces, 1 + (int64_t{1} << 14) / (at_once * dim * (groups + 1)),
            [&](int64_t begin, int64_t end) {
              for (int64_t task = begin; task < end; ++task) {
                const int64_t item = task / pieces, first = task % pieces * at_once;
-               sum_shares(p, shares.data(), groups, item / heads, item % heads, first,
+               sum_shares(p, weights.order, shares.data(), groups, item / heads, item % heads, first,
                           dim - first < at_once ? dim : first + at_once);
              }
            });

@@ -17,7 +17,8 @@ constexpr size_t kept = 0;  // the sanitizer sees the ends of malloc's arrays on
 constexpr size_t kept = size_t{1} << 21;
 #endif
 
-// A line more than was asked for: arrays of whole pages would lie on the same sets of L1.
+// A line more than was asked for: arrays of whole pages would lie on the same sets of L1. (Seven lines more were up to 6
+// percent slower in an sLSTM's forward on a Xeon.)
 size_t with_room(int64_t bytes) { return (static_cast<size_t>(bytes) + line - 1) / line * line + line; }
 
 void* allocate(size_t alignment, size_t bytes) {
