@@ -1093,9 +1093,8 @@ IN_LOOPS void put_parts(const CellParts& to, int64_t row, int64_t unit, const Ve
       most = _mm512_max_epu32(most, bits);
     }
   }
-  const auto pair = [](__m512i low, __m512i high) IN_LAMBDA {
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
-  };
+  const auto pair = [](__m512i low, __m512i high)
+                        IN_LAMBDA { return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high); };
   uint16_t* left = to.left + unit / 16 * 1024 + row * 32;
   uint16_t* right = to.right + unit / 16 * 12 * to.right_part + row * 32;
 #pragma GCC unroll 3
@@ -1389,7 +1388,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       unpack_dx(0, count);
     }
     for (int64_t first = 0; tiles && first < count; first += amx::tile_rows) {
-      const int64_t end = first + amx::tile_rows < count ? first + amx::tile_rows : count, at = slot * slot_rows + first;
+      const int64_t end = first + amx::tile_rows < count ? first + amx::tile_rows : count,
+                    at = slot * slot_rows + first;
       bool in_cells = order.in_cells && end - first == amx::tile_rows;
       for (int64_t r = first; r < end; ++r) in_cells &= t < rows[r].length;
       amx::Seen here;
