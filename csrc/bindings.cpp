@@ -84,6 +84,14 @@ PYBIND11_MODULE(_C, m) {
         return {{"float32", "bfloat16", "float16"}, flash_xlstm::linear_faster_rows};
       },
       py::arg("cuda"), "The dtypes and the most rows for which linear_rows is faster than torch's product.");
+  m.def(
+      "mlstm_kept_states",
+      [](int64_t dqk, int64_t dv) {
+        const auto [floats, tokens] = flash_xlstm::cpu::mlstm_kept_states(dqk, dv);
+        return std::pair(floats, tokens);
+      },
+      py::arg("dqk"), py::arg("dv"),
+      "On CPUs: the floats of a state that a forward can keep, and at every how many tokens there is one.");
   m.def("mlstm_kept_floats", &flash_xlstm::mlstm_kept_floats_on, py::arg("dtype"), py::arg("dqk"), py::arg("dv"),
         py::arg("device"),
         "The floats of the states that a forward can keep for each chunk of mlstm_kept_tokens and head; 0: none.");

@@ -2,7 +2,8 @@
 // batch: of every chunk all that needs no gradient of the state at its end (dq; dk's and dv's terms within the chunk;
 // what the chunk adds to that gradient), then the state's gradients from the last chunk to the first, then the rest of
 // dk and dv. Where the states would take more than kept_bytes, the items are cut into segments: the first walk keeps
-// the states at the segments' starts, and each segment is walked forward again.
+// the states at the segments' starts, and each segment is walked forward again. Where the forward has kept the states,
+// no walk is needed.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -30,14 +31,15 @@ class Backward {
         range_(range),
         workers_(workers),
         products_(plan.p.dtype, workers == 1 ? &ahead_ : nullptr),
-        states_(plan, products_, workers) {
+        kept_(plan.kept(const_cast<float*>(params.kept_states), params.kept_floats)),  // they are only read
+        states_(plan, products_, workers, kept_) {
     const MlstmProblem& p = plan.p;
     const int64_t length = plan.length, state = p.dqk * p.dv;
     const int64_t count = range.end - range.begin;
     batch_ = items_per_batch(count, workers, length * (2 * p.dqk + 3 * p.dv) + 3 * state);
-    segment_ = std::clamp(kept_bytes * workers / plan.threads / static_cast<int64_t>(sizeof(float)) / state, batch_,
-                          std::max(count, batch_));
-    states_.reserve(scratch_, batch_, segment_ + 1);
+    const int64_t fit = kept_bytes * workers / plan.threads / static_cast<int64_t>(sizeof(float)) / state;
+    segment_ = std::clamp(kept_ != nullptr ? count : fit, batch_, std::max(count, batch_));
+    states_.reserve(scratch_, batch_, kept_ != nullptr ? batch_ + 1 : segment_ + 1);
     scratch_.reserve(dk_, length * p.dqk, batch_);
     scratch_.reserve(dv_, length * p.dv, batch_);
     scratch_.reserve(dc_slots_, state, batch_ + 1);
@@ -97,9 +99,12 @@ class Backward {
         std::copy_n(&saved_c[(segment - 1) * state], state, states_.c_slot(begin));
         std::copy_n(&saved_n[(segment - 1) * p.dqk], p.dqk, states_.n(begin));
       }
-      walk(begin, end);
+      if (kept_ == nullptr) walk(begin, end);
       for (int64_t last = end; last > begin; last -= batch_) {
         const int64_t first = std::max(begin, last - batch_);
+        for (int64_t x = first; x < last && kept_ != nullptr; ++x) {
+          if (plan_.items[x].lane_begin) states_.begin_n(x);
+        }
         ahead_.clear();
         const Item& item = plan_.items[first];
         plan_.fetch_output(ahead_, params_.dq, item, p.dqk);
@@ -328,6 +333,7 @@ class Backward {
   int64_t workers_, batch_, segment_;
   Ahead ahead_;
   Products products_;
+  float* kept_;
   States states_;
   Scratch scratch_;
   Arrays<float> dc_slots_, dn_slots_;                     // of an item: at its number modulo batch + 1

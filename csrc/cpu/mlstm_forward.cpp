@@ -25,7 +25,7 @@ class Forward {
         range_(range),
         workers_(workers),
         products_(plan.p.dtype, workers == 1 ? &ahead_ : nullptr),
-        states_(plan, products_, workers) {
+        states_(plan, products_, workers, plan.kept(params.kept_states, params.kept_floats)) {
     const MlstmProblem& p = plan.p;
     const int64_t length = plan.length;
     batch_ = items_per_batch(range.end - range.begin, workers, length * (p.dqk + 2 * p.dv) + 2 * p.dqk * p.dv);
@@ -37,6 +37,7 @@ class Forward {
     scratch_.reserve(of_state_, length * p.dv, workers);
     for (Arrays<float>* tokens : {&s_, &inv_d_, &start_}) scratch_.reserve(*tokens, length, workers);
     scratch_.reserve(gate_weights_, 2 * length, workers);
+    scratch_.reserve(n_, p.dqk, workers);
     scratch_.reserve(q_room_, products_.left_room(length, p.dqk), workers);
     scratch_.reserve(w_room_, products_.left_room(length, length), workers);
     scratch_.reserve(k_room_, products_.right_room(p.dqk, length, Lies::transposed), workers);
@@ -79,8 +80,9 @@ class Forward {
     products_.multiply(qk_[worker], q_left, k_right, length, length, p.dqk, Part::lower_out);
     kernels.forward_tile(w, length, qk_[worker], gates, p.scale, products_.ahead_between());
     if (p.normalize) {
-      kernels.normalizer(states_.n(index), s, q, k, gates, p.scale, p.dqk, gate_weights_[worker],
-                         products_.ahead_between());
+      double* const n = n_[worker];  // becomes that after the chunk
+      std::copy_n(states_.n(index), p.dqk, n);
+      kernels.normalizer(n, s, q, k, gates, p.scale, p.dqk, gate_weights_[worker], products_.ahead_between());
     } else {
       std::fill_n(s, length, 0.0f);
     }
@@ -114,7 +116,7 @@ class Forward {
   States states_;
   Scratch scratch_;
   Arrays<float> q_, qk_, w_, h_, of_state_, s_, inv_d_, start_, q_room_, w_room_, k_room_, c_room_;
-  Arrays<double> gate_weights_;
+  Arrays<double> gate_weights_, n_;
 };
 
 // What a forward leaves to do with a pool: the final m, states of sequences that are fresh and empty, and h of those
@@ -140,12 +142,22 @@ void finish_pool(const Plan& plan, void* h) {
   }
 }
 
+// Kept memory that holds no state, so that equal calls have equal results.
+void clear_unused(const Plan& plan, const MlstmForward& params) {
+  float* const kept = params.kept_states;
+  const int64_t floats = mlstm_kept_states(plan.p.dqk, plan.p.dv).floats, used = plan.p.dqk * (plan.p.dv + 2);
+  const int64_t count = plan.kept(kept, params.kept_floats) == nullptr ? 0 : plan.inner_items();
+  for (int64_t x = 0; x < count; ++x) std::fill_n(kept + x * floats + used, floats - used, 0.0f);
+  std::fill_n(kept + count * floats, params.kept_floats - count * floats, 0.0f);
+}
+
 }  // namespace
 
 void mlstm_forward(const MlstmForward& params) {
   const Plan plan(params.p);
   const MlstmProblem& p = plan.p;
   share_parts(plan, [&](Range range, int64_t workers) { Forward(plan, params, range, workers).run(); });
+  if (params.kept_states != nullptr) clear_unused(plan, params);
   if (is_pooled(p)) return finish_pool(plan, params.h);
   if (params.c_last == nullptr) return;
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {

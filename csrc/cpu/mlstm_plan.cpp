@@ -12,11 +12,11 @@ namespace flash_xlstm::cpu {
 namespace {
 
 constexpr int64_t max_chunk = 256;
+bool is_large(int64_t dqk, int64_t dv) { return dqk * dv >= int64_t{1} << 16; }
 // Products with the state cost the same for every length, products within a chunk in proportion to it. A large state
 // itself takes time: it is read and written once a chunk. Products of bfloat16 are cheap beside that.
 int64_t default_chunk(const MlstmProblem& p, int64_t longest) {
-  const bool large = p.dqk * p.dv >= int64_t{1} << 16;
-  const int64_t most = !large ? 64 : p.dtype == DType::bfloat16 && has_bf16() ? 256 : 128;
+  const int64_t most = !is_large(p.dqk, p.dv) ? 64 : p.dtype == DType::bfloat16 && has_bf16() ? 256 : 128;
   // Chunks of about equal length, in multiples of 32 tokens.
   return std::min(most, ceil_div(ceil_div(longest, ceil_div(longest, most)), int64_t{32}) * 32);
 }
@@ -31,6 +31,11 @@ float load_gate(const Strided& gate, DType dtype, int64_t index) {
 double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
 
 }  // namespace
+
+KeptStates mlstm_kept_states(int64_t dqk, int64_t dv) {
+  constexpr int64_t line = 16;
+  return {.floats = ceil_div(dqk * dv + 2 * dqk, line) * line, .tokens = is_large(dqk, dv) ? 128 : 64};
+}
 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
@@ -50,6 +55,7 @@ Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get
     longest = std::max(longest, bounds[s].end - bounds[s].begin);
   }
   length = std::min({p.chunk_size > 0 ? p.chunk_size : default_chunk(p, longest), max_chunk, longest});
+  int64_t inner = 0;
   for (int64_t s = 0; s < p.num_seqs; ++s) {
     const auto [start, stop] = bounds[s];
     const bool out = leaves_out(s);
@@ -63,7 +69,9 @@ Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get
                          .first = first,
                          .tokens = std::min(length, stop - first),
                          .lane_begin = first == start,
-                         .lane_end = first + length >= stop});
+                         .lane_end = first + length >= stop,
+                         .inner = inner});
+        inner += first != start;
       }
     }
   }

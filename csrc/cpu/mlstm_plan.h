@@ -17,6 +17,7 @@ namespace flash_xlstm::cpu {
 struct Item {
   int64_t lane, seq, head, row, first, tokens;
   bool lane_begin, lane_end;
+  int64_t inner;  // how many items before this one begin no lane
 };
 
 struct Range {
@@ -45,6 +46,12 @@ struct Plan {
   bool stabilized() const { return p.input_gate == InputGate::exponential; }
   int64_t gate_index(const Strided& gate, const Item& item, int64_t t) const {
     return item.row * gate.batch + (item.first + t) * gate.seq + item.head * gate.head;
+  }
+  // Chunks that begin no lane.
+  int64_t inner_items() const { return items.empty() ? 0 : items.back().inner + !items.back().lane_begin; }
+  // Where the states at their starts are kept, if there is room for all of them.
+  float* kept(float* states, int64_t floats) const {
+    return inner_items() * mlstm_kept_states(p.dqk, p.dv).floats <= floats ? states : nullptr;
   }
   // The pre-activation of a gate, as given.
   float raw_gate(const Strided& gate, const Item& item, int64_t t) const;

@@ -36,7 +36,7 @@ void States::reserve(Scratch& scratch, int64_t batch, int64_t slots) {
   scratch.reserve(v_room_, products_.right_room(length, p.dv, Lies::as_it_is), batch);
   scratch.reserve(update, p.dqk * p.dv, batch);
   scratch.reserve(n_update_, p.dqk, batch);
-  scratch.reserve(c_slots_, p.dqk * p.dv, slots);
+  if (kept_ == nullptr) scratch.reserve(c_slots_, p.dqk * p.dv, slots);
   if (is_pooled(p)) scratch.reserve(c_final_, p.dqk * p.dv, batch);
   scratch.reserve(n_slots_, p.dqk, slots);
   scratch.reserve(weight_, length, workers_);
@@ -92,6 +92,11 @@ void States::add_chunk(int64_t x, int64_t index, int64_t worker, float* c_next) 
   if (!v_finite[x]) kernels.add_not_finite(update[x], weighted_k, 1, p.dqk, v[x], p.dqk, p.dv, length);
 }
 
+void States::begin_n(int64_t item) const {
+  const float* const from = initial_n(plan_.p, plan_.items[item].lane);
+  for (int64_t r = 0; r < plan_.p.dqk; ++r) n(item)[r] = from == nullptr ? 0.0 : from[r];
+}
+
 void States::walk(int64_t begin, int64_t end, float* c_last, float* n_last) {
   const MlstmProblem& p = plan_.p;
   const int64_t count = end - begin, state = p.dqk * p.dv;
@@ -121,11 +126,8 @@ void States::walk(int64_t begin, int64_t end, float* c_last, float* n_last) {
   for (int64_t x = 0; x < count; ++x) {
     const Item& item = plan_.items[begin + x];
     if (item.lane_end && is_pooled(p)) write_pool(p, item.lane, c_final_[x]);
-    double* const n_start = n(begin + x);
-    if (item.lane_begin) {
-      const float* const from = initial_n(p, item.lane);
-      for (int64_t r = 0; r < p.dqk; ++r) n_start[r] = from == nullptr ? 0.0 : from[r];
-    }
+    const double* const n_start = n(begin + x);
+    if (item.lane_begin) begin_n(begin + x);
     if (c_next(x) == nullptr) continue;
     const auto n_end = [&](int64_t r) { return plan_.keep[begin + x] * n_start[r] + n_update_[x][r]; };
     if (!item.lane_end) {

@@ -1,7 +1,7 @@
 // The mLSTM's states at the starts of the chunks, made from k and v.
 //
 // Items are worked through in batches of a bounded number of items. The state at the start of item i, unless that
-// begins a lane, lies in slot i modulo the number of slots.
+// begins a lane, lies in slot i modulo the number of slots; or where the problem keeps it.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,13 @@ void pass_on(float* to, const float* from, int64_t lane, int64_t size);
 
 class States {
  public:
-  States(const Plan& plan, const Products& products, int64_t workers)
-      : plan_(plan), products_(products), workers_(workers) {}
+  // kept: memory that keeps all states but those that begin a lane; nullptr: none does.
+  States(const Plan& plan, const Products& products, int64_t workers, float* kept)
+      : plan_(plan),
+        products_(products),
+        workers_(workers),
+        kept_(kept),
+        kept_floats_(mlstm_kept_states(plan.p.dqk, plan.p.dv).floats) {}
 
   // `slots` is at least batch + 1.
   void reserve(Scratch& scratch, int64_t batch, int64_t slots);
@@ -40,8 +45,13 @@ class States {
 
   // The state at the start of an item; c == nullptr stands for zeros.
   const float* c(int64_t item) const;
-  float* c_slot(int64_t item) const { return c_slots_[item % slots_]; }
-  double* n(int64_t item) const { return n_slots_[item % slots_]; }
+  float* c_slot(int64_t item) const { return kept_ == nullptr ? c_slots_[item % slots_] : kept(item); }
+  double* n(int64_t item) const {
+    if (kept_ == nullptr || plan_.items[item].lane_begin) return n_slots_[item % slots_];
+    return reinterpret_cast<double*>(kept(item) + plan_.p.dqk * plan_.p.dv);
+  }
+  // Sets n at the start of an item that begins a lane.
+  void begin_n(int64_t item) const;
 
   // Of the batch's item x: k and v as float32; v as the right operand of a product, with zeros for what is not finite;
   // whether all of k, and all of v, is finite; what a chunk adds to c, free for use between walks.
@@ -50,11 +60,14 @@ class States {
   std::vector<char> k_finite, v_finite;
 
  private:
+  float* kept(int64_t item) const { return kept_ + plan_.items[item].inner * kept_floats_; }
   void add_chunk(int64_t x, int64_t item, int64_t worker, float* c_next);
 
   const Plan& plan_;
   const Products& products_;
   int64_t workers_, slots_ = 0;
+  float* kept_;
+  int64_t kept_floats_;
   Arrays<float> c_slots_, c_final_, v_room_, v_clean_, weight_, weighted_k_, k_room_;
   Arrays<double> n_slots_, n_update_, gate_weights_;
 };

@@ -183,7 +183,11 @@ bool writes_apart([[maybe_unused]] const Tensor& q, [[maybe_unused]] const Mlstm
 }
 
 // The floats of the states that a forward keeps for the backward; -1: the kernels for the problem keep none.
-int64_t kept_state_floats([[maybe_unused]] const Tensor& q, [[maybe_unused]] const MlstmProblem& p) {
+int64_t kept_state_floats(const Tensor& q, const MlstmProblem& p) {
+  if (q.is_cpu()) {
+    const auto [floats, tokens] = cpu::mlstm_kept_states(p.dqk, p.dv);
+    return p.batch * p.heads * ((p.seq - 1) / tokens) * floats + 16;  // never empty: compilers would ask for which seq
+  }
 #ifdef FLASH_XLSTM_WITH_CUDA
   if (!q.is_cuda()) return -1;
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -219,8 +223,12 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   const bool piece = wanted == Wanted::piece, h = wanted != Wanted::state_and_decay && !piece;
   const bool keep = h && wanted != Wanted::h, state = wanted == Wanted::h_kept_and_state || (!h && !piece);
   const int64_t states = keep && keep_states ? kept_state_floats(q, p) : -1, normalizers = p.batch * p.seq * p.heads;
+  OptTensor kept_with_states;
+  if (states >= 0) {
+    kept_with_states = reused_empty(q, {states + options.scalars() * normalizers}, ScalarType::Float);
+  }
   ForwardOutputs y{.h = h ? OptTensor(new_empty(q, {p.batch, p.seq, p.heads, p.dv}, q.scalar_type())) : std::nullopt,
-                   .kept = states >= 0 ? make(true, {states + options.scalars() * normalizers})
+                   .kept = states >= 0 ? kept_with_states
                            : has_m     ? make(keep, {2, p.batch, p.seq, p.heads})
                                        : make(keep && has_n, {p.batch, p.seq, p.heads}),
                    .c_last = make(state, {p.num_seqs, p.heads, p.dqk, p.dv}),
@@ -233,7 +241,7 @@ ForwardOutputs forward(const char* op, const Tensor& q, const Tensor& k, const T
   if (h) params.h = y.h->data_ptr();
   if (y.kept) {
     float* kept = float_data(*y.kept);
-    if (states > 0) params.kept_states = kept, kept += states;
+    if (states > 0) params.kept_states = kept, params.kept_floats = states, kept += states;
     if (has_n) params.s = kept;
     if (has_m) params.m = kept + normalizers;
   }
@@ -318,7 +326,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     check_dtype("kept", *kept, ScalarType::Float);
     check_device("kept", *kept, q);
     const float* data = hold_float32(checked, *kept);
-    if (states > 0) params.kept_states = data, data += states;
+    if (states > 0) params.kept_states = data, params.kept_floats = states, data += states;
     if (options.has_n()) params.s = data;
     if (options.has_m()) params.m = data + normalizers;
   }

@@ -63,6 +63,7 @@ struct MlstmForward {
   float* m_last = nullptr;
   float* log_decay = nullptr;    // (num_seqs, heads): the sum of the log forget gates; nullptr: not wanted
   float* kept_states = nullptr;  // see mlstm_kept_floats; nullptr: not wanted
+  int64_t kept_floats = 0;       // that there is room for
 };
 
 struct MlstmBackward {
@@ -89,6 +90,7 @@ struct MlstmBackward {
   float* open_e = nullptr;
   float* is_open = nullptr;
   const float* kept_states = nullptr;  // what the forward left there; nullptr: the states are made again
+  int64_t kept_floats = 0;
   // The workspace is that of such a call with the same inputs, but for the gradients of the final state, and dq is made.
   bool is_begun = false;
 };
@@ -109,6 +111,13 @@ struct MlstmStep {
 constexpr int64_t mlstm_kept_tokens = 128;
 
 namespace cpu {
+// A forward can leave the states at the starts of its chunks to the backward, which else makes them again. There is room
+// for one of `floats` at every `tokens`th token of a row and head but the first.
+struct KeptStates {
+  int64_t floats, tokens;
+};
+KeptStates mlstm_kept_states(int64_t dqk, int64_t dv);
+
 void mlstm_forward(const MlstmForward& params);
 void mlstm_backward(const MlstmBackward& params);
 void mlstm_step(const MlstmStep& params);

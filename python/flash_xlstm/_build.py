@@ -28,6 +28,12 @@ def kept_floats(dtype: torch.dtype, dqk: int, dv: int, device: torch.device) -> 
     return _C.mlstm_kept_floats(str(dtype)[6:], dqk, dv, index)
 
 
+def kept_states(dqk: int, dv: int) -> tuple[int, int]:
+    """On CPUs: the floats of one of the mLSTM's states that a forward can keep for the backward, and at every how many
+    tokens of a row and head there is one, but for the first."""
+    return _C.mlstm_kept_states(dqk, dv)
+
+
 def build_info() -> dict[str, str]:
     """Facts about this build and the torch it runs on.
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 
@@ -924,6 +925,44 @@ def test_h_is_kept_only_where_a_backward_reads_it(dtype):
     held, h = torch.cuda.memory_allocated() - before, v.numel() * v.element_size()
     assert (held > h) == (dtype == torch.float32), (held, h)
     loss.backward()
+
+
+# --- on the CPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 16}, {"state": True}, {"cu_seqlens": [0, 1, 1, 130, 194, 300]}], ids=str
+)
+@pytest.mark.parametrize("dqk, dv", [(16, 24), (5, 3), (256, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_kept_states_change_nothing(make_problem, dtype, dqk, dv, options, threads):
+    """The forward keeps states for the backward, which else makes them again: the same bits."""
+    packed = options.get("cu_seqlens")
+    problem = make_problem(
+        **{"seq": 300, "dqk": dqk, "dv": dv, "batch": 1 if packed else 2, "heads": 2, "state": False, **options},
+        dtype=dtype,
+    )
+    before, results = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(threads)
+        for keep in (True, False, True):
+            results.append(problem(functools.partial(ops.mlstm, keep_states=keep)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(t, other[name]) for name, t in results[0].items())
+
+
+def test_kept_states_take_the_memory_that_they_are_said_to_take():
+    for dqk, dv, tokens in ((128, 128, 64), (256, 256, 128)):
+        inputs = [torch.randn(2, 513, 3, *size) for size in ((dqk,), (dqk,), (dv,), (), ())]
+        sizes = [
+            torch.ops.flash_xlstm.mlstm_forward(*inputs, *[None] * 5, 1e-6, None, 0, keep)[1].numel()
+            for keep in (True, False)
+        ]
+        assert sizes[0] - sizes[1] == 2 * 3 * (512 // tokens) * dqk * (dv + 2) + 16
 
 
 # --- random problems --------------------------------------------------------------------------------------------------

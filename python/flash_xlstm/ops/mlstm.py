@@ -58,9 +58,11 @@ def mlstm(
             place of batch. On CUDA the host does not read the values. Wrong ones give wrong results, but no access
             outside the tensors.
         return_final_state: also return the state after the last token.
-        keep_states: where the Hopper kernels serve and a gradient is needed, the forward leaves the states at every
-            128th token to the backward: ``dqk * dv / 64`` bytes more for each token and head, two thirds of q, k, v and
-            h together at 256 x 512. False: the backward makes them again.
+        keep_states: where the Hopper kernels or those of a CPU serve and a gradient is needed, the forward leaves the
+            states at every 128th token to the backward: ``dqk * dv / 64`` bytes more for each token and head, two
+            thirds of q, k, v and h together at 256 x 512. On CPUs they are float32, twice as large; those of fewer than
+            65,536 numbers are kept at every 64th token, ``dqk * dv / 16`` bytes: as much as q, k, v and h in bfloat16
+            at 128 x 128. False: the backward makes them again.
 
     Returns:
         h (batch, seq, heads, dv) in the dtype of q; with `return_final_state`, ``(h, (c, n, m))``. The final c has the
@@ -240,6 +242,10 @@ def kept_shape(q: Tensor, dv, cu_seqlens: Tensor | None, keep_states: bool, scal
     """The shape of what the forward keeps for the backward: `scalars` numbers for each token and head (s and m; s; or
     nothing), behind the states, if it keeps these."""
     batch, seq, heads, dqk = (_common.size(q, d) for d in range(4))
+    if keep_states and q.device.type == "cpu":
+        floats, tokens = _build.kept_states(int(dqk), int(dv))
+        chunks = batch * ((seq - 1) // tokens)
+        return (chunks * heads * floats + 16 + scalars * batch * seq * heads,)
     floats = _build.kept_floats(q.dtype, int(dqk), int(dv), q.device) if keep_states else 0
     if floats == 0:
         return (2, batch, seq, heads) if scalars == 2 else (scalars * batch, seq, heads)
