@@ -245,18 +245,20 @@ def test_shape_of_what_is_kept(monkeypatch, op):
         assert form(*arguments, False)[1].shape == form(*arguments)[1].shape == kept_alone(scalars, batch, 300)
 
 
+@pytest.mark.parametrize("keep_states", [False, True])
 @pytest.mark.parametrize("op", MLSTM_OPS)
-def test_what_was_kept_is_checked(op):
+def test_what_was_kept_is_checked(op, keep_states):
     form, parts, normalize, scalars = MLSTM_OPS[op]
     inputs, options = (*mlstm_arguments(BATCH, SEQ).values(), *[None] * parts, None), (None, 1e-6, None, 0)
     run = getattr(torch.ops.flash_xlstm, form.__name__ + "_backward")
     backward = lambda dh, kept: run(dh, *[None] * parts, *inputs, h, kept, *options, *normalize)  # noqa: E731
-    h, kept, *_ = form(*inputs, *options, False, *normalize, True)
-    assert kept.shape == kept_alone(scalars, BATCH, SEQ)  # a CPU keeps no states
+    h, kept, *_ = form(*inputs, *options, False, *normalize, keep_states)
+    # A CPU keeps states from the 65th token on.
+    assert kept.shape == ((16 + scalars * BATCH * SEQ * HEADS,) if keep_states else kept_alone(scalars, BATCH, SEQ))
     backward(h, kept)
     with pytest.raises(TypeError, match="kept has dtype bfloat16"):
         backward(h, kept.bfloat16())
-    for wrong in (kept.flatten(), kept[None], torch.zeros(kept_alone(scalars or 1, BATCH + 1, SEQ))):
+    for wrong in (kept.flatten()[1:], kept[None], torch.zeros(kept_alone(scalars or 1, BATCH + 1, SEQ))):
         with pytest.raises(ValueError, match="kept has shape"):
             backward(h, wrong)
     # With states it has one dimension. Such calls are not joined under vmap: the error is of one call.

@@ -180,8 +180,9 @@ def test_what_is_kept(weight_mode):
     x = torch.randn(1, tokens, HIDDEN, requires_grad=True)
     qk, v, up = HIDDEN // 2, HIDDEN, 96
     small = 2 * HEADS + 2 * HEADS  # gates; s and m
+    states = qk * (v // HEADS + 2) + 16  # at the 64th token
     # x of both halves, q, k, v, o, h, the mLSTM's output, SwiGLU's inputs
-    assert saved_bytes(built, x) == 4 * tokens * (2 * HIDDEN + 2 * qk + 2 * v + 2 * v + 2 * up + small)
+    assert saved_bytes(built, x) == 4 * tokens * (2 * HIDDEN + 2 * qk + 2 * v + 2 * v + 2 * up + small) + 4 * states
     assert saved_bytes(built, x, again=True) == 4 * tokens * (2 * HIDDEN + v + 2 * HEADS)
 
 
