@@ -145,9 +145,13 @@ void finish_pool(const Plan& plan, void* h) {
 // Kept memory that holds no state, so that equal calls have equal results.
 void clear_unused(const Plan& plan, const MlstmForward& params) {
   float* const kept = params.kept_states;
-  const int64_t floats = mlstm_kept_states(plan.p.dqk, plan.p.dv).floats, used = plan.p.dqk * (plan.p.dv + 2);
+  const int64_t floats = mlstm_kept_states(plan.p.dqk, plan.p.dv).floats;
+  const int64_t c = plan.p.dqk * plan.p.dv, n = kept_c_floats(plan.p.dqk, plan.p.dv), end = n + 2 * plan.p.dqk;
   const int64_t count = plan.kept(kept, params.kept_floats) == nullptr ? 0 : plan.inner_items();
-  for (int64_t x = 0; x < count; ++x) std::fill_n(kept + x * floats + used, floats - used, 0.0f);
+  for (int64_t x = 0; x < count; ++x) {
+    std::fill_n(kept + x * floats + c, n - c, 0.0f);
+    std::fill_n(kept + x * floats + end, floats - end, 0.0f);
+  }
   std::fill_n(kept + count * floats, params.kept_floats - count * floats, 0.0f);
 }
 

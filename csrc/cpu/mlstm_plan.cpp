@@ -34,7 +34,7 @@ double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x -
 
 KeptStates mlstm_kept_states(int64_t dqk, int64_t dv) {
   constexpr int64_t line = 16;
-  return {.floats = ceil_div(dqk * dv + 2 * dqk, line) * line, .tokens = is_large(dqk, dv) ? 128 : 64};
+  return {.floats = ceil_div(kept_c_floats(dqk, dv) + 2 * dqk, line) * line, .tokens = is_large(dqk, dv) ? 128 : 64};
 }
 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }

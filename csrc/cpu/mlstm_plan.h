@@ -103,6 +103,9 @@ void share_parts(const Plan& plan, const F& f) {
   parallel(static_cast<int64_t>(parts.size()), [&](int64_t part) { f(parts[part], 1); });
 }
 
+// Floats of c before n in a kept state: n is float64.
+inline int64_t kept_c_floats(int64_t dqk, int64_t dv) { return ceil_div(dqk * dv, 2) * 2; }
+
 // What a cap makes of a gate, and its slope; and the logistic function.
 double cap_gate(double x, double cap);
 double cap_gate_slope(double x, double cap);

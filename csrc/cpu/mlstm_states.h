@@ -48,7 +48,7 @@ class States {
   float* c_slot(int64_t item) const { return kept_ == nullptr ? c_slots_[item % slots_] : kept(item); }
   double* n(int64_t item) const {
     if (kept_ == nullptr || plan_.items[item].lane_begin) return n_slots_[item % slots_];
-    return reinterpret_cast<double*>(kept(item) + plan_.p.dqk * plan_.p.dv);
+    return reinterpret_cast<double*>(kept(item) + kept_c_floats(plan_.p.dqk, plan_.p.dv));
   }
   // Sets n at the start of an item that begins a lane.
   void begin_n(int64_t item) const;
