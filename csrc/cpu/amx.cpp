@@ -68,20 +68,63 @@ struct Tiles {
     for (int x = 0; x < 16; ++x) _mm512_storeu_si512(part + row * stride + k * 16 + x * 32, block[x]);
   }
 };
-constexpr int64_t lines_a_block = 3;  // that arrive from L3 in the time of a block
 
-template <int parts>
-void pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t rows, int64_t depth, Ahead* ahead) {
+// Matrices to pack, whose rows from `rows` on are zeros. along: 32 numbers of a row, across: 16 of each of two rows, side
+// by side. Of these the masks say which there are.
+template <int number_of_parts>
+struct Floats {
+  static constexpr int parts = number_of_parts;
+  static constexpr int64_t lines_a_block = 3 * parts;  // that arrive from L3 in the time of a block
+  const float* from;
+  int64_t row_stride, rows;
+
+  Rounded along(int64_t row, int64_t k, __mmask16 low, __mmask16 high) {
+    const float* at = from + row * row_stride + k;
+    return round<parts>(_mm512_maskz_loadu_ps(low, at), _mm512_maskz_loadu_ps(high, at + 16));
+  }
+  Rounded across(int64_t row, int64_t c, __mmask16 here, __mmask16 next, __m512i places) {
+    const float* at = from + row * row_stride + c;
+    Rounded both = round<parts>(_mm512_maskz_loadu_ps(here, at), _mm512_maskz_loadu_ps(next, at + row_stride));
+    both.one = _mm512_permutexvar_epi16(places, both.one);
+    if (parts == 2) both.rest = _mm512_permutexvar_epi16(places, both.rest);
+    return both;
+  }
+};
+struct Halves {
+  static constexpr int parts = 1;
+  static constexpr int64_t lines_a_block = 2;
+  const uint16_t* from;
+  int64_t row_stride, rows;
+  __m512i most = _mm512_setzero_si512();  // the largest magnitudes
+
+  Rounded along(int64_t row, int64_t k, __mmask16 low, __mmask16 high) {
+    return see(_mm512_maskz_loadu_epi16(_mm512_kunpackw(high, low), from + row * row_stride + k));
+  }
+  Rounded across(int64_t row, int64_t c, __mmask16 here, __mmask16 next, __m512i places) {
+    const uint16_t* at = from + row * row_stride + c;
+    const __m512i low = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(here, at));
+    const __m512i both = _mm512_inserti64x4(low, _mm256_maskz_loadu_epi16(next, at + row_stride), 1);
+    return see(_mm512_permutexvar_epi16(places, both));
+  }
+  Rounded see(__m512i values) {
+    most = _mm512_max_epu16(most, _mm512_and_si512(values, _mm512_set1_epi16(0x7fff)));
+    return {values, values};
+  }
+  bool finite() const { return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(0x7f7f)) == 0; }
+};
+
+// Both return the matrix, and take copies: what they write to could be part of what they read from otherwise.
+template <typename Matrix>
+Matrix pack_along(const Tiles tiles, Matrix from, int64_t rows, int64_t depth, Ahead* ahead) {
+  constexpr int parts = Matrix::parts;
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t k = 0; k < depth; k += 32) {
-      if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
+      if (ahead != nullptr) ahead->prefetch(Matrix::lines_a_block);
       const __mmask16 low = first(depth - k), high = first(depth - k - 16);
+      const int64_t here = from.rows - r;
       __m512i block[parts][16];
       for (int x = 0; x < 16; ++x) {
-        const float* row = from + (r + x) * from_row + k;
-        const bool is_row = r + x < rows;
-        const Rounded both = round<parts>(_mm512_maskz_loadu_ps(is_row ? low : 0, row),
-                                          _mm512_maskz_loadu_ps(is_row ? high : 0, row + 16));
+        const Rounded both = from.along(r + x, k, x < here ? low : 0, x < here ? high : 0);
         block[0][x] = both.one;
         if (parts == 2) block[parts - 1][x] = both.rest;
       }
@@ -89,28 +132,40 @@ void pack_along(const Tiles& tiles, const float* from, int64_t from_row, int64_t
       if (parts == 2) tiles.put(block[parts - 1], tiles.rest, r, k);
     }
   }
+  return from;
 }
-template <int parts>
-void pack_across(const Tiles& tiles, const float* from, int64_t from_row, int64_t depth, int64_t columns,
-                 Ahead* ahead) {
+template <typename Matrix>
+Matrix pack_across(const Tiles tiles, Matrix from, int64_t depth, int64_t columns, Ahead* ahead) {
+  constexpr int parts = Matrix::parts;
   const __m512i places = places_across();  // number x of the first row, then of the second
   for (int64_t c = 0; c < columns; c += 16) {
     const __mmask16 mask = first(columns - c);
     for (int64_t k = 0; k < depth; k += 32) {
-      if (ahead != nullptr) ahead->prefetch(parts * lines_a_block);
+      if (ahead != nullptr) ahead->prefetch(Matrix::lines_a_block);
+      const int64_t here = from.rows - k;
       __m512i block[parts][16];
       for (int x = 0; x < 16; ++x) {
-        const float* row = from + (k + 2 * x) * from_row + c;
-        const __mmask16 here = k + 2 * x < depth ? mask : 0, next = k + 2 * x + 1 < depth ? mask : 0;
-        const Rounded both =
-            round<parts>(_mm512_maskz_loadu_ps(here, row), _mm512_maskz_loadu_ps(next, row + from_row));
-        block[0][x] = _mm512_permutexvar_epi16(places, both.one);
-        if (parts == 2) block[parts - 1][x] = _mm512_permutexvar_epi16(places, both.rest);
+        const Rounded both = from.across(k + 2 * x, c, 2 * x < here ? mask : 0, 2 * x + 1 < here ? mask : 0, places);
+        block[0][x] = both.one;
+        if (parts == 2) block[parts - 1][x] = both.rest;
       }
       tiles.put(block[0], tiles.to, c, k);
       if (parts == 2) tiles.put(block[parts - 1], tiles.rest, c, k);
     }
   }
+  return from;
+}
+
+template <typename Matrix>
+Matrix pack_left(uint16_t* to, const Matrix& from, bool transposed, int64_t rows, int64_t depth, Ahead* ahead) {
+  const int64_t part_depth = padded(depth, tile_depth);
+  const Tiles tiles{to, to + part_depth * 16, Matrix::parts * part_depth, transposed};
+  return transposed ? pack_across(tiles, from, depth, rows, ahead) : pack_along(tiles, from, rows, depth, ahead);
+}
+template <typename Matrix>
+Matrix pack_right(uint16_t* to, const Matrix& from, bool transposed, int64_t depth, int64_t columns, Ahead* ahead) {
+  const Tiles tiles{to, nullptr, padded(depth, tile_depth), transposed};
+  return transposed ? pack_along(tiles, from, columns, depth, ahead) : pack_across(tiles, from, depth, columns, ahead);
 }
 
 }  // namespace
@@ -123,21 +178,24 @@ void end() { _tile_release(); }
 
 void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth,
                int parts, Ahead* ahead) {
-  const int64_t part_depth = padded(depth, tile_depth);
-  const Tiles tiles{to, to + part_depth * 16, parts * part_depth, transposed};
+  const int64_t of_from = transposed ? depth : rows;
   if (parts == 2) {
-    if (transposed) return pack_across<2>(tiles, from, from_row, depth, rows, ahead);
-    return pack_along<2>(tiles, from, from_row, rows, depth, ahead);
+    pack_left(to, Floats<2>{from, from_row, of_from}, transposed, rows, depth, ahead);
+  } else {
+    pack_left(to, Floats<1>{from, from_row, of_from}, transposed, rows, depth, ahead);
   }
-  if (transposed) return pack_across<1>(tiles, from, from_row, depth, rows, ahead);
-  pack_along<1>(tiles, from, from_row, rows, depth, ahead);
 }
-
 void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
                 Ahead* ahead) {
-  const Tiles tiles{to, nullptr, padded(depth, tile_depth), transposed};
-  if (transposed) return pack_along<1>(tiles, from, from_row, columns, depth, ahead);
-  pack_across<1>(tiles, from, from_row, depth, columns, ahead);
+  pack_right(to, Floats<1>{from, from_row, transposed ? columns : depth}, transposed, depth, columns, ahead);
+}
+bool pack_left(uint16_t* to, const uint16_t* from, int64_t from_row, int64_t count, bool transposed, int64_t rows,
+               int64_t depth, Ahead* ahead) {
+  return pack_left(to, Halves{from, from_row, count}, transposed, rows, depth, ahead).finite();
+}
+bool pack_right(uint16_t* to, const uint16_t* from, int64_t from_row, int64_t count, bool transposed, int64_t depth,
+                int64_t columns, Ahead* ahead) {
+  return pack_right(to, Halves{from, from_row, count}, transposed, depth, columns, ahead).finite();
 }
 
 namespace {
@@ -606,6 +664,8 @@ void begin() {}
 void end() {}
 void pack_left(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, int, Ahead*) {}
 void pack_right(uint16_t*, const float*, int64_t, bool, int64_t, int64_t, Ahead*) {}
+bool pack_left(uint16_t*, const uint16_t*, int64_t, int64_t, bool, int64_t, int64_t, Ahead*) { return true; }
+bool pack_right(uint16_t*, const uint16_t*, int64_t, int64_t, bool, int64_t, int64_t, Ahead*) { return true; }
 void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
               Ahead*) {}
 void multiply_pairs(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,

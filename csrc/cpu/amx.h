@@ -36,6 +36,12 @@ void pack_left(uint16_t* to, const float* from, int64_t from_row, bool transpose
 // from (depth x columns), or with `transposed` (columns x depth).
 void pack_right(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth, int64_t columns,
                 Ahead* ahead);
+// The same from bfloat16 numbers, in one part. `from` has `count` rows; those behind them are zeros. Returns whether all
+// numbers are finite.
+bool pack_left(uint16_t* to, const uint16_t* from, int64_t from_row, int64_t count, bool transposed, int64_t rows,
+               int64_t depth, Ahead* ahead);
+bool pack_right(uint16_t* to, const uint16_t* from, int64_t from_row, int64_t count, bool transposed, int64_t depth,
+                int64_t columns, Ahead* ahead);
 
 // out = keep from + a b with packed operands, a in `parts` parts. from == nullptr: out = a b. out and from are
 // contiguous.

@@ -166,13 +166,21 @@ class Backward {
     const float *k = states_.k[x], *c = states_.c(index);
 
     const bool q_finite = kernels.pack(q, plan_.rows(p.q, item), p.dtype, p.q.seq, item.tokens, p.dqk, length);
-    const bool dh_finite = kernels.pack(dh, plan_.rows(params_.dh, item), p.dtype, params_.dh.seq,
-                                        params_.dh.data == nullptr ? 0 : item.tokens, p.dv, length);
-    multiply(worker, qk_[worker], q, Lies::as_it_is, k, Lies::transposed, length, length, p.dqk, Part::lower_out);
-    v_transposed_[x] = products_.right(v_room_[x], states_.v[x], Lies::transposed, p.dv, length);
-    const Left dh_left = products_.left(left_room_[worker], dh, Lies::as_it_is, length, p.dv);
+    const Matrix q_rows = states_.rows(p.q, index, q), k_rows = states_.rows(p.k, index, k);
+    const Matrix dh_rows = states_.rows(params_.dh, index, dh);
+    const auto pack_dh = [&] {
+      return kernels.pack(dh, plan_.rows(params_.dh, item), p.dtype, params_.dh.seq,
+                          params_.dh.data == nullptr ? 0 : item.tokens, p.dv, length);
+    };
+    bool dh_finite = dh_rows.halves != nullptr || pack_dh();
+    multiply(worker, qk_[worker], q_rows, Lies::as_it_is, k_rows, Lies::transposed, length, length, p.dqk,
+             Part::lower_out);
+    v_transposed_[x] =
+        products_.right(v_room_[x], states_.rows(p.v, index, states_.v[x]), Lies::transposed, p.dv, length);
+    const Left dh_left =
+        products_.left(left_room_[worker], dh_rows, Lies::as_it_is, length, p.dv, Rounding::to_one, &dh_finite);
     products_.multiply(gv_[worker], dh_left, v_transposed_[x], length, length, p.dv, Part::lower_out);
-    const Right dh_right = products_.right(dh_room_[worker], dh, Lies::as_it_is, length, p.dv);
+    const Right dh_right = products_.right(dh_room_[worker], dh_rows, Lies::as_it_is, length, p.dv);
     for (int64_t t = 0; t < length; ++t) {
       const int64_t token = (item.row * p.seq + item.first + t) * p.heads + item.head;
       s[t] = t < item.tokens && params_.s != nullptr ? params_.s[token] : 0.0f;
@@ -189,7 +197,7 @@ class Backward {
     std::fill_n(across, length, 0.0f);
     std::fill_n(across_n, length, 0.0f);
     if (c != nullptr) {
-      multiply(worker, of_c_transposed_[worker], c, Lies::as_it_is, dh, Lies::transposed, p.dqk, length, p.dv,
+      multiply(worker, of_c_transposed_[worker], c, Lies::as_it_is, dh_rows, Lies::transposed, p.dqk, length, p.dv,
                Part::all, Rounding::to_two);
       kernels.transpose(of_c, p.dqk, of_c_transposed_[worker], length, p.dqk, length);
       kernels.row_dots(across, q, of_c, p.dqk, length, p.dqk);
@@ -206,8 +214,8 @@ class Backward {
     if (float* const to = dc_start(index); to != nullptr) {
       kernels.weighted_sum(dn_update_[x], q, start_delta, length, p.dqk);
       kernels.weight_rows(weighted_q_[worker], p.dqk, q, start_over_d, length, p.dqk);
-      const Left left = products_.left(left_room_[worker], weighted_q_[worker], Lies::transposed, p.dqk, length,
-                                       Rounding::to_two);
+      const Left left =
+          products_.left(left_room_[worker], weighted_q_[worker], Lies::transposed, p.dqk, length, Rounding::to_two);
       if (workers_ == 1) {
         products_.advance(to, dc(index), static_cast<float>(plan_.keep[index]), left, dh_right, p.dqk, p.dv, length);
       } else {
@@ -217,13 +225,22 @@ class Backward {
     if (params_.dk == nullptr) return;
 
     float *dq = dq_[worker], *dk = dk_[x], *dv = dv_[x];
-    multiply_guarded(worker, dq, x_tile, Lies::as_it_is, k, states_.k_finite[x], p.dqk, Part::lower_a);
-    multiply_guarded(worker, dk, x_tile, Lies::transposed, q, q_finite, p.dqk, Part::upper_a);
+    if (states_.k_finite[x]) {
+      multiply(worker, dq, x_tile, Lies::as_it_is, k_rows, Lies::as_it_is, length, p.dqk, length, Part::lower_a);
+    } else {
+      multiply_guarded(worker, dq, x_tile, Lies::as_it_is, k, p.dqk, Part::lower_a);
+    }
+    if (q_finite) {
+      multiply(worker, dk, x_tile, Lies::transposed, q_rows, Lies::as_it_is, length, p.dqk, length, Part::upper_a);
+    } else {
+      multiply_guarded(worker, dk, x_tile, Lies::transposed, q, p.dqk, Part::upper_a);
+    }
     if (dh_finite) {
       const Left w_left = products_.left(left_room_[worker], w_tile, Lies::transposed, length, length);
       products_.multiply(dv, w_left, dh_right, length, p.dv, length, Part::upper_a);
     } else {
-      multiply_guarded(worker, dv, w_tile, Lies::transposed, dh, false, p.dv, Part::upper_a);
+      if (dh_rows.halves != nullptr) pack_dh();
+      multiply_guarded(worker, dv, w_tile, Lies::transposed, dh, p.dv, Part::upper_a);
     }
     if (c != nullptr) {
       kernels.add_state_term(dq, of_c, start_over_d, start_delta, n, q, &sums_.q_dq[global], length, p.dqk);
@@ -288,7 +305,8 @@ class Backward {
     if (dc_end != nullptr || dn_end != nullptr) {
       kernels.end_weights(weight, plan_.gates(index));
       if (dc_end != nullptr) {
-        multiply(worker, dc_k_[worker], k, Lies::as_it_is, dc_end, Lies::as_it_is, length, p.dv, p.dqk);
+        multiply(worker, dc_k_[worker], states_.rows(p.k, index, k), Lies::as_it_is, dc_end, Lies::as_it_is, length,
+                 p.dv, p.dqk);
         dc_k = dc_k_[worker];
         const Left dc_left = products_.left(left_room_[worker], dc_end, Lies::as_it_is, p.dqk, p.dv, Rounding::to_two);
         products_.multiply(of_c_transposed_[worker], dc_left, v_transposed_[x], p.dqk, length, p.dv);
@@ -307,20 +325,19 @@ class Backward {
   }
 
   // out = a b, of matrices as they lie.
-  void multiply(int64_t worker, float* out, const float* a, Lies a_lies, const float* b, Lies b_lies, int64_t rows,
+  void multiply(int64_t worker, float* out, const Matrix& a, Lies a_lies, const Matrix& b, Lies b_lies, int64_t rows,
                 int64_t columns, int64_t depth, Part part = Part::all, Rounding rounding = Rounding::to_one) const {
     const Left left = products_.left(left_room_[worker], a, a_lies, rows, depth, rounding);
     const Right right = products_.right(right_room_[worker], b, b_lies, depth, columns);
     products_.multiply(out, left, right, rows, columns, depth, part);
   }
 
-  // out = a b with a tile as a, without the terms whose weight is 0: b may hold what is not finite.
-  void multiply_guarded(int64_t worker, float* out, const float* a, Lies a_lies, const float* b, bool b_finite,
-                        int64_t columns, Part part) const {
+  // out = a b with a tile as a, without the terms whose weight is 0, of a b that holds what is not finite.
+  void multiply_guarded(int64_t worker, float* out, const float* a, Lies a_lies, const float* b, int64_t columns,
+                        Part part) const {
     const int64_t length = plan_.length;
-    if (!b_finite) copy_finite(clean_[worker], b, length * columns);
-    multiply(worker, out, a, a_lies, b_finite ? b : clean_[worker], Lies::as_it_is, length, columns, length, part);
-    if (b_finite) return;
+    copy_finite(clean_[worker], b, length * columns);
+    multiply(worker, out, a, a_lies, clean_[worker], Lies::as_it_is, length, columns, length, part);
     const bool transposed = a_lies == Lies::transposed;
     vector_kernels().add_not_finite(out, a, transposed ? 1 : length, transposed ? length : 1, b, length, columns,
                                     length);

@@ -75,8 +75,9 @@ class Forward {
     const float *const k = states_.k[x], *const c = states_.c(index);
 
     kernels.pack(q, plan_.rows(p.q, item), p.dtype, p.q.seq, item.tokens, p.dqk, length);
-    const Left q_left = products_.left(q_room_[worker], q, Lies::as_it_is, length, p.dqk);
-    const Right k_right = products_.right(k_room_[worker], k, Lies::transposed, p.dqk, length);
+    const Left q_left = products_.left(q_room_[worker], states_.rows(p.q, index, q), Lies::as_it_is, length, p.dqk);
+    const Right k_right =
+        products_.right(k_room_[worker], states_.rows(p.k, index, k), Lies::transposed, p.dqk, length);
     products_.multiply(qk_[worker], q_left, k_right, length, length, p.dqk, Part::lower_out);
     kernels.forward_tile(w, length, qk_[worker], gates, p.scale, products_.ahead_between());
     if (p.normalize) {

@@ -11,7 +11,6 @@
 namespace flash_xlstm::cpu {
 namespace {
 
-constexpr int64_t max_chunk = 256;
 bool is_large(int64_t dqk, int64_t dv) { return dqk * dv >= int64_t{1} << 16; }
 // Products with the state cost the same for every length, products within a chunk in proportion to it. A large state
 // itself takes time: it is read and written once a chunk. Products of bfloat16 are cheap beside that.

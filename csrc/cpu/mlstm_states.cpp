@@ -61,6 +61,13 @@ void States::pack(int64_t x, int64_t index, bool v_as_right) {
   const VectorKernels& kernels = vector_kernels();
   const int64_t length = plan_.length;
   k_finite[x] = kernels.pack(k[x], plan_.rows(p.k, item), p.dtype, p.k.seq, item.tokens, p.dqk, length);
+  if (products_.takes_halves()) {
+    if (!v_as_right) return;
+    bool finite = true;
+    v_right[x] = products_.right(v_room_[x], rows(p.v, index, nullptr), Lies::as_it_is, length, p.dv, &finite);
+    v_finite[x] = finite;
+    if (finite) return;
+  }
   v_finite[x] = kernels.pack(v[x], plan_.rows(p.v, item), p.dtype, p.v.seq, item.tokens, p.dv, length);
   if (!v_as_right) return;
   if (!v_finite[x]) copy_finite(v_clean_[x], v[x], length * p.dv);
@@ -82,8 +89,7 @@ void States::add_chunk(int64_t x, int64_t index, int64_t worker, float* c_next) 
                        products_.ahead_between());
   }
   // In the backward, sums of c's and of k's gradients must agree with c.
-  const Left left =
-      products_.left(k_room_[worker], weighted_k, Lies::transposed, p.dqk, length, Rounding::to_two);
+  const Left left = products_.left(k_room_[worker], weighted_k, Lies::transposed, p.dqk, length, Rounding::to_two);
   if (workers_ == 1 && v_finite[x]) {
     products_.advance(c_next, c(index), static_cast<float>(plan_.keep[index]), left, v_right[x], p.dqk, p.dv, length);
     return;

@@ -40,7 +40,8 @@ class States {
   // Packs items [begin, end), a batch, and makes the states at the starts of [begin + 1, end + 1) from that at the
   // start of `begin`. Final states are written where not null, (lanes, dqk, dv) and (lanes, dqk), or to the pool.
   void walk(int64_t begin, int64_t end, float* c_last, float* n_last);
-  // k and v of an item as the batch's item x, and v as a right operand where wanted.
+  // k and v of an item as the batch's item x, and v as a right operand where wanted. Without, what v_finite says may be
+  // unknown.
   void pack(int64_t x, int64_t item, bool v_as_right);
 
   // The state at the start of an item; c == nullptr stands for zeros.
@@ -53,8 +54,16 @@ class States {
   // Sets n at the start of an item that begins a lane.
   void begin_n(int64_t item) const;
 
-  // Of the batch's item x: k and v as float32; v as the right operand of a product, with zeros for what is not finite;
-  // whether all of k, and all of v, is finite; what a chunk adds to c, free for use between walks.
+  // An item's rows of an input for products: the problem's own if they take these, or else `floats`.
+  Matrix rows(const Strided& t, int64_t item, const float* floats) const {
+    if (!products_.takes_halves() || t.data == nullptr) return floats;
+    const Item& of = plan_.items[item];
+    return {static_cast<const uint16_t*>(plan_.rows(t, of)), t.seq, of.tokens};
+  }
+
+  // Of the batch's item x: k as float32, and v where products do not take the problem's own or not all of it is finite;
+  // v as the right operand of a product, with zeros for what is not finite; whether all of k, and all of v, is finite;
+  // what a chunk adds to c, free for use between walks.
   Arrays<float> k, v, update;
   std::vector<Right> v_right;
   std::vector<char> k_finite, v_finite;

@@ -27,6 +27,16 @@ struct Right {
   const void* data;
   int64_t row;
 };
+// A matrix to multiply: contiguous float32; or bfloat16, whose rows lie `row` apart and are zeros from `count` on.
+struct Matrix {
+  const float* floats;
+  const uint16_t* halves = nullptr;
+  int64_t row = 0, count = 0;
+
+  Matrix(const float* floats) : floats(floats) {}
+  Matrix(const uint16_t* halves, int64_t row, int64_t count)
+      : floats(nullptr), halves(halves), row(row), count(count) {}
+};
 
 class Products {
  public:
@@ -41,26 +51,42 @@ class Products {
     return lies == Lies::transposed ? depth * columns : 0;
   }
 
-  // A contiguous matrix (rows x depth), or transposed (depth x rows).
-  Left left(float* room, const float* from, Lies lies, int64_t rows, int64_t depth,
-            Rounding rounding = Rounding::to_one) const {
+  // Whether it takes matrices of bfloat16.
+  bool takes_halves() const { return packs_; }
+
+  // A matrix (rows x depth), or transposed (depth x rows). `finite`: where to say whether all of a matrix of bfloat16
+  // is finite; may be null.
+  Left left(float* room, const Matrix& from, Lies lies, int64_t rows, int64_t depth,
+            Rounding rounding = Rounding::to_one, bool* finite = nullptr) const {
     const bool transposed = lies == Lies::transposed;
     const int parts = rounding == Rounding::to_two ? 2 : 1;
-    if (!packs_) return {.data = from, .row = transposed ? 1 : depth, .k = transposed ? rows : 1, .parts = parts};
+    if (!packs_)
+      return {.data = from.floats, .row = transposed ? 1 : depth, .k = transposed ? rows : 1, .parts = parts};
     auto* packed = reinterpret_cast<uint16_t*>(room);
-    amx::pack_left(packed, from, transposed ? rows : depth, transposed, rows, depth, parts, ahead_);
+    if (from.halves == nullptr) {
+      amx::pack_left(packed, from.floats, transposed ? rows : depth, transposed, rows, depth, parts, ahead_);
+    } else {
+      const bool all = amx::pack_left(packed, from.halves, from.row, from.count, transposed, rows, depth, ahead_);
+      if (finite != nullptr) *finite = all;
+    }
     return {.data = packed, .row = 0, .k = 0, .parts = parts};
   }
-  // A contiguous matrix (depth x columns), or transposed (columns x depth).
-  Right right(float* room, const float* from, Lies lies, int64_t depth, int64_t columns) const {
+  // A matrix (depth x columns), or transposed (columns x depth).
+  Right right(float* room, const Matrix& from, Lies lies, int64_t depth, int64_t columns,
+              bool* finite = nullptr) const {
     const bool transposed = lies == Lies::transposed;
     if (packs_) {
       auto* packed = reinterpret_cast<uint16_t*>(room);
-      amx::pack_right(packed, from, transposed ? depth : columns, transposed, depth, columns, ahead_);
+      if (from.halves == nullptr) {
+        amx::pack_right(packed, from.floats, transposed ? depth : columns, transposed, depth, columns, ahead_);
+      } else {
+        const bool all = amx::pack_right(packed, from.halves, from.row, from.count, transposed, depth, columns, ahead_);
+        if (finite != nullptr) *finite = all;
+      }
       return {.data = packed, .row = 0};
     }
-    if (!transposed) return {.data = from, .row = columns};
-    vector_kernels().transpose(room, columns, from, depth, columns, depth);
+    if (!transposed) return {.data = from.floats, .row = columns};
+    vector_kernels().transpose(room, columns, from.floats, depth, columns, depth);
     return {.data = room, .row = columns};
   }
 

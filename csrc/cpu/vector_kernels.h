@@ -20,6 +20,8 @@ struct ChunkGates {
   float m_start;
 };
 
+constexpr int64_t max_chunk = 256;  // tokens
+
 // What of a square product counts: all of it; of the result only the columns up to a row's own; or a's numbers are 0
 // beyond the diagonal, or before it. What does not count may be left out.
 enum class Part { all, lower_out, lower_a, upper_a };

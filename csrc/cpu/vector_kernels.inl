@@ -188,26 +188,13 @@ auto with_dtype(DType dtype, F&& f) {
 constexpr int lanes = 16;
 struct LaneSum {
   float lane[lanes] = {};
-  float total() const {
-    float sum[lanes];
-    std::memcpy(sum, lane, sizeof(sum));
-    for (int half = lanes / 2; half > 0; half /= 2) {  // a chain of 4 additions instead of 16
-      for (int x = 0; x < half; ++x) sum[x] += sum[x + half];
-    }
-    return sum[0];
+  IN_LOOPS float total() const {  // a chain of 4 additions instead of 16
+    float eight[8], four[4];
+    for (int x = 0; x < 8; ++x) eight[x] = lane[x] + lane[x + 8];
+    for (int x = 0; x < 4; ++x) four[x] = eight[x] + eight[x + 4];
+    return (four[0] + four[2]) + (four[1] + four[3]);
   }
 };
-
-inline float dot(const float* a, const float* b, int64_t count) {
-  LaneSum sum;
-  int64_t c = 0;
-  for (; c + lanes <= count; c += lanes) {
-    for (int x = 0; x < lanes; ++x) sum.lane[x] += a[c + x] * b[c + x];
-  }
-  float tail = 0.0f;
-  for (; c < count; ++c) tail += a[c] * b[c];
-  return sum.total() + tail;
-}
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
@@ -267,14 +254,6 @@ void add_and_unpack(void* to, DType dtype, int64_t stride, const float* x, const
 
 // --- gates ---------------------------------------------------------------------------------------------------------
 
-// Row t of D for the first `count` tokens.
-inline void decay_row(float* d, const ChunkGates& g, int64_t t, int64_t count) {
-  const float high = g.row_high[t], low = g.row_low[t];
-  for (int64_t j = 0; j < count; ++j) d[j] = exponential((high + g.column_high[j]) + (low + g.column_low[j]));
-}
-
-void end_weights(float* weight, const ChunkGates& g) { decay_row(weight, g, g.length - 1, g.length); }
-
 void start_weights(float* start, const ChunkGates& g) {
   const float m_start = g.m_start;
   for (int64_t t = 0; t < g.length; ++t) start[t] = exponential((g.row_high[t] + m_start) + g.row_low[t]);
@@ -303,182 +282,11 @@ void weighted_sum(float* sum, const float* from, const float* weight, int64_t ro
   }
 }
 
-// Cache lines that arrive from L3 in the time of a token's row of a tile, or of the normalizer.
-constexpr int64_t lines_a_row = 5;
-
-// --- the normalizer ------------------------------------------------------------------------------------------------
-
-void normalizer(double* n, float* s, const float* q, const float* k, const ChunkGates& g, double scale, int64_t dqk,
-                double* weights, Ahead* ahead) {
-  double *keep = weights, *take = weights + g.length;
-  const auto row = [&](int64_t t) { return static_cast<double>(g.row_high[t]) + g.row_low[t]; };
-  keep[0] = exponential(row(0) + static_cast<double>(g.m_start));
-  for (int64_t t = 1; t < g.length; ++t) keep[t] = exponential(row(t) - row(t - 1));
-  for (int64_t t = 0; t < g.length; ++t) {
-    take[t] = exponential(row(t) + (static_cast<double>(g.column_high[t]) + g.column_low[t]));
-  }
-  constexpr int width = 8;
-  for (int64_t t = 0; t < g.length; ++t) {
-    if (ahead != nullptr) ahead->prefetch(lines_a_row);
-    const double keep_t = keep[t], take_t = take[t];
-    const float* k_row = k + t * dqk;
-    if (take_t == 0.0) {
-      if (keep_t != 1.0) {
-        for (int64_t c = 0; c < dqk; ++c) n[c] *= keep_t;
-      }
-    } else {
-      for (int64_t c = 0; c < dqk; ++c) n[c] = keep_t * n[c] + take_t * static_cast<double>(k_row[c]);
-    }
-    if (q == nullptr) continue;
-    const float* q_row = q + t * dqk;
-    double lane[width] = {};
-    int64_t c = 0;
-    for (; c + width <= dqk; c += width) {
-      for (int x = 0; x < width; ++x) lane[x] += static_cast<double>(q_row[c + x]) * n[c + x];
-    }
-    double sum = 0.0;
-    for (; c < dqk; ++c) sum += static_cast<double>(q_row[c]) * n[c];
-    for (int x = 0; x < width; ++x) sum += lane[x];
-    s[t] = static_cast<float>(scale * sum);
-  }
-}
-
 void inverse_normalizer(float* inv_d, const float* s, const float* m, float eps, int64_t count) {
   for (int64_t t = 0; t < count; ++t) {
     const float floor = exponential(-m[t]), size = absolute(s[t]);
     const float inverse = 1.0f / ((size >= floor ? size : floor) + eps);
     inv_d[t] = s[t] != s[t] ? s[t] : inverse;
-  }
-}
-
-// --- tiles ---------------------------------------------------------------------------------------------------------
-
-void forward_tile(float* w, int64_t w_stride, const float* qk, const ChunkGates& g, float scale, Ahead* ahead) {
-  for (int64_t t = 0; t < g.length; ++t) {
-    if (ahead != nullptr) ahead->prefetch(lines_a_row);
-    float* row = w + t * w_stride;
-    const float* product = qk + t * g.length;
-    decay_row(row, g, t, t + 1);
-    for (int64_t j = 0; j <= t; ++j) row[j] = product_or_zero(row[j], scale * product[j]);
-    std::memset(row + t + 1, 0, sizeof(float) * (g.length - t - 1));
-  }
-}
-
-// The sum of a (b - shift) where a is not 0, and the sum of the terms' absolute values.
-struct SumAndSize {
-  float sum, size;
-};
-inline SumAndSize shifted_dot(const float* a, const float* b, float shift, int64_t count) {
-  LaneSum sum, size;
-  int64_t c = 0;
-  for (; c + lanes <= count; c += lanes) {
-    for (int x = 0; x < lanes; ++x) {
-      const float term = product_or_zero(a[c + x], b[c + x] - shift);
-      sum.lane[x] += term;
-      size.lane[x] += absolute(term);
-    }
-  }
-  float tail = 0.0f, tail_size = 0.0f;
-  for (; c < count; ++c) {
-    const float term = product_or_zero(a[c], b[c] - shift);
-    tail += term;
-    tail_size += absolute(term);
-  }
-  return {.sum = sum.total() + tail, .size = size.total() + tail_size};
-}
-
-void backward_tile(float* x, float* w, const float* qk, const float* gv, const ChunkGates& g, float scale, float eps,
-                   const float* inv_d, const float* s, const float* across, const float* across_n, float* delta,
-                   float* e, float* within, float* column, Ahead* ahead) {
-  const int64_t length = g.length;
-  for (int64_t t = 0; t < length; ++t) {
-    if (ahead != nullptr) ahead->prefetch(2 * lines_a_row);
-    float *x_row = x + t * length, *w_row = w + t * length;
-    const float *qk_row = qk + t * length, *gv_row = gv + t * length;
-    const float factor = scale * inv_d[t];
-    decay_row(x_row, g, t, t + 1);
-    for (int64_t j = 0; j <= t; ++j) {
-      x_row[j] = product_or_zero(x_row[j], factor);
-      w_row[j] = product_or_zero(x_row[j], qk_row[j]);
-    }
-    const SumAndSize plain = shifted_dot(w_row, gv_row, 0.0f, t + 1);
-    float u = plain.sum + across[t];  // dh_t . h_t
-    const float floor = exponential(-g.m[t]), size = absolute(s[t]);
-    float shift = 0.0f, rest = 0.0f;
-    if (size >= floor) {
-      const float sign = s[t] < 0.0f ? -1.0f : 1.0f;
-      shift = sign * u;
-      // gv - sign(s) u cancels where one token dominates, so u is corrected by a sum of these differences: the weights
-      // w and across_n sum to s / d = sign(s) (1 - eps / d). Only there. Where s is the small difference of large
-      // weights, this sum is less exact than u.
-      const SumAndSize shifted = shifted_dot(w_row, gv_row, shift, t + 1);
-      const float across_shifted = across[t] - shift * across_n[t];
-      if (shifted.size + absolute(across_shifted) < plain.size + absolute(across[t])) {
-        const float correction = shifted.sum + across_shifted - u * eps * inv_d[t];
-        rest = sign * correction;
-        u += correction;
-      }
-      delta[t] = -sign * u * inv_d[t];
-    } else {
-      delta[t] = size == size ? 0.0f : size;
-    }
-    e[t] = -u * inv_d[t] * eps;
-    for (int64_t j = 0; j <= t; ++j) x_row[j] = product_or_zero(x_row[j], (gv_row[j] - shift) - rest);
-    std::memset(x_row + t + 1, 0, sizeof(float) * (length - t - 1));
-    std::memset(w_row + t + 1, 0, sizeof(float) * (length - t - 1));
-  }
-  // From the last row to the first. column_j holds the sum over the rows so far.
-  std::memset(column, 0, sizeof(float) * length);
-  for (int64_t t = length - 1; t >= 0; --t) {
-    const float *x_row = x + t * length, *qk_row = qk + t * length;
-    LaneSum sum;
-    int64_t j = 0;
-    for (; j + lanes <= t; j += lanes) {
-      for (int y = 0; y < lanes; ++y) {
-        column[j + y] += product_or_zero(x_row[j + y], qk_row[j + y]);
-        sum.lane[y] += column[j + y];
-      }
-    }
-    float tail = 0.0f;
-    for (; j < t; ++j) {
-      column[j] += product_or_zero(x_row[j], qk_row[j]);
-      tail += column[j];
-    }
-    column[t] += product_or_zero(x_row[t], qk_row[t]);
-    within[t] = sum.total() + tail;
-  }
-}
-
-void row_dots(float* sums, const float* a, const float* b, int64_t b_stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) sums[r] = dot(a + r * columns, b + r * b_stride, columns);
-}
-
-void add_state_term(float* y, const float* x, const float* weight, const float* n_weight, const float* n,
-                    const float* with, float* sums, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float w = weight[r], nw = n_weight[r];
-    if (w == 0.0f && nw == 0.0f) {
-      sums[r] = 0.0f;
-      continue;
-    }
-    float* out = y + r * columns;
-    const float *in = x + r * columns, *other = with + r * columns;
-    LaneSum sum;
-    float tail = 0.0f;
-    int64_t c = 0;
-    for (; c + lanes <= columns; c += lanes) {
-      for (int z = 0; z < lanes; ++z) {
-        const float term = w * in[c + z] + nw * n[c + z];
-        out[c + z] += term;
-        sum.lane[z] += term * other[c + z];
-      }
-    }
-    for (; c < columns; ++c) {
-      const float term = w * in[c] + nw * n[c];
-      out[c] += term;
-      tail += term * other[c];
-    }
-    sums[r] = sum.total() + tail;
   }
 }
 
@@ -590,6 +398,8 @@ void step(const MlstmStep& p, int64_t row, int64_t head, int64_t slot, float* sc
 }
 
 #include "cpu/vector_math.inl"
+
+#include "cpu/mlstm_tiles.inl"
 
 #include "cpu/conv.inl"
 #include "cpu/linear.inl"
