@@ -3,19 +3,6 @@
 #include "cpu/parallel.h"
 
 namespace flash_xlstm::cpu {
-namespace {
-
-void store_gate(void* gate, DType dtype, int64_t index, double value) {
-  const float x = static_cast<float>(value);
-  if (dtype == DType::float32) {
-    static_cast<float*>(gate)[index] = x;
-  } else {
-    vector_kernels().unpack(static_cast<uint16_t*>(gate) + index, dtype, 1, &x, nullptr, 1, 1);
-  }
-}
-
-}  // namespace
-
 void sum_open(const Plan& plan, const GateSums& sums, const MlstmBackward& params) {
   for (int64_t lane = 0; lane < plan.lanes(); ++lane) {
     const int64_t begin = plan.lane_begin[lane] * plan.length, end = plan.lane_begin[lane + 1] * plan.length;
@@ -37,7 +24,15 @@ void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward&
   const MlstmProblem& p = plan.p;
   const int64_t length = plan.length;
   const bool stabilized = plan.stabilized();
+  const VectorKernels& kernels = vector_kernels();
   parallel(plan.lanes(), [&](int64_t lane) {
+    float raw[max_chunk], di[max_chunk], df[max_chunk];
+    double i_slope[max_chunk], f_slope[max_chunk];
+    const auto store = [&](void* gate, const Item& item, const float* values) {
+      const int64_t first = (item.row * p.seq + item.first) * p.heads + item.head;
+      kernels.unpack(static_cast<char*>(gate) + first * element_bytes(p.gate_dtype), p.gate_dtype, p.heads, values,
+                     nullptr, item.tokens, 1);
+    };
     const int64_t begin = plan.lane_begin[lane], end = plan.lane_begin[lane + 1];
     double a = params.dm_last == nullptr ? 0.0 : params.dm_last[lane];
     const double into_decay = params.dlog_decay == nullptr ? 0.0 : params.dlog_decay[lane];
@@ -47,28 +42,29 @@ void gate_gradients(const Plan& plan, const GateSums& sums, const MlstmBackward&
       double crossing_k = 0.0;
       for (int64_t t = 0; t < length; ++t) crossing_k += sums.k_dk[at + t];
       if (stabilized && x == end - 1) a -= sums.through[x] + crossing_k;  // <c, dc> + <n, dn> of the final state
+      plan.read_gate(raw, p.i, item);
+      kernels.gate_slopes(i_slope, raw, p.gate_soft_cap, !stabilized, item.tokens);
+      plan.read_gate(raw, p.f, item);
+      kernels.gate_slopes(f_slope, raw, p.gate_soft_cap, true, item.tokens);
       double later = sums.through[x], earlier = crossing_k;
       for (int64_t t = length - 1; t >= 0; --t) {
         later += sums.q_dq[at + t];
         earlier -= sums.k_dk[at + t];
         if (stabilized) a += sums.e[at + t];
-        double di = static_cast<double>(sums.k_dk[at + t]) + sums.column[at + t];
+        double input = static_cast<double>(sums.k_dk[at + t]) + sums.column[at + t];
         double dlf = later + earlier + sums.within[at + t] + into_decay;
         if (plan.reset[at + t]) {
-          di += a;
+          input += a;
           a = 0.0;
         } else {
           dlf += a;
         }
         if (t >= item.tokens) continue;
-        const int64_t out = (item.row * p.seq + item.first + t) * p.heads + item.head;
-        const double i = plan.raw_gate(p.i, item, t), f = plan.raw_gate(p.f, item, t), cap = p.gate_soft_cap;
-        double i_slope = cap_gate_slope(i, cap);
-        if (!stabilized) i_slope *= sigmoid(-cap_gate(i, cap));
-        const double f_slope = cap_gate_slope(f, cap) * sigmoid(-cap_gate(f, cap));
-        store_gate(params.di, p.gate_dtype, out, i_slope == 0.0 ? 0.0 : di * i_slope);
-        store_gate(params.df, p.gate_dtype, out, f_slope == 0.0 ? 0.0 : dlf * f_slope);
+        di[t] = i_slope[t] == 0.0 ? 0.0f : static_cast<float>(input * i_slope[t]);
+        df[t] = f_slope[t] == 0.0 ? 0.0f : static_cast<float>(dlf * f_slope[t]);
       }
+      store(params.di, item, di);
+      store(params.df, item, df);
       if (x == begin) {  // <c, dc> + <n, dn> of the initial state
         a += sums.through[x];
         for (int64_t t = 0; t < length; ++t) a += sums.q_dq[at + t];

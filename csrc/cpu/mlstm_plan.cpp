@@ -20,30 +20,11 @@ int64_t default_chunk(const MlstmProblem& p, int64_t longest) {
   return std::min(most, ceil_div(ceil_div(longest, ceil_div(longest, most)), int64_t{32}) * 32);
 }
 
-float load_gate(const Strided& gate, DType dtype, int64_t index) {
-  if (dtype == DType::float32) return static_cast<const float*>(gate.data)[index];
-  float value;
-  vector_kernels().pack(&value, static_cast<const uint16_t*>(gate.data) + index, dtype, 1, 1, 1, 1);
-  return value;
-}
-
-double log_sigmoid(double x) { return x >= 0.0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
-
 }  // namespace
 
 KeptStates mlstm_kept_states(int64_t dqk, int64_t dv) {
   constexpr int64_t line = 16;
   return {.floats = ceil_div(kept_c_floats(dqk, dv) + 2 * dqk, line) * line, .tokens = is_large(dqk, dv) ? 128 : 64};
-}
-
-double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-
-double cap_gate(double x, double cap) { return cap == 0.0 || std::isinf(x) ? x : cap * std::tanh(x / cap); }
-// 1 - tanh^2 without the difference, which would be all rounding error where tanh is near 1. 0 for an infinite x.
-double cap_gate_slope(double x, double cap) {
-  if (cap == 0.0) return 1.0;
-  const double e = std::exp(-2.0 * std::abs(x / cap));
-  return 4.0 * e / ((1.0 + e) * (1.0 + e));
 }
 
 Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get_num_threads()) {
@@ -78,8 +59,10 @@ Plan::Plan(const MlstmProblem& problem) : p(problem), threads(torch::stable::get
   scan_gates();
 }
 
-float Plan::raw_gate(const Strided& gate, const Item& item, int64_t t) const {
-  return load_gate(gate, p.gate_dtype, gate_index(gate, item, t));
+void Plan::read_gate(float* to, const Strided& gate, const Item& item) const {
+  const int64_t first = item.row * gate.batch + item.first * gate.seq + item.head * gate.head;
+  const void* const from = static_cast<const char*>(gate.data) + first * element_bytes(p.gate_dtype);
+  vector_kernels().pack(to, from, p.gate_dtype, gate.seq, item.tokens, 1, item.tokens);
 }
 
 std::vector<Range> Plan::parts() const {
@@ -110,20 +93,24 @@ void Plan::scan_gates() {
     high = static_cast<float>(x);
     low = std::isinf(high) ? 0.0f : static_cast<float>(x - high);
   };
+  const VectorKernels& kernels = vector_kernels();
   parallel(lanes(), [&](int64_t lane) {
+    float raw[max_chunk];
+    double inputs[max_chunk], forgets[max_chunk];
     double stabilizer = initial_m(p, lane), decay = 0.0;
     for (int64_t x = lane_begin[lane]; x < lane_begin[lane + 1]; ++x) {
       const Item& item = items[x];
       m_start[x] = static_cast<float>(stabilizer);
+      read_gate(raw, p.i, item);
+      kernels.gate_values(inputs, raw, p.gate_soft_cap, !stabilized(), item.tokens);
+      read_gate(raw, p.f, item);
+      kernels.gate_values(forgets, raw, p.gate_soft_cap, true, item.tokens);
       double b = 0.0;
       for (int64_t t = 0; t < length; ++t) {
         const int64_t at = x * length + t;
-        double input = -std::numeric_limits<double>::infinity(), forget = 0.0;
-        if (t < item.tokens) {
-          input = cap_gate(raw_gate(p.i, item, t), p.gate_soft_cap);
-          if (!stabilized()) input = log_sigmoid(input);
-          forget = log_sigmoid(cap_gate(raw_gate(p.f, item, t), p.gate_soft_cap));
-        }
+        const bool is_there = t < item.tokens;
+        const double input = is_there ? inputs[t] : -std::numeric_limits<double>::infinity();
+        const double forget = is_there ? forgets[t] : 0.0;
         b += forget;
         const double carried = forget + stabilizer;
         reset[at] = stabilized() && input >= carried;

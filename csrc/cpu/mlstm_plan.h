@@ -30,10 +30,10 @@ struct Plan {
   int64_t length, threads;
   std::vector<Range> bounds;  // of each sequence: its first token within its row, and the end
   std::vector<Item> items;
-  std::vector<int64_t> lane_begin;  // first item of each lane, and the end
+  std::vector<int64_t> lane_begin;                                   // first item of each lane, and the end
   std::vector<float> row_high, row_low, column_high, column_low, m;  // [items][length], as in ChunkGates
   std::vector<float> m_start;                                        // [items]
-  std::vector<double> keep;  // [items]: the weight of the state at the start in the state at the end
+  std::vector<double> keep;              // [items]: the weight of the state at the start in the state at the end
   std::vector<float> m_last, log_decay;  // [lanes]
   std::vector<char> reset;               // [items][length]: m took the input gate's branch
 
@@ -44,17 +44,14 @@ struct Plan {
 
   int64_t lanes() const { return p.num_seqs * p.heads; }
   bool stabilized() const { return p.input_gate == InputGate::exponential; }
-  int64_t gate_index(const Strided& gate, const Item& item, int64_t t) const {
-    return item.row * gate.batch + (item.first + t) * gate.seq + item.head * gate.head;
-  }
   // Chunks that begin no lane.
   int64_t inner_items() const { return items.empty() ? 0 : items.back().inner + !items.back().lane_begin; }
   // Where the states at their starts are kept, if there is room for all of them.
   float* kept(float* states, int64_t floats) const {
     return inner_items() * mlstm_kept_states(p.dqk, p.dv).floats <= floats ? states : nullptr;
   }
-  // The pre-activation of a gate, as given.
-  float raw_gate(const Strided& gate, const Item& item, int64_t t) const;
+  // A gate's pre-activations at an item's tokens, as given.
+  void read_gate(float* to, const Strided& gate, const Item& item) const;
   ChunkGates gates(int64_t item) const {
     const int64_t at = item * length;
     return {.length = length,
@@ -105,10 +102,5 @@ void share_parts(const Plan& plan, const F& f) {
 
 // Floats of c before n in a kept state: n is float64.
 inline int64_t kept_c_floats(int64_t dqk, int64_t dv) { return ceil_div(dqk * dv, 2) * 2; }
-
-// What a cap makes of a gate, and its slope; and the logistic function.
-double cap_gate(double x, double cap);
-double cap_gate_slope(double x, double cap);
-double sigmoid(double x);
 
 }  // namespace flash_xlstm::cpu

@@ -47,6 +47,74 @@ float dot(const float* a, const float* b, int64_t count) {
 // Cache lines that arrive from L3 in the time of a token's row of a tile, or of the normalizer.
 constexpr int64_t lines_a_row = 5;
 
+// --- gates ---------------------------------------------------------------------------------------------------------
+
+// log(1 + y) for y from 0 to 1: a polynomial with float32's error, and a step of Newton's method on exp. Near 0, where
+// that step's rounding is not small beside the result, the series.
+IN_LOOPS double logarithm_1p(double y) {
+  double p = -3.176057018e-3;
+  p = p * y + 1.954252726e-2;
+  p = p * y - 5.637361283e-2;
+  p = p * y + 1.054362380e-1;
+  p = p * y - 1.526966707e-1;
+  p = p * y + 1.966327426e-1;
+  p = p * y - 2.495161626e-1;
+  p = p * y + 3.332971050e-1;
+  p = p * y - 4.999989265e-1;
+  p = p * y + 1.0;
+  const double first = p * y, near = y - y * y * (0.5 - y * (1.0 / 3.0 - y * (0.25 - y * 0.2)));
+  return y < 0x1p-10 ? near : first + ((1.0 + y) * exponential(-first) - 1.0);
+}
+template <bool caps>
+IN_LOOPS double capped(double x, double cap) {
+  if constexpr (!caps) return x;
+  const double size = __builtin_fabs(x), e = exponential(-2.0 * (size / cap)), y = cap * ((1.0 - e) / (1.0 + e));
+  return size == __builtin_huge_val() ? x : x < 0.0 ? -y : y;
+}
+
+template <bool caps, bool log_sigmoid>
+void gate_values_of(double* y, const float* x, double cap, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) {
+    const double value = capped<caps>(static_cast<double>(x[t]), cap);
+    y[t] = log_sigmoid ? (value < 0.0 ? value : 0.0) - logarithm_1p(exponential(-__builtin_fabs(value))) : value;
+  }
+}
+template <bool caps, bool log_sigmoid>
+void gate_slopes_of(double* slope, const float* x, double cap, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) {
+    const double raw = static_cast<double>(x[t]), value = capped<caps>(raw, cap);
+    double y = 1.0;
+    if (caps) {  // 1 - tanh^2 without the difference, which would be all rounding error where tanh is near 1
+      const double e = exponential(-2.0 * __builtin_fabs(raw / cap));
+      y = 4.0 * e / ((1.0 + e) * (1.0 + e));
+    }
+    if (log_sigmoid) {
+      const double e = exponential(-__builtin_fabs(value));
+      y *= (value < 0.0 ? 1.0 : e) / (1.0 + e);
+    }
+    slope[t] = y;
+  }
+}
+// f(caps, log_sigmoid), as constants.
+template <typename F>
+void with_gate(double cap, bool log_sigmoid, const F& f) {
+  if (cap == 0.0) {
+    log_sigmoid ? f(Constant<0>{}, Constant<1>{}) : f(Constant<0>{}, Constant<0>{});
+  } else {
+    log_sigmoid ? f(Constant<1>{}, Constant<1>{}) : f(Constant<1>{}, Constant<0>{});
+  }
+}
+void gate_values(double* y, const float* x, double cap, bool log_sigmoid, int64_t count) {
+  with_gate(cap, log_sigmoid, [&](auto caps, auto logarithm) {
+    gate_values_of<decltype(caps)::value != 0, decltype(logarithm)::value != 0>(y, x, cap, count);
+  });
+}
+void gate_slopes(double* slope, const float* x, double cap, bool log_sigmoid, int64_t count) {
+  with_gate(cap, log_sigmoid, [&](auto caps, auto logarithm) {
+    gate_slopes_of<decltype(caps)::value != 0, decltype(logarithm)::value != 0>(slope, x, cap, count);
+  });
+}
+
 // --- the normalizer ------------------------------------------------------------------------------------------------
 
 typedef double Doubles __attribute__((vector_size(vector_bytes)));

@@ -56,6 +56,10 @@ struct VectorKernels {
   void (*add_and_unpack)(void* to, DType dtype, int64_t stride, const float* x, const float* y, const float* weight,
                          const float* factor, int64_t rows, int64_t columns);
 
+  // y = x, or with `log_sigmoid` log sigmoid(x), of gates; after x = cap tanh(x / cap), unless the cap is 0. And dy/dx.
+  // Errors are 1e-14 and less.
+  void (*gate_values)(double* y, const float* x, double cap, bool log_sigmoid, int64_t count);
+  void (*gate_slopes)(double* slope, const float* x, double cap, bool log_sigmoid, int64_t count);
   // weight_j = D_Tj, T the chunk's last token: the weight of token j in the state at the chunk's end.
   void (*end_weights)(float* weight, const ChunkGates& g);
   // start_t = exp(b_t + m_start - m_t): the weight of the state at the chunk's start at token t.

@@ -35,6 +35,17 @@ for dqk, dv in ((16, 24), (37, 300)):
                 error = (a.double() - b).norm() / b.norm()
                 assert error <= bound, (form.__name__, dtype, name, float(error))
 
+# Without an input, m after one token is log sigmoid(f), to float32's rounding at every size.
+f = torch.cat([torch.linspace(-60, 60, 4001), torch.tensor([-1e4, -750.0, -1e-8, 0.0, 1e-8, 88.0, 750.0, 1e4])])
+q, i = torch.zeros(len(f), 1, 1, 8), torch.full((len(f), 1, 1), -torch.inf)
+state = tuple(torch.zeros(len(f), 1, *dims) for dims in ((8, 8), (8,), ()))
+for cap in (None, 15.0):
+    last = ops.mlstm(q, q, q, i, f[:, None, None], gate_soft_cap=cap, initial_state=state, return_final_state=True)[1]
+    gate = f.double() if cap is None else cap * torch.tanh(f.double() / cap)
+    want = torch.nn.functional.logsigmoid(gate)
+    error = (last[2].flatten().double() - want).abs()
+    assert (error <= 6e-8 * want.abs() + 1e-45).all(), (cap, error.max())
+
 # dims of no, of one and of several registers and panels, rows of every tile
 for rows, dim in ((1, 5), (2, 16), (3, 40), (7, 72), (26, 33), (61, 64)):
     x, R, b = torch.randn(rows, 9, 4, 2, dim), torch.randn(4, 2, dim, dim) * dim**-0.5, torch.randn(4, 2, dim)
