@@ -233,6 +233,12 @@ struct LeftParts {
 template <typename Type>
 IN_LOOPS void load_tile(Vector (&tile)[vector_lanes], const typename Type::Bits* from, int64_t line, int64_t lane,
                         int64_t lines, int64_t lanes) {
+  if (lines == vector_lanes && lanes == vector_lanes) {
+    const int64_t step = lane == 1 ? line : lane;
+    in_turn<vector_lanes>([&](int x) IN_LAMBDA { tile[x] = load_lanes<Type>(from + x * step, vector_lanes); });
+    if (lane != 1) transpose(tile);
+    return;
+  }
   if (lane == 1) {
     for (int64_t x = 0; x < vector_lanes; ++x) {
       tile[x] = x < lines ? load_lanes<Type>(from + x * line, lanes) : Vector{};
@@ -286,7 +292,12 @@ struct ForwardWeights {
         const int64_t count = dim - k < vector_lanes ? dim - k : vector_lanes;
         Vector tile[vector_lanes];
         load_tile<Type>(tile, rows + k * p.weights_in, p.weights_in, p.weights_out, count, units);
-        for (int64_t x = 0; x < count; ++x) store_vector(to + (k + x) * panel_columns + gate * vector_lanes, tile[x]);
+        float* const out = to + k * panel_columns + gate * vector_lanes;
+        if (count == vector_lanes) {
+          in_turn<vector_lanes>([&](int x) IN_LAMBDA { store_vector(out + x * panel_columns, tile[x]); });
+        } else {
+          for (int64_t x = 0; x < count; ++x) store_vector(out + x * panel_columns, tile[x]);
+        }
       }
     }
   }
