@@ -931,6 +931,23 @@ def test_h_is_kept_only_where_a_backward_reads_it(dtype):
 
 
 @pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_not_finite_gradient_reaches_only_what_depends_on_it(make_problem, dtype, value):
+    problem = make_problem(150, 16, 24, dtype=dtype, state=False)
+    t = 70
+    clean = problem(ops.mlstm)
+    problem.cotangents["h"][0, t, 1, 3] = value
+    got = problem(ops.mlstm)
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(got[name][1], clean[name][1]) and torch.equal(got[name][0, :, 0], clean[name][0, :, 0]), name
+        assert torch.equal(got[name][0, t + 1 :, 1], clean[name][0, t + 1 :, 1]), name
+    assert not got["dq"][0, t, 1].isfinite().all() and not got["dk"][0, t, 1].isfinite().all()
+    others = [x for x in range(24) if x != 3]
+    assert torch.equal(got["dv"][:, :, :, others], clean["dv"][:, :, :, others])
+
+
+@pytest.mark.parametrize("device", ["cpu"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     "options", [{}, {"chunk_size": 16}, {"state": True}, {"cu_seqlens": [0, 1, 1, 130, 194, 300]}], ids=str
