@@ -474,7 +474,10 @@ def test_gradient_checkpointing(make_ours, in_double, tokens, rel, reentrant):
     calls.clear()
     output, again = _gradients(model, ids, attention_mask=mask)
     assert len(calls) == 2  # forward, and once more in backward: a block with a hook goes by torch's checkpoint
-    assert torch.equal(output.loss, expected.loss)
+    if reentrant:  # a block without gradients adds its residual behind a product, not within it: it rounds otherwise
+        assert rel(output.loss, expected.loss) < 4 * torch.finfo(torch.float32).eps
+    else:
+        assert torch.equal(output.loss, expected.loss)
     double = in_double(make_ours()).train()
     exact = {name: g.clone() for name, g in _gradients(double, ids, attention_mask=mask)[1].items()}
     double.gradient_checkpointing_enable({"use_reentrant": reentrant})
