@@ -150,7 +150,7 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
 // depend on the number of threads here either.
 //
 // The backward of one tile of rows and dim 64 stays in float32: its products on tiles are too short for what packing dx
-// takes. From dim 96 or 32 rows on tiles are as fast, or faster by up to a fifth.
+// takes. From dim 96 or 32 rows on tiles are as fast or faster.
 enum class Operands { floats, parts, halves };
 enum class Pass { forward, backward };
 Operands operands_of(const SlstmProblem& p, Pass pass = Pass::forward) {

@@ -57,7 +57,7 @@ struct VectorKernels {
                          const float* factor, int64_t rows, int64_t columns);
 
   // y = x, or with `log_sigmoid` log sigmoid(x), of gates; after x = cap tanh(x / cap), unless the cap is 0. And dy/dx.
-  // Errors are 1e-14 and less.
+  // Errors are below 1e-13: of max(1, |y|), and of the slope.
   void (*gate_values)(double* y, const float* x, double cap, bool log_sigmoid, int64_t count);
   void (*gate_slopes)(double* slope, const float* x, double cap, bool log_sigmoid, int64_t count);
   // weight_j = D_Tj, T the chunk's last token: the weight of token j in the state at the chunk's end.
