@@ -418,17 +418,19 @@ struct Units {
   Vectors<rows> h, c, n, m;
 };
 
-// One token of vector_lanes units of several rows. `gates` are the pre-activations.
-template <bool keeps, int rows>
-IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vectors<rows> (&kept)[kept_c]) {
+// One token of vector_lanes units of several rows. `gates` are the pre-activations. load() gives the state before the
+// token: a call, because until the gates' exponentials are done, registers are short.
+template <bool keeps, int rows, typename Load>
+IN_LOOPS Units<rows> slstm_cell(const Vectors<rows> (&gates)[4], const Load& load, Vectors<rows> (&kept)[kept_c]) {
   const Vectors<rows> i = gates[0], f = gates[1];
-  const Masks<rows> padding = (i == -infinity) & (f == infinity);
   Vectors<rows> z, exp_o;
-  const Vectors<rows> y = exp_tanh_exp(-absolute(f), gates[2], -gates[3], z, exp_o);
+  const Vectors<rows> y = exp_tanh_exp(negative(f), gates[2], -gates[3], z, exp_o);
+  Units<rows> u = load();
+  const Masks<rows> padding = (i == -infinity) & (f == infinity);
   const Vectors<rows> carried = minus_logarithm_1p(at_most(f, 0.0f), y) + u.m;
   const Vectors<rows> margin = i - carried;
   const Masks<rows> reset = (u.n == 0.0f) | (margin >= 0.0f);
-  const Vectors<rows> weight = exponential(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
+  const Vectors<rows> weight = exponential_up_to_89(choose(reset, at_most(-margin, slstm_max_log_keep), margin));
   const Vectors<rows> one_over_o = 1.0f + exp_o;
   Vectors<rows> c = u.c, n = u.n;
   advance(reset, weight, z, c, n);
@@ -443,6 +445,7 @@ IN_LOOPS void slstm_cell(const Vectors<rows> (&gates)[4], Units<rows>& u, Vector
     kept[kept_o] = 1.0f / one_over_o;
     kept[kept_forget] = choose(padding, -1.0f, reciprocal(1.0f + y) * choose(f >= 0.0f, y, 1.0f));
   }
+  return u;
 }
 
 inline int64_t padded_dim(int64_t dim) { return ceil_div(dim, int64_t{vector_lanes}) * vector_lanes; }
@@ -639,17 +642,17 @@ struct TokenPlaces {
   bool is_there, is_first, has_next;  // first: of two tokens, before which c and n are kept. Next: to be fetched
 };
 
-// One token of rows [first, end) and a register of units. Passed by value: the compiler knows that no store changes it.
+// One token of rows [first, end) and units [unit, unit_end). Passed by value: the compiler knows that no store changes
+// it.
 struct ForwardCells {
   const TokenPlaces* places;
-  int64_t first, end, unit, dim, padded, x_gate;
+  int64_t first, end, unit, unit_end, dim, padded, x_gate;
   DType dtype;
   const float* h_now;
   float *h_after, *c, *n, *m;
-  const float *bias, *product;  // of the unit; of the first row
+  const float *bias, *product;  // panels, of the first unit on; of the first row
   int64_t product_stride;
-  const int64_t* next;  // where lines of the next token lie from x on, in bytes, to be fetched
-  int64_t next_count;
+  int64_t next;  // from x to the next token's, in bytes: to be fetched where it is there
   bool stream_h, stream_kept;
 };
 
@@ -659,78 +662,89 @@ constexpr bool same = false;
 template <typename A>
 constexpr bool same<A, A> = true;
 
-// Type: of x and h where a whole register of units is there, else Any.
+// One register of units of rows [row, row + rows). Type: of x and h where the register is whole, else Any. A call: in a
+// loop the compiler computes all addresses and constants before it, for which there are no registers.
 template <bool keeps, typename Type, int rows>
-IN_LOOPS void forward_unit(const ForwardCells& s, int64_t row) {
+__attribute__((noinline)) void forward_unit(const ForwardCells& s, int64_t row, int64_t unit) {
   constexpr bool whole = !same<Type, Any>;
-  const int64_t at = row * s.padded + s.unit, left = whole ? vector_lanes : s.dim - s.unit;
-  TokenPlaces places[rows];
-  for (int x = 0; x < rows; ++x) places[x] = s.places[row + x];
-  for (int x = 0; x < rows && places[x].has_next; ++x) {
-    for (int64_t line = 0; line < s.next_count; ++line) __builtin_prefetch(places[x].x + s.next[line], 0, 2);
+  const TokenPlaces* const places = s.places + row;
+  const int64_t at = row * s.padded + unit, left = whole ? vector_lanes : s.dim - unit;
+  const DType dtype = same<Type, Float32> ? DType::float32 : same<Type, BFloat16> ? DType::bfloat16 : s.dtype;
+  const int64_t bytes = element_bytes(dtype), gate_bytes = s.x_gate * bytes;
+  const char* x_of[rows];
+  for (int x = 0; x < rows; ++x) {
+    x_of[x] = places[x].x + unit * bytes;
+    if (!places[x].has_next || unit * bytes % 64 != 0) continue;
+    const char* const next = x_of[x] + s.next;
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + gate_bytes, 0, 2);
+    __builtin_prefetch(next + 2 * gate_bytes, 0, 2);
+    __builtin_prefetch(next + 3 * gate_bytes, 0, 2);
   }
   Vectors<rows> gates[4], kept[kept_c];
   alignas(64) float converted[whole ? 1 : rows][panel_columns];
-  for (int x = 0; x < rows && !whole; ++x) {
-    load_gates(converted[x], places[x].x + s.unit * element_bytes(s.dtype), s.dtype, s.x_gate, left);
-  }
+  for (int x = 0; x < rows && !whole; ++x) load_gates(converted[x], x_of[x], s.dtype, s.x_gate, left);
+  const float* const bias = s.bias + (unit - s.unit) * 4;
+  const float* const products = s.product + (row - s.first) * s.product_stride + (unit - s.unit) * 4;
   in_turn<rows>([&](int x) IN_LAMBDA {
-    const float* const product = s.product + (row + x - s.first) * s.product_stride;
+    const float* const product = products + x * s.product_stride;
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t place = gate * vector_lanes;
       Vector value;
       if constexpr (whole) {
-        const auto* const from = reinterpret_cast<const typename Type::Bits*>(places[x].x);
-        value = load_lanes<Type>(from + s.unit + gate * s.x_gate, left);
+        value = load_lanes<Type>(reinterpret_cast<const typename Type::Bits*>(x_of[x] + gate * gate_bytes), left);
       } else {
         value = load_vector(converted[x] + place);
       }
-      gates[gate].v[x] = value + (load_vector(product + place) + load_vector(s.bias + place));
+      gates[gate].v[x] = value + (load_vector(product + place) + load_vector(bias + place));
     }
   });
-  const auto load = [&](const float* state) IN_LAMBDA {
+  const auto of_state = [&](const float* state) IN_LAMBDA {
     return each<rows>([&](int x) IN_LAMBDA { return load_vector(state + at + x * s.padded); });
   };
-  Units<rows> u{.h = load(s.h_now), .c = load(s.c), .n = load(s.n), .m = load(s.m)};
-  if constexpr (keeps) {
-    in_turn<rows>([&](int x) IN_LAMBDA {
-      float* const to = places[x].kept + s.unit;
-      if (!places[x].is_first) return;
-      stream_lanes(to - 2 * s.dim, u.c.v[x], left, s.stream_kept);
-      stream_lanes(to - s.dim, u.n.v[x], left, s.stream_kept);
-    });
-  }
-  slstm_cell<keeps>(gates, u, kept);
+  const auto load = [&]() IN_LAMBDA {
+    const Units<rows> u{.h = of_state(s.h_now), .c = of_state(s.c), .n = of_state(s.n), .m = of_state(s.m)};
+    if constexpr (keeps) {
+      in_turn<rows>([&](int x) IN_LAMBDA {
+        float* const to = places[x].kept + unit;
+        if (!places[x].is_first) return;
+        stream_lanes(to - 2 * s.dim, u.c.v[x], left, s.stream_kept);
+        stream_lanes(to - s.dim, u.n.v[x], left, s.stream_kept);
+      });
+    }
+    return u;
+  };
+  const Units<rows> u = slstm_cell<keeps>(gates, load, kept);
   in_turn<rows>([&](int x) IN_LAMBDA {
     store_vector(s.h_after + at + x * s.padded, u.h.v[x]);
     store_vector(s.c + at + x * s.padded, u.c.v[x]);
     store_vector(s.n + at + x * s.padded, u.n.v[x]);
     store_vector(s.m + at + x * s.padded, u.m.v[x]);
     if constexpr (same<Type, BFloat16>) {
-      store_lanes<BFloat16>(reinterpret_cast<uint16_t*>(places[x].h) + s.unit, u.h.v[x], left);
-    } else if (s.dtype == DType::float32) {
-      stream_lanes(reinterpret_cast<float*>(places[x].h) + s.unit, u.h.v[x], left, s.stream_h);
+      store_lanes<BFloat16>(reinterpret_cast<uint16_t*>(places[x].h) + unit, u.h.v[x], left);
+    } else if (dtype == DType::float32) {
+      stream_lanes(reinterpret_cast<float*>(places[x].h) + unit, u.h.v[x], left, s.stream_h);
     }
     if constexpr (keeps) {
       for (int which = 0; which < kept_c; ++which) {
-        stream_lanes(places[x].kept + which * s.dim + s.unit, kept[which].v[x], left, s.stream_kept);
+        stream_lanes(places[x].kept + which * s.dim + unit, kept[which].v[x], left, s.stream_kept);
       }
     }
   });
 }
 
 template <bool keeps, typename Type>
-__attribute__((noinline)) void forward_cells(const ForwardCells s) {
+void forward_cells(const ForwardCells& s) {
   for (int64_t row = s.first; row < s.end;) {
-    if (!s.places[row].is_there) {
-      ++row;
-    } else if (row + 1 < s.end && s.places[row + 1].is_there) {
-      forward_unit<keeps, Type, 2>(s, row);
-      row += 2;
-    } else {
-      forward_unit<keeps, Type, 1>(s, row);
-      ++row;
+    const bool is_there = s.places[row].is_there, both = is_there && row + 1 < s.end && s.places[row + 1].is_there;
+    for (int64_t unit = s.unit; is_there && unit < s.unit_end; unit += vector_lanes) {
+      if (both) {
+        forward_unit<keeps, Type, 2>(s, row, unit);
+      } else {
+        forward_unit<keeps, Type, 1>(s, row, unit);
+      }
     }
+    row += both ? 2 : 1;
   }
 }
 
@@ -758,7 +772,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   // Rows whose products are made at once.
   const Operands operands = weights.operands;
   const bool products_first = operands != Operands::floats;
-  const int64_t chunks = products_first ? 1 : ceil_div(count, int64_t{tile_rows});
+  const int64_t chunks = ceil_div(count, int64_t{tile_rows});
   const int64_t least = count / chunks, more = count % chunks;
   // All of a token's products are made before its cells: a product of tiles slows down the multiplications that follow
   // it, and one of pairs takes more rows at a time than a panel's sums have registers for.
@@ -808,11 +822,47 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
       amx::pack_left(left_halves.at(0), h_now, padded, false, count, dim, 1, nullptr);
       multiply_halves(products.data(), false, left_halves.at(0), weights.parts_of(head), count, product_stride, dim);
     }
+    // Units [unit, unit_end), of rows [row, row + tile), whose products begin at `product`.
+    const auto walk_cells = [&](int64_t row, int64_t tile, int64_t unit, int64_t unit_end, const float* product,
+                                int64_t stride) {
+      ForwardCells cells{.places = places,
+                         .first = row,
+                         .end = row + tile,
+                         .unit = unit,
+                         .unit_end = unit_end,
+                         .dim = dim,
+                         .padded = padded,
+                         .x_gate = x_gate,
+                         .dtype = p.dtype,
+                         .h_now = h_now,
+                         .h_after = h_after,
+                         .c = c,
+                         .n = n,
+                         .m = m,
+                         .bias = bias + unit * 4,
+                         .product = product,
+                         .product_stride = stride,
+                         .next = to_after,
+                         .stream_h = stream_h,
+                         .stream_kept = stream_kept};
+      if (dim % vector_lanes == 0 && p.dtype == DType::bfloat16) return forward_cells<keeps, BFloat16>(cells);
+      const int64_t whole = unit_end <= dim ? unit_end : dim / vector_lanes * vector_lanes;
+      if (p.dtype == DType::float32 && whole > unit) {
+        cells.unit_end = whole;
+        forward_cells<keeps, Float32>(cells);
+        cells.product += (whole - unit) * 4;
+        cells.bias += (whole - unit) * 4;
+        cells.unit = whole;
+        cells.unit_end = unit_end;
+      }
+      if (cells.unit < unit_end) forward_cells<keeps, Any>(cells);
+    };
+    if (products_first) walk_cells(0, count, 0, padded, products.data(), product_stride);
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
-    for (int64_t done = 0; done < groups;) {
+    for (int64_t done = 0; !products_first && done < groups;) {
       const bool end = turns && (done == 0 || done + 1 == groups);
-      const int64_t pair = count <= paired_rows && !products_first && done + 2 <= groups && !end ? 2 : 1;
+      const int64_t pair = count <= paired_rows && done + 2 <= groups && !end ? 2 : 1;
       const int64_t group = forth ? done : groups - done - pair;
       int64_t offsets[2 * 4], offset_count = 0;  // the next token's cache lines, in the order in which it reads them
       const int64_t last = groups - group - pair;
@@ -822,59 +872,26 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
       }
       for (int64_t chunk = 0, row = 0; chunk < chunks; ++chunk) {
         const int64_t tile = least + (chunk < more);
-        if (!products_first) {
-          int64_t lines = 0;
-          for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
-            for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = places[r].x + offsets[line];
-          }
-          const Product here{.out = recurrent,
-                             .out_stride = pair * panel_columns,
-                             .a = h_now + row * padded,
-                             .a_row = padded,
-                             .a_k = 1,
-                             .m = panels + group * weights.panel,
-                             .m_panel = weights.panel,
-                             .depth = dim,
-                             .add = false,
-                             .ahead = {ahead, lines}};
-          if (pair == 2) {
-            product_rows<2, panel_vectors>(tile, here);
-          } else {
-            product_rows<1, panel_vectors>(tile, here);
-          }
+        int64_t lines = 0;
+        for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
+          for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = places[r].x + offsets[line];
         }
-        const float* const product = products_first ? products.data() + group * panel_columns : recurrent;
-        const int64_t stride = products_first ? product_stride : pair * panel_columns;
-        for (int64_t g = 0; g < pair; ++g) {
-          const int64_t unit = (group + g) * vector_lanes;
-          const ForwardCells cells{.places = places,
-                                   .first = row,
-                                   .end = row + tile,
-                                   .unit = unit,
-                                   .dim = dim,
-                                   .padded = padded,
-                                   .x_gate = x_gate,
-                                   .dtype = p.dtype,
-                                   .h_now = h_now,
-                                   .h_after = h_after,
-                                   .c = c,
-                                   .n = n,
-                                   .m = m,
-                                   .bias = bias + unit * 4,
-                                   .product = product + g * panel_columns,
-                                   .product_stride = stride,
-                                   .next = offsets,
-                                   .next_count = offset_count,
-                                   .stream_h = stream_h,
-                                   .stream_kept = stream_kept};
-          if (dim - unit >= vector_lanes && p.dtype == DType::float32) {
-            forward_cells<keeps, Float32>(cells);
-          } else if (dim % vector_lanes == 0 && p.dtype == DType::bfloat16) {
-            forward_cells<keeps, BFloat16>(cells);
-          } else {
-            forward_cells<keeps, Any>(cells);
-          }
+        const Product here{.out = recurrent,
+                           .out_stride = pair * panel_columns,
+                           .a = h_now + row * padded,
+                           .a_row = padded,
+                           .a_k = 1,
+                           .m = panels + group * weights.panel,
+                           .m_panel = weights.panel,
+                           .depth = dim,
+                           .add = false,
+                           .ahead = {ahead, lines}};
+        if (pair == 2) {
+          product_rows<2, panel_vectors>(tile, here);
+        } else {
+          product_rows<1, panel_vectors>(tile, here);
         }
+        walk_cells(row, tile, group * vector_lanes, (group + pair) * vector_lanes, recurrent, pair * panel_columns);
         row += tile;
       }
       done += pair;
@@ -959,7 +976,7 @@ IN_LOOPS void load_before(const CellPlaces& from, int64_t dim, int64_t unit, int
   if (from.second) walk<whole>(from.kept - kept_c * dim, dim, unit, left, c, n);
 }
 
-// One token of some rows. Passed by value: the compiler knows that no store changes it.
+// One token of some rows.
 struct BackwardCells {
   const CellPlaces* places;
   int64_t dim, padded;
@@ -971,6 +988,17 @@ struct BackwardCells {
   int64_t dx_gate;
   float clip;
   bool stream;
+
+  // From row `row` on. A copy: the compiler knows that no store changes it.
+  BackwardCells from(int64_t row) const {
+    BackwardCells s = *this;
+    s.places += row, s.dx += row * dx_stride;
+    for (auto state : {&BackwardCells::dh, &BackwardCells::dc, &BackwardCells::dn, &BackwardCells::excess}) {
+      s.*state += row * padded;
+    }
+    s.recurrent += row * padded;
+    return s;
+  }
 };
 
 // emit(gates): takes the gradients of the pre-activations.
@@ -1054,33 +1082,20 @@ IN_LOOPS void backward_unit(const BackwardCells& s, const CellPlaces (&places)[r
 
 // The last units, fewer than a register. One copy of the code for pairs of rows and single ones, so that both round
 // alike.
-__attribute__((noinline)) void backward_rest(const BackwardCells s, int64_t row, int64_t unit) {
-  const int64_t at = row * s.padded;
-  const CellPlaces places[1] = {s.places[row]};
-  const BackwardCells here{.places = s.places + row,
-                           .dim = s.dim,
-                           .padded = s.padded,
-                           .dh = s.dh + at,
-                           .dc = s.dc + at,
-                           .dn = s.dn + at,
-                           .excess = s.excess + at,
-                           .recurrent = s.recurrent + at,
-                           .dx = s.dx + row * s.dx_stride,
-                           .dx_stride = s.dx_stride,
-                           .order = s.order,
-                           .dx_gate = s.dx_gate,
-                           .clip = s.clip,
-                           .stream = s.stream};
-  backward_unit<false>(here, places, unit, s.dim - unit);
+__attribute__((noinline)) void backward_rest(const BackwardCells& all, int64_t row, int64_t unit) {
+  const BackwardCells s = all.from(row);
+  const CellPlaces places[1] = {s.places[0]};
+  backward_unit<false>(s, places, unit, s.dim - unit);
 }
 
 template <int rows>
-void backward_cells(const BackwardCells s) {
+__attribute__((noinline)) void backward_cells(const BackwardCells& all, int64_t row) {
+  const BackwardCells s = all.from(row);
   CellPlaces places[rows];
   for (int x = 0; x < rows; ++x) places[x] = s.places[x];
   int64_t unit = 0;
   for (; unit + vector_lanes <= s.dim; unit += vector_lanes) backward_unit<true>(s, places, unit, vector_lanes);
-  for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(s, x, unit);
+  for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(all, row + x, unit);
 }
 
 // dx of a tile's 16 rows, packed in three parts (amx.h) as R^T's left operand and as dR's right one, and what of it
@@ -1139,28 +1154,15 @@ IN_LOOPS void put_parts(const CellParts& to, int64_t row, int64_t unit, const Ve
 }
 
 // Cells of a tile's 16 rows, all of which are there.
-__attribute__((noinline)) void backward_tile_cells(const BackwardCells s, const CellParts to) {
+__attribute__((noinline)) void backward_tile_cells(const BackwardCells& all, int64_t first, const CellParts to) {
   __m512i least = _mm512_set1_epi32(-1), most = _mm512_setzero_si512();
   for (int64_t row = 0; row < 8; ++row) {
-    const CellPlaces places[2] = {s.places[row], s.places[row + 8]};
-    const int64_t at = row * s.padded;
-    const BackwardCells here{.places = nullptr,
-                             .dim = s.dim,
-                             .padded = 8 * s.padded,
-                             .dh = s.dh + at,
-                             .dc = s.dc + at,
-                             .dn = s.dn + at,
-                             .excess = s.excess + at,
-                             .recurrent = s.recurrent + at,
-                             .dx = nullptr,
-                             .dx_stride = 0,
-                             .order = s.order,
-                             .dx_gate = s.dx_gate,
-                             .clip = s.clip,
-                             .stream = s.stream};
+    BackwardCells s = all.from(first + row);
+    const CellPlaces places[2] = {s.places[0], s.places[8]};
+    s.padded *= 8;  // to the second of the two rows
     for (int64_t unit = 0; unit < s.dim; unit += vector_lanes) {
-      backward_unit<true>(here, places, unit, vector_lanes, [&](const Vectors<2>(&gates)[4]) IN_LAMBDA {
-        stream_dx<true>(here, places, unit, vector_lanes, gates);
+      backward_unit<true>(s, places, unit, vector_lanes, [&](const Vectors<2>(&gates)[4]) IN_LAMBDA {
+        stream_dx<true>(s, places, unit, vector_lanes, gates);
         float* const dbias = to.dbias + s.order(0, unit);
 #pragma GCC unroll 4
         for (int gate = 0; gate < 4; ++gate) {
@@ -1175,7 +1177,7 @@ __attribute__((noinline)) void backward_tile_cells(const BackwardCells s, const 
   _mm512_store_si512(to.seen->most, most);
 }
 #else
-void backward_tile_cells(const BackwardCells&, const CellParts&) {}  // there are no tiles
+void backward_tile_cells(const BackwardCells&, int64_t, const CellParts&) {}  // there are no tiles
 #endif
 
 // Adds the block's share of db to `share`, and of dR to `tile_share`, (dim, 4 dim), where operands are packed, else to
@@ -1374,25 +1376,22 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
     }
     for (int64_t r = 0; r < count; ++r) place(r, t);
-    const auto cells_from = [&](int64_t r) {
-      return BackwardCells{.places = places + r,
-                           .dim = dim,
-                           .padded = padded,
-                           .dh = dh.of(0) + r * padded,
-                           .dc = dc.of(0) + r * padded,
-                           .dn = dn.of(0) + r * padded,
-                           .excess = excess.of(0) + r * padded,
-                           .recurrent = recurrent.of(0) + r * padded,
-                           .dx = dx + r * dx_stride,
-                           .dx_stride = dx_stride,
-                           .order = order,
-                           .dx_gate = heads * dim,
-                           .clip = clip,
-                           .stream = stream};
-    };
+    const BackwardCells cells{.places = places,
+                              .dim = dim,
+                              .padded = padded,
+                              .dh = dh.of(0),
+                              .dc = dc.of(0),
+                              .dn = dn.of(0),
+                              .excess = excess.of(0),
+                              .recurrent = recurrent.of(0),
+                              .dx = dx,
+                              .dx_stride = dx_stride,
+                              .order = order,
+                              .dx_gate = heads * dim,
+                              .clip = clip,
+                              .stream = stream};
     const auto walk_cells = [&](int64_t begin, int64_t end) {
-      for_active(rows, t, begin, end,
-                 [&](auto some, int64_t r) { backward_cells<decltype(some)::value>(cells_from(r)); });
+      for_active(rows, t, begin, end, [&](auto some, int64_t r) { backward_cells<decltype(some)::value>(cells, r); });
     };
     const auto unpack_dx = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; !is_float && r < end; ++r) {
@@ -1411,12 +1410,13 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       amx::Seen here;
       if (in_cells) {
         uint16_t* const left = left_parts.parts.at(amx::packed_size(first, wide, 3));
-        backward_tile_cells(cells_from(first), {.left = left,
-                                                .right = dx_parts.at(at / amx::tile_rows * 256),
-                                                .left_part = amx::packed_size(amx::tile_rows, wide, 1),
-                                                .right_part = amx::packed_size(amx::tile_rows, depth, 1),
-                                                .dbias = dbias,
-                                                .seen = &here});
+        backward_tile_cells(cells, first,
+                            {.left = left,
+                             .right = dx_parts.at(at / amx::tile_rows * 256),
+                             .left_part = amx::packed_size(amx::tile_rows, wide, 1),
+                             .right_part = amx::packed_size(amx::tile_rows, depth, 1),
+                             .dbias = dbias,
+                             .seen = &here});
         left_parts.outside[first / amx::tile_rows] = 0;
         seen.add(here.range());
         if (amx::is_within(here.range(), left_parts.exact)) continue;
@@ -1628,8 +1628,10 @@ CPU_KERNEL(slstm_step, SlstmStep) {
                                 load_vector(bias.data() + unit * 4 + gate * vector_lanes));
           }
           const auto load = [&](const float* state) { return Vectors<1>{load_lanes<Float32>(state + at, left)}; };
-          Units<1> u{.h = load(p.h_state), .c = load(p.c_state), .n = load(p.n_state), .m = load(p.m_state)};
-          slstm_cell<false>(gates, u, kept);
+          const auto loaded = [&] {
+            return Units<1>{.h = load(p.h_state), .c = load(p.c_state), .n = load(p.n_state), .m = load(p.m_state)};
+          };
+          const Units<1> u = slstm_cell<false>(gates, loaded, kept);
           store_lanes<Float32>(p.h_state + at, u.h.v[0], left);
           store_lanes<Float32>(p.c_state + at, u.c.v[0], left);
           store_lanes<Float32>(p.n_state + at, u.n.v[0], left);

@@ -121,6 +121,10 @@ VECTORS_FUNCTION choose(const Masks<count>& mask, float a, const Vectors<count>&
 VECTORS_FUNCTION absolute(const Vectors<count>& a) {
   return each<count>([&](int x) IN_LAMBDA { return (Vector)((Words)a.v[x] & 0x7fffffffu); });
 }
+// -|a|
+VECTORS_FUNCTION negative(const Vectors<count>& a) {
+  return each<count>([&](int x) IN_LAMBDA { return (Vector)((Words)a.v[x] | 0x80000000u); });
+}
 // The sign bit, of -0 and NaN too.
 template <int count>
 IN_LOOPS Masks<count> is_negative(const Vectors<count>& a) {
@@ -219,11 +223,14 @@ VECTORS_FUNCTION to_split(const Vectors<count>& x) { return at_most(at_least(x, 
 VECTORS_FUNCTION exponential(const Vectors<count>& n, const Vectors<count>& tail) {
   return times_power(tail + 1.0f, n);
 }
-VECTORS_FUNCTION exponential(const Vectors<count>& x) {
+VECTORS_FUNCTION exponential_of_split(const Vectors<count>& x) {
   Vectors<count> n, tail;
-  split_exponential(to_split(x), n, tail);
+  split_exponential(x, n, tail);
   return exponential(n, tail);
 }
+VECTORS_FUNCTION exponential(const Vectors<count>& x) { return exponential_of_split(to_split(x)); }
+// The same of a number up to 89.
+VECTORS_FUNCTION exponential_up_to_89(const Vectors<count>& x) { return exponential_of_split(at_least(x, -104.0f)); }
 
 // tanh by e^2x - 1 over e^2x + 1. The numerator is exact near 0, where n is 0.
 VECTORS_FUNCTION twice_to_split(const Vectors<count>& x) { return at_most(at_least(x + x, -20.0f), 20.0f); }
@@ -233,11 +240,11 @@ VECTORS_FUNCTION hyperbolic_tangent(const Vectors<count>& n, const Vectors<count
   return minus_one * reciprocal(minus_one + 2.0f);
 }
 
-// exp(a), tanh(b) and exp(c). With registers for it, all chains of dependent instructions go in step.
+// exp(a) for a up to 89, tanh(b) and exp(c). With registers for it, all chains of dependent instructions go in step.
 VECTORS_FUNCTION exp_tanh_exp(const Vectors<count>& a, const Vectors<count>& b, const Vectors<count>& c,
                               Vectors<count>& tanh_b, Vectors<count>& exp_c) {
   constexpr int in_step = vector_bytes == 64 ? 3 : 1;
-  const Vectors<count> x[3] = {to_split(a), twice_to_split(b), to_split(c)};
+  const Vectors<count> x[3] = {at_least(a, -104.0f), twice_to_split(b), to_split(c)};
   Vectors<count> n[3], tail[3];
   in_turn<3 / in_step>([&](int first) IN_LAMBDA {
     Vectors<in_step * count> all_n, all_tail;
