@@ -430,31 +430,6 @@ void put_tiles(uint16_t* to, int64_t part, Magnitudes& seen, const Load& load) {
   }
 }
 
-// A tile of each part from 16 rows, and what these are of 32 columns of a right operand: half of its tiles' rows.
-template <typename Load>
-void put_turned(uint16_t* to, int64_t part, uint16_t* low_to, uint16_t* high_to, int64_t turned_part, Magnitudes& seen,
-                const Load& load) {
-  for (int x = 0; x < 8; ++x) {
-    __m512i parts[2][3];
-    for (int row = 0; row < 2; ++row) {
-      const __m512 low = load(x + 8 * row, 0), high = load(x + 8 * row, 1);
-      seen.see(low);
-      seen.see(high);
-      split(parts[row], low, high);
-    }
-    for (int p = 0; p < 3; ++p) {
-      const __m512i one = parts[0][p], other = parts[1][p];
-      _mm512_storeu_si512(to + p * part + x * 32, one);
-      _mm512_storeu_si512(to + p * part + (x + 8) * 32, other);
-      _mm512_storeu_si512(low_to + p * turned_part + x * 32,
-                          _mm512_mask_blend_epi16(0xaaaaaaaa, one, _mm512_slli_epi32(other, 16)));
-      if (high_to == nullptr) continue;
-      _mm512_storeu_si512(high_to + p * turned_part + x * 32,
-                          _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(one, 16), other));
-    }
-  }
-}
-
 // As above, in three parts.
 template <bool transposed>
 void split_along(uint16_t* to, const float* from, int64_t from_row, int64_t rows, int64_t depth, Magnitudes& seen) {
@@ -510,8 +485,8 @@ Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool 
   return seen.range();
 }
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
-                      int64_t from_row, int64_t rows, int64_t depth, const Turned& turned) {
-  const int64_t part = padded(depth, tile_depth) * 16, turned_part = padded(turned.depth, tile_depth) * 16;
+                      int64_t from_row, int64_t rows, int64_t depth) {
+  const int64_t part = padded(depth, tile_depth) * 16;
   for (int64_t r = 0; r < rows; r += 16, to += 3 * part, ++outside) {
     *outside = 0;
     for (int64_t k = 0; k < depth; k += 32) {
@@ -520,13 +495,7 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
         return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, from + (r + x) * from_row + k + 16 * half);
       };
       Magnitudes here;
-      if (turned.to == nullptr) {
-        put_tiles<false>(to + k * 16, part, here, load);
-      } else {
-        uint16_t* const low_to = turned.to + k / 16 * 3 * turned_part + (turned.row + r) / 16 * 256;
-        uint16_t* const high_to = k + 16 < depth ? low_to + 3 * turned_part : nullptr;
-        put_turned(to + k * 16, part, low_to, high_to, turned_part, here, load);
-      }
+      put_tiles<false>(to + k * 16, part, here, load);
       here.add_to(seen);
       if (here.within(range)) continue;
       for (int64_t x = 0; x < 16; ++x) {
@@ -542,19 +511,19 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
 #define LOAD(number, from) _tile_loadd(number, from, 64)
 // Products of two rows' and two columns' tiles, with new tiles of the left or of the right operand. A load lies between
 // products that do not wait for it.
-#define MULTIPLY_LEFT(which)    \
-  LOAD(4, a0 + (which) * part); \
-  _tile_dpbf16ps(0, 4, 6);      \
-  _tile_dpbf16ps(1, 4, 7);      \
-  LOAD(5, a1 + (which) * part); \
-  _tile_dpbf16ps(2, 5, 6);      \
+#define MULTIPLY_LEFT(which)      \
+  LOAD(4, a0 + (which) * a_part); \
+  _tile_dpbf16ps(0, 4, 6);        \
+  _tile_dpbf16ps(1, 4, 7);        \
+  LOAD(5, a1 + (which) * a_part); \
+  _tile_dpbf16ps(2, 5, 6);        \
   _tile_dpbf16ps(3, 5, 7)
-#define MULTIPLY_RIGHT(which)   \
-  LOAD(6, b0 + (which) * part); \
-  _tile_dpbf16ps(0, 4, 6);      \
-  _tile_dpbf16ps(2, 5, 6);      \
-  LOAD(7, b1 + (which) * part); \
-  _tile_dpbf16ps(1, 4, 7);      \
+#define MULTIPLY_RIGHT(which)     \
+  LOAD(6, b0 + (which) * b_part); \
+  _tile_dpbf16ps(0, 4, 6);        \
+  _tile_dpbf16ps(2, 5, 6);        \
+  LOAD(7, b1 + (which) * b_part); \
+  _tile_dpbf16ps(1, 4, 7);        \
   _tile_dpbf16ps(3, 5, 7)
 // One row's tile, whose parts are tiles 4, 5 and 6, and up to four columns' tiles, each of which is loaded once. The
 // products of a column lie apart: each waits for the sum of the one before.
@@ -582,6 +551,41 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
     MULTIPLY(3);              \
   }
 
+namespace {
+
+// Of so many calls each fetches its share of the lines.
+struct Fetches {
+  Fetches(Lines ahead, int64_t calls) : ahead(ahead), share((ahead.count + calls - 1) / (calls > 0 ? calls : 1)) {}
+  void operator()() {
+    for (const int64_t stop = line + share; line < stop && line < ahead.count; ++line) {
+      __builtin_prefetch(ahead.lines[line], 0, 2);
+    }
+  }
+  Lines ahead;
+  int64_t share, line = 0;
+};
+
+// Adds to tiles 0 to 3 what `size` elements of each part of two rows' and two columns' tiles give: the six products of
+// parts, small ones first, and in one order for both.
+void multiply_block(const uint16_t* a0, const uint16_t* a1, int64_t a_part, const uint16_t* b0, const uint16_t* b1,
+                    int64_t b_part, int64_t size, Fetches& fetch) {
+  for (int64_t k = 0; k < size; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
+    LOAD(6, b0 + 2 * b_part);
+    LOAD(7, b1 + 2 * b_part);
+    MULTIPLY_LEFT(0);
+    MULTIPLY_RIGHT(1);
+    fetch();
+    MULTIPLY_LEFT(1);
+    MULTIPLY_RIGHT(0);
+    fetch();
+    MULTIPLY_LEFT(2);
+    MULTIPLY_LEFT(0);
+    fetch();
+  }
+}
+
+}  // namespace
+
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth, Lines ahead) {
   constexpr int64_t most = 512 * 16;                                       // of a sum in one go
@@ -590,13 +594,7 @@ void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, c
   const bool last_alone = (rows - 1) % 32 < 16;
   const int64_t pairs = rows / 32 + (rows % 32 > 16);
   const int64_t blocks = pairs * ((columns + 31) / 32) + last_alone * ((columns + 63) / 64);
-  const int64_t fetches = 3 * blocks * (part / 512), lines = (ahead.count + fetches - 1) / (fetches > 0 ? fetches : 1);
-  int64_t line = 0;
-  const auto fetch = [&] {
-    for (const int64_t stop = line + lines; line < stop && line < ahead.count; ++line) {
-      __builtin_prefetch(ahead.lines[line], 0, 2);
-    }
-  };
+  Fetches fetch{ahead, 3 * blocks * (part / 512)};
   for (int64_t r = 0; r < rows; r += 32) {
     const bool two_rows = rows - r > 16;
     for (int64_t begin = 0; begin < part; begin += most) {
@@ -608,22 +606,9 @@ void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, c
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        // The six products of parts, small ones first, and in one order for both.
         if (two_rows) {
           const uint16_t *a1 = a0 + stride, *b1 = columns_here > 16 ? b0 + stride : b0;
-          for (int64_t k = begin; k < end; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
-            LOAD(6, b0 + 2 * part);
-            LOAD(7, b1 + 2 * part);
-            MULTIPLY_LEFT(0);
-            MULTIPLY_RIGHT(1);
-            fetch();
-            MULTIPLY_LEFT(1);
-            MULTIPLY_RIGHT(0);
-            fetch();
-            MULTIPLY_LEFT(2);
-            MULTIPLY_LEFT(0);
-            fetch();
-          }
+          multiply_block(a0, a1, part, b0, b1, part, end - begin, fetch);
         } else {
           for (int64_t k = begin; k < end; k += 512, a0 += 512, b0 += 512) {
             LOAD(4, a0);
@@ -655,6 +640,52 @@ void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, c
   }
 }
 
+void add_turned_floats(float* out, int64_t out_row, const uint16_t* a, int64_t a_depth, const uint16_t* b, int64_t rows,
+                       int64_t columns, int64_t depth, Lines ahead) {
+  Fetches fetch{ahead, 3 * rows * columns / 1024 * ((depth + 31) / 32)};
+  alignas(64) uint16_t turned[2 * 3 * turned_depth * 16];  // stays in L1
+  alignas(64) float sums[256];
+  const int64_t a_part = padded(a_depth, tile_depth) * 16, from_part = columns * 16;
+  const int64_t b_part = padded(depth, tile_depth) * 16;
+  for (int64_t c = 0; c < columns; c += 32) {
+    for (int64_t row = 0; row < padded(depth, tile_depth); row += 16) {
+      for (int part = 0; part < 3; ++part) {
+        const uint16_t* const from = b + row / 16 * 3 * from_part + part * from_part + c * 16;
+        uint16_t* const to = turned + part * b_part + row * 16;
+        const auto put = [&](int x, __m512i low, __m512i high) {
+          _mm512_store_si512(to + x * 32, low);
+          _mm512_store_si512(to + 3 * b_part + x * 32, high);
+        };
+        for (int x = 0; x < 8; ++x) {
+          if (row >= depth) {
+            put(x, _mm512_setzero_si512(), _mm512_setzero_si512());
+            continue;
+          }
+          const __m512i one = _mm512_loadu_si512(from + x * 32), other = _mm512_loadu_si512(from + (x + 8) * 32);
+          put(x, _mm512_mask_blend_epi16(0xaaaaaaaa, one, _mm512_slli_epi32(other, 16)),
+              _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(one, 16), other));
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; r += 32) {
+      const uint16_t* const a0 = a + r / 16 * 3 * a_part;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      multiply_block(a0, a0 + 3 * a_part, a_part, turned, turned + 3 * b_part, b_part, b_part, fetch);
+      const auto tile = [&](int64_t row, int64_t column) {
+        float* const to = out + (r + row) * out_row + c + column;
+        return Tile{to, to, 1.0f, out_row, 16, 16};
+      };
+      STORE_TILE(0, tile(0, 0));
+      STORE_TILE(1, tile(0, 16));
+      STORE_TILE(2, tile(16, 0));
+      STORE_TILE(3, tile(16, 16));
+    }
+  }
+}
+
 }  // namespace flash_xlstm::cpu::amx
 
 #else
@@ -672,8 +703,8 @@ void multiply_pairs(float*, const float*, float, const uint16_t*, int, const uin
                     Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
-void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t,
-                      const Turned&) {}
+void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
+void add_turned_floats(float*, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

@@ -105,25 +105,25 @@ __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range&
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns);
-// A right operand, `depth` deep, of rows that are packed as a left operand too: the first of them is its row `row`, and
-// row x is its depth depth_of(x).
-struct Turned {
-  uint16_t* to = nullptr;      // nullptr: none
-  int64_t depth = 0, row = 0;  // multiples of 16
-
-  // Pairs of depths, 16 apart, are the rows of a tile. Eight pairs come from 16 rows: no tile waits for other rows.
-  static __attribute__((always_inline)) constexpr int64_t depth_of(int64_t row) {
-    return row / 32 * 32 + row / 16 % 2 * 8 + row / 8 % 2 * 16 + row % 8;
-  }
-};
 // Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
-                      int64_t from_row, int64_t rows, int64_t depth, const Turned& turned = {});
+                      int64_t from_row, int64_t rows, int64_t depth);
 
 // out (rows x columns, out_row apart) = a b, or += with `add`. An element's sum depends on its row and column only, not
 // on what lies beside them. Pieces of 512 of the depth are summed one after the other: each is then of few numbers.
 // Between begin() and end().
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth, Lines ahead = {});
+
+// out += a b, where b is packed as a left operand, of `depth` rows, a multiple of 16. They are b's depth, and row x is
+// depth_of(x) of a, which is packed `a_depth` deep, up to turned_depth. `rows` and `columns` are multiples of 32.
+// Between begin() and end().
+constexpr int64_t turned_depth = 64;
+// Pairs of depths, 16 apart, are the rows of a tile. Eight pairs come from 16 rows.
+__attribute__((always_inline)) constexpr int64_t depth_of(int64_t row) {
+  return row / 32 * 32 + row / 16 % 2 * 8 + row / 8 % 2 * 16 + row % 8;
+}
+void add_turned_floats(float* out, int64_t out_row, const uint16_t* a, int64_t a_depth, const uint16_t* b, int64_t rows,
+                       int64_t columns, int64_t depth, Lines ahead = {});
 
 }  // namespace flash_xlstm::cpu::amx

@@ -148,17 +148,12 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
 // pairs. They depend on dtypes and sizes only: tiles must be full enough to beat sums in float32. Rows with numbers that
 // the three parts cannot hold are multiplied in float32. Whether a row is, depends on the row and R only: results do not
 // depend on the number of threads here either.
-//
-// The backward of one tile of rows and dim 64 stays in float32: its products on tiles are too short for what packing dx
-// takes. From dim 96 or 32 rows on tiles are as fast or faster.
 enum class Operands { floats, parts, halves };
-enum class Pass { forward, backward };
-Operands operands_of(const SlstmProblem& p, Pass pass = Pass::forward) {
+Operands operands_of(const SlstmProblem& p) {
   const bool is_half = p.dtype == DType::bfloat16 && p.weight_dtype == DType::bfloat16;
   if (is_half && has_bf16()) return Operands::halves;
   const bool are_full = 4 * p.rows > 3 * amx::padded(p.rows, amx::tile_rows) && p.rows >= amx::tile_rows;
-  const bool is_short = pass == Pass::backward && p.rows <= amx::tile_rows && p.dim <= 64;
-  const bool fit = p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320 && !is_short;
+  const bool fit = p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320;
   return has_amx() && are_full && fit ? Operands::parts : Operands::floats;
 }
 // Elements of a packed operand.
@@ -198,12 +193,13 @@ struct Parts {
 struct LeftParts {
   LeftParts(int64_t rows, int64_t depth, const amx::Range& right)
       : rows(rows), depth(depth), exact(amx::exact_with(right)), parts(amx::packed_size(rows, depth, 3)) {}
-  void pack(const float* from, int64_t from_row) { pack(0, rows, from, from_row, {}); }
+  void pack(const float* from, int64_t from_row) { pack(0, rows, from, from_row); }
   // `count` rows from row `first` on, the first of a tile.
-  void pack(int64_t first, int64_t count, const float* from, int64_t from_row, const amx::Turned& turned) {
-    amx::pack_left_floats(parts.at(amx::packed_size(first, depth, 3)), seen, outside + first / amx::tile_rows, exact,
-                          from, from_row, count, depth, turned);
+  void pack(int64_t first, int64_t count, const float* from, int64_t from_row) {
+    amx::pack_left_floats(of(first), seen, outside + first / amx::tile_rows, exact, from, from_row, count, depth);
   }
+  // From row `first` on, the first of a tile.
+  uint16_t* of(int64_t first) const { return parts.at(amx::packed_size(first, depth, 3)); }
   // Rows [begin, end) from row `from` on, all whose numbers tiles cannot hold: f(begin, end).
   template <typename F>
   void for_outside(int64_t from, int64_t end, const F& f) const {
@@ -334,12 +330,12 @@ struct GateOrder {
 // `order`.
 struct BackwardWeights {
   explicit BackwardWeights(const SlstmProblem& p)
-      : order{.dim = p.dim, .in_cells = operands_of(p, Pass::backward) == Operands::parts && p.dtype == DType::float32},
+      : order{.dim = p.dim, .in_cells = operands_of(p) == Operands::parts && p.dtype == DType::float32},
         columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
         depth(4 * p.dim),
         panels(ceil_div(columns, panel_columns)),
         values(p.heads * depth * columns, false),
-        operands(operands_of(p, Pass::backward)),
+        operands(operands_of(p)),
         parts(p.heads * packed_size(operands, columns, depth)),
         ranges(new amx::Range[p.heads * panels]) {
     parallel(p.heads * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
@@ -1098,17 +1094,16 @@ __attribute__((noinline)) void backward_cells(const BackwardCells& all, int64_t 
   for (int x = 0; unit < s.dim && x < rows; ++x) backward_rest(all, row + x, unit);
 }
 
-// dx of a tile's 16 rows, packed in three parts (amx.h) as R^T's left operand and as dR's right one, and what of it
-// tiles can hold.
+// dx of a tile's 16 rows, packed in three parts (amx.h) as R^T's left operand, and what of it tiles can hold.
 struct CellParts {
-  uint16_t *left, *right;
-  int64_t left_part, right_part;
+  uint16_t* left;
+  int64_t part;
   float* dbias;
   amx::Seen* seen;
 };
 
 #if defined(__AVX512F__)
-// Of two rows, 8 apart, and a register of units. Pairs are two gates in the left operand, the two rows in the right one.
+// Of two rows, 8 apart, and a register of units. Pairs are two gates.
 IN_LOOPS void put_parts(const CellParts& to, int64_t row, int64_t unit, const Vectors<2> (&gates)[4], __m512i& least,
                         __m512i& most) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)),
@@ -1127,9 +1122,8 @@ IN_LOOPS void put_parts(const CellParts& to, int64_t row, int64_t unit, const Ve
   const auto pair = [](__m512i low, __m512i high)
                         IN_LAMBDA { return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high); };
   uint16_t* left = to.left + unit / 16 * 1024 + row * 32;
-  uint16_t* right = to.right + unit / 16 * 12 * to.right_part + row * 32;
 #pragma GCC unroll 3
-  for (int part = 0; part < 3; ++part, left += to.left_part, right += to.right_part) {
+  for (int part = 0; part < 3; ++part, left += to.part) {
     __m512i bits[4][2];
 #pragma GCC unroll 4
     for (int gate = 0; gate < 4; ++gate) {
@@ -1145,10 +1139,6 @@ IN_LOOPS void put_parts(const CellParts& to, int64_t row, int64_t unit, const Ve
     for (int x = 0; x < 2; ++x) {
       _mm512_storeu_si512(left + x * 256, pair(bits[0][x], bits[1][x]));
       _mm512_storeu_si512(left + x * 256 + 512, pair(bits[2][x], bits[3][x]));
-    }
-#pragma GCC unroll 4
-    for (int gate = 0; gate < 4; ++gate) {
-      _mm512_storeu_si512(right + gate * 3 * to.right_part, pair(bits[gate][0], bits[gate][1]));
     }
   }
 }
@@ -1198,7 +1188,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   // whose cells pack dx there is none in its slots.
   const Operands operands = weights.operands;
   const bool tiles = operands == Operands::parts, halves = operands == Operands::halves;
-  const int64_t slot_rows = tiles ? amx::padded(count, amx::tile_rows) : count, most_depth = tiles ? 64 : 128;
+  const int64_t slot_rows = tiles ? amx::padded(count, amx::tile_rows) : count,
+                most_depth = tiles ? amx::turned_depth : 128;
   const int64_t slots = slot_rows < most_depth ? most_depth / slot_rows : 1, depth = slots * slot_rows;
   const int64_t dx_stride = wide + 16;  // spreads an output's floats over L1's sets
   const Floats dx_slots(depth * dx_stride), h_slots(depth * padded), zeros(padded);
@@ -1271,14 +1262,14 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
       const int64_t columns = left < panel_columns ? left : panel_columns;
       const Vector value = h == nullptr ? Vector{} : load_lanes<Float32>(h + unit, dim - unit);
-      const int64_t at = tiles ? amx::Turned::depth_of(k) : k;
+      const int64_t at = tiles ? amx::depth_of(k) : k;
       store_vector(h_slots.data() + panel * depth * panel_columns + at * columns + unit % panel_columns, value);
     }
   };
-  LeftParts left_parts(tiles ? count : 0, wide, weights.range(head));
-  const int64_t dx_size = packed_size(operands, wide, depth);
+  LeftParts left_parts(tiles ? depth : 0, wide, weights.range(head));
   const Parts left_halves(halves ? amx::packed_size(count, wide, 1) : 0);
-  const Parts dx_parts(dx_size), h_parts(packed_size(operands, padded, depth));
+  const Parts right_halves(halves ? amx::packed_size(wide, depth, 1) : 0),
+      h_parts(packed_size(operands, padded, depth));
   amx::Range seen;  // of dx in dR's operand
   // dx of row r's token t, back to its slot.
   const auto take_dx = [&](int64_t k, int64_t t, int64_t r) {
@@ -1290,24 +1281,40 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       }
     }
   };
-  // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
-  const auto add_on_tiles = [&](int64_t filled) {
-    amx::Range h_range;
-    for (int64_t at = 0; filled < depth && at < dx_size; at += depth * amx::tile_rows) {
-      std::memset(dx_parts.at(at) + filled * amx::tile_rows, 0, (depth - filled) * amx::tile_rows * sizeof(uint16_t));
+  // What the token before token t needs of dh and h, and half of what is kept of two tokens before that: in `ahead`.
+  int64_t fetched = -1;  // this token's and the one's before it
+  const auto lines_of = [&](int64_t t) {
+    int64_t lines = 0;
+    const auto fetch = [&](const void* from, int64_t bytes) {
+      for (int64_t x = 0; x < bytes; x += 64) ahead[lines++] = static_cast<const char*>(from) + x;
+    };
+    for (int64_t r = 0; r < count; ++r) {
+      if (t == 0 || t > rows[r].length) continue;
+      if (params.dh != nullptr) fetch(dh_of(rows[r], t - 1), dim * bytes);
+      if (t > 1) fetch(h_before(rows[r], t - 1), dim * bytes);
+      const int64_t token = rows[r].start + t, half = (1 + kept_c) * dim;
+      if (t > 1)
+        fetch(kept_of(p, params.kept, rows[r], head) + slstm_kept_pair(token - 2) * dim + token % 2 * half, 4 * half);
     }
+    return Lines{ahead, lines};
+  };
+  // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
+  const auto add_on_tiles = [&](int64_t filled, Lines lines) {
+    amx::Range h_range;
     for (int64_t unit = 0; unit < padded; unit += panel_columns) {
       const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
       float* h = h_slots.data() + unit * depth;
       for (int64_t k = filled; k < depth; k += 8) {
-        std::memset(h + amx::Turned::depth_of(k) * columns, 0, 8 * columns * sizeof(float));
+        std::memset(h + amx::depth_of(k) * columns, 0, 8 * columns * sizeof(float));
       }
       uint16_t* const to = h_parts.at(amx::packed_size(unit, depth, 3));
       h_range.add(amx::pack_left_floats(to, h, columns, true, columns, depth));
     }
     const bool exact = amx::is_exact(h_range, seen);
     seen = {};
-    if (exact) amx::multiply_floats(tile_share, wide, true, h_parts.at(0), dx_parts.at(0), dim, wide, depth);
+    if (exact) {
+      amx::add_turned_floats(tile_share, wide, h_parts.at(0), depth, left_parts.parts.at(0), dim, wide, filled, lines);
+    }
     return exact;
   };
   const auto add_halves = [&](int64_t filled) {
@@ -1316,15 +1323,15 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       uint16_t* const to = h_parts.at(amx::packed_size(unit, filled, 1));
       amx::pack_left(to, h_slots.data() + unit * depth, columns, true, columns, filled, 1, nullptr);
     }
-    amx::pack_right(dx_parts.at(0), dx_slots.data(), dx_stride, false, filled, wide, nullptr);
-    multiply_halves(tile_share, true, h_parts.at(0), dx_parts.at(0), dim, wide, filled);
+    amx::pack_right(right_halves.at(0), dx_slots.data(), dx_stride, false, filled, wide, nullptr);
+    multiply_halves(tile_share, true, h_parts.at(0), right_halves.at(0), dim, wide, filled);
   };
   // h as products in float32 read it: its rows are dx's.
   const auto order_h = [&](float* to) {
     for (int64_t unit = 0; unit < padded; unit += panel_columns) {
       const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
       for (int64_t k = 0; k < depth; ++k) {
-        const float* const from = h_slots.data() + unit * depth + amx::Turned::depth_of(k) * columns;
+        const float* const from = h_slots.data() + unit * depth + amx::depth_of(k) * columns;
         std::memcpy(to + unit * depth + k * columns, from, columns * sizeof(float));
       }
     }
@@ -1346,7 +1353,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     const int64_t filled = (last + 1) * slot_rows;
     if (halves) return add_halves(filled);
     if (!tiles) add_dbias(0, filled);
-    if (tiles && add_on_tiles(filled)) return;
+    if (tiles && t > 0) fetched = t;
+    if (tiles && add_on_tiles(filled, t > 0 ? lines_of(t - 1) : Lines{})) return;
     for (int64_t slot = 0; order.in_cells && slot <= last; ++slot) {
       for (int64_t r = 0; r < count; ++r) {
         if (t + last - slot < rows[r].length) take_dx(slot * slot_rows + r, t + last - slot, r);
@@ -1409,15 +1417,12 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       for (int64_t r = first; r < end; ++r) in_cells &= t < rows[r].length;
       amx::Seen here;
       if (in_cells) {
-        uint16_t* const left = left_parts.parts.at(amx::packed_size(first, wide, 3));
         backward_tile_cells(cells, first,
-                            {.left = left,
-                             .right = dx_parts.at(at / amx::tile_rows * 256),
-                             .left_part = amx::packed_size(amx::tile_rows, wide, 1),
-                             .right_part = amx::packed_size(amx::tile_rows, depth, 1),
+                            {.left = left_parts.of(at),
+                             .part = amx::packed_size(amx::tile_rows, wide, 1),
                              .dbias = dbias,
                              .seen = &here});
-        left_parts.outside[first / amx::tile_rows] = 0;
+        left_parts.outside[at / amx::tile_rows] = 0;
         seen.add(here.range());
         if (amx::is_within(here.range(), left_parts.exact)) continue;
         for (int64_t r = first; r < end; ++r) take_dx(slot * slot_rows + r, t, r);
@@ -1426,24 +1431,12 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
         unpack_dx(first, end);
         add_dbias(at, at + end - first);
       }
-      left_parts.pack(first, end - first, dx + first * dx_stride, dx_stride,
-                      {.to = dx_parts.at(0), .depth = depth, .row = at});
+      left_parts.pack(at, end - first, dx + first * dx_stride, dx_stride);
       seen.add(left_parts.seen.range());
       left_parts.seen.clear();
     }
     for (int64_t r = 0; operands == Operands::floats && r < count; ++r) take_h(slot * slot_rows + r, t, r);
-    int64_t lines = 0;  // what the token before needs of dh and h, and half of what is kept of two tokens before it
-    const auto fetch = [&](const void* from, int64_t bytes) {
-      for (int64_t x = 0; x < bytes; x += 64) ahead[lines++] = static_cast<const char*>(from) + x;
-    };
-    for (int64_t r = 0; r < count; ++r) {
-      if (t == 0 || t > rows[r].length) continue;
-      if (params.dh != nullptr) fetch(dh_of(rows[r], t - 1), dim * bytes);
-      if (t > 1) fetch(h_before(rows[r], t - 1), dim * bytes);
-      const int64_t token = rows[r].start + t, half = (1 + kept_c) * dim;
-      if (t > 1)
-        fetch(kept_of(p, params.kept, rows[r], head) + slstm_kept_pair(token - 2) * dim + token % 2 * half, 4 * half);
-    }
+    const Lines lines = t + 1 == fetched ? Lines{} : lines_of(t);
     const auto multiply = [&](int64_t begin, int64_t end, Lines ahead) {
       product(end - begin, dim,
               {.out = recurrent.of(0) + begin * padded,
@@ -1459,21 +1452,22 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     };
     if (tiles) {
       for (int64_t r = 0; r < count; ++r) take_h(slot * slot_rows + r, t, r);
-      amx::multiply_floats(recurrent.of(0), padded, false, left_parts.parts.at(0), weights.parts_of(head), count,
-                           padded, wide, {ahead, lines});
-      left_parts.for_outside(0, count, [&](int64_t begin, int64_t end) { multiply(begin, end, {}); });
+      const int64_t at = slot * slot_rows;
+      amx::multiply_floats(recurrent.of(0), padded, false, left_parts.of(at), weights.parts_of(head), count, padded,
+                           wide, lines);
+      left_parts.for_outside(at, at + count, [&](int64_t begin, int64_t end) { multiply(begin - at, end - at, {}); });
     } else if (halves) {
       amx::pack_left(left_halves.at(0), dx, dx_stride, false, count, wide, 1, nullptr);
       for (int64_t r = 0; r < count; ++r) {
         take_h(slot * slot_rows + r, t, r);
-        for (int64_t line = r * lines / count; line < (r + 1) * lines / count; ++line) {
-          __builtin_prefetch(ahead[line], 0, 2);
+        for (int64_t line = r * lines.count / count; line < (r + 1) * lines.count / count; ++line) {
+          __builtin_prefetch(lines.lines[line], 0, 2);
         }
       }
       add_dbias(slot * slot_rows, slot * slot_rows + count);
       multiply_halves(recurrent.of(0), false, left_halves.at(0), weights.parts_of(head), count, padded, wide);
     } else {
-      multiply(0, count, {ahead, lines});
+      multiply(0, count, lines);
     }
     if (slot + 1 == slots || t == 0) add_share(slot, t);
   }
