@@ -446,17 +446,16 @@ void split_along(uint16_t* to, const float* from, int64_t from_row, int64_t rows
   }
 }
 // Along the rows, so that memory is read in order.
-template <bool transposed>
-void split_across(uint16_t* to, const float* from, int64_t from_row, int64_t depth, int64_t columns, Magnitudes& seen) {
+template <bool transposed, typename Row>
+void split_across(uint16_t* to, const Row& from, int64_t depth, int64_t columns, Magnitudes& seen) {
   const int64_t part = padded(depth, tile_depth) * 16;
   for (int64_t k = 0; k < depth; k += 32, to += 512) {
     for (int64_t c = 0; c < columns; c += 16) {
       const __mmask16 mask = first(columns - c);
       put_tiles<transposed>(to + c / 16 * 3 * part, part, seen, [&](int64_t x, int half) {
         const int64_t row = k + x + 16 * half;
-        const float* at = from + row * from_row + c;
-        __builtin_prefetch(at + 32 * from_row, 0, 3);
-        return _mm512_maskz_loadu_ps(row < depth ? mask : 0, at);
+        if (row + 32 < depth) __builtin_prefetch(from(row + 32) + c, 0, 3);
+        return row < depth ? _mm512_maskz_loadu_ps(mask, from(row) + c) : _mm512_setzero_ps();
       });
     }
   }
@@ -468,10 +467,15 @@ Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool t
                        int64_t depth) {
   Magnitudes seen;
   if (transposed) {
-    split_across<true>(to, from, from_row, depth, rows, seen);
+    split_across<true>(to, [&](int64_t row) { return from + row * from_row; }, depth, rows, seen);
   } else {
     split_along<false>(to, from, from_row, rows, depth, seen);
   }
+  return seen.range();
+}
+Range pack_left_floats(uint16_t* to, const float* const* from, int64_t rows, int64_t depth) {
+  Magnitudes seen;
+  split_across<true>(to, [&](int64_t row) { return from[row]; }, depth, rows, seen);
   return seen.range();
 }
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
@@ -480,7 +484,7 @@ Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool 
   if (transposed) {
     split_along<true>(to, from, from_row, columns, depth, seen);
   } else {
-    split_across<false>(to, from, from_row, depth, columns, seen);
+    split_across<false>(to, [&](int64_t row) { return from + row * from_row; }, depth, columns, seen);
   }
   return seen.range();
 }
@@ -702,6 +706,7 @@ void multiply(float*, const float*, float, const uint16_t*, int, const uint16_t*
 void multiply_pairs(float*, const float*, float, const uint16_t*, int, const uint16_t*, int64_t, int64_t, int64_t, Part,
                     Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
+Range pack_left_floats(uint16_t*, const float* const*, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}

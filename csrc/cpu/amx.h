@@ -105,6 +105,8 @@ __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range&
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns);
+// Transposed: from[k] is the row of depth k, which has `rows` numbers.
+Range pack_left_floats(uint16_t* to, const float* const* from, int64_t rows, int64_t depth);
 // Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
                       int64_t from_row, int64_t rows, int64_t depth);

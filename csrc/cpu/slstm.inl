@@ -1264,7 +1264,10 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       store_vector(state(excess), last ? before - change : before + change);
     }
   };
-  // h before token t of row r as row k of dR's right operand; a row without the token has no share.
+  // h before token t of row r, as row k of dR's right operand or, on tiles, of those to be packed; a row without the token
+  // has no share.
+  const float* h_rows[amx::turned_depth];
+  for (const float*& row : h_rows) row = zeros.data();
   const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
     const Row& row = rows[r];
     if (t >= row.length) std::memset(dx + r * dx_stride, 0, wide * sizeof(float));
@@ -1274,16 +1277,17 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     } else if (t > 0 && t < row.length) {
       h = reinterpret_cast<const float*>(h_before(row, t));
       if (!is_float) {
-        pack(converted.data() + count * dim, h, p.dtype, dim, 1, dim, 1);
-        h = converted.data() + count * dim;
+        float* const to = tiles ? h_slots.data() + k * padded : converted.data() + count * dim;
+        pack(to, h, p.dtype, dim, 1, dim, 1);
+        h = to;
       }
     }
-    for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
+    if (tiles) h_rows[amx::depth_of(k)] = h == nullptr ? zeros.data() : h;
+    for (int64_t unit = 0; !tiles && unit < dim; unit += vector_lanes) {
       const int64_t panel = unit / panel_columns, left = padded - panel * panel_columns;
       const int64_t columns = left < panel_columns ? left : panel_columns;
       const Vector value = h == nullptr ? Vector{} : load_lanes<Float32>(h + unit, dim - unit);
-      const int64_t at = tiles ? amx::depth_of(k) : k;
-      store_vector(h_slots.data() + panel * depth * panel_columns + at * columns + unit % panel_columns, value);
+      store_vector(h_slots.data() + panel * depth * panel_columns + k * columns + unit % panel_columns, value);
     }
   };
   LeftParts left_parts(tiles ? depth : 0, wide, weights.range(head));
@@ -1306,7 +1310,9 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const auto lines_of = [&](int64_t t) {
     int64_t lines = 0;
     const auto fetch = [&](const void* from, int64_t bytes) {
-      for (int64_t x = 0; x < bytes; x += 64) ahead[lines++] = static_cast<const char*>(from) + x;
+      const int64_t more = ceil_div(bytes, int64_t{64});
+      for (int64_t x = 0; x < more; ++x) ahead[lines + x] = static_cast<const char*>(from) + 64 * x;
+      lines += more;
     };
     for (int64_t r = 0; r < count; ++r) {
       if (t == 0 || t > rows[r].length) continue;
@@ -1320,16 +1326,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   };
   // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
   const auto add_on_tiles = [&](int64_t filled, Lines lines) {
-    amx::Range h_range;
-    for (int64_t unit = 0; unit < padded; unit += panel_columns) {
-      const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
-      float* h = h_slots.data() + unit * depth;
-      for (int64_t k = filled; k < depth; k += 8) {
-        std::memset(h + amx::depth_of(k) * columns, 0, 8 * columns * sizeof(float));
-      }
-      uint16_t* const to = h_parts.at(amx::packed_size(unit, depth, 3));
-      h_range.add(amx::pack_left_floats(to, h, columns, true, columns, depth));
-    }
+    for (int64_t k = filled; k < depth; ++k) h_rows[amx::depth_of(k)] = zeros.data();
+    const amx::Range h_range = amx::pack_left_floats(h_parts.at(0), h_rows, dim, depth);
     const bool exact = amx::is_exact(h_range, seen);
     seen = {};
     if (exact) {
@@ -1351,8 +1349,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     for (int64_t unit = 0; unit < padded; unit += panel_columns) {
       const int64_t columns = padded - unit < panel_columns ? padded - unit : panel_columns;
       for (int64_t k = 0; k < depth; ++k) {
-        const float* const from = h_slots.data() + unit * depth + amx::depth_of(k) * columns;
-        std::memcpy(to + unit * depth + k * columns, from, columns * sizeof(float));
+        std::memcpy(to + unit * depth + k * columns, h_rows[amx::depth_of(k)] + unit, columns * sizeof(float));
       }
     }
   };
