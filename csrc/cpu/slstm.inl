@@ -247,19 +247,25 @@ IN_LOOPS void load_tile(Vector (&tile)[vector_lanes], const typename Type::Bits*
   transpose(tile);
 }
 
+// The heads whose R is packed.
+struct Heads {
+  int64_t first, count;
+};
+
 // In the forward, a panel has the four gates of vector_lanes units, and `dim` rows.
 struct ForwardWeights {
-  explicit ForwardWeights(const SlstmProblem& p)
-      : groups(ceil_div(p.dim, int64_t{vector_lanes})),
+  ForwardWeights(const SlstmProblem& p, Heads heads)
+      : first(heads.first),
+        groups(ceil_div(p.dim, int64_t{vector_lanes})),
         panel(p.dim * panel_columns),
-        values(p.heads * groups * panel, false),
+        values(heads.count * groups * panel, false),
         operands(operands_of(p)),
         panel_parts(packed_size(operands, panel_columns, p.dim)),
-        parts(p.heads * groups * panel_parts),
-        ranges(new amx::Range[p.heads * groups]) {
-    parallel(p.heads * groups, ceil_div(int64_t{1} << 15, panel), [&](int64_t begin, int64_t end) {
+        parts(heads.count * groups * panel_parts),
+        ranges(new amx::Range[heads.count * groups]) {
+    parallel(heads.count * groups, ceil_div(int64_t{1} << 15, panel), [&](int64_t begin, int64_t end) {
       with_dtype(p.weight_dtype, [&](auto type) {
-        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / groups, item % groups);
+        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, first + item / groups, item % groups);
       });
       for (int64_t item = begin; item < end; ++item) {
         uint16_t* const to = parts.at(item * panel_parts);
@@ -279,11 +285,11 @@ struct ForwardWeights {
   template <typename Type>
   void pack(const SlstmProblem& p, int64_t head, int64_t group) const {
     const auto* from = static_cast<const typename Type::Bits*>(p.weights);
-    float* to = values.data() + (head * groups + group) * panel;
-    const int64_t dim = p.dim, first = group * vector_lanes;
-    const int64_t units = dim - first < vector_lanes ? dim - first : vector_lanes;
+    float* to = values.data() + ((head - first) * groups + group) * panel;
+    const int64_t dim = p.dim, unit = group * vector_lanes;
+    const int64_t units = dim - unit < vector_lanes ? dim - unit : vector_lanes;
     for (int64_t gate = 0; gate < 4; ++gate) {
-      const auto* rows = from + gate * p.weights_gate + head * p.weights_head + first * p.weights_out;
+      const auto* rows = from + gate * p.weights_gate + head * p.weights_head + unit * p.weights_out;
       for (int64_t k = 0; k < dim; k += vector_lanes) {
         const int64_t count = dim - k < vector_lanes ? dim - k : vector_lanes;
         Vector tile[vector_lanes];
@@ -298,15 +304,15 @@ struct ForwardWeights {
     }
   }
 
-  const float* of(int64_t head) const { return values.data() + head * groups * panel; }
-  const uint16_t* parts_of(int64_t head) const { return parts.at(head * groups * panel_parts); }
+  const float* of(int64_t head) const { return values.data() + (head - first) * groups * panel; }
+  const uint16_t* parts_of(int64_t head) const { return parts.at((head - first) * groups * panel_parts); }
   amx::Range range(int64_t head) const {
     amx::Range all;
-    for (int64_t group = 0; group < groups; ++group) all.add(ranges[head * groups + group]);
+    for (int64_t group = 0; group < groups; ++group) all.add(ranges[(head - first) * groups + group]);
     return all;
   }
 
-  int64_t groups, panel;
+  int64_t first, groups, panel;
   Floats values;
   Operands operands;
   int64_t panel_parts;
@@ -329,27 +335,28 @@ struct GateOrder {
 // In the backward, a panel has panel_columns inputs, the last what is left, and a row for each (gate, output), in
 // `order`.
 struct BackwardWeights {
-  explicit BackwardWeights(const SlstmProblem& p)
-      : order{.dim = p.dim, .in_cells = operands_of(p) == Operands::parts && p.dtype == DType::float32},
+  BackwardWeights(const SlstmProblem& p, Heads heads)
+      : first(heads.first),
+        order{.dim = p.dim, .in_cells = operands_of(p) == Operands::parts && p.dtype == DType::float32},
         columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
         depth(4 * p.dim),
         panels(ceil_div(columns, panel_columns)),
-        values(p.heads * depth * columns, false),
+        values(heads.count * depth * columns, false),
         operands(operands_of(p)),
-        parts(p.heads * packed_size(operands, columns, depth)),
-        ranges(new amx::Range[p.heads * panels]) {
-    parallel(p.heads * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
+        parts(heads.count * packed_size(operands, columns, depth)),
+        ranges(new amx::Range[heads.count * panels]) {
+    parallel(heads.count * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
       with_dtype(p.weight_dtype, [&](auto type) {
-        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, item / 4, item % 4);
+        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, first + item / 4, item % 4);
       });
     });
     if (operands == Operands::floats) return;
-    parallel(p.heads * panels, ceil_div(int64_t{1} << 15, depth * panel_columns), [&](int64_t begin, int64_t end) {
+    parallel(heads.count * panels, ceil_div(int64_t{1} << 15, depth * panel_columns), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t head = item / panels, first = item % panels * panel_columns;
-        const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
-        uint16_t* const to = parts_of(head) + packed_size(operands, first, depth);
-        const float* const from = of(head) + first * depth;
+        const int64_t head = first + item / panels, input = item % panels * panel_columns;
+        const int64_t wide = columns - input < panel_columns ? columns - input : panel_columns;
+        uint16_t* const to = parts_of(head) + packed_size(operands, input, depth);
+        const float* const from = of(head) + input * depth;
         if (operands == Operands::parts) {
           ranges[item] = amx::pack_right_floats(to, from, wide, false, depth, wide);
         } else {
@@ -367,29 +374,30 @@ struct BackwardWeights {
     const int64_t dim = p.dim;
     const auto* from =
         static_cast<const typename Type::Bits*>(p.weights) + gate * p.weights_gate + head * p.weights_head;
-    for (int64_t first = 0; first < dim; first += panel_columns) {
-      const int64_t wide = columns - first < panel_columns ? columns - first : panel_columns;
+    for (int64_t input = 0; input < dim; input += panel_columns) {
+      const int64_t wide = columns - input < panel_columns ? columns - input : panel_columns;
       for (int64_t out = 0; out < dim; out += vector_lanes) {
-        float* to = values.data() + head * depth * columns + first * depth + order(gate, out) * wide;
+        float* to = values.data() + (head - first) * depth * columns + input * depth + order(gate, out) * wide;
         const int64_t count = dim - out < vector_lanes ? dim - out : vector_lanes;
         for (int64_t x = 0; x < wide; x += vector_lanes) {
-          const auto* place = from + out * p.weights_out + (first + x) * p.weights_in;
+          const auto* place = from + out * p.weights_out + (input + x) * p.weights_in;
           Vector tile[vector_lanes];
-          load_tile<Type>(tile, place, p.weights_out, p.weights_in, count, dim - first - x);
+          load_tile<Type>(tile, place, p.weights_out, p.weights_in, count, dim - input - x);
           for (int64_t y = 0; y < count; ++y) store_vector(to + y * wide + x, tile[y]);
         }
       }
     }
   }
 
-  const float* of(int64_t head) const { return values.data() + head * depth * columns; }
-  uint16_t* parts_of(int64_t head) const { return parts.at(head * packed_size(operands, columns, depth)); }
+  const float* of(int64_t head) const { return values.data() + (head - first) * depth * columns; }
+  uint16_t* parts_of(int64_t head) const { return parts.at((head - first) * packed_size(operands, columns, depth)); }
   amx::Range range(int64_t head) const {
     amx::Range all;
-    for (int64_t panel = 0; panel < panels; ++panel) all.add(ranges[head * panels + panel]);
+    for (int64_t panel = 0; panel < panels; ++panel) all.add(ranges[(head - first) * panels + panel]);
     return all;
   }
 
+  int64_t first;
   GateOrder order;
   int64_t columns, depth, panels;
   Floats values;
@@ -925,16 +933,24 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   }
 }
 
+// `weights` nullptr: each head's are packed when its tokens are walked, all in one turn.
 template <bool keeps>
-void forward_block(const SlstmForward& params, const ForwardWeights& weights, const Block& block) {
+void forward_block(const SlstmForward& params, const ForwardWeights* weights, const Block& block) {
   const ForwardBlock all(params, block);
   const int64_t longest = all.rows.longest, turn = block.tokens(params.p.dim, longest);
-  const TilesInUse tiles(weights.operands);
+  const TilesInUse tiles(operands_of(params.p));
   for (int64_t begin = 0; begin < longest; begin += turn) {
     const int64_t end = longest - begin < turn ? longest : begin + turn;
     for (int64_t x = 0; x < block.heads; ++x) {
       const bool last = x + 1 == block.heads;
-      forward_tokens<keeps>(all, weights, x, begin, end, last ? end : begin, block.head + (last ? 0 : x + 1));
+      const auto walk = [&](const ForwardWeights& weights) {
+        forward_tokens<keeps>(all, weights, x, begin, end, last ? end : begin, block.head + (last ? 0 : x + 1));
+      };
+      if (weights == nullptr) {
+        walk(ForwardWeights(params.p, {block.head + x, 1}));
+      } else {
+        walk(*weights);
+      }
     }
   }
   end_streams();
@@ -1537,15 +1553,21 @@ void sum_shares(const SlstmBackward& params, const GateOrder& order, float* shar
 CPU_KERNEL(slstm_forward, SlstmForward) {
   const int64_t elements = p.p.batch * p.p.seq * p.p.heads * p.p.dim;
   wants_huge_pages(p.h, elements * element_bytes(p.p.dtype));
-  const ForwardWeights weights(p.p);
   const Blocks blocks(p.p);
-  blocks.run(p.p, [&](const Block& block) {
-    if (p.kept == nullptr) {
-      forward_block<false>(p, weights, block);
-    } else {
-      forward_block<true>(p, weights, block);
-    }
-  });
+  const auto run = [&](const ForwardWeights* weights) {
+    blocks.run(p.p, [&](const Block& block) {
+      if (p.kept == nullptr) {
+        forward_block<false>(p, weights, block);
+      } else {
+        forward_block<true>(p, weights, block);
+      }
+    });
+  };
+  // Where a head is walked once, its R is packed then, to where the head's before lay: what is in L2 is written fastest.
+  const Block first{.head = 0, .heads = blocks.together, .first = 0, .rows = blocks.each};
+  if (blocks.parts == 1 && first.tokens(p.p.dim, p.p.seq) >= p.p.seq) return run(nullptr);
+  const ForwardWeights weights(p.p, {0, p.p.heads});
+  run(&weights);
 }
 
 CPU_KERNEL(slstm_backward, SlstmBackward) {
@@ -1560,11 +1582,15 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
   const int64_t each = blocks > 0 ? whole_tiles(problem, ceil_div(rows, blocks)) : 0;
   const int64_t groups = blocks < 1 ? 1 : blocks < most_groups ? blocks : most_groups;
   const Floats shares(heads * groups * share_floats(dim), false);
-  const BackwardWeights weights(problem);
+  // As in the forward.
+  const bool at_use = groups == 1;
+  const BackwardWeights all_weights(problem, {0, at_use ? 0 : heads});
   // A group's heads one after the other: its pages of dh and h are looked up once.
   parallel(heads * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task % heads, group = task / heads;
+      const BackwardWeights own(problem, {head, at_use ? 1 : 0});
+      const BackwardWeights& weights = at_use ? own : all_weights;
       float* share = shares.data() + (head * groups + group) * share_floats(dim);
       bool begun = false;
       const int64_t padded = padded_dim(dim), wide = 4 * dim;
@@ -1587,13 +1613,13 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
       }
     }
   });
-  const int64_t at_once = weights.order.in_cells ? vector_lanes : 32;  // outputs
+  const int64_t at_once = all_weights.order.in_cells ? vector_lanes : 32;  // outputs
   const int64_t pieces = ceil_div(dim, at_once);
   parallel(4 * heads * pieces, 1 + (int64_t{1} << 14) / (at_once * dim * (groups + 1)),
            [&](int64_t begin, int64_t end) {
              for (int64_t task = begin; task < end; ++task) {
                const int64_t item = task / pieces, first = task % pieces * at_once;
-               sum_shares(p, weights.order, shares.data(), groups, item / heads, item % heads, first,
+               sum_shares(p, all_weights.order, shares.data(), groups, item / heads, item % heads, first,
                           dim - first < at_once ? dim : first + at_once);
              }
            });
