@@ -646,8 +646,7 @@ struct TokenPlaces {
   bool is_there, is_first, has_next;  // first: of two tokens, before which c and n are kept. Next: to be fetched
 };
 
-// One token of rows [first, end) and units [unit, unit_end). Passed by value: the compiler knows that no store changes
-// it.
+// One token of rows [first, end) and units [unit, unit_end).
 struct ForwardCells {
   const TokenPlaces* places;
   int64_t first, end, unit, unit_end, dim, padded, x_gate;
