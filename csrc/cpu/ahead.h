@@ -9,7 +9,7 @@ namespace flash_xlstm::cpu {
 
 // Single cache lines of it. A core has room for about 16 requests to memory.
 struct Lines {
-  const void* const* lines = nullptr;
+  const char* const* lines = nullptr;
   int64_t count = 0;
 };
 

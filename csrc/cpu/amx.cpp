@@ -41,7 +41,7 @@ __m512i places_across() {
 }
 
 // 16 x 16 pairs: each pass interleaves rows that are half a block apart, and four transpose the block.
-void transpose(__m512i (&rows)[16]) {
+__attribute__((always_inline)) inline void transpose(__m512i (&rows)[16]) {
   alignas(64) uint32_t low[16], high[16];
   for (int x = 0; x < 16; ++x) low[x] = x / 2 + x % 2 * 16, high[x] = 8 + low[x];
   const __m512i of_low = _mm512_load_si512(low), of_high = _mm512_load_si512(high);
@@ -412,11 +412,14 @@ void put(uint16_t* to, int64_t part, __m512 low, __m512 high) {
   for (int p = 0; p < 3; ++p) _mm512_storeu_si512(to + p * part, parts[p]);
 }
 // A tile of each part from 16 rows of pairs, load(row, 0) and load(row, 1). With `across` the floats are transposed
-// first: two blocks of them, where there are three of pairs.
+// first: two blocks of them, where there are three of pairs. Copies, because stores to `to` could change what `load` and
+// `all` refer to.
 template <bool across, typename Load>
-void put_tiles(uint16_t* to, int64_t part, Magnitudes& seen, const Load& load) {
+__attribute__((always_inline)) inline void put_tiles(uint16_t* to, int64_t part, Magnitudes& all, const Load load) {
+  Magnitudes seen = all;
   __m512i blocks[2][16];
   for (int half = 0; half < 2 && across; ++half) {
+#pragma GCC unroll 16
     for (int x = 0; x < 16; ++x) blocks[half][x] = _mm512_castps_si512(load(x, half));
     transpose(blocks[half]);
   }
@@ -428,6 +431,7 @@ void put_tiles(uint16_t* to, int64_t part, Magnitudes& seen, const Load& load) {
     }
     put(to + x * 32, part, values[0], values[1]);
   }
+  all = seen;
 }
 
 // As above, in three parts.
@@ -436,23 +440,25 @@ void split_along(uint16_t* to, const float* from, int64_t from_row, int64_t rows
   const int64_t part = padded(depth, tile_depth) * 16;
   for (int64_t r = 0; r < rows; r += 16, to += 2 * part) {
     for (int64_t k = 0; k < depth; k += 32, to += 512) {
-      const __mmask16 masks[2] = {first(depth - k), first(depth - k - 16)};
-      put_tiles<transposed>(to, part, seen, [&](int64_t x, int half) {
-        const float* at = from + (r + x) * from_row + k + 16 * half;
-        __builtin_prefetch(at + 16 * from_row, 0, 3);
-        return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, at);
+      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
+      const float* const at = from + r * from_row + k;
+      const int64_t here = rows - r;
+      put_tiles<transposed>(to, part, seen, [=](int64_t x, int half) {
+        const float* const row = at + x * from_row + 16 * half;
+        __builtin_prefetch(row + 16 * from_row, 0, 3);
+        return _mm512_maskz_loadu_ps(x < here ? half == 0 ? low : high : 0, row);
       });
     }
   }
 }
-// Along the rows, so that memory is read in order.
+// Along the rows, so that memory is read in order. from(k) is the row of depth k.
 template <bool transposed, typename Row>
-void split_across(uint16_t* to, const Row& from, int64_t depth, int64_t columns, Magnitudes& seen) {
+void split_across(uint16_t* to, const Row from, int64_t depth, int64_t columns, Magnitudes& seen) {
   const int64_t part = padded(depth, tile_depth) * 16;
   for (int64_t k = 0; k < depth; k += 32, to += 512) {
     for (int64_t c = 0; c < columns; c += 16) {
       const __mmask16 mask = first(columns - c);
-      put_tiles<transposed>(to + c / 16 * 3 * part, part, seen, [&](int64_t x, int half) {
+      put_tiles<transposed>(to + c / 16 * 3 * part, part, seen, [=](int64_t x, int half) {
         const int64_t row = k + x + 16 * half;
         if (row + 32 < depth) __builtin_prefetch(from(row + 32) + c, 0, 3);
         return row < depth ? _mm512_maskz_loadu_ps(mask, from(row) + c) : _mm512_setzero_ps();
@@ -467,7 +473,7 @@ Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool t
                        int64_t depth) {
   Magnitudes seen;
   if (transposed) {
-    split_across<true>(to, [&](int64_t row) { return from + row * from_row; }, depth, rows, seen);
+    split_across<true>(to, [=](int64_t row) { return from + row * from_row; }, depth, rows, seen);
   } else {
     split_along<false>(to, from, from_row, rows, depth, seen);
   }
@@ -475,7 +481,7 @@ Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool t
 }
 Range pack_left_floats(uint16_t* to, const float* const* from, int64_t rows, int64_t depth) {
   Magnitudes seen;
-  split_across<true>(to, [&](int64_t row) { return from[row]; }, depth, rows, seen);
+  split_across<true>(to, [=](int64_t row) { return from[row]; }, depth, rows, seen);
   return seen.range();
 }
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
@@ -484,8 +490,13 @@ Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool 
   if (transposed) {
     split_along<true>(to, from, from_row, columns, depth, seen);
   } else {
-    split_across<false>(to, [&](int64_t row) { return from + row * from_row; }, depth, columns, seen);
+    split_across<false>(to, [=](int64_t row) { return from + row * from_row; }, depth, columns, seen);
   }
+  return seen.range();
+}
+Range pack_right_floats(uint16_t* to, const float* const* from, int64_t depth, int64_t columns) {
+  Magnitudes seen;
+  split_across<false>(to, [=](int64_t row) { return from[row]; }, depth, columns, seen);
   return seen.range();
 }
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
@@ -494,9 +505,11 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
   for (int64_t r = 0; r < rows; r += 16, to += 3 * part, ++outside) {
     *outside = 0;
     for (int64_t k = 0; k < depth; k += 32) {
-      const __mmask16 masks[2] = {first(depth - k), first(depth - k - 16)};
-      const auto load = [&](int64_t x, int half) {
-        return _mm512_maskz_loadu_ps(r + x < rows ? masks[half] : 0, from + (r + x) * from_row + k + 16 * half);
+      const __mmask16 low = first(depth - k), high = first(depth - k - 16);
+      const float* const at = from + r * from_row + k;
+      const int64_t count = rows - r;
+      const auto load = [=](int64_t x, int half) {
+        return _mm512_maskz_loadu_ps(x < count ? half == 0 ? low : high : 0, at + x * from_row + 16 * half);
       };
       Magnitudes here;
       put_tiles<false>(to + k * 16, part, here, load);
@@ -644,8 +657,8 @@ void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, c
   }
 }
 
-void add_turned_floats(float* out, int64_t out_row, const uint16_t* a, int64_t a_depth, const uint16_t* b, int64_t rows,
-                       int64_t columns, int64_t depth, Lines ahead) {
+void multiply_turned_floats(float* out, int64_t out_row, bool add, const uint16_t* a, int64_t a_depth,
+                            const uint16_t* b, int64_t rows, int64_t columns, int64_t depth, Lines ahead) {
   Fetches fetch{ahead, 3 * rows * columns / 1024 * ((depth + 31) / 32)};
   alignas(64) uint16_t turned[2 * 3 * turned_depth * 16];  // stays in L1
   alignas(64) float sums[256];
@@ -680,7 +693,7 @@ void add_turned_floats(float* out, int64_t out_row, const uint16_t* a, int64_t a
       multiply_block(a0, a0 + 3 * a_part, a_part, turned, turned + 3 * b_part, b_part, b_part, fetch);
       const auto tile = [&](int64_t row, int64_t column) {
         float* const to = out + (r + row) * out_row + c + column;
-        return Tile{to, to, 1.0f, out_row, 16, 16};
+        return Tile{to, add ? to : nullptr, 1.0f, out_row, 16, 16};
       };
       STORE_TILE(0, tile(0, 0));
       STORE_TILE(1, tile(0, 16));
@@ -707,9 +720,11 @@ void multiply_pairs(float*, const float*, float, const uint16_t*, int, const uin
                     Ahead*) {}
 Range pack_left_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 Range pack_left_floats(uint16_t*, const float* const*, int64_t, int64_t) { return {}; }
+Range pack_right_floats(uint16_t*, const float* const*, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
-void add_turned_floats(float*, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
+void multiply_turned_floats(float*, int64_t, bool, const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t,
+                            Lines) {}
 }  // namespace flash_xlstm::cpu::amx
 #endif

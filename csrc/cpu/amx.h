@@ -105,8 +105,9 @@ __attribute__((always_inline)) inline bool is_exact(const Range& a, const Range&
 Range pack_left_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t rows, int64_t depth);
 Range pack_right_floats(uint16_t* to, const float* from, int64_t from_row, bool transposed, int64_t depth,
                         int64_t columns);
-// Transposed: from[k] is the row of depth k, which has `rows` numbers.
+// from[k] is the row of depth k, which has `rows` or `columns` numbers: transposed, not transposed.
 Range pack_left_floats(uint16_t* to, const float* const* from, int64_t rows, int64_t depth);
+Range pack_right_floats(uint16_t* to, const float* const* from, int64_t depth, int64_t columns);
 // Not transposed. Bit x of outside[y]: row 16 y + x has numbers outside of the range.
 void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& range, const float* from,
                       int64_t from_row, int64_t rows, int64_t depth);
@@ -117,7 +118,7 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth, Lines ahead = {});
 
-// out += a b, where b is packed as a left operand, of `depth` rows, a multiple of 16. They are b's depth, and row x is
+// out (rows x columns, out_row apart) = a b, or += with `add`, where b is packed as a left operand, of `depth` rows, a multiple of 16. They are b's depth, and row x is
 // depth_of(x) of a, which is packed `a_depth` deep, up to turned_depth. `rows` and `columns` are multiples of 32.
 // Between begin() and end().
 constexpr int64_t turned_depth = 64;
@@ -125,7 +126,7 @@ constexpr int64_t turned_depth = 64;
 __attribute__((always_inline)) constexpr int64_t depth_of(int64_t row) {
   return row / 32 * 32 + row / 16 % 2 * 8 + row / 8 % 2 * 16 + row % 8;
 }
-void add_turned_floats(float* out, int64_t out_row, const uint16_t* a, int64_t a_depth, const uint16_t* b, int64_t rows,
-                       int64_t columns, int64_t depth, Lines ahead = {});
+void multiply_turned_floats(float* out, int64_t out_row, bool add, const uint16_t* a, int64_t a_depth,
+                            const uint16_t* b, int64_t rows, int64_t columns, int64_t depth, Lines ahead = {});
 
 }  // namespace flash_xlstm::cpu::amx

@@ -149,11 +149,12 @@ void product(int64_t rows, int64_t columns, const Product& whole) {
 // the three parts cannot hold are multiplied in float32. Whether a row is, depends on the row and R only: results do not
 // depend on the number of threads here either.
 enum class Operands { floats, parts, halves };
+constexpr int64_t most_parts_dim = 320;
 Operands operands_of(const SlstmProblem& p) {
   const bool is_half = p.dtype == DType::bfloat16 && p.weight_dtype == DType::bfloat16;
   if (is_half && has_bf16()) return Operands::halves;
   const bool are_full = 4 * p.rows > 3 * amx::padded(p.rows, amx::tile_rows) && p.rows >= amx::tile_rows;
-  const bool fit = p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= 320;
+  const bool fit = p.dim % amx::tile_depth == 0 && p.dim >= 64 && p.dim <= most_parts_dim;
   return has_amx() && are_full && fit ? Operands::parts : Operands::floats;
 }
 // Elements of a packed operand.
@@ -252,28 +253,69 @@ struct Heads {
   int64_t first, count;
 };
 
+// Whether R's parts for tiles are made from R itself. Its floats are then packed by who needs them: rows with numbers
+// outside of the parts' range.
+bool packs_directly(const SlstmProblem& p, Operands operands) {
+  return operands == Operands::parts && p.weight_dtype == DType::float32 && p.weights_in == 1;
+}
+
+// R of a head in float32. Packed when first asked for, unless it is already.
+template <typename Weights>
+class HeadFloats {
+ public:
+  HeadFloats(const Weights& weights, int64_t head) : weights_(weights), head_(head) {}
+  ~HeadFloats() { delete own_; }
+  HeadFloats(const HeadFloats&) = delete;
+  HeadFloats& operator=(const HeadFloats&) = delete;
+  const float* data() {
+    if (!weights_.direct) return weights_.of(head_);
+    if (own_ == nullptr) {
+      own_ = new Floats(weights_.head_floats, false);
+      for (int64_t item = 0; item < weights_.head_items; ++item) weights_.pack(own_->data(), head_, item);
+    }
+    return own_->data();
+  }
+
+ private:
+  const Weights& weights_;
+  int64_t head_;
+  Floats* own_ = nullptr;
+};
+
 // In the forward, a panel has the four gates of vector_lanes units, and `dim` rows.
 struct ForwardWeights {
   ForwardWeights(const SlstmProblem& p, Heads heads)
-      : first(heads.first),
+      : p(p),
+        first(heads.first),
         groups(ceil_div(p.dim, int64_t{vector_lanes})),
         panel(p.dim * panel_columns),
-        values(heads.count * groups * panel, false),
+        head_items(groups),
+        head_floats(groups * panel),
         operands(operands_of(p)),
+        direct(packs_directly(p, operands)),
+        values(direct ? 0 : heads.count * head_floats, false),
         panel_parts(packed_size(operands, panel_columns, p.dim)),
         parts(heads.count * groups * panel_parts),
         ranges(new amx::Range[heads.count * groups]) {
     parallel(heads.count * groups, ceil_div(int64_t{1} << 15, panel), [&](int64_t begin, int64_t end) {
-      with_dtype(p.weight_dtype, [&](auto type) {
-        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, first + item / groups, item % groups);
-      });
       for (int64_t item = begin; item < end; ++item) {
+        const int64_t head = first + item / groups, group = item % groups;
         uint16_t* const to = parts.at(item * panel_parts);
-        const float* const from = values.data() + item * panel;
+        if (direct) {
+          for (int64_t gate = 0; gate < 4; ++gate) {
+            const float* const units = static_cast<const float*>(p.weights) + gate * p.weights_gate +
+                                       head * p.weights_head + group * vector_lanes * p.weights_out;
+            ranges[item].add(amx::pack_right_floats(to + packed_size(operands, gate * vector_lanes, p.dim), units,
+                                                    p.weights_out, true, p.dim, vector_lanes));
+          }
+          continue;
+        }
+        float* const floats = values.data() + item * panel;
+        pack(floats - group * panel, head, group);
         if (operands == Operands::parts) {
-          ranges[item] = amx::pack_right_floats(to, from, panel_columns, false, p.dim, panel_columns);
+          ranges[item] = amx::pack_right_floats(to, floats, panel_columns, false, p.dim, panel_columns);
         } else if (operands == Operands::halves) {
-          amx::pack_right(to, from, panel_columns, false, p.dim, panel_columns, nullptr);
+          amx::pack_right(to, floats, panel_columns, false, p.dim, panel_columns, nullptr);
         }
       }
     });
@@ -282,10 +324,13 @@ struct ForwardWeights {
   ForwardWeights(const ForwardWeights&) = delete;
   ForwardWeights& operator=(const ForwardWeights&) = delete;
 
+  // One of a head's panels, which begin at `head_to`.
+  void pack(float* head_to, int64_t head, int64_t group) const {
+    with_dtype(p.weight_dtype, [&](auto type) { pack<decltype(type)>(head_to + group * panel, head, group); });
+  }
   template <typename Type>
-  void pack(const SlstmProblem& p, int64_t head, int64_t group) const {
+  void pack(float* to, int64_t head, int64_t group) const {
     const auto* from = static_cast<const typename Type::Bits*>(p.weights);
-    float* to = values.data() + ((head - first) * groups + group) * panel;
     const int64_t dim = p.dim, unit = group * vector_lanes;
     const int64_t units = dim - unit < vector_lanes ? dim - unit : vector_lanes;
     for (int64_t gate = 0; gate < 4; ++gate) {
@@ -304,7 +349,7 @@ struct ForwardWeights {
     }
   }
 
-  const float* of(int64_t head) const { return values.data() + (head - first) * groups * panel; }
+  const float* of(int64_t head) const { return values.data() + (head - first) * head_floats; }
   const uint16_t* parts_of(int64_t head) const { return parts.at((head - first) * groups * panel_parts); }
   amx::Range range(int64_t head) const {
     amx::Range all;
@@ -312,9 +357,11 @@ struct ForwardWeights {
     return all;
   }
 
-  int64_t first, groups, panel;
-  Floats values;
+  const SlstmProblem& p;
+  int64_t first, groups, panel, head_items, head_floats;
   Operands operands;
+  bool direct;
+  Floats values;
   int64_t panel_parts;
   Parts parts;
   amx::Range* ranges;
@@ -336,19 +383,23 @@ struct GateOrder {
 // `order`.
 struct BackwardWeights {
   BackwardWeights(const SlstmProblem& p, Heads heads)
-      : first(heads.first),
+      : p(p),
+        first(heads.first),
         order{.dim = p.dim, .in_cells = operands_of(p) == Operands::parts && p.dtype == DType::float32},
         columns(ceil_div(p.dim, int64_t{vector_lanes}) * vector_lanes),
         depth(4 * p.dim),
         panels(ceil_div(columns, panel_columns)),
-        values(heads.count * depth * columns, false),
+        head_items(4),
+        head_floats(depth * columns),
         operands(operands_of(p)),
+        direct(packs_directly(p, operands) && order.in_cells),
+        values(direct ? 0 : heads.count * head_floats, false),
         parts(heads.count * packed_size(operands, columns, depth)),
         ranges(new amx::Range[heads.count * panels]) {
-    parallel(heads.count * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
-      with_dtype(p.weight_dtype, [&](auto type) {
-        for (int64_t item = begin; item < end; ++item) pack<decltype(type)>(p, first + item / 4, item % 4);
-      });
+    parallel(direct ? 0 : heads.count * 4, ceil_div(int64_t{1} << 15, p.dim * p.dim), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        pack(values.data() + item / 4 * head_floats, first + item / 4, item % 4);
+      }
     });
     if (operands == Operands::floats) return;
     parallel(heads.count * panels, ceil_div(int64_t{1} << 15, depth * panel_columns), [&](int64_t begin, int64_t end) {
@@ -356,11 +407,19 @@ struct BackwardWeights {
         const int64_t head = first + item / panels, input = item % panels * panel_columns;
         const int64_t wide = columns - input < panel_columns ? columns - input : panel_columns;
         uint16_t* const to = parts_of(head) + packed_size(operands, input, depth);
-        const float* const from = of(head) + input * depth;
-        if (operands == Operands::parts) {
-          ranges[item] = amx::pack_right_floats(to, from, wide, false, depth, wide);
+        if (direct) {
+          const float* rows[4 * most_parts_dim];
+          for (int64_t k = 0; k < depth; ++k) {
+            const int64_t gate = k % panel_columns / vector_lanes,
+                          out = k / panel_columns * vector_lanes + k % vector_lanes;
+            rows[k] = static_cast<const float*>(p.weights) + gate * p.weights_gate + head * p.weights_head +
+                      out * p.weights_out + input;
+          }
+          ranges[item] = amx::pack_right_floats(to, rows, depth, wide);
+        } else if (operands == Operands::parts) {
+          ranges[item] = amx::pack_right_floats(to, of(head) + input * depth, wide, false, depth, wide);
         } else {
-          amx::pack_right(to, from, wide, false, depth, wide, nullptr);
+          amx::pack_right(to, of(head) + input * depth, wide, false, depth, wide, nullptr);
         }
       }
     });
@@ -369,15 +428,19 @@ struct BackwardWeights {
   BackwardWeights(const BackwardWeights&) = delete;
   BackwardWeights& operator=(const BackwardWeights&) = delete;
 
+  // One gate of a head's panels, which begin at `head_to`.
+  void pack(float* head_to, int64_t head, int64_t gate) const {
+    with_dtype(p.weight_dtype, [&](auto type) { pack<decltype(type)>(head_to, head, gate); });
+  }
   template <typename Type>
-  void pack(const SlstmProblem& p, int64_t head, int64_t gate) const {
+  void pack(float* head_to, int64_t head, int64_t gate) const {
     const int64_t dim = p.dim;
     const auto* from =
         static_cast<const typename Type::Bits*>(p.weights) + gate * p.weights_gate + head * p.weights_head;
     for (int64_t input = 0; input < dim; input += panel_columns) {
       const int64_t wide = columns - input < panel_columns ? columns - input : panel_columns;
       for (int64_t out = 0; out < dim; out += vector_lanes) {
-        float* to = values.data() + (head - first) * depth * columns + input * depth + order(gate, out) * wide;
+        float* to = head_to + input * depth + order(gate, out) * wide;
         const int64_t count = dim - out < vector_lanes ? dim - out : vector_lanes;
         for (int64_t x = 0; x < wide; x += vector_lanes) {
           const auto* place = from + out * p.weights_out + (input + x) * p.weights_in;
@@ -389,7 +452,7 @@ struct BackwardWeights {
     }
   }
 
-  const float* of(int64_t head) const { return values.data() + (head - first) * depth * columns; }
+  const float* of(int64_t head) const { return values.data() + (head - first) * head_floats; }
   uint16_t* parts_of(int64_t head) const { return parts.at((head - first) * packed_size(operands, columns, depth)); }
   amx::Range range(int64_t head) const {
     amx::Range all;
@@ -397,11 +460,13 @@ struct BackwardWeights {
     return all;
   }
 
+  const SlstmProblem& p;
   int64_t first;
   GateOrder order;
-  int64_t columns, depth, panels;
-  Floats values;
+  int64_t columns, depth, panels, head_items, head_floats;
   Operands operands;
+  bool direct;
+  Floats values;
   Parts parts;
   amx::Range* ranges;
 };
@@ -777,18 +842,38 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
   const BlockRows& rows = all.rows;
   const int64_t dim = p.dim, heads = p.heads, bytes = element_bytes(p.dtype), count = all.block.rows;
   const int64_t head = all.block.head + place, padded = all.c.padded, x_seq = params.x_seq, x_gate = params.x_gate;
-  const float *const panels = weights.of(head), *const bias = all.bias.data() + place * 4 * padded;
+  HeadFloats panels(weights, head);
+  const float* const bias = all.bias.data() + place * 4 * padded;
   float *const c = all.c.of(place), *const n = all.n.of(place), *const m = all.m.of(place);
   const float* h_now = all.h[begin % 2].of(place);
   float* h_after = all.h[1 - begin % 2].of(place);
   alignas(64) float recurrent[tile_rows * 2 * panel_columns];
-  const void* ahead[tile_rows * 2 * 4];
+  const char* ahead[tile_rows * 2 * 4];
   const int64_t elements = p.batch * p.seq * heads * dim;
   const bool stream_h = streams(params.h, elements * 4, dim);
   const bool stream_kept = streams(params.kept, elements * kept_c * 4, dim);
   // 0.97 of the time on Xeons with AMX at 1 x 64, 4 x 128, 1.03 to 1.05 on an AMD EPYC.
   const bool pair_units = has_amx();
   TokenPlaces places[most_rows];
+  // Where a row's arrays begin, kept: of the batch's row. To multiply sizes for each token takes longer than a cell.
+  struct Begin {
+    const char* x;
+    char* h;
+    float* kept;
+    int64_t start, length;
+  };
+  Begin begins[most_rows];
+  for (int64_t r = 0; r < count; ++r) {
+    const Row& row = rows[r];
+    const int64_t x_at = row.batch * params.x_batch + row.start * x_seq + head * params.x_head;
+    const int64_t h_at = ((row.batch * p.seq + row.start) * heads + head) * dim;
+    begins[r] = {.x = static_cast<const char*>(params.x) + x_at * bytes,
+                 .h = static_cast<char*>(params.h) + h_at * bytes,
+                 .kept = keeps ? kept_of(p, params.kept, row, head) : nullptr,
+                 .start = row.start,
+                 .length = row.length};
+  }
+  const int64_t x_step = x_seq * bytes, h_step = heads * dim * bytes;
 
   const int64_t groups = weights.groups;
   // Rows whose products are made at once.
@@ -816,7 +901,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
                .a = h_now + from * padded,
                .a_row = padded,
                .a_k = 1,
-               .m = panels,
+               .m = panels.data(),
                .m_panel = weights.panel,
                .depth = dim,
                .add = false});
@@ -830,14 +915,13 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
     const int64_t after = t + 1 < end ? t + 1 : next, after_head = t + 1 < end ? head : next_head;
     const int64_t to_after = ((after - t) * x_seq + (after_head - head) * params.x_head) * bytes;  // from x on
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t batch = rows[r].batch, token = rows[r].start + t;
-      places[r] = {.x = static_cast<const char*>(params.x) +
-                        (batch * params.x_batch + token * x_seq + head * params.x_head) * bytes,
-                   .h = static_cast<char*>(params.h) + ((batch * p.seq + token) * heads + head) * dim * bytes,
-                   .kept = keeps ? kept_of(p, params.kept, rows[r], head) + slstm_kept_at(token) * dim : nullptr,
-                   .is_there = t < rows[r].length,
+      const int64_t token = begins[r].start + t;
+      places[r] = {.x = begins[r].x + t * x_step,
+                   .h = begins[r].h + t * h_step,
+                   .kept = keeps ? begins[r].kept + slstm_kept_at(token) * dim : nullptr,
+                   .is_there = t < begins[r].length,
                    .is_first = token % 2 == 0,
-                   .has_next = products_first && after < rows[r].length};
+                   .has_next = products_first && after < begins[r].length};
     }
     if (operands == Operands::parts) multiply_parts();
     if (operands == Operands::halves) {
@@ -904,7 +988,7 @@ void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int6
                            .a = h_now + row * padded,
                            .a_row = padded,
                            .a_k = 1,
-                           .m = panels + group * weights.panel,
+                           .m = panels.data() + group * weights.panel,
                            .m_panel = weights.panel,
                            .depth = dim,
                            .add = false,
@@ -1205,10 +1289,9 @@ __attribute__((noinline)) void backward_tile_cells(const BackwardCells& all, int
 void backward_tile_cells(const BackwardCells&, int64_t, const CellParts&) {}  // there are no tiles
 #endif
 
-// Adds the block's share of db to `share`, and of dR to `tile_share`, (dim, 4 dim), where operands are packed, else to
-// `share` as well, which `begun` says to have some.
+// Adds the block's share of dR and db to `share`, of which dR has none yet unless `begun`.
 void backward_block(const SlstmBackward& params, const BackwardWeights& weights, int64_t head, int64_t first,
-                    int64_t count, float* share, bool& begun, float* tile_share) {
+                    int64_t count, float* share, bool& begun) {
   const SlstmProblem& p = params.p;
   const int64_t dim = p.dim, heads = p.heads, wide = 4 * dim, bytes = element_bytes(p.dtype);
   const bool is_float = p.dtype == DType::float32;
@@ -1227,38 +1310,52 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                 most_depth = tiles ? amx::turned_depth : 128;
   const int64_t slots = slot_rows < most_depth ? most_depth / slot_rows : 1, depth = slots * slot_rows;
   const int64_t dx_stride = wide + 16;  // spreads an output's floats over L1's sets
-  const Floats dx_slots(depth * dx_stride), h_slots(depth * padded), zeros(padded);
+  // Zeros where a slot has more rows than the block, and until a shorter row's last token.
+  const Floats dx_slots(depth * dx_stride, slot_rows > count || p.cu_seqlens != nullptr), zeros(padded);
+  const Floats h_slots(tiles && is_float ? 0 : depth * padded, !tiles);
   float* dx = dx_slots.data();
   const bool stream = streams(params.dx, p.batch * p.seq * heads * dim * 16, dim);
   const Floats converted(is_float ? 0 : (count + 1) * dim, false);  // dh of a token, and h of a row
 
-  const void** ahead = new const void*[count * (3 + ceil_div(8 * dim, int64_t{16}))];  // three pieces of memory
-  const auto dh_of = [&](const Row& row, int64_t t) {
-    const int64_t at = row.batch * params.dh_batch + (row.start + t) * params.dh_seq + head * params.dh_head;
-    return static_cast<const char*>(params.dh) + at * bytes;
+  // As in forward_tokens.
+  struct Begin {
+    const char *dh, *h;
+    char* dx;
+    const float* kept;
+    int64_t start, length;
   };
-  const auto dx_of = [&](const Row& row, int64_t t) {
-    return static_cast<char*>(params.dx) + ((row.batch * p.seq + row.start + t) * 4 * heads + head) * dim * bytes;
-  };
-  const auto h_before = [&](const Row& row, int64_t t) {
-    return static_cast<const char*>(params.h) + ((row.batch * p.seq + row.start + t - 1) * heads + head) * dim * bytes;
-  };
+  Begin begins[most_rows];
+  for (int64_t r = 0; r < count; ++r) {
+    const Row& row = rows[r];
+    const int64_t token = row.batch * p.seq + row.start;
+    const int64_t dh_at = row.batch * params.dh_batch + row.start * params.dh_seq + head * params.dh_head;
+    begins[r] = {.dh = static_cast<const char*>(params.dh) + dh_at * bytes,
+                 .h = static_cast<const char*>(params.h) + (token * heads + head) * dim * bytes,
+                 .dx = static_cast<char*>(params.dx) + (token * 4 * heads + head) * dim * bytes,
+                 .kept = kept_of(p, params.kept, row, head),
+                 .start = row.start,
+                 .length = row.length};
+  }
+  const int64_t dh_step = params.dh_seq * bytes, h_step = heads * dim * bytes;
+  const auto dh_of = [&](int64_t r, int64_t t) { return begins[r].dh + t * dh_step; };
+  const auto dx_of = [&](int64_t r, int64_t t) { return begins[r].dx + t * 4 * h_step; };
+  const auto h_before = [&](int64_t r, int64_t t) { return begins[r].h + (t - 1) * h_step; };
 
   const auto initial = [&](const float* from, int64_t r) {
     return from == nullptr ? zeros.data() : from + ((first + r) * heads + head) * dim;
   };
   CellPlaces places[most_rows];
   const auto place = [&](int64_t r, int64_t t) {
-    const Row& row = rows[r];
-    const int64_t token = row.start + t;
-    const float* kept = kept_of(p, params.kept, row, head);
-    const float* pair = kept + slstm_kept_pair(token) * dim;
-    const float* given = is_float ? reinterpret_cast<const float*>(dh_of(row, t)) : converted.data() + r * dim;
-    places[r] = {.kept = kept + slstm_kept_at(token) * dim,
+    const int64_t token = begins[r].start + t;
+    const float* const pair = begins[r].kept + slstm_kept_pair(token) * dim;
+    const float* given = nullptr;
+    if (params.dh != nullptr)
+      given = is_float ? reinterpret_cast<const float*>(dh_of(r, t)) : converted.data() + r * dim;
+    places[r] = {.kept = pair + (2 + token % 2 * kept_c) * dim,
                  .c = t > 0 ? pair : initial(p.c0, r),
                  .n = t > 0 ? pair + dim : initial(p.n0, r),
-                 .dh = params.dh == nullptr ? nullptr : given,
-                 .dx = is_float ? reinterpret_cast<float*>(dx_of(row, t)) : nullptr,
+                 .dh = given,
+                 .dx = is_float ? reinterpret_cast<float*>(dx_of(r, t)) : nullptr,
                  .second = token % 2 != 0 && t > 0};
   };
   // excess -= or += dc c + dn n, of the last or the initial state
@@ -1284,13 +1381,12 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   const float* h_rows[amx::turned_depth];
   for (const float*& row : h_rows) row = zeros.data();
   const auto take_h = [&](int64_t k, int64_t t, int64_t r) {
-    const Row& row = rows[r];
-    if (t >= row.length) std::memset(dx + r * dx_stride, 0, wide * sizeof(float));
+    const int64_t length = begins[r].length;
     const float* h = nullptr;
-    if (t == 0 && row.length > 0 && p.h0 != nullptr) {
+    if (t == 0 && length > 0 && p.h0 != nullptr) {
       h = p.h0 + ((first + r) * heads + head) * dim;
-    } else if (t > 0 && t < row.length) {
-      h = reinterpret_cast<const float*>(h_before(row, t));
+    } else if (t > 0 && t < length) {
+      h = reinterpret_cast<const float*>(h_before(r, t));
       if (!is_float) {
         float* const to = tiles ? h_slots.data() + k * padded : converted.data() + count * dim;
         pack(to, h, p.dtype, dim, 1, dim, 1);
@@ -1313,31 +1409,48 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   // dx of row r's token t, back to its slot.
   const auto take_dx = [&](int64_t k, int64_t t, int64_t r) {
     float* const to = dx_slots.data() + k * dx_stride;
-    const float* const from = reinterpret_cast<const float*>(dx_of(rows[r], t));
+    const float* const from = reinterpret_cast<const float*>(dx_of(r, t));
     for (int64_t gate = 0; gate < 4; ++gate) {
       for (int64_t unit = 0; unit < dim; unit += vector_lanes) {
         std::memcpy(to + order(gate, unit), from + gate * heads * dim + unit, vector_lanes * sizeof(float));
       }
     }
   };
-  // What the token before token t needs of dh and h, and half of what is kept of two tokens before that: in `ahead`.
+  // What the token before token t needs of dh and h, and half of what is kept of two tokens before that. Where rows are
+  // as long as one another, lines move by the same steps from token to token.
+  const int64_t half_kept = (1 + kept_c) * dim * 4;
+  const int64_t pieces[3] = {params.dh == nullptr ? 0 : ceil_div(dim * bytes, int64_t{64}),
+                             ceil_div(dim * bytes, int64_t{64}), ceil_div(half_kept, int64_t{64})};
+  const char** const ahead = new const char*[count * (pieces[0] + pieces[1] + pieces[2])];
   int64_t fetched = -1;  // this token's and the one's before it
-  const auto lines_of = [&](int64_t t) {
-    int64_t lines = 0;
-    const auto fetch = [&](const void* from, int64_t bytes) {
-      const int64_t more = ceil_div(bytes, int64_t{64});
-      for (int64_t x = 0; x < more; ++x) ahead[lines + x] = static_cast<const char*>(from) + 64 * x;
-      lines += more;
-    };
-    for (int64_t r = 0; r < count; ++r) {
-      if (t == 0 || t > rows[r].length) continue;
-      if (params.dh != nullptr) fetch(dh_of(rows[r], t - 1), dim * bytes);
-      if (t > 1) fetch(h_before(rows[r], t - 1), dim * bytes);
-      const int64_t token = rows[r].start + t, half = (1 + kept_c) * dim;
-      if (t > 1)
-        fetch(kept_of(p, params.kept, rows[r], head) + slstm_kept_pair(token - 2) * dim + token % 2 * half, 4 * half);
+  int64_t listed = -1;   // the token of which `ahead` has the lines
+  const auto list = [&](int64_t t) {
+    const char** to = ahead;
+    for (int piece = 0; piece < (t > 1 ? 3 : 1); ++piece) {
+      for (int64_t r = 0; r < count; ++r) {
+        if (t > begins[r].length) continue;
+        const char* const from =
+            piece == 0   ? dh_of(r, t - 1)
+            : piece == 1 ? h_before(r, t - 1)
+                         : reinterpret_cast<const char*>(begins[r].kept) + (begins[r].start + t - 2) * half_kept;
+        for (int64_t x = 0; x < pieces[piece]; ++x) *to++ = from + 64 * x;
+      }
     }
-    return Lines{ahead, lines};
+    return to - ahead;
+  };
+  const auto move = [&](const char** from, int64_t lines, int64_t step) {
+    for (int64_t x = 0; x < lines; ++x) from[x] -= step;
+  };
+  const auto lines_of = [&](int64_t t) {
+    if (t == 0) return Lines{};
+    const bool moves = p.cu_seqlens == nullptr && listed == t + 1 && t > 1;
+    listed = t;
+    if (!moves) return Lines{ahead, list(t)};
+    const int64_t of_dh = count * pieces[0], of_h = count * pieces[1], of_kept = count * pieces[2];
+    move(ahead, of_dh, dh_step);
+    move(ahead + of_dh, of_h, h_step);
+    move(ahead + of_dh + of_h, of_kept, half_kept);
+    return Lines{ahead, of_dh + of_h + of_kept};
   };
   // Tokens' share of dR on tiles, transposed: h is smaller to transpose than dx.
   const auto add_on_tiles = [&](int64_t filled, Lines lines) {
@@ -1346,7 +1459,9 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     const bool exact = amx::is_exact(h_range, seen);
     seen = {};
     if (exact) {
-      amx::add_turned_floats(tile_share, wide, h_parts.at(0), depth, left_parts.parts.at(0), dim, wide, filled, lines);
+      amx::multiply_turned_floats(share, wide, begun, h_parts.at(0), depth, left_parts.parts.at(0), dim, wide, filled,
+                                  lines);
+      begun = true;
     }
     return exact;
   };
@@ -1357,7 +1472,8 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
       amx::pack_left(to, h_slots.data() + unit * depth, columns, true, columns, filled, 1, nullptr);
     }
     amx::pack_right(right_halves.at(0), dx_slots.data(), dx_stride, false, filled, wide, nullptr);
-    multiply_halves(tile_share, true, h_parts.at(0), right_halves.at(0), dim, wide, filled);
+    multiply_halves(share, begun, h_parts.at(0), right_halves.at(0), dim, wide, filled);
+    begun = true;
   };
   // h as products in float32 read it: its rows are dx's.
   const auto order_h = [&](float* to) {
@@ -1392,10 +1508,10 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
         if (t + last - slot < rows[r].length) take_dx(slot * slot_rows + r, t + last - slot, r);
       }
     }
-    const Floats ordered(tiles ? depth * padded : 0, false);
+    const Floats ordered(tiles ? depth * padded : 0, false), outside(tiles ? wide * padded : 0, false);
     if (tiles) order_h(ordered.data());
     product(wide, dim,
-            {.out = share,
+            {.out = tiles ? outside.data() : share,
              .out_stride = padded,
              .a = dx_slots.data(),
              .a_row = 1,
@@ -1403,17 +1519,24 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
              .m = tiles ? ordered.data() : h_slots.data(),
              .m_panel = depth * panel_columns,
              .depth = filled,
-             .add = begun});
+             .add = begun && !tiles});
+    for (int64_t x = 0; tiles && x < wide * dim; ++x) {
+      const float sum = outside.data()[x % wide * padded + x / wide];
+      share[x] = begun ? share[x] + sum : sum;
+    }
     begun = true;
   };
 
+  HeadFloats panels(weights, head);
   const TilesInUse in_use(operands);
-  for (int64_t r = 0; r < count; ++r) change_excess(r, true);
+  // Without these gradients nothing changes, and of a row c and n after its last token need not be made.
+  const bool of_last = params.dc_last != nullptr || params.dn_last != nullptr;
+  for (int64_t r = 0; of_last && r < count; ++r) change_excess(r, true);
   for (int64_t t = rows.longest - 1, slot = 0; t >= 0; --t, ++slot) {
     if (slot == slots) slot = 0;
     dx = dx_slots.data() + slot * slot_rows * dx_stride;
     for (int64_t r = 0; !is_float && params.dh != nullptr && r < count; ++r) {
-      if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(rows[r], t), p.dtype, dim, 1, dim, 1);
+      if (t < rows[r].length) pack(converted.data() + r * dim, dh_of(r, t), p.dtype, dim, 1, dim, 1);
     }
     for (int64_t r = 0; r < count; ++r) place(r, t);
     const BackwardCells cells{.places = places,
@@ -1435,7 +1558,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
     };
     const auto unpack_dx = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; !is_float && r < end; ++r) {
-        if (t < rows[r].length) unpack(dx_of(rows[r], t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
+        if (t < rows[r].length) unpack(dx_of(r, t), p.dtype, heads * dim, dx + r * dx_stride, nullptr, 4, dim);
       }
     };
     if (!tiles) {
@@ -1476,7 +1599,7 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
                .a = dx + begin * dx_stride,
                .a_row = dx_stride,
                .a_k = 1,
-               .m = weights.of(head),
+               .m = panels.data(),
                .m_panel = wide * panel_columns,
                .depth = wide,
                .add = false,
@@ -1520,31 +1643,42 @@ void backward_block(const SlstmBackward& params, const BackwardWeights& weights,
   excess.store(params.dm0);
 }
 
-// A group's share of dR and db: (4 dim, padded) floats and 4 dim.
+// A group's share of dR and db: (4 dim, padded) floats, where operands are packed (dim, 4 dim), and 4 dim.
 int64_t share_floats(int64_t dim) { return 4 * dim * padded_dim(dim) + 4 * dim; }
 
 // dR and db of outputs [begin, end) of a gate and head, which lie side by side: the sums of the groups' shares, which
 // are made in the first.
-void sum_shares(const SlstmBackward& params, const GateOrder& order, float* shares, int64_t groups, int64_t gate,
-                int64_t head, int64_t begin, int64_t end) {
+void sum_shares(const SlstmBackward& params, const GateOrder& order, bool packed, float* shares, int64_t groups,
+                int64_t gate, int64_t head, int64_t begin, int64_t end) {
   const SlstmProblem& p = params.p;
-  const int64_t dim = p.dim, padded = padded_dim(dim), item = gate * p.heads + head;
-  const int64_t row = order(gate, begin), bias = 4 * dim * padded + row, count = end - begin;
-  float* const sum = shares + head * groups * share_floats(dim);
+  const int64_t dim = p.dim, padded = padded_dim(dim), wide = 4 * dim, item = gate * p.heads + head;
+  const int64_t place = order(gate, begin), bias = wide * padded + place, count = end - begin;
+  const int64_t lines = packed ? dim : count, line = packed ? wide : padded, size = packed ? count : dim;
+  float* const sum = shares + head * groups * share_floats(dim) + (packed ? place : place * padded);
+  float* const bias_sum = shares + head * groups * share_floats(dim) + bias;
   for (int64_t group = 1; group < groups; ++group) {
-    const float* const share = sum + group * share_floats(dim);
-    for (int64_t x = row * padded; x < (row + count) * padded; ++x) sum[x] += share[x];
-    for (int64_t x = bias; x < bias + count; ++x) sum[x] += share[x];
+    const int64_t share = group * share_floats(dim);
+    for (int64_t x = 0; x < lines; ++x) {
+      for (int64_t y = 0; y < size; ++y) sum[x * line + y] += sum[share + x * line + y];
+    }
+    for (int64_t x = 0; x < count; ++x) bias_sum[x] += bias_sum[share + x];
   }
-  const bool in_one = padded == dim;
-  const int64_t pieces = in_one ? 1 : count, size = in_one ? count * dim : dim;
-  for (int64_t x = 0; x < pieces; ++x) {
-    unpack(
-        static_cast<char*>(params.dweights) + ((item * dim + begin) * dim + x * size) * element_bytes(p.weight_dtype),
-        p.weight_dtype, size, sum + (row + x) * padded, nullptr, 1, size);
-  }
+  with_dtype(p.weight_dtype, [&](auto type) {
+    using Type = decltype(type);
+    auto* const to = static_cast<typename Type::Bits*>(params.dweights) + (item * dim + begin) * dim;
+    for (int64_t out = 0; out < count; out += vector_lanes) {
+      const int64_t outs = count - out < vector_lanes ? count - out : vector_lanes;
+      for (int64_t in = 0; in < dim; in += vector_lanes) {
+        const int64_t ins = dim - in < vector_lanes ? dim - in : vector_lanes;
+        const int64_t of_out = packed ? 1 : padded, of_in = packed ? wide : 1;
+        Vector tile[vector_lanes];
+        load_tile<Float32>(tile, sum + out * of_out + in * of_in, of_out, of_in, outs, ins);
+        for (int64_t x = 0; x < outs; ++x) store_lanes<Type>(to + (out + x) * dim + in, tile[x], ins);
+      }
+    }
+  });
   unpack(static_cast<char*>(params.dbias) + (item * dim + begin) * element_bytes(p.bias_dtype), p.bias_dtype, count,
-         sum + bias, nullptr, 1, count);
+         bias_sum, nullptr, 1, count);
 }
 
 }  // namespace
@@ -1593,23 +1727,13 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
       float* share = shares.data() + (head * groups + group) * share_floats(dim);
       bool begun = false;
       const int64_t padded = padded_dim(dim), wide = 4 * dim;
-      const bool is_packed = weights.operands != Operands::floats;
-      const Floats tile_share(is_packed ? padded * wide : 0);
       std::memset(share + wide * padded, 0, wide * sizeof(float));
       for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
         const int64_t first = block * each, left = rows - first;
         if (left <= 0) continue;
-        backward_block(p, weights, head, first, left < each ? left : each, share, begun, tile_share.data());
+        backward_block(p, weights, head, first, left < each ? left : each, share, begun);
       }
-      if (!begun && is_packed) {
-        transpose(share, padded, tile_share.data(), wide, padded, wide);
-      } else if (!begun) {
-        std::memset(share, 0, wide * padded * sizeof(float));
-      } else if (is_packed) {
-        const Floats turned(wide * padded, false);
-        transpose(turned.data(), padded, tile_share.data(), wide, padded, wide);
-        for (int64_t x = 0; x < wide * padded; ++x) share[x] += turned.data()[x];
-      }
+      if (!begun) std::memset(share, 0, wide * padded * sizeof(float));
     }
   });
   const int64_t at_once = all_weights.order.in_cells ? vector_lanes : 32;  // outputs
@@ -1618,8 +1742,8 @@ CPU_KERNEL(slstm_backward, SlstmBackward) {
            [&](int64_t begin, int64_t end) {
              for (int64_t task = begin; task < end; ++task) {
                const int64_t item = task / pieces, first = task % pieces * at_once;
-               sum_shares(p, all_weights.order, shares.data(), groups, item / heads, item % heads, first,
-                          dim - first < at_once ? dim : first + at_once);
+               sum_shares(p, all_weights.order, all_weights.operands != Operands::floats, shares.data(), groups,
+                          item / heads, item % heads, first, dim - first < at_once ? dim : first + at_once);
              }
            });
 }

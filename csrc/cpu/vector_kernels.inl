@@ -109,6 +109,10 @@ IN_LOOPS float hyperbolic_tangent(float x) {
 // Calls f(begin, end) for parts of [0, count) of at least `grain`, on torch's threads.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain) {
+    if (count > 0) f(0, count);
+    return;
+  }
   parallel_for(
       0, count, grain, [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); }, &f);
 }

@@ -10,7 +10,7 @@ struct CheckedProblem {
   std::vector<Tensor> held;
 
   const void* hold(const Tensor& t) {
-    held.push_back(torch::stable::contiguous(t));
+    held.push_back(as_contiguous(t));
     return held.back().data_ptr();
   }
 };
@@ -103,7 +103,7 @@ Tensors<4> causal_conv1d_backward(OptTensor dy, OptTensor dlast, Tensor x, Tenso
     check_shape("dy", *dy, {p.batch, p.seq, p.channels}, "(batch, seq, channels)");
     check_dtype("dy", *dy, x.scalar_type(), ", as x");
     check_device("dy", *dy, x, "x");
-    if (p.channels > 1 && dy->stride(2) != 1) dy = torch::stable::contiguous(*dy);
+    if (p.channels > 1 && dy->stride(2) != 1) dy = as_contiguous(*dy);
     params.dy = dy->data_ptr();
     params.dy_batch = dy->stride(0), params.dy_seq = dy->stride(1);
   }
@@ -140,8 +140,8 @@ Tensor causal_conv1d_step(Tensor x, Tensor weight, OptTensor bias, Tensor state,
   params.kernel = weight.size(1);
   check_state("state", state, x, params.batch, params.kernel, params.channels);
   check_contiguous("state", state);
-  weight = torch::stable::contiguous(weight);
-  if (bias) bias = torch::stable::contiguous(*bias);
+  weight = as_contiguous(weight);
+  if (bias) bias = as_contiguous(*bias);
   Tensor y = new_empty(x, {params.batch, params.channels}, x.scalar_type());
   params.dtype = to_dtype(x.scalar_type());
   params.weight_dtype = to_dtype(weight.scalar_type());

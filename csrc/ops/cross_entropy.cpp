@@ -62,7 +62,7 @@ Tensor cross_entropy_rows(Tensor logits, Tensor labels, OptTensor scale, OptTens
     check_shape("scale", *scale, {rows}, "(rows,)");
     check_dtype("scale", *scale, ScalarType::Float);
     check_device("scale", *scale, logits, "logits");
-    *scale = torch::stable::contiguous(*scale);
+    *scale = as_contiguous(*scale);
   }
   CrossEntropy p{};
   p.rows = rows;
@@ -80,7 +80,7 @@ Tensor cross_entropy_rows(Tensor logits, Tensor labels, OptTensor scale, OptTens
   p.label_smoothing = check_label_smoothing(label_smoothing);
   p.z_loss = check_z_loss(z_loss);
   p.ignore_index = ignore_index;
-  labels = torch::stable::contiguous(labels);
+  labels = as_contiguous(labels);
   p.labels_are_int32 = label_type == ScalarType::Int;
   p.labels = labels.data_ptr();
   p.logits = static_cast<const float*>(logits.data_ptr());
@@ -98,7 +98,7 @@ Tensor scaled(Tensor x, Tensor factor, Tensor like) {
   check_dtype("factor", factor, ScalarType::Float);
   if (factor.numel() != 1) value_error("factor has ", factor.numel(), " elements; it must have 1");
   check_device("factor", factor, x, "x");
-  x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   Tensor out = new_empty(x, sizes_of(x), like.scalar_type());
   const Scaling params{.x_dtype = to_dtype(x.scalar_type()),
                        .out_dtype = to_dtype(like.scalar_type()),

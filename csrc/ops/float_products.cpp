@@ -9,7 +9,7 @@ namespace {
 // Copies t if neither its rows nor its columns are contiguous.
 FloatProducts::Matrix matrix(Tensor& t) {
   const bool transposed = t.stride(1) != 1 && t.stride(0) == 1;
-  if (!transposed && t.stride(1) != 1) t = torch::stable::contiguous(t);
+  if (!transposed && t.stride(1) != 1) t = as_contiguous(t);
   return {static_cast<const float*>(t.data_ptr()), t.stride(transposed ? 1 : 0), transposed};
 }
 

@@ -58,7 +58,7 @@ void check_cuda_limits(const Tensor& x, const char* name, const Tensor& weight) 
 Tensor aligned_rows(const Tensor& x) {
   Tensor t = with_uniform_rows(x);
   const int64_t in = t.size(t.dim() - 1);
-  if (t.numel() > in && row_stride(t) < in) t = torch::stable::contiguous(t);
+  if (t.numel() > in && row_stride(t) < in) t = as_contiguous(t);
   return aligned(t) && row_stride(t) * element_bytes(linear_cuda_dtype) % linear_alignment == 0
              ? t
              : torch::stable::clone(t);
@@ -72,8 +72,8 @@ void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {
 Tensor linear_rows(Tensor x, Tensor weight, OptTensor bias, [[maybe_unused]] bool constant_weights) {
   const auto [rows, in] = check_x(x);
   check_weight("weight", weight, "bias", bias, x, in);
-  weight = torch::stable::contiguous(weight);
-  if (bias) bias = torch::stable::contiguous(*bias);
+  weight = as_contiguous(weight);
+  if (bias) bias = as_contiguous(*bias);
   Tensor y = output_of(x, weight);
   const int64_t out = weight.size(0);
   if (rows == 0 || out == 0) return y;
@@ -167,8 +167,8 @@ std::vector<Tensor> fused_linear_rows(Tensor x, std::vector<Tensor> weights, std
   int64_t columns = 0;
   for (int64_t part = 0; part < count; ++part) {
     check_cuda_limits(x, name("weights", part).c_str(), weights[part]);
-    weights[part] = torch::stable::contiguous(weights[part]);
-    if (biases[part]) biases[part] = torch::stable::contiguous(*biases[part]);
+    weights[part] = as_contiguous(weights[part]);
+    if (biases[part]) biases[part] = as_contiguous(*biases[part]);
     p.part[part] = {.weight = weights[part].data_ptr(),
                     .bias = biases[part] ? biases[part]->data_ptr() : nullptr,
                     .y = outputs[swiglu ? 0 : part].data_ptr(),

@@ -41,7 +41,7 @@ struct CheckedProblem {
 };
 
 const float* hold_float32(CheckedProblem& checked, const Tensor& t) {
-  Tensor dense = torch::stable::contiguous(t);
+  Tensor dense = as_contiguous(t);
   checked.held.push_back(dense);
   return static_cast<const float*>(dense.data_ptr());
 }
@@ -154,7 +154,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 
 // Copies the input `t`, for kernels that cannot read it as it lies, and makes `to` describe the copy.
 [[maybe_unused]] void copy_input(CheckedProblem& checked, Strided& to, const Tensor& t) {
-  Tensor copy = torch::stable::contiguous(t);
+  Tensor copy = as_contiguous(t);
   if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // t is contiguous, but not aligned
   to = strided(copy);
   checked.held.push_back(std::move(copy));
@@ -334,7 +334,7 @@ Tensors<8> backward(const char* op, OptTensor dh, const OptTensor& dc_last, cons
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dv}, "(batch, seq, heads, dv)");
     check_dtype("dh", *dh, q.scalar_type(), ", as q");
     check_device("dh", *dh, q);
-    if (p.dv > 1 && dh->stride(3) != 1) dh = torch::stable::contiguous(*dh);
+    if (p.dv > 1 && dh->stride(3) != 1) dh = as_contiguous(*dh);
     params.dh = strided(*dh);
   }
   if (dc_last) {

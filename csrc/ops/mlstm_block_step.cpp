@@ -152,7 +152,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
                         std::optional<double> gate_soft_cap, [[maybe_unused]] bool constant_weights) {
   if (x.dim() < 1 || x.size(x.dim() - 1) < 1) value_error("x has shape ", shape_text(x), "; it must be (..., size)");
   check_op_dtype("x", x.scalar_type());
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   if (down.dim() != 2) value_error("down has shape ", shape_text(down), "; it must be (out, in)");
   if (c.dim() != 4) value_error("state c has shape ", shape_text(c), "; it must be (slots, heads, dqk, dv)");
 #ifdef FLASH_XLSTM_WITH_CUDA

@@ -57,7 +57,7 @@ Tensors<4> mlstm_gated_backward(Tensor dy, Tensor z, Tensor i, Tensor f, Tensor 
                                 Tensor kept, int64_t heads, int64_t qk_dim, std::optional<double> scale, double eps,
                                 std::optional<double> gate_soft_cap, int64_t chunk_size, double norm_eps,
                                 bool weight_gradient, bool gates_beside) {
-  z = torch::stable::contiguous(z);  // dz has its layout
+  z = as_contiguous(z);  // dz has its layout
   const Parts parts = parts_of(z, heads, qk_dim);
   check_shape("h", h, sizes_of(parts.v), "(batch, seq, heads, dv)");
   check_dtype("h", h, z.scalar_type(), ", as z");

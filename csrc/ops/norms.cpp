@@ -67,9 +67,9 @@ GatedHeadNorm check_gated_head_norm(const Tensor& h, const Tensor& gate, const T
 }
 
 void set_inputs(GatedHeadNorm& p, Tensor& h, Tensor& gate, Tensor& weight) {
-  h = torch::stable::contiguous(h);
+  h = as_contiguous(h);
   gate = with_uniform_rows(gate);
-  weight = torch::stable::contiguous(weight);
+  weight = as_contiguous(weight);
   p.h = h.data_ptr();
   p.gate = gate.data_ptr();
   p.gate_stride = row_stride(gate);
@@ -80,8 +80,8 @@ Tensor like(const Tensor& t) { return new_empty(t, sizes_of(t), t.scalar_type())
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   RmsNorm p = check_rms_norm(x, weight, eps);
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
+  x = as_contiguous(x);
+  weight = as_contiguous(weight);
   Tensor y = like(x);
   p.x = x.data_ptr();
   p.weight = weight.data_ptr();
@@ -95,9 +95,9 @@ Tensors<2> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
   check_shape("residual", residual, sizes_of(x), "the shape of x");
   check_dtype("residual", residual, x.scalar_type(), ", as x");
   check_device("residual", residual, x, "x");
-  x = torch::stable::contiguous(x);
-  residual = torch::stable::contiguous(residual);
-  weight = torch::stable::contiguous(weight);
+  x = as_contiguous(x);
+  residual = as_contiguous(residual);
+  weight = as_contiguous(weight);
   Tensor y = like(x), sum = like(x);
   p.x = x.data_ptr();
   p.residual = residual.data_ptr();
@@ -118,15 +118,15 @@ Tensors<3> rms_norm_backward(Tensor dy, OptTensor dsum, Tensor x, Tensor weight,
     check_shape(name, t, sizes_of(x), "the shape of x");
     check_dtype(name, t, x.scalar_type(), ", as x");
     check_device(name, t, x, "x");
-    t = torch::stable::contiguous(t);
+    t = as_contiguous(t);
   };
   check("dy", dy);
   if (dsum) {
     check("dsum", *dsum);
     p.dsum = dsum->data_ptr();
   }
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
+  x = as_contiguous(x);
+  weight = as_contiguous(weight);
   Tensor dx = like(x);
   Tensor dweight = new_empty(weight, {weight_gradient ? p.dim : 0}, weight.scalar_type());
   p.dy = dy.data_ptr();
@@ -172,7 +172,7 @@ Tensors<3> gated_head_norm_backward(Tensor dy, Tensor h, Tensor gate, Tensor wei
     return {dh, dgate, dweight};
   }
   set_inputs(b.p, h, gate, weight);
-  dy = torch::stable::contiguous(dy);
+  dy = as_contiguous(dy);
   b.dy = dy.data_ptr();
   b.dh = dh.data_ptr();
   b.dgate = dgate.data_ptr();

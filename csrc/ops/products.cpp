@@ -40,7 +40,7 @@ void check_beside(const char* name, const Tensor& t, Sizes sizes, const char* wa
 
 // Contiguous, and aligned as tensor maps need it.
 Tensor mappable(const Tensor& t) {
-  Tensor whole = torch::stable::contiguous(t);
+  Tensor whole = as_contiguous(t);
   return reinterpret_cast<uintptr_t>(whole.data_ptr()) % linear_alignment == 0 ? whole : torch::stable::clone(whole);
 }
 

@@ -16,7 +16,7 @@ struct CheckedProblem {
   std::vector<Tensor> held;
 
   const void* hold(const Tensor& t) {
-    held.push_back(torch::stable::contiguous(t));
+    held.push_back(as_contiguous(t));
     return held.back().data_ptr();
   }
   const float* hold_state(const char* name, const Tensor& t, const Tensor& first, const char* first_name) {
@@ -133,7 +133,7 @@ Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, Op
     check_shape("dh", *dh, {p.batch, p.seq, p.heads, p.dim}, "(batch, seq, heads, dim)");
     check_dtype("dh", *dh, h.scalar_type(), ", as h");
     check_device("dh", *dh, h, "h");
-    if (p.dim > 1 && dh->stride(3) != 1) dh = torch::stable::contiguous(*dh);
+    if (p.dim > 1 && dh->stride(3) != 1) dh = as_contiguous(*dh);
     params.dh = dh->data_ptr();
     params.dh_batch = dh->stride(0), params.dh_seq = dh->stride(1), params.dh_head = dh->stride(2);
   }
@@ -183,8 +183,8 @@ Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Te
     check_device(name, *t, x, "x");
     check_contiguous(name, *t);
   }
-  R = torch::stable::contiguous(R);
-  b = torch::stable::contiguous(b);
+  R = as_contiguous(R);
+  b = as_contiguous(b);
   Tensor out = new_empty(x, {params.batch, params.heads, params.dim}, x.scalar_type());
   params.dtype = to_dtype(x.scalar_type());
   params.weight_dtype = to_dtype(R.scalar_type());

@@ -29,7 +29,7 @@ void run_soft_cap(const Tensor& x, const Tensor* dy, const Tensor& out, double c
 Tensor soft_cap(Tensor x, double cap) {
   check_op_dtype("x", x.scalar_type());
   check_cap(cap);
-  x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   Tensor y = new_empty(x, sizes_of(x), x.scalar_type());
   run_soft_cap(x, nullptr, y, cap);
   return y;
@@ -41,8 +41,8 @@ Tensor soft_cap_backward(Tensor dy, Tensor x, double cap) {
   check_shape("dy", dy, sizes_of(x), "the shape of x");
   check_device("dy", dy, x, "x");
   check_cap(cap);
-  x = torch::stable::contiguous(x);
-  dy = torch::stable::contiguous(dy);
+  x = as_contiguous(x);
+  dy = as_contiguous(dy);
   Tensor dx = new_empty(x, sizes_of(x), x.scalar_type());
   run_soft_cap(x, &dy, dx, cap);
   return dx;

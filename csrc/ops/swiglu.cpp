@@ -13,7 +13,7 @@ void check_inputs(const Tensor& x, const Tensor& y) {
   check_device("y", y, x, "x");
 }
 
-Tensor rows_of(const Tensor& t) { return t.dim() == 0 ? torch::stable::contiguous(t) : with_uniform_rows(t); }
+Tensor rows_of(const Tensor& t) { return t.dim() == 0 ? as_contiguous(t) : with_uniform_rows(t); }
 
 Swiglu problem(const Tensor& x, const Tensor& y) {
   Swiglu p{};
@@ -45,7 +45,7 @@ Tensors<2> swiglu_backward(Tensor dout, Tensor x, Tensor y) {
   check_device("dout", dout, x, "x");
   x = rows_of(x);
   y = rows_of(y);
-  dout = torch::stable::contiguous(dout);
+  dout = as_contiguous(dout);
   Swiglu p = problem(x, y);
   Tensor dx = new_empty(x, sizes_of(x), x.scalar_type()), dy = new_empty(x, sizes_of(x), x.scalar_type());
   p.dout = dout.data_ptr();
@@ -99,7 +99,7 @@ Tensors<2> swiglu_joined_backward(Tensor dout, Tensor z, bool remake) {
   check_dtype("dout", dout, z.scalar_type(), ", as x");
   check_device("dout", dout, z, "x");
   z = rows_of(z);
-  dout = torch::stable::contiguous(dout);
+  dout = as_contiguous(dout);
   Swiglu p = joined_problem(z);
   Tensor dz = new_empty(z, sizes_of(z), z.scalar_type());
   if (!remake) sizes.assign(sizes.size(), 0);
