@@ -84,8 +84,10 @@ std::vector<int64_t> kept_shape(const SlstmProblem& p, bool cpu, bool keep) {
   return {batch, p.seq, p.heads, slstm_kept, p.dim};
 }
 
-Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
-                 OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
+// `last`: nullptr, or where h, c, n and m after the last token go.
+Tensors<2> forward(const Tensor& x, const Tensor& R, const Tensor& b, const OptTensor& h0, const OptTensor& c0,
+                   const OptTensor& n0, const OptTensor& m0, const OptTensor& cu_seqlens, double recurrent_grad_clip,
+                   bool keep, Tensor* last) {
   CheckedProblem checked{};
   SlstmProblem& p = checked.p;
   check_shape("x", x, {-1, -1, 4, -1, -1}, "(batch, seq, 4, heads, dim)");
@@ -95,9 +97,6 @@ Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTe
 
   Tensor h = new_empty(x, {p.batch, p.seq, p.heads, p.dim}, x.scalar_type());
   Tensor kept = reused_empty(x, kept_shape(p, x.is_cpu(), keep), ScalarType::Float);
-  const std::vector<int64_t> state_shape{return_final_state ? p.rows : 0, p.heads, p.dim};
-  Tensor last[4];
-  for (Tensor& t : last) t = new_empty(x, state_shape, ScalarType::Float);
 
   SlstmForward params{};
   params.p = p;
@@ -105,19 +104,38 @@ Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTe
   params.x_batch = x.stride(0), params.x_seq = x.stride(1), params.x_gate = x.stride(2), params.x_head = x.stride(3);
   params.h = h.data_ptr();
   if (keep) params.kept = float_data(kept);
-  if (return_final_state) {
+  if (last != nullptr) {
+    for (int part = 0; part < 4; ++part) last[part] = new_empty(x, {p.rows, p.heads, p.dim}, ScalarType::Float);
     params.h_last = float_data(last[0]), params.c_last = float_data(last[1]);
     params.n_last = float_data(last[2]), params.m_last = float_data(last[3]);
   }
   if (p.batch > 0 && p.heads > 0) {
     run<cpu::slstm_forward, cuda::slstm_forward, cuda::slstm_forward_workspace_bytes>("slstm", x, params);
   }
+  return {h, kept};
+}
+
+Tensors<6> slstm(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                 OptTensor cu_seqlens, double recurrent_grad_clip, bool keep, bool return_final_state) {
+  Tensor last[4];
+  auto [h, kept] =
+      forward(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state ? last : nullptr);
+  for (Tensor& t : last) {
+    if (!return_final_state) t = new_empty(x, {0, x.size(3), x.size(4)}, ScalarType::Float);
+  }
   return {h, kept, last[0], last[1], last[2], last[3]};
 }
 
-Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last,
-                          Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
-                          OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip) {
+Tensors<2> slstm_forward(Tensor x, Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                         OptTensor cu_seqlens, double recurrent_grad_clip, bool keep) {
+  return forward(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, nullptr);
+}
+
+// `initial`: nullptr, or where the gradients of h0, c0, n0 and m0 go.
+Tensors<3> backward(OptTensor dh, const OptTensor& dh_last, const OptTensor& dc_last, const OptTensor& dn_last,
+                    const OptTensor& dm_last, const Tensor& R, const Tensor& b, const OptTensor& h0,
+                    const OptTensor& c0, const OptTensor& n0, const OptTensor& m0, const OptTensor& cu_seqlens,
+                    const Tensor& h, const Tensor& kept, double recurrent_grad_clip, Tensor* initial) {
   CheckedProblem checked{};
   SlstmProblem& p = checked.p;
   check_shape("h", h, {-1, -1, -1, -1}, "(batch, seq, heads, dim)");
@@ -148,14 +166,12 @@ Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, Op
   Tensor dx = reused_empty(h, {p.batch, p.seq, 4, p.heads, p.dim}, h.scalar_type());
   Tensor dR = new_empty(h, {4, p.heads, p.dim, p.dim}, R.scalar_type());
   Tensor db = new_empty(h, {4, p.heads, p.dim}, b.scalar_type());
-  const std::vector<int64_t> state_shape{h0 ? p.rows : 0, p.heads, p.dim};
-  Tensor initial[4];
-  for (Tensor& t : initial) t = new_empty(h, state_shape, ScalarType::Float);
   params.p = p;
   params.dx = dx.data_ptr();
   params.dweights = dR.data_ptr();
   params.dbias = db.data_ptr();
   if (h0) {
+    for (int part = 0; part < 4; ++part) initial[part] = new_empty(h, {p.rows, p.heads, p.dim}, ScalarType::Float);
     params.dh0 = float_data(initial[0]), params.dc0 = float_data(initial[1]);
     params.dn0 = float_data(initial[2]), params.dm0 = float_data(initial[3]);
   }
@@ -166,7 +182,26 @@ Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, Op
   if (p.batch > 0 && p.heads > 0) {
     run<cpu::slstm_backward, cuda::slstm_backward, cuda::slstm_backward_workspace_bytes>("slstm_backward", h, params);
   }
+  return {dx, dR, db};
+}
+
+Tensors<7> slstm_backward(OptTensor dh, OptTensor dh_last, OptTensor dc_last, OptTensor dn_last, OptTensor dm_last,
+                          Tensor R, Tensor b, OptTensor h0, OptTensor c0, OptTensor n0, OptTensor m0,
+                          OptTensor cu_seqlens, Tensor h, Tensor kept, double recurrent_grad_clip) {
+  Tensor initial[4];
+  auto [dx, dR, db] = backward(dh, dh_last, dc_last, dn_last, dm_last, R, b, h0, c0, n0, m0, cu_seqlens, h, kept,
+                               recurrent_grad_clip, initial);
+  for (Tensor& t : initial) {
+    if (!h0) t = new_empty(h, {0, h.size(2), h.size(3)}, ScalarType::Float);
+  }
   return {dx, dR, db, initial[0], initial[1], initial[2], initial[3]};
+}
+
+Tensors<3> slstm_fresh_backward(Tensor dh, Tensor R, Tensor b, OptTensor cu_seqlens, Tensor h, Tensor kept,
+                                double recurrent_grad_clip) {
+  const OptTensor none;
+  return backward(dh, none, none, none, none, R, b, none, none, none, none, cu_seqlens, h, kept, recurrent_grad_clip,
+                  nullptr);
 }
 
 Tensor slstm_step(Tensor x, Tensor R, Tensor b, Tensor h, Tensor c, Tensor n, Tensor m) {
@@ -210,17 +245,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FLASH_XLSTM_OPS, lib) {
       "slstm(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
       "float recurrent_grad_clip, bool keep, bool return_final_state) "
       "-> (Tensor h, Tensor kept, Tensor h_last, Tensor c_last, Tensor n_last, Tensor m_last)");
+  // Eager calls without a final state take this one, as they take mlstm_forward; their backward the next but one, where
+  // there is no initial state either.
+  lib.def(
+      "slstm_forward(Tensor x, Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, "
+      "Tensor? cu_seqlens, float recurrent_grad_clip, bool keep) -> (Tensor h, Tensor kept)");
   lib.def(
       "slstm_backward(Tensor? dh, Tensor? dh_last, Tensor? dc_last, Tensor? dn_last, Tensor? dm_last, "
       "Tensor R, Tensor b, Tensor? h0, Tensor? c0, Tensor? n0, Tensor? m0, Tensor? cu_seqlens, "
       "Tensor h, Tensor kept, float recurrent_grad_clip) "
       "-> (Tensor dx, Tensor dR, Tensor db, Tensor dh0, Tensor dc0, Tensor dn0, Tensor dm0)");
+  lib.def(
+      "slstm_fresh_backward(Tensor dh, Tensor R, Tensor b, Tensor? cu_seqlens, Tensor h, Tensor kept, "
+      "float recurrent_grad_clip) -> (Tensor dx, Tensor dR, Tensor db)");
   lib.def("slstm_step(Tensor x, Tensor R, Tensor b, Tensor(a!) h, Tensor(b!) c, Tensor(c!) n, Tensor(d!) m) -> Tensor");
 }
 
 IMPLEMENT_OPS(lib) {
   lib.impl("slstm", TORCH_BOX(&slstm));
+  lib.impl("slstm_forward", TORCH_BOX(&slstm_forward));
   lib.impl("slstm_backward", TORCH_BOX(&slstm_backward));
+  lib.impl("slstm_fresh_backward", TORCH_BOX(&slstm_fresh_backward));
   lib.impl("slstm_step", TORCH_BOX(&slstm_step));
 }
 

@@ -290,8 +290,9 @@ def test_strides_change_nothing(make_problem, layout, dtype):
         assert relative_error(strided[name], t) <= (1e-6 if dtype == torch.float32 else 2e-2), name
 
 
-def test_strided_weights_and_state(make_problem):
-    problem = make_problem(2, 9, 2, 24)
+@pytest.mark.parametrize("sizes", [(2, 9, 2, 24), (16, 5, 2, 64)], ids=str)  # the second: on a CPU's tiles
+def test_strided_weights_and_state(make_problem, sizes):
+    problem = make_problem(*sizes)
     expected = problem(ops.slstm)
     problem.inputs["R"] = problem.inputs["R"].mT.contiguous().mT
     problem.inputs["b"] = torch.stack([problem.inputs["b"]] * 2, -1)[..., 0]
@@ -582,6 +583,32 @@ def test_opcheck_without_gradients(device):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_opcheck_of_eager_calls_operators(device, variant):
+    x, R, b, *rest = operator_inputs(device, **variant, requires_grad=False)
+    for keep in (True, False):
+        torch.library.opcheck(torch.ops.flash_xlstm.slstm_forward, (x, R, b, *rest, 0.7, keep))
+    if rest[0] is None:
+        h, kept = torch.ops.flash_xlstm.slstm_forward(x, R, b, *rest, 0.7, True)
+        arguments = torch.ones_like(h), R, b, rest[-1], h, kept, 0.7
+        torch.library.opcheck(torch.ops.flash_xlstm.slstm_fresh_backward, arguments)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_an_eager_call_has_the_operators_gradients(device, variant):
+    *inputs, cu_seqlens = operator_inputs(device, **variant)
+    x, R, b, *state = inputs
+    leaves = [t for t in inputs if t is not None]
+    h, kept, *_ = torch.ops.flash_xlstm.slstm(*inputs, cu_seqlens, 0.7, True, False)
+    assert h.requires_grad and not kept.requires_grad
+    from_op = torch.autograd.grad(h.float().square().sum(), leaves)
+    state = None if state[0] is None else tuple(state)
+    eager = ops.slstm(x, R, b, initial_state=state, cu_seqlens=cu_seqlens, recurrent_grad_clip=0.7)
+    assert torch.equal(eager, h)
+    for actual, expected in zip(torch.autograd.grad(eager.float().square().sum(), leaves), from_op, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("final_state", [True, False])
 def test_opcheck_of_the_backward(device, variant, final_state):
     x, *rest = operator_inputs(device, **variant, requires_grad=False)
@@ -596,9 +623,11 @@ def test_an_operator_call_that_kept_nothing_has_no_gradient(device):
         h.sum().backward()
 
 
-def test_double_backward_raises(make_problem):
+@pytest.mark.parametrize("final_state", [True, False])
+def test_double_backward_raises(make_problem, final_state):
     inputs = [make_problem(2, 5, 1, 3).inputs[x].requires_grad_() for x in "xRb"]
-    (dx,) = torch.autograd.grad(ops.slstm(*inputs).sum(), inputs[:1], create_graph=True)
+    h = ops.slstm(*inputs, return_final_state=True)[0] if final_state else ops.slstm(*inputs)
+    (dx,) = torch.autograd.grad(h.sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         dx.sum().backward()
 

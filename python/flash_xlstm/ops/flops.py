@@ -108,7 +108,7 @@ def _(
     return _rows(x, *weights) + _step((x[0], *c[1:3]), c[3])
 
 
-@register_flop_formula(_operators.slstm)
+@register_flop_formula([_operators.slstm, _operators.slstm_forward])
 def _(x: _Shape, R: _Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(x[:2]) * math.prod(R)
 
@@ -117,6 +117,11 @@ def _(x: _Shape, R: _Shape, *args: Any, **kwargs: Any) -> int:
 def _(dh, dh_last, dc_last, dn_last, dm_last, R: _Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     dx = out_shape[0]
     return 4 * math.prod(dx[:2]) * math.prod(R)  # R^T dx, dx h^T
+
+
+@register_flop_formula(_operators.slstm_fresh_backward)
+def _(dh: _Shape, R: _Shape, *args: Any, **kwargs: Any) -> int:
+    return 4 * math.prod(dh[:2]) * math.prod(R)
 
 
 @register_flop_formula(_operators.slstm_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from flash_xlstm._build import LIMITS
@@ -67,14 +68,23 @@ def slstm(
             has run.
     """
     try:
-        _common.check_flag("return_final_state", return_final_state)
-        x, R, b = _autocast(x, R, b)
+        is_eager = _common.is_eager()
+        if not is_eager or torch._C._is_any_autocast_enabled():
+            x, R, b = _autocast(x, R, b)
         state = (None,) * 4 if initial_state is None else _common.unpack_state("initial_state", initial_state, _PARTS)
-        if recurrent_grad_clip is None:
-            recurrent_grad_clip = math.inf
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, R, b, *state))
-        h, _, *last = _slstm(x, R, b, *state, cu_seqlens, recurrent_grad_clip, needs_grad, return_final_state)
-        return (h, tuple(last)) if return_final_state else h
+        clip = math.inf if recurrent_grad_clip is None else recurrent_grad_clip
+        inputs = x, R, b, *state, cu_seqlens
+        if return_final_state is not False:
+            _common.check_flag("return_final_state", return_final_state)
+            h, _, *last = _slstm(*inputs, clip, _common.needs_gradients(inputs), True)
+            return h, tuple(last)
+        if not is_eager:
+            return _slstm(*inputs, clip, _common.needs_gradients(inputs), False)[0]
+        if forward_ad._current_level >= 0:
+            _common.refuse_forward_mode("slstm", inputs)
+        if _common.needs_gradients(inputs):
+            return _Slstm.apply(*inputs, clip)
+        return _slstm_forward(*inputs, clip, False)[0]
     except Exception as error:
         if torch.compiler.is_compiling():
             raise
@@ -123,25 +133,35 @@ def _autocast(x: Tensor, R: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cast_x, cast_R, b if cast_x is x and cast_R is R else b.float()
 
 
-@_common.register_fake("slstm")
-def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state):
+@_common.register_fake("slstm_forward")
+def _fake(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep):
     initial = {f"initial_state {name}": t for name, t in zip("hcnm", (h0, c0, n0, m0), strict=True)}
     _common.no_mixed_meta(x, of="x", R=R, b=b, cu_seqlens=cu_seqlens, **initial)
     batch, seq, heads, dim = (_common.size(x, d) for d in (0, 1, 3, 4))
-    rows = _common.num_seqs(x, cu_seqlens)
-    last = (rows if return_final_state else 0, heads, dim)
-    new = lambda *shape: x.new_empty(shape, dtype=torch.float32)  # noqa: E731
     # params/slstm.h
     arrays = (1, heads, 4 * seq + 2 * ((seq + 1) // 2)) if x.device.type == "cpu" else (seq, heads, _KEPT)
-    kept = new(batch if keep else 0, *arrays, dim)
-    return (x.new_empty((batch, seq, heads, dim)), kept, *(new(*last) for _ in range(4)))
+    kept = x.new_empty((batch if keep else 0, *arrays, dim), dtype=torch.float32)
+    return x.new_empty((batch, seq, heads, dim)), kept
+
+
+@_common.register_fake("slstm")
+def _(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, return_final_state):
+    rows = _common.num_seqs(x, cu_seqlens) if return_final_state else 0
+    last = (x.new_empty((rows, _common.size(x, 3), _common.size(x, 4)), dtype=torch.float32) for _ in range(4))
+    return *_fake(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep), *last
+
+
+@_common.register_fake("slstm_fresh_backward")
+def _fake_gradients(dh, R, b, cu_seqlens, h, kept, recurrent_grad_clip):
+    batch, seq, heads, dim = (_common.size(h, d) for d in range(4))
+    return h.new_empty((batch, seq, 4, heads, dim)), R.new_empty(R.shape), b.new_empty(b.shape)
 
 
 @_common.register_fake("slstm_backward")
 def _(dh, dh_last, dc_last, dn_last, dm_last, R, b, h0, c0, n0, m0, cu_seqlens, h, kept, recurrent_grad_clip):
-    batch, seq, heads, dim = (_common.size(h, d) for d in range(4))
+    _, _, heads, dim = (_common.size(h, d) for d in range(4))
     initial = (h.new_empty((0, heads, dim) if t is None else t.shape, dtype=torch.float32) for t in (h0, c0, n0, m0))
-    return h.new_empty((batch, seq, 4, heads, dim)), R.new_empty(R.shape), b.new_empty(b.shape), *initial
+    return *_fake_gradients(dh, R, b, cu_seqlens, h, kept, recurrent_grad_clip), *initial
 
 
 @_common.register_fake("slstm_step")
@@ -162,14 +182,35 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dh, _dkept, *dlast):
     if not ctx.keep:
         raise RuntimeError("flash_xlstm::slstm was called with keep=False: it has no gradient then")
+    return *_gradients(ctx, dh, dlast if ctx.return_final_state else (None,) * 4), None, None, None, None
+
+
+def _gradients(ctx, dh, dlast):
     R, b, *state, cu_seqlens, h, kept = ctx.saved_tensors
-    if not ctx.return_final_state:
-        dlast = (None,) * 4
     dx, dR, db, *dstate = _slstm_backward(dh, *dlast, R, b, *state, cu_seqlens, h, kept, ctx.recurrent_grad_clip)
-    dstate = (g if t is not None else None for g, t in zip(dstate, state, strict=True))
-    return dx, dR, db, *dstate, None, None, None, None
+    return dx, dR, db, *(g if t is not None else None for g, t in zip(dstate, state, strict=True))
+
+
+class _Slstm(torch.autograd.Function):
+    """h alone, for eager calls: as mLSTM's."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *inputs, ctx.recurrent_grad_clip = args
+        h, kept = _slstm_forward(*args, True)
+        ctx.save_for_backward(*inputs[1:], h, kept)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        R, b, h0, _, _, _, cu_seqlens, h, kept = ctx.saved_tensors
+        if h0 is not None or torch.is_grad_enabled():  # the second: of a second derivative, which is refused
+            return *_gradients(ctx, dh, (None,) * 4), None, None
+        return *_slstm_fresh_backward(dh, R, b, cu_seqlens, h, kept, ctx.recurrent_grad_clip), *[None] * 6
 
 
 _slstm = _common.differentiable("slstm", _setup_context, _backward)
+_slstm_forward = _common.without_gradients("slstm_forward")
+_slstm_fresh_backward = _common.without_gradients("slstm_fresh_backward")
 _slstm_step = _common.writing("slstm_step", 3, 4, 5, 6)
 _slstm_backward = _common.no_double_backward("slstm_backward")

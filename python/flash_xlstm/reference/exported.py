@@ -130,6 +130,10 @@ def _slstm(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, retur
     return h, None, *last
 
 
+def _slstm_forward(*args: Any) -> _Result:
+    return _slstm(*args, False)[:2]
+
+
 def _slstm_step(x, R, b, h, c, n, m) -> Tensor:
     return slstm_step(x, R, b, (h, c, n, m))
 
@@ -154,6 +158,7 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "mlstm_step": _mlstm_step,
     "mlstm_sig": _mlstm_sig,
     "slstm": _slstm,
+    "slstm_forward": _slstm_forward,
     "slstm_step": _slstm_step,
     "causal_conv1d": _conv,
     "causal_conv1d_step": _conv_step,
