@@ -657,6 +657,106 @@ void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, c
   }
 }
 
+namespace {
+
+// A third of what a depth of tiles adds to tiles 0 to 3, of two rows' and two columns' tiles: the six products of parts,
+// small ones first, and in one order for all callers.
+__attribute__((always_inline)) inline void multiply_two_rows(int phase, const uint16_t* a0, const uint16_t* a1,
+                                                             int64_t a_part, const uint16_t* b0, const uint16_t* b1,
+                                                             int64_t b_part) {
+  switch (phase) {
+    case 0:
+      LOAD(6, b0 + 2 * b_part);
+      LOAD(7, b1 + 2 * b_part);
+      MULTIPLY_LEFT(0);
+      MULTIPLY_RIGHT(1);
+      break;
+    case 1:
+      MULTIPLY_LEFT(1);
+      MULTIPLY_RIGHT(0);
+      break;
+    default: MULTIPLY_LEFT(2); MULTIPLY_LEFT(0);
+  }
+}
+
+// The same of one row's tile and up to four columns'.
+__attribute__((always_inline)) inline void multiply_row(int phase, const uint16_t* a0, const uint16_t* b0, int64_t part,
+                                                        int64_t columns_here) {
+  const int64_t stride = 3 * part;
+  switch (phase) {
+    case 0:
+      LOAD(4, a0);
+      ALL_COLUMNS(MULTIPLY_SMALL);
+      break;
+    case 1:
+      LOAD(5, a0 + part);
+      ALL_COLUMNS(MULTIPLY_MIDDLE);
+      break;
+    default: LOAD(6, a0 + 2 * part); ALL_COLUMNS(MULTIPLY_LARGE);
+  }
+}
+
+constexpr int64_t most_at_once = 512 * 16;  // a part's elements in one sum
+
+__attribute__((always_inline)) inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+void store_tiles(const FloatProduct& p, bool two_rows) {
+  alignas(64) float sums[256];
+  const int64_t columns_here = p.columns - p.column;
+  const auto tile = [&](int64_t row, int64_t column) {
+    float* const to = p.out + (p.row + row) * p.out_row + p.column + column;
+    const bool add = p.add || p.begin > 0;
+    return Tile{to, add ? to : nullptr, 1.0f, p.out_row, p.rows - p.row - row, columns_here - column};
+  };
+  STORE_TILE(0, tile(0, 0));
+  if (columns_here > 16) STORE_TILE(1, tile(0, 16));
+  if (two_rows) {
+    STORE_TILE(2, tile(16, 0));
+    if (columns_here > 16) STORE_TILE(3, tile(16, 16));
+  } else {
+    if (columns_here > 32) STORE_TILE(2, tile(0, 32));
+    if (columns_here > 48) STORE_TILE(3, tile(0, 48));
+  }
+}
+
+// False when nothing is left.
+bool advance_by_one(FloatProduct& p) {
+  const int64_t part = padded(p.depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
+  if (p.row >= p.rows || p.columns <= 0 || part == 0) return false;
+  const bool two_rows = p.rows - p.row > 16;
+  if (p.phase == 0 && p.k == p.begin) zero_tiles();
+  const uint16_t *const a0 = p.a + p.row / 16 * stride + p.k, *const b0 = p.b + p.column / 16 * stride + p.k;
+  if (two_rows) {
+    multiply_two_rows(p.phase, a0, a0 + stride, part, b0, p.columns - p.column > 16 ? b0 + stride : b0, part);
+  } else {
+    multiply_row(p.phase, a0, b0, part, p.columns - p.column);
+  }
+  if (++p.phase < 3) return true;
+  p.phase = 0, p.k += 512;
+  const int64_t end = part - p.begin < most_at_once ? part : p.begin + most_at_once;
+  if (p.k < end) return true;
+  store_tiles(p, two_rows);
+  p.column += two_rows ? 32 : 64;
+  if (p.column >= p.columns) {
+    p.column = 0, p.begin = end;
+    if (end == part) p.begin = 0, p.row += 32;
+  }
+  p.k = p.begin;
+  return true;
+}
+
+}  // namespace
+
+void advance(FloatProduct& product, int64_t steps) {
+  while (steps-- > 0 && advance_by_one(product)) {
+  }
+}
+
 void multiply_turned_floats(float* out, int64_t out_row, bool add, const uint16_t* a, int64_t a_depth,
                             const uint16_t* b, int64_t rows, int64_t columns, int64_t depth, Lines ahead) {
   Fetches fetch{ahead, 3 * rows * columns / 1024 * ((depth + 31) / 32)};
@@ -723,6 +823,7 @@ Range pack_left_floats(uint16_t*, const float* const*, int64_t, int64_t) { retur
 Range pack_right_floats(uint16_t*, const float* const*, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
+void advance(FloatProduct&, int64_t) {}
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
 void multiply_turned_floats(float*, int64_t, bool, const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t,
                             Lines) {}

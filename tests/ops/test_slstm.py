@@ -262,11 +262,20 @@ def test_only_some_gradients(make_problem):
         assert torch.equal(t.grad, expected[f"d{name}"]) if name in wanted else t.grad is None
 
 
-def test_without_gradients_the_same(make_problem):
-    problem = make_problem(3, 9, 2, 24)
+@pytest.mark.parametrize("sizes", [(3, 9, 2, 24), (29, 9, 5, 64)], ids=str)  # the second: two heads in turn on tiles
+@pytest.mark.parametrize("final_state", [True, False])
+def test_without_gradients_the_same(make_problem, sizes, final_state):
+    problem = make_problem(*sizes)
+    problem.inputs["h0"][1::3] *= 1e-35  # numbers for which AMX tiles have no parts
+    state = tuple(problem.inputs[x] for x in STATE)
     with torch.no_grad():
-        h = ops.slstm(*(problem.inputs[x] for x in "xRb"), initial_state=tuple(problem.inputs[x] for x in STATE))
-    assert torch.equal(h, problem(ops.slstm)["h"])
+        h = ops.slstm(*(problem.inputs[x] for x in "xRb"), initial_state=state, return_final_state=final_state)
+    expected = problem(ops.slstm)
+    if final_state:
+        h, last = h
+        for name, t in zip("hcnm", last, strict=True):
+            assert torch.equal(t, expected[f"last {name}"]), name
+    assert torch.equal(h, expected["h"])
 
 
 def test_gradient_of_expanded_and_strided_outputs(make_problem, device):
@@ -927,7 +936,7 @@ def test_steps_of_random_problems(fuzz, make_problem):
 # --- on the CPU -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(50, 9, 1, 24), (7, 12, 3, 40), (30, 5, 2, 330), (50, 9, 2, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(50, 9, 1, 24), (7, 12, 3, 40), (30, 5, 2, 330), (50, 9, 4, 64)], ids=str)
 def test_equal_for_every_number_of_threads(make_problem, sizes):
     """Blocks of rows, which depend on the number of threads, change no bit."""
     problem = make_problem(*sizes)
@@ -937,6 +946,10 @@ def test_equal_for_every_number_of_threads(make_problem, sizes):
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             results.append(problem(ops.slstm))
+            with torch.no_grad():
+                state = tuple(problem.inputs[x] for x in STATE)
+                h = ops.slstm(*(problem.inputs[x] for x in "xRb"), initial_state=state)
+            results[-1]["h without gradients"] = h
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
