@@ -243,8 +243,22 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
+// In torch's words, by which other libraries know that a smaller batch may fit.
+[[noreturn]] inline void throw_out_of_memory(bool cpu) {
+  throw std::runtime_error(cpu ? "flash_xlstm: DefaultCPUAllocator: can't allocate memory; torch's message is above"
+                               : "flash_xlstm: CUDA out of memory. torch's message is above");
+}
+
+// A copy, contiguous: for torch a call of an operator, whose error would not say that memory is short.
+inline Tensor copy_of(const Tensor& t) {
+  try {
+    return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+  } catch (const std::runtime_error&) {
+    throw_out_of_memory(t.is_cpu());
+  }
+}
 // torch's contiguous() takes 0.5 us to return a tensor that is contiguous, and several where its code is not in a cache.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : copy_of(t); }
 
 // The stride between rows (all dimensions but the last), if it is the same everywhere and rows are contiguous; else -1.
 inline int64_t row_stride(const Tensor& t) {
@@ -259,9 +273,7 @@ inline int64_t row_stride(const Tensor& t) {
   }
   return stride < 0 ? t.size(last) : stride;
 }
-inline Tensor with_uniform_rows(const Tensor& t) {
-  return row_stride(t) >= 0 ? t : as_contiguous(t);
-}
+inline Tensor with_uniform_rows(const Tensor& t) { return row_stride(t) >= 0 ? t : as_contiguous(t); }
 
 // Contiguous, on the device of `like`. Bypasses the dispatcher, which takes several times as long as the allocation.
 inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
@@ -280,18 +292,12 @@ inline Tensor new_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   }
   int32_t device_type = 0, device_index = 0;
   AtenTensorHandle handle = nullptr;
-  const bool failed =
-      aoti_torch_get_device_type(like.get(), &device_type) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_get_device_index(like.get(), &device_index) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               device_index, &handle) != AOTI_TORCH_SUCCESS;
-  // In torch's words, by which other libraries know that a smaller batch may fit.
-  if (failed) {
-    throw std::runtime_error(device_type == aoti_torch_device_type_cpu()
-                                 ? "flash_xlstm: DefaultCPUAllocator: can't allocate memory; torch's message is above"
-                                 : "flash_xlstm: CUDA out of memory. torch's message is above");
-  }
+  const bool failed = aoti_torch_get_device_type(like.get(), &device_type) != AOTI_TORCH_SUCCESS ||
+                      aoti_torch_get_device_index(like.get(), &device_index) != AOTI_TORCH_SUCCESS ||
+                      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                               device_type, device_index, &handle) != AOTI_TORCH_SUCCESS;
+  if (failed) throw_out_of_memory(device_type == aoti_torch_device_type_cpu());
   return Tensor(handle);
 }
 

@@ -61,7 +61,7 @@ Tensor aligned_rows(const Tensor& x) {
   if (t.numel() > in && row_stride(t) < in) t = as_contiguous(t);
   return aligned(t) && row_stride(t) * element_bytes(linear_cuda_dtype) % linear_alignment == 0
              ? t
-             : torch::stable::clone(t);
+             : copy_of(t);
 }
 
 void run_cuda(const char* op, const Tensor& x, const FusedLinearRows& p) {

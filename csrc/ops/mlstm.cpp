@@ -155,7 +155,7 @@ CheckedProblem check_problem(const Tensor& q, const Tensor& k, const Tensor& v, 
 // Copies the input `t`, for kernels that cannot read it as it lies, and makes `to` describe the copy.
 [[maybe_unused]] void copy_input(CheckedProblem& checked, Strided& to, const Tensor& t) {
   Tensor copy = as_contiguous(t);
-  if (copy.data_ptr() == t.data_ptr()) copy = torch::stable::clone(t);  // t is contiguous, but not aligned
+  if (copy.data_ptr() == t.data_ptr()) copy = copy_of(t);  // t is contiguous, but not aligned
   to = strided(copy);
   checked.held.push_back(std::move(copy));
 }

@@ -235,7 +235,7 @@ Tensor mlstm_block_step(Tensor x, Tensor c, Tensor n, Tensor m, OptTensor state_
     value_error("state c has shape ", shape_text(c), ", x ", shape_text(x), "; on CUDA dqk must be at most ",
                 cuda::max_step_dqk, ", dv and the size of x at most ", max_norm_dim);
   }
-  if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = torch::stable::clone(x);
+  if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) x = copy_of(x);
   const void* const x_data = x.data_ptr();
   RmsNorm norm = rows.norm_of(x_data, norm_mlstm, size, norm_mlstm_eps);
   // The products read their weights before their wait. So kernels that wrote the weights must have ended when the norm

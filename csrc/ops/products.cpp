@@ -41,7 +41,7 @@ void check_beside(const char* name, const Tensor& t, Sizes sizes, const char* wa
 // Contiguous, and aligned as tensor maps need it.
 Tensor mappable(const Tensor& t) {
   Tensor whole = as_contiguous(t);
-  return reinterpret_cast<uintptr_t>(whole.data_ptr()) % linear_alignment == 0 ? whole : torch::stable::clone(whole);
+  return reinterpret_cast<uintptr_t>(whole.data_ptr()) % linear_alignment == 0 ? whole : copy_of(whole);
 }
 
 Product problem(Product::Then then, const Tensor& a, const std::vector<Tensor>& weights, int64_t columns) {
