@@ -582,80 +582,21 @@ struct Fetches {
   int64_t share, line = 0;
 };
 
-// A third of what a depth of tiles adds to tiles 0 to 3, of two rows' and two columns' tiles: the six products of parts,
-// small ones first, and in one order for all callers.
-__attribute__((always_inline)) inline void multiply_two_rows(int phase, const uint16_t* a0, const uint16_t* a1,
-                                                             int64_t a_part, const uint16_t* b0, const uint16_t* b1,
-                                                             int64_t b_part) {
-  switch (phase) {
-    case 0:
-      LOAD(6, b0 + 2 * b_part);
-      LOAD(7, b1 + 2 * b_part);
-      MULTIPLY_LEFT(0);
-      MULTIPLY_RIGHT(1);
-      break;
-    case 1:
-      MULTIPLY_LEFT(1);
-      MULTIPLY_RIGHT(0);
-      break;
-    default: MULTIPLY_LEFT(2); MULTIPLY_LEFT(0);
-  }
-}
-
-// The same of one row's tile and up to four columns'.
-__attribute__((always_inline)) inline void multiply_row(int phase, const uint16_t* a0, const uint16_t* b0, int64_t part,
-                                                        int64_t columns_here) {
-  const int64_t stride = 3 * part;
-  switch (phase) {
-    case 0:
-      LOAD(4, a0);
-      ALL_COLUMNS(MULTIPLY_SMALL);
-      break;
-    case 1:
-      LOAD(5, a0 + part);
-      ALL_COLUMNS(MULTIPLY_MIDDLE);
-      break;
-    default: LOAD(6, a0 + 2 * part); ALL_COLUMNS(MULTIPLY_LARGE);
-  }
-}
-
-constexpr int64_t most_at_once = 512 * 16;  // a part's elements in one sum
-
-__attribute__((always_inline)) inline void zero_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-// To `out` with `rows` and `columns` from there on, of which tiles 0 to 3 have two by two tiles, or four of one row.
-__attribute__((always_inline)) inline void store_tiles(float* out, int64_t out_row, bool add, int64_t rows,
-                                                       int64_t columns) {
-  alignas(64) float sums[256];
-  const auto tile = [&](int64_t row, int64_t column) {
-    float* const to = out + row * out_row + column;
-    return Tile{to, add ? to : nullptr, 1.0f, out_row, rows - row, columns - column};
-  };
-  STORE_TILE(0, tile(0, 0));
-  if (columns > 16) STORE_TILE(1, tile(0, 16));
-  if (rows > 16) {
-    STORE_TILE(2, tile(16, 0));
-    if (columns > 16) STORE_TILE(3, tile(16, 16));
-  } else {
-    if (columns > 32) STORE_TILE(2, tile(0, 32));
-    if (columns > 48) STORE_TILE(3, tile(0, 48));
-  }
-}
-
-// Adds to tiles 0 to 3 what `size` elements of each part of two rows' and two columns' tiles give.
+// Adds to tiles 0 to 3 what `size` elements of each part of two rows' and two columns' tiles give: the six products of
+// parts, small ones first, and in one order for both.
 void multiply_block(const uint16_t* a0, const uint16_t* a1, int64_t a_part, const uint16_t* b0, const uint16_t* b1,
                     int64_t b_part, int64_t size, Fetches& fetch) {
   for (int64_t k = 0; k < size; k += 512, a0 += 512, a1 += 512, b0 += 512, b1 += 512) {
-    multiply_two_rows(0, a0, a1, a_part, b0, b1, b_part);
+    LOAD(6, b0 + 2 * b_part);
+    LOAD(7, b1 + 2 * b_part);
+    MULTIPLY_LEFT(0);
+    MULTIPLY_RIGHT(1);
     fetch();
-    multiply_two_rows(1, a0, a1, a_part, b0, b1, b_part);
+    MULTIPLY_LEFT(1);
+    MULTIPLY_RIGHT(0);
     fetch();
-    multiply_two_rows(2, a0, a1, a_part, b0, b1, b_part);
+    MULTIPLY_LEFT(2);
+    MULTIPLY_LEFT(0);
     fetch();
   }
 }
@@ -664,68 +605,55 @@ void multiply_block(const uint16_t* a0, const uint16_t* a1, int64_t a_part, cons
 
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth, Lines ahead) {
+  constexpr int64_t most = 512 * 16;                                       // of a sum in one go
   const int64_t part = padded(depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
-  Fetches fetch{ahead, product_steps(rows, columns, depth)};
+  alignas(64) float sums[256];
+  const bool last_alone = (rows - 1) % 32 < 16;
+  const int64_t pairs = rows / 32 + (rows % 32 > 16);
+  const int64_t blocks = pairs * ((columns + 31) / 32) + last_alone * ((columns + 63) / 64);
+  Fetches fetch{ahead, 3 * blocks * (part / 512)};
   for (int64_t r = 0; r < rows; r += 32) {
     const bool two_rows = rows - r > 16;
-    for (int64_t begin = 0; begin < part; begin += most_at_once) {
-      const int64_t end = part - begin < most_at_once ? part : begin + most_at_once;
+    for (int64_t begin = 0; begin < part; begin += most) {
+      const int64_t end = part - begin < most ? part : begin + most;
       for (int64_t c = 0; c < columns; c += two_rows ? 32 : 64) {
         const int64_t columns_here = columns - c;
         const uint16_t *a0 = a + r / 16 * stride + begin, *b0 = b + c / 16 * stride + begin;
-        zero_tiles();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         if (two_rows) {
           const uint16_t *a1 = a0 + stride, *b1 = columns_here > 16 ? b0 + stride : b0;
           multiply_block(a0, a1, part, b0, b1, part, end - begin, fetch);
         } else {
           for (int64_t k = begin; k < end; k += 512, a0 += 512, b0 += 512) {
-            multiply_row(0, a0, b0, part, columns_here);
+            LOAD(4, a0);
+            ALL_COLUMNS(MULTIPLY_SMALL);
             fetch();
-            multiply_row(1, a0, b0, part, columns_here);
+            LOAD(5, a0 + part);
+            ALL_COLUMNS(MULTIPLY_MIDDLE);
             fetch();
-            multiply_row(2, a0, b0, part, columns_here);
+            LOAD(6, a0 + 2 * part);
+            ALL_COLUMNS(MULTIPLY_LARGE);
             fetch();
           }
         }
-        store_tiles(out + r * out_row + c, out_row, add || begin > 0, rows - r, columns_here);
+        const auto tile = [&](int64_t row, int64_t column) {
+          float* to = out + (r + row) * out_row + c + column;
+          return Tile{to, add || begin > 0 ? to : nullptr, 1.0f, out_row, rows - r - row, columns_here - column};
+        };
+        STORE_TILE(0, tile(0, 0));
+        if (columns_here > 16) STORE_TILE(1, tile(0, 16));
+        if (two_rows) {
+          STORE_TILE(2, tile(16, 0));
+          if (columns_here > 16) STORE_TILE(3, tile(16, 16));
+        } else {
+          if (columns_here > 32) STORE_TILE(2, tile(0, 32));
+          if (columns_here > 48) STORE_TILE(3, tile(0, 48));
+        }
       }
     }
-  }
-}
-
-namespace {
-
-// False when nothing is left.
-bool advance_by_one(FloatProduct& p) {
-  const int64_t part = padded(p.depth, tile_depth) * 16, stride = 3 * part;  // of 16 rows or columns
-  if (p.row >= p.rows || p.columns <= 0 || part == 0) return false;
-  const bool two_rows = p.rows - p.row > 16;
-  if (p.phase == 0 && p.k == p.begin) zero_tiles();
-  const uint16_t *const a0 = p.a + p.row / 16 * stride + p.k, *const b0 = p.b + p.column / 16 * stride + p.k;
-  if (two_rows) {
-    multiply_two_rows(p.phase, a0, a0 + stride, part, b0, p.columns - p.column > 16 ? b0 + stride : b0, part);
-  } else {
-    multiply_row(p.phase, a0, b0, part, p.columns - p.column);
-  }
-  if (++p.phase < 3) return true;
-  p.phase = 0, p.k += 512;
-  const int64_t end = part - p.begin < most_at_once ? part : p.begin + most_at_once;
-  if (p.k < end) return true;
-  store_tiles(p.out + p.row * p.out_row + p.column, p.out_row, p.add || p.begin > 0, p.rows - p.row,
-              p.columns - p.column);
-  p.column += two_rows ? 32 : 64;
-  if (p.column >= p.columns) {
-    p.column = 0, p.begin = end;
-    if (end == part) p.begin = 0, p.row += 32;
-  }
-  p.k = p.begin;
-  return true;
-}
-
-}  // namespace
-
-void advance(FloatProduct& product, int64_t steps) {
-  while (steps-- > 0 && advance_by_one(product)) {
   }
 }
 
@@ -733,6 +661,7 @@ void multiply_turned_floats(float* out, int64_t out_row, bool add, const uint16_
                             const uint16_t* b, int64_t rows, int64_t columns, int64_t depth, Lines ahead) {
   Fetches fetch{ahead, 3 * rows * columns / 1024 * ((depth + 31) / 32)};
   alignas(64) uint16_t turned[2 * 3 * turned_depth * 16];  // stays in L1
+  alignas(64) float sums[256];
   const int64_t a_part = padded(a_depth, tile_depth) * 16, from_part = columns * 16;
   const int64_t b_part = padded(depth, tile_depth) * 16;
   for (int64_t c = 0; c < columns; c += 32) {
@@ -757,9 +686,19 @@ void multiply_turned_floats(float* out, int64_t out_row, bool add, const uint16_
     }
     for (int64_t r = 0; r < rows; r += 32) {
       const uint16_t* const a0 = a + r / 16 * 3 * a_part;
-      zero_tiles();
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
       multiply_block(a0, a0 + 3 * a_part, a_part, turned, turned + 3 * b_part, b_part, b_part, fetch);
-      store_tiles(out + r * out_row + c, out_row, add, 32, 32);
+      const auto tile = [&](int64_t row, int64_t column) {
+        float* const to = out + (r + row) * out_row + c + column;
+        return Tile{to, add ? to : nullptr, 1.0f, out_row, 16, 16};
+      };
+      STORE_TILE(0, tile(0, 0));
+      STORE_TILE(1, tile(0, 16));
+      STORE_TILE(2, tile(16, 0));
+      STORE_TILE(3, tile(16, 16));
     }
   }
 }
@@ -784,7 +723,6 @@ Range pack_left_floats(uint16_t*, const float* const*, int64_t, int64_t) { retur
 Range pack_right_floats(uint16_t*, const float* const*, int64_t, int64_t) { return {}; }
 Range pack_right_floats(uint16_t*, const float*, int64_t, bool, int64_t, int64_t) { return {}; }
 void pack_left_floats(uint16_t*, Seen&, uint16_t*, const Range&, const float*, int64_t, int64_t, int64_t) {}
-void advance(FloatProduct&, int64_t) {}
 void multiply_floats(float*, int64_t, bool, const uint16_t*, const uint16_t*, int64_t, int64_t, int64_t, Lines) {}
 void multiply_turned_floats(float*, int64_t, bool, const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t,
                             Lines) {}

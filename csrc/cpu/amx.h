@@ -118,28 +118,6 @@ void pack_left_floats(uint16_t* to, Seen& seen, uint16_t* outside, const Range& 
 void multiply_floats(float* out, int64_t out_row, bool add, const uint16_t* a, const uint16_t* b, int64_t rows,
                      int64_t columns, int64_t depth, Lines ahead = {});
 
-// Thirds of a depth of tiles, between which it fetches.
-__attribute__((always_inline)) constexpr int64_t product_steps(int64_t rows, int64_t columns, int64_t depth) {
-  const int64_t pairs = rows / 32 + (rows % 32 > 16), alone = rows > 0 && (rows - 1) % 32 < 16;
-  return 3 * (pairs * padded(columns, 32) / 32 + alone * padded(columns, 64) / 64) * padded(depth, tile_depth) /
-         tile_depth;
-}
-
-// The same in steps, between which there may be other work, but for tiles: they multiply while that goes on. Where there
-// is none, multiply_floats is 2 to 6 percent faster.
-struct FloatProduct {
-  float* out;
-  int64_t out_row;
-  bool add;
-  const uint16_t *a, *b;
-  int64_t rows, columns, depth;
-  int64_t row = 0, begin = 0, column = 0, k = 0;  // begin, k: of a part's elements, from where on they are to be summed
-  int phase = 0;
-
-  __attribute__((always_inline)) int64_t steps() const { return product_steps(rows, columns, depth); }
-};
-void advance(FloatProduct& product, int64_t steps);
-
 // The same, where b is packed as a left operand, of `depth` rows, a multiple of 16. They are b's depth, and row x is
 // depth_of(x) of a, which is packed `a_depth` deep, up to turned_depth. `rows` and `columns` are multiples of 32.
 constexpr int64_t turned_depth = 64;

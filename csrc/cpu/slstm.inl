@@ -722,9 +722,7 @@ struct ForwardCells {
   int64_t product_stride;
   int64_t next;  // from x to the next token's, in bytes: to be fetched where it is there
   bool stream_h, stream_kept;
-  bool pair_units;            // of one row: two registers in step
-  amx::FloatProduct* beside;  // of another head, of which some steps are made between registers; or nullptr
-  int64_t steps;
+  bool pair_units;  // of one row: two registers in step
 };
 
 struct Any {};
@@ -830,7 +828,6 @@ void forward_cells(const ForwardCells& s) {
         forward_unit<keeps, Type, 1>(s, row, unit);
       }
       unit += lanes;
-      if (s.beside != nullptr) amx::advance(*s.beside, s.steps);
     }
     row += both ? 2 : 1;
   }
@@ -838,137 +835,65 @@ void forward_cells(const ForwardCells& s) {
 
 // Tokens [begin, end) of the block's head `place`. After them token `next` of head `next_head` is walked.
 template <bool keeps>
-struct ForwardHead {
-  ForwardHead(const ForwardBlock& all, const ForwardWeights& weights, int64_t place, int64_t begin, int64_t end,
-              int64_t next, int64_t next_head)
-      : params(all.params),
-        p(params.p),
-        weights(weights),
-        begin(begin),
-        end(end),
-        next(next),
-        next_head(next_head),
-        dim(p.dim),
-        bytes(element_bytes(p.dtype)),
-        count(all.block.rows),
-        head(all.block.head + place),
-        padded(all.c.padded),
-        panels(weights, head),
-        bias(all.bias.data() + place * 4 * padded),
-        h_now(all.h[begin % 2].of(place)),
-        h_after(all.h[1 - begin % 2].of(place)),
-        c(all.c.of(place)),
-        n(all.n.of(place)),
-        m(all.m.of(place)),
-        operands(weights.operands),
-        products_first(operands != Operands::floats),
-        groups(weights.groups),
-        left_parts(operands == Operands::parts ? count : 0, dim, weights.range(head)),
-        left_halves(operands == Operands::halves ? amx::packed_size(count, dim, 1) : 0),
-        product_stride(groups * panel_columns),
-        products(products_first ? count * product_stride : 0, false) {
-    const int64_t elements = p.batch * p.seq * p.heads * dim;
-    stream_h = streams(params.h, elements * 4, dim);
-    stream_kept = streams(params.kept, elements * kept_c * 4, dim);
-    for (int64_t r = 0; r < count; ++r) {
-      const Row& row = all.rows[r];
-      const int64_t x_at = row.batch * params.x_batch + row.start * params.x_seq + head * params.x_head;
-      const int64_t h_at = ((row.batch * p.seq + row.start) * p.heads + head) * dim;
-      begins[r] = {.x = static_cast<const char*>(params.x) + x_at * bytes,
-                   .h = static_cast<char*>(params.h) + h_at * bytes,
-                   .kept = keeps ? kept_of(p, params.kept, row, head) : nullptr,
-                   .start = row.start,
-                   .length = row.length};
-    }
+void forward_tokens(const ForwardBlock& all, const ForwardWeights& weights, int64_t place, int64_t begin, int64_t end,
+                    int64_t next, int64_t next_head) {
+  const SlstmForward& params = all.params;
+  const SlstmProblem& p = params.p;
+  const BlockRows& rows = all.rows;
+  const int64_t dim = p.dim, heads = p.heads, bytes = element_bytes(p.dtype), count = all.block.rows;
+  const int64_t head = all.block.head + place, padded = all.c.padded, x_seq = params.x_seq, x_gate = params.x_gate;
+  HeadFloats panels(weights, head);
+  const float* const bias = all.bias.data() + place * 4 * padded;
+  float *const c = all.c.of(place), *const n = all.n.of(place), *const m = all.m.of(place);
+  const float* h_now = all.h[begin % 2].of(place);
+  float* h_after = all.h[1 - begin % 2].of(place);
+  alignas(64) float recurrent[tile_rows * 2 * panel_columns];
+  const char* ahead[tile_rows * 2 * 4];
+  const int64_t elements = p.batch * p.seq * heads * dim;
+  const bool stream_h = streams(params.h, elements * 4, dim);
+  const bool stream_kept = streams(params.kept, elements * kept_c * 4, dim);
+  // 0.97 of the time on Xeons with AMX at 1 x 64, 4 x 128, 1.03 to 1.05 on an AMD EPYC.
+  const bool pair_units = has_amx();
+  TokenPlaces places[most_rows];
+  // Where a row's arrays begin, kept: of the batch's row. To multiply sizes for each token takes longer than a cell.
+  struct Begin {
+    const char* x;
+    char* h;
+    float* kept;
+    int64_t start, length;
+  };
+  Begin begins[most_rows];
+  for (int64_t r = 0; r < count; ++r) {
+    const Row& row = rows[r];
+    const int64_t x_at = row.batch * params.x_batch + row.start * x_seq + head * params.x_head;
+    const int64_t h_at = ((row.batch * p.seq + row.start) * heads + head) * dim;
+    begins[r] = {.x = static_cast<const char*>(params.x) + x_at * bytes,
+                 .h = static_cast<char*>(params.h) + h_at * bytes,
+                 .kept = keeps ? kept_of(p, params.kept, row, head) : nullptr,
+                 .start = row.start,
+                 .length = row.length};
   }
+  const int64_t x_step = x_seq * bytes, h_step = heads * dim * bytes;
 
-  void walk() {
-    for (int64_t t = begin; t < end; ++t) {
-      begin_token(t);
-      if (operands == Operands::parts) {
-        left_parts.pack(h_now, padded);
-        amx::multiply_floats(products.data(), product_stride, false, left_parts.parts.at(0), weights.parts_of(head),
-                             count, product_stride, dim);
-        multiply_outside();
-      } else if (operands == Operands::halves) {
-        amx::pack_left(left_halves.at(0), h_now, padded, false, count, dim, 1, nullptr);
-        multiply_halves(products.data(), false, left_halves.at(0), weights.parts_of(head), count, product_stride, dim);
-      }
-      if (products_first) {
-        walk_cells(0, count, 0, padded, products.data(), product_stride, nullptr);
-      } else {
-        walk_panels(t);
-      }
-      end_token(t);
-    }
-  }
-
-  // Two heads on tiles, in turn: one's product is made between the other's cells, which wait for results more than for
-  // multipliers. Without what is kept: its stores past the caches leave no room for the tiles' loads.
-  static void walk(ForwardHead& one, ForwardHead& other) {
-    one.begin_token(one.begin);
-    amx::FloatProduct product = one.begin_product();
-    for (int64_t t = one.begin; t < one.end; ++t) {
-      for (ForwardHead* const here : {&one, &other}) {
-        here->end_product(product);
-        ForwardHead& then = here == &one ? other : one;
-        const int64_t next = t + (here == &other);
-        const bool more = next < one.end;
-        if (more) {
-          then.begin_token(next);
-          product = then.begin_product();
-        }
-        here->walk_cells(0, here->count, 0, here->padded, here->products.data(), here->product_stride,
-                         more ? &product : nullptr);
-        here->end_token(t);
-      }
-    }
-  }
-
- private:
-  void begin_token(int64_t t) {
-    after = t + 1 < end ? t + 1 : next;
-    const int64_t after_head = t + 1 < end ? head : next_head;
-    to_after = ((after - t) * params.x_seq + (after_head - head) * params.x_head) * bytes;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t token = begins[r].start + t;
-      places[r] = {.x = begins[r].x + t * params.x_seq * bytes,
-                   .h = begins[r].h + t * p.heads * dim * bytes,
-                   .kept = keeps ? begins[r].kept + slstm_kept_at(token) * dim : nullptr,
-                   .is_there = t < begins[r].length,
-                   .is_first = token % 2 == 0,
-                   .has_next = products_first && after < begins[r].length};
-    }
-  }
-  void end_token(int64_t t) {
-    for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
-      if (t >= begins[r].length) {
-        std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
-      } else if (p.dtype == DType::float16 || (p.dtype == DType::bfloat16 && dim % vector_lanes != 0)) {
-        unpack(places[r].h, p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
-      }
-    }
-    float* const before = h_now;
-    h_now = h_after;
-    h_after = before;
-  }
-
-  amx::FloatProduct begin_product() {
+  const int64_t groups = weights.groups;
+  // Rows whose products are made at once.
+  const Operands operands = weights.operands;
+  const bool products_first = operands != Operands::floats;
+  const int64_t chunks = ceil_div(count, int64_t{tile_rows});
+  const int64_t least = count / chunks, more = count % chunks;
+  // All of a token's products are made before its cells: a product of tiles slows down the multiplications that follow
+  // it, and one of pairs takes more rows at a time than a panel's sums have registers for.
+  LeftParts left_parts(operands == Operands::parts ? count : 0, dim, weights.range(head));
+  const Parts left_halves(operands == Operands::halves ? amx::packed_size(count, dim, 1) : 0);
+  const int64_t product_stride = groups * panel_columns;
+  const Floats products(products_first ? count * product_stride : 0, false);
+  const auto multiply_parts = [&] {
     left_parts.pack(h_now, padded);
-    return {.out = products.data(),
-            .out_row = product_stride,
-            .add = false,
-            .a = left_parts.parts.at(0),
-            .b = weights.parts_of(head),
-            .rows = count,
-            .columns = product_stride,
-            .depth = dim};
-  }
-  void end_product(amx::FloatProduct& product) {
-    amx::advance(product, product.steps());
-    multiply_outside();
-  }
-  void multiply_outside() {
+    for (int64_t group = 0; group < groups; ++group) {
+      float* const out = products.data() + group * panel_columns;
+      const uint16_t* const right = weights.parts_of(head) + group * weights.panel_parts;
+      amx::multiply_floats(out, product_stride, false, left_parts.parts.at(0), right, count, panel_columns, dim);
+    }
     left_parts.for_outside(0, count, [&](int64_t from, int64_t to) {
       product(to - from, product_stride,
               {.out = products.data() + from * product_stride,
@@ -981,61 +906,68 @@ struct ForwardHead {
                .depth = dim,
                .add = false});
     });
-  }
-
-  // Units [unit, unit_end), of rows [row, row + tile), whose products begin at `product`.
-  void walk_cells(int64_t row, int64_t tile, int64_t unit, int64_t unit_end, const float* product, int64_t stride,
-                  amx::FloatProduct* beside) const {
-    const int64_t calls = ceil_div(tile, int64_t{2}) * ceil_div(unit_end - unit, int64_t{vector_lanes});
-    ForwardCells cells{.places = places,
-                       .first = row,
-                       .end = row + tile,
-                       .unit = unit,
-                       .unit_end = unit_end,
-                       .dim = dim,
-                       .padded = padded,
-                       .x_gate = params.x_gate,
-                       .dtype = p.dtype,
-                       .h_now = h_now,
-                       .h_after = h_after,
-                       .c = c,
-                       .n = n,
-                       .m = m,
-                       .bias = bias + unit * 4,
-                       .product = product,
-                       .product_stride = stride,
-                       .next = to_after,
-                       .stream_h = stream_h,
-                       .stream_kept = stream_kept,
-                       .pair_units = pair_units,
-                       .beside = beside,
-                       .steps = beside == nullptr ? 0 : ceil_div(beside->steps(), calls)};
-    if (dim % vector_lanes == 0 && p.dtype == DType::bfloat16) return forward_cells<keeps, BFloat16>(cells);
-    const int64_t whole = unit_end <= dim ? unit_end : dim / vector_lanes * vector_lanes;
-    if (p.dtype == DType::float32 && whole > unit) {
-      cells.unit_end = whole;
-      forward_cells<keeps, Float32>(cells);
-      cells.product += (whole - unit) * 4;
-      cells.bias += (whole - unit) * 4;
-      cells.unit = whole;
-      cells.unit_end = unit_end;
+  };
+  // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
+  const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
+  // Where L1 has room for one panel, but not for two, the one at the turn is alone, and the next token finds it there.
+  const bool turns = weights.panel > 5 << 10 && weights.panel <= 10 << 10;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t after = t + 1 < end ? t + 1 : next, after_head = t + 1 < end ? head : next_head;
+    const int64_t to_after = ((after - t) * x_seq + (after_head - head) * params.x_head) * bytes;  // from x on
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t token = begins[r].start + t;
+      places[r] = {.x = begins[r].x + t * x_step,
+                   .h = begins[r].h + t * h_step,
+                   .kept = keeps ? begins[r].kept + slstm_kept_at(token) * dim : nullptr,
+                   .is_there = t < begins[r].length,
+                   .is_first = token % 2 == 0,
+                   .has_next = products_first && after < begins[r].length};
     }
-    if (cells.unit < unit_end) forward_cells<keeps, Any>(cells);
-  }
-
-  // Products panel by panel, each before its cells.
-  void walk_panels(int64_t t) {
-    alignas(64) float recurrent[tile_rows * 2 * panel_columns];
-    const char* ahead[tile_rows * 2 * 4];
-    const int64_t chunks = ceil_div(count, int64_t{tile_rows});
-    const int64_t least = count / chunks, more = count % chunks;
-    // Lines of x that are fetched side by side: memory likes them, but with few groups the cells read them too soon.
-    const int64_t run = groups > 4 && groups % 4 == 0 ? 4 : 1;
-    // Where L1 has room for one panel, but not for two, the one at the turn is alone, and the next token finds it there.
-    const bool turns = weights.panel > 5 << 10 && weights.panel <= 10 << 10;
+    if (operands == Operands::parts) multiply_parts();
+    if (operands == Operands::halves) {
+      amx::pack_left(left_halves.at(0), h_now, padded, false, count, dim, 1, nullptr);
+      multiply_halves(products.data(), false, left_halves.at(0), weights.parts_of(head), count, product_stride, dim);
+    }
+    // Units [unit, unit_end), of rows [row, row + tile), whose products begin at `product`.
+    const auto walk_cells = [&](int64_t row, int64_t tile, int64_t unit, int64_t unit_end, const float* product,
+                                int64_t stride) {
+      ForwardCells cells{.places = places,
+                         .first = row,
+                         .end = row + tile,
+                         .unit = unit,
+                         .unit_end = unit_end,
+                         .dim = dim,
+                         .padded = padded,
+                         .x_gate = x_gate,
+                         .dtype = p.dtype,
+                         .h_now = h_now,
+                         .h_after = h_after,
+                         .c = c,
+                         .n = n,
+                         .m = m,
+                         .bias = bias + unit * 4,
+                         .product = product,
+                         .product_stride = stride,
+                         .next = to_after,
+                         .stream_h = stream_h,
+                         .stream_kept = stream_kept,
+                         .pair_units = pair_units};
+      if (dim % vector_lanes == 0 && p.dtype == DType::bfloat16) return forward_cells<keeps, BFloat16>(cells);
+      const int64_t whole = unit_end <= dim ? unit_end : dim / vector_lanes * vector_lanes;
+      if (p.dtype == DType::float32 && whole > unit) {
+        cells.unit_end = whole;
+        forward_cells<keeps, Float32>(cells);
+        cells.product += (whole - unit) * 4;
+        cells.bias += (whole - unit) * 4;
+        cells.unit = whole;
+        cells.unit_end = unit_end;
+      }
+      if (cells.unit < unit_end) forward_cells<keeps, Any>(cells);
+    };
+    if (products_first) walk_cells(0, count, 0, padded, products.data(), product_stride);
     // Back and forth, as the panels last used lie in L1.
     const bool forth = t % 2 == 0;
-    for (int64_t done = 0; done < groups;) {
+    for (int64_t done = 0; !products_first && done < groups;) {
       const bool end = turns && (done == 0 || done + 1 == groups);
       const int64_t pair = count <= paired_rows && done + 2 <= groups && !end ? 2 : 1;
       const int64_t group = forth ? done : groups - done - pair;
@@ -1043,12 +975,12 @@ struct ForwardHead {
       const int64_t last = groups - group - pair;
       for (int64_t place = 4 * last; place < 4 * (last + pair); ++place) {
         const int64_t gate = place / run % 4, unit = (place / (4 * run) * run + place % run) * vector_lanes;
-        if (unit * bytes % 64 == 0) offsets[offset_count++] = to_after + (gate * params.x_gate + unit) * bytes;
+        if (unit * bytes % 64 == 0) offsets[offset_count++] = to_after + (gate * x_gate + unit) * bytes;
       }
       for (int64_t chunk = 0, row = 0; chunk < chunks; ++chunk) {
         const int64_t tile = least + (chunk < more);
         int64_t lines = 0;
-        for (int64_t r = row; r < row + tile && after < begins[r].length; ++r) {
+        for (int64_t r = row; r < row + tile && after < rows[r].length; ++r) {
           for (int64_t line = 0; line < offset_count; ++line) ahead[lines++] = places[r].x + offsets[line];
         }
         const Product here{.out = recurrent,
@@ -1066,75 +998,42 @@ struct ForwardHead {
         } else {
           product_rows<1, panel_vectors>(tile, here);
         }
-        walk_cells(row, tile, group * vector_lanes, (group + pair) * vector_lanes, recurrent, pair * panel_columns,
-                   nullptr);
+        walk_cells(row, tile, group * vector_lanes, (group + pair) * vector_lanes, recurrent, pair * panel_columns);
         row += tile;
       }
       done += pair;
     }
+    for (int64_t r = 0; r < count; ++r) {  // ended, so its state stays
+      if (t >= rows[r].length) {
+        std::memcpy(h_after + r * padded, h_now + r * padded, padded * sizeof(float));
+      } else if (p.dtype == DType::float16 || (p.dtype == DType::bfloat16 && dim % vector_lanes != 0)) {
+        unpack(places[r].h, p.dtype, dim, h_after + r * padded, nullptr, 1, dim);
+      }
+    }
+    float* const before = const_cast<float*>(h_now);
+    h_now = h_after;
+    h_after = before;
   }
-
-  const SlstmForward& params;
-  const SlstmProblem& p;
-  const ForwardWeights& weights;
-  const int64_t begin, end, next, next_head, dim, bytes, count, head, padded;
-  HeadFloats<ForwardWeights> panels;
-  const float* const bias;
-  float *h_now, *h_after;
-  float *const c, *const n, *const m;
-  const Operands operands;
-  // All of a token's products are made before its cells: a product of pairs takes more rows at a time than a panel's sums
-  // have registers for, and one of tiles is slow to begin.
-  const bool products_first;
-  const int64_t groups;
-  LeftParts left_parts;
-  const Parts left_halves;
-  const int64_t product_stride;
-  const Floats products;
-  bool stream_h, stream_kept;
-  // 0.97 of the time on Xeons with AMX at 1 x 64, 4 x 128, 1.03 to 1.05 on an AMD EPYC.
-  const bool pair_units = has_amx();
-  // Where a row's arrays begin, kept: of the batch's row. To multiply sizes for each token takes longer than a cell.
-  struct Begin {
-    const char* x;
-    char* h;
-    float* kept;
-    int64_t start, length;
-  };
-  Begin begins[most_rows];
-  TokenPlaces places[most_rows];
-  int64_t after, to_after;  // the token walked next, and the bytes from this one's x to that one's
-};
+}
 
 // `weights` nullptr: each head's are packed when its tokens are walked, all in one turn.
 template <bool keeps>
 void forward_block(const SlstmForward& params, const ForwardWeights* weights, const Block& block) {
   const ForwardBlock all(params, block);
   const int64_t longest = all.rows.longest, turn = block.tokens(params.p.dim, longest);
-  const Operands operands = operands_of(params.p);
-  const TilesInUse tiles(operands);
+  const TilesInUse tiles(operands_of(params.p));
   for (int64_t begin = 0; begin < longest; begin += turn) {
     const int64_t end = longest - begin < turn ? longest : begin + turn;
-    for (int64_t x = 0; x < block.heads;) {
-      const bool in_pair = !keeps && operands == Operands::parts && x + 2 <= block.heads;
-      const int64_t size = in_pair ? 2 : 1;
+    for (int64_t x = 0; x < block.heads; ++x) {
+      const bool last = x + 1 == block.heads;
       const auto walk = [&](const ForwardWeights& weights) {
-        const auto head_of = [&](int64_t place) {
-          const bool last = x + size == block.heads;
-          return ForwardHead<keeps>(all, weights, place, begin, end, last ? end : begin,
-                                    block.head + (last ? place - x : place + size));
-        };
-        ForwardHead<keeps> one = head_of(x);
-        if (!in_pair) return one.walk();
-        ForwardHead<keeps> other = head_of(x + 1);
-        ForwardHead<keeps>::walk(one, other);
+        forward_tokens<keeps>(all, weights, x, begin, end, last ? end : begin, block.head + (last ? 0 : x + 1));
       };
       if (weights == nullptr) {
-        walk(ForwardWeights(params.p, {block.head + x, size}));
+        walk(ForwardWeights(params.p, {block.head + x, 1}));
       } else {
         walk(*weights);
       }
-      x += size;
     }
   }
   end_streams();

@@ -262,7 +262,7 @@ def test_only_some_gradients(make_problem):
         assert torch.equal(t.grad, expected[f"d{name}"]) if name in wanted else t.grad is None
 
 
-@pytest.mark.parametrize("sizes", [(3, 9, 2, 24), (29, 9, 5, 64)], ids=str)  # the second: two heads in turn on tiles
+@pytest.mark.parametrize("sizes", [(3, 9, 2, 24), (29, 9, 5, 64)], ids=str)  # the second: on a CPU's tiles
 @pytest.mark.parametrize("final_state", [True, False])
 def test_without_gradients_the_same(make_problem, sizes, final_state):
     problem = make_problem(*sizes)
