@@ -130,8 +130,8 @@ def _slstm(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, retur
     return h, None, *last
 
 
-def _slstm_forward(*args: Any) -> _Result:
-    return _slstm(*args, False)[:2]
+def _slstm_forward(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep) -> _Result:
+    return _slstm(x, R, b, h0, c0, n0, m0, cu_seqlens, recurrent_grad_clip, keep, False)[:2]
 
 
 def _slstm_step(x, R, b, h, c, n, m) -> Tensor:
